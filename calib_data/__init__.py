@@ -1,0 +1,11 @@
+"""Sources of calibration and evaluation samples.
+
+Flow: a folder, an ``.npz`` / ``.npy`` file or a ``module.py:function`` -> ``open_samples`` -> ``Samples``, which reads
+one sample at a time and hands it over only after checking it against what the model takes.
+It must not know of quantization, change a sample's values, or make up data that was not asked for.
+"""
+
+from calib_data.samples import Samples, ShapeRange, open_samples, random_samples
+from calib_data.validation import DataError, InputSpec
+
+__all__ = ["DataError", "InputSpec", "Samples", "ShapeRange", "open_samples", "random_samples"]

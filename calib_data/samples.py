@@ -1,0 +1,222 @@
+"""Open samples, iterate over them checked, shard them, fingerprint them.
+
+Flow: open_samples(source, inputs) -> Samples -> for each pass: read one sample, check it, hand it over.
+Shapes for optimization profiles come from file headers, the fingerprint from a pass over the values.
+It must not read ahead, keep samples, or fall back to random data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from calib_data.sources import FileFolder, PythonFunction, RandomNumbers, Source, StackedFile
+from calib_data.validation import Array, DataError, InputSpec, check_names, check_sample, check_shape
+
+_BEYOND_ANY = 1 << 40
+"""Stands for the number of samples where it is unknown: more than anyone has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShapeRange:
+    """Shapes of one input over the samples: elementwise ``min`` and ``max``, and ``opt``, the most common."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """Samples of a source, checked one by one as they are read; each iteration reads them afresh.
+
+    ``indices`` are those of the source that belong here; they may run beyond the end of a source of unknown length.
+    """
+
+    inputs: tuple[InputSpec, ...]
+    source: Source
+    indices: range
+    origin: str
+
+    def __iter__(self) -> Iterator[dict[str, Array]]:
+        """Yield each sample: input name -> array of the model's dtype and rank, finite.
+
+        Raises:
+            DataError: a sample is unreadable or not what the model needs, or there is none.
+        """
+        empty = True
+        for where, arrays in self.source.read(self.indices):
+            empty = False
+            yield check_sample(arrays, self.inputs, where)
+        if empty:
+            self._refuse_empty()
+
+    def __len__(self) -> int:
+        """Number of samples.
+
+        Raises:
+            TypeError: it is not known without reading them; ``len_or_none`` gives None then.
+        """
+        if (count := self.len_or_none()) is None:
+            raise TypeError(f"the number of samples of {self.origin} is not known before they are read")
+        return count
+
+    def len_or_none(self) -> int | None:
+        """Number of samples, or None where only reading them tells."""
+        return None if self.source.count is None else len(self.indices)
+
+    def shard(self, i: int, n: int) -> Samples:
+        """Every n-th sample, starting at the i-th; the n shards together are all samples, each once.
+
+        Raises:
+            ValueError: not 0 <= i < n.
+        """
+        if not 0 <= i < n:
+            raise ValueError(f"Shard {i} of {n} does not exist: 0 <= i < n is needed.")
+        return replace(self, indices=self.indices[i::n])
+
+    def shapes(self) -> dict[str, ShapeRange]:
+        """Shape of every input over the samples, from file headers where there are files.
+
+        Returns:
+            Input name -> ShapeRange. Of equally common shapes, ``opt`` is the largest, so order does not matter.
+
+        Raises:
+            DataError: a file is unreadable, a shape is not what the model takes, or there are no samples.
+        """
+        seen: dict[str, Counter[tuple[int, ...]]] = {spec.name: Counter() for spec in self.inputs}
+        checked: set[tuple[tuple[str, tuple[int, ...]], ...]] = set()
+        for where, shapes in self.source.shapes(self.indices):
+            if (key := tuple(sorted(shapes.items()))) not in checked:
+                check_names(shapes.keys(), self.inputs, where)
+                for spec in self.inputs:
+                    check_shape(shapes[spec.name], spec, where)
+                checked.add(key)
+            for name, shape in shapes.items():
+                seen[name][shape] += 1
+        if not checked:
+            self._refuse_empty()
+        return {name: _range_of(shapes) for name, shapes in seen.items() if shapes}
+
+    def sha256(self) -> str:
+        """Fingerprint of what the model will see: SHA-256 over the sorted SHA-256 of each sample.
+
+        A sample's hash covers its input names, dtypes, shapes and values, after conversion to the model's dtypes. It
+        does not depend on file names, on the form of storage, or on the order of the samples.
+
+        Returns:
+            64 hexadecimal digits.
+
+        Raises:
+            DataError: as in iteration.
+        """
+        return hashlib.sha256(b"".join(sorted(_sample_sha256(sample) for sample in self))).hexdigest()
+
+    def _refuse_empty(self) -> None:
+        """Raise unless this is a shard that happens to lie beyond the last sample."""
+        if self.indices.start == 0:
+            raise DataError(
+                f"No samples: {self.origin} yielded none; at least one is needed. A generator function must yield its "
+                "samples anew at each call, not resume one that is used up."
+            )
+
+
+def open_samples(source: str | Path, inputs: Sequence[InputSpec], *, limit: int | None = None) -> Samples:
+    """Open calibration or evaluation samples. Files are read when the samples are iterated over, one at a time.
+
+    Args:
+        source: a folder of ``.npz`` or ``.npy`` files, one sample each; one ``.npz`` with an array per input, samples
+            on the leading axis; one such ``.npy``, for a model of one input; or ``module.py:function`` that yields
+            dicts.
+        inputs: what the model takes.
+        limit: use the first ``limit`` samples only.
+
+    Returns:
+        The samples; nothing is checked yet but what the headers of a single file tell.
+
+    Raises:
+        DataError: the source is missing, of no known form, empty, or does not fit the model's inputs.
+    """
+    if not inputs:
+        raise DataError(f"Cannot use {source}: the model has no inputs to feed.")
+    if limit is not None and limit < 1:
+        raise DataError(f"Cannot use {limit} samples of {source}: at least one is needed. Raise the limit or omit it.")
+    opened = _open_source(str(source), tuple(inputs))
+    count = _BEYOND_ANY if opened.count is None else opened.count
+    return Samples(inputs=tuple(inputs), source=opened, indices=range(count)[:limit], origin=str(source))
+
+
+def random_samples(
+    inputs: Sequence[InputSpec], n: int, *, seed: int, sizes: Mapping[str | tuple[str, int], int] | None = None
+) -> Samples:
+    """Make samples of random numbers. Only for an explicit ``--random-data``: they calibrate nothing real.
+
+    Args:
+        inputs: what the model takes.
+        n: how many samples.
+        seed: sample i depends on the seed and i alone.
+        sizes: size of each dynamic dimension, by the dimension's name or by (input name, axis), which goes first.
+            A dynamic leading dimension defaults to 1.
+
+    Returns:
+        Samples: floats from the standard normal distribution, integers 0 to 7, bools 0 or 1.
+
+    Raises:
+        DataError: n is below one, or a dynamic dimension has no size.
+    """
+    if n < 1:
+        raise DataError(f"Cannot make {n} random samples: at least one is needed.")
+    sizes = sizes or {}
+    dims = {}
+    for spec in inputs:
+        shape: list[int] = []
+        for axis, dim in enumerate(spec.shape):
+            size = dim if isinstance(dim, int) else sizes.get((spec.name, axis), sizes.get(dim or "", int(axis == 0)))
+            if size < 1:
+                raise DataError(
+                    f"Cannot make random data for {spec.name!r}: axis {axis} ({dim or 'unnamed'}) of its shape "
+                    f"{spec.shape} is dynamic and no size is given. Give the whole shape with --shape {spec.name}:..."
+                )
+            shape.append(size)
+        dims[spec.name] = tuple(shape)
+    source = RandomNumbers(inputs=tuple(inputs), dims=dims, count=n, seed=seed)
+    return Samples(inputs=tuple(inputs), source=source, indices=range(n), origin=f"{n} random samples, seed {seed}")
+
+
+def _open_source(source: str, inputs: tuple[InputSpec, ...]) -> Source:
+    path = Path(source)
+    if path.is_dir():
+        return FileFolder.open(path, inputs)
+    if path.is_file() and path.suffix in (".npz", ".npy"):
+        return StackedFile.open(path, inputs)
+    module, colon, function = source.rpartition(":")
+    if colon and module.endswith(".py"):
+        return PythonFunction.open(Path(module), function)
+    raise DataError(
+        f"{'Cannot read' if path.exists() else 'No such file or folder:'} {source}. Samples are a folder of .npz or "
+        ".npy files, one .npz or .npy file with samples on the leading axis, or module.py:function that yields dicts. "
+        "Check the path, or convert the data."
+    )
+
+
+def _range_of(shapes: Counter[tuple[int, ...]]) -> ShapeRange:
+    return ShapeRange(
+        min=tuple(int(size) for size in np.min(list(shapes), axis=0)),
+        opt=max(shapes, key=lambda shape: (shapes[shape], math.prod(shape), shape)),
+        max=tuple(int(size) for size in np.max(list(shapes), axis=0)),
+    )
+
+
+def _sample_sha256(sample: Mapping[str, Array]) -> bytes:
+    digest = hashlib.sha256()
+    for name, array in sorted(sample.items()):
+        little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        digest.update(f"{name}\0{array.dtype.name}\0{array.shape}\0".encode())
+        digest.update(np.asarray(little_endian, order="C").data)
+    return digest.digest()

@@ -1,0 +1,144 @@
+"""Arrays in ``.npy`` and ``.npz`` files, read by header, whole, or a few rows at a time.
+
+Flow: path -> stored_arrays -> {name: StoredArray} from headers alone -> .read() for all, or .rows() to stream along the
+leading axis. Streaming holds one item in memory, for compressed members too.
+It must never unpickle, nor know what the arrays are for.
+
+Source: numpy.lib.format (NPY 1.0 and 2.0); an ``.npz`` is a zip file of ``<name>.npy`` members.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from calib_data.validation import Array, DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredArray:
+    """An array on disk: ``path`` itself, or ``member`` of the zip file ``path``. Values start at byte ``offset``."""
+
+    path: Path
+    member: str | None
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    fortran_order: bool
+    offset: int
+
+    def read(self) -> Array:
+        """Read the whole array.
+
+        Returns:
+            Array of ``shape`` and ``dtype``.
+
+        Raises:
+            DataError: the file cannot be read or ends early.
+        """
+        with _open(self.path, self.member) as file:
+            file.seek(self.offset)
+            flat = self._items(file, math.prod(self.shape))
+        return flat.reshape(self.shape, order="F" if self.fortran_order else "C")
+
+    def rows(self, indices: range, block: int | None) -> Iterator[Array]:
+        """Stream items along the leading axis.
+
+        Args:
+            indices: ascending; which items.
+            block: None for items ``a[i]``; a number for items ``a[i * block : (i + 1) * block]``.
+
+        Yields:
+            Array of shape ``shape[1:]``, or ``(block, *shape[1:])``.
+
+        Raises:
+            DataError: the file cannot be read or ends early.
+        """
+        if self.fortran_order:  # an item's values lie scattered over the whole array: no way to stream it
+            whole = self.read()
+            yield from (whole[i] if block is None else whole[i * block : (i + 1) * block] for i in indices)
+            return
+        shape = self.shape[1:] if block is None else (block, *self.shape[1:])
+        size = math.prod(shape)
+        with _open(self.path, self.member) as file:
+            for i in indices:
+                file.seek(self.offset + i * size * self.dtype.itemsize)
+                yield self._items(file, size).reshape(shape)
+
+    def _items(self, file: IO[bytes], count: int) -> Array:
+        data = file.read(count * self.dtype.itemsize)
+        if len(data) != count * self.dtype.itemsize:
+            raise ValueError(f"the file ends {count * self.dtype.itemsize - len(data)} bytes early")
+        return np.frombuffer(data, self.dtype)
+
+
+def stored_arrays(path: Path) -> dict[str, StoredArray]:
+    """Read the headers of a file.
+
+    Returns:
+        Array name -> StoredArray; a ``.npy`` file has one, named "".
+
+    Raises:
+        DataError: the file is missing, unreadable, damaged, or holds pickled objects.
+    """
+    if path.suffix == ".npy":
+        return {"": _header(path, None, size=path.stat().st_size if path.is_file() else 0)}
+    with _explained(path, None), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    return {m.filename.removesuffix(".npy"): _header(path, m.filename, size=m.file_size) for m in members}
+
+
+def _header(path: Path, member: str | None, *, size: int) -> StoredArray:
+    with _open(path, member) as file:
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        elif version == (2, 0):
+            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(file)
+        else:
+            raise ValueError(f"npy format version {version} holds structured arrays only")
+        offset = file.tell()
+        missing = offset + math.prod(shape) * dtype.itemsize - size
+        if missing > 0 and not dtype.hasobject:  # before a damaged header makes us ask for terabytes
+            raise ValueError(f"the file ends {missing} bytes early")
+    if dtype.hasobject:
+        raise DataError(
+            f"Refused to unpickle {_label(path, member)}: it holds Python objects (dtype object), which can run code "
+            "when read; a numeric array is needed. Save plain numbers: numpy.save(path, array.astype('float32'))."
+        )
+    return StoredArray(path=path, member=member, shape=shape, dtype=dtype, fortran_order=fortran_order, offset=offset)
+
+
+@contextmanager
+def _open(path: Path, member: str | None) -> Iterator[IO[bytes]]:
+    with _explained(path, member):
+        if member is None:
+            with path.open("rb") as file:
+                yield file
+        else:
+            with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+                yield stream
+
+
+@contextmanager
+def _explained(path: Path, member: str | None) -> Iterator[None]:
+    """Turn what zipfile, zlib and numpy raise on a bad file into a DataError; RuntimeError is an encrypted member."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(
+            f"Cannot read {_label(path, member)}: {' '.join(str(error).split()) or type(error).__name__}. An undamaged "
+            f"{path.suffix} file as numpy.{'save' if path.suffix == '.npy' else 'savez'} writes it is needed. Write "
+            "the file again, or remove it."
+        ) from error
+
+
+def _label(path: Path, member: str | None) -> str:
+    return str(path) if member is None else f"{path} (member {member})"

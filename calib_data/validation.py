@@ -1,0 +1,181 @@
+"""What a model's inputs need, and whether a sample gives it.
+
+Flow: InputSpec (name, dtype, shape) + raw arrays -> check_sample -> arrays of the model's own dtypes, or a DataError
+that says what is wrong, in which sample, and how to mend it.
+It must not read files, nor convert anything where a value could change its meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.generic]
+
+_NUMERIC = "biuf"
+"""numpy kinds that a sample may have: bool, signed, unsigned, float. Not object, string, complex, date."""
+
+
+class DataError(Exception):
+    """The samples are not what the model needs; the message is one paragraph for the user. Exit code 2."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputSpec:
+    """One input of a model.
+
+    A dimension is an int where the model fixes it, and a name or None where it is dynamic. ``dtype`` is the name of a
+    numpy dtype that is bool, integer or float ("float32", "int64").
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse a dtype that no sample can have.
+
+        Raises:
+            DataError: the dtype is not a bool, integer or float dtype that numpy knows.
+        """
+        try:
+            supported = np.dtype(self.dtype).kind in _NUMERIC
+        except TypeError:
+            supported = False
+        if not supported:
+            raise DataError(
+                f"Cannot read samples for input {self.name!r}: the model takes {self.dtype}; only bool, integer and "
+                "float inputs can be read. Export the model with such an input (token ids instead of strings, "
+                "float32 instead of bfloat16)."
+            )
+
+
+def check_names(got: Collection[str], inputs: Sequence[InputSpec], where: str) -> None:
+    """Require exactly the names of the model's inputs.
+
+    Raises:
+        DataError: a name is missing or unknown; the message gives the right names and the closest one.
+    """
+    needed = [spec.name for spec in inputs]
+    missing = [name for name in needed if name not in got]
+    extra = [name for name in got if name not in needed]
+    if not missing and not extra:
+        return
+    guesses = [
+        f" Did you mean {close[0]!r} instead of {name!r}?"
+        for name in extra
+        if (close := get_close_matches(name, missing, n=1))
+    ]
+    faults = [f"no array for {_listed(missing)}"] * bool(missing) + [f"unknown {_listed(extra)}"] * bool(extra)
+    raise DataError(
+        f"Wrong input names in {where}: {' and '.join(faults)}. The model needs exactly {_listed(needed)}; "
+        f"got {_listed(got)}.{''.join(guesses)} Save each array under its input's name."
+    )
+
+
+def check_shape(shape: tuple[int, ...], spec: InputSpec, where: str) -> None:
+    """Require the rank and the fixed dimensions of an input.
+
+    Raises:
+        DataError: another rank, another size of a fixed dimension, or a dimension of size zero.
+    """
+    if len(shape) != len(spec.shape):
+        fix = "Reshape it to the model's rank."
+        if len(shape) == len(spec.shape) - 1:
+            fix = "Is the batch axis missing? Save array[None]."
+        elif len(shape) == len(spec.shape) + 1:
+            fix = "One file holds one sample here; put many samples in a single .npz, or save array[0]."
+        raise DataError(
+            f"Wrong rank of {spec.name!r} in {where}: got shape {_shape(shape)} of rank {len(shape)}, the model needs "
+            f"{_shape(spec.shape)} of rank {len(spec.shape)}. {fix}"
+        )
+    if 0 in shape:
+        raise DataError(
+            f"Empty array for {spec.name!r} in {where}: got shape {_shape(shape)}, the model needs "
+            f"{_shape(spec.shape)} with at least one element. Remove this sample or save its values."
+        )
+    for axis, (got, needed) in enumerate(zip(shape, spec.shape, strict=True)):
+        if isinstance(needed, int) and got != needed:
+            raise DataError(
+                f"Wrong shape of {spec.name!r} in {where}: got {_shape(shape)}, the model needs {_shape(spec.shape)}; "
+                f"axis {axis} is {got} and must be {needed}. Crop, pad or transpose the sample as for inference."
+            )
+
+
+def check_sample(arrays: Mapping[str, Array], inputs: Sequence[InputSpec], where: str) -> dict[str, Array]:
+    """Check one sample and bring it to the model's dtypes.
+
+    Conversions allowed: float to float (rounding only), integer or bool to integer when every value fits. Never between
+    integers and floats: raw 0..255 pixels in place of normalized ones would calibrate without a word and be wrong.
+
+    Args:
+        arrays: name -> array of any shape and dtype, as read.
+        inputs: what the model takes.
+        where: the file or sample, for messages.
+
+    Returns:
+        Input name -> C-contiguous array of the input's dtype and rank, in the order of ``inputs``, all finite.
+
+    Raises:
+        DataError: wrong names, rank, fixed dimension or dtype; empty; NaN or infinite values.
+    """
+    check_names(arrays.keys(), inputs, where)
+    sample = {}
+    for spec in inputs:
+        check_shape(arrays[spec.name].shape, spec, where)
+        sample[spec.name] = _converted(arrays[spec.name], spec, where)
+    return sample
+
+
+def _converted(array: Array, spec: InputSpec, where: str) -> Array:
+    needed = np.dtype(spec.dtype)
+    if array.dtype.kind == "f" and needed.kind == "f":
+        _require_finite(array, spec, where, "Find out where it comes from, or remove this sample.")
+        with np.errstate(over="ignore"):
+            result = np.asarray(array, needed, order="C")
+        _require_finite(result, spec, where, f"The {array.dtype} values exceed {needed}: normalize them.")
+        return result
+    if array.dtype.kind in "biu" and needed.kind in "iu":
+        limits, low, high = np.iinfo(needed), int(array.min()), int(array.max())
+        if low < limits.min or high > limits.max:
+            raise DataError(
+                f"Values of {spec.name!r} in {where} do not fit: got {array.dtype} from {low} to {high}, the model "
+                f"takes {needed}, {limits.min} to {limits.max}. Save the values that the model gets at inference."
+            )
+        return np.asarray(array, needed, order="C")
+    if array.dtype == needed:
+        return np.asarray(array, order="C")
+    fix = "Save the array with that dtype."
+    if array.dtype.kind in "iu" and needed.kind == "f":
+        fix = (
+            "Preprocess the samples exactly as for inference (scale, mean, standard deviation) and save the floats: "
+            "raw integer values would calibrate silently and wrongly."
+        )
+    elif array.dtype.kind == "f" and needed.kind in "iu":
+        fix = f"If these are indices or raw pixels, save array.astype({needed.name!r}) yourself."
+    raise DataError(f"Wrong dtype of {spec.name!r} in {where}: got {array.dtype}, the model needs {needed}. {fix}")
+
+
+def _require_finite(array: Array, spec: InputSpec, where: str, fix: str) -> None:
+    finite = np.isfinite(array)
+    if not finite.all():
+        index = tuple(int(i) for i in np.unravel_index(int(np.argmin(finite)), array.shape))
+        raise DataError(
+            f"NaN or infinite value in {spec.name!r} in {where}: {int((~finite).sum())} of {array.size} values, the "
+            f"first at index {index}; every value must be a finite {spec.dtype}. {fix}"
+        )
+
+
+def _listed(names: Collection[str]) -> str:
+    shown = ", ".join(repr(name) for name in list(names)[:8])
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown or "nothing"
+
+
+def _shape(shape: Sequence[int | str | None]) -> str:
+    return "(" + ", ".join("?" if dim is None else str(dim) for dim in shape) + ")"

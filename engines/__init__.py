@@ -1,0 +1,40 @@
+"""Compile, run, audit and compare engines. Knows nothing of quantization and imports nothing of `qdq`.
+
+`rtx.build` or `trt.build` turns an ONNX file into an `Engine` with a `LayerTable`;
+`audit.audit` says which node really ran in which type; `compare.compare` says what that costs in accuracy.
+The verbs live in the modules of their name (`from engines.audit import audit`).
+Runtimes are imported inside the functions that need them, so that `import engines` stays light.
+"""
+
+from __future__ import annotations
+
+from engines.audit import Audit, NodeAudit
+from engines.compare import Limits, OutputReport, Report
+from engines.compiler import Engine, ShapeRange
+from engines.doctor import Finding, diagnose
+from engines.errors import BuildError, EngineError, MissingRuntimeError, UnsupportedTargetError
+from engines.layers import Layer, LayerTable, TensorInfo
+from engines.manifest import Manifest, sha256_file, sha256_model, sha256_samples
+
+__all__ = [
+    "Audit",
+    "BuildError",
+    "Engine",
+    "EngineError",
+    "Finding",
+    "Layer",
+    "LayerTable",
+    "Limits",
+    "Manifest",
+    "MissingRuntimeError",
+    "NodeAudit",
+    "OutputReport",
+    "Report",
+    "ShapeRange",
+    "TensorInfo",
+    "UnsupportedTargetError",
+    "diagnose",
+    "sha256_file",
+    "sha256_model",
+    "sha256_samples",
+]

@@ -1,0 +1,203 @@
+"""From an ONNX file to an engine with its papers, and back: what an engine on disk was made from and what it does.
+
+recipe + shapes -> engine -> X.engine, X.engine.json (layers), X.engine.manifest.json -> audited later, without a GPU.
+Must not quantize: it takes any ONNX file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calib_data import Samples
+from engines import rtx, trt
+from engines.audit import Audit, audit
+from engines.compiler import Engine, ShapeRange
+from engines.doctor import gpus
+from engines.errors import write_atomic
+from engines.layers import LayerTable
+from engines.manifest import Manifest, sha256_file, sha256_model
+from qdq.errors import InputError, MissingRuntimeError, StaleFileError
+from qdq.graph import Model, load
+from qdq.recipe import Recipe, ShapeOption
+from qdq.scheme import choose
+
+if TYPE_CHECKING:
+    from qdq.deploy import Quantized
+
+OnProgress = Callable[[int, int | None, str], None]
+SHAPE_KEY = "shape."
+
+
+def shape_ranges(model: Model, options: Sequence[ShapeOption], samples: Samples | None) -> dict[str, ShapeRange]:
+    """The shapes to compile each input for: as the user says, else as the samples have them.
+
+    Raises:
+        InputError: an option for an unknown input, or one that does not fit the input.
+        DataError: a sample does not fit the model.
+    """
+    declared = {info.name: info.shape or () for info in model.inputs}
+    given = {}
+    for option in options:
+        shape = declared[choose(option.name, tuple(declared), "input")]
+        fits = len(shape) == len(option.opt) and all(
+            not isinstance(size, int) or low == high == size
+            for size, low, high in zip(shape, option.min, option.max, strict=True)
+        )
+        if not fits:
+            raise InputError(
+                f"--shape {option} does not fit input {option.name!r}, which the model declares as {list(shape)}: it "
+                "needs that rank and those fixed sizes."
+            )
+        given[option.name] = ShapeRange(min=option.min, opt=option.opt, max=option.max)
+    if samples is not None and set(declared) - set(given):
+        seen = samples.shapes().items()
+        given = {name: ShapeRange(min=s.min, opt=s.opt, max=s.max) for name, s in seen} | given
+    return given
+
+
+def compile_engine(
+    path: Path | str,
+    *,
+    recipe: Recipe,
+    shapes: Mapping[str, ShapeRange],
+    timing_cache: Path | None = None,
+    on_progress: OnProgress | None = None,
+    label: str = "Compile",
+) -> Engine:
+    """The engine of an ONNX file, by the recipe's backend.
+
+    Raises:
+        EngineError: see `engines.rtx.build` and `engines.trt.build`.
+    """
+
+    def report(fraction: float, _phase: str) -> None:
+        if on_progress:
+            on_progress(int(fraction * 100), 100, label)
+
+    report(0, "")
+    if recipe.backend == "trt":
+        return trt.build(path, shapes=shapes, timing_cache=timing_cache, on_progress=report)
+    return rtx.build(path, targets=recipe.targets, shapes=shapes, on_progress=report)
+
+
+def save_engine(
+    engine: Engine,
+    path: Path,
+    compiled: Path,
+    *,
+    recipe: Recipe,
+    shapes: Mapping[str, ShapeRange],
+    made_from: Quantized | None = None,
+) -> None:
+    """Write an engine, its layers (`<path>.json`) and its manifest (`<path>.manifest.json`).
+
+    Args:
+        engine: what to write.
+        path: the engine's file.
+        compiled: the ONNX file it was compiled from.
+        recipe: that it was compiled by.
+        shapes: that it was compiled for.
+        made_from: how the ONNX file came to be, where that is known.
+    """
+    engine.save(path)
+    options: dict[str, str | int | float | bool | None] = {"backend": recipe.backend}
+    options |= {f"{SHAPE_KEY}{name}": _text(shape) for name, shape in sorted(shapes.items())}
+    output, samples, plan = sha256_model(compiled), None, None
+    if made_from:
+        settings = made_from.plan.settings.to_mapping()
+        options |= {k: v if isinstance(v, str | int | float) else json.dumps(v) for k, v in settings.items()}
+        samples, plan = made_from.table.samples_sha256 or None, made_from.plan.sha256
+    manifest = Manifest(
+        model=made_from.prepared.sha256 if made_from else output,
+        output=output,
+        samples=samples,
+        plan=plan,
+        table=hashlib.sha256(made_from.table.to_json().encode()).hexdigest() if made_from else None,
+        engine=sha256_file(path),
+        targets=engine.table.targets,
+        options=options,
+    )
+    write_atomic(_manifest_path(path), manifest.to_json().encode())
+
+
+def audit_model(path: Path, recipe: Recipe, on_progress: OnProgress | None = None) -> Audit:
+    """Compile an ONNX file and say what each of its nodes runs in; nothing is written.
+
+    Raises:
+        EngineError: see `compile_engine`.
+    """
+    shapes = shape_ranges(load(path), recipe.shapes, None)
+    engine = compile_engine(path, recipe=recipe, shapes=shapes, on_progress=on_progress)
+    return audit(path, engine.table, shapes=shapes)
+
+
+def audit_engine(path: Path) -> Audit:
+    """Say what each node runs in, from the papers of an engine; needs no GPU.
+
+    Raises:
+        InputError: a paper is missing, or the ONNX file that the engine was compiled from is not in its folder.
+        EngineError: a paper is damaged.
+    """
+    table = LayerTable.from_json(_read(path.with_name(path.name + ".json"), path))
+    manifest = Manifest.from_json(_read(_manifest_path(path), path))
+    if sha256_file(path) != manifest.engine:
+        raise StaleFileError(f"{_manifest_path(path)} belongs to another engine than {path}: build the engine again.")
+    for candidate in sorted(path.absolute().parent.glob("*.onnx")):
+        if sha256_model(candidate) == manifest.output:
+            shapes = {}
+            for key, value in manifest.options.items():
+                if key.startswith(SHAPE_KEY):
+                    option = ShapeOption.parse(f"{key.removeprefix(SHAPE_KEY)}:{value}")
+                    shapes[option.name] = ShapeRange(min=option.min, opt=option.opt, max=option.max)
+            return audit(candidate, table, shapes=shapes)
+    raise InputError(
+        f"No .onnx file beside {path} is the one it was compiled from (sha256 {manifest.output[:12]}…), and only that "
+        "says what its nodes asked for. Put it there, or audit the ONNX file itself."
+    )
+
+
+def engine_backend(path: Path) -> str:
+    """The backend of an engine that a GPU of this machine can run.
+
+    Raises:
+        InputError: the engine or its layer table is missing.
+        MissingRuntimeError: there is no such GPU.
+    """
+    table = LayerTable.from_json(_read(path.with_name(path.name + ".json"), path))
+    if not runs_here(table.targets):
+        raise MissingRuntimeError(
+            f"No GPU here can run {path}, which is for {', '.join(table.targets)}. Give the Q/DQ model in its place "
+            "(the .onnx file it was compiled from), or do this on a machine with such a GPU."
+        )
+    return table.backend
+
+
+def runs_here(targets: Sequence[str]) -> bool:
+    """Whether a GPU of this machine is one of the targets of an engine."""
+    return any(gpu.target in targets for gpu in gpus())
+
+
+def _manifest_path(engine: Path) -> Path:
+    return engine.with_name(engine.name + ".manifest.json")
+
+
+def _text(shape: ShapeRange) -> str:
+    """The shapes of an option, without the name."""
+    return str(ShapeOption(name="", min=shape.min, opt=shape.opt, max=shape.max)).removeprefix(":")
+
+
+def _read(path: Path, engine: Path) -> str:
+    """A paper of an engine."""
+    if not engine.is_file():
+        raise InputError(f"Cannot read {engine}: there is no such file. Give an .onnx file or an engine.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"Cannot read {path}, which belongs to the engine {engine}: {error}. An engine that qdq built has "
+            "it; build it again, or give the .onnx file."
+        ) from error

@@ -1,0 +1,169 @@
+"""Second moments of the quantized inputs of weighted operators: what GPTQ needs to know about the data.
+
+Model + Plan + activation parameters + samples -> per weight the matrix sum(q q^T) over sampled input rows q.
+q are integer codes less their zero point, so every sum is exact in float64 and independent of the samples' order.
+A convolution's rows are its patches (im2col). This module must not keep activations or write files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+from onnx import NodeProto
+
+from qdq.graph import Model
+from qdq.placement import attribute
+from qdq.plan import Plan, Point
+from qdq.qtensor import QParams, to_codes
+from qdq.tap import Sample, Tap, counted, length
+
+MAX_SAMPLES = 64  # more do not change the matrices visibly; those with the smallest hash are taken
+ROWS_PER_COLUMN = 8  # input rows per weight column, over all samples
+MIN_ROWS = 8192  # input rows per weight at least, over all samples
+MAX_COLUMNS = 2304  # 256 channels x 3x3: above, a matrix takes over 42 MB and its inverse over a second
+BUDGET_BYTES = 1 << 30  # matrices held at once; more weights take further passes over the samples
+
+Grams = dict[str, npt.NDArray[np.float64]]
+
+
+def columns(node: NodeProto, shape: tuple[int, ...]) -> int:
+    """Weights per output channel, the side of the matrix: the length of one input row."""
+    if node.op_type == "Conv":
+        return int(np.prod(shape[1:]))
+    return shape[-1] if attribute(node, "transB", 0) else shape[-2]
+
+
+def ints(node: NodeProto, name: str, default: list[int]) -> list[int]:
+    """An attribute of integers."""
+    return next((list(a.ints) for a in node.attribute if a.name == name), default)
+
+
+def collect(
+    model: Model,
+    plan: Plan,
+    params: Mapping[str, QParams],
+    samples: Iterable[Sample],
+    *,
+    on_progress: Callable[[int, int | None, str], None] | None = None,
+) -> Grams:
+    """Sum the second moments of the rows that each weight is multiplied with.
+
+    Args:
+        model: the prepared float model.
+        plan: its points.
+        params: activation tensor -> parameters, so that rows are what the integer kernel will see.
+        samples: re-iterable; read twice or more when there are over MAX_SAMPLES or the matrices exceed BUDGET_BYTES.
+        on_progress: called with (samples done, samples in all or None, text).
+
+    Returns:
+        Weight tensor -> (groups, columns, columns) float64. Weights over MAX_COLUMNS, batched ones and those whose
+        data operand is not quantized are left out.
+    """
+    weights: dict[str, list[tuple[Point, NodeProto]]] = {}
+    for point in plan.weights:
+        info = model.info(point.tensor)
+        assert info is not None and info.shape is not None
+        shape = tuple(int(d) for d in info.shape if isinstance(d, int))
+        nodes = [model.node(name) for name, _ in point.uses]
+        if any(n.input[0] not in params for n in nodes) or columns(nodes[0], shape) > MAX_COLUMNS:
+            continue
+        if nodes[0].op_type == "MatMul" and len(shape) > 2:
+            continue
+        weights[point.tensor] = [(point, n) for n in nodes]
+    chosen = _subset(samples)
+    grams: Grams = {}
+    for batch in _batches(model, weights):
+        tap = Tap(model, {n.input[0] for w in batch for _, n in weights[w]})
+        total = len(chosen) if chosen is not None else length(samples)
+        done = 0
+        for index, sample in counted(samples):
+            if chosen is not None and index not in chosen:
+                continue
+            values = tap(sample)
+            codes = {t: _centred(v, params[t]) for t, v in values.items()}
+            for weight in batch:
+                side = columns(weights[weight][0][1], model.array(weight).shape)
+                rows = -(-max(MIN_ROWS, ROWS_PER_COLUMN * side) // (total or MAX_SAMPLES))
+                for _, node in weights[weight]:
+                    found = _moment(node, codes[node.input[0]], model.array(weight).shape, rows)
+                    grams[weight] = grams[weight] + found if weight in grams else found
+            done += 1
+            if on_progress is not None:
+                on_progress(done, total, "second moments")
+    return grams
+
+
+def _centred(values: npt.NDArray[np.floating], params: QParams) -> npt.NDArray[np.float32]:
+    return np.asarray(to_codes(np.asarray(values, dtype=np.float32), params).astype(np.float32) - np.float32(params.zero_point))
+
+
+def _subset(samples: Iterable[Sample]) -> set[int] | None:
+    """The indices of the MAX_SAMPLES samples with the smallest hashes; None where there are no more than that."""
+    total = length(samples)
+    if total is not None and total <= MAX_SAMPLES:
+        return None
+    hashes = []
+    for index, sample in counted(samples):
+        digest = hashlib.sha256()
+        for name in sorted(sample):
+            digest.update(np.ascontiguousarray(sample[name]).tobytes())
+        hashes.append((digest.digest(), index))
+    return {index for _, index in sorted(hashes)[:MAX_SAMPLES]}
+
+
+def _batches(model: Model, weights: Mapping[str, list[tuple[Point, NodeProto]]]) -> list[list[str]]:
+    """Weights in groups whose matrices fit the budget, in the plan's order."""
+    batches: list[list[str]] = []
+    room = 0
+    for name, uses in weights.items():
+        node = uses[0][1]
+        size = 8 * columns(node, model.array(name).shape) ** 2 * (attribute(node, "group", 1) if node.op_type == "Conv" else 1)
+        if size > room:
+            batches.append([])
+            room = BUDGET_BYTES
+        batches[-1].append(name)
+        room -= size
+    return batches
+
+
+def _moment(
+    node: NodeProto, codes: npt.NDArray[np.float32], shape: tuple[int, ...], rows: int
+) -> npt.NDArray[np.float64]:
+    """(groups, columns, columns) float64: second moment of up to `rows` input rows, evenly spaced."""
+    if node.op_type != "Conv":
+        flat = codes.T if attribute(node, "transA", 0) else codes
+        flat = flat.reshape(-1, flat.shape[-1])
+        picked = flat[_spaced(flat.shape[0], rows)].astype(np.float64)
+        return np.asarray((picked.T @ picked)[None])
+    groups = attribute(node, "group", 1)
+    patches = _patches(node, codes, shape, rows).reshape(-1, groups, shape[1] * int(np.prod(shape[2:])))
+    per_group = np.ascontiguousarray(patches.transpose(1, 0, 2), dtype=np.float64)
+    return np.asarray(per_group.transpose(0, 2, 1) @ per_group)
+
+
+def _spaced(length: int, count: int) -> npt.NDArray[np.int64]:
+    """Up to `count` indices spread over range(length) by a fixed pseudo-random choice."""
+    if length <= count:
+        return np.arange(length)
+    return np.sort(np.random.default_rng(length).choice(length, count, replace=False))
+
+
+def _patches(
+    node: NodeProto, codes: npt.NDArray[np.float32], shape: tuple[int, ...], rows: int
+) -> npt.NDArray[np.float32]:
+    """(rows, channels * kernel) float32: the patches under sampled output positions, channel-major as in the weight."""
+    spatial, kernel = len(shape) - 2, shape[2:]
+    strides, dilations = ints(node, "strides", [1] * spatial), ints(node, "dilations", [1] * spatial)
+    pads = ints(node, "pads", [0] * 2 * spatial)
+    padded = np.pad(codes, [(0, 0), (0, 0), *((pads[i], pads[i + spatial]) for i in range(spatial))])
+    extent = [
+        (padded.shape[2 + i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(spatial)
+    ]
+    positions = np.unravel_index(_spaced(padded.shape[0] * int(np.prod(extent)), rows), [padded.shape[0], *extent])
+    offsets = np.stack([g.reshape(-1) for g in np.meshgrid(*(np.arange(k) for k in kernel), indexing="ij")])
+    index = [positions[1 + i][:, None] * strides[i] + offsets[i][None] * dilations[i] for i in range(spatial)]
+    taken = padded[(positions[0][:, None], slice(None), *index)]  # (rows, kernel, channels)
+    return np.asarray(taken.transpose(0, 2, 1).reshape(taken.shape[0], -1))

@@ -1,0 +1,553 @@
+"""One ONNX model as a value: load and check it, ask questions about it, save it.
+
+    load(path) -> Model        checked; tensor data in side files stays there and is read one tensor at a time
+    Model -> pass -> Model     a pass copies the proto, changes the copy and ends with model.replace(copy)
+    save(model, path)          to a temporary name that is then renamed; side file where the source had one
+
+It must not change a graph, modify a user's file, or hold all external weights in memory at once.
+Source for external data: https://github.com/onnx/onnx/blob/main/docs/ExternalData.md
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
+
+from qdq.errors import InputError, ModelError
+
+IN_FILE_LIMIT = 1_900_000_000  # bytes; protobuf refuses a message of 2 GiB, the nodes need the rest
+PROTOBUF_LIMIT = 2**31 - 1  # bytes
+SIDE_FILE_THRESHOLD = 1024  # bytes; smaller tensors stay in the model file, as in onnx's own writer
+SIDE_FILE_ALIGNMENT = 4096  # bytes; lets a reader map a tensor (ExternalData.md, "offset")
+CHUNK = 1 << 24  # bytes read at once when streaming
+_BITS: dict[int, int] = {
+    TensorProto.INT4: 4,
+    TensorProto.UINT4: 4,
+    TensorProto.FLOAT4E2M1: 4,
+    TensorProto.INT2: 2,
+    TensorProto.UINT2: 2,
+}
+_QUANTIZED_OP = re.compile(r"[Qq]uantize|^QLinear|^Q(Attention|Gemm|Ordered)|(Conv|MatMul)Integer|NBits")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """Name, type and shape of a tensor.
+
+    `dtype` is numpy's name ("float32", "bfloat16", "int4"), "string", or the ONNX kind of a value that is no tensor
+    ("sequence_type"). `shape` is None when the rank is unknown; a dimension is a size, a symbol's name, or None.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """One place that reads a tensor: `node.input[index]`; index -1 means inside a body (If, Loop, Scan) of the node."""
+
+    node: NodeProto
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """An ONNX model that is never changed in place: the indexes below are built once from `proto`.
+
+    `proto` holds no external tensor data; `directory` is the folder that such data lies in. `sha256` is of the file
+    and the external data as the user gave them, and stays the same through all passes.
+    """
+
+    proto: ModelProto
+    directory: Path
+    sha256: str
+
+    def replace(self, proto: ModelProto) -> Model:
+        """The same user's model with another graph.
+
+        Args:
+            proto: the changed copy; its external tensors still lie in `directory`.
+
+        Returns:
+            A new Model with the same directory and sha256.
+        """
+        return replace(self, proto=proto)
+
+    @property
+    def graph(self) -> GraphProto:
+        """The main graph."""
+        return self.proto.graph
+
+    @cached_property
+    def opset(self) -> int:
+        """The version of the default operator set, 0 if it is not imported."""
+        return max((o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx")), default=0)
+
+    @cached_property
+    def initializers(self) -> Mapping[str, TensorProto]:
+        """The initializers of the main graph by name; `array` gives their values."""
+        return {t.name: t for t in self.graph.initializer}
+
+    @cached_property
+    def inputs(self) -> tuple[TensorInfo, ...]:
+        """What the caller must feed: graph inputs that are not initializers."""
+        return tuple(_info(v) for v in self.graph.input if v.name not in self.initializers)
+
+    @cached_property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        """The graph's outputs."""
+        return tuple(_info(v) for v in self.graph.output)
+
+    @cached_property
+    def _infos(self) -> Mapping[str, TensorInfo]:
+        found = {
+            t.name: TensorInfo(name=t.name, dtype=dtype_name(t.data_type), shape=tuple(t.dims))
+            for t in self.graph.initializer
+        }
+        for value in (*self.graph.value_info, *self.graph.output, *self.graph.input):
+            found.setdefault(value.name, _info(value))
+        return found
+
+    @cached_property
+    def _producers(self) -> Mapping[str, NodeProto]:
+        return {name: node for node in self.graph.node for name in node.output if name}
+
+    @cached_property
+    def _consumers(self) -> Mapping[str, tuple[Use, ...]]:
+        found: dict[str, list[Use]] = {}
+        for node in self.graph.node:
+            for index, name in enumerate(node.input):
+                if name:
+                    found.setdefault(name, []).append(Use(node=node, index=index))
+            for name in sorted(captured(node)):
+                found.setdefault(name, []).append(Use(node=node, index=-1))
+        return {name: tuple(uses) for name, uses in found.items()}
+
+    @cached_property
+    def _nodes(self) -> Mapping[str, NodeProto]:
+        return {node.name: node for node in self.graph.node}
+
+    def node(self, name: str) -> NodeProto:
+        """The node of that name; names are unique once the model is prepared.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return self._nodes[name]
+
+    def producer(self, tensor: str) -> NodeProto | None:
+        """The node that computes a tensor; None for inputs and initializers."""
+        return self._producers.get(tensor)
+
+    def consumers(self, tensor: str) -> tuple[Use, ...]:
+        """Every place that reads a tensor, in the order of the nodes; a graph output is no consumer."""
+        return self._consumers.get(tensor, ())
+
+    def is_output(self, tensor: str) -> bool:
+        """Whether the tensor is an output of the graph."""
+        return any(v.name == tensor for v in self.graph.output)
+
+    def is_constant(self, name: str) -> bool:
+        """Whether the tensor is an initializer."""
+        return name in self.initializers
+
+    def info(self, tensor: str) -> TensorInfo | None:
+        """Type and shape of a tensor, as far as the file or shape inference knows them."""
+        return self._infos.get(tensor)
+
+    def array(self, name: str) -> np.ndarray:
+        """The values of an initializer, read from its side file if it has one.
+
+        Args:
+            name: an initializer.
+
+        Returns:
+            The array in the tensor's own type and shape; it may be read-only.
+
+        Raises:
+            ModelError: the side file is gone, too short or outside the folder.
+        """
+        return tensor_array(self.initializers[name], self.directory)
+
+
+def load(path: str | os.PathLike[str]) -> Model:
+    """Read an ONNX file and check it; external tensor data is checked and hashed but not kept.
+
+    Args:
+        path: the .onnx file.
+
+    Returns:
+        The Model; its sha256 is over the bytes of the file, then of each external tensor in the order of the file.
+
+    Raises:
+        ModelError: the file is missing, a folder, empty, truncated, not ONNX, has no nodes or breaks the standard, or
+            external data is missing, too short or outside the model's folder.
+    """
+    path = Path(path)
+    content = _read(path)
+    proto = ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except DecodeError:
+        raise ModelError(
+            f"Cannot read {path}: its {len(content)} bytes are not a complete ONNX model (protobuf cannot parse them). "
+            "The file is truncated or of another format; copy or export it again."
+        ) from None
+    if not proto.HasField("graph") or not proto.graph.node:
+        raise ModelError(
+            f"Cannot use {path}: it holds no nodes, so it is not an ONNX model or an empty one. "
+            "Give the .onnx file of a network."
+        )
+    directory = path.absolute().parent
+    digest = hashlib.sha256(content)
+    del content
+    for tensor in filter(is_external, all_tensors(proto)):
+        for chunk in _stream(tensor, directory):
+            digest.update(chunk)
+    try:
+        check(proto)
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise ModelError(
+            f"Cannot use {path}: it is not a valid ONNX model, or only a part of one. The checker of onnx "
+            f"{onnx.__version__} says: {' '.join(str(error).split())[:600]} Export the model again."
+        ) from None
+    return Model(proto=proto, directory=directory, sha256=digest.hexdigest())
+
+
+def check(proto: ModelProto) -> None:
+    """Check a model against the standard, tensor by tensor, so that the weights are never copied at once.
+
+    An output without a shape passes, as in ONNX Runtime. External data is not looked at.
+
+    Raises:
+        onnx.checker.ValidationError: the model breaks the standard.
+    """
+    skeleton = without_initializers(proto)
+    listed = {v.name for v in proto.graph.input}
+    for tensor in proto.graph.initializer:
+        if not is_external(tensor):
+            onnx.checker.check_tensor(tensor)
+        if tensor.name not in listed:
+            info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            skeleton.graph.input.append(info)
+    for value in skeleton.graph.output:
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()
+    onnx.checker.check_model(skeleton)
+
+
+def save(
+    model: Model | ModelProto, path: str | os.PathLike[str], directory: str | os.PathLike[str] | None = None
+) -> None:
+    """Write a model; the same model always gives the same bytes.
+
+    Tensors go to `<name>.data` beside the file, one at a time, if the source had external data or if all of them
+    exceed 1.9 GB. Both files appear by a rename when they are complete.
+
+    Args:
+        model: what to write; it is not changed.
+        path: the .onnx file to write; an existing one is replaced.
+        directory: where the external data of a bare ModelProto lies.
+
+    Raises:
+        InputError: the place cannot be written, or the side file would replace the source's own.
+        ModelError: external data of the source can no longer be read.
+    """
+    path = Path(path)
+    if isinstance(model, Model):
+        proto, source = model.proto, Path(directory or model.directory)
+    else:
+        proto, source = model, Path(directory or path.absolute().parent)
+    tensors = list(all_tensors(proto))
+    external = [t for t in tensors if is_external(t)]
+    side = path.with_name(path.name + ".data")
+    for tensor in external:
+        if side.exists() and side.samefile(_External.of(tensor, source).path):
+            raise InputError(
+                f"Cannot write {path}: its side file {side.name} would replace the data that tensor {tensor.name!r} of "
+                "the source model is read from. Choose another file name or folder."
+            )
+    pending: list[tuple[Path, Path]] = []
+    try:
+        if external or sum(map(tensor_bytes, tensors)) > IN_FILE_LIMIT:
+            with _temporary(side, pending) as file:
+                proto = _with_side_file(proto, source, side.name, file)
+        with _temporary(path, pending) as file:
+            file.write(proto.SerializeToString(deterministic=True))
+        for temporary, final in pending:
+            temporary.replace(final)
+    except OSError as error:
+        raise InputError(
+            f"Cannot write {path}: {error.strerror or error}. Choose a folder that exists, is writable and has room."
+        ) from None
+    finally:
+        for temporary, _ in pending:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def is_quantized(model: Model) -> bool:
+    """Whether the model already holds quantized operators, in any graph or function of it."""
+    nodes = [*all_nodes(model.graph), *(n for f in model.proto.functions for n in f.node)]
+    return any(_QUANTIZED_OP.search(n.op_type) for n in nodes)
+
+
+def bodies(node: NodeProto) -> Iterator[GraphProto]:
+    """The graphs among a node's attributes (of If, Loop, Scan)."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """Every node of a graph and of the bodies inside it."""
+    for node in graph.node:
+        yield node
+        for body in bodies(node):
+            yield from all_nodes(body)
+
+
+def all_tensors(proto: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor that a model stores: initializers and attributes, bodies and functions included."""
+    yield from _graph_tensors(proto.graph)
+    for function in proto.functions:
+        for node in function.node:
+            yield from _node_tensors(node)
+
+
+def without_initializers(proto: ModelProto) -> ModelProto:
+    """A copy of a model that leaves out the initializers of the main graph, which is nearly all of its bytes."""
+    copy = ModelProto()
+    for field, value in proto.ListFields():
+        if field.name != "graph":
+            _assign(copy, field.name, value)
+    for field, value in proto.graph.ListFields():
+        if field.name != "initializer":
+            _assign(copy.graph, field.name, value)
+    return copy
+
+
+def captured(node: NodeProto) -> frozenset[str]:
+    """Names that the bodies of a node read from the graphs around it."""
+    found: set[str] = set()
+    for body in bodies(node):
+        own = {v.name for v in body.input} | {t.name for t in body.initializer}
+        read = {v.name for v in body.output}
+        for inner in body.node:
+            read |= set(inner.input) | captured(inner)
+            own |= set(inner.output)
+        found |= read - own
+    return frozenset(found - {""})
+
+
+def dtype_name(data_type: int) -> str:
+    """Numpy's name of an ONNX tensor type; "string" for text, "undefined" for none."""
+    if data_type in (TensorProto.STRING, TensorProto.UNDEFINED):
+        return str(TensorProto.DataType.Name(data_type)).lower()
+    return str(onnx.helper.tensor_dtype_to_np_dtype(data_type).name)
+
+
+def tensor_bytes(tensor: TensorProto) -> int:
+    """Bytes of a tensor's packed values; 0 for text, which has no fixed size."""
+    if tensor.data_type in (TensorProto.STRING, TensorProto.UNDEFINED):
+        return 0
+    bits = _BITS.get(tensor.data_type) or 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return int(math.prod(tensor.dims) * bits + 7) // 8
+
+
+def tensor_array(tensor: TensorProto, directory: Path) -> np.ndarray:
+    """The values of a stored tensor.
+
+    Args:
+        tensor: from a model that was loaded from `directory`.
+        directory: the folder of its external data.
+
+    Returns:
+        The array in the tensor's own type and shape; it may be read-only.
+
+    Raises:
+        ModelError: the external data cannot be read.
+    """
+    if is_external(tensor):
+        tensor = TensorProto(
+            dims=tensor.dims, data_type=tensor.data_type, raw_data=b"".join(_stream(tensor, directory))
+        )
+    return np.asarray(numpy_helper.to_array(tensor))
+
+
+def is_external(tensor: TensorProto) -> bool:
+    """Whether the tensor's values lie in a side file."""
+    return bool(tensor.data_location == TensorProto.EXTERNAL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _External:
+    """Where an external tensor's bytes lie; checked to be inside the model's folder and inside the file."""
+
+    path: Path
+    offset: int
+    length: int
+
+    @classmethod
+    def of(cls, tensor: TensorProto, directory: Path) -> _External:
+        entries = {e.key: e.value for e in tensor.external_data}
+        location = entries.get("location", "")
+        what = f"Cannot read the external data of tensor {tensor.name!r}"
+        path = directory / location
+        if not location or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
+            raise ModelError(
+                f"{what}: its location {location!r} is not inside the model's folder {directory}, so it "
+                "is not followed. Put the data file itself (no link) into that folder."
+            )
+        if not path.is_file():
+            raise ModelError(
+                f"{what}: {location!r} is not a file in the model's folder {directory}. "
+                "Copy the data file that was exported with the model to that place."
+            )
+        needed, available = tensor_bytes(tensor), path.stat().st_size
+        try:
+            offset = int(entries.get("offset", "0"))
+            length = int(entries.get("length", str(needed)))
+        except ValueError:
+            offset = length = -1
+        if offset < 0 or length != needed or offset + length > available:
+            raise ModelError(
+                f"{what}: it needs {needed} bytes for its shape {list(tensor.dims)}, the model says {length} bytes "
+                f"from offset {offset}, and {location!r} holds {available}. The data file is truncated or belongs to "
+                "another model; copy or export both again."
+            )
+        return cls(path=path, offset=offset, length=length)
+
+
+def _stream(tensor: TensorProto, directory: Path) -> Iterator[bytes]:
+    place = _External.of(tensor, directory)
+    left = place.length
+    try:
+        with place.path.open("rb") as file:
+            file.seek(place.offset)
+            while left and (chunk := file.read(min(left, CHUNK))):
+                left -= len(chunk)
+                yield chunk
+    except OSError as error:
+        raise ModelError(
+            f"Cannot read the external data of tensor {tensor.name!r} from {place.path}: {error.strerror}. "
+            "Check the file and its permissions."
+        ) from None
+
+
+def _read(path: Path) -> bytes:
+    fix = "Give the path of an .onnx file."
+    if path.is_dir():
+        raise ModelError(f"Cannot read {path}: it is a folder, not a model. {fix}")
+    try:
+        size = path.stat().st_size
+        if size > PROTOBUF_LIMIT:
+            raise ModelError(
+                f"Cannot read {path}: {size} bytes, but an ONNX file ends at 2 GiB. "
+                "Export the model with its weights as external data."
+            )
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"Cannot read {path}: {error.strerror or error}. {fix}") from None
+    if not content:
+        raise ModelError(f"Cannot read {path}: it is empty (0 bytes). Copy or export the model again.")
+    return content
+
+
+def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        yield from _node_tensors(node)
+
+
+def _node_tensors(node: NodeProto) -> Iterator[TensorProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+    for body in bodies(node):
+        yield from _graph_tensors(body)
+
+
+def _info(value: ValueInfoProto) -> TensorInfo:
+    kind = value.type.WhichOneof("value")
+    if kind != "tensor_type":
+        return TensorInfo(name=value.name, dtype=str(kind or "undefined"), shape=None)
+    tensor = value.type.tensor_type
+    shape = None
+    if tensor.HasField("shape"):
+        shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
+    return TensorInfo(name=value.name, dtype=dtype_name(tensor.elem_type), shape=shape)
+
+
+def _temporary(final: Path, pending: list[tuple[Path, Path]]) -> BinaryIO:
+    """An open new file beside `final`, noted in `pending`; its permissions are those of any new file of the user."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.absolute().parent)
+    pending.append((Path(name), final))
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(name, 0o666 & ~mask)
+    return os.fdopen(descriptor, "wb")
+
+
+def _with_side_file(proto: ModelProto, directory: Path, location: str, file: BinaryIO) -> ModelProto:
+    """A copy of a model whose larger tensors lie in `file`, streamed one at a time."""
+    copy = without_initializers(proto)
+    for tensor in all_tensors(copy):
+        _move(tensor, tensor, directory, location, file)
+    for tensor in proto.graph.initializer:
+        _move(tensor, copy.graph.initializer.add(), directory, location, file)
+    return copy
+
+
+def _assign(message: ModelProto | GraphProto, name: str, value: object) -> None:
+    """Set one field of a message to a copy of a value."""
+    target = getattr(message, name)
+    if hasattr(target, "MergeFrom"):
+        target.MergeFrom(value)
+    else:
+        setattr(message, name, value)
+
+
+def _move(tensor: TensorProto, out: TensorProto, directory: Path, location: str, file: BinaryIO) -> None:
+    """Make `out` the same tensor with its values in the side file; small ones stay in the model."""
+    if tensor_bytes(tensor) < SIDE_FILE_THRESHOLD and not is_external(tensor):
+        if out is not tensor:
+            out.CopyFrom(tensor)
+        return
+    file.write(b"\0" * (-file.tell() % SIDE_FILE_ALIGNMENT))
+    offset = file.tell()
+    if is_external(tensor):
+        for chunk in _stream(tensor, directory):
+            file.write(chunk)
+    else:
+        raw = tensor.raw_data if tensor.HasField("raw_data") else _packed(tensor)
+        file.write(raw)
+    moved = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, doc_string=tensor.doc_string)
+    moved.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", offset), ("length", file.tell() - offset)):
+        moved.external_data.add(key=key, value=str(value))
+    out.CopyFrom(moved)
+
+
+def _packed(tensor: TensorProto) -> bytes:
+    """The raw bytes of a tensor that stores its values in a typed field."""
+    return bytes(numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data)

@@ -1,0 +1,273 @@
+"""Where quantizers go: rules over a prepared float graph, united into a readable, editable plan.
+
+Model + Settings -> every rule says Want, Veto, Tie or nothing for every node -> Plan (points and skips).
+Rules are order-free: a veto beats a want, ties of the same point are united. No rule sees data, so the plan can be made,
+read and edited before anything is measured. This module must not compute scales or change the model.
+
+Sources: NVIDIA's placement advice and what TensorRT-RTX 1.7.1 compiled from about 90 small graphs (SM89).
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from onnx import NodeProto
+
+from qdq.errors import InputError
+from qdq.graph import Model, bodies
+from qdq.plan import Plan, Point, Skip
+from qdq.scheme import Settings, Spec
+
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+FLOATS = ("float32", "float16", "bfloat16")
+
+# Why an operator without weights stays in float. The compiler fuses what it can into the kernels of its neighbours.
+_FLOAT_OPS: tuple[tuple[str, frozenset[str]], ...] = (
+    (
+        "normalization stays in float: its statistics need the range, and no integer kernel exists for it",
+        frozenset(
+            "BatchNormalization InstanceNormalization LayerNormalization GroupNormalization RMSNormalization "
+            "SimplifiedLayerNormalization LpNormalization MeanVarianceNormalization LRN".split()
+        ),
+    ),
+    ("softmax stays in float: INT8 around it breaks the fused attention kernel", frozenset(("Softmax", "LogSoftmax"))),
+    (
+        "pooling by averages runs in float on TensorRT-RTX even when its input is quantized",
+        frozenset(("AveragePool", "GlobalAveragePool")),
+    ),
+    (
+        "it moves or picks values; a quantizer behind it is hoisted above it by the compiler",
+        frozenset(
+            "MaxPool GlobalMaxPool Resize Upsample Concat Split Slice Reshape Transpose Flatten Squeeze Unsqueeze Pad "
+            "Expand Tile DepthToSpace SpaceToDepth Identity Gather GatherElements GatherND ScatterND Where".split()
+        ),
+    ),
+    (
+        "it handles shapes, indices or types, not data",
+        frozenset("Shape Size Cast ConstantOfShape Range NonZero Constant OneHot TopK ArgMax ArgMin EyeLike".split()),
+    ),
+    ("recurrent operators have no INT8 kernel in TensorRT", frozenset(("LSTM", "GRU", "RNN"))),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Want:
+    """A rule wants the tensor at one operand of the node quantized."""
+
+    tensor: str
+    index: int
+    role: str
+    spec: Spec
+    rule: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Veto:
+    """A rule forbids quantizers on the node's operands."""
+
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tie:
+    """A rule asks for one scale for several tensors, as far as they are quantized at all."""
+
+    tensors: tuple[str, ...]
+    rule: str
+
+
+Decision = Want | Veto | Tie
+Rule = Callable[[Model, NodeProto, Settings], list[Decision]]
+
+
+def attribute(node: NodeProto, name: str, default: int) -> int:
+    """An integer attribute of a node."""
+    return next((a.i for a in node.attribute if a.name == name), default)
+
+
+def weight_axis(node: NodeProto, rank: int) -> int:
+    """The axis of a weight that runs over output channels: Conv 0; Gemm 0 or 1 by transB; MatMul the last."""
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and attribute(node, "transB", 0)):
+        return 0
+    return rank - 1
+
+
+def weighted(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Want data per tensor and weight per output channel of Conv, Gemm and MatMul with a constant weight."""
+    if node.op_type not in WEIGHTED or len(node.input) < 2 or not model.is_constant(node.input[1]):
+        return []
+    weight = model.info(node.input[1])
+    if weight is None or weight.shape is None:
+        return []
+    axis = weight_axis(node, len(weight.shape))
+    return [
+        Want(tensor=node.input[0], index=0, role="activation", spec=settings.activation(), rule="weighted"),
+        Want(tensor=node.input[1], index=1, role="weight", spec=settings.weight(axis), rule="weighted"),
+    ]
+
+
+def residual(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Want the shortcut of a residual Add read from the tensor its convolution reads: INT8 traffic, one fused kernel.
+
+    The shortcut is an input of the Add that a weighted operator reads too; the Add's other input is computed.
+    """
+    if node.op_type != "Add" or any(model.is_constant(t) for t in node.input):
+        return []
+    wants: list[Decision] = []
+    for index, tensor in enumerate(node.input):
+        uses = [u.node for u in model.consumers(tensor) if u.index == 0 and u.node.op_type == "Conv"]
+        other = model.producer(node.input[1 - index])
+        if any(model.is_constant(n.input[1]) for n in uses) and other is not None and other.op_type == "Conv":
+            wants.append(Want(tensor=tensor, index=index, role="shortcut", spec=settings.activation(), rule="residual"))
+    return wants[:1]
+
+
+def concat(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Tie the output of a Concat with its inputs, so that a branch that is quantized anyway need not be rescaled."""
+    return [Tie(tensors=(node.output[0], *node.input), rule="concat")] if node.op_type == "Concat" else []
+
+
+def transposed(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Veto ConvTranspose: TensorRT-RTX never runs it in INT8, a quantizer on it only adds kernels."""
+    if node.op_type != "ConvTranspose":
+        return []
+    return [Veto(rule="transposed", reason="TensorRT-RTX has no INT8 kernel for ConvTranspose (measured on SM86 and SM89)")]
+
+
+def operands(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Veto products whose operands cannot be quantized: no constant weight on the right, or not a float type."""
+    if node.op_type not in WEIGHTED or len(node.input) < 2:
+        return []
+    data, weight = (model.is_constant(t) for t in node.input[:2])
+    if data:
+        reason = "its left operand is the constant one; INT8 kernels want the weight on the right"
+    elif not weight and node.op_type == "MatMul":
+        reason = "a product of two computed tensors (attention): INT8 there breaks the fused attention kernel"
+    elif not weight:
+        reason = "its weight is computed, so its scale is not known before the engine runs"
+    else:
+        info = model.info(node.input[1])
+        if info is not None and info.dtype not in FLOATS:
+            reason = f"its weight is {info.dtype}; quantizers read float32, float16 or bfloat16"
+        elif info is not None and info.shape is not None and len(info.shape) < 2:
+            reason = "its weight is a vector: a product bound by memory, not by arithmetic"
+        elif info is not None and info.shape is not None and 0 in info.shape:
+            reason = "its weight is empty"
+        else:
+            return []
+    return [Veto(rule="operands", reason=reason)]
+
+
+def excluded(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Veto what the user excluded by name."""
+    for pattern in settings.exclude:
+        if fnmatch.fnmatchcase(node.name, pattern):
+            return [Veto(rule="excluded", reason=f"excluded by the pattern {pattern!r}")]
+    return []
+
+
+def containers(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Veto bodies of If, Loop and Scan, and say how many weighted operators that leaves in float."""
+    inner = [n for body in bodies(node) for n in body.node]
+    if not inner:
+        return []
+    count = sum(n.op_type in (*WEIGHTED, "ConvTranspose") for n in inner)
+    return [Veto(rule="containers", reason=f"the {len(inner)} nodes in its body stay in float, {count} of them weighted: values inside a body cannot be observed from outside")]
+
+
+RULES: tuple[Rule, ...] = (weighted, residual, concat, transposed, operands, excluded, containers)
+
+
+def why_float(op_type: str) -> tuple[str, str]:
+    """Rule name and reason why an operator that no rule wants stays in float."""
+    for reason, ops in _FLOAT_OPS:
+        if op_type in ops:
+            return "no_weight", reason
+    return "no_weight", "it has no weights; the compiler fuses pointwise operators into the kernel before or after them"
+
+
+def check_exclude(model: Model, patterns: tuple[str, ...]) -> None:
+    """Refuse patterns that match no node.
+
+    Raises:
+        InputError: names the pattern and the nearest node names.
+    """
+    names = [n.name for n in model.graph.node]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
+            near = difflib.get_close_matches(pattern.strip("*"), names, n=3, cutoff=0.3)
+            hint = f" Near names: {', '.join(near)}." if near else ""
+            raise InputError(f"The exclude pattern {pattern!r} matches none of the model's {len(names)} nodes. Patterns are matched against whole node names, case-sensitively; use * for any text.{hint}")
+
+
+def plan(model: Model, settings: Settings | None = None) -> Plan:
+    """Decide for every node of a prepared float model whether and how its operands are quantized.
+
+    Args:
+        model: prepared (unique node names, shapes inferred, constants folded), without quantizers.
+        settings: scheme and exclusions.
+
+    Returns:
+        The plan: points sorted by their first use in the graph, and one Skip with a reason for every other node.
+
+    Raises:
+        InputError: an exclude pattern that matches nothing, or a model without anything to quantize is not an error but
+            gives a plan without points.
+    """
+    settings = settings or Settings()
+    check_exclude(model, settings.exclude)
+    found: dict[tuple[str, str, int | None], Point] = {}
+    shortcuts: list[tuple[str, str]] = []
+    skips: list[Skip] = []
+    ties: list[Tie] = []
+    for node in model.graph.node:
+        decisions = [d for rule in RULES for d in rule(model, node, settings)]
+        ties += [d for d in decisions if isinstance(d, Tie)]
+        vetoes = [d for d in decisions if isinstance(d, Veto)]
+        wants = [d for d in decisions if isinstance(d, Want)]
+        if vetoes:
+            skips.append(Skip(node=node.name, op_type=node.op_type, rule=vetoes[0].rule, reason="; ".join(v.reason for v in vetoes)))
+            continue
+        for want in wants:
+            consumer = f"{node.name}:{want.index}"
+            if want.role == "shortcut":
+                shortcuts.append((want.tensor, consumer))
+                continue
+            key = (want.role, want.tensor, want.spec.axis)
+            point = found.get(key) or Point(tensor=want.tensor, role=want.role, spec=want.spec, consumers=(), rule=want.rule)
+            found[key] = replace(point, consumers=(*point.consumers, consumer))
+        if not any(w.role != "shortcut" for w in wants):
+            rule, reason = why_float(node.op_type)
+            skips.append(Skip(node=node.name, op_type=node.op_type, rule=rule, reason=reason))
+    for tensor, consumer in shortcuts:
+        key = ("activation", tensor, None)
+        if key in found:
+            found[key] = replace(found[key], consumers=(*found[key].consumers, consumer))
+    return Plan(
+        model_sha256=model.sha256, settings=settings, points=tuple(_tied(list(found.values()), ties)), skips=tuple(skips)
+    )
+
+
+def _tied(points: list[Point], ties: list[Tie]) -> list[Point]:
+    """Give the activation points that some tie connects a common group name: the smallest tensor name among them."""
+    group = {p.tensor: p.tensor for p in points if p.role == "activation"}
+
+    def root(tensor: str) -> str:
+        while group[tensor] != tensor:
+            tensor = group[tensor]
+        return tensor
+
+    for tie in ties:
+        roots = sorted({root(t) for t in tie.tensors if t in group})
+        for other in roots[1:]:
+            group[other] = roots[0]
+    sizes: dict[str, int] = {}
+    for tensor in group:
+        sizes[root(tensor)] = sizes.get(root(tensor), 0) + 1
+    return [
+        replace(p, tie=root(p.tensor)) if p.role == "activation" and sizes[root(p.tensor)] > 1 else p for p in points
+    ]

@@ -1,0 +1,215 @@
+"""The plan: which tensors are quantized how, and why every other node stays in float. A file a person can edit.
+
+placement.plan or tune -> Plan -> plan.json -> read back, checked against the model.
+A plan names nodes and tensors of the prepared model. This module must not decide anything.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from qdq.errors import InputError, StaleFileError
+from qdq.files import read_json, write_text
+from qdq.graph import Model
+from qdq.scheme import Settings, Spec
+
+FORMAT = "qdq.plan/1"
+ROLES = ("activation", "weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One tensor that is quantized.
+
+    Attributes:
+        tensor: its name in the prepared model.
+        role: "activation" or "weight".
+        spec: format and granularity.
+        consumers: the operands that read the quantized tensor, each "node:input index".
+        rule: the rule that wants it.
+        tie: points with the same name here share scale and zero point as far as their ranges are alike.
+    """
+
+    tensor: str
+    role: str
+    spec: Spec
+    consumers: tuple[str, ...]
+    rule: str
+    tie: str | None = None
+
+    @property
+    def uses(self) -> tuple[tuple[str, int], ...]:
+        """The consumers as (node name, input index)."""
+        return tuple((name, int(index)) for name, _, index in (c.rpartition(":") for c in self.consumers))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skip:
+    """One node that stays in float, the rule that says so and the reason for a person."""
+
+    node: str
+    op_type: str
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is to be quantized in one model.
+
+    Invariants: every node of the model is the consumer of a weight point or has a Skip.
+
+    Attributes:
+        model_sha256: of the user's model file, as `graph.load` computes it.
+        settings: what the plan was made with.
+        points: quantized tensors.
+        skips: nodes left in float.
+    """
+
+    model_sha256: str
+    settings: Settings
+    points: tuple[Point, ...]
+    skips: tuple[Skip, ...]
+
+    @property
+    def activations(self) -> tuple[Point, ...]:
+        """The points whose range must be measured."""
+        return tuple(p for p in self.points if p.role == "activation")
+
+    @property
+    def weights(self) -> tuple[Point, ...]:
+        """The points whose values are constant."""
+        return tuple(p for p in self.points if p.role == "weight")
+
+    @property
+    def quantized_nodes(self) -> tuple[str, ...]:
+        """Names of the weighted nodes that are to run on integer kernels, in the order of the points."""
+        return tuple(dict.fromkeys(name for p in self.weights for name, _ in p.uses))
+
+    @property
+    def sha256(self) -> str:
+        """Of the plan's JSON text."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The plan as indented JSON; the same plan gives the same text."""
+        points = []
+        for p in self.points:
+            spec = {k: v for k, v in asdict(p.spec).items() if v not in (None, False)}
+            entry: dict[str, object] = {"tensor": p.tensor, "role": p.role, **spec, "consumers": list(p.consumers), "rule": p.rule}
+            points.append(entry | ({"tie": p.tie} if p.tie else {}))
+        content = {
+            "format": FORMAT,
+            "model_sha256": self.model_sha256,
+            "settings": self.settings.to_mapping(),
+            "points": points,
+            "skips": [asdict(s) for s in self.skips],
+        }
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write plan.json; it appears whole or not at all."""
+        write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan.
+
+        Raises:
+            InputError: missing, not JSON, another format version, or an entry that makes no sense.
+        """
+        return cls.from_mapping(read_json(path, FORMAT, "plan"), Path(path).name)
+
+    @classmethod
+    def from_mapping(cls, content: Mapping[str, object], where: str) -> Plan:
+        """Build a plan from parsed JSON.
+
+        Args:
+            content: the parsed file.
+            where: the file's name, for messages.
+
+        Raises:
+            InputError: an entry that makes no sense.
+        """
+        try:
+            points = tuple(_point(entry) for entry in content["points"])  # type: ignore[attr-defined]
+            skips = tuple(Skip(**entry) for entry in content["skips"])  # type: ignore[attr-defined]
+            return cls(
+                model_sha256=str(content["model_sha256"]),
+                settings=Settings.from_mapping(content["settings"]),  # type: ignore[arg-type]
+                points=points,
+                skips=skips,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"Cannot use the plan {where}: {type(error).__name__} {error} in its entries. Restore the entry, or make the plan again with `qdq plan`."
+            ) from None
+
+    def check(self, model: Model) -> None:
+        """Refuse a plan that does not fit a prepared model.
+
+        Raises:
+            StaleFileError: it was made from another model.
+            InputError: an edited entry names what the model lacks, or quantizes one operand of a node only.
+        """
+        if self.model_sha256 != model.sha256:
+            raise StaleFileError(
+                f"The plan was made from another model: it says sha256 {self.model_sha256[:12]}…, this model has {model.sha256[:12]}…. Make a plan for this model with `qdq plan`."
+            )
+        names = {n.name for n in model.graph.node}
+        for point in self.points:
+            for node, index in point.uses:
+                if node not in names or index >= len(model.node(node).input) or model.node(node).input[index] != point.tensor:
+                    near = difflib.get_close_matches(node, names, n=1)
+                    hint = f" Did you mean node {near[0]!r}?" if near and near[0] != node else ""
+                    raise InputError(f"The plan quantizes {point.tensor!r} for operand {index} of node {node!r}, but the model has no such operand.{hint}")
+            if (point.role == "weight") != model.is_constant(point.tensor):
+                raise InputError(f"The plan calls {point.tensor!r} {point.role}, but in the model it is {'constant' if model.is_constant(point.tensor) else 'computed'}.")
+        data = {name for p in self.activations for name, index in p.uses if index == 0}
+        alone = set(self.quantized_nodes) - data
+        if alone:
+            raise InputError(f"The plan quantizes the weight but not the data of {', '.join(sorted(alone)[:3])}; an integer kernel needs both. Remove the weight's point or restore the data's.")
+
+    def explain(self, node: str) -> list[str]:
+        """Say in a few lines what happens to a node and why.
+
+        Raises:
+            InputError: no such node; names the nearest.
+        """
+        mine = [p for p in self.points if any(name == node for name, _ in p.uses)]
+        skip = next((s for s in self.skips if s.node == node), None)
+        if not mine and skip is None:
+            names = [*self.quantized_nodes, *(s.node for s in self.skips)]
+            near = difflib.get_close_matches(node, names, n=3, cutoff=0.3)
+            raise InputError(f"The plan has no node {node!r}." + (f" Near names: {', '.join(near)}." if near else ""))
+        lines = []
+        if node in self.quantized_nodes:
+            lines.append(f"{node}: quantized")
+        for p in mine:
+            grain = "per tensor" if p.spec.axis is None else f"per channel on axis {p.spec.axis}"
+            shared = f", shared with {len(p.consumers) - 1} other operands" if len(p.consumers) > 1 else ""
+            tied = f", tied with the group {p.tie!r}" if p.tie else ""
+            lines.append(f"  {p.role} {p.tensor!r}: {p.spec.format} {grain}, rule {p.rule!r}{shared}{tied}")
+        if skip is not None:
+            lines.append(f"{node} ({skip.op_type}): float, rule {skip.rule!r}: {skip.reason}")
+        return lines
+
+
+def _point(entry: Mapping[str, object]) -> Point:
+    known = {"tensor", "role", "format", "axis", "shift", "consumers", "rule", "tie"}
+    unknown = set(entry) - known
+    if unknown or entry["role"] not in ROLES:
+        raise ValueError(f"unknown {', '.join(sorted(unknown)) or entry['role']!r}")
+    spec = Spec(**{k: entry[k] for k in ("format", "axis", "shift") if k in entry})  # type: ignore[arg-type]
+    consumers = tuple(str(c) for c in entry["consumers"])  # type: ignore[attr-defined]
+    tie = entry.get("tie")
+    return Point(
+        tensor=str(entry["tensor"]), role=str(entry["role"]), spec=spec, consumers=consumers,
+        rule=str(entry["rule"]), tie=None if tie is None else str(tie),
+    )

@@ -1,0 +1,65 @@
+"""GPTQ: round column by column and let the columns not yet rounded make up for the error.
+
+Letters of Frantar et al., GPTQ, arXiv 2210.17323, algorithm 1: W (rows, columns), H = X X^T over calibration inputs,
+objective per row (W - Q) H (W - Q)^T. Columns go in the order of falling H diagonal (act-order of the authors' code).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from qdq.rounding import nearest
+
+DAMP = 0.01  # of the mean diagonal, as in the paper's code
+BLOCK = 128  # columns whose updates to the later ones are applied at once
+
+Floats = npt.NDArray[np.float64]
+
+
+def loss(E: Floats, H: Floats) -> Floats:
+    """Per row E H E^T: the squared output error that a weight error E causes; (rows,) float64."""
+    return np.asarray(np.einsum("ij,ij->i", E @ H, E))
+
+
+def round_rows(W: Floats, scale: Floats, H: Floats | None, *, low: int, high: int) -> Floats:
+    """Codes that keep the layer's output error on the calibration inputs small; no row is worse than nearest.
+
+    Args:
+        W: (rows, columns) float64.
+        scale: (rows, 1) float64, positive.
+        H: (columns, columns) float64, symmetric, positive semidefinite; None or all zero means nothing is known.
+        low: smallest code.
+        high: largest code.
+
+    Returns:
+        (rows, columns) float64, integers in [low, high].
+    """
+    plain = nearest.round_rows(W, scale, H, low=low, high=high)
+    if H is None or not H.any():
+        return plain
+    order = np.argsort(-np.diag(H), kind="stable")
+    codes = np.empty_like(plain)
+    codes[:, order] = _sweep(W[:, order], scale, H[np.ix_(order, order)], low, high)
+    better = loss(W - codes * scale, H) < loss(W - plain * scale, H)
+    return np.where(better[:, None], codes, plain)
+
+
+def _sweep(W: Floats, scale: Floats, H: Floats, low: int, high: int) -> Floats:
+    """Algorithm 1 on columns that are already in order."""
+    columns = H.shape[0]
+    damped = H + np.eye(columns) * (DAMP * np.mean(np.diag(H)))
+    # The upper Cholesky factor of the inverse: row j tells how the error of column j is spread over the later columns.
+    inverse = np.linalg.inv(damped)
+    U = np.linalg.cholesky((inverse + inverse.T) / 2).T
+    left = W.copy()
+    codes = np.empty_like(W)
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        errors = np.empty((W.shape[0], stop - start))
+        for j in range(start, stop):
+            codes[:, j] = np.clip(np.rint(left[:, j] / scale[:, 0]), low, high)
+            errors[:, j - start] = (left[:, j] - codes[:, j] * scale[:, 0]) / U[j, j]
+            left[:, j:stop] -= np.outer(errors[:, j - start], U[j, j:stop])
+        left[:, stop:] -= errors @ U[start:stop, stop:]
+    return codes

@@ -1,0 +1,155 @@
+"""Turn measured ranges and float weights into scales and codes.
+
+Plan + CalibrationTable -> QParams per activation; Plan + weights (+ second moments) -> QTensor per weight.
+Each weight is solved by itself. This module must not change the graph; its only look at data is through `gram`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qdq import gram, observers
+from qdq.calibrate import CalibrationTable, Progress
+from qdq.formats import FORMATS
+from qdq.graph import Model
+from qdq.observers import Histogram
+from qdq.placement import attribute
+from qdq.plan import Plan, Point
+from qdq.qtensor import QParams, QTensor, weight_params
+from qdq.tap import Sample
+
+TIE_RATIO = 2.0  # tied tensors whose ranges differ by more would lose over a bit of resolution: each keeps its own scale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """Everything `insert` needs.
+
+    Attributes:
+        activations: tensor -> parameters per tensor.
+        weights: (tensor, axis) -> codes and parameters.
+        notes: what a person should know, one line each (ties given up, weights rounded to nearest for want of data).
+    """
+
+    activations: Mapping[str, QParams]
+    weights: Mapping[tuple[str, int | None], QTensor]
+    notes: tuple[str, ...]
+
+
+def solve(
+    model: Model,
+    plan: Plan,
+    table: CalibrationTable,
+    *,
+    samples: Iterable[Sample] | None = None,
+    on_progress: Progress | None = None,
+) -> Solution:
+    """Choose every scale and round every weight.
+
+    Args:
+        model: the prepared float model.
+        plan: its points.
+        table: histograms of the plan's activation tensors.
+        samples: re-iterable calibration samples, for roundings that need the second moments of a layer's inputs; without
+            them such weights are rounded to nearest, and a note says so.
+        on_progress: called with (done, in all or None, text).
+
+    Returns:
+        The solution; the same arguments give the same one.
+
+    Raises:
+        StaleFileError: plan or table belong to another model.
+    """
+    plan.check(model)
+    table.check(model, plan)
+    notes: list[str] = []
+    activations = _activations(model, plan, table, notes)
+    rounding = plan.settings.rounding
+    grams: gram.Grams = {}
+    if rounding != "nearest":
+        if samples is None:
+            notes.append(f"weights are rounded to nearest: {rounding} needs the samples, and only a table was given")
+        else:
+            grams = gram.collect(model, plan, activations, samples, on_progress=on_progress)
+    weights: dict[tuple[str, int | None], QTensor] = {}
+    for index, point in enumerate(plan.weights):
+        weights[point.tensor, point.spec.axis] = _weight(model, point, rounding, grams.get(point.tensor))
+        if on_progress is not None:
+            on_progress(index + 1, len(plan.weights), "rounding weights")
+    plain = [p.tensor for p in plan.weights if p.tensor not in grams]
+    if grams and plain:
+        notes.append(f"{len(plain)} of {len(plan.weights)} weights are rounded to nearest: {rounding} takes weights of up to {gram.MAX_COLUMNS} inputs per output")
+    return Solution(activations=activations, weights=weights, notes=tuple(notes))
+
+
+def _activations(model: Model, plan: Plan, table: CalibrationTable, notes: list[str]) -> dict[str, QParams]:
+    shared: dict[str, Histogram] = {}
+    for group, members in _groups(plan).items():
+        spans = [table.tensors[m].amax for m in members]
+        if max(spans) <= TIE_RATIO * min(spans):
+            union = table.tensors[members[0]]
+            for member in members[1:]:
+                union = union.merge(table.tensors[member])
+            shared.update(dict.fromkeys(members, union))
+        else:
+            notes.append(f"the {len(members)} tensors tied as {group!r} keep scales of their own: their ranges differ {max(spans) / max(min(spans), 1e-30):.1f} times")
+    chosen = {}
+    for point in plan.activations:
+        info = model.info(point.tensor)
+        chosen[point.tensor] = observers.choose(
+            shared.get(point.tensor, table.tensors[point.tensor]),
+            method=plan.settings.calibrator,
+            percentile=plan.settings.percentile,
+            shift=point.spec.shift and all(can_shift(model, name, i) for name, i in point.uses),
+            fmt_name=point.spec.format,
+            dtype=info.dtype if info is not None else "float32",
+        )
+    return chosen
+
+
+def _groups(plan: Plan) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for point in plan.activations:
+        if point.tie is not None:
+            groups.setdefault(point.tie, []).append(point.tensor)
+    return groups
+
+
+def can_shift(model: Model, name: str, index: int) -> bool:
+    """Whether a constant subtracted from operand `index` of a node can be made up for exactly behind the node.
+
+    Conv needs explicit, non-negative padding (the border is then padded before the shift); Gemm and MatMul always can;
+    a shortcut gets the constant back by an Add.
+    """
+    node = model.node(name)
+    if node.op_type != "Conv":
+        return True
+    auto = next((a.s for a in node.attribute if a.name == "auto_pad"), b"NOTSET")
+    return auto in (b"NOTSET", b"VALID") and all(p >= 0 for p in gram.ints(node, "pads", [0]))
+
+
+def _weight(
+    model: Model, point: Point, rounding: str, moments: npt.NDArray[np.float64] | None
+) -> QTensor:
+    values = model.array(point.tensor)
+    fmt = FORMATS[point.spec.format]
+    assert point.spec.axis is not None
+    params = weight_params(values, axis=point.spec.axis, fmt=fmt)
+    node = model.node(point.uses[0][0])
+    module: Any = importlib.import_module(f"qdq.rounding.{rounding}" if moments is not None else "qdq.rounding.nearest")
+    round_rows: Callable[..., npt.NDArray[np.float64]] = module.round_rows
+    moved = np.moveaxis(values, point.spec.axis, 0).astype(np.float64)
+    rows = moved.reshape(moved.shape[0], -1)
+    scale = params.scale.astype(np.float64)[:, None]
+    low = -fmt.high  # symmetric codes: -128 would need a range that amax / 127 never uses
+    groups = attribute(node, "group", 1) if node.op_type == "Conv" and moments is not None else 1
+    parts = zip(np.split(rows, groups), np.split(scale, groups), moments if moments is not None else [None], strict=True)
+    codes = np.concatenate([round_rows(w, s, h, low=low, high=fmt.high) for w, s, h in parts])
+    shaped = np.moveaxis(codes.reshape(moved.shape), 0, point.spec.axis)
+    return QTensor(codes=np.ascontiguousarray(shaped).astype(fmt.dtype), params=params)

@@ -1,0 +1,117 @@
+"""Imports go one way, and what a user imports first is light."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import calib_data
+import engines
+import qdq
+
+FOLDERS = {package.__name__: Path(package.__file__ or "").parent for package in (qdq, engines, calib_data)}
+FILES = [(name, path) for name, folder in FOLDERS.items() for path in sorted(folder.rglob("*.py"))]
+
+# Only these modules of qdq may import the two other packages: they join the three. All others know ONNX and numbers.
+JOINING = {"build", "deploy", "explain", "cli", "terminal"}
+
+# What may not be imported when a module is loaded, only inside the functions that need it.
+RUNTIMES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "polygraphy", "torch"}
+
+# lower layers never import higher ones: each module of a row may import modules of its own row and the rows before
+LAYERS = (
+    {"errors"},
+    {"formats", "files", "demo"},
+    {"scheme", "graph"},
+    {"qtensor", "recipe", "plan", "folding", "terminal"},
+    {"prepare", "placement", "observers", "rounding", "tap", "precision", "report"},
+    {"calibrate", "gram"},
+    {"solve"},
+    {"insert"},
+    {"build", "deploy", "explain"},
+    {"cli"},
+)
+
+
+def imported(path: Path, *, at_load: bool) -> set[str]:
+    """Dotted names that a file imports; `at_load` leaves out those inside functions and under TYPE_CHECKING."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if at_load and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            return
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+@pytest.mark.parametrize(("package", "path"), FILES, ids=[f"{n}/{p.name}" for n, p in FILES])
+def test_packages_import_in_one_direction(package: str, path: Path) -> None:
+    roots = {name.partition(".")[0] for name in imported(path, at_load=False)}
+    if package != "qdq":
+        assert not roots & (FOLDERS.keys() - {package})
+    elif path.stem not in JOINING:
+        assert not roots & {"engines", "calib_data"}
+
+
+@pytest.mark.parametrize(("package", "path"), FILES, ids=[f"{n}/{p.name}" for n, p in FILES])
+def test_no_module_loads_a_runtime_at_import(package: str, path: Path) -> None:
+    assert not {name.partition(".")[0] for name in imported(path, at_load=True)} & RUNTIMES
+
+
+def test_modules_of_qdq_import_only_lower_layers() -> None:
+    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    wrong = []
+    for path in sorted(FOLDERS["qdq"].rglob("*.py")):
+        module = path.relative_to(FOLDERS["qdq"]).parts[0].removesuffix(".py")
+        if module == "__init__":
+            continue
+        assert module in rank, f"qdq/{module}: say in LAYERS where it stands"
+        for name in imported(path, at_load=True):
+            parts = name.split(".")
+            if parts[0] == "qdq" and rank[parts[1]] > rank[module]:
+                wrong.append(f"{module} imports {parts[1]}")
+    assert not wrong
+
+
+def run(code: str) -> str:
+    """What a fresh interpreter prints."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_import_qdq_is_light() -> None:
+    loaded = set(run("import qdq, sys; print(*sys.modules)").split())
+    assert not loaded & (RUNTIMES | {"numpy", "onnx", "click", "rich"})
+
+
+def test_help_is_light() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from qdq.cli import main;"
+        "assert CliRunner().invoke(main, ['--help']).exit_code == 0; print(*sys.modules)"
+    )
+    assert not set(run(code).split()) & (RUNTIMES | {"numpy", "onnx", "rich"})
+
+
+def test_every_public_name_exists_and_is_documented() -> None:
+    assert sorted(qdq.__all__) == qdq.__all__
+    for name in qdq.__all__:
+        assert getattr(qdq, name).__doc__
+    assert set(dir(qdq)) == set(qdq.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        _ = qdq.quantise

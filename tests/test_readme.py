@@ -1,0 +1,77 @@
+"""What README.md shows works as written: every `qdq` command and every Python block, in order, in one folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from models import images, save_samples, segmenter
+from qdq.cli import main
+
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
+pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CUBE = (1, 1, 16, 16, 16)
+LOADER = """
+import numpy as np
+
+def samples():
+    for path in ("volumes/000.npz", "volumes/001.npz"):
+        yield dict(np.load(path))
+"""
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of README.md in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """The `qdq` commands of README.md, in order."""
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [part for part in parts if part.startswith("qdq ")]
+
+
+def test_every_command_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    onnx.save(segmenter(spatial=("x", "y", "z")), "unet.onnx")
+    save_samples(tmp_path / "volumes", images(3, CUBE))
+    save_samples(tmp_path / "held_out", images(2, CUBE, seed=7))
+    Path("recipe.yaml").write_text("".join(blocks("yaml")))
+    Path("loader.py").write_text(LOADER)
+    assert {shlex.split(c)[1] for c in commands()} == set(main.commands)  # every verb is shown
+    for command in commands():
+        result = CliRunner().invoke(main, shlex.split(command)[1:])
+        assert result.exit_code == 0, f"{command}\n{result.output}{result.exception!r}"
+        if "--json" in command:
+            json.loads(result.stdout)
+    shown = {name for name in re.findall(r"^\| `(\S+)` \|", README, flags=re.MULTILINE) if "." in name}
+    assert {p.name for p in (tmp_path / "build").iterdir()} == shown
+    report = json.loads((tmp_path / "qdq-demo/report.json").read_text())
+    for dice in (report["check"]["outputs"][0]["dice"], report["label_dice"]["quantized model"]):
+        assert min(dice.values()) > 0.9  # against the float model, and against the atlas
+    assert report["audit"]["int8_share"] > 0.9 and report["audit"]["missed"] == []
+
+
+def test_python_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    onnx.save(segmenter(spatial=("x", "y", "z")), "unet.onnx")
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert Path("unet.int8.onnx").is_file()
+
+
+def test_extras_of_the_readme_exist() -> None:
+    extras = {e for group in re.findall(r"\.\[([a-z,]+)\]", README) for e in group.split(",")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert extras and extras <= project["optional-dependencies"].keys()
