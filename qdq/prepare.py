@@ -39,8 +39,8 @@ from qdq.graph import (
 )
 
 OLDEST_OPSET = 9
-TARGET_OPSET = 21  # the first with all types and attributes of Q/DQ that TensorRT reads (docs of both, INT8 to INT4)
-NEWEST_OPSET = 25  # the newest that ONNX Runtime 1.31 takes; 22 to 25 are kept as they are
+TARGET_OPSET = 21  # the first with block_size and int4 in Q/DQ; newer is needed for float4 only
+NEWEST_OPSET = 25  # 22 to 25 are kept and tested; ONNX Runtime 1.31 itself takes 26
 SMALL = 4096  # bytes; larger tensors are shown to onnx's converter and shape inference by type and shape only
 GROWTH_LIMIT = 1 << 20  # bytes; folding may make no tensor above this and above the node's own inputs
 SHAPE_ELEMENTS = 64  # a longer integer tensor is no shape
@@ -105,9 +105,6 @@ class _Draft:
         self.inputs = [v for v in model.graph.input if v.name not in self.tensors]
         self.outputs = list(model.graph.output)
         _assign(self.graph.input, self.inputs)
-        # shapes written before somebody made an input dynamic would be taken for static ones; inference finds the rest
-        foreign = {name for node in self.graph.node if node.domain not in ("", "ai.onnx") for name in node.output}
-        _assign(self.graph.value_info, [v for v in self.graph.value_info if v.name in foreign])
         self.proto.ir_version = max(self.proto.ir_version, 4)  # from 4 on an initializer need not be an input
         for node in all_nodes(self.graph):
             if node.domain == "ai.onnx":  # the long name of the default domain
@@ -143,6 +140,9 @@ class _Draft:
         """The model without the weights: small tensors are initializers, larger ones stand as inputs."""
         proto = ModelProto()
         proto.CopyFrom(self.proto)
+        # a shape written before somebody made an input dynamic would pass for static; inference finds all but these
+        foreign = {name for node in self.graph.node if node.domain for name in node.output}
+        _assign(proto.graph.value_info, [v for v in self.graph.value_info if v.name in foreign])
         for name, tensor in self.tensors.items():
             if tensor_bytes(tensor) > SMALL:
                 proto.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
@@ -204,7 +204,8 @@ class _Draft:
     def keep_old_resize(self) -> None:
         """Write out how Upsample and Resize placed samples before opset 11; the converter leaves the newer defaults.
 
-        Source: ONNX Runtime, upsample.cc, `get_original_coordinate` and the nearest mode "simple" (ceil to shrink).
+        The standard of opset 10 leaves it open; measured with ONNX Runtime 1.31: asymmetric, and nearest takes the
+        floor to enlarge and the ceiling to shrink. Not measured: nearest that enlarges one axis and shrinks another.
         """
         for node in all_nodes(self.graph):
             if node.op_type == "Resize" and not node.domain:
@@ -252,8 +253,9 @@ class _Draft:
     def finish(self) -> ModelProto:
         """The complete model, with inferred types and shapes."""
         self.infer()
-        made = {name for node in self.graph.node for name in node.output} - self.output_names
-        _assign(self.graph.value_info, [v for v in self.shown.graph.value_info if v.name in made])
+        found = {v.name: v for v in self.shown.graph.value_info}
+        made = (name for node in self.graph.node for name in node.output if name not in self.output_names)
+        _assign(self.graph.value_info, [found[name] for name in made if name in found])
         inferred = {v.name: v for v in self.shown.graph.output}
         outputs = [v if v.type.tensor_type.HasField("shape") else inferred[v.name] for v in self.graph.output]
         _assign(self.graph.output, outputs)

@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner, Result
-
 from models import images, save_samples, segmenter
+
 from qdq.cli import main
 from qdq.terminal import Bars
 

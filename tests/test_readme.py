@@ -11,8 +11,8 @@ from pathlib import Path
 import onnx
 import pytest
 from click.testing import CliRunner
-
 from models import images, save_samples, segmenter
+
 from qdq.cli import main
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
