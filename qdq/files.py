@@ -25,7 +25,9 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     path = Path(path)
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.absolute().parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.absolute().parent, prefix=f".{path.name}.", delete=False
+        ) as file:
             temporary = Path(file.name)
             file.write(text)
         mask = os.umask(0)
@@ -36,7 +38,9 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         if temporary is not None:
             with suppress(OSError):
                 temporary.unlink()
-        raise InputError(f"Cannot write {path}: {error.strerror or error}. Choose a folder that exists and is writable.") from None
+        raise InputError(
+            f"Cannot write {path}: {error.strerror or error}. Choose a folder that exists and is writable."
+        ) from None
 
 
 def read_json(path: str | os.PathLike[str], form: str, what: str) -> Mapping[str, object]:
@@ -53,10 +57,16 @@ def read_json(path: str | os.PathLike[str], form: str, what: str) -> Mapping[str
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"Cannot read the {what} {path}: {error.strerror or error}. Make it with `qdq {'plan' if what == 'plan' else 'calibrate'}`.") from None
+        raise InputError(
+            f"Cannot read the {what} {path}: {error.strerror or error}. Make it with `qdq "
+            f"{'plan' if what == 'plan' else 'calibrate'}`."
+        ) from None
     except ValueError as error:
         raise InputError(f"Cannot read the {what} {path}: it is not JSON ({error}). Make it again.") from None
     if not isinstance(content, dict) or content.get("format") != form:
         got = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise InputError(f"Cannot use {path} as a {what}: its format is {got!r}, needed is {form!r}. It is another file, or made by another version.")
+        raise InputError(
+            f"Cannot use {path} as a {what}: its format is {got!r}, needed is {form!r}. It is another file, or made "
+            "by another version."
+        )
     return content

@@ -50,7 +50,15 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
     {
         f.name: f
         for f in (
-            Format(name="int8", bits=8, low=-128, high=127, onnx_type=onnx.TensorProto.INT8, minimum_opset=13, minimum_sm=75),
+            Format(
+                name="int8",
+                bits=8,
+                low=-128,
+                high=127,
+                onnx_type=onnx.TensorProto.INT8,
+                minimum_opset=13,
+                minimum_sm=75,
+            ),
         )
     }
 )

@@ -97,7 +97,9 @@ def collect(
 
 
 def _centred(values: npt.NDArray[np.floating], params: QParams) -> npt.NDArray[np.float32]:
-    return np.asarray(to_codes(np.asarray(values, dtype=np.float32), params).astype(np.float32) - np.float32(params.zero_point))
+    return np.asarray(
+        to_codes(np.asarray(values, dtype=np.float32), params).astype(np.float32) - np.float32(params.zero_point)
+    )
 
 
 def _subset(samples: Iterable[Sample]) -> set[int] | None:
@@ -120,7 +122,11 @@ def _batches(model: Model, weights: Mapping[str, list[tuple[Point, NodeProto]]])
     room = 0
     for name, uses in weights.items():
         node = uses[0][1]
-        size = 8 * columns(node, model.array(name).shape) ** 2 * (attribute(node, "group", 1) if node.op_type == "Conv" else 1)
+        size = (
+            8
+            * columns(node, model.array(name).shape) ** 2
+            * (attribute(node, "group", 1) if node.op_type == "Conv" else 1)
+        )
         if size > room:
             batches.append([])
             room = BUDGET_BYTES
@@ -159,9 +165,7 @@ def _patches(
     strides, dilations = ints(node, "strides", [1] * spatial), ints(node, "dilations", [1] * spatial)
     pads = ints(node, "pads", [0] * 2 * spatial)
     padded = np.pad(codes, [(0, 0), (0, 0), *((pads[i], pads[i + spatial]) for i in range(spatial))])
-    extent = [
-        (padded.shape[2 + i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(spatial)
-    ]
+    extent = [(padded.shape[2 + i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(spatial)]
     positions = np.unravel_index(_spaced(padded.shape[0] * int(np.prod(extent)), rows), [padded.shape[0], *extent])
     offsets = np.stack([g.reshape(-1) for g in np.meshgrid(*(np.arange(k) for k in kernel), indexing="ij")])
     index = [positions[1 + i][:, None] * strides[i] + offsets[i][None] * dilations[i] for i in range(spatial)]

@@ -8,7 +8,7 @@ consumers, each weight becomes INT8 codes behind a DequantizeLinear. It must not
 | A symmetric | Q, DQ | nothing |
 | B shifted, no padding | Sub c, Q, DQ | bias += c * sum(W) |
 | C shifted, padded Conv | Pad with 0, Sub c, Q, DQ; the Conv's own pads become 0 | bias += c * sum(W) |
-| E Conv whose input channels per group are no multiple of 4 | as C, the Pad adds zero channels, the weight zero codes | as A to C |
+| E Conv, channels per group no multiple of 4 | as C, the Pad adds zero channels, the weight zero codes | as A to C |
 | F as E, with several groups | Reshape to (N, groups, channels, ...) before the Pad and back behind it | as A to C |
 | D shifted, shortcut of an Add | Sub c, Q, DQ, Add c | nothing |
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -134,7 +135,7 @@ class _Writer:
         self._constants[name] = numpy_helper.from_array(np.asarray(values), name)
         return name
 
-    def _append(self, op_type: str, inputs: Iterable[str], wanted: str, **attributes: int) -> str:
+    def _append(self, op_type: str, inputs: Iterable[str], wanted: str, **attributes: Any) -> str:
         output = self._name(wanted)
         self._nodes.append(helper.make_node(op_type, list(inputs), [output], name=output, **attributes))
         return output
@@ -153,7 +154,9 @@ class _Writer:
         """The spatial sizes of a Conv's input, None where one of them is dynamic."""
         info = self._model.info(node.input[0])
         sizes = (info.shape or ())[2:] if info is not None else ()
-        return tuple(d for d in sizes if isinstance(d, int)) if sizes and all(isinstance(d, int) for d in sizes) else None
+        return (
+            tuple(d for d in sizes if isinstance(d, int)) if sizes and all(isinstance(d, int) for d in sizes) else None
+        )
 
     def _border(self, node: NodeProto, pads: list[int], channels: int) -> _Border | None:
         """What is padded in front of a node; None for nothing."""
@@ -163,7 +166,9 @@ class _Writer:
         pads = pads or [0] * 2 * rank
         groups = attribute(node, "group", 1) if channels else 1
         spatial = (self._spatial(node) or ()) if groups > 1 else ()
-        return _Border(before=tuple(pads[:rank]), after=tuple(pads[rank:]), channels=channels, groups=groups, spatial=spatial)
+        return _Border(
+            before=tuple(pads[:rank]), after=tuple(pads[rank:]), channels=channels, groups=groups, spatial=spatial
+        )
 
     def _activation(self, tensor: str, params: QParams, border: _Border | None) -> str:
         """Cases A, B, C, E and F: the dequantized tensor, made once per tensor and border."""

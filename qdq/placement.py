@@ -1,8 +1,8 @@
 """Where quantizers go: rules over a prepared float graph, united into a readable, editable plan.
 
 Model + Settings -> every rule says Want, Veto, Tie or nothing for every node -> Plan (points and skips).
-Rules are order-free: a veto beats a want, ties of the same point are united. No rule sees data, so the plan can be made,
-read and edited before anything is measured. This module must not compute scales or change the model.
+Rules are order-free: a veto beats a want, ties of the same point are united. No rule sees data, so the plan can be
+made, read and edited before anything is measured. This module must not compute scales or change the model.
 
 Sources: NVIDIA's placement advice and what TensorRT-RTX 1.7.1 compiled from about 90 small graphs (SM89).
 """
@@ -25,32 +25,19 @@ WEIGHTED = ("Conv", "Gemm", "MatMul")
 FLOATS = ("float32", "float16", "bfloat16")
 
 # Why an operator without weights stays in float. The compiler fuses what it can into the kernels of its neighbours.
-_FLOAT_OPS: tuple[tuple[str, frozenset[str]], ...] = (
-    (
-        "normalization stays in float: its statistics need the range, and no integer kernel exists for it",
-        frozenset(
-            "BatchNormalization InstanceNormalization LayerNormalization GroupNormalization RMSNormalization "
-            "SimplifiedLayerNormalization LpNormalization MeanVarianceNormalization LRN".split()
-        ),
-    ),
-    ("softmax stays in float: INT8 around it breaks the fused attention kernel", frozenset(("Softmax", "LogSoftmax"))),
-    (
-        "pooling by averages runs in float on TensorRT-RTX even when its input is quantized",
-        frozenset(("AveragePool", "GlobalAveragePool")),
-    ),
-    (
-        "it moves or picks values; a quantizer behind it is hoisted above it by the compiler",
-        frozenset(
-            "MaxPool GlobalMaxPool Resize Upsample Concat Split Slice Reshape Transpose Flatten Squeeze Unsqueeze Pad "
-            "Expand Tile DepthToSpace SpaceToDepth Identity Gather GatherElements GatherND ScatterND Where".split()
-        ),
-    ),
-    (
-        "it handles shapes, indices or types, not data",
-        frozenset("Shape Size Cast ConstantOfShape Range NonZero Constant OneHot TopK ArgMax ArgMin EyeLike".split()),
-    ),
-    ("recurrent operators have no INT8 kernel in TensorRT", frozenset(("LSTM", "GRU", "RNN"))),
-)
+_FLOAT_OPS = {
+    "BatchNormalization InstanceNormalization LayerNormalization GroupNormalization RMSNormalization LRN "
+    "SimplifiedLayerNormalization LpNormalization MeanVarianceNormalization": "normalization stays in float: its "
+    "statistics need the range, and no integer kernel exists for it",
+    "Softmax LogSoftmax": "softmax stays in float: INT8 around it breaks the fused attention kernel",
+    "AveragePool GlobalAveragePool": "average pooling runs in float on TensorRT-RTX even if its input is quantized",
+    "MaxPool GlobalMaxPool Resize Upsample Concat Split Slice Reshape Transpose Flatten Squeeze Unsqueeze Pad Expand "
+    "Tile DepthToSpace SpaceToDepth Identity Gather GatherElements GatherND ScatterND Where": "it moves or picks "
+    "values; a quantizer behind it is hoisted above it by the compiler",
+    "Shape Size Cast ConstantOfShape Range NonZero Constant OneHot TopK ArgMax ArgMin EyeLike": "it handles shapes, "
+    "indices or types, not data",
+    "LSTM GRU RNN": "recurrent operators have no INT8 kernel in TensorRT",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +122,8 @@ def transposed(model: Model, node: NodeProto, settings: Settings) -> list[Decisi
     """Veto ConvTranspose: TensorRT-RTX never runs it in INT8, a quantizer on it only adds kernels."""
     if node.op_type != "ConvTranspose":
         return []
-    return [Veto(rule="transposed", reason="TensorRT-RTX has no INT8 kernel for ConvTranspose (measured on SM86 and SM89)")]
+    reason = "TensorRT-RTX has no INT8 kernel for ConvTranspose (measured on SM86 and SM89)"
+    return [Veto(rule="transposed", reason=reason)]
 
 
 def operands(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
@@ -176,7 +164,11 @@ def containers(model: Model, node: NodeProto, settings: Settings) -> list[Decisi
     if not inner:
         return []
     count = sum(n.op_type in (*WEIGHTED, "ConvTranspose") for n in inner)
-    return [Veto(rule="containers", reason=f"the {len(inner)} nodes in its body stay in float, {count} of them weighted: values inside a body cannot be observed from outside")]
+    reason = (
+        f"the {len(inner)} nodes in its body stay in float, {count} of them weighted: values inside a body cannot be "
+        "observed from outside"
+    )
+    return [Veto(rule="containers", reason=reason)]
 
 
 RULES: tuple[Rule, ...] = (weighted, residual, concat, transposed, operands, excluded, containers)
@@ -184,8 +176,8 @@ RULES: tuple[Rule, ...] = (weighted, residual, concat, transposed, operands, exc
 
 def why_float(op_type: str) -> tuple[str, str]:
     """Rule name and reason why an operator that no rule wants stays in float."""
-    for reason, ops in _FLOAT_OPS:
-        if op_type in ops:
+    for ops, reason in _FLOAT_OPS.items():
+        if op_type in ops.split():
             return "no_weight", reason
     return "no_weight", "it has no weights; the compiler fuses pointwise operators into the kernel before or after them"
 
@@ -201,7 +193,10 @@ def check_exclude(model: Model, patterns: tuple[str, ...]) -> None:
         if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
             near = difflib.get_close_matches(pattern.strip("*"), names, n=3, cutoff=0.3)
             hint = f" Near names: {', '.join(near)}." if near else ""
-            raise InputError(f"The exclude pattern {pattern!r} matches none of the model's {len(names)} nodes. Patterns are matched against whole node names, case-sensitively; use * for any text.{hint}")
+            raise InputError(
+                f"The exclude pattern {pattern!r} matches none of the model's {len(names)} nodes. Patterns are "
+                f"matched against whole node names, case-sensitively; use * for any text.{hint}"
+            )
 
 
 def plan(model: Model, settings: Settings | None = None) -> Plan:
@@ -215,8 +210,8 @@ def plan(model: Model, settings: Settings | None = None) -> Plan:
         The plan: points sorted by their first use in the graph, and one Skip with a reason for every other node.
 
     Raises:
-        InputError: an exclude pattern that matches nothing, or a model without anything to quantize is not an error but
-            gives a plan without points.
+        InputError: an exclude pattern that matches nothing. A model without anything to quantize gives a plan without
+            points.
     """
     settings = settings or Settings()
     check_exclude(model, settings.exclude)
@@ -230,7 +225,14 @@ def plan(model: Model, settings: Settings | None = None) -> Plan:
         vetoes = [d for d in decisions if isinstance(d, Veto)]
         wants = [d for d in decisions if isinstance(d, Want)]
         if vetoes:
-            skips.append(Skip(node=node.name, op_type=node.op_type, rule=vetoes[0].rule, reason="; ".join(v.reason for v in vetoes)))
+            skips.append(
+                Skip(
+                    node=node.name,
+                    op_type=node.op_type,
+                    rule=vetoes[0].rule,
+                    reason="; ".join(v.reason for v in vetoes),
+                )
+            )
             continue
         for want in wants:
             consumer = f"{node.name}:{want.index}"
@@ -238,7 +240,9 @@ def plan(model: Model, settings: Settings | None = None) -> Plan:
                 shortcuts.append((want.tensor, consumer))
                 continue
             key = (want.role, want.tensor, want.spec.axis)
-            point = found.get(key) or Point(tensor=want.tensor, role=want.role, spec=want.spec, consumers=(), rule=want.rule)
+            point = found.get(key) or Point(
+                tensor=want.tensor, role=want.role, spec=want.spec, consumers=(), rule=want.rule
+            )
             found[key] = replace(point, consumers=(*point.consumers, consumer))
         if not any(w.role != "shortcut" for w in wants):
             rule, reason = why_float(node.op_type)
@@ -248,7 +252,10 @@ def plan(model: Model, settings: Settings | None = None) -> Plan:
         if key in found:
             found[key] = replace(found[key], consumers=(*found[key].consumers, consumer))
     return Plan(
-        model_sha256=model.sha256, settings=settings, points=tuple(_tied(list(found.values()), ties)), skips=tuple(skips)
+        model_sha256=model.sha256,
+        settings=settings,
+        points=tuple(_tied(list(found.values()), ties)),
+        skips=tuple(skips),
     )
 
 

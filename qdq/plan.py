@@ -102,7 +102,13 @@ class Plan:
         points = []
         for p in self.points:
             spec = {k: v for k, v in asdict(p.spec).items() if v not in (None, False)}
-            entry: dict[str, object] = {"tensor": p.tensor, "role": p.role, **spec, "consumers": list(p.consumers), "rule": p.rule}
+            entry: dict[str, object] = {
+                "tensor": p.tensor,
+                "role": p.role,
+                **spec,
+                "consumers": list(p.consumers),
+                "rule": p.rule,
+            }
             points.append(entry | ({"tie": p.tie} if p.tie else {}))
         content = {
             "format": FORMAT,
@@ -148,7 +154,8 @@ class Plan:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"Cannot use the plan {where}: {type(error).__name__} {error} in its entries. Restore the entry, or make the plan again with `qdq plan`."
+                f"Cannot use the plan {where}: {type(error).__name__} {error} in its entries. Restore the entry, or "
+                "make the plan again with `qdq plan`."
             ) from None
 
     def check(self, model: Model) -> None:
@@ -160,21 +167,35 @@ class Plan:
         """
         if self.model_sha256 != model.sha256:
             raise StaleFileError(
-                f"The plan was made from another model: it says sha256 {self.model_sha256[:12]}…, this model has {model.sha256[:12]}…. Make a plan for this model with `qdq plan`."
+                f"The plan was made from another model: it says sha256 {self.model_sha256[:12]}…, this model has "
+                f"{model.sha256[:12]}…. Make a plan for this model with `qdq plan`."
             )
         names = {n.name for n in model.graph.node}
         for point in self.points:
             for node, index in point.uses:
-                if node not in names or index >= len(model.node(node).input) or model.node(node).input[index] != point.tensor:
+                if (
+                    node not in names
+                    or index >= len(model.node(node).input)
+                    or model.node(node).input[index] != point.tensor
+                ):
                     near = difflib.get_close_matches(node, names, n=1)
                     hint = f" Did you mean node {near[0]!r}?" if near and near[0] != node else ""
-                    raise InputError(f"The plan quantizes {point.tensor!r} for operand {index} of node {node!r}, but the model has no such operand.{hint}")
+                    raise InputError(
+                        f"The plan quantizes {point.tensor!r} for operand {index} of node {node!r}, but the model "
+                        f"has no such operand.{hint}"
+                    )
             if (point.role == "weight") != model.is_constant(point.tensor):
-                raise InputError(f"The plan calls {point.tensor!r} {point.role}, but in the model it is {'constant' if model.is_constant(point.tensor) else 'computed'}.")
+                raise InputError(
+                    f"The plan calls {point.tensor!r} {point.role}, but in the model it is "
+                    f"{'constant' if model.is_constant(point.tensor) else 'computed'}."
+                )
         data = {name for p in self.activations for name, index in p.uses if index == 0}
         alone = set(self.quantized_nodes) - data
         if alone:
-            raise InputError(f"The plan quantizes the weight but not the data of {', '.join(sorted(alone)[:3])}; an integer kernel needs both. Remove the weight's point or restore the data's.")
+            raise InputError(
+                f"The plan quantizes the weight but not the data of {', '.join(sorted(alone)[:3])}; an integer "
+                "kernel needs both. Remove the weight's point or restore the data's."
+            )
 
     def explain(self, node: str) -> list[str]:
         """Say in a few lines what happens to a node and why.
@@ -210,6 +231,10 @@ def _point(entry: Mapping[str, object]) -> Point:
     consumers = tuple(str(c) for c in entry["consumers"])  # type: ignore[attr-defined]
     tie = entry.get("tie")
     return Point(
-        tensor=str(entry["tensor"]), role=str(entry["role"]), spec=spec, consumers=consumers,
-        rule=str(entry["rule"]), tie=None if tie is None else str(tie),
+        tensor=str(entry["tensor"]),
+        role=str(entry["role"]),
+        spec=spec,
+        consumers=consumers,
+        rule=str(entry["rule"]),
+        tie=None if tie is None else str(tie),
     )

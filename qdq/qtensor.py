@@ -17,6 +17,7 @@ from qdq.formats import FORMATS, Format
 
 Array = npt.NDArray[np.generic]
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QParams:
     """Scale and zero point of one tensor.
@@ -76,7 +77,7 @@ def to_codes(x: Array, params: QParams) -> Array:
     [-2, 0, 18]
     """
     fmt = FORMATS[params.format]
-    codes = np.rint(x / _along(params.scale, params.axis, x.ndim)) + params.zero_point
+    codes = np.rint(x.astype(np.float32, copy=False) / _along(params.scale, params.axis, x.ndim)) + params.zero_point
     return np.asarray(np.clip(codes, fmt.low, fmt.high).astype(fmt.dtype))
 
 

@@ -31,7 +31,7 @@ def choose(value: str, allowed: Sequence[str], what: str) -> str:
     """
     if value in allowed:
         return value
-    near = difflib.get_close_matches(value, allowed, n=1)
+    near = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise InputError(f"Unknown {what} {value!r}: it must be one of {', '.join(allowed)}.{hint}")
 
@@ -83,12 +83,20 @@ class Settings:
         choose(self.scheme, SCHEMES, "scheme")
         choose(self.calibrator, CALIBRATORS, "calibrator")
         choose(self.rounding, ROUNDINGS, "rounding")
-        if isinstance(self.percentile, bool) or not isinstance(self.percentile, int | float) or not 50 < self.percentile <= 100:
-            raise InputError(f"percentile is {self.percentile!r}: it must be a number above 50 and at most 100, such as 99.99.")
+        if (
+            isinstance(self.percentile, bool)
+            or not isinstance(self.percentile, int | float)
+            or not 50 < self.percentile <= 100
+        ):
+            raise InputError(
+                f"percentile is {self.percentile!r}: it must be a number above 50 and at most 100, such as 99.99."
+            )
         if not isinstance(self.shift, bool):
             raise InputError(f"shift is {self.shift!r}: it must be true or false.")
-        if isinstance(self.exclude, str) or not all(isinstance(p, str) and p for p in self.exclude):
-            raise InputError(f"exclude is {self.exclude!r}: it must be a list of node name patterns, such as ['*/head/*'].")
+        if not isinstance(self.exclude, list | tuple) or not all(isinstance(p, str) and p for p in self.exclude):
+            raise InputError(
+                f"exclude is {self.exclude!r}: it must be a list of node name patterns, such as ['*/head/*']."
+            )
         object.__setattr__(self, "exclude", tuple(self.exclude))
 
     @classmethod

@@ -24,7 +24,9 @@ from qdq.plan import Plan, Point
 from qdq.qtensor import QParams, QTensor, weight_params
 from qdq.tap import Sample
 
-TIE_RATIO = 2.0  # tied tensors whose ranges differ by more would lose over a bit of resolution: each keeps its own scale
+TIE_RATIO = (
+    2.0  # tied tensors whose ranges differ by more would lose over a bit of resolution: each keeps its own scale
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +58,8 @@ def solve(
         model: the prepared float model.
         plan: its points.
         table: histograms of the plan's activation tensors.
-        samples: re-iterable calibration samples, for roundings that need the second moments of a layer's inputs; without
-            them such weights are rounded to nearest, and a note says so.
+        samples: re-iterable calibration samples, for roundings that need the second moments of a layer's inputs;
+            without them such weights are rounded to nearest, and a note says so.
         on_progress: called with (done, in all or None, text).
 
     Returns:
@@ -84,7 +86,10 @@ def solve(
             on_progress(index + 1, len(plan.weights), "rounding weights")
     plain = [p.tensor for p in plan.weights if p.tensor not in grams]
     if grams and plain:
-        notes.append(f"{len(plain)} of {len(plan.weights)} weights are rounded to nearest: {rounding} takes weights of up to {gram.MAX_COLUMNS} inputs per output")
+        notes.append(
+            f"{len(plain)} of {len(plan.weights)} weights are rounded to nearest: {rounding} takes weights of up to "
+            f"{gram.MAX_COLUMNS} inputs per output"
+        )
     return Solution(activations=activations, weights=weights, notes=tuple(notes))
 
 
@@ -98,7 +103,10 @@ def _activations(model: Model, plan: Plan, table: CalibrationTable, notes: list[
                 union = union.merge(table.tensors[member])
             shared.update(dict.fromkeys(members, union))
         else:
-            notes.append(f"the {len(members)} tensors tied as {group!r} keep scales of their own: their ranges differ {max(spans) / max(min(spans), 1e-30):.1f} times")
+            notes.append(
+                f"the {len(members)} tensors tied as {group!r} keep scales of their own: their ranges differ "
+                f"{max(spans) / max(min(spans), 1e-30):.1f} times"
+            )
     chosen = {}
     for point in plan.activations:
         info = model.info(point.tensor)
@@ -134,9 +142,7 @@ def can_shift(model: Model, name: str, index: int) -> bool:
     return auto in (b"NOTSET", b"VALID") and all(p >= 0 for p in gram.ints(node, "pads", [0]))
 
 
-def _weight(
-    model: Model, point: Point, rounding: str, moments: npt.NDArray[np.float64] | None
-) -> QTensor:
+def _weight(model: Model, point: Point, rounding: str, moments: npt.NDArray[np.float64] | None) -> QTensor:
     values = model.array(point.tensor)
     fmt = FORMATS[point.spec.format]
     assert point.spec.axis is not None
@@ -149,7 +155,9 @@ def _weight(
     scale = params.scale.astype(np.float64)[:, None]
     low = -fmt.high  # symmetric codes: -128 would need a range that amax / 127 never uses
     groups = attribute(node, "group", 1) if node.op_type == "Conv" and moments is not None else 1
-    parts = zip(np.split(rows, groups), np.split(scale, groups), moments if moments is not None else [None], strict=True)
+    parts = zip(
+        np.split(rows, groups), np.split(scale, groups), moments if moments is not None else [None], strict=True
+    )
     codes = np.concatenate([round_rows(w, s, h, low=low, high=fmt.high) for w, s, h in parts])
     shaped = np.moveaxis(codes.reshape(moved.shape), 0, point.spec.axis)
     return QTensor(codes=np.ascontiguousarray(shaped).astype(fmt.dtype), params=params)

@@ -55,16 +55,19 @@ class Tap:
         self._session = None
         if not self._computed:
             return
+        state = vars(ort.capi.onnxruntime_pybind11_state)  # ONNX Runtime's exceptions share no base but Exception
+        own = [t for t in state.values() if isinstance(t, type) and issubclass(t, Exception)]
+        self._refusals: tuple[type[Exception], ...] = (RuntimeError, ValueError, *own)
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.directory))
-        for library in custom_ops:
-            options.register_custom_ops_library(library)
         try:
+            for library in custom_ops:
+                options.register_custom_ops_library(library)
             self._session = ort.InferenceSession(
                 _with_outputs(model, self._computed).SerializeToString(), options, providers=[PROVIDERS[provider]]
             )
-        except (RuntimeError, ValueError) as error:
+        except self._refusals as error:
             raise _refused(error) from None
         self._inputs = [i.name for i in self._session.get_inputs()]
 
@@ -84,7 +87,7 @@ class Tap:
         if self._session is not None:
             try:
                 values = self._session.run(self._computed, {name: sample[name] for name in self._inputs})
-            except (RuntimeError, ValueError) as error:
+            except self._refusals as error:
                 raise _refused(error) from None
             seen.update(zip(self._computed, values, strict=True))
         return seen

@@ -43,9 +43,14 @@ class Row:
     problem: str = ""
 
     def __str__(self) -> str:
+        """One line of the table."""
         if self.problem:
             return self.problem[:60]
-        text = f"{self.sqnr_db:6.1f} dB  int8 {self.int8_share:.3f}" if self.int8_share is not None else f"{self.sqnr_db:6.1f} dB"
+        text = (
+            f"{self.sqnr_db:6.1f} dB  int8 {self.int8_share:.3f}"
+            if self.int8_share is not None
+            else f"{self.sqnr_db:6.1f} dB"
+        )
         if self.weight_ratio is not None:
             text += f"  weights {self.weight_ratio:.3f}  bytes {self.bytes_ratio:.2f}  kernels {self.kernels}"
         return text + (f"  |error| {self.error_kcal:.3f} kcal/mol" if self.error_kcal is not None else "")
@@ -58,9 +63,14 @@ def score(zoo: Any, case: Any, path: Path, target: str) -> Row:
     sqnr = float(zoo.sqnr_db([a for y in reference for a in y], [a for y in outputs for a in y]))
     kcal = None
     if case.name.startswith("ani"):
-        kcal = float(np.mean([np.abs(r[0] - o[0]).mean() for r, o in zip(reference, outputs, strict=True)])) / HARTREE_PER_KCAL
+        kcal = (
+            float(np.mean([np.abs(r[0] - o[0]).mean() for r, o in zip(reference, outputs, strict=True)]))
+            / HARTREE_PER_KCAL
+        )
     try:
-        made, plain = (audit(p, rtx.build(p, targets=[target], shapes=shapes).table, shapes=shapes) for p in (path, case.path))
+        made, plain = (
+            audit(p, rtx.build(p, targets=[target], shapes=shapes).table, shapes=shapes) for p in (path, case.path)
+        )
     except EngineError as error:
         return Row(sqnr_db=sqnr, problem=f"{sqnr:6.1f} dB, does not compile: {error}")
     bytes_ratio = made.bytes_moved / plain.bytes_moved if made.bytes_moved and plain.bytes_moved else float("nan")
@@ -102,7 +112,11 @@ def main() -> None:
         row = rows.setdefault(case.name, {})
         with tempfile.TemporaryDirectory() as folder:
             done = deploy(
-                case.path, case.calibration, Path(folder), recipe=Recipe(targets=(options.target,)), evaluation=case.evaluation
+                case.path,
+                case.calibration,
+                Path(folder),
+                recipe=Recipe(targets=(options.target,)),
+                evaluation=case.evaluation,
             )
             row["qdq"] = score(zoo, case, Path(folder) / f"{case.path.stem}.int8.onnx", options.target)
             assert done.report.check.sqnr_db is not None
@@ -114,7 +128,13 @@ def main() -> None:
         for name, result in row.items():
             print(f"{case.name:15s} {name:9s} {result}", flush=True)
     ours = [r["qdq"].sqnr_db or 0 for r in rows.values()]
-    best = [max((x.sqnr_db for n, x in r.items() if n != "qdq" and x.sqnr_db is not None and (x.int8_share or 0) > 0), default=float("nan")) for r in rows.values()]
+    best = [
+        max(
+            (x.sqnr_db for n, x in r.items() if n != "qdq" and x.sqnr_db is not None and (x.int8_share or 0) > 0),
+            default=float("nan"),
+        )
+        for r in rows.values()
+    ]
     if not all(np.isnan(best)):
         print(f"mean gain over the better peer that quantizes at all: {np.nanmean(np.subtract(ours, best)):.1f} dB")
     if options.json:

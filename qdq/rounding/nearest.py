@@ -7,7 +7,12 @@ import numpy.typing as npt
 
 
 def round_rows(
-    W: npt.NDArray[np.float64], scale: npt.NDArray[np.float64], H: npt.NDArray[np.float64] | None, *, low: int, high: int
+    W: npt.NDArray[np.float64],
+    scale: npt.NDArray[np.float64],
+    H: npt.NDArray[np.float64] | None,
+    *,
+    low: int,
+    high: int,
 ) -> npt.NDArray[np.float64]:
     """Nearest codes, ties to even.
 
