@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from onnx import NodeProto
 
 from qdq.graph import Model
 from qdq.placement import attribute
-from qdq.plan import Plan, Point
+from qdq.plan import Plan
 from qdq.qtensor import QParams, to_codes
 from qdq.tap import Sample, Tap, counted, length
 
@@ -26,7 +27,8 @@ MIN_ROWS = 8192  # input rows per weight at least, over all samples
 MAX_COLUMNS = 2304  # 256 channels x 3x3: above, a matrix takes over 42 MB and its inverse over a second
 BUDGET_BYTES = 1 << 30  # matrices held at once; more weights take further passes over the samples
 
-Grams = dict[str, npt.NDArray[np.float64]]
+Weight = tuple[str, int | None]  # tensor and output channel axis: one tensor may be read along either
+Grams = dict[Weight, npt.NDArray[np.float64]]
 
 
 def columns(node: NodeProto, shape: tuple[int, ...]) -> int:
@@ -47,6 +49,7 @@ def collect(
     params: Mapping[str, QParams],
     samples: Iterable[Sample],
     *,
+    divisors: Mapping[str, npt.NDArray[np.float32]] = MappingProxyType({}),
     on_progress: Callable[[int, int | None, str], None] | None = None,
 ) -> Grams:
     """Sum the second moments of the rows that each weight is multiplied with.
@@ -56,13 +59,14 @@ def collect(
         plan: its points.
         params: activation tensor -> parameters, so that rows are what the integer kernel will see.
         samples: re-iterable; read twice or more when there are over MAX_SAMPLES or the matrices exceed BUDGET_BYTES.
+        divisors: activation tensor -> (channels,) float32, what its channels are divided by before quantization.
         on_progress: called with (samples done, samples in all or None, text).
 
     Returns:
-        Weight tensor -> (groups, columns, columns) float64. Weights over MAX_COLUMNS, batched ones and those whose
-        data operand is not quantized are left out.
+        Weight tensor and axis -> (groups, columns, columns) float64. Weights over MAX_COLUMNS, batched ones, those
+        whose data operand is not quantized and those that nodes of different groups share are left out.
     """
-    weights: dict[str, list[tuple[Point, NodeProto]]] = {}
+    weights: dict[Weight, list[NodeProto]] = {}
     for point in plan.weights:
         info = model.info(point.tensor)
         assert info is not None and info.shape is not None
@@ -72,28 +76,46 @@ def collect(
             continue
         if nodes[0].op_type == "MatMul" and len(shape) > 2:
             continue
-        weights[point.tensor] = [(point, n) for n in nodes]
+        if len({attribute(n, "group", 1) for n in nodes}) > 1:
+            continue
+        weights[point.tensor, point.spec.axis] = nodes
     chosen = _subset(samples)
     grams: Grams = {}
     for batch in _batches(model, weights):
-        tap = Tap(model, {n.input[0] for w in batch for _, n in weights[w]})
+        tap = Tap(model, {n.input[0] for w in batch for n in weights[w]})
         total = len(chosen) if chosen is not None else length(samples)
         done = 0
         for index, sample in counted(samples):
             if chosen is not None and index not in chosen:
                 continue
             values = tap(sample)
-            codes = {t: _centred(v, params[t]) for t, v in values.items()}
+            codes = {}
             for weight in batch:
-                side = columns(weights[weight][0][1], model.array(weight).shape)
+                for node in weights[weight]:
+                    name = node.input[0]
+                    if name not in codes:
+                        codes[name] = _centred(divided(values[name], divisors.get(name), node), params[name])
+            for weight in batch:
+                shape = model.array(weight[0]).shape
+                side = columns(weights[weight][0], shape)
                 rows = -(-max(MIN_ROWS, ROWS_PER_COLUMN * side) // (total or MAX_SAMPLES))
-                for _, node in weights[weight]:
-                    found = _moment(node, codes[node.input[0]], model.array(weight).shape, rows)
+                for node in weights[weight]:
+                    found = _moment(node, codes[node.input[0]], shape, rows)
                     grams[weight] = grams[weight] + found if weight in grams else found
             done += 1
             if on_progress is not None:
                 on_progress(done, total, "second moments")
     return grams
+
+
+def divided(
+    values: npt.NDArray[np.floating], divisor: npt.NDArray[np.float32] | None, node: NodeProto
+) -> npt.NDArray[np.floating]:
+    """A node's data operand with its channels divided: axis 1 of a Conv, else the last one."""
+    if divisor is None:
+        return values
+    shape = (-1, *(1,) * (values.ndim - 2)) if node.op_type == "Conv" else (-1,)
+    return np.asarray(values / divisor.reshape(shape))
 
 
 def _centred(values: npt.NDArray[np.floating], params: QParams) -> npt.NDArray[np.float32]:
@@ -116,21 +138,21 @@ def _subset(samples: Iterable[Sample]) -> set[int] | None:
     return {index for _, index in sorted(hashes)[:MAX_SAMPLES]}
 
 
-def _batches(model: Model, weights: Mapping[str, list[tuple[Point, NodeProto]]]) -> list[list[str]]:
+def _batches(model: Model, weights: Mapping[Weight, list[NodeProto]]) -> list[list[Weight]]:
     """Weights in groups whose matrices fit the budget, in the plan's order."""
-    batches: list[list[str]] = []
+    batches: list[list[Weight]] = []
     room = 0
-    for name, uses in weights.items():
-        node = uses[0][1]
+    for weight, nodes in weights.items():
+        node = nodes[0]
         size = (
             8
-            * columns(node, model.array(name).shape) ** 2
+            * columns(node, model.array(weight[0]).shape) ** 2
             * (attribute(node, "group", 1) if node.op_type == "Conv" else 1)
         )
         if size > room:
             batches.append([])
             room = BUDGET_BYTES
-        batches[-1].append(name)
+        batches[-1].append(weight)
         room -= size
     return batches
 

@@ -5,6 +5,7 @@ consumers, each weight becomes INT8 codes behind a DequantizeLinear. It must not
 
 | case | in front of the operand | behind the node |
 |---|---|---|
+| any, equalized | first Mul by 1 / channel scales | nothing: the codes of W hold the channel scales |
 | A symmetric | Q, DQ | nothing |
 | B shifted, no padding | Sub c, Q, DQ | bias += c * sum(W) |
 | C shifted, padded Conv | Pad with 0, Sub c, Q, DQ; the Conv's own pads become 0 | bias += c * sum(W) |
@@ -175,7 +176,7 @@ class _Writer:
         key = (tensor, border)
         if key in self._made:
             return self._made[key]
-        source = base = tensor if border is None else self._padded(tensor, border)
+        source = base = self._divided(tensor) if border is None else self._padded(tensor, self._divided(tensor), border)
         if params.zero_point:
             source = self._append("Sub", (source, self._offset(tensor, params)), f"{base}_Sub")
         scale, zero = self._scale(tensor, params)
@@ -183,19 +184,34 @@ class _Writer:
         self._made[key] = self._append("DequantizeLinear", (codes, scale, zero), f"{base}_DequantizeLinear")
         return self._made[key]
 
-    def _padded(self, tensor: str, border: _Border) -> str:
+    def _divided(self, tensor: str) -> str:
+        """The tensor with its channels divided, made once; the tensor itself where nothing is to be divided."""
+        divisor = self._solution.divisors.get(tensor)
+        if divisor is None:
+            return tensor
+        key = (tensor, "divided")
+        if key not in self._made:
+            convolved = any(u.node.op_type == "Conv" and u.index == 0 for u in self._model.consumers(tensor))
+            info = self._model.info(tensor)
+            rank = len(info.shape) if info is not None and info.shape is not None else 2
+            shape = (-1, *(1,) * (rank - 2)) if convolved else (-1,)
+            factor = self._constant(f"{tensor}_factor", (1 / divisor).reshape(shape), self._dtype(tensor))
+            self._made[key] = self._append("Mul", (tensor, factor), f"{tensor}_Mul")
+        return self._made[key]
+
+    def _padded(self, tensor: str, source: str, border: _Border) -> str:
         axes = [0] if border.groups == 1 else [0, 0]
         amounts = [*axes, 0, *border.before, *axes, border.channels, *border.after]
         pads = self._constant(f"{tensor}_pads", np.array(amounts, dtype=np.int64))
         if border.groups == 1:
-            return self._append("Pad", (tensor, pads), f"{tensor}_Pad")
+            return self._append("Pad", (source, pads), f"{tensor}_Pad")
         info = self._model.info(tensor)
         assert info is not None and info.shape is not None and isinstance(info.shape[1], int)
         each = info.shape[1] // border.groups
         apart = np.array([0, border.groups, each, *border.spatial], dtype=np.int64)
         sizes = [b + s + a for b, s, a in zip(border.before, border.spatial, border.after, strict=True)]
         joined = np.array([0, border.groups * (each + border.channels), *sizes], dtype=np.int64)
-        source = self._append("Reshape", (tensor, self._constant(f"{tensor}_groups", apart)), f"{tensor}_Reshape")
+        source = self._append("Reshape", (source, self._constant(f"{tensor}_groups", apart)), f"{tensor}_Reshape")
         source = self._append("Pad", (source, pads), f"{tensor}_Pad")
         return self._append("Reshape", (source, self._constant(f"{tensor}_joined", joined)), f"{source}_Reshape")
 
@@ -254,7 +270,7 @@ class _Writer:
         correction = np.asarray(params.offset * values.sum(axis=summed, keepdims=values.ndim > 2 and summed == -2))
         bias = node.input[2] if len(node.input) > 2 else ""
         beta = next((a.f for a in node.attribute if a.name == "beta"), 1.0)
-        if node.op_type != "MatMul" and not bias:
+        if node.op_type != "MatMul" and not bias and beta == 1.0:
             merged: npt.NDArray[np.float64] | None = correction
         elif node.op_type != "MatMul" and self._model.is_constant(bias) and beta == 1.0:
             old = self._model.array(bias).astype(np.float64)

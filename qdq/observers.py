@@ -90,7 +90,7 @@ class Histogram:
             flat = flat.astype(np.float32, copy=False)
         if flat.size == 0:
             raise ValueError("no values")
-        low, high = min(float(flat.min()), 0.0), max(float(flat.max()), 0.0)
+        low, high = min(float(flat.min()), 0.0) + 0.0, max(float(flat.max()), 0.0) + 0.0  # -0.0 becomes 0.0
         if not (np.isfinite(low) and np.isfinite(high)):
             raise ValueError("not finite")
         amax = max(-low, high)
@@ -115,7 +115,9 @@ class Histogram:
         """The histogram of both sets of values; exact, commutative and associative."""
         known = [h.exponent for h in (self, other) if h.exponent is not None]
         exponent = max(known) if known else None
-        counts = self.counts + other.counts if exponent is None else self.coarsened(exponent) + other.coarsened(exponent)
+        counts = (
+            self.counts + other.counts if exponent is None else self.coarsened(exponent) + other.coarsened(exponent)
+        )
         return Histogram(
             exponent=exponent, counts=counts, low=min(self.low, other.low), high=max(self.high, other.high)
         )
@@ -141,7 +143,7 @@ def squared_error(hist: Histogram, scale: float, zero_point: int, fmt: Format) -
     return float(np.sum((x - (codes - zero_point) * scale) ** 2 * hist.counts[used]))
 
 
-def _asymmetric(low: float, high: float, fmt: Format) -> tuple[float, int]:
+def asymmetric(low: float, high: float, fmt: Format) -> tuple[float, int]:
     """Scale and zero point that map [low, high] (which holds 0) onto all codes."""
     scale = max((high - low) / (fmt.high - fmt.low), np.finfo(np.float32).tiny)
     return scale, int(np.clip(np.rint(fmt.low - low / scale), fmt.low, fmt.high))
@@ -162,11 +164,14 @@ def percentile_limit(hist: Histogram, fmt: Format, percentile: float) -> float:
 def mse_limit(hist: Histogram, fmt: Format, percentile: float) -> float:
     """The magnitude that minimises the squared error: grid of 1/64, then refined around the best by 1/512."""
     if hist.low < 0 or not hist.high:
+
         def error(ratio: float) -> float:
             return squared_error(hist, ratio * hist.amax / fmt.high, 0, fmt)
     else:
+
         def error(ratio: float) -> float:
-            return squared_error(hist, *_asymmetric(0.0, ratio * hist.amax, fmt), fmt)
+            return squared_error(hist, *asymmetric(0.0, ratio * hist.amax, fmt), fmt)
+
     coarse = min(np.arange(8, 65) / 64, key=error)
     fine = coarse + np.arange(-7, 8) / 512
     return float(min(fine[(fine > 0.1) & (fine <= 1)], key=error)) * hist.amax
@@ -248,13 +253,15 @@ def choose(hist: Histogram, *, method: str, percentile: float, shift: bool, fmt_
     if method == "mse" and hist.low == 0:  # the search above was for the shifted grid
         ratios = np.arange(16, 129) / 128
         symmetric = float(
-            representable(min((r * hist.amax / fmt.high for r in ratios), key=lambda s: squared_error(hist, s, 0, fmt)), dtype)
+            representable(
+                min((r * hist.amax / fmt.high for r in ratios), key=lambda s: squared_error(hist, s, 0, fmt)), dtype
+            )
         )
     if shift:
         low, high = max(hist.low, -limit), min(hist.high, limit)
         if method == "mse":
             low, high = _refine(hist, low, high, fmt)
-        scale, zero_point = _asymmetric(low, high, fmt)
+        scale, zero_point = asymmetric(low, high, fmt)
         scale = float(representable(scale, dtype))
         if squared_error(hist, scale, zero_point, fmt) <= SHIFT_GAIN * squared_error(hist, symmetric, 0, fmt):
             return _per_tensor(scale, zero_point, fmt_name)
@@ -265,7 +272,7 @@ def _refine(hist: Histogram, low: float, high: float, fmt: Format) -> tuple[floa
     """Move either end of the range while that lowers the squared error; steps of 1/16, then 1/64 of the width."""
 
     def error(ends: tuple[float, float]) -> float:
-        return squared_error(hist, *_asymmetric(*ends, fmt), fmt)
+        return squared_error(hist, *asymmetric(*ends, fmt), fmt)
 
     best, least = (low, high), error((low, high))
     for step in (1 / 16, 1 / 64):

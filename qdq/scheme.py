@@ -15,6 +15,7 @@ from qdq.formats import FORMATS
 
 SCHEMES: tuple[str, ...] = ("int8",)
 CALIBRATORS: tuple[str, ...] = ("mse", "percentile", "entropy", "max")
+EQUALIZERS: tuple[str, ...] = ("smoothquant", "none")
 ROUNDINGS: tuple[str, ...] = ("gptq", "nearest")
 
 
@@ -64,6 +65,7 @@ class Settings:
         calibrator: how an activation's range is chosen from its histogram.
         percentile: percent of the values that the `percentile` calibrator keeps inside the range.
         rounding: how weights are rounded to codes.
+        equalize: the formula by which input channels of a layer are balanced where that pays, or "none".
         shift: allow `Spec.shift` for activations.
         exclude: glob patterns of node names that stay in float; each must match at least one node.
 
@@ -75,6 +77,7 @@ class Settings:
     calibrator: str = "mse"
     percentile: float = 99.99
     rounding: str = "gptq"
+    equalize: str = "smoothquant"
     shift: bool = True
     exclude: tuple[str, ...] = ()
 
@@ -83,6 +86,7 @@ class Settings:
         choose(self.scheme, SCHEMES, "scheme")
         choose(self.calibrator, CALIBRATORS, "calibrator")
         choose(self.rounding, ROUNDINGS, "rounding")
+        choose(self.equalize, EQUALIZERS, "equalization")
         if (
             isinstance(self.percentile, bool)
             or not isinstance(self.percentile, int | float)

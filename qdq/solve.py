@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qdq import gram, observers
+from qdq import channel_scale, gram, observers
 from qdq.calibrate import CalibrationTable, Progress
+from qdq.errors import InputError
 from qdq.formats import FORMATS
 from qdq.graph import Model
 from qdq.observers import Histogram
-from qdq.placement import attribute
+from qdq.placement import WEIGHTED, attribute, weight_axis
 from qdq.plan import Plan, Point
 from qdq.qtensor import QParams, QTensor, weight_params
 from qdq.tap import Sample
@@ -35,11 +36,14 @@ class Solution:
 
     Attributes:
         activations: tensor -> parameters per tensor.
+        divisors: tensor -> (channels,) what its channels are divided by before they are quantized; the codes of the
+            weights that read it already hold the factor.
         weights: (tensor, axis) -> codes and parameters.
         notes: what a person should know, one line each (ties given up, weights rounded to nearest for want of data).
     """
 
     activations: Mapping[str, QParams]
+    divisors: Mapping[str, npt.NDArray[np.float32]]
     weights: Mapping[tuple[str, int | None], QTensor]
     notes: tuple[str, ...]
 
@@ -67,30 +71,42 @@ def solve(
 
     Raises:
         StaleFileError: plan or table belong to another model.
+        InputError: an edited plan has a weight that no integer kernel takes so, or a weight holds NaN or infinity.
     """
     plan.check(model)
     table.check(model, plan)
+    _check_weights(model, plan)
     notes: list[str] = []
     activations = _activations(model, plan, table, notes)
     rounding = plan.settings.rounding
+    divisors: dict[str, npt.NDArray[np.float32]] = {}
+    if plan.settings.equalize != "none" and samples is not None:
+        formula = plan.settings.equalize
+        for tensor, equalized in channel_scale.choose(
+            model, plan, activations, samples, formula=formula, on_progress=on_progress
+        ).items():
+            divisors[tensor], activations[tensor] = equalized.scale, equalized.params
+            notes.append(f"the channels of {tensor!r} are equalized: {equalized.gain_db:.1f} dB less noise predicted")
     grams: gram.Grams = {}
     if rounding != "nearest":
         if samples is None:
             notes.append(f"weights are rounded to nearest: {rounding} needs the samples, and only a table was given")
         else:
-            grams = gram.collect(model, plan, activations, samples, on_progress=on_progress)
+            grams = gram.collect(model, plan, activations, samples, divisors=divisors, on_progress=on_progress)
     weights: dict[tuple[str, int | None], QTensor] = {}
     for index, point in enumerate(plan.weights):
-        weights[point.tensor, point.spec.axis] = _weight(model, point, rounding, grams.get(point.tensor))
+        weights[point.tensor, point.spec.axis] = _weight(
+            model, point, rounding, grams.get((point.tensor, point.spec.axis)), divisors
+        )
         if on_progress is not None:
             on_progress(index + 1, len(plan.weights), "rounding weights")
-    plain = [p.tensor for p in plan.weights if p.tensor not in grams]
+    plain = [p.tensor for p in plan.weights if (p.tensor, p.spec.axis) not in grams]
     if grams and plain:
         notes.append(
             f"{len(plain)} of {len(plan.weights)} weights are rounded to nearest: {rounding} takes weights of up to "
             f"{gram.MAX_COLUMNS} inputs per output"
         )
-    return Solution(activations=activations, weights=weights, notes=tuple(notes))
+    return Solution(activations=activations, divisors=divisors, weights=weights, notes=tuple(notes))
 
 
 def _activations(model: Model, plan: Plan, table: CalibrationTable, notes: list[str]) -> dict[str, QParams]:
@@ -142,8 +158,41 @@ def can_shift(model: Model, name: str, index: int) -> bool:
     return auto in (b"NOTSET", b"VALID") and all(p >= 0 for p in gram.ints(node, "pads", [0]))
 
 
-def _weight(model: Model, point: Point, rounding: str, moments: npt.NDArray[np.float64] | None) -> QTensor:
+def _check_weights(model: Model, plan: Plan) -> None:
+    """Refuse weight points that an edited plan may hold, and values that no scale fits."""
+    for point in plan.weights:
+        values = model.array(point.tensor)
+        for name, index in point.uses:
+            node = model.node(name)
+            if index != 1 or node.op_type not in WEIGHTED:
+                raise InputError(
+                    f"The plan quantizes {point.tensor!r} as the weight of operand {index} of {name!r} ({node.op_type}): "
+                    f"weights are operand 1 of {', '.join(WEIGHTED)}. Remove the consumer."
+                )
+            if point.spec.axis != (axis := weight_axis(node, values.ndim)):
+                raise InputError(
+                    f"The plan quantizes {point.tensor!r} along axis {point.spec.axis}, but the output channels of "
+                    f"{name!r} lie on axis {axis}. Set the axis to {axis}."
+                )
+        if not np.isfinite(values.astype(np.float32)).all():
+            raise InputError(
+                f"Weight {point.tensor!r} of the float model holds NaN or infinity: no scale fits it. "
+                f"Mend the model, or exclude {point.uses[0][0]!r}."
+            )
+
+
+def _weight(
+    model: Model,
+    point: Point,
+    rounding: str,
+    moments: npt.NDArray[np.float64] | None,
+    divisors: Mapping[str, npt.NDArray[np.float32]],
+) -> QTensor:
     values = model.array(point.tensor)
+    reader = model.node(point.uses[0][0])
+    if (divisor := divisors.get(reader.input[0])) is not None:
+        inputs = channel_scale.input_axis(reader, values.ndim)
+        values = (values * divisor.reshape([-1 if i == inputs else 1 for i in range(values.ndim)])).astype(values.dtype)
     fmt = FORMATS[point.spec.format]
     assert point.spec.axis is not None
     params = weight_params(values, axis=point.spec.axis, fmt=fmt)

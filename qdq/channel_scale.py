@@ -1,0 +1,203 @@
+"""Equalization: divide the channels of a quantized tensor by constants and multiply them into the weights that read it.
+
+Model + Plan + parameters + samples -> per tensor (channel scales, new parameters) where that is predicted to pay.
+The float outputs stay equal. `insert` writes the division as one Mul in front of the quantizer, which the compiler
+fuses into the kernel there. This module must not change the graph; the formulas are in `qdq.equalize`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import NodeProto
+
+from qdq.calibrate import Progress
+from qdq.formats import FORMATS
+from qdq.graph import Model
+from qdq.observers import asymmetric
+from qdq.placement import attribute
+from qdq.plan import Plan, Point
+from qdq.qtensor import QParams, from_codes, representable, to_codes
+from qdq.tap import Sample, Tap, counted, length
+
+ROWS = 8192  # channel vectors looked at per tensor, over all samples
+HEADROOM = 1.25  # range of an equalized tensor over its calibrated one: equalized channels all lie near the limit
+MINIMUM_GAIN_DB = 3.0  # predicted; below it the estimate is not trusted and the tensor is left alone
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Equalized:
+    """One tensor whose channels are divided before it is quantized.
+
+    Attributes:
+        scale: (channels,) float32 divisors.
+        params: quantization of the divided tensor.
+        gain_db: predicted fall of the error at the consumers' outputs.
+    """
+
+    scale: npt.NDArray[np.float32]
+    params: QParams
+    gain_db: float
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What is known of one tensor's channels: exact limits, and some of its channel vectors."""
+
+    low: Floats
+    high: Floats
+    rows: list[npt.NDArray[np.float32]]
+
+
+def input_axis(node: NodeProto, rank: int) -> int:
+    """The axis of a weight that runs over input channels: Conv 1; Gemm 0 or 1 by transB; MatMul the last but one."""
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and attribute(node, "transB", 0)):
+        return 1
+    return rank - 2
+
+
+def candidates(model: Model, plan: Plan) -> dict[str, list[str]]:
+    """Activation tensors that may be equalized -> the weights that read them.
+
+    Every reader is an ungrouped Conv, or every one a Gemm or MatMul without transA; no weight is shared with another
+    tensor; the tensor is no shortcut and is tied to no other.
+    """
+    reads: dict[str, set[str]] = {}
+    for point in plan.weights:
+        reads.setdefault(point.tensor, set()).update(model.node(name).input[0] for name, _ in point.uses)
+    found = {}
+    for point in plan.activations:
+        nodes = [model.node(name) for name, _ in point.uses]
+        kinds = {n.op_type == "Conv" for n in nodes}
+        plain = all(
+            index == 0
+            and not attribute(n, "transA", 0)
+            and attribute(n, "group", 1) == 1
+            and model.is_constant(n.input[1])
+            and reads.get(n.input[1]) == {point.tensor}
+            for n, (_, index) in zip(nodes, point.uses, strict=True)
+        )
+        if plain and len(kinds) == 1 and point.tie is None:
+            found[point.tensor] = list(dict.fromkeys(n.input[1] for n in nodes))
+    return found
+
+
+def choose(
+    model: Model,
+    plan: Plan,
+    params: Mapping[str, QParams],
+    samples: Iterable[Sample],
+    *,
+    formula: str,
+    on_progress: Progress | None = None,
+) -> dict[str, Equalized]:
+    """Decide which tensors to equalize.
+
+    For each candidate the noise at its consumers' outputs is predicted with and without channel scales: the rounding
+    and clipping error of sampled channel vectors weighted by the squared weights that read them, plus the weights' own
+    rounding error at the mean power of the inputs.
+
+    Args:
+        model: the prepared float model.
+        plan: its points.
+        params: activation tensor -> parameters without equalization.
+        samples: calibration samples; read once.
+        formula: a file name in `qdq.equalize`.
+        on_progress: called with (samples done, samples in all or None, text).
+
+    Returns:
+        Tensor -> scales and parameters, for those with a predicted gain of at least MINIMUM_GAIN_DB.
+    """
+    module: Any = importlib.import_module(f"qdq.equalize.{formula}")
+    readers = candidates(model, plan)
+    if not readers:
+        return {}
+    points = {p.tensor: p for p in plan.activations}
+    seen = _look(model, readers, points, samples, on_progress)
+    found = {}
+    for tensor, weights in readers.items():
+        info = model.info(tensor)
+        rows = np.concatenate(seen[tensor].rows).astype(np.float64)
+        matrices = [_by_input(model, points[tensor], weight) for weight in weights]
+        if rows.shape[1] < 2:
+            continue
+        wmax = np.max([np.abs(m).max(axis=(1, 2)) for m in matrices], axis=0)
+        amax = np.maximum(-seen[tensor].low, seen[tensor].high)
+        s = module.scales(amax, wmax).astype(np.float32).astype(np.float64)
+        low = HEADROOM * min(float((seen[tensor].low / s).min()), 0.0)
+        high = HEADROOM * max(float((seen[tensor].high / s).max()), 0.0)
+        if high - low <= 0:
+            continue
+        fmt = FORMATS[points[tensor].spec.format]
+        shifted = points[tensor].spec.shift
+        scale, zero_point = asymmetric(low, high, fmt) if shifted else (max(-low, high) / fmt.high, 0)
+        stored = representable(scale, info.dtype if info is not None else "float32")
+        divided = QParams(scale=stored, zero_point=zero_point, format=fmt.name)
+        plain = _noise(rows, matrices, np.ones_like(s), params[tensor], fmt.high)
+        equalized = _noise(rows, matrices, s, divided, fmt.high)
+        gain_db = 10 * np.log10(plain / equalized) if equalized > 0 and plain > 0 else 0.0
+        if gain_db >= MINIMUM_GAIN_DB:
+            found[tensor] = Equalized(scale=s.astype(np.float32), params=divided, gain_db=float(gain_db))
+    return found
+
+
+def _look(
+    model: Model,
+    readers: Mapping[str, list[str]],
+    points: Mapping[str, Point],
+    samples: Iterable[Sample],
+    on_progress: Progress | None,
+) -> dict[str, _Seen]:
+    tap = Tap(model, readers)
+    total = length(samples)
+    each = max(1, ROWS // (total or 64))
+    seen: dict[str, _Seen] = {}
+    for index, sample in counted(samples):
+        for tensor, values in tap(sample).items():
+            convolved = model.node(points[tensor].uses[0][0]).op_type == "Conv"
+            grid = values.reshape(*values.shape[:2], -1) if convolved else values.reshape(-1, values.shape[-1], 1)
+            low, high = grid.min(axis=(0, 2)).astype(np.float64), grid.max(axis=(0, 2)).astype(np.float64)
+            positions = grid.shape[0] * grid.shape[2]
+            picked = np.random.default_rng(positions).choice(positions, min(each, positions), replace=False)
+            first, last = np.divmod(np.sort(picked), grid.shape[2])
+            rows = grid[first, :, last].astype(np.float32)
+            if tensor in seen:
+                known = seen[tensor]
+                known.low, known.high = np.minimum(known.low, low), np.maximum(known.high, high)
+                if sum(len(r) for r in known.rows) < ROWS:
+                    known.rows.append(rows)
+            else:
+                seen[tensor] = _Seen(low=low, high=high, rows=[rows])
+        if on_progress is not None:
+            on_progress(index + 1, total, "channel ranges")
+    return seen
+
+
+def _by_input(model: Model, point: Point, weight: str) -> Floats:
+    """(input channels, output channels, taps) float64 of a weight."""
+    node = next(model.node(name) for name, _ in point.uses if model.node(name).input[1] == weight)
+    values = model.array(weight).astype(np.float64)
+    moved = np.moveaxis(values, input_axis(node, values.ndim), 0)
+    if node.op_type == "Conv":
+        return np.asarray(moved.reshape(moved.shape[0], moved.shape[1], -1))
+    return np.asarray(np.moveaxis(moved, -1, 1).reshape(moved.shape[0], moved.shape[-1], -1))
+
+
+def _noise(rows: Floats, matrices: list[Floats], s: Floats, params: QParams, limit: int) -> float:
+    """Predicted error power at the consumers' outputs per position, for channels divided by s."""
+    divided = rows / s
+    error = (from_codes(to_codes(divided, params), params).astype(np.float64) - divided) * s
+    read = sum((m**2).sum(axis=(1, 2)) for m in matrices)
+    data = float((error**2).mean(axis=0) @ read)
+    power = float((divided**2).mean(axis=0).sum())
+    weights = sum(
+        float(((np.abs(m * s[:, None, None]).max(axis=(0, 2)) / limit) ** 2).sum()) / 12 * m.shape[2] for m in matrices
+    )
+    return data + weights * power
