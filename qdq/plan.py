@@ -101,7 +101,7 @@ class Plan:
         """The plan as indented JSON; the same plan gives the same text."""
         points = []
         for p in self.points:
-            spec = {k: v for k, v in asdict(p.spec).items() if v not in (None, False)}
+            spec = {k: v for k, v in asdict(p.spec).items() if v is not None and v is not False}  # axis 0 stays
             entry: dict[str, object] = {
                 "tensor": p.tensor,
                 "role": p.role,
@@ -189,6 +189,11 @@ class Plan:
                     f"The plan calls {point.tensor!r} {point.role}, but in the model it is "
                     f"{'constant' if model.is_constant(point.tensor) else 'computed'}."
                 )
+            if point.role == "activation" and point.spec.axis is not None:
+                raise InputError(
+                    f"The plan quantizes the activation {point.tensor!r} along axis {point.spec.axis}: activations "
+                    "have one scale. Remove the axis."
+                )
         data = {name for p in self.activations for name, index in p.uses if index == 0}
         alone = set(self.quantized_nodes) - data
         if alone:
@@ -230,7 +235,7 @@ def _point(entry: Mapping[str, object]) -> Point:
     spec = Spec(**{k: entry[k] for k in ("format", "axis", "shift") if k in entry})  # type: ignore[arg-type]
     consumers = tuple(str(c) for c in entry["consumers"])  # type: ignore[attr-defined]
     tie = entry.get("tie")
-    return Point(
+    point = Point(
         tensor=str(entry["tensor"]),
         role=str(entry["role"]),
         spec=spec,
@@ -238,3 +243,6 @@ def _point(entry: Mapping[str, object]) -> Point:
         rule=str(entry["rule"]),
         tie=None if tie is None else str(tie),
     )
+    if not point.uses or any(index < 0 for _, index in point.uses):
+        raise ValueError(f"consumers of {point.tensor!r}: at least one, each 'node:input index'")
+    return point
