@@ -16,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
 
+from qdq import gram
 from qdq.calibrate import Progress
 from qdq.formats import FORMATS
+from qdq.gram import ints
 from qdq.graph import Model
 from qdq.observers import asymmetric
 from qdq.placement import attribute
@@ -61,6 +63,19 @@ def input_axis(node: NodeProto, rank: int) -> int:
     if node.op_type == "Conv" or (node.op_type == "Gemm" and attribute(node, "transB", 0)):
         return 1
     return rank - 2
+
+
+def can_shift(model: Model, name: str, index: int) -> bool:
+    """Whether a constant subtracted from operand `index` of a node can be made up for exactly behind the node.
+
+    Conv needs explicit, non-negative padding (the border is then padded before the shift); Gemm and MatMul always can;
+    a shortcut gets the constant back by an Add.
+    """
+    node = model.node(name)
+    if node.op_type != "Conv":
+        return True
+    auto = next((a.s for a in node.attribute if a.name == "auto_pad"), b"NOTSET")
+    return auto in (b"NOTSET", b"VALID") and all(p >= 0 for p in ints(node, "pads", [0]))
 
 
 def candidates(model: Model, plan: Plan) -> dict[str, list[str]]:
@@ -108,7 +123,7 @@ def choose(
         model: the prepared float model.
         plan: its points.
         params: activation tensor -> parameters without equalization.
-        samples: calibration samples; read once.
+        samples: re-iterable calibration samples; at most `gram.MAX_SAMPLES` of them are run.
         formula: a file name in `qdq.equalize`.
         on_progress: called with (samples done, samples in all or None, text).
 
@@ -136,7 +151,7 @@ def choose(
         if high - low <= 0:
             continue
         fmt = FORMATS[points[tensor].spec.format]
-        shifted = points[tensor].spec.shift
+        shifted = points[tensor].spec.shift and all(can_shift(model, name, i) for name, i in points[tensor].uses)
         scale, zero_point = asymmetric(low, high, fmt) if shifted else (max(-low, high) / fmt.high, 0)
         stored = representable(scale, info.dtype if info is not None else "float32")
         divided = QParams(scale=stored, zero_point=zero_point, format=fmt.name)
@@ -156,10 +171,14 @@ def _look(
     on_progress: Progress | None,
 ) -> dict[str, _Seen]:
     tap = Tap(model, readers)
-    total = length(samples)
-    each = max(1, ROWS // (total or 64))
+    chosen = gram.subset(samples)
+    total = length(samples) if chosen is None else len(chosen)
+    each = max(1, ROWS // (total or gram.MAX_SAMPLES))
     seen: dict[str, _Seen] = {}
+    done = 0
     for index, sample in counted(samples):
+        if chosen is not None and index not in chosen:
+            continue
         for tensor, values in tap(sample).items():
             convolved = model.node(points[tensor].uses[0][0]).op_type == "Conv"
             grid = values.reshape(*values.shape[:2], -1) if convolved else values.reshape(-1, values.shape[-1], 1)
@@ -171,12 +190,12 @@ def _look(
             if tensor in seen:
                 known = seen[tensor]
                 known.low, known.high = np.minimum(known.low, low), np.maximum(known.high, high)
-                if sum(len(r) for r in known.rows) < ROWS:
-                    known.rows.append(rows)
+                known.rows.append(rows)
             else:
                 seen[tensor] = _Seen(low=low, high=high, rows=[rows])
         if on_progress is not None:
-            on_progress(index + 1, total, "channel ranges")
+            done += 1
+            on_progress(done, total, "channel ranges")
     return seen
 
 

@@ -79,7 +79,7 @@ def collect(
         if len({attribute(n, "group", 1) for n in nodes}) > 1:
             continue
         weights[point.tensor, point.spec.axis] = nodes
-    chosen = _subset(samples)
+    chosen = subset(samples)
     grams: Grams = {}
     for batch in _batches(model, weights):
         tap = Tap(model, {n.input[0] for w in batch for n in weights[w]})
@@ -124,7 +124,7 @@ def _centred(values: npt.NDArray[np.floating], params: QParams) -> npt.NDArray[n
     )
 
 
-def _subset(samples: Iterable[Sample]) -> set[int] | None:
+def subset(samples: Iterable[Sample]) -> set[int] | None:
     """The indices of the MAX_SAMPLES samples with the smallest hashes; None where there are no more than that."""
     total = length(samples)
     if total is not None and total <= MAX_SAMPLES:
@@ -186,6 +186,12 @@ def _patches(
     spatial, kernel = len(shape) - 2, shape[2:]
     strides, dilations = ints(node, "strides", [1] * spatial), ints(node, "dilations", [1] * spatial)
     pads = ints(node, "pads", [0] * 2 * spatial)
+    auto = next((a.s for a in node.attribute if a.name == "auto_pad"), b"NOTSET")
+    if auto.startswith(b"SAME"):  # only where a dynamic size kept `prepare` from writing the pads
+        axes = zip(codes.shape[2:], kernel, strides, dilations, strict=True)
+        totals = [max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0) for n, k, s, d in axes]
+        less, more = [t // 2 for t in totals], [t - t // 2 for t in totals]
+        pads = less + more if auto == b"SAME_UPPER" else more + less
     padded = np.pad(codes, [(0, 0), (0, 0), *((pads[i], pads[i + spatial]) for i in range(spatial))])
     extent = [(padded.shape[2 + i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(spatial)]
     positions = np.unravel_index(_spaced(padded.shape[0] * int(np.prod(extent)), rows), [padded.shape[0], *extent])

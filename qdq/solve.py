@@ -81,12 +81,17 @@ def solve(
     rounding = plan.settings.rounding
     divisors: dict[str, npt.NDArray[np.float32]] = {}
     if plan.settings.equalize != "none" and samples is not None:
-        formula = plan.settings.equalize
-        for tensor, equalized in channel_scale.choose(
-            model, plan, activations, samples, formula=formula, on_progress=on_progress
-        ).items():
-            divisors[tensor], activations[tensor] = equalized.scale, equalized.params
-            notes.append(f"the channels of {tensor!r} are equalized: {equalized.gain_db:.1f} dB less noise predicted")
+        equalized = channel_scale.choose(
+            model, plan, activations, samples, formula=plan.settings.equalize, on_progress=on_progress
+        )
+        divisors = {tensor: e.scale for tensor, e in equalized.items()}
+        activations |= {tensor: e.params for tensor, e in equalized.items()}
+        if equalized:
+            gains = sorted(e.gain_db for e in equalized.values())
+            notes.append(
+                f"the channels of {len(equalized)} of {len(activations)} tensors are equalized: {gains[0]:.1f} to "
+                f"{gains[-1]:.1f} dB less noise predicted at their consumers"
+            )
     grams: gram.Grams = {}
     if rounding != "nearest":
         if samples is None:
@@ -130,7 +135,7 @@ def _activations(model: Model, plan: Plan, table: CalibrationTable, notes: list[
             shared.get(point.tensor, table.tensors[point.tensor]),
             method=plan.settings.calibrator,
             percentile=plan.settings.percentile,
-            shift=point.spec.shift and all(can_shift(model, name, i) for name, i in point.uses),
+            shift=point.spec.shift and all(channel_scale.can_shift(model, name, i) for name, i in point.uses),
             fmt_name=point.spec.format,
             dtype=info.dtype if info is not None else "float32",
         )
@@ -143,19 +148,6 @@ def _groups(plan: Plan) -> dict[str, list[str]]:
         if point.tie is not None:
             groups.setdefault(point.tie, []).append(point.tensor)
     return groups
-
-
-def can_shift(model: Model, name: str, index: int) -> bool:
-    """Whether a constant subtracted from operand `index` of a node can be made up for exactly behind the node.
-
-    Conv needs explicit, non-negative padding (the border is then padded before the shift); Gemm and MatMul always can;
-    a shortcut gets the constant back by an Add.
-    """
-    node = model.node(name)
-    if node.op_type != "Conv":
-        return True
-    auto = next((a.s for a in node.attribute if a.name == "auto_pad"), b"NOTSET")
-    return auto in (b"NOTSET", b"VALID") and all(p >= 0 for p in gram.ints(node, "pads", [0]))
 
 
 def _check_weights(model: Model, plan: Plan) -> None:
