@@ -30,7 +30,8 @@ from qdq import placement
 from qdq.build import OnProgress, compile_engine, runs_here, save_engine, shape_ranges
 from qdq.calibrate import CalibrationTable, collect
 from qdq.errors import InputError, ModelError
-from qdq.graph import Model, is_external, is_quantized, load, save, tensor_bytes
+from qdq.external import is_external, tensor_bytes
+from qdq.graph import Model, is_quantized, load, save
 from qdq.insert import insert
 from qdq.plan import Plan
 from qdq.prepare import prepare

@@ -5,13 +5,11 @@
     save(model, path)          to a temporary name that is then renamed; side file where the source had one
 
 It must not change a graph, modify a user's file, or hold all external weights in memory at once.
-Source for external data: https://github.com/onnx/onnx/blob/main/docs/ExternalData.md
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import tempfile
@@ -25,22 +23,13 @@ from typing import BinaryIO
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from qdq.errors import InputError, ModelError
+from qdq.external import External, is_external, move, stream, tensor_array, tensor_bytes
 
 IN_FILE_LIMIT = 1_900_000_000  # bytes; protobuf refuses a message of 2 GiB, the nodes need the rest
 PROTOBUF_LIMIT = 2**31 - 1  # bytes
-SIDE_FILE_THRESHOLD = 1024  # bytes; smaller tensors stay in the model file, as in onnx's own writer
-SIDE_FILE_ALIGNMENT = 4096  # bytes; lets a reader map a tensor (ExternalData.md, "offset")
-CHUNK = 1 << 24  # bytes read at once when streaming
-_BITS: dict[int, int] = {
-    TensorProto.INT4: 4,
-    TensorProto.UINT4: 4,
-    TensorProto.FLOAT4E2M1: 4,
-    TensorProto.INT2: 2,
-    TensorProto.UINT2: 2,
-}
 _QUANTIZED_OP = re.compile(r"[Qq]uantize|^QLinear|^Q(Attention|Gemm|Ordered)|(Conv|MatMul)Integer|NBits")
 
 
@@ -217,7 +206,7 @@ def load(path: str | os.PathLike[str]) -> Model:
     digest = hashlib.sha256(content)
     del content
     for tensor in filter(is_external, all_tensors(proto)):
-        for chunk in _stream(tensor, directory):
+        for chunk in stream(tensor, directory):
             digest.update(chunk)
     try:
         check(proto)
@@ -277,7 +266,7 @@ def save(
     external = [t for t in tensors if is_external(t)]
     side = path.with_name(path.name + ".data")
     for tensor in external:
-        if side.exists() and side.samefile(_External.of(tensor, source).path):
+        if side.exists() and side.samefile(External.of(tensor, source).path):
             raise InputError(
                 f"Cannot write {path}: its side file {side.name} would replace the data that tensor {tensor.name!r} of "
                 "the source model is read from. Choose another file name or folder."
@@ -363,94 +352,6 @@ def dtype_name(data_type: int) -> str:
     return str(onnx.helper.tensor_dtype_to_np_dtype(data_type).name)
 
 
-def tensor_bytes(tensor: TensorProto) -> int:
-    """Bytes of a tensor's packed values; 0 for text, which has no fixed size."""
-    if tensor.data_type in (TensorProto.STRING, TensorProto.UNDEFINED):
-        return 0
-    bits = _BITS.get(tensor.data_type) or 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return int(math.prod(tensor.dims) * bits + 7) // 8
-
-
-def tensor_array(tensor: TensorProto, directory: Path) -> np.ndarray:
-    """The values of a stored tensor.
-
-    Args:
-        tensor: from a model that was loaded from `directory`.
-        directory: the folder of its external data.
-
-    Returns:
-        The array in the tensor's own type and shape; it may be read-only.
-
-    Raises:
-        ModelError: the external data cannot be read.
-    """
-    if is_external(tensor):
-        tensor = TensorProto(
-            dims=tensor.dims, data_type=tensor.data_type, raw_data=b"".join(_stream(tensor, directory))
-        )
-    return np.asarray(numpy_helper.to_array(tensor))
-
-
-def is_external(tensor: TensorProto) -> bool:
-    """Whether the tensor's values lie in a side file."""
-    return bool(tensor.data_location == TensorProto.EXTERNAL)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _External:
-    """Where an external tensor's bytes lie; checked to be inside the model's folder and inside the file."""
-
-    path: Path
-    offset: int
-    length: int
-
-    @classmethod
-    def of(cls, tensor: TensorProto, directory: Path) -> _External:
-        entries = {e.key: e.value for e in tensor.external_data}
-        location = entries.get("location", "")
-        what = f"Cannot read the external data of tensor {tensor.name!r}"
-        path = directory / location
-        if not location or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
-            raise ModelError(
-                f"{what}: its location {location!r} is not inside the model's folder {directory}, so it "
-                "is not followed. Put the data file itself (no link) into that folder."
-            )
-        if not path.is_file():
-            raise ModelError(
-                f"{what}: {location!r} is not a file in the model's folder {directory}. "
-                "Copy the data file that was exported with the model to that place."
-            )
-        needed, available = tensor_bytes(tensor), path.stat().st_size
-        try:
-            offset = int(entries.get("offset", "0"))
-            length = int(entries.get("length", str(needed)))
-        except ValueError:
-            offset = length = -1
-        if offset < 0 or length != needed or offset + length > available:
-            raise ModelError(
-                f"{what}: it needs {needed} bytes for its shape {list(tensor.dims)}, the model says {length} bytes "
-                f"from offset {offset}, and {location!r} holds {available}. The data file is truncated or belongs to "
-                "another model; copy or export both again."
-            )
-        return cls(path=path, offset=offset, length=length)
-
-
-def _stream(tensor: TensorProto, directory: Path) -> Iterator[bytes]:
-    place = _External.of(tensor, directory)
-    left = place.length
-    try:
-        with place.path.open("rb") as file:
-            file.seek(place.offset)
-            while left and (chunk := file.read(min(left, CHUNK))):
-                left -= len(chunk)
-                yield chunk
-    except OSError as error:
-        raise ModelError(
-            f"Cannot read the external data of tensor {tensor.name!r} from {place.path}: {error.strerror}. "
-            "Check the file and its permissions."
-        ) from None
-
-
 def _read(path: Path) -> bytes:
     fix = "Give the path of an .onnx file."
     if path.is_dir():
@@ -512,9 +413,9 @@ def _with_side_file(proto: ModelProto, directory: Path, location: str, file: Bin
     """A copy of a model whose larger tensors lie in `file`, streamed one at a time."""
     copy = without_initializers(proto)
     for tensor in all_tensors(copy):
-        _move(tensor, tensor, directory, location, file)
+        move(tensor, tensor, directory, location, file)
     for tensor in proto.graph.initializer:
-        _move(tensor, copy.graph.initializer.add(), directory, location, file)
+        move(tensor, copy.graph.initializer.add(), directory, location, file)
     return copy
 
 
@@ -525,29 +426,3 @@ def _assign(message: ModelProto | GraphProto, name: str, value: object) -> None:
         target.MergeFrom(value)
     else:
         setattr(message, name, value)
-
-
-def _move(tensor: TensorProto, out: TensorProto, directory: Path, location: str, file: BinaryIO) -> None:
-    """Make `out` the same tensor with its values in the side file; small ones stay in the model."""
-    if tensor_bytes(tensor) < SIDE_FILE_THRESHOLD and not is_external(tensor):
-        if out is not tensor:
-            out.CopyFrom(tensor)
-        return
-    file.write(b"\0" * (-file.tell() % SIDE_FILE_ALIGNMENT))
-    offset = file.tell()
-    if is_external(tensor):
-        for chunk in _stream(tensor, directory):
-            file.write(chunk)
-    else:
-        raw = tensor.raw_data if tensor.HasField("raw_data") else _packed(tensor)
-        file.write(raw)
-    moved = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, doc_string=tensor.doc_string)
-    moved.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", offset), ("length", file.tell() - offset)):
-        moved.external_data.add(key=key, value=str(value))
-    out.CopyFrom(moved)
-
-
-def _packed(tensor: TensorProto) -> bytes:
-    """The raw bytes of a tensor that stores its values in a typed field."""
-    return bytes(numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data)

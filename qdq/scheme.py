@@ -52,8 +52,10 @@ class Spec:
     shift: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse an unknown format."""
+        """Refuse an unknown format and what is no axis or shift."""
         choose(self.format, tuple(FORMATS), "format")
+        if not (self.axis is None or type(self.axis) is int) or not isinstance(self.shift, bool):
+            raise InputError(f"axis is {self.axis!r}, shift {self.shift!r}: needed are an integer or none, and a flag.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

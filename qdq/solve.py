@@ -158,8 +158,8 @@ def _check_weights(model: Model, plan: Plan) -> None:
             node = model.node(name)
             if index != 1 or node.op_type not in WEIGHTED:
                 raise InputError(
-                    f"The plan quantizes {point.tensor!r} as the weight of operand {index} of {name!r} ({node.op_type}): "
-                    f"weights are operand 1 of {', '.join(WEIGHTED)}. Remove the consumer."
+                    f"The plan quantizes {point.tensor!r} as the weight of operand {index} of {name!r} "
+                    f"({node.op_type}): weights are operand 1 of {', '.join(WEIGHTED)}. Remove the consumer."
                 )
             if point.spec.axis != (axis := weight_axis(node, values.ndim)):
                 raise InputError(

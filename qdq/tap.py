@@ -1,13 +1,17 @@
 """Run a float model in ONNX Runtime and see the tensors inside it.
 
-Model + tensor names -> Tap -> for each sample a mapping of tensor name to array.
+Model + tensor names -> Tap -> for each sample a mapping of tensor name to array; `overlapped` runs several at a time.
+A session runs each sample on `threads` threads: with one, a value depends on the sample alone, whatever the machine's
+cores or the samples beside it (on more, ONNX Runtime splits small products differently and the last bits change).
 This module must not keep a sample or an activation, and must not write files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +23,26 @@ from qdq.graph import Model
 Sample = Mapping[str, npt.NDArray[Any]]
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 
 class Tap:
     """An ONNX Runtime session of a model whose outputs are the wanted tensors, and nothing else.
 
-    Invariants: tensors that are graph inputs come from the sample itself; only what the wanted tensors need is computed.
+    Invariants: tensors that are graph inputs come from the sample itself; only what the wanted tensors need is
+    computed; may be called from several threads at once.
     """
 
-    def __init__(self, model: Model, tensors: Iterable[str], *, provider: str = "cpu", custom_ops: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: Model,
+        tensors: Iterable[str],
+        *,
+        provider: str = "cpu",
+        custom_ops: Sequence[str] = (),
+        threads: int = 0,
+    ) -> None:
         """Create the session.
 
         Args:
@@ -34,41 +50,58 @@ class Tap:
             tensors: names of float tensors in it.
             provider: "cpu" or "cuda".
             custom_ops: paths of ONNX Runtime custom operator libraries.
+            threads: inside one operator; 0 lets ONNX Runtime choose.
 
         Raises:
             MissingRuntimeError: onnxruntime or the provider is missing.
-            InputError: onnxruntime refuses the model.
+            InputError: onnxruntime refuses the model or a library.
         """
         try:
             import onnxruntime as ort
         except ImportError:
             raise MissingRuntimeError(
-                "Calibration runs the float model in ONNX Runtime, which is not installed. Install it with: pip install 'qdq[cpu]'"
+                "Calibration runs the float model in ONNX Runtime, which is not installed. Install it with: "
+                "pip install 'qdq[cpu]'"
             ) from None
+        if provider not in PROVIDERS:
+            raise InputError(f"Unknown provider {provider!r}: it must be one of {', '.join(PROVIDERS)}.")
         if PROVIDERS[provider] not in ort.get_available_providers():
             raise MissingRuntimeError(
-                f"ONNX Runtime {ort.__version__} here has no {PROVIDERS[provider]}; it has {', '.join(ort.get_available_providers())}. Install it with: pip install 'qdq[gpu]', or use the CPU."
+                f"ONNX Runtime {ort.__version__} here has no {PROVIDERS[provider]}; it has "
+                f"{', '.join(ort.get_available_providers())}. Install it with: pip install 'qdq[gpu]', or use the CPU."
             )
         fed = {i.name for i in model.inputs}
         self._given = [t for t in dict.fromkeys(tensors) if t in fed]
         self._computed = [t for t in dict.fromkeys(tensors) if t not in fed]
+        self._failures = _failures(ort)
         self._session = None
         if not self._computed:
             return
-        state = vars(ort.capi.onnxruntime_pybind11_state)  # ONNX Runtime's exceptions share no base but Exception
-        own = [t for t in state.values() if isinstance(t, type) and issubclass(t, Exception)]
-        self._refusals: tuple[type[Exception], ...] = (RuntimeError, ValueError, *own)
         options = ort.SessionOptions()
         options.log_severity_level = 4
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # Q/DQ as the standard computes them
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.directory))
+        for library in custom_ops:
+            try:
+                options.register_custom_ops_library(str(library))
+            except self._failures as error:
+                raise InputError(
+                    f"ONNX Runtime cannot load the custom operators of {library}: {' '.join(str(error).split())[:300]} "
+                    "Give a shared library that exports RegisterCustomOps and was built for this system."
+                ) from None
         try:
-            for library in custom_ops:
-                options.register_custom_ops_library(library)
             self._session = ort.InferenceSession(
                 _with_outputs(model, self._computed).SerializeToString(), options, providers=[PROVIDERS[provider]]
             )
-        except self._refusals as error:
+        except self._failures as error:
             raise _refused(error) from None
+        used = ", ".join(self._session.get_providers())
+        if PROVIDERS[provider] not in used:  # its libraries do not load: ONNX Runtime only prints that and goes on
+            raise MissingRuntimeError(
+                f"ONNX Runtime {ort.__version__} could not start {PROVIDERS[provider]} and would use {used}. "
+                "Install the CUDA and cuDNN libraries it was built for (`qdq doctor` says more), or use the CPU."
+            )
         self._inputs = [i.name for i in self._session.get_inputs()]
 
     def __call__(self, sample: Sample) -> dict[str, npt.NDArray[np.floating]]:
@@ -87,15 +120,41 @@ class Tap:
         if self._session is not None:
             try:
                 values = self._session.run(self._computed, {name: sample[name] for name in self._inputs})
-            except self._refusals as error:
+            except self._failures as error:
                 raise _refused(error) from None
             seen.update(zip(self._computed, values, strict=True))
         return seen
 
 
+def overlapped(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+    """`work(item)` of each item in the order of the items, on several threads; reads one item ahead, keeps none.
+
+    Args:
+        work: called on its own thread.
+        items: read on the caller's thread.
+        threads: calls at a time.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        pending: deque[Future[R]] = deque()
+        for item in items:
+            pending.append(pool.submit(work, item))
+            del item
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _failures(ort: Any) -> tuple[type[Exception], ...]:
+    """What a session raises: ONNX Runtime's exceptions share no base but Exception."""
+    own = vars(ort.capi.onnxruntime_pybind11_state).values()
+    return (RuntimeError, ValueError, *(t for t in own if isinstance(t, type) and issubclass(t, Exception)))
+
+
 def _refused(error: Exception) -> InputError:
     return InputError(
-        f"ONNX Runtime cannot run the float model: {' '.join(str(error).split())[:500]} Check that the model runs by itself on these samples."
+        f"ONNX Runtime cannot run the float model: {' '.join(str(error).split())[:500]} Check that the model runs by "
+        "itself on these samples."
     )
 
 
@@ -121,7 +180,10 @@ def counted(samples: Iterable[Sample]) -> Iterator[tuple[int, Sample]]:
     for index, sample in enumerate(samples):
         yield index, sample
     if index < 0:
-        raise InputError("There are no samples: calibration needs at least one. Give --data a folder or file with samples of real inputs.")
+        raise InputError(
+            "There are no samples: calibration needs at least one. Give --data a folder or file with samples of real "
+            "inputs."
+        )
 
 
 def length(samples: Iterable[Sample]) -> int | None:

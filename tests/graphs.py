@@ -1,4 +1,4 @@
-"""Tiny float graphs for the tests of planning, calibration, solving and insertion, and the way from one to its Q/DQ model.
+"""Tiny float graphs for the tests from placement to insertion, and the way from one to its Q/DQ model.
 
 graph builders -> prepared `Model`; `quantized(model, samples)` -> every intermediate value of the main job.
 Must not use the code under test to say what is right: `intended` builds its oracle from ONNX's own zero points.
@@ -22,7 +22,7 @@ from qdq.calibrate import CalibrationTable
 from qdq.graph import Model
 from qdq.plan import Plan
 from qdq.prepare import prepare
-from qdq.qtensor import QParams, from_codes
+from qdq.qtensor import from_codes
 from qdq.scheme import Settings
 from qdq.solve import Solution
 
@@ -193,7 +193,8 @@ def intended(made: Made) -> onnx.ModelProto:
     """The arithmetic that `insert` must realise, written with what TensorRT lacks: real zero points.
 
     The float model, in which every quantized operand is read through QuantizeLinear and DequantizeLinear with the
-    solution's zero point, and every weight holds the dequantized codes as floats. Padding and bias stay as they are.
+    solution's zero point (behind a Mul where its channels are equalized), and every weight holds the dequantized codes
+    as floats. Padding and bias stay as they are. A float16 model is written in float32.
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(made.float_model.proto)
@@ -211,8 +212,14 @@ def intended(made: Made) -> onnx.ModelProto:
             zero = numpy_helper.from_array(np.int8(params.zero_point), f"{point.tensor}@zero")
             proto.graph.initializer.extend([scale, zero])
             names = [scale.name, zero.name]
-            front[point.tensor] = [
-                helper.make_node("QuantizeLinear", [point.tensor, *names], [f"{point.tensor}@q"]),
+            source = point.tensor
+            front[source] = []
+            if (factor := factors(made, source)) is not None:
+                proto.graph.initializer.append(numpy_helper.from_array(factor, f"{source}@factor"))
+                front[source] = [helper.make_node("Mul", [source, f"{source}@factor"], [f"{source}@divided"])]
+                source += "@divided"
+            front[point.tensor] += [
+                helper.make_node("QuantizeLinear", [source, *names], [f"{point.tensor}@q"]),
                 helper.make_node("DequantizeLinear", [f"{point.tensor}@q", *names], [new]),
             ]
         for name, index in point.uses:
@@ -228,11 +235,24 @@ def intended(made: Made) -> onnx.ModelProto:
     return proto
 
 
-def off_ties(sample: Sample, params: Mapping[str, QParams], seed: int = 3) -> Sample:
+def factors(made: Made, tensor: str) -> np.ndarray | None:
+    """What the tensor is multiplied with before it is quantized, with the tensor's rank; None for nothing."""
+    divisor, info = made.solution.divisors.get(tensor), made.float_model.info(tensor)
+    if divisor is None or info is None or info.shape is None:
+        return None
+    reader = made.float_model.consumers(tensor)[0].node
+    axis = 1 if reader.op_type == "Conv" else len(info.shape) - 1
+    shape = [-1 if i == axis else 1 for i in range(len(info.shape))]
+    return np.asarray((1 / divisor).reshape(shape), dtype=np.float32)
+
+
+def off_ties(made: Made, sample: Sample, seed: int = 3) -> Sample:
     """The sample with each quantized input moved to within 0.4 steps of a code, so that no rounding can flip."""
     rng = np.random.default_rng(seed)
     moved = dict(sample)
-    for name in moved.keys() & params.keys():
-        steps = np.rint(moved[name] / params[name].scale) + rng.uniform(-0.4, 0.4, moved[name].shape)
-        moved[name] = (steps * params[name].scale).astype(np.float32)
+    for name in sorted(moved.keys() & made.solution.activations.keys()):
+        factor = factors(made, name)
+        step = made.solution.activations[name].scale.astype(np.float64) / (1 if factor is None else factor)
+        steps = np.rint(moved[name] / step) + rng.uniform(-0.4, 0.4, moved[name].shape)
+        moved[name] = (steps * step).astype(moved[name].dtype)
     return moved

@@ -59,4 +59,6 @@ if __name__ == "__main__":
     for name in sys.argv[2:] or MODELS:
         start = time.time()
         export(name, folder / f"{name}.onnx")
-        print(name, f"{time.time() - start:.0f} s", f"{(folder / f'{name}.onnx').stat().st_size / 1e6:.1f} MB", flush=True)
+        print(
+            name, f"{time.time() - start:.0f} s", f"{(folder / f'{name}.onnx').stat().st_size / 1e6:.1f} MB", flush=True
+        )

@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from qdq import graph
 from qdq.errors import InputError, ModelError
+from qdq.external import is_external
 from qdq.graph import Model, TensorInfo, load, save
 
 WEIGHT = np.random.default_rng(0).standard_normal((16, 3, 5, 5)).astype(np.float32)  # 4800 bytes
@@ -127,7 +128,7 @@ def test_a_model_that_breaks_the_standard_is_refused(tmp_path: Path) -> None:
 def test_external_data_stays_outside_and_counts_in_the_hash(tmp_path: Path) -> None:
     path = external(tmp_path)
     model = load(path)
-    assert graph.is_external(model.initializers["w"]) and not model.initializers["w"].raw_data
+    assert is_external(model.initializers["w"]) and not model.initializers["w"].raw_data
     assert np.array_equal(model.array("w"), WEIGHT)
     data = bytearray((tmp_path / "m.data").read_bytes())
     assert model.sha256 == hashlib.sha256(path.read_bytes() + WEIGHT.tobytes()).hexdigest()
@@ -229,8 +230,8 @@ def test_external_data_is_saved_beside_the_file(tmp_path: Path) -> None:
     assert sorted(os.listdir(target)) == ["p.onnx", "p.onnx.data", "q.onnx", "q.onnx.data"]
     assert (target / "p.onnx.data").read_bytes() == (target / "q.onnx.data").read_bytes()
     again = load(target / "p.onnx")
-    assert all(graph.is_external(again.initializers[n]) for n in "wfi")
-    assert not graph.is_external(again.initializers["yes"])
+    assert all(is_external(again.initializers[n]) for n in "wfi")
+    assert not is_external(again.initializers["yes"])
     assert np.array_equal(again.array("w"), WEIGHT) and again.array("f").tolist() == [1.5] * 300
     assert again.array("i").astype(int).tolist() == [-8, 7, 1] * 1000 + [3]
     assert np.array_equal(numpy_helper.to_array(onnx.load(target / "p.onnx").graph.initializer[0]), WEIGHT)

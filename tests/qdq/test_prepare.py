@@ -14,6 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from qdq import graph
 from qdq.errors import ModelError
+from qdq.external import is_external
 from qdq.graph import Model
 from qdq.prepare import prepare
 
@@ -479,7 +480,7 @@ def test_external_weights_stay_external_unless_folded(tmp_path: Path) -> None:
     onnx.save(proto, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
     source = graph.load(tmp_path / "m.onnx")
     done = prepare(source)
-    assert graph.is_external(done.initializers["w"]) and not graph.is_external(done.initializers["v"])
+    assert is_external(done.initializers["w"]) and not is_external(done.initializers["v"])
     assert done.sha256 == source.sha256
     (tmp_path / "out").mkdir()
     graph.save(done, tmp_path / "out" / "p.onnx")

@@ -1,0 +1,421 @@
+"""Repair a Q/DQ model for TensorRT without data: what can be derived from the scales and codes that it holds.
+
+Model -> rounds of passes, each led by what the rules of `lint` find -> Repaired: model, changes, findings left.
+Codes become INT8 with zero point 0: exactly where the old grid fits in (UINT8 with zero point 128), else with the
+smallest symmetric scale that covers the old range. This module must not measure anything, nor touch the user's proto.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from qdq.formats import FORMATS
+from qdq.graph import Model, all_nodes
+from qdq.mending import Change, Draft
+from qdq.lint import FP8, RULES, Finding, attention_quantizers, lint, mistyped, needless, smallest, transposed_quantizers, unpaired
+from qdq.qtensor import QParams, representable, to_codes, weight_params
+from qdq.quantizers import MOVES, Operand, Product, Quantizer, View, attribute, dequantized, label, spread
+from qdq.shifting import shift
+
+INT8 = FORMATS["int8"]
+ROUNDS = 4  # a repair can uncover another fault of the same node
+BLOCKS = (128, 64, 32, 16)  # block sizes that TensorRT-RTX fuses into a weight-only product
+_CARRIERS = (*MOVES, "DequantizeLinear", "Concat", "Gather", "Split", "DepthToSpace", "SpaceToDepth")
+_OF_CODES = frozenset(
+    "asymmetric unsigned unsigned-codes no-zero-point code-type output-dtype scale-value scale-range zero-point-shape scale-shape "
+    "block-shape odd-codes block-product weight-axis slow-weight float-weight scalar-codes".split()
+)
+_OF_ACTIVATION = frozenset(
+    "asymmetric unsigned unsigned-codes no-zero-point code-type output-dtype scale-value scale-range zero-point-shape activation-axis "
+    "one-element-scale".split()
+)
+_SHIFTED = frozenset(("asymmetric", "unsigned", "no-zero-point", "output-dtype"))  # a grid that INT8 can hold, shifted
+_RESCALED = frozenset(("code-type", "scale-value", "scale-range"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Repaired:
+    """The repaired model, what was changed, and what the rules still find."""
+
+    model: Model
+    changes: tuple[Change, ...]
+    left: tuple[Finding, ...]
+
+
+def repair(model: Model) -> Repaired:
+    """Repair what needs no data.
+
+    Args:
+        model: any ONNX model; it is not changed.
+
+    Returns:
+        A model with the same inputs and outputs. Without changes it is the model given.
+
+    Raises:
+        ModelError: external data of the model cannot be read.
+    """
+    draft = Draft(model)
+    for _ in range(ROUNDS):
+        before = len(draft.changes)
+        for step in (
+            _operators,
+            _biases,
+            _outputs,
+            _float_readers,
+            _transposed,
+            _attention,
+            _scale_types,
+            _constants,
+            _unpaired,
+            _activations,
+            _axes,
+        ):
+            draft.refresh()
+            step(draft)
+            draft.sweep()
+        if len(draft.changes) == before:
+            break
+    if not draft.changes:
+        return Repaired(model=model, changes=(), left=tuple(lint(model)))
+    del draft.proto.graph.value_info[:]  # types of codes have changed
+    repaired = model.replace(draft.proto)
+    return Repaired(model=repaired, changes=tuple(draft.changes), left=tuple(lint(repaired)))
+
+
+def _set_axis(node: NodeProto, axis: int | None) -> None:
+    """Write the axis, and drop attributes that INT8 with a zero point does without."""
+    for old in [a for a in node.attribute if a.name in ("axis", "block_size") or (a.name == "output_dtype" and node.op_type == "QuantizeLinear")]:
+        node.attribute.remove(old)
+    if axis is not None:
+        node.attribute.append(helper.make_attribute("axis", axis))
+
+
+def _limits(dtype: int) -> tuple[int, int]:
+    """Smallest and largest code of an integer type."""
+    np_dtype = np.dtype(helper.tensor_dtype_to_np_dtype(dtype))
+    info = np.iinfo(np_dtype) if np_dtype.kind in "iu" else ml_dtypes.iinfo(np_dtype)
+    return int(info.min), int(info.max)
+
+
+def _float_dtype(draft: Draft, q: Quantizer) -> np.dtype[np.generic]:
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(draft.view.output_type(q) or TensorProto.FLOAT))
+    return np.dtype(np.float32) if dtype == np.float64 else dtype
+
+
+def _to_float(draft: Draft, q: Quantizer, rules: Sequence[str]) -> bool:
+    """Replace a constant DQ by a float constant."""
+    try:
+        values = dequantized(draft.view, q)
+    except ValueError:
+        return False
+    draft.rewire(q.node.output[0], draft.init(q.node.output[0] + "_float", values.astype(_float_dtype(draft, q))))
+    draft.log(rules, q.node, "constant kept in float")
+    return True
+
+
+def _biases(draft: Draft) -> None:
+    for q in draft.view.heads:
+        if "int32-bias" in draft.flagged(q.node) and q.stored:
+            _to_float(draft, q, ["int32-bias"])
+
+
+def _outputs(draft: Draft) -> None:
+    for q in draft.view.quantizers:
+        if q.source is None or "output" not in draft.flagged(q.source.node) or not draft.view.model.is_output(q.node.output[0]):
+            continue
+        tensor, out = q.source.node.input[0], q.node.output[0]
+        producer = draft.view.model.producer(tensor)
+        draft.log(["output"], q.source.node, f"Q/DQ before output {out!r} removed")
+        if producer is None or draft.view.model.is_output(tensor):
+            draft.proto.graph.node.remove(q.node)
+            draft.proto.graph.node.append(helper.make_node("Identity", [tensor], [out], name=draft.name(out + "_Identity")))
+        else:
+            draft.proto.graph.node.remove(q.node)
+            draft.rewire(tensor, out)
+            producer.output[list(producer.output).index(tensor)] = out
+        draft.refresh()
+        return _outputs(draft)
+
+
+def _float_readers(draft: Draft) -> None:
+    for q in draft.view.quantizers:
+        if q.source is not None and needless(draft.view, q):
+            draft.log(["before-float"], q.source.node, "Q/DQ before float operators removed")
+            draft.rewire(q.node.output[0], q.source.node.input[0])
+
+
+def _transposed(draft: Draft) -> None:
+    for product in draft.view.products:
+        if "transposed" not in draft.flagged(product.node):
+            continue
+        for q in transposed_quantizers(draft.view, product):
+            if q.constant:
+                _to_float(draft, q, ["transposed"])
+            elif q.source is not None and q.node.output[0] in product.node.input:
+                draft.log(["transposed"], product.node, f"Q/DQ on its data {q.source.node.input[0]!r} removed")
+                product.node.input[list(product.node.input).index(q.node.output[0])] = q.source.node.input[0]
+
+
+def _attention(draft: Draft) -> None:
+    products = [p for p in draft.view.products if attention_quantizers(draft.view, p)]
+    for product in products:
+        for q in attention_quantizers(draft.view, product):
+            if q.source is not None and all(p in products for p, _ in draft.view.products_of(q)):
+                draft.log(["attention"], product.node, f"Q/DQ on {q.source.node.input[0]!r} removed")
+                draft.rewire(q.node.output[0], q.source.node.input[0])
+
+
+def _scale_types(draft: Draft) -> None:
+    for product in draft.view.products:
+        for q in mistyped(draft.view, product):
+            if "scale-type" not in draft.flagged(q.node) or q.scale is None or attribute(q.node, "output_dtype"):
+                continue
+            other = next(o for o in product.operands if o.dq is not q)
+            wanted = draft.view.elem(q.source.node.input[0]) if q.source else other.elem
+            if other.dq is not None and other.dq.source is not None:
+                wanted = draft.view.elem(other.dq.source.node.input[0])
+            dtype = np.dtype(helper.tensor_dtype_to_np_dtype(wanted))
+            scale = representable(q.scale, dtype.name).astype(dtype)
+            name = draft.init(q.node.input[1] + "_" + dtype.name, scale)
+            for node in (q.node, q.source.node if q.source else None):
+                if node is not None:
+                    node.input[1] = name
+            draft.log(["scale-type"], q.node, f"scale stored as {dtype.name}")
+
+
+def _operands_of(draft: Draft, q: Quantizer) -> list[tuple[Product, Operand]]:
+    return [(p, p.operands[i]) for p, i in draft.view.products_of(q) if p.node.op_type != "ConvTranspose"]
+
+
+def _constants(draft: Draft) -> None:
+    """Constants: INT8 codes with zero point 0, positive scales, along the output channels."""
+    for q in draft.view.quantizers:
+        if q.is_q or not q.constant or q.dtype in (*FP8, TensorProto.FLOAT4E2M1, TensorProto.INT32):
+            continue
+        rules = draft.flagged(q.node, q.source.node if q.source else None) & _OF_CODES
+        if not rules:
+            continue
+        products = _operands_of(draft, q)
+        axes = {o.output_axis for _, o in products}
+        axis = axes.pop() if len(axes) == 1 and draft.view.model.opset >= 13 else None
+        if "slow-weight" in rules and q.dtype == TensorProto.INT4:
+            _in_blocks(draft, q, axis)
+            continue
+        try:
+            values = dequantized(draft.view, q, axis)
+        except ValueError:
+            continue
+        if values.ndim == 0 or (values.size == 1 and not products):
+            _to_float(draft, q, sorted(rules))
+            continue
+        _store(draft, q, values, axis if products else None, sorted(rules))
+
+
+def _store(draft: Draft, q: Quantizer, values: np.ndarray, axis: int | None, rules: Sequence[str]) -> None:
+    """Write a constant as INT8 codes; the grid it has is kept where INT8 holds it."""
+    dtype = _float_dtype(draft, q)
+    params = _kept_grid(q, values, axis, dtype)
+    exact = params is not None
+    if params is None and axis is not None:
+        params = weight_params(values.astype(dtype), axis=axis, fmt=INT8)
+    if params is None:
+        high = float(np.abs(values).max(initial=0.0)) / INT8.high
+        params = QParams(scale=representable(high or 1.0, dtype.name))
+    codes = to_codes(values.astype(np.float32), params)
+    hint = (q.source or q).node.input[0]
+    q.node.input[:] = [draft.init(hint + "_codes", codes), *draft.params(q.node, params.scale.astype(dtype))]
+    _set_axis(q.node, params.axis)
+    along = f"along axis {params.axis}" if params.axis is not None else "for the tensor"
+    draft.log(rules, q.node, f"stored as INT8, scales {along}, {'the same grid' if exact else 'requantized'}")
+
+
+def _kept_grid(q: Quantizer, values: np.ndarray, axis: int | None, dtype: np.dtype[np.generic]) -> QParams | None:
+    """The scales a constant has, if INT8 with zero point 0 can hold its values on them."""
+    if q.scale is None or q.blocked or (q.vector and q.axis != axis and axis is not None):
+        return None
+    if not np.all(np.isfinite(q.scale.astype(np.float64))) or np.any(q.scale < 0):
+        return None
+    kept = None if not q.vector else q.axis
+    if kept is not None and not (kept < values.ndim and values.shape[kept] == q.scale.size):
+        return None
+    scale = q.scale.astype(np.float64)
+    alive = scale[scale >= smallest(q.scale)]
+    fill = float(alive.max()) if alive.size else 1.0
+    scale = np.where(scale >= smallest(q.scale), scale, fill).reshape(() if kept is None else (-1,))
+    params = QParams(scale=representable(scale, dtype.name), axis=kept)
+    codes = np.rint(values / spread(params.scale.astype(np.float64), kept or 0, values.shape))
+    clips = q.source is not None  # its own Q clips as well
+    fits = codes.min(initial=0) >= INT8.low and codes.max(initial=0) <= INT8.high
+    return params if fits or (clips and q.dtype == TensorProto.INT8) else None
+
+
+def _in_blocks(draft: Draft, q: Quantizer, axis: int | None) -> None:
+    """Repeat the scales of an INT4 weight along the summed axis, so that a weight-only kernel takes it; exact."""
+    codes = draft.view.constant(q.node.input[0])
+    if codes is None or codes.ndim != 2 or axis is None or q.scale is None:
+        return
+    if q.scale.size not in (1, codes.shape[axis]) or (q.vector and q.axis != axis) or draft.view.model.opset < 21:
+        return
+    summed = 1 - axis
+    block = next((b for b in BLOCKS if codes.shape[summed] % b == 0 and codes.shape[summed] > b), None)  # one block is no block
+    if block is None:
+        return
+    shape = [0, 0]
+    shape[axis], shape[summed] = codes.shape[axis], codes.shape[summed] // block
+    scale = np.broadcast_to(q.scale.reshape((-1, 1) if axis == 0 else (1, -1)), shape)
+    _set_axis(q.node, summed)
+    q.node.attribute.append(helper.make_attribute("block_size", block))
+    zero = draft.init(q.node.input[1] + "_zero", np.zeros(shape, codes.dtype))
+    q.node.input[:] = [q.node.input[0], draft.init(q.node.input[1] + "_blocks", scale), zero]
+    draft.log(["slow-weight"], q.node, f"its scales repeated in blocks of {block}, the same values")
+
+
+def _unpaired(draft: Draft) -> None:
+    for product in draft.view.products:
+        if "unpaired-activation" not in draft.flagged(product.node) or not unpaired(draft.view, product):
+            continue
+        weight = product.weight
+        assert weight is not None
+        values = draft.view.constant(weight.tensor)
+        if values is None or values.dtype.name not in ("float32", "float16", "bfloat16") or values.ndim < 2:
+            continue
+        index = list(product.operands).index(weight)
+        axis = weight.output_axis if weight.output_axis is not None else values.ndim - 1
+        params = weight_params(values, axis=axis, fmt=INT8)
+        name = weight.tensor
+        inputs = [
+            draft.init(name + "_codes", to_codes(values, params)),
+            draft.init(name + "_scale", params.scale.astype(values.dtype)),
+            draft.init(name + "_zero", np.zeros(params.scale.shape, np.int8)),
+        ]
+        out = draft.name(name + "_dequantized")
+        node = helper.make_node("DequantizeLinear", inputs, [out], name=draft.name(name + "_DequantizeLinear"), axis=axis)
+        product.node.input[index] = out
+        draft.proto.graph.node.insert(0, node)
+        draft.log(["unpaired-activation"], product.node, f"weight stored as INT8, scales along axis {axis}")
+
+
+def _activations(draft: Draft) -> None:
+    """Activations: one INT8 scale that covers the old range."""
+    for q in draft.view.heads:
+        rules = draft.flagged(q.node) & _OF_ACTIVATION
+        model = draft.view.model
+        if q.constant or not rules or q.scale is None or q.computed_zero:
+            continue
+        if q.dtype in (*FP8, TensorProto.FLOAT4E2M1, TensorProto.INT32, 0) and rules != {"activation-axis"}:
+            continue
+        if not q.is_q and model.producer(q.node.input[0]) is None:
+            continue  # codes that the caller feeds: their type is part of the interface
+        codes = q.node.output[0]
+        if q.is_q and (model.is_output(codes) or any(u.node.op_type not in _CARRIERS for u in model.consumers(codes))):
+            continue
+        scale = _covering(q)
+        if scale is None:
+            continue
+        dtype = np.dtype(np.float32) if q.scale.dtype == np.float64 else q.scale.dtype
+        if q.is_q and rules & _SHIFTED and not rules & _RESCALED and shift(draft, q, sorted(rules)):
+            continue
+        if q.is_q and _starts_at_zero(q) and not _not_negative(draft.view, q.node.input[0]):
+            _relu(draft, q)
+        names = draft.params(q.node, representable(scale, dtype.name).astype(dtype))
+        readers = [d for d in draft.view.quantizers if d.source is q and d not in draft.view.heads] if q.is_q else []
+        for node in (q.node, *(d.node for d in readers)):
+            node.input[:] = [node.input[0], *names]
+            _set_axis(node, None)
+        draft.log(sorted(rules), q.node, f"INT8, zero point 0, scale {scale:.6g} in place of {np.max(q.scale):.6g}")
+
+
+def _covering(q: Quantizer) -> float | None:
+    """The smallest symmetric INT8 scale that covers the range of a quantizer; None where it has no range."""
+    assert q.scale is not None
+    scale = np.abs(q.scale.astype(np.float64)).ravel()
+    if not np.all(np.isfinite(scale)):
+        return None
+    low, high = _limits(q.dtype)
+    zero = np.zeros(1) if q.zero is None else q.zero.astype(np.float64).ravel()
+    if zero.size not in (1, scale.size):
+        zero = zero[:1] if not np.any(zero != zero[0]) else np.zeros(1)
+    needed = np.maximum((high - zero) * scale / INT8.high, (zero - low) * scale / -INT8.low)
+    largest = float(needed.max(initial=0.0))
+    return largest if largest >= smallest(q.scale) else (1.0 if largest == 0 else smallest(q.scale))
+
+
+def _starts_at_zero(q: Quantizer) -> bool:
+    """Whether a quantizer's smallest code stands for 0: it does the work of a Relu, which ONNX Runtime then removes."""
+    low, _ = _limits(q.dtype)
+    return bool(np.all((np.zeros(()) if q.zero is None else q.zero).astype(np.int64) == low))
+
+
+def _not_negative(view: View, tensor: str) -> bool:
+    """Whether a tensor is known to hold no negative value."""
+    node = view.model.producer(tensor)
+    if node is None:
+        return False
+    if node.op_type in ("Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs", "Sqrt", "Exp", "Softplus"):
+        return True
+    q = view.by_output.get(tensor)
+    if q is not None and q.source is not None:
+        return _not_negative(view, q.source.node.input[0])
+    pools = ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Concat")
+    return node.op_type in (*MOVES, *pools) and all(_not_negative(view, i) for i in (node.input if node.op_type == "Concat" else node.input[:1]))
+
+
+def _relu(draft: Draft, q: Quantizer) -> None:
+    tensor = q.node.input[0]
+    out = draft.name(tensor + "_relu")
+    relu = helper.make_node("Relu", [tensor], [out], name=draft.name(label(q.node) + "_Relu"))
+    index = next(i for i, n in enumerate(draft.proto.graph.node) if list(n.output) == list(q.node.output))
+    draft.proto.graph.node.insert(index, relu)
+    q.node.input[0] = out
+    draft.log(["asymmetric"] if q.zero is not None and np.any(q.zero) else ["unsigned"], q.node, "Relu before it: its smallest code was 0, so it clipped what is negative")
+
+
+def _axes(draft: Draft) -> None:
+    for q in draft.view.heads:
+        if "default-axis" in draft.flagged(q.node):
+            readers = [d.node for d in draft.view.quantizers if d.source is q]
+            for node in (q.node, *readers):
+                if attribute(node, "axis") is None:
+                    node.attribute.append(helper.make_attribute("axis", q.axis))
+            draft.log(["default-axis"], q.node, f"axis {q.axis} written")
+
+
+def _operators(draft: Draft) -> None:
+    """QLinearConv and QLinearMatMul as float operators between Q and DQ."""
+    nodes: list[NodeProto] = []
+    for node in draft.proto.graph.node:
+        if node.op_type not in ("QLinearConv", "QLinearMatMul") or node.domain not in ("", "ai.onnx"):
+            nodes.append(node)
+            continue
+        x, xs, xz, w, ws, wz, ys, yz = node.input[:8]
+        name = label(node)
+        float_inputs = []
+        for tensor, *params in ((x, xs, xz), (w, ws, wz)):
+            out = draft.name(f"{name}_{tensor}_dequantized")
+            weight = tensor == w
+            scale = draft.view.constant(ws)
+            axis = {"axis": 0 if node.op_type == "QLinearConv" else 1} if weight and scale is not None and scale.size > 1 else {}
+            nodes.append(helper.make_node("DequantizeLinear", [tensor, *params], [out], name=draft.name(out + "_DQ"), **axis))
+            float_inputs.append(out)
+        if len(node.input) > 8 and node.input[8]:
+            bias, a, b = (draft.view.constant(n) for n in (node.input[8], xs, ws))
+            if bias is None or a is None or b is None:
+                nodes[:] = [n for n in nodes if n.output[0] not in float_inputs] + [node]
+                continue
+            float_inputs.append(draft.init(node.input[8] + "_float", (bias * (a.ravel() * b.ravel())).astype(np.float32)))
+        out = draft.name(f"{name}_float")
+        made = helper.make_node(node.op_type.removeprefix("QLinear"), float_inputs, [out], name=name)
+        made.attribute.extend(node.attribute)
+        nodes += [made, helper.make_node("QuantizeLinear", [out, ys, yz], [node.output[0]], name=draft.name(name + "_Q"))]
+        draft.log(["operator"], node, f"{node.op_type} written as {made.op_type} between Q and DQ")
+    if len(nodes) != len(draft.proto.graph.node):
+        copies = [NodeProto() for _ in nodes]
+        for copy, node in zip(copies, nodes, strict=True):
+            copy.CopyFrom(node)
+        del draft.proto.graph.node[:]
+        draft.proto.graph.node.extend(copies)

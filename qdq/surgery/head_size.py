@@ -1,0 +1,86 @@
+"""Attention with small heads, padded with zeros to the size from which the compiler fuses it into one kernel.
+
+    Softmax(f(Q K)) V  ->  Slice(Softmax(f(Pad(Q) Pad(K))) Pad(V))        heads of fewer than 16 values become 16
+
+TensorRT-RTX 1.7.1 writes the scores of heads of 8 values to memory, several times; its fused attention kernel takes
+12 and more (measured, SM89). Zeros add nothing to Q K, and the columns that they add to the result are cut off again.
+It must not touch what lies between the two products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from onnx import NodeProto
+
+from qdq.graph import Model
+from qdq.surgery.rewritten import Edit, Rewritten
+
+STAGE, RANK = "float", 30
+
+FUSED = 12  # values per head that the fused kernel takes without help
+SIZE = 16
+BETWEEN = ("Add", "Sub", "Mul", "Div", "Where", "Reshape", "Cast")  # what may lie between Q K and Softmax
+
+
+def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
+    """Pad the heads of attention.
+
+    Args:
+        model: prepared float model; the size of the heads is static.
+        only: names of the Softmax nodes whose attention may be changed; None for all.
+
+    Returns:
+        The model and the Softmax nodes fired on.
+    """
+    edit = Edit(model, only)
+    for softmax in edit.candidates("Softmax"):
+        scores = _scores(model, softmax.input[0])
+        uses = model.consumers(softmax.output[0])
+        if scores is None or len(uses) != 1 or uses[0].node.op_type != "MatMul" or uses[0].index != 0:
+            continue
+        mix = uses[0].node
+        operands = ((scores.input[0], -1), (scores.input[1], -2), (mix.input[1], -1))
+        sizes = [size for operand in operands if (size := _size(model, *operand)) is not None and size < FUSED]
+        if len(sizes) < len(operands):
+            continue
+        edit.replace(scores, _padded(edit, scores, {0: -1, 1: -2}, sizes[0]), softmax)
+        pads, product = _padded(edit, mix, {1: -1}, sizes[2])
+        wide = edit.name(f"{mix.output[0]}_wide")
+        product.output[0] = wide
+        bounds = {"start": 0, "end": sizes[2], "axis": -1}
+        cut = [edit.constant(f"{mix.name}_{key}", np.array([value], np.int64)) for key, value in bounds.items()]
+        slice_ = edit.node("Slice", [wide, *cut], f"{mix.name}_Slice", mix.output[0])
+        edit.replace(mix, [pads, product, slice_], softmax)
+    return edit.finish()
+
+
+def _scores(model: Model, tensor: str) -> NodeProto | None:
+    """The product of two computed tensors that a tensor comes from by way of scale and mask; None for none."""
+    node = model.producer(tensor)
+    if node is None or len(model.consumers(tensor)) != 1:
+        return None
+    if node.op_type == "MatMul":
+        return None if any(model.is_constant(t) for t in node.input) else node
+    found = [_scores(model, t) for t in node.input] if node.op_type in BETWEEN else []
+    return next((n for n in found if n is not None), None)
+
+
+def _size(model: Model, tensor: str, axis: int) -> int | None:
+    info = model.info(tensor)
+    size = info.shape[axis] if info is not None and info.shape is not None and len(info.shape) > 2 else None
+    return size if isinstance(size, int) else None
+
+
+def _padded(edit: Edit, product: NodeProto, axes: dict[int, int], size: int) -> list[NodeProto]:
+    """Pad nodes for some operands of a MatMul, each along an axis from `size` to SIZE, and the MatMul on them."""
+    copy = NodeProto()
+    copy.CopyFrom(product)
+    pads = []
+    for index, axis in axes.items():
+        amounts = edit.constant(f"{product.name}_pads", np.array([0, SIZE - size], np.int64))
+        along = edit.constant(f"{product.name}_pad_axis", np.array([axis], np.int64))
+        pads.append(edit.node("Pad", [product.input[index], amounts, "", along], f"{product.name}_Pad"))
+        copy.input[index] = pads[-1].output[0]
+    return [*pads, copy]
