@@ -2,8 +2,8 @@
 
 float model + Q/DQ model + samples -> per weighted node the mean of its output per channel, float less quantized so far
 -> added to the node's bias, layer by layer in topological order -> Q/DQ model.
-Whether it helps is for `judge` to say: where an output's mean varies from sample to sample it can do harm. This module
-must not touch codes or scales.
+In front of a Relu the mean behind it counts: that of the values it cuts off would move the others for nothing. Whether
+it helps is for `judge` to say. This module must not touch codes or scales.
 
 Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, arXiv 1906.04721, appendix
 on empirical bias correction; layer by layer as in A White Paper on Neural Network Quantization, arXiv 2106.08295.
@@ -11,7 +11,8 @@ on empirical bias correction; layer by layer as in A White Paper on Neural Netwo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,21 +21,58 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from qdq.calibrate import Progress
 from qdq.footprint import cores
 from qdq.graph import Model, captured
-from qdq.judge import Split
+from qdq.judge import Judge, Split, split
 from qdq.plan import Plan
 from qdq.tap import Sample, Tap, overlapped
 
-Means = dict[str, npt.NDArray[np.float64]]
+Floats = npt.NDArray[np.float64]
+MINIMUM_ACTIVE = 0.02  # share of a channel's values: of a channel that is nearly always cut off, the mean says little
 
 
-def correct(model: Model, quantized: Model, plan: Plan, split: Split, *, on_progress: Progress | None = None) -> Model:
+def corrected(
+    model: Model,
+    quantized: Model,
+    plan: Plan,
+    samples: Iterable[Sample],
+    *,
+    always: bool = False,
+    on_progress: Progress | None = None,
+) -> tuple[Model, str]:
+    """The Q/DQ model with corrected biases, where that keeps its outputs closer on held-out calibration samples.
+
+    Args:
+        model: the prepared float model.
+        quantized: what `insert` made of it.
+        plan: names the weighted nodes.
+        samples: re-iterable calibration samples.
+        always: take the correction unseen.
+        on_progress: called with (levels done, levels, text).
+
+    Returns:
+        The better model, and a note that says which it is and why.
+    """
+    held = split(samples)
+    changed = correct(model, quantized, plan, held, on_progress=on_progress)
+    if always:
+        return changed, f"biases are corrected on {len(held.fit)} samples, as asked for"
+    judge = Judge(model, held)
+    before, after = judge.sqnr_db(quantized), judge.sqnr_db(changed)
+    figures = (
+        f"output SQNR on {len(held.held)} held-out calibration samples {before:.1f} dB without, {after:.1f} dB with"
+    )
+    if after > before:
+        return changed, f"biases are corrected: {figures}"
+    return quantized, f"biases are left alone: {figures}"
+
+
+def correct(model: Model, quantized: Model, plan: Plan, held: Split, *, on_progress: Progress | None = None) -> Model:
     """Correct the biases of a Q/DQ model.
 
     Args:
         model: the prepared float model.
         quantized: what `insert` made of it; node and tensor names are those of `model`.
         plan: names the weighted nodes.
-        split: the samples to fit on.
+        held: the samples to fit on.
         on_progress: called with (levels done, levels, text).
 
     Returns:
@@ -43,12 +81,12 @@ def correct(model: Model, quantized: Model, plan: Plan, split: Split, *, on_prog
     """
     levels = _levels(model, [n for n in plan.quantized_nodes if _place(quantized, quantized.node(n)) is not None])
     outputs = {name: model.node(name).output[0] for level in levels for name in level}
-    wanted = _means(model, outputs, split)
+    wanted = _means(model, outputs, held)
     for number, level in enumerate(levels):
         if on_progress is not None:
             on_progress(number, len(levels), "correcting biases")
-        found = _means(quantized, {name: outputs[name] for name in level}, split)
-        quantized = _shifted(quantized, {name: wanted[name] - found[name] for name in level})
+        found = _means(quantized, {name: outputs[name] for name in level}, held)
+        quantized = _shifted(quantized, {name: _shift(wanted[name], found[name]) for name in level})
     return quantized
 
 
@@ -66,27 +104,55 @@ def _levels(model: Model, names: list[str]) -> list[list[str]]:
     return [levels[k] for k in sorted(levels)]
 
 
-def _means(model: Model, outputs: Mapping[str, str], split: Split) -> Means:
-    """Node -> (channels,) mean of its output over the samples to fit and all axes but the channels'."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Mean:
+    """Per channel of one node, over the samples to fit and all other axes.
+
+    Attributes:
+        value: (channels,) mean of the output, of its positive part where only Relu reads it.
+        active: (channels,) share of the output that moves with the bias: 1, or that above zero before a Relu.
+    """
+
+    value: Floats
+    active: Floats
+
+
+def _means(model: Model, outputs: Mapping[str, str], held: Split) -> dict[str, _Mean]:
     tap = Tap(model, outputs.values(), threads=1)
     axis = {name: 1 if model.node(name).op_type == "Conv" else -1 for name in outputs}
+    rectified = {name for name, tensor in outputs.items() if _only_relu(model, tensor)}
 
-    def look(sample: Sample) -> dict[str, tuple[npt.NDArray[np.float64], int]]:
+    def look(sample: Sample) -> dict[str, tuple[Floats, Floats, int]]:
         values = tap(sample)
         found = {}
         for name, tensor in outputs.items():
             rows = np.moveaxis(values[tensor], axis[name], 0)
             rows = rows.reshape(rows.shape[0], -1)
-            found[name] = (rows.sum(axis=1, dtype=np.float64), rows.shape[1])
+            active = np.full(rows.shape[0], float(rows.shape[1]))
+            if name in rectified:
+                active = np.count_nonzero(rows > 0, axis=1).astype(np.float64)
+                rows = np.maximum(rows, 0)
+            found[name] = (rows.sum(axis=1, dtype=np.float64), active, rows.shape[1])
         return found
 
-    sums: Means = {}
-    counts = dict.fromkeys(outputs, 0)
-    for found in overlapped(look, split.fitting(), cores()):
-        for name, (total, count) in found.items():
-            sums[name] = sums[name] + total if name in sums else total
-            counts[name] += count
-    return {name: total / counts[name] for name, total in sums.items()}
+    sums: dict[str, tuple[Floats, Floats, int]] = {}
+    for found in overlapped(look, held.fitting(), cores()):
+        for name, (total, active, count) in found.items():
+            old = sums.get(name, (np.zeros_like(total), np.zeros_like(active), 0))
+            sums[name] = (old[0] + total, old[1] + active, old[2] + count)
+    return {name: _Mean(value=t / count, active=a / count) for name, (t, a, count) in sums.items()}
+
+
+def _only_relu(model: Model, tensor: str) -> bool:
+    """Whether all that reads the tensor are Relus, so that its negative values are of no account."""
+    uses = model.consumers(tensor)
+    return bool(uses) and not model.is_output(tensor) and all(u.node.op_type == "Relu" for u in uses)
+
+
+def _shift(wanted: _Mean, found: _Mean) -> Floats:
+    """What to add to the bias: the error of the mean over the share that moves with it."""
+    moving = np.maximum(found.active, MINIMUM_ACTIVE)
+    return np.asarray((wanted.value - found.value) / moving)
 
 
 def _place(model: Model, node: NodeProto) -> tuple[str, int] | None:
@@ -104,7 +170,7 @@ def _place(model: Model, node: NodeProto) -> tuple[str, int] | None:
     return (node.name, 2) if not bias or (model.is_constant(bias) and model.array(bias).ndim == 1) else None
 
 
-def _shifted(model: Model, shifts: Means) -> Model:
+def _shifted(model: Model, shifts: Mapping[str, Floats]) -> Model:
     """The model with other biases: node -> (channels,) to add."""
     proto = ModelProto()
     proto.CopyFrom(model.proto)

@@ -20,6 +20,7 @@ from qdq.options import (
     RANDOM_NOTE,
     check_output,
     compile_options,
+    custom_ops_option,
     data_options,
     json_option,
     limit_options,
@@ -27,6 +28,7 @@ from qdq.options import (
     output_option,
     recipe_of,
     recipe_option,
+    rest_option,
     samples_of,
     settings_options,
     shape_option,
@@ -172,6 +174,7 @@ def audit(model: Path, as_json: bool, **given: Any) -> None:
 @data_options
 @limit_options
 @click.option("-o", "--output", type=PATH, help="Where to write report.json.")
+@custom_ops_option
 @shape_option
 @recipe_option
 @json_option
@@ -181,6 +184,7 @@ def check(
     data: str | None,
     random_data: int | None,
     output: Path | None,
+    custom_ops: tuple[str, ...],
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -198,7 +202,13 @@ def check(
     backend = None if candidate.suffix == ".onnx" else engine_backend(candidate)
     with Bars() as bars:
         report = evaluate(
-            float_model, candidate, samples, limits=recipe.limits, engine_backend=backend, on_progress=bars
+            float_model,
+            candidate,
+            samples,
+            limits=recipe.limits,
+            engine_backend=backend,
+            custom_ops=custom_ops,
+            on_progress=bars,
         )
     if output:
         report.save(output)
@@ -217,6 +227,7 @@ def check(
 @click.option("--out", type=PATH, required=True, help="Folder for the results.")
 @click.option("--eval", "evaluation", help="Samples to check on, in the forms of --data; default: those of --data.")
 @settings_options
+@rest_option
 @compile_options
 @limit_options
 @json_option
@@ -299,6 +310,7 @@ def doctor(as_json: bool) -> None:
 
 @main.command()
 @click.option("--out", type=PATH, default=Path("qdq-demo"), show_default=True, help="Folder for the results.")
+@rest_option
 @compile_options
 @json_option
 def demo(out: Path, as_json: bool, **given: Any) -> None:

@@ -18,6 +18,7 @@ from qdq.errors import InputError
 from qdq.options import (
     PATH,
     check_output,
+    custom_ops_option,
     data_options,
     output_option,
     recipe_of,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 @click.option("--workers", type=int, metavar="N", help="Processes of this machine; default: one.")
 @click.option("--cluster", metavar="tcp://HOST:PORT", help="Scheduler of a Dask cluster whose workers do it.")
 @click.option("--provider", default="cpu", show_default=True, help="ONNX Runtime runs on cpu or cuda.")
-@click.option("--custom-ops", multiple=True, metavar="LIB", help="ONNX Runtime custom operators; repeatable.")
+@custom_ops_option
 @click.option("--plot", "plot_folder", type=PATH, metavar="DIR", help="Draw each tensor's histogram and thresholds.")
 @settings_options
 @shape_option

@@ -92,7 +92,10 @@ def _fix(
     }
     if as_json:
         changes = [{"rules": list(c.rules), "node": c.node, "what": c.what} for c in done.changes]
-        click.echo(to_json(lint(loaded), changes=changes, left=[f.to_mapping() for f in done.left], proof=_finite(proof)), nl=False)
+        click.echo(
+            to_json(lint(loaded), changes=changes, left=[f.to_mapping() for f in done.left], proof=_finite(proof)),
+            nl=False,
+        )
     else:
         _report(model, output, done, refused, kernels, difference)
     return int(errors or bool(refused))
@@ -131,7 +134,9 @@ def _difference(model: Path, fixed: Path, repaired: Model, recipe: Recipe) -> Re
 
 
 def _report(model: Path, output: Path, done: Repaired, refused: str, kernels: int, difference: Report | str) -> None:
-    show_rows(f"{model.name}: {len(done.changes)} repairs", [(", ".join(c.rules), c.node, c.what) for c in done.changes])
+    show_rows(
+        f"{model.name}: {len(done.changes)} repairs", [(", ".join(c.rules), c.node, c.what) for c in done.changes]
+    )
     if done.left:
         _show(f"Left: {_count(list(done.left))}", list(done.left))
     if refused:
@@ -149,7 +154,10 @@ def _report(model: Path, output: Path, done: Repaired, refused: str, kernels: in
 
 
 def _show(title: str, found: list[Finding]) -> None:
-    show_rows(title, [(f.severity, f.rule, f.node, f"{f.message} TensorRT: {f.tensorrt}. {f.remedy}") for f in found])
+    show_rows(title, [(f.severity, f.rule, f.node, f.message) for f in found])
+    meaning = {f.rule: (f.rule, f.effect, f"TensorRT: {f.tensorrt}", f.remedy) for f in found}
+    if meaning:
+        show_rows("What that means", meaning.values())
 
 
 def _count(found: list[Finding]) -> str:
@@ -159,13 +167,18 @@ def _count(found: list[Finding]) -> str:
 
 def _finite(proof: Mapping[str, object]) -> dict[str, object]:
     """JSON has no infinity: text in its place."""
-    return {k: str(v) if isinstance(v, float) and v in (float("inf"), float("-inf")) or v != v else v for k, v in proof.items()}
+    return {
+        k: str(v) if (isinstance(v, float) and v in (float("inf"), float("-inf"))) or v != v else v
+        for k, v in proof.items()
+    }
 
 
 def _check_output(path: Path, model: Path) -> None:
     """Refuse early what would fail after the work, or replace the model given."""
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"Cannot write {path}: its folder does not exist or is not writable, or it is a folder itself.")
+        raise InputError(
+            f"Cannot write {path}: its folder does not exist or is not writable, or it is a folder itself."
+        )
     if path.exists() and path.samefile(model):
         raise InputError(f"Cannot write {path}: it is the model given, which is never changed. Choose another name.")

@@ -7,6 +7,7 @@ Must not print, decide exit codes or hold the arithmetic of a stage.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,10 +29,13 @@ from engines.doctor import gpus
 from engines.errors import BuildError, import_runtime, write_atomic
 from engines.layers import LayerTable
 from qdq import placement
+from qdq.autocalib import solve_auto
+from qdq.bias import corrected
 from qdq.build import OnProgress, compile_engine, runs_here, save_engine, shape_ranges
 from qdq.calibrate import CalibrationTable, collect
 from qdq.errors import InputError, ModelError
 from qdq.external import is_external, tensor_bytes
+from qdq.finish import finish
 from qdq.graph import Model, is_quantized, load, save
 from qdq.insert import insert
 from qdq.plan import Plan
@@ -145,8 +150,17 @@ def quantize(
     table.check(prepared, chosen)
     if settings is not None:
         chosen = replace(chosen, settings=settings)
-    solution = solve(prepared, chosen, table, samples=checked, on_progress=on_progress)
+    if chosen.settings.calibrator == "auto":
+        if checked is None:
+            raise InputError("calibrator auto compares models on the samples, and only a table is given: give samples.")
+        solution = solve_auto(prepared, chosen, table, samples=checked, on_progress=on_progress)
+    else:
+        solution = solve(prepared, chosen, table, samples=checked, on_progress=on_progress)
     quantized = insert(prepared, chosen, solution)
+    if checked is not None and chosen.quantized_nodes and chosen.settings.bias_correction != "off":
+        always = chosen.settings.bias_correction == "on"
+        quantized, said = corrected(prepared, quantized, chosen, checked, always=always, on_progress=on_progress)
+        solution = replace(solution, notes=(*solution.notes, said))
     return Quantized(prepared=prepared, plan=chosen, table=table, solution=solution, model=quantized)
 
 
@@ -157,6 +171,7 @@ def evaluate(
     *,
     limits: Mapping[str, float],
     engine_backend: str | None = None,
+    custom_ops: Sequence[str] = (),
     on_progress: OnProgress | None = None,
 ) -> Report:
     """The candidate's outputs against those of the float model as the user gave it.
@@ -167,6 +182,7 @@ def evaluate(
         samples: to compare on.
         limits: keys of `qdq.recipe.LIMITS`.
         engine_backend: 'rtx' or 'trt' where the candidate is an engine.
+        custom_ops: libraries of custom operators that ONNX Runtime needs for the models.
         on_progress: told after each sample.
     """
     total = samples.len_or_none()
@@ -179,9 +195,12 @@ def evaluate(
         if on_progress and total is not None:
             on_progress(total, total, "Check")
 
+    def opened(path: Path | str) -> Any:
+        return ort.session(str(path), custom_ops=custom_ops) if custom_ops else str(path)
+
     report = compare(
-        str(float_path),
-        trt.runner(candidate, rtx=engine_backend == "rtx", name="engine") if engine_backend else str(candidate),
+        opened(float_path),
+        trt.runner(candidate, rtx=engine_backend == "rtx", name="engine") if engine_backend else opened(candidate),
         counted(),
         limits=Limits(**limits),
         stood_for_engine=engine_backend is None,
@@ -236,7 +255,10 @@ def deploy(
     with _folder_beside(out) as folder:
         made = quantize(prepared, calibration, settings=recipe.settings, on_progress=tell)
         output, engine_path = folder / f"{stem}.int8.onnx", folder / f"{stem}.engine"
-        save(made.model, output)
+        finished = finish(
+            made.model, rest=recipe.rest, table=made.table, judge=_bytes_moved(folder, recipe, shapes, tell)
+        )
+        save(finished.model, output)
         made.plan.save(folder / "plan.json")
         made.table.save(folder / "table.json")
         engine = compile_engine(output, recipe=recipe, shapes=shapes, on_progress=tell)
@@ -266,11 +288,34 @@ def deploy(
             float_file_bytes=file_bytes(load(model_path)),
             int8_file_bytes=file_bytes(load(output)),
             evaluated_on="calibration samples" if evaluated is None else "evaluation samples",
-            notes=tuple(filter(None, [*notes, *made.solution.notes, check.note, reason])),
+            notes=tuple(filter(None, [*notes, *made.solution.notes, *finished.notes, check.note, reason])),
             label_dice=label_dice,
         )
         write_atomic(folder / "report.json", report.to_json().encode())
         return Deployed(folder=out, files=_move_all(folder, out), report=report)
+
+
+def _bytes_moved(
+    folder: Path, recipe: Recipe, shapes: Mapping[str, ShapeRange], tell: OnProgress
+) -> Callable[[Model], float]:
+    """A judge of models: the bytes that all kernels move at the usual shapes, compiled for the recipe's targets."""
+    fixed = {name: ShapeRange.fixed(shape.opt) for name, shape in shapes.items()}
+
+    def judge(model: Model) -> float:
+        place = folder / "judged"
+        place.mkdir()
+        try:
+            save(model, place / "model.onnx")
+            table = compile_engine(
+                place / "model.onnx", recipe=recipe, shapes=fixed, on_progress=tell, label="Compare rewrites"
+            ).table
+            return math.inf if table.bytes_moved is None else float(table.bytes_moved)
+        except BuildError:
+            return math.inf
+        finally:
+            shutil.rmtree(place)
+
+    return judge
 
 
 def _float_table(

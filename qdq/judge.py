@@ -18,13 +18,13 @@ from qdq.footprint import cores
 from qdq.graph import Model
 from qdq.tap import Sample, Tap, counted, overlapped
 
-MOST_FIT = 16  # samples that corrections are fitted on, at most
+MOST_FIT = 8  # samples that corrections are fitted on, at most
 MOST_HELD = 16  # samples that candidates are compared on, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """Some of the samples, by index: `fit` to make something from, `held` to judge it by; equal if there is only one."""
+    """Some of the samples, by index: `fit` to make something from, `held` to judge it by; one sample is both."""
 
     samples: Iterable[Sample]
     fit: frozenset[int]

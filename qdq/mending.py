@@ -35,12 +35,16 @@ class Draft:
         self.proto = ModelProto()
         self.proto.CopyFrom(model.proto)
         self.changes: list[Change] = []
+        self._seen = -1  # number of changes that the view knows
         self._made: dict[tuple[object, ...], list[str]] = {}
         self._taken = {t.name for t in self.proto.graph.initializer} | {v.name for v in self.proto.graph.input}
         self._taken |= {o for n in self.proto.graph.node for o in n.output}
 
-    def refresh(self) -> None:
-        """Read the model again after a pass has changed it."""
+    def refresh(self, *, always: bool = False) -> None:
+        """Read the model again if a pass has logged a change since the last time."""
+        if self._seen == len(self.changes) and not always:
+            return
+        self._seen = len(self.changes)
         self.view = View(self.source.replace(self.proto))
         self.flags: dict[int, set[str]] = {}
         for rule in RULES:
@@ -97,6 +101,7 @@ class Draft:
                 del graph.node[i]
             if not dead:
                 break
+            self._seen = -1  # the view holds nodes that are gone
         unread = [i for i, t in enumerate(graph.initializer) if t.name not in read]
         gone = {graph.initializer[i].name for i in unread}
         for i in reversed(unread):

@@ -35,14 +35,16 @@ def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 recipe_option = click.option("--recipe", type=PATH, help="YAML file; its keys are the options with underscores.")
 settings_options = _options(
     click.option("--scheme", help="What is quantized to what: int8 (default)."),
-    click.option("--calibrator", help="Activation ranges: mse (default), percentile, entropy or max."),
+    click.option("--calibrator", help="Activation ranges: mse (default), percentile, entropy, max or auto."),
     click.option("--percentile", type=float, help="Of the percentile calibrator, default 99.99."),
     click.option("--rounding", help="Weights: gptq (default) or nearest."),
     click.option("--equalize", help="Channel balancing where it pays: smoothquant (default) or none."),
+    click.option("--bias-correction", help="auto (default, where held-out samples gain), on or off."),
     click.option("--shift/--no-shift", default=None, help="Shift lopsided activations to use all codes (default on)."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="Node names to leave in float; repeatable."),
     recipe_option,
 )
+rest_option = click.option("--rest", help="Float type of what is not quantized: fp16 (default), bf16 or fp32.")
 shape_option = click.option(
     "--shape",
     multiple=True,
@@ -66,6 +68,11 @@ limit_options = _options(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON to standard output.")
 model_argument = click.argument("model", type=PATH)
+
+
+custom_ops_option = click.option(
+    "--custom-ops", multiple=True, metavar="LIB", help="ONNX Runtime library of custom operators; repeatable."
+)
 
 
 def output_option(what: str, *, required: bool = True) -> Callable[[F], F]:

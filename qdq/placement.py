@@ -171,7 +171,15 @@ def containers(model: Model, node: NodeProto, settings: Settings) -> list[Decisi
     return [Veto(rule="containers", reason=reason)]
 
 
-RULES: tuple[Rule, ...] = (weighted, residual, concat, transposed, operands, excluded, containers)
+def foreign(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Veto operators of other domains than ONNX's own, whatever their names: what they compute is not known here."""
+    if node.domain in ("", "ai.onnx"):
+        return []
+    reason = f"a custom operator (domain {node.domain!r}): what it computes is unknown, and a plugin runs it in float"
+    return [Veto(rule="foreign", reason=reason)]
+
+
+RULES: tuple[Rule, ...] = (weighted, residual, concat, transposed, operands, excluded, containers, foreign)
 
 
 def why_float(op_type: str) -> tuple[str, str]:

@@ -161,6 +161,10 @@ class _Writer:
                 demand(tensor, FLOAT)
         for tensor in filter(self._is_float, self._outputs):
             demand(tensor, FLOAT if self._keep_io or self._model.is_constant(tensor) else self._low)
+        for node in self._model.graph.node:
+            if dequantizes_constant_scale(self._model, node) and self._is_float(node.output[0]):
+                for dtype in self._demands.get(node.output[0], set()):
+                    demand(node.input[1], dtype)
 
     def _demand(self, tensor: str, dtype: str) -> None:
         self._demands.setdefault(tensor, set()).add(dtype)
@@ -238,7 +242,8 @@ class _Writer:
         tensor = node.output[0]
         info = self._model.info(node.input[0])
         if node.op_type == "Cast" and info is not None and info.dtype == dtype and tensor not in self._outputs:
-            self._names[tensor, dtype] = node.input[0]
+            source = node.input[0]
+            self._names[tensor, dtype] = self._read(self._alias[source], dtype) if source in self._alias else source
             return
         copy = NodeProto()
         copy.CopyFrom(node)
@@ -257,7 +262,6 @@ class _Writer:
     def _scale(self, node: NodeProto, dtype: str) -> None:
         """Give a DequantizeLinear its scale in a type, and weight codes that fit a raised scale."""
         codes, scale = node.input[0], node.input[1]
-        self._demand(scale, dtype)
         if dtype != FLOAT and self._model.is_constant(codes) and not fits(self._model.array(scale), self._low):
             node.input[0], node.input[1] = self._rescaled(node)
         else:
@@ -269,7 +273,7 @@ class _Writer:
         if key in self._raised:
             return self._raised[key]
         scale, codes = self._model.array(node.input[1]).astype(np.float64), self._model.array(node.input[0])
-        lost = ~np.array([fits(s, self._low) for s in scale.ravel()]).reshape(scale.shape)
+        lost = ~np.array([fits(np.asarray(s), self._low) for s in scale.ravel()]).reshape(scale.shape)
         raised = np.where(lost, np.maximum(scale, float(finfo(self._low).smallest_normal)), scale)
         ratio = scale / raised
         if scale.ndim == 1:

@@ -54,6 +54,8 @@ _OPERATORS = {
 }
 NORMS, MOVES, POINTWISE, SUMS, _BOUNDED, _EXACT = (frozenset(names.split()) for names in _OPERATORS.values())
 _WHOLE = ("int16", "uint16", "int32", "uint32", "int64", "uint64")
+# Measured: TensorRT-RTX 1.7.1 for SM89 fails with "Could not infer output types for operation: deconv", in 2-D and 3-D.
+_REFUSED = {("bfloat16", "ConvTranspose"): "TensorRT-RTX does not compile it in BF16"}
 _LOW_TYPES = {"float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
 
 
@@ -202,6 +204,8 @@ class _Rules:
         operands += [self._schema.lowers(node, i, output=True) for i, t in enumerate(node.output) if self._is_float(t)]
         if not any(operands):
             return "schema", f"ONNX defines {node.op_type} for float32 only"
+        if (self._low, node.op_type) in _REFUSED:
+            return "compiler", _REFUSED[self._low, node.op_type]
         if node.op_type in ("Cast", "DequantizeLinear") and not made:
             return None
         if node.name in self._positions:

@@ -1,6 +1,6 @@
 """What the Q/DQ nodes of anyone's model say, and which operands of which products they quantize.
 
-Model -> View: types and shapes inferred, constants folded -> `Quantizer` per Q and DQ node, `Product` per weighted node.
+Model -> View: types and shapes inferred, constants folded -> `Quantizer` per Q and DQ, `Product` per weighted node.
 Only the main graph is read: bodies of If, Loop and Scan are not. This module must not judge or change a model.
 """
 
@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import onnx
@@ -57,6 +58,11 @@ class Quantizer:
     def is_q(self) -> bool:
         """Whether this is a QuantizeLinear."""
         return bool(self.node.op_type == "QuantizeLinear")
+
+    @property
+    def count(self) -> int:
+        """Number of scales, 0 where they are computed."""
+        return 0 if self.scale is None else int(self.scale.size)
 
     @property
     def vector(self) -> bool:
@@ -140,7 +146,11 @@ class View:
         self.nodes = tuple(model.graph.node)  # held, so that the identity of a node stays valid as long as the view
         self._fixed = set(model.initializers)
         for node in self.nodes:  # in the order of the graph: what a node reads is known before it
-            if not any(bodies(node)) and not node.op_type.startswith("Random") and all(n in self._fixed for n in node.input if n):
+            if (
+                not any(bodies(node))
+                and not node.op_type.startswith("Random")
+                and all(n in self._fixed for n in node.input if n)
+            ):
                 self._fixed.update(node.output)
         self._constants: dict[str, np.ndarray | None] = {}
         self._shown = _inferred(model)
@@ -220,7 +230,9 @@ class View:
         assert node is not None
         if node.op_type == "DequantizeLinear":  # onnx's evaluator knows it from opset 19 on
             try:
-                return dequantized(self, self._read(node)).astype(helper.tensor_dtype_to_np_dtype(self.elem(node.input[1])))
+                return dequantized(self, self._read(node)).astype(
+                    np.dtype(helper.tensor_dtype_to_np_dtype(self.elem(node.input[1])))
+                )
             except ValueError:
                 return None
         shape = self.shape(name)
@@ -235,7 +247,8 @@ class View:
             one = helper.make_graph([node], "fold", [helper.make_empty_tensor_value_info(i) for i in feeds], [])
             one.output.extend(helper.make_empty_tensor_value_info(o) for o in node.output if o == name)
             proto = helper.make_model(one, opset_imports=list(self.model.proto.opset_import))
-            return np.asarray(ReferenceEvaluator(proto).run([name], feeds)[0])
+            folded: Any = ReferenceEvaluator(proto).run([name], feeds)
+            return np.asarray(folded[0])
         except (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError, KeyError, DecodeError):
             return None  # an operator that onnx's evaluator lacks, or refuses
 

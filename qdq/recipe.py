@@ -25,6 +25,7 @@ from qdq.errors import InputError
 from qdq.scheme import Settings, choose
 
 BACKENDS = ("rtx", "trt")
+RESTS = ("fp16", "bf16", "fp32")
 LIMITS: Mapping[str, tuple[float, float]] = {
     "min_sqnr_db": (-math.inf, math.inf),
     "min_cosine": (-1.0, 1.0),
@@ -81,9 +82,10 @@ class ShapeOption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Settings, what to compile for, and the limits to pass."""
+    """Settings, the float type of what `deploy` leaves unquantized, what to compile for, and the limits to pass."""
 
     settings: Settings = field(default_factory=Settings)
+    rest: str = "fp16"
     targets: tuple[str, ...] = ("sm89",)
     backend: str = "rtx"
     shapes: tuple[ShapeOption, ...] = ()
@@ -98,9 +100,10 @@ class Recipe:
         """
         setting_keys = [f.name for f in fields(Settings)]
         for key in values:
-            choose(str(key), [*setting_keys, "target", "backend", "shape", *LIMITS], "recipe key")
+            choose(str(key), [*setting_keys, "rest", "target", "backend", "shape", *LIMITS], "recipe key")
         return cls(
             settings=Settings.from_mapping({k: v for k, v in values.items() if k in setting_keys}),
+            rest=choose(str(values.get("rest", "fp16")), RESTS, "type for the rest"),
             targets=tuple(_texts("target", values.get("target", ["sm89"]))),
             backend=choose(str(values.get("backend", "rtx")), BACKENDS, "backend"),
             shapes=tuple(ShapeOption.parse(text) for text in _texts("shape", values.get("shape", []))),

@@ -1,8 +1,11 @@
 """Repair a Q/DQ model for TensorRT without data: what can be derived from the scales and codes that it holds.
 
 Model -> rounds of passes, each led by what the rules of `lint` find -> Repaired: model, changes, findings left.
-Codes become INT8 with zero point 0: exactly where the old grid fits in (UINT8 with zero point 128), else with the
-smallest symmetric scale that covers the old range. This module must not measure anything, nor touch the user's proto.
+Codes become INT8 with zero point 0. The grid stays as it is where INT8 can hold it: weights whose codes fit, and
+activations of 8 bits by a shift in front of them (see `shifting`). Elsewhere a weight is quantized again from what it
+stands for, and an activation gets the smallest symmetric scale that covers its range. A quantizer that began at 0 may
+be all that is left of a Relu or Clip (ONNX Runtime drops them), so where it goes its limits stay. This module must not
+measure anything, nor touch the user's proto.
 """
 
 from __future__ import annotations
@@ -12,12 +15,16 @@ from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper
 
 from qdq.formats import FORMATS
-from qdq.graph import Model, all_nodes
+from qdq.graph import Model
+from qdq.lint import Finding, lint
+from qdq.lint_errors import mistyped
+from qdq.lint_rule import EIGHT_BIT, FP8, smallest
+from qdq.lint_warnings import attention_quantizers, needless, transposed_quantizers, unpaired
 from qdq.mending import Change, Draft
-from qdq.lint import FP8, RULES, Finding, attention_quantizers, lint, mistyped, needless, smallest, transposed_quantizers, unpaired
+from qdq.qlinear import write_floats
 from qdq.qtensor import QParams, representable, to_codes, weight_params
 from qdq.quantizers import MOVES, Operand, Product, Quantizer, View, attribute, dequantized, label, spread
 from qdq.shifting import shift
@@ -27,12 +34,40 @@ ROUNDS = 4  # a repair can uncover another fault of the same node
 BLOCKS = (128, 64, 32, 16)  # block sizes that TensorRT-RTX fuses into a weight-only product
 _CARRIERS = (*MOVES, "DequantizeLinear", "Concat", "Gather", "Split", "DepthToSpace", "SpaceToDepth")
 _OF_CODES = frozenset(
-    "asymmetric unsigned unsigned-codes no-zero-point code-type output-dtype scale-value scale-range zero-point-shape scale-shape "
-    "block-shape odd-codes block-product weight-axis slow-weight float-weight scalar-codes".split()
+    [
+        "asymmetric",
+        "unsigned",
+        "unsigned-codes",
+        "no-zero-point",
+        "code-type",
+        "output-dtype",
+        "scale-value",
+        "scale-range",
+        "zero-point-shape",
+        "scale-shape",
+        "block-shape",
+        "odd-codes",
+        "block-product",
+        "weight-axis",
+        "slow-weight",
+        "float-weight",
+        "scalar-codes",
+    ]
 )
 _OF_ACTIVATION = frozenset(
-    "asymmetric unsigned unsigned-codes no-zero-point code-type output-dtype scale-value scale-range zero-point-shape activation-axis "
-    "one-element-scale".split()
+    [
+        "asymmetric",
+        "unsigned",
+        "unsigned-codes",
+        "no-zero-point",
+        "code-type",
+        "output-dtype",
+        "scale-value",
+        "scale-range",
+        "zero-point-shape",
+        "activation-axis",
+        "one-element-scale",
+    ]
 )
 _SHIFTED = frozenset(("asymmetric", "unsigned", "no-zero-point", "output-dtype"))  # a grid that INT8 can hold, shifted
 _RESCALED = frozenset(("code-type", "scale-value", "scale-range"))
@@ -63,7 +98,7 @@ def repair(model: Model) -> Repaired:
     for _ in range(ROUNDS):
         before = len(draft.changes)
         for step in (
-            _operators,
+            write_floats,
             _biases,
             _outputs,
             _float_readers,
@@ -89,7 +124,11 @@ def repair(model: Model) -> Repaired:
 
 def _set_axis(node: NodeProto, axis: int | None) -> None:
     """Write the axis, and drop attributes that INT8 with a zero point does without."""
-    for old in [a for a in node.attribute if a.name in ("axis", "block_size") or (a.name == "output_dtype" and node.op_type == "QuantizeLinear")]:
+    for old in [
+        a
+        for a in node.attribute
+        if a.name in ("axis", "block_size") or (a.name == "output_dtype" and node.op_type == "QuantizeLinear")
+    ]:
         node.attribute.remove(old)
     if axis is not None:
         node.attribute.append(helper.make_attribute("axis", axis))
@@ -98,7 +137,7 @@ def _set_axis(node: NodeProto, axis: int | None) -> None:
 def _limits(dtype: int) -> tuple[int, int]:
     """Smallest and largest code of an integer type."""
     np_dtype = np.dtype(helper.tensor_dtype_to_np_dtype(dtype))
-    info = np.iinfo(np_dtype) if np_dtype.kind in "iu" else ml_dtypes.iinfo(np_dtype)
+    info = np.iinfo(np_dtype) if np_dtype.kind in "iu" else ml_dtypes.iinfo(np_dtype)  # type: ignore[no-untyped-call]
     return int(info.min), int(info.max)
 
 
@@ -126,19 +165,26 @@ def _biases(draft: Draft) -> None:
 
 def _outputs(draft: Draft) -> None:
     for q in draft.view.quantizers:
-        if q.source is None or "output" not in draft.flagged(q.source.node) or not draft.view.model.is_output(q.node.output[0]):
+        if (
+            q.source is None
+            or "output" not in draft.flagged(q.source.node)
+            or not draft.view.model.is_output(q.node.output[0])
+        ):
             continue
-        tensor, out = q.source.node.input[0], q.node.output[0]
-        producer = draft.view.model.producer(tensor)
+        tensor, out = _unquantized(draft, q.source), q.node.output[0]
         draft.log(["output"], q.source.node, f"Q/DQ before output {out!r} removed")
+        draft.refresh()
+        producer = draft.view.model.producer(tensor)
         if producer is None or draft.view.model.is_output(tensor):
             draft.proto.graph.node.remove(q.node)
-            draft.proto.graph.node.append(helper.make_node("Identity", [tensor], [out], name=draft.name(out + "_Identity")))
+            draft.proto.graph.node.append(
+                helper.make_node("Identity", [tensor], [out], name=draft.name(out + "_Identity"))
+            )
         else:
             draft.proto.graph.node.remove(q.node)
             draft.rewire(tensor, out)
             producer.output[list(producer.output).index(tensor)] = out
-        draft.refresh()
+        draft.refresh(always=True)
         return _outputs(draft)
 
 
@@ -146,7 +192,7 @@ def _float_readers(draft: Draft) -> None:
     for q in draft.view.quantizers:
         if q.source is not None and needless(draft.view, q):
             draft.log(["before-float"], q.source.node, "Q/DQ before float operators removed")
-            draft.rewire(q.node.output[0], q.source.node.input[0])
+            draft.rewire(q.node.output[0], _unquantized(draft, q.source))
 
 
 def _transposed(draft: Draft) -> None:
@@ -158,7 +204,8 @@ def _transposed(draft: Draft) -> None:
                 _to_float(draft, q, ["transposed"])
             elif q.source is not None and q.node.output[0] in product.node.input:
                 draft.log(["transposed"], product.node, f"Q/DQ on its data {q.source.node.input[0]!r} removed")
-                product.node.input[list(product.node.input).index(q.node.output[0])] = q.source.node.input[0]
+                index = list(product.node.input).index(q.node.output[0])
+                product.node.input[index] = _unquantized(draft, q.source)
 
 
 def _attention(draft: Draft) -> None:
@@ -167,7 +214,7 @@ def _attention(draft: Draft) -> None:
         for q in attention_quantizers(draft.view, product):
             if q.source is not None and all(p in products for p, _ in draft.view.products_of(q)):
                 draft.log(["attention"], product.node, f"Q/DQ on {q.source.node.input[0]!r} removed")
-                draft.rewire(q.node.output[0], q.source.node.input[0])
+                draft.rewire(q.node.output[0], _unquantized(draft, q.source))
 
 
 def _scale_types(draft: Draft) -> None:
@@ -249,9 +296,9 @@ def _kept_grid(q: Quantizer, values: np.ndarray, axis: int | None, dtype: np.dty
     scale = np.where(scale >= smallest(q.scale), scale, fill).reshape(() if kept is None else (-1,))
     params = QParams(scale=representable(scale, dtype.name), axis=kept)
     codes = np.rint(values / spread(params.scale.astype(np.float64), kept or 0, values.shape))
-    clips = q.source is not None  # its own Q clips as well
+    symmetric = q.dtype == TensorProto.INT8 and (q.zero is None or not np.any(q.zero))
     fits = codes.min(initial=0) >= INT8.low and codes.max(initial=0) <= INT8.high
-    return params if fits or (clips and q.dtype == TensorProto.INT8) else None
+    return params if fits or (q.source is not None and symmetric) else None  # its own Q clips in the same way
 
 
 def _in_blocks(draft: Draft, q: Quantizer, axis: int | None) -> None:
@@ -262,7 +309,9 @@ def _in_blocks(draft: Draft, q: Quantizer, axis: int | None) -> None:
     if q.scale.size not in (1, codes.shape[axis]) or (q.vector and q.axis != axis) or draft.view.model.opset < 21:
         return
     summed = 1 - axis
-    block = next((b for b in BLOCKS if codes.shape[summed] % b == 0 and codes.shape[summed] > b), None)  # one block is no block
+    block = next(
+        (b for b in BLOCKS if codes.shape[summed] % b == 0 and codes.shape[summed] > b), None
+    )  # one block is no block
     if block is None:
         return
     shape = [0, 0]
@@ -294,7 +343,9 @@ def _unpaired(draft: Draft) -> None:
             draft.init(name + "_zero", np.zeros(params.scale.shape, np.int8)),
         ]
         out = draft.name(name + "_dequantized")
-        node = helper.make_node("DequantizeLinear", inputs, [out], name=draft.name(name + "_DequantizeLinear"), axis=axis)
+        node = helper.make_node(
+            "DequantizeLinear", inputs, [out], name=draft.name(name + "_DequantizeLinear"), axis=axis
+        )
         product.node.input[index] = out
         draft.proto.graph.node.insert(0, node)
         draft.log(["unpaired-activation"], product.node, f"weight stored as INT8, scales along axis {axis}")
@@ -321,7 +372,8 @@ def _activations(draft: Draft) -> None:
         if q.is_q and rules & _SHIFTED and not rules & _RESCALED and shift(draft, q, sorted(rules)):
             continue
         if q.is_q and _starts_at_zero(q) and not _not_negative(draft.view, q.node.input[0]):
-            _relu(draft, q)
+            q.node.input[0] = _before(draft, q, "Relu", [q.node.input[0]])
+            draft.log(sorted(rules), q.node, "Relu before it: its smallest code was 0, so it clipped what is negative")
         names = draft.params(q.node, representable(scale, dtype.name).astype(dtype))
         readers = [d for d in draft.view.quantizers if d.source is q and d not in draft.view.heads] if q.is_q else []
         for node in (q.node, *(d.node for d in readers)):
@@ -362,17 +414,34 @@ def _not_negative(view: View, tensor: str) -> bool:
     if q is not None and q.source is not None:
         return _not_negative(view, q.source.node.input[0])
     pools = ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Concat")
-    return node.op_type in (*MOVES, *pools) and all(_not_negative(view, i) for i in (node.input if node.op_type == "Concat" else node.input[:1]))
+    return node.op_type in (*MOVES, *pools) and all(
+        _not_negative(view, i) for i in (node.input if node.op_type == "Concat" else node.input[:1])
+    )
 
 
-def _relu(draft: Draft, q: Quantizer) -> None:
+def _unquantized(draft: Draft, q: Quantizer) -> str:
+    """What a removed Q read; limited to the Q's range where that began at 0, as a Relu or Clip may live on in it."""
     tensor = q.node.input[0]
-    out = draft.name(tensor + "_relu")
-    relu = helper.make_node("Relu", [tensor], [out], name=draft.name(label(q.node) + "_Relu"))
+    if q.scale is None or not _starts_at_zero(q) or q.dtype not in EIGHT_BIT:
+        return str(tensor)
+    if draft.view.model.opset < 11:
+        return tensor if _not_negative(draft.view, tensor) else _before(draft, q, "Relu", [tensor])
+    high = draft.init(tensor + "_high", np.asarray(255 * q.scale.reshape(-1)[0], _float_type(draft, tensor)))
+    low = draft.init(tensor + "_low", np.asarray(0, _float_type(draft, tensor)))
+    return _before(draft, q, "Clip", [tensor, low, high])
+
+
+def _float_type(draft: Draft, tensor: str) -> np.dtype[np.generic]:
+    return np.dtype(helper.tensor_dtype_to_np_dtype(draft.view.elem(tensor) or TensorProto.FLOAT))
+
+
+def _before(draft: Draft, q: Quantizer, op_type: str, inputs: Sequence[str]) -> str:
+    """One more node in front of a Q; returns its output."""
+    out = draft.name(f"{inputs[0]}_{op_type}")
+    node = helper.make_node(op_type, list(inputs), [out], name=draft.name(f"{label(q.node)}_{op_type}"))
     index = next(i for i, n in enumerate(draft.proto.graph.node) if list(n.output) == list(q.node.output))
-    draft.proto.graph.node.insert(index, relu)
-    q.node.input[0] = out
-    draft.log(["asymmetric"] if q.zero is not None and np.any(q.zero) else ["unsigned"], q.node, "Relu before it: its smallest code was 0, so it clipped what is negative")
+    draft.proto.graph.node.insert(index, node)
+    return out
 
 
 def _axes(draft: Draft) -> None:
@@ -383,39 +452,3 @@ def _axes(draft: Draft) -> None:
                 if attribute(node, "axis") is None:
                     node.attribute.append(helper.make_attribute("axis", q.axis))
             draft.log(["default-axis"], q.node, f"axis {q.axis} written")
-
-
-def _operators(draft: Draft) -> None:
-    """QLinearConv and QLinearMatMul as float operators between Q and DQ."""
-    nodes: list[NodeProto] = []
-    for node in draft.proto.graph.node:
-        if node.op_type not in ("QLinearConv", "QLinearMatMul") or node.domain not in ("", "ai.onnx"):
-            nodes.append(node)
-            continue
-        x, xs, xz, w, ws, wz, ys, yz = node.input[:8]
-        name = label(node)
-        float_inputs = []
-        for tensor, *params in ((x, xs, xz), (w, ws, wz)):
-            out = draft.name(f"{name}_{tensor}_dequantized")
-            weight = tensor == w
-            scale = draft.view.constant(ws)
-            axis = {"axis": 0 if node.op_type == "QLinearConv" else 1} if weight and scale is not None and scale.size > 1 else {}
-            nodes.append(helper.make_node("DequantizeLinear", [tensor, *params], [out], name=draft.name(out + "_DQ"), **axis))
-            float_inputs.append(out)
-        if len(node.input) > 8 and node.input[8]:
-            bias, a, b = (draft.view.constant(n) for n in (node.input[8], xs, ws))
-            if bias is None or a is None or b is None:
-                nodes[:] = [n for n in nodes if n.output[0] not in float_inputs] + [node]
-                continue
-            float_inputs.append(draft.init(node.input[8] + "_float", (bias * (a.ravel() * b.ravel())).astype(np.float32)))
-        out = draft.name(f"{name}_float")
-        made = helper.make_node(node.op_type.removeprefix("QLinear"), float_inputs, [out], name=name)
-        made.attribute.extend(node.attribute)
-        nodes += [made, helper.make_node("QuantizeLinear", [out, ys, yz], [node.output[0]], name=draft.name(name + "_Q"))]
-        draft.log(["operator"], node, f"{node.op_type} written as {made.op_type} between Q and DQ")
-    if len(nodes) != len(draft.proto.graph.node):
-        copies = [NodeProto() for _ in nodes]
-        for copy, node in zip(copies, nodes, strict=True):
-            copy.CopyFrom(node)
-        del draft.proto.graph.node[:]
-        draft.proto.graph.node.extend(copies)

@@ -14,8 +14,9 @@ from qdq.errors import InputError
 from qdq.formats import FORMATS
 
 SCHEMES: tuple[str, ...] = ("int8",)
-CALIBRATORS: tuple[str, ...] = ("mse", "percentile", "entropy", "max")
+CALIBRATORS: tuple[str, ...] = ("mse", "percentile", "entropy", "max", "auto")
 EQUALIZERS: tuple[str, ...] = ("smoothquant", "none")
+BIAS_CORRECTIONS: tuple[str, ...] = ("auto", "on", "off")
 ROUNDINGS: tuple[str, ...] = ("gptq", "nearest")
 
 
@@ -70,6 +71,7 @@ class Settings:
         equalize: the formula by which input channels of a layer are balanced where that pays, or "none".
         shift: allow `Spec.shift` for activations.
         exclude: glob patterns of node names that stay in float; each must match at least one node.
+        bias_correction: shift biases so that quantization does not move means; "auto" where held-out samples gain.
 
     Raises:
         InputError: an unknown name or a percentile outside (50, 100].
@@ -82,12 +84,14 @@ class Settings:
     equalize: str = "smoothquant"
     shift: bool = True
     exclude: tuple[str, ...] = ()
+    bias_correction: str = "auto"
 
     def __post_init__(self) -> None:
         """Validate each field."""
         choose(self.scheme, SCHEMES, "scheme")
         choose(self.calibrator, CALIBRATORS, "calibrator")
         choose(self.rounding, ROUNDINGS, "rounding")
+        choose(self.bias_correction, BIAS_CORRECTIONS, "bias_correction")
         choose(self.equalize, EQUALIZERS, "equalization")
         if (
             isinstance(self.percentile, bool)

@@ -48,9 +48,15 @@ def shift(draft: Draft, q: Quantizer, rules: Sequence[str]) -> bool:
     view = draft.view
     readers = [d for d in view.quantizers if d.source is q]
     codes = view.model.consumers(q.node.output[0])
-    if q.dtype not in (TensorProto.INT8, TensorProto.UINT8) or q.scale is None or q.scale.size != 1 or not np.all(q.scale > 0) or any(d in view.heads for d in readers):
+    if (
+        q.dtype not in (TensorProto.INT8, TensorProto.UINT8)
+        or q.scale is None
+        or q.scale.size != 1
+        or not np.all(q.scale > 0)
+        or any(d in view.heads for d in readers)
+    ):
         return False
-    if np.size(q.zero) != 1 and q.zero is not None or len(codes) != len(readers) or view.model.opset < 11:
+    if (q.zero is not None and q.zero.size != 1) or len(codes) != len(readers) or view.model.opset < 11:
         return False
     if any(view.model.is_output(d.node.output[0]) for d in readers):
         return False
@@ -91,7 +97,10 @@ def shift(draft: Draft, q: Quantizer, rules: Sequence[str]) -> bool:
         _correct(draft, reader, offset)
     corrected = {(id(r.product.node), r.index) for r in found}
     others = [
-        (d, u) for d in readers for u in view.model.consumers(d.node.output[0]) if (id(u.node), u.index) not in corrected
+        (d, u)
+        for d in readers
+        for u in view.model.consumers(d.node.output[0])
+        if (id(u.node), u.index) not in corrected
     ]
     if others:
         whole = append("Add", [value(()), constant], q.node.input[0] + "_unshifted") if zero else value(())
@@ -114,10 +123,18 @@ def _products(view: View, readers: Sequence[Quantizer]) -> list[_Reader] | None:
             weight = view.constant(other.tensor) if other.constant else None
             node = product.node
             pads = tuple(next((list(a.ints) for a in node.attribute if a.name == "pads"), []))
-            automatic = next((a.s for a in node.attribute if a.name == "auto_pad"), b"NOTSET") not in (b"NOTSET", b"VALID", b"")
+            automatic = next((a.s for a in node.attribute if a.name == "auto_pad"), b"NOTSET") not in (
+                b"NOTSET",
+                b"VALID",
+                b"",
+            )
             if product.operands[index].tensor != d.node.output[0] or weight is None or weight.ndim < 2 or automatic:
                 return None
-            if node.op_type == "ConvTranspose" or (node.op_type != "MatMul" and index != 0) or (index == 1 and weight.ndim != 2):
+            if (
+                node.op_type == "ConvTranspose"
+                or (node.op_type != "MatMul" and index != 0)
+                or (index == 1 and weight.ndim != 2)
+            ):
                 return None
             shown = pads if any(pads) else ()
             found.append(_Reader(product=product, index=index, pads=shown, weight=weight.astype(np.float64)))
@@ -143,7 +160,9 @@ def _correct(draft: Draft, reader: _Reader, offset: float) -> None:
     bias = node.input[2] if len(node.input) > 2 else ""
     known = draft.view.constant(bias) if bias else np.zeros(())
     if node.op_type != "MatMul" and known is not None and factors.get("beta", 1.0) == 1.0:
-        name = draft.init((bias or label(node) + "_bias") + "_corrected", (known.astype(np.float64) + added).astype(dtype))
+        name = draft.init(
+            (bias or label(node) + "_bias") + "_corrected", (known.astype(np.float64) + added).astype(dtype)
+        )
         node.input[:] = [*node.input[:2], name]
         return
     if node.op_type == "Conv":
@@ -154,5 +173,3 @@ def _correct(draft: Draft, reader: _Reader, offset: float) -> None:
     node.output[0] = raw
     add = helper.make_node("Add", [raw, constant], [out], name=draft.name(label(node) + "_Add"))
     draft.proto.graph.node.insert(place + 1, add)
-
-

@@ -54,6 +54,7 @@ def solve(
     table: CalibrationTable,
     *,
     samples: Iterable[Sample] | None = None,
+    methods: Mapping[str, str] | None = None,
     on_progress: Progress | None = None,
 ) -> Solution:
     """Choose every scale and round every weight.
@@ -64,6 +65,7 @@ def solve(
         table: histograms of the plan's activation tensors.
         samples: re-iterable calibration samples, for roundings that need the second moments of a layer's inputs;
             without them such weights are rounded to nearest, and a note says so.
+        methods: tensor -> calibrator, in place of that of the plan's settings.
         on_progress: called with (done, in all or None, text).
 
     Returns:
@@ -77,7 +79,7 @@ def solve(
     table.check(model, plan)
     _check_weights(model, plan)
     notes: list[str] = []
-    activations = _activations(model, plan, table, notes)
+    activations = activation_params(model, plan, table, methods or {}, notes)
     rounding = plan.settings.rounding
     divisors: dict[str, npt.NDArray[np.float32]] = {}
     if plan.settings.equalize != "none" and samples is not None:
@@ -114,7 +116,24 @@ def solve(
     return Solution(activations=activations, divisors=divisors, weights=weights, notes=tuple(notes))
 
 
-def _activations(model: Model, plan: Plan, table: CalibrationTable, notes: list[str]) -> dict[str, QParams]:
+def activation_params(
+    model: Model, plan: Plan, table: CalibrationTable, methods: Mapping[str, str], notes: list[str] | None = None
+) -> dict[str, QParams]:
+    """Scale and zero point of every activation point.
+
+    Args:
+        model: the prepared float model.
+        plan: its points.
+        table: their histograms.
+        methods: tensor -> calibrator; that of the plan's settings for the others.
+        notes: receives what a person should know.
+
+    Raises:
+        InputError: the settings say auto, and `methods` lacks a tensor.
+    """
+    notes = [] if notes is None else notes
+    if plan.settings.calibrator == "auto" and any(p.tensor not in methods for p in plan.activations):
+        raise InputError("calibrator auto must be resolved first: use qdq.autocalib.solve_auto, or another calibrator.")
     shared: dict[str, Histogram] = {}
     for group, members in _groups(plan).items():
         spans = [table.tensors[m].amax for m in members]
@@ -133,7 +152,7 @@ def _activations(model: Model, plan: Plan, table: CalibrationTable, notes: list[
         info = model.info(point.tensor)
         chosen[point.tensor] = observers.choose(
             shared.get(point.tensor, table.tensors[point.tensor]),
-            method=plan.settings.calibrator,
+            method=methods.get(point.tensor, plan.settings.calibrator),
             percentile=plan.settings.percentile,
             shift=point.spec.shift and all(channel_scale.can_shift(model, name, i) for name, i in point.uses),
             fmt_name=point.spec.format,

@@ -132,7 +132,9 @@ def matrix(scale: Any = None, dtype: Any = np.int8, shape: Sequence[int] = (128,
     """A stored matrix, `w`."""
     low, high = (-7, 7) if np.dtype(dtype) == ml_dtypes.int4 else (-100, 100)
     scale = full(shape[-1]) if scale is None else scale
-    return lambda g: g.dq(g.rng.integers(low, high, size=shape).astype(dtype), "w", scale, 0, **(attributes or {"axis": 1}))
+    return lambda g: g.dq(
+        g.rng.integers(low, high, size=shape).astype(dtype), "w", scale, 0, **(attributes or {"axis": 1})
+    )
 
 
 def conv(
@@ -326,23 +328,37 @@ def e4m3(g: Net) -> str:
 BROKEN: dict[str, Broken] = {
     "qlinear conv": _broken("operator", "qconv", qlinear_conv),
     "qlinear matmul": _broken("operator", "qmatmul", qlinear_matmul),
-    "qlinear add": _broken("operator", "integer", lambda: integer_op("QLinearAdd", domain="com.microsoft", two=True), False),
-    "qlinear sigmoid": _broken("operator", "integer", lambda: integer_op("QLinearSigmoid", domain="com.microsoft"), False),
+    "qlinear add": _broken(
+        "operator", "integer", lambda: integer_op("QLinearAdd", domain="com.microsoft", two=True), False
+    ),
+    "qlinear sigmoid": _broken(
+        "operator", "integer", lambda: integer_op("QLinearSigmoid", domain="com.microsoft"), False
+    ),
     "conv integer": _broken("operator", "integer", lambda: integer_product("ConvInteger"), False),
     "matmul integer": _broken("operator", "integer", lambda: integer_product("MatMulInteger"), False),
     "dynamic quantize": _broken("operator", "dynamic", dynamic, False),
     "matmul nbits": _broken("operator", "nbits", matmul_nbits, False),
-    "bias per channel": _broken("int32-bias", "b.DQ", lambda: conv(bias=lambda g: g.dq(g.codes([16], np.int32), "b", full(16, 2e-4), axis=0))),
-    "bias one scale": _broken("int32-bias", "b.DQ", lambda: conv(bias=lambda g: g.dq(g.codes([16], np.int32), "b", 2e-4))),
+    "bias per channel": _broken(
+        "int32-bias", "b.DQ", lambda: conv(bias=lambda g: g.dq(g.codes([16], np.int32), "b", full(16, 2e-4), axis=0))
+    ),
+    "bias one scale": _broken(
+        "int32-bias", "b.DQ", lambda: conv(bias=lambda g: g.dq(g.codes([16], np.int32), "b", 2e-4))
+    ),
     "int8 zero point 5": _broken("asymmetric", "a.Q", lambda: conv(a=act(zero=5))),
     "int8 zero point -128": _broken("asymmetric", "a.Q", lambda: product(a=act(zero=-128))),
     "uint8 zero point 128": _broken("asymmetric", "a.Q", lambda: conv(a=act(zero=128, dtype=np.uint8))),
     "weight uint8 zero point 128": _broken("asymmetric", "w.DQ", lambda: conv(w=kernel(zero=128, dtype=np.uint8))),
-    "weight uint8 zero points": _broken("asymmetric", "w.DQ", lambda: conv(w=kernel(zero=np.arange(16) * 9, dtype=np.uint8))),
-    "added uint8 constant": _broken("asymmetric", "k.DQ", lambda: added_constant(np.arange(16, dtype=np.uint8).reshape(1, 16, 1, 1), 7)),
+    "weight uint8 zero points": _broken(
+        "asymmetric", "w.DQ", lambda: conv(w=kernel(zero=np.arange(16) * 9, dtype=np.uint8))
+    ),
+    "added uint8 constant": _broken(
+        "asymmetric", "k.DQ", lambda: added_constant(np.arange(16, dtype=np.uint8).reshape(1, 16, 1, 1), 7)
+    ),
     "uint8 activation": _broken("unsigned", "a.Q", lambda: conv(a=act(dtype=np.uint8))),
     "uint8 weight": _broken("unsigned-codes", "w.DQ", lambda: conv(w=kernel(dtype=np.uint8))),
-    "uint8 weight without zero point": _broken("unsigned-codes", "w.DQ", lambda: conv(w=kernel(zero=None, dtype=np.uint8))),
+    "uint8 weight without zero point": _broken(
+        "unsigned-codes", "w.DQ", lambda: conv(w=kernel(zero=None, dtype=np.uint8))
+    ),
     "no zero point": _broken("no-zero-point", "a.Q", lambda: conv(a=act(zero=None))),
     "no zero point, matmul": _broken("no-zero-point", "a.Q", lambda: product(a=act(zero=None))),
     "int16 activation": _broken("code-type", "a.Q", lambda: conv(a=act(0.0001, dtype=np.int16))),
@@ -372,26 +388,42 @@ BROKEN: dict[str, Broken] = {
     "scale of rank 3": _broken("scale-shape", "w.DQ", lambda: conv(w=kernel(full([16, 1, 1]), 0)), False),
     "scalar zero point [1]": _broken("zero-point-shape", "w.DQ", lambda: conv(w=kernel(zero=np.zeros(1)))),
     "vector zero point": _broken("zero-point-shape", "a.Q", lambda: conv(a=act(zero=np.zeros(16)))),
-    "ragged blocks": _broken("block-shape", "w.DQ", lambda: product(plain, matrix(full([3, 64]), INT4, axis=0, block_size=48))),
-    "blocks on two axes": _broken("block-shape", "w.DQ", lambda: product(plain, matrix(full([2, 2]), INT4, axis=0, block_size=64))),
+    "ragged blocks": _broken(
+        "block-shape", "w.DQ", lambda: product(plain, matrix(full([3, 64]), INT4, axis=0, block_size=48))
+    ),
+    "blocks on two axes": _broken(
+        "block-shape", "w.DQ", lambda: product(plain, matrix(full([2, 2]), INT4, axis=0, block_size=64))
+    ),
     "odd int4": _broken("odd-codes", "w.DQ", lambda: odd_codes()),
     "scalar codes": _broken("scalar-codes", "k.DQ", lambda: added_constant(np.int8(5))),
     "fp8 and int8": _broken("mixed-types", "product", lambda: product(w=e4m3), False),
     "int8 and fp8": _broken("mixed-types", "product", lambda: product(a=act(dtype=FP8)), False),
-    "int4 blocks and int8": _broken("block-product", "w.DQ", lambda: product(w=matrix(full([2, 64]), INT4, axis=0, block_size=64))),
-    "int8 blocks and int8": _broken("block-product", "w.DQ", lambda: product(w=matrix(full([2, 64]), axis=0, block_size=64))),
+    "int4 blocks and int8": _broken(
+        "block-product", "w.DQ", lambda: product(w=matrix(full([2, 64]), INT4, axis=0, block_size=64))
+    ),
+    "int8 blocks and int8": _broken(
+        "block-product", "w.DQ", lambda: product(w=matrix(full([2, 64]), axis=0, block_size=64))
+    ),
     "conv axis 1": _broken("weight-axis", "w.DQ", lambda: conv(w=kernel(axis=1))),
     "matmul axis 0": _broken("weight-axis", "w.DQ", lambda: product(w=matrix(full(128), axis=0))),
-    "gemm transB axis 1": _broken("weight-axis", "w.DQ", lambda: product(w=matrix(full(128), shape=(64, 128), axis=1), op="Gemm", transB=1)),
-    "per channel activation": _broken("activation-axis", "a.Q", lambda: conv(a=act(np.linspace(0.01, 0.03, 16), axis=1))),
-    "per feature activation": _broken("activation-axis", "a.Q", lambda: product(a=act(np.linspace(0.01, 0.03, 128), axis=1))),
+    "gemm transB axis 1": _broken(
+        "weight-axis", "w.DQ", lambda: product(w=matrix(full(128), shape=(64, 128), axis=1), op="Gemm", transB=1)
+    ),
+    "per channel activation": _broken(
+        "activation-axis", "a.Q", lambda: conv(a=act(np.linspace(0.01, 0.03, 16), axis=1))
+    ),
+    "per feature activation": _broken(
+        "activation-axis", "a.Q", lambda: product(a=act(np.linspace(0.01, 0.03, 128), axis=1))
+    ),
     "scale of shape [1]": _broken("one-element-scale", "a.Q", lambda: conv(a=act(full(1, 0.02)))),
     "float kernel": _broken("unpaired-activation", "conv", lambda: conv(w=float_kernel)),
     "float matrix": _broken("unpaired-activation", "product", lambda: product(w=float_matrix)),
     "weight-only conv": _broken("unpaired-weight", "conv", lambda: conv(plain), False),
     "transposed conv": _broken("transposed", "conv", lambda: conv(op="ConvTranspose", w=kernel(axis=1))),
     "transposed weight-only": _broken("transposed", "conv", lambda: conv(plain, op="ConvTranspose", w=kernel(axis=1))),
-    "int8 in blocks": _broken("slow-weight", "w.DQ", lambda: product(plain, matrix(full([2, 64]), axis=0, block_size=64))),
+    "int8 in blocks": _broken(
+        "slow-weight", "w.DQ", lambda: product(plain, matrix(full([2, 64]), axis=0, block_size=64))
+    ),
     "int4 per channel": _broken("slow-weight", "w.DQ", lambda: product(plain, matrix(full(64), INT4, axis=1))),
     "int4 one scale": _broken("slow-weight", "w.DQ", lambda: product(plain, matrix(0.01, INT4))),
     "attention": _broken("attention", "scores", attention),
@@ -400,9 +432,15 @@ BROKEN: dict[str, Broken] = {
     "before relu": _broken("before-float", "m.Q", lambda: pair(lambda g, y: floats(g, "Relu", y))),
     "before sigmoid": _broken("before-float", "m.Q", lambda: pair(lambda g, y: floats(g, "Sigmoid", y))),
     "before normalization": _broken("before-float", "m.Q", lambda: pair(norm)),
-    "float weight": _broken("float-weight", "w.Q", lambda: conv(w=lambda g: g.qdq(float_kernel(g), "w", full(16), axis=0))),
-    "float matrix, one scale": _broken("float-weight", "w.Q", lambda: product(w=lambda g: g.qdq(float_matrix(g), "w", 0.01))),
-    "default axis": _broken("default-axis", "w.DQ", lambda: product(w=lambda g: g.dq(g.codes([128, 64]), "w", full(64)))),
+    "float weight": _broken(
+        "float-weight", "w.Q", lambda: conv(w=lambda g: g.qdq(float_kernel(g), "w", full(16), axis=0))
+    ),
+    "float matrix, one scale": _broken(
+        "float-weight", "w.Q", lambda: product(w=lambda g: g.qdq(float_matrix(g), "w", 0.01))
+    ),
+    "default axis": _broken(
+        "default-axis", "w.DQ", lambda: product(w=lambda g: g.dq(g.codes([128, 64]), "w", full(64)))
+    ),
 }
 
 

@@ -3,8 +3,9 @@
     InstanceNormalization(Conv(x, W))  ->  Slice(InstanceNormalization(Conv(x, W with zero channels)))      14 -> 16
 
 Where the count is no multiple of 8, TensorRT-RTX 1.7.1 computes the norm in FP32 by three kernels that read and write
-the tensor each (measured, SM89). The added channels are zero and cut off again; the cut fuses with what follows. Conv
-and ConvTranspose of one group, without a bias or with a constant one. It must not touch a tensor that others read.
+the tensor each (measured, SM89). Where only pointwise operators lie between the norm and the convolutions that read
+it, those take the wide tensor, with zero weights for what was added; else it is cut to size, and the cut fuses with
+what follows. Conv and ConvTranspose of one group, a bias constant. It must not touch a tensor that others read.
 """
 
 from __future__ import annotations
@@ -21,6 +22,26 @@ from qdq.surgery.rewritten import Edit, Rewritten
 STAGE, RANK = "float", 15
 
 MULTIPLE = 8
+# finite at 0, where the added channels are
+FINITE = {
+    "Relu",
+    "LeakyRelu",
+    "PRelu",
+    "Elu",
+    "Selu",
+    "Sigmoid",
+    "Tanh",
+    "Erf",
+    "Gelu",
+    "HardSwish",
+    "Clip",
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Neg",
+    "Abs",
+}
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
@@ -34,18 +55,27 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
         The model and the InstanceNormalization nodes fired on.
     """
     edit = Edit(model, only)
+    made: dict[str, NodeProto] = {}  # the newest form of a node: two norms may widen the two ends of one Conv
     for norm in edit.candidates("InstanceNormalization"):
         conv = model.producer(norm.input[0])
-        if conv is None or conv.op_type not in ("Conv", "ConvTranspose") or attribute_value(conv, "group", 1) != 1:
+        if conv is None or not _convolves(model, conv) or not all(model.is_constant(t) for t in norm.input[1:]):
             continue
-        constant = all(model.is_constant(t) for t in (*conv.input[1:], *norm.input[1:]))
-        alone = len(model.consumers(conv.output[0])) == 1 and not model.is_output(conv.output[0])
-        channels = model.array(norm.input[1]).shape[0] if constant else 0
+        channels = model.initializers[norm.input[1]].dims[0]
         missing = -channels % MULTIPLE
-        if not (missing and alone):
+        if not missing or len(model.consumers(conv.output[0])) != 1 or model.is_output(conv.output[0]):
             continue
-        edit.replace(conv, [_wider(model, edit, conv, 0 if conv.op_type == "Conv" else 1, missing)], norm)
-        wide = _wider(model, edit, norm, 0, missing)
+        outputs = 0 if conv.op_type == "Conv" else 1
+        made[conv.name] = _wider(edit, made.get(conv.name, conv), outputs, missing, bias=True)
+        edit.replace(conv, [made[conv.name]], norm)
+        wide = _wider(edit, norm, 0, missing, bias=True)
+        readers = _readers(model, norm.output[0])
+        for reader in readers or ():
+            inputs = 1 if reader.op_type == "Conv" else 0
+            made[reader.name] = _wider(edit, made.get(reader.name, reader), inputs, missing, bias=False)
+            edit.replace(reader, [made[reader.name]], norm)
+        if readers is not None:
+            edit.replace(norm, [wide])
+            continue
         wide.output[0] = edit.name(f"{norm.output[0]}_wide")
         bounds = {"start": 0, "end": channels, "axis": 1}
         cut = [edit.constant(f"{norm.name}_{key}", np.array([value], np.int64)) for key, value in bounds.items()]
@@ -53,13 +83,38 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     return edit.finish()
 
 
-def _wider(model: Model, edit: Edit, node: NodeProto, axis: int, missing: int) -> NodeProto:
-    """The node with zeros added to its constants: along `axis` of a weight, at the end of a vector."""
+def _convolves(model: Model, node: NodeProto) -> bool:
+    """Whether a node is a convolution of one group whose weight and bias are constant."""
+    constant = all(model.is_constant(t) for t in node.input[1:])
+    return node.op_type in ("Conv", "ConvTranspose") and constant and attribute_value(node, "group", 1) == 1
+
+
+def _readers(model: Model, tensor: str) -> list[NodeProto] | None:
+    """The convolutions that alone read a tensor, directly or through pointwise nodes; None if anything else does."""
+    wide, between, ends = {tensor}, set[str](), dict[str, NodeProto]()
+    for node in model.graph.node:
+        if not wide.intersection(node.input) or node.domain:
+            continue
+        others = [t for t in node.input if t not in wide]
+        single = all(model.is_constant(t) and np.prod(model.initializers[t].dims) == 1 for t in others)
+        divides = node.op_type == "Div" and node.input[1] in wide  # 0 / 0
+        if node.op_type in FINITE and single and not divides:
+            between.add(node.name)
+            wide.update(node.output)
+        elif _convolves(model, node):
+            ends[node.name] = node
+    uses = [use for t in wide for use in model.consumers(t)]
+    closed = all(use.node.name in between or (use.node.name in ends and use.index == 0) for use in uses)
+    return list(ends.values()) if ends and closed and not any(map(model.is_output, wide)) else None
+
+
+def _wider(edit: Edit, node: NodeProto, axis: int, missing: int, *, bias: bool) -> NodeProto:
+    """The node with zeros added to its constants: along `axis` of the first; at the end of the others, if `bias`."""
     copy = NodeProto()
     copy.CopyFrom(node)
     for index, name in enumerate(node.input[1:], 1):
-        values = model.array(name)
-        at = axis if values.ndim > 1 else 0
-        amounts = [(0, missing if i == at else 0) for i in range(values.ndim)]
-        copy.input[index] = edit.constant(f"{name}_wide", np.pad(values, amounts))
+        values = edit.array(name)
+        if index == 1 or bias:
+            amounts = [(0, missing if i == (axis if index == 1 else 0) else 0) for i in range(values.ndim)]
+            copy.input[index] = edit.constant(f"{name}_wide", np.pad(values, amounts))
     return copy

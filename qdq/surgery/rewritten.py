@@ -51,6 +51,10 @@ class Edit:
         self._taken.add(name)
         return name
 
+    def array(self, name: str) -> np.ndarray:
+        """The values of an initializer, of the model or new."""
+        return self._draft.array(name)
+
     def constant(self, wanted: str, values: np.ndarray) -> str:
         """A new initializer; returns its name."""
         name = self.name(wanted)

@@ -9,6 +9,7 @@ from typing import Any
 import graphs
 import pytest
 from graphs import build, node, normal
+from onnx import ModelProto
 
 from qdq.errors import InputError
 from qdq.graph import Model
@@ -47,6 +48,15 @@ def added() -> Model:
     return build([node("Relu", "x", "a"), node("Add", "a x", "y")], {"x": (2, 3)})
 
 
+def custom() -> Model:
+    """A Conv by name only."""
+    proto = ModelProto()
+    proto.CopyFrom(graphs.conv().proto)
+    for each in proto.graph.node:
+        each.domain = "my.ops"
+    return graphs.conv().replace(proto)
+
+
 CASES: dict[str, tuple[type, Builder, Builder]] = {
     "weighted": (Want, graphs.conv, relu),
     "residual": (Want, graphs.residual, added),
@@ -55,6 +65,7 @@ CASES: dict[str, tuple[type, Builder, Builder]] = {
     "operands": (Veto, computed, graphs.conv),
     "excluded": (Veto, graphs.conv, relu),
     "containers": (Veto, graphs.conditional, graphs.conv),
+    "foreign": (Veto, custom, relu),
 }
 
 

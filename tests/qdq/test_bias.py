@@ -1,0 +1,92 @@
+"""Bias correction brings the means back, and is taken only where held-out samples gain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from models import assemble, constant, images, segmenter
+from onnx import helper
+
+from qdq import bias
+from qdq.bias import correct, corrected
+from qdq.deploy import Quantized, quantize
+from qdq.graph import Model
+from qdq.judge import Judge, split
+from qdq.prepare import prepare
+from qdq.scheme import Settings
+from qdq.tap import Tap
+
+PLAIN = Settings(rounding="nearest", equalize="none", calibrator="max", bias_correction="off")
+
+
+def made(proto: onnx.ModelProto, samples: list[dict[str, np.ndarray]]) -> Quantized:
+    return quantize(prepare(Model(proto=proto, directory=Path(), sha256="m")), samples, settings=PLAIN)
+
+
+def perceptron(*, bias: bool) -> onnx.ModelProto:
+    """x (n, 16) -> MatMul -> Add -> Relu -> Gemm -> y (n, 4)."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w0"], ["a"], name="first"),
+        helper.make_node("Add", ["a", "b0"], ["b"], name="add"),
+        helper.make_node("Relu", ["b"], ["c"], name="relu"),
+        helper.make_node("Gemm", ["c", "w1", *(["b1"] if bias else [])], ["y"], name="second"),
+    ]
+    shapes = {"w0": (16, 8), "b0": (8,), "w1": (8, 4), **({"b1": (4,)} if bias else {})}
+    constants = [constant(n, rng.normal(0, 0.5, s).astype(np.float32)) for n, s in shapes.items()]
+    return assemble(nodes, {"x": ("n", 16)}, {"y": ("n", 4)}, constants)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_means_of_every_layer_are_those_of_the_float_model(with_bias: bool) -> None:
+    rng = np.random.default_rng(1)
+    samples = [{"x": rng.normal(1, 3, (64, 16)).astype(np.float32)} for _ in range(4)]
+    found = made(perceptron(bias=with_bias), samples)
+    held = split(samples)
+    changed = correct(found.prepared, found.model, found.plan, held)
+    error = {}
+    for name, model in (("before", found.model), ("after", changed)):
+        tap, reference = Tap(model, ["y"]), Tap(found.prepared, ["y"])
+        pairs = [(tap(s)["y"], reference(s)["y"]) for s in held.fitting()]
+        error[name] = np.abs(np.mean([a - b for a, b in pairs], axis=(0, 1))).max()
+    # The last layer is corrected with all before it in place, so what is left of the mean is float32 rounding.
+    assert error["after"] < 1e-5 < error["before"]
+    assert {n.op_type for n in changed.graph.node} == {n.op_type for n in found.model.graph.node}
+
+
+def test_values_that_relu_cuts_off_do_not_count() -> None:
+    wanted = bias._Mean(value=np.float64([0.5]), active=np.float64([0.5]))
+    found = bias._Mean(value=np.float64([0.4]), active=np.float64([0.25]))
+    assert bias._shift(wanted, found).tolist() == pytest.approx([0.4])  # a quarter of the values must make up for 0.1
+
+
+def test_correction_is_dropped_where_it_does_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = images(8)
+    found = made(segmenter(), samples)
+    same, said = corrected(found.prepared, found.model, found.plan, samples)
+    assert "held-out" in said
+    monkeypatch.setattr(bias, "_shift", lambda wanted, found: wanted.value + 10)
+    same, said = corrected(found.prepared, found.model, found.plan, samples)
+    assert same is found.model and said.startswith("biases are left alone: output SQNR on 2 held-out")
+    forced, said = corrected(found.prepared, found.model, found.plan, samples, always=True)
+    assert forced is not found.model and "as asked for" in said
+
+
+def test_auto_never_lowers_the_held_out_sqnr() -> None:
+    samples = images(8)
+    found = made(segmenter(), samples)
+    changed, _ = corrected(found.prepared, found.model, found.plan, samples)
+    judge = Judge(found.prepared, split(samples))
+    assert judge.sqnr_db(changed) >= judge.sqnr_db(found.model)
+
+
+def test_split_does_not_depend_on_order_and_is_disjoint() -> None:
+    samples = images(12)
+    there, back = split(samples), split(samples[::-1])
+    assert len(there.held) == 3 and len(there.fit) == 8 and not there.held & there.fit
+    assert {11 - i for i in back.held} == there.held
+    alone = split(samples[:1])
+    assert alone.fit == alone.held == {0}

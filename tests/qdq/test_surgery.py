@@ -1,0 +1,277 @@
+"""Every rewrite: the same outputs, no firing where it must not, nothing more at the second time, and what it is for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+from graphs import build, conv, node, normal, quantized, run, samples
+
+from engines import audit, rtx
+from qdq import placement
+from qdq.graph import Model
+from qdq.precision import convert
+from qdq.surgery import FLOAT_REWRITES, QUANTIZED_REWRITES
+
+REWRITES = {**FLOAT_REWRITES, **QUANTIZED_REWRITES}
+
+
+def transposed(rank: int = 2, kernel: int = 2, stride: int = 2, size: int | str = 5, **attributes: object) -> Model:
+    """x -> ConvTranspose with a bias -> Relu -> y."""
+    tensors = {"w": normal(8, 4, *(kernel,) * rank), "b": normal(4, seed=1)}
+    nodes = [node("ConvTranspose", "x w b", "a", strides=[stride] * rank, **attributes), node("Relu", "a", "y")]
+    return build(nodes, {"x": (1, 8, *(size,) * rank)}, tensors)
+
+
+def normalized(op: str = "Conv", channels: int = 6, *, output: bool = False, group: int = 1) -> Model:
+    """x -> Conv or ConvTranspose with a bias -> InstanceNormalization -> Relu -> y."""
+    shape = (channels, 4, 3, 3) if op == "Conv" else (4, channels, 3, 3)
+    tensors = {
+        "w": normal(shape[0], shape[1] // group, *shape[2:]),
+        "b": normal(channels, seed=1),
+        "g": normal(channels, seed=2),
+        "h": normal(channels, seed=3),
+    }
+    nodes = [
+        node(op, "x w b", "a", group=group),
+        node("InstanceNormalization", "a g h", "n"),
+        node("Relu", "n", "y"),
+    ]
+    return build(nodes, {"x": (1, 4, 6, 6)}, tensors, outputs=("y", "a") if output else ("y",))
+
+
+def stack(*, shortcut: bool = False, divided: bool = False) -> Model:
+    """x -> (Conv -> InstanceNormalization -> x * sigmoid(x / 2)) twice -> Conv -> y; both Convs of 6 channels."""
+    tensors = {"w": normal(6, 4, 3, 3), "v": normal(6, 6, 3, 3), "u": normal(4, 6, 1, 1), "two": np.float32([2])}
+    tensors |= {"g": normal(6, seed=2), "h": normal(6, seed=3)}
+    nodes, last = [], "x"
+    for index, weight in enumerate("wv"):
+        nodes += [
+            node("Conv", f"{last} {weight}", f"a{index}", f"conv_{index}", pads=[1] * 4),
+            node("InstanceNormalization", f"a{index} g h", f"n{index}", f"norm_{index}"),
+            node("Div", f"n{index} two", f"d{index}", f"div_{index}"),
+            node("Sigmoid", f"d{index}", f"s{index}", f"sigmoid_{index}"),
+            node("Div" if divided else "Mul", f"n{index} s{index}", f"m{index}", f"mul_{index}"),
+        ]
+        last = f"m{index}"
+    nodes.append(node("Conv", f"{last} u", "y", "last"))
+    if shortcut:
+        nodes[-1] = node("Add", "m0 m1", "y")
+    return build(nodes, {"x": (1, 4, 6, 6)}, tensors)
+
+
+def attention(head: int = 8, *, masked: bool = True, softmax: bool = True) -> Model:
+    """softmax(q k + mask) v with heads of a given size."""
+    nodes = [
+        node("MatMul", "q k", "s", name="scores"),
+        node("Add", "s mask", "t"),
+        node("Softmax" if softmax else "Relu", "t" if masked else "s", "p", name="weights"),
+        node("MatMul", "p v", "y", name="mix"),
+    ]
+    sizes = {"q": ("n", 2, 7, head), "k": ("n", 2, head, 7), "v": ("n", 2, 7, head)}
+    return build(nodes, sizes, {"mask": normal(1, 2, 7, 7)})
+
+
+def scaled(factors: float = 4.0, **options: object) -> Model:
+    """A quantized Conv whose channel scales are up to `factors` apart."""
+    shape = (8, 4, 3, 3)
+    values = normal(*shape) * np.geomspace(1, factors, 8, dtype=np.float32).reshape(-1, 1, 1, 1)
+    model = conv(shape, values=values, **options)  # type: ignore[arg-type]
+    return quantized(model, samples(model), shift=False).model
+
+
+POSITIVE: dict[str, dict[str, Callable[[], Model]]] = {
+    "conv_transpose": {
+        "2-D": transposed,
+        "3-D": lambda: transposed(3),
+        "dynamic 2-D": lambda: transposed(size="s"),
+        "dynamic 3-D": lambda: transposed(3, size="s"),
+        "kernel 3, stride 2": lambda: transposed(kernel=3, pads=[1] * 4, output_padding=[1, 1]),
+        "kernel 4, stride 2": lambda: transposed(kernel=4, pads=[1] * 4),
+        "kernel 4, no padding": lambda: transposed(kernel=4),
+        "kernel 5, stride 3": lambda: transposed(kernel=5, stride=3, pads=[1] * 4),
+        "kernel below stride": lambda: transposed(kernel=1, output_padding=[1, 1]),
+        "kernel 3, dynamic 3-D": lambda: transposed(3, 3, size="s", pads=[1] * 6, output_padding=[1] * 3),
+    },
+    "norm_bias": {"Conv": normalized, "ConvTranspose": lambda: normalized("ConvTranspose")},
+    "norm_channels": {
+        "Conv": normalized,
+        "ConvTranspose": lambda: normalized("ConvTranspose"),
+        "read by Convs": stack,
+        "read by an Add": lambda: stack(shortcut=True),
+        "divisor": lambda: stack(divided=True),
+    },
+    "head_size": {"masked": attention, "plain": lambda: attention(masked=False), "heads of 3": lambda: attention(3)},
+    "hoist": {
+        "bias": scaled,
+        "no bias": lambda: scaled(bias=False),
+        "equal scales": lambda: quantized_equal(),
+        "grouped": lambda: scaled(group=2),
+    },
+}
+NEGATIVE: dict[str, dict[str, Callable[[], Model]]] = {
+    "conv_transpose": {
+        "stride 1": lambda: transposed(kernel=3, stride=1),
+        "odd output": lambda: transposed(kernel=3),
+        "dilated": lambda: transposed(kernel=3, pads=[1] * 4, output_padding=[1, 1], dilations=[2, 2]),
+        "no ConvTranspose": conv,
+    },
+    "norm_bias": {"also an output": lambda: normalized(output=True), "no norm": conv},
+    "norm_channels": {
+        "8 channels": lambda: normalized(channels=8),
+        "also an output": lambda: normalized(output=True),
+        "grouped": lambda: normalized(group=2),
+        "no norm": conv,
+    },
+    "head_size": {"heads of 12": lambda: attention(12), "no softmax": lambda: attention(softmax=False)},
+    "hoist": {"scales too far apart": lambda: scaled(1e5), "float": conv},
+}
+
+
+def quantized_equal() -> Model:
+    """A quantized Conv whose channels have the same largest weight."""
+    weight = np.clip(normal(8, 4, 3, 3), -1, 1)
+    weight[:, 0, 0, 0] = 1
+    model = conv(values=weight)
+    return quantized(model, samples(model), shift=False).model
+
+
+def each(cases: dict[str, dict[str, Callable[[], Model]]]) -> pytest.MarkDecorator:
+    """One test per rewrite and case."""
+    rows = [pytest.param(r, make, id=f"{r}: {name}") for r, made in cases.items() for name, make in made.items()]
+    return pytest.mark.parametrize(("name", "make"), rows)
+
+
+def assert_same(before: Model, after: Model) -> None:
+    """Outputs agree within float32 rounding of the longest sum: 1e-5 of the largest value."""
+    data = samples(before)
+    for old, new in zip(run(before, data), run(after, data), strict=True):
+        assert list(old) == list(new)
+        for key, values in old.items():
+            assert values.shape == new[key].shape
+            np.testing.assert_allclose(new[key], values, rtol=0, atol=1e-5 * float(np.abs(values).max()))
+
+
+def test_every_rewrite_has_cases() -> None:
+    assert set(REWRITES) == set(POSITIVE) == set(NEGATIVE)
+
+
+def test_float_rewrites_come_in_the_order_of_their_rank() -> None:
+    """A bias goes before channels are added to it; channels before phases multiply them."""
+    assert [n for n in FLOAT_REWRITES if n.startswith(("norm", "conv"))] == [
+        "norm_bias",
+        "norm_channels",
+        "conv_transpose",
+    ]
+
+
+@each(POSITIVE)
+def test_outputs_stay(name: str, make: Callable[[], Model]) -> None:
+    model = make()
+    before = model.proto.SerializeToString(deterministic=True)
+    done = REWRITES[name](model)
+    assert done.fired and set(done.fired) <= {n.name for n in model.graph.node}
+    onnx.checker.check_model(done.model.proto, full_check=True)
+    names = [n.name for n in done.model.graph.node]
+    assert len(set(names)) == len(names)
+    assert model.proto.SerializeToString(deterministic=True) == before
+    assert_same(model, done.model)
+
+
+@each(POSITIVE)
+def test_second_time_does_nothing_and_same_bytes_come_twice(name: str, make: Callable[[], Model]) -> None:
+    model = make()
+    done = REWRITES[name](model)
+    again = REWRITES[name](done.model)
+    assert again.fired == () and again.model is done.model
+    twice = REWRITES[name](model).model.proto
+    assert twice.SerializeToString(deterministic=True) == done.model.proto.SerializeToString(deterministic=True)
+
+
+@each(POSITIVE)
+def test_only_named_nodes(name: str, make: Callable[[], Model]) -> None:
+    model = make()
+    assert REWRITES[name](model, only=()).model is model
+    fired = REWRITES[name](model).fired
+    assert REWRITES[name](model, only=fired).fired == fired
+
+
+@each(NEGATIVE)
+def test_left_alone(name: str, make: Callable[[], Model]) -> None:
+    model = make()
+    done = REWRITES[name](model)
+    assert done.fired == () and done.model is model
+
+
+def test_conv_transpose_runs_in_int8() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    model = FLOAT_REWRITES["conv_transpose"](transposed(3)).model
+    assert placement.plan(model).points
+    made = quantized(model, samples(model)).model.proto
+    assert audit.audit(made, rtx.build(made).table).int8_share == 1.0
+
+
+def test_conv_transpose_weights_are_those_of_the_kernel() -> None:
+    """Kernel = stride: as many weights as before, none of them a zero that costs arithmetic."""
+    model = transposed(3)
+    done = FLOAT_REWRITES["conv_transpose"](model).model
+    (product,) = (n for n in done.graph.node if n.op_type == "Conv")
+    assert sorted(done.array(product.input[1]).ravel()) == sorted(model.array("w").ravel())
+
+
+@pytest.mark.parametrize(("options", "cuts"), [({}, 0), ({"shortcut": True}, 2), ({"divided": True}, 2)])
+def test_wide_channels_are_cut_only_where_something_else_reads_them(options: dict[str, bool], cuts: int) -> None:
+    done = FLOAT_REWRITES["norm_channels"](stack(**options))
+    assert done.fired == ("norm_0", "norm_1")
+    assert sum(n.op_type == "Slice" for n in done.model.graph.node) == cuts
+    widths = [done.model.array(n.input[1]).shape[:2] for n in done.model.graph.node if n.op_type == "Conv"]
+    assert widths == {0: [(8, 4), (8, 8), (4, 8)]}.get(cuts, [(8, 4), (8, 6), (4, 6)][: len(widths)])
+
+
+def test_hoist_bounds_the_unscaled_output() -> None:
+    """The convolution's own output is nowhere larger than the scaled one, so FP16 does not overflow."""
+    model = scaled(100.0, bias=False)
+    done = QUANTIZED_REWRITES["hoist"](model).model
+    unscaled = next(n for n in done.graph.node if n.op_type == "Conv").output[0]
+    proto = onnx.ModelProto.FromString(done.proto.SerializeToString())
+    for tensor in (unscaled, "a"):
+        proto.graph.output.append(onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None))
+    for values in run(proto, samples(model)):
+        assert (np.abs(values[unscaled]) <= np.abs(values["a"]) * (1 + 1e-6)).all()
+
+
+def test_hoisted_fp16_convolution_writes_half_the_bytes() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    plain = conv((64, 64, 3, 3), (28, 28), pads=[1, 1, 1, 1])
+    made = convert(quantized(plain, samples(plain), shift=False).model).model
+    written = []
+    for model in (made, QUANTIZED_REWRITES["hoist"](made).model):
+        table = rtx.build(model.proto).table
+        kernel = audit.compute_kernel(table.layers, "conv")
+        assert kernel is not None and audit.consumed_dtype(kernel) == "int8"
+        written.append(sum(t.nbytes or 0 for t in kernel.outputs))
+    assert written[1] * 2 == written[0] == 4 * math.prod((64, 28, 28))
+
+
+@pytest.mark.parametrize("name", ["head_size", "norm_channels"])
+def test_fp16_kernels_become_fewer_and_lighter(name: str) -> None:
+    """Sizes as in SwinUNETR (343 tokens, heads of 8) and MONAI's UNet (14 channels)."""
+    pytest.importorskip("tensorrt_rtx")
+    if name == "head_size":
+        sizes = {"q": (16, 3, 343, 8), "k": (16, 3, 8, 343), "v": (16, 3, 343, 8)}
+        nodes = [node("MatMul", "q k", "s"), node("Softmax", "s", "p"), node("MatMul", "p v", "y", name="mix")]
+        model = build(nodes, sizes)
+    else:
+        tensors = {"w": normal(14, 8, 3, 3, 3), "g": normal(14), "h": normal(14)}
+        nodes = [
+            node("Conv", "x w", "a", pads=[1] * 6),
+            node("InstanceNormalization", "a g h", "n"),
+            node("Relu", "n", "y"),
+        ]
+        model = build(nodes, {"x": (1, 8, 48, 48, 48)}, tensors)
+    before, after = (rtx.build(convert(m).model.proto).table for m in (model, FLOAT_REWRITES[name](model).model))
+    assert before.bytes_moved and after.bytes_moved
+    assert after.kernels < before.kernels and after.bytes_moved < 0.8 * before.bytes_moved
