@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from calib_data import Samples
 from engines import rtx, trt
 from engines.audit import Audit, audit
 from engines.compiler import Engine, ShapeRange
+from engines.cost import Cost, gpu_named, predict
 from engines.doctor import gpus
 from engines.errors import write_atomic
 from engines.layers import LayerTable
@@ -133,6 +135,20 @@ def audit_model(path: Path, recipe: Recipe, on_progress: OnProgress | None = Non
     shapes = shape_ranges(load(path), recipe.shapes, None)
     engine = compile_engine(path, recipe=recipe, shapes=shapes, on_progress=on_progress)
     return audit(path, engine.table, shapes=shapes)
+
+
+def price(path: Path, recipe: Recipe, gpu: str, on_progress: OnProgress | None = None) -> Cost:
+    """Compile an ONNX file for a GPU at the usual shapes and predict the time of each kernel; nothing is written.
+
+    Raises:
+        EngineError: an unknown GPU; see `compile_engine`.
+    """
+    chosen = gpu_named(gpu)
+    ranges = shape_ranges(load(path), recipe.shapes, None)
+    shapes = {name: ShapeRange.fixed(shape.opt) for name, shape in ranges.items()}
+    recipe = replace(recipe, targets=(chosen.target,), backend="rtx")
+    engine = compile_engine(path, recipe=recipe, shapes=shapes, on_progress=on_progress)
+    return predict(path, engine.table, chosen, shapes=shapes)
 
 
 def audit_engine(path: Path) -> Audit:

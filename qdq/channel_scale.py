@@ -8,6 +8,7 @@ fuses into the kernel there. This module must not change the graph; the formulas
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -216,7 +217,7 @@ def _noise(rows: Floats, matrices: list[Floats], s: Floats, params: QParams, lim
     read = sum((m**2).sum(axis=(1, 2)) for m in matrices)
     data = float((error**2).mean(axis=0) @ read)
     power = float((divided**2).mean(axis=0).sum())
-    weights = sum(
+    weights = math.fsum(
         float(((np.abs(m * s[:, None, None]).max(axis=(0, 2)) / limit) ** 2).sum()) / 12 * m.shape[2] for m in matrices
     )
     return data + weights * power

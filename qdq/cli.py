@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qdq.cli_calibrate import calibrate
+from qdq.cli_lint import lint_command
 from qdq.errors import InputError
 from qdq.options import (
     PATH,
@@ -36,6 +37,7 @@ from qdq.options import (
 from qdq.terminal import Bars, Verbs, note, show_rows
 
 if TYPE_CHECKING:
+    from qdq.recipe import Recipe
     from qdq.scheme import Settings
 
 
@@ -74,6 +76,7 @@ def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
 
 
 main.add_command(calibrate)
+main.add_command(lint_command)
 
 
 @main.command()
@@ -150,14 +153,18 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
 @main.command()
 @model_argument
 @compile_options
+@click.option("--gpu", help="Also predict the time of each kernel: t4, a10, a100, l4, rtx4090 or rtx5090.")
 @recipe_option
 @json_option
-def audit(model: Path, as_json: bool, **given: Any) -> None:
+def audit(model: Path, gpu: str | None, as_json: bool, **given: Any) -> None:
     """Say what each node really runs in: of a Q/DQ model, which is compiled for it, or of an engine."""
     from qdq import build as job
     from qdq.report import audit_lines, audit_rows
 
     recipe = recipe_of(given)
+    if gpu:
+        _show_price(model, recipe, gpu, as_json)
+        return
     with Bars() as bars:
         result = job.audit_model(model, recipe, bars) if model.suffix == ".onnx" else job.audit_engine(model)
     if as_json:
@@ -166,6 +173,21 @@ def audit(model: Path, as_json: bool, **given: Any) -> None:
     show_rows(f"Audit of {model.name}", audit_rows(result))
     for line in audit_lines(result):
         note(line)
+
+
+def _show_price(model: Path, recipe: Recipe, gpu: str, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from engines.cost import HEADERS, rows
+    from qdq.build import price
+
+    with Bars() as bars:
+        cost = price(model, recipe, gpu, bars)
+    if as_json:
+        kernels = [asdict(k) for k in cost.kernels]
+        click.echo(json.dumps({"gpu": cost.gpu.name, "predicted_us": cost.total_us, "kernels": kernels}, indent=1))
+        return
+    show_rows(f"{model.name} on {cost.gpu.name}: {cost.total_us:.1f} us predicted", [HEADERS, *rows(cost)])
 
 
 @main.command()

@@ -1,4 +1,4 @@
-"""The last passes over a Q/DQ model before it is compiled: the float type of the rest, and rewrites of the quantized part.
+"""The last passes over a Q/DQ model before it is compiled: the float type of the rest, and rewrites that pay.
 
 Q/DQ model -> variants (as it is typed; with each rewrite of `qdq.surgery`'s quantized stage) -> a judge -> the best.
 It must not compile anything itself: the judge does, and what it says is what is built.

@@ -127,7 +127,7 @@ class Histogram:
         """(2 * BINS,) float64: the value that stands for each bin; the bin of zero stands for zero when low is 0."""
         width = np.ldexp(1.0, self.exponent or 0)
         centres = (np.arange(-BINS, BINS) + 0.5) * width
-        return np.clip(centres, self.low, self.high)
+        return np.asarray(np.clip(centres, self.low, self.high), dtype=np.float64)
 
     @property
     def amax(self) -> float:
@@ -145,7 +145,7 @@ def squared_error(hist: Histogram, scale: float, zero_point: int, fmt: Format) -
 
 def asymmetric(low: float, high: float, fmt: Format) -> tuple[float, int]:
     """Scale and zero point that map [low, high] (which holds 0) onto all codes."""
-    scale = max((high - low) / (fmt.high - fmt.low), np.finfo(np.float32).tiny)
+    scale = max((high - low) / (fmt.high - fmt.low), float(np.finfo(np.float32).tiny))
     return scale, int(np.clip(np.rint(fmt.low - low / scale), fmt.low, fmt.high))
 
 

@@ -12,9 +12,10 @@ from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future,
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from qdq.calibrate import Progress, collect
 from qdq.checkpoint import Checkpoint
@@ -81,8 +82,7 @@ def dask_pool(address: str) -> Pool:
         InputError: no scheduler answers there, or it has no workers.
     """
     try:
-        from distributed import Client
-        from distributed.scheduler import KilledWorker
+        distributed: Any = import_module("distributed")
     except ImportError:
         raise MissingRuntimeError(
             "--cluster needs Dask, which is not installed. Install it with: pip install 'qdq[distributed]'"
@@ -90,12 +90,12 @@ def dask_pool(address: str) -> Pool:
 
     @contextmanager
     def connect() -> Iterator[Executor]:
-        client = Client(address, set_as_default=False)  # type: ignore[no-untyped-call]
+        client = distributed.Client(address, set_as_default=False)
         with client, client.get_executor(pure=False) as executor:
             yield executor
 
     try:
-        with Client(address, timeout=CONNECT_S, set_as_default=False) as client:  # type: ignore[no-untyped-call]
+        with distributed.Client(address, timeout=CONNECT_S, set_as_default=False) as client:
             workers = sum(client.nthreads().values())
     except (OSError, ValueError) as error:
         raise InputError(
@@ -104,7 +104,7 @@ def dask_pool(address: str) -> Pool:
         ) from None
     if not workers:
         raise InputError(f"The Dask cluster at {address} has no workers. Start some with `dask worker {address}`.")
-    return Pool(open=connect, workers=workers, threads=1, lost=(KilledWorker,))
+    return Pool(open=connect, workers=workers, threads=1, lost=(distributed.scheduler.KilledWorker,))
 
 
 def collect_shards(

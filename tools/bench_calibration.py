@@ -1,6 +1,7 @@
 """Time and memory of a calibration: ours, ONNX Runtime's and Model Optimizer's, against plain inference.
 
     python tools/bench_calibration.py [--samples 16 64] [--ort PYTHON] [--modelopt PYTHON] [--model MODEL.onnx]
+    python tools/bench_calibration.py --curve 500
 
 Every tool gets the same model and the same random volumes, each in a process and, for the peers, an environment of its
 own. Without --model, MONAI's UNet (channels 16 to 256, 96^3) is exported, which needs torch and monai here. Tools take
@@ -51,7 +52,7 @@ def plain(model: str, volumes: Volumes) -> None:
         session.run(None, sample)
 
 
-def ours(model: str, volumes: Volumes) -> None:
+def ours(model: str, volumes: Volumes, on_progress: Callable[[int, int | None, str], None] | None = None) -> None:
     """The table, and from it every scale by mse."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from qdq import placement
@@ -62,7 +63,18 @@ def ours(model: str, volumes: Volumes) -> None:
 
     prepared = prepare(load(model))
     plan = placement.plan(prepared)
-    activation_params(prepared, plan, collect(prepared, plan, volumes), {})
+    activation_params(prepared, plan, collect(prepared, plan, volumes, on_progress=on_progress), {})
+
+
+def curve(model: str, volumes: Volumes) -> None:
+    """Ours, printing the memory that is in use along the way."""
+
+    def told(done: int, total: int | None, text: str) -> None:
+        if done % max(1, len(volumes) // 20) == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            print(f"{done:7} samples {pages * resource.getpagesize() / 2**20:8.0f} MB", flush=True)
+
+    ours(model, volumes, told)
 
 
 def ort(model: str, volumes: Volumes) -> None:
@@ -144,6 +156,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--curve", type=int, metavar="N", help="only show our memory along N samples")
     parser.add_argument("--ort", help="python of an environment with onnxruntime and its quantization tool")
     parser.add_argument("--modelopt", help="python of an environment with nvidia-modelopt")
     options = parser.parse_args()
@@ -157,6 +170,9 @@ def main() -> None:
         graph = onnx.load(model, load_external_data=False).graph
         entry = graph.input[0]
         shape = [d.dim_value or 1 for d in entry.type.tensor_type.shape.dim]
+        if options.curve:
+            curve(str(model), Volumes(entry.name, shape, options.curve))
+            return
         print(f"{'samples':>7}  {'tool':9} {'s':>7} {'ratio':>6} {'peak MB':>8} {'over plain':>10}")
         for count in options.samples:
             rounds = [

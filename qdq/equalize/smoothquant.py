@@ -31,7 +31,8 @@ def scales(amax: Floats, wmax: Floats) -> Floats:
     >>> scales(np.array([16.0, 1.0]), np.array([1.0, 1.0])).tolist()
     [1.0, 0.5]
     """
-    r = np.maximum(amax / max(float(amax.max()), np.finfo(np.float32).tiny), FLOOR)
-    w = np.maximum(wmax / max(float(wmax.max()), np.finfo(np.float32).tiny), FLOOR)
+    smallest = float(np.finfo(np.float32).tiny)
+    r = np.maximum(amax / max(float(amax.max()), smallest), FLOOR)
+    w = np.maximum(wmax / max(float(wmax.max()), smallest), FLOOR)
     s = r**ACTIVATION_EXPONENT / w**WEIGHT_EXPONENT
     return np.asarray(np.maximum(s / s.max(), FLOOR))
