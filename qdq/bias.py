@@ -11,8 +11,9 @@ on empirical bias correction; layer by layer as in A White Paper on Neural Netwo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,12 @@ from qdq.plan import Plan
 from qdq.tap import Sample, Tap, overlapped
 
 Floats = npt.NDArray[np.float64]
+POSITIONS = 8192  # values per channel that make a mean, over all samples
+MINIMUM_SAMPLES = 3  # whatever their size: means differ from sample to sample
 MINIMUM_ACTIVE = 0.02  # share of a channel's values: of a channel that is nearly always cut off, the mean says little
+# Held-out samples still come from the calibration set: on four zoo models a smaller gain there went with 0.5 to 0.9 dB
+# less on the evaluation samples.
+MINIMUM_GAIN_DB = 1.0
 
 
 def corrected(
@@ -54,13 +60,13 @@ def corrected(
     held = split(samples)
     changed = correct(model, quantized, plan, held, on_progress=on_progress)
     if always:
-        return changed, f"biases are corrected on {len(held.fit)} samples, as asked for"
+        return changed, "biases are corrected, as asked for"
     judge = Judge(model, held)
     before, after = judge.sqnr_db(quantized), judge.sqnr_db(changed)
     figures = (
         f"output SQNR on {len(held.held)} held-out calibration samples {before:.1f} dB without, {after:.1f} dB with"
     )
-    if after > before:
+    if after >= before + MINIMUM_GAIN_DB:
         return changed, f"biases are corrected: {figures}"
     return quantized, f"biases are left alone: {figures}"
 
@@ -81,6 +87,7 @@ def correct(model: Model, quantized: Model, plan: Plan, held: Split, *, on_progr
     """
     levels = _levels(model, [n for n in plan.quantized_nodes if _place(quantized, quantized.node(n)) is not None])
     outputs = {name: model.node(name).output[0] for level in levels for name in level}
+    held = replace(held, fit=held.fit[: _enough(model, outputs)])
     wanted = _means(model, outputs, held)
     for number, level in enumerate(levels):
         if on_progress is not None:
@@ -88,6 +95,18 @@ def correct(model: Model, quantized: Model, plan: Plan, held: Split, *, on_progr
         found = _means(quantized, {name: outputs[name] for name in level}, held)
         quantized = _shifted(quantized, {name: _shift(wanted[name], found[name]) for name in level})
     return quantized
+
+
+def _enough(model: Model, outputs: Mapping[str, str]) -> int:
+    """How many samples give every output POSITIONS values per channel; no limit where shapes are dynamic."""
+    fewest = POSITIONS
+    for name, tensor in outputs.items():
+        info = model.info(tensor)
+        shape = list(info.shape) if info is not None and info.shape is not None else [None]
+        shape.pop(1 if model.node(name).op_type == "Conv" else -1)
+        sizes = [d if isinstance(d, int) else 1 for d in shape]
+        fewest = min(fewest, math.prod(sizes))
+    return max(MINIMUM_SAMPLES, -(-POSITIONS // max(fewest, 1)))
 
 
 def _levels(model: Model, names: list[str]) -> list[list[str]]:

@@ -24,10 +24,13 @@ MOST_HELD = 16  # samples that candidates are compared on, at most
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """Some of the samples, by index: `fit` to make something from, `held` to judge it by; one sample is both."""
+    """Some of the samples, by index: `fit` to make something from, by hash, and `held` to judge it by.
+
+    They have none in common, unless there is one sample only.
+    """
 
     samples: Iterable[Sample]
-    fit: frozenset[int]
+    fit: tuple[int, ...]
     held: frozenset[int]
 
     def fitting(self) -> Iterator[Sample]:
@@ -51,8 +54,8 @@ def split(samples: Iterable[Sample]) -> Split:
     order = sorted((sample_sha256(sample), index) for index, sample in counted(samples))
     count = min(MOST_HELD, -(-len(order) // 4))
     held = frozenset(index for _, index in order[:count])
-    fit = frozenset(index for _, index in order[count : count + MOST_FIT])
-    return Split(samples=samples, fit=fit or held, held=held)
+    fit = tuple(index for _, index in order[count : count + MOST_FIT])
+    return Split(samples=samples, fit=fit or tuple(held), held=held)
 
 
 class Judge:

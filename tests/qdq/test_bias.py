@@ -63,6 +63,12 @@ def test_values_that_relu_cuts_off_do_not_count() -> None:
     assert bias._shift(wanted, found).tolist() == pytest.approx([0.4])  # a quarter of the values must make up for 0.1
 
 
+def test_large_outputs_need_fewer_samples() -> None:
+    small, large = made(segmenter(), images(1)).prepared, made(segmenter(spatial=(64, 64)), images(1, (1, 1, 64, 64)))
+    assert bias._enough(small, {"/head/Conv": "logits"}) == 8192 // 64
+    assert bias._enough(large.prepared, {"/head/Conv": "logits"}) == bias.MINIMUM_SAMPLES
+
+
 def test_correction_is_dropped_where_it_does_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = images(8)
     found = made(segmenter(), samples)
@@ -86,7 +92,8 @@ def test_auto_never_lowers_the_held_out_sqnr() -> None:
 def test_split_does_not_depend_on_order_and_is_disjoint() -> None:
     samples = images(12)
     there, back = split(samples), split(samples[::-1])
-    assert len(there.held) == 3 and len(there.fit) == 8 and not there.held & there.fit
+    assert [11 - i for i in back.fit] == list(there.fit)
+    assert len(there.held) == 3 and len(there.fit) == 8 and not there.held & set(there.fit)
     assert {11 - i for i in back.held} == there.held
     alone = split(samples[:1])
-    assert alone.fit == alone.held == {0}
+    assert alone.fit == (0,) and alone.held == {0}
