@@ -29,6 +29,7 @@ from qdq.table import CalibrationTable
 from qdq.tap import Sample, Tap, overlapped
 
 METHODS = tuple(name for name in CALIBRATORS if name in LIMITS)
+MARGIN_DB = 0.5  # by which another must beat the default: less, on few samples, is chance
 
 
 def solve_auto(
@@ -41,6 +42,8 @@ def solve_auto(
 ) -> Solution:
     """The solution of the mixture of calibrators, or of one for all tensors, whichever keeps the outputs best.
 
+    It is mse if none beats that by MARGIN_DB.
+
     Args:
         model: the prepared float model.
         plan: its points; its settings hold all but the calibrator.
@@ -49,48 +52,64 @@ def solve_auto(
         on_progress: called with (done, in all or None, text).
 
     Returns:
-        The best solution; its notes begin with what was picked and why. Ties go to the method named first.
+        The best solution; its notes begin with what was picked and why.
 
     Raises:
         StaleFileError, InputError: see `solve`.
     """
     held = split(samples)
     judge = Judge(model, held)
-    mixture = pick(model, plan, table, held, on_progress=on_progress)
+    notes: list[str] = []
+    params = {
+        m: activation_params(model, plan, table, dict.fromkeys(table.tensors, m), notes if m == METHODS[0] else None)
+        for m in METHODS
+    }
+    mixture = pick(model, plan, params, held, on_progress=on_progress)
     candidates: dict[str, Mapping[str, str]] = {m: dict.fromkeys(mixture, m) for m in METHODS}
     if len(set(mixture.values())) > 1:
-        candidates = {"mixed": mixture, **candidates}
-    # Rounding and equalization are the same for all and take most of the time: the candidates do without.
-    plain = replace(plan, settings=replace(plan.settings, calibrator=METHODS[0], rounding="nearest", equalize="none"))
+        candidates["mixed"] = mixture
+    chosen = {name: {t: params[m][t] for t, m in methods.items()} for name, methods in candidates.items()}
     found: dict[str, float] = {}
-    for done, (name, methods) in enumerate(candidates.items()):
-        if on_progress is not None:
-            on_progress(done, len(candidates), "comparing whole models")
-        found[name] = judge.sqnr_db(insert(model, plain, solve(model, plain, table, methods=methods)))
+    solutions: dict[str, Solution] = {}
+    for name in candidates:  # rounded and equalized as in the end: the order of the calibrators depends on it
+        solutions[name] = solve(model, plan, table, samples=samples, params=chosen[name], on_progress=on_progress)
+        found[name] = judge.sqnr_db(insert(model, plan, solutions[name]))
     best = max(found, key=found.__getitem__)
+    if found[best] < found[METHODS[0]] + MARGIN_DB:
+        best = METHODS[0]
     counts = {m: list(candidates[best].values()).count(m) for m in METHODS}
     what = ", ".join(f"{count} {m}" for m, count in counts.items() if count)
     scores = ", ".join(f"{name} {score:.1f}" for name, score in found.items())
     note = (
         f"calibrator auto took {best} ({what} of {len(mixture)} tensors): output SQNR in dB on {len(held.held)} "
-        f"held-out calibration samples, weights to nearest: {scores}"
+        f"held-out calibration samples: {scores}"
     )
-    solution = solve(model, plan, table, samples=samples, methods=candidates[best], on_progress=on_progress)
-    return replace(solution, notes=(note, *solution.notes))
+    return replace(solutions[best], notes=(note, *notes, *solutions[best].notes))
 
 
 def pick(
-    model: Model, plan: Plan, table: CalibrationTable, held: Split, *, on_progress: Progress | None = None
+    model: Model,
+    plan: Plan,
+    params: Mapping[str, Mapping[str, QParams]],
+    held: Split,
+    *,
+    on_progress: Progress | None = None,
 ) -> dict[str, str]:
     """The method per activation tensor with the least error at its consumers' outputs.
 
     The error of a consumer is |W (x - x')|^2 / |W x|^2 over the samples to fit, x' the quantized x, W its float weight;
     errors of several consumers add up. Tied tensors share one method, the one with the least sum.
 
+    Args:
+        model: the prepared float model.
+        plan: its points.
+        params: method -> tensor -> parameters.
+        held: samples to fit on.
+        on_progress: called with (samples done, samples in all, text).
+
     Returns:
         Tensor -> method; of equal errors the method named first in METHODS.
     """
-    params = {m: activation_params(model, plan, table, dict.fromkeys(table.tensors, m)) for m in METHODS}
     probe = _Probe(model)
     wanted: dict[tuple[str, str], list[tuple[str, str]]] = {}  # (tensor, method) -> (error, signal) outputs
     for point in plan.activations:

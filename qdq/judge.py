@@ -19,7 +19,7 @@ from qdq.graph import Model
 from qdq.tap import Sample, Tap, counted, overlapped
 
 MOST_FIT = 8  # samples that corrections are fitted on, at most
-MOST_HELD = 16  # samples that candidates are compared on, at most
+MOST_HELD = 32  # samples that candidates are compared on, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,7 +54,7 @@ def solve(
     table: CalibrationTable,
     *,
     samples: Iterable[Sample] | None = None,
-    methods: Mapping[str, str] | None = None,
+    params: Mapping[str, QParams] | None = None,
     on_progress: Progress | None = None,
 ) -> Solution:
     """Choose every scale and round every weight.
@@ -65,7 +65,7 @@ def solve(
         table: histograms of the plan's activation tensors.
         samples: re-iterable calibration samples, for roundings that need the second moments of a layer's inputs;
             without them such weights are rounded to nearest, and a note says so.
-        methods: tensor -> calibrator, in place of that of the plan's settings.
+        params: of every activation tensor, as `activation_params` gives them, in place of the plan's calibrator.
         on_progress: called with (done, in all or None, text).
 
     Returns:
@@ -79,7 +79,7 @@ def solve(
     table.check(model, plan)
     _check_weights(model, plan)
     notes: list[str] = []
-    activations = activation_params(model, plan, table, methods or {}, notes)
+    activations = activation_params(model, plan, table, {}, notes) if params is None else dict(params)
     rounding = plan.settings.rounding
     divisors: dict[str, npt.NDArray[np.float32]] = {}
     if plan.settings.equalize != "none" and samples is not None:

@@ -79,7 +79,7 @@ def test_no_values_and_values_that_are_not_finite_are_refused(bad: list[float]) 
 
 
 def test_settings_and_observers_know_the_same_calibrators() -> None:
-    assert set(CALIBRATORS) == set(LIMITS)
+    assert set(CALIBRATORS) == {*LIMITS, "auto"}
 
 
 SHAPES: dict[str, Callable[[np.random.Generator], np.ndarray]] = {

@@ -12,8 +12,9 @@ from graphs import build, node, normal, quantized
 from qdq import calibrate, placement, solve
 from qdq.errors import InputError, StaleFileError
 from qdq.graph import Model
+from qdq.observers import LIMITS
 from qdq.qtensor import from_codes
-from qdq.scheme import CALIBRATORS, ROUNDINGS, Settings
+from qdq.scheme import ROUNDINGS, Settings
 
 
 def solved(model: Model, data: list[graphs.Sample], *, second_pass: bool = True, **settings: object) -> solve.Solution:
@@ -74,7 +75,7 @@ def test_gptq_has_worse_weight_error_and_better_output_error_than_nearest(make: 
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("calibrator", CALIBRATORS)
+@pytest.mark.parametrize("calibrator", LIMITS)
 def test_every_calibrator_with_every_rounding_solves_every_edge_case(calibrator: str, rounding: str) -> None:
     """A dead output channel, a dead input, an all-zero weight, a tensor always zero, one value, one sample."""
     weights = {"w": normal(6, 4, 3, 3), "v": normal(4, 6, 1, 1), "z": np.zeros((4, 6, 1, 1), np.float32)}
