@@ -70,9 +70,13 @@ def can_shift(model: Model, name: str, index: int) -> bool:
     """Whether a constant subtracted from operand `index` of a node can be made up for exactly behind the node.
 
     Conv needs explicit, non-negative padding (the border is then padded before the shift); Gemm and MatMul always can;
-    a shortcut gets the constant back by an Add.
+    a shortcut gets the constant back by an Add. A float16 model cannot: the correction c * sum(W) would have to be
+    stored in float16, which may not hold it.
     """
     node = model.node(name)
+    info = model.info(node.input[index])
+    if info is not None and info.dtype == "float16":
+        return False
     if node.op_type != "Conv":
         return True
     auto = next((a.s for a in node.attribute if a.name == "auto_pad"), b"NOTSET")
@@ -171,7 +175,7 @@ def _look(
     samples: Iterable[Sample],
     on_progress: Progress | None,
 ) -> dict[str, _Seen]:
-    tap = Tap(model, readers)
+    tap = Tap(model, readers, threads=gram.THREADS)
     chosen = gram.subset(samples)
     total = length(samples) if chosen is None else len(chosen)
     each = max(1, ROWS // (total or gram.MAX_SAMPLES))

@@ -25,6 +25,7 @@ MAX_SAMPLES = 64  # more do not change the matrices visibly; those with the smal
 ROWS_PER_COLUMN = 8  # input rows per weight column, over all samples
 MIN_ROWS = 8192  # input rows per weight at least, over all samples
 MAX_COLUMNS = 2304  # 256 channels x 3x3: above, a matrix takes over 42 MB and its inverse over a second
+THREADS = 2  # of ONNX Runtime: with three and more the last bits of its convolutions depend on their number
 BUDGET_BYTES = 1 << 30  # matrices held at once; more weights take further passes over the samples
 
 Weight = tuple[str, int | None]  # tensor and output channel axis: one tensor may be read along either
@@ -82,7 +83,7 @@ def collect(
     chosen = subset(samples)
     grams: Grams = {}
     for batch in _batches(model, weights):
-        tap = Tap(model, {n.input[0] for w in batch for n in weights[w]})
+        tap = Tap(model, {n.input[0] for w in batch for n in weights[w]}, threads=THREADS)
         total = len(chosen) if chosen is not None else length(samples)
         done = 0
         for index, sample in counted(samples):
