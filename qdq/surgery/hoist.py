@@ -46,11 +46,13 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
         wide = scales.astype(np.float64)
         if wide.max() > LARGEST_RATIO * wide.min():
             continue
+        # A subnormal scale loses digits, and TensorRT works with its reciprocal, which FP16 cannot hold.
+        common = max(float(wide.min()), float(np.finfo(np.float16).tiny) if scales.dtype == np.float16 else 0.0)
         codes = dequantize.input[0]
         key = (codes, dequantize.input[1])
         nodes = []
         if key not in made:
-            smallest = edit.constant(f"{codes}_smallest_scale", scales.min())
+            smallest = edit.constant(f"{codes}_smallest_scale", np.asarray(common, scales.dtype))
             zero = edit.constant(f"{codes}_zero", np.zeros((), model.array(codes).dtype))
             made[key] = edit.node("DequantizeLinear", (codes, smallest, zero), f"{codes}_DequantizeLinear")
             nodes.append(made[key])
@@ -58,8 +60,8 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
         inner.CopyFrom(conv)
         inner.input[1] = made[key].output[0]
         nodes.append(inner)
-        if wide.max() > wide.min():
-            nodes += _scaled(model, edit, inner, (wide / wide.min()).astype(scales.dtype), model.array(codes).ndim)
+        if wide.max() > common or wide.min() < common:
+            nodes += _scaled(model, edit, inner, (wide / common).astype(scales.dtype), model.array(codes).ndim)
         edit.replace(conv, nodes)
     return edit.finish()
 
