@@ -20,13 +20,12 @@ from onnx import NodeProto
 from qdq import gram
 from qdq.calibrate import Progress
 from qdq.formats import FORMATS
-from qdq.gram import ints
 from qdq.graph import Model
+from qdq.nodes import attribute, ints
 from qdq.observers import asymmetric
-from qdq.placement import attribute
 from qdq.plan import Plan, Point
 from qdq.qtensor import QParams, from_codes, representable, to_codes
-from qdq.tap import Sample, Tap, counted, length
+from qdq.tap import Sample, Tap, counted
 
 ROWS = 8192  # channel vectors looked at per tensor, over all samples
 HEADROOM = 1.25  # range of an equalized tensor over its calibrated one: equalized channels all lie near the limit
@@ -176,14 +175,10 @@ def _look(
     on_progress: Progress | None,
 ) -> dict[str, _Seen]:
     tap = Tap(model, readers, threads=gram.THREADS)
-    chosen = gram.subset(samples)
-    total = length(samples) if chosen is None else len(chosen)
-    each = max(1, ROWS // (total or gram.MAX_SAMPLES))
+    samples = gram.few(samples)
+    each = max(1, ROWS // len(samples))
     seen: dict[str, _Seen] = {}
-    done = 0
     for index, sample in counted(samples):
-        if chosen is not None and index not in chosen:
-            continue
         for tensor, values in tap(sample).items():
             convolved = model.node(points[tensor].uses[0][0]).op_type == "Conv"
             grid = values.reshape(*values.shape[:2], -1) if convolved else values.reshape(-1, values.shape[-1], 1)
@@ -199,8 +194,7 @@ def _look(
             else:
                 seen[tensor] = _Seen(low=low, high=high, rows=[rows])
         if on_progress is not None:
-            done += 1
-            on_progress(done, total, "channel ranges")
+            on_progress(index + 1, len(samples), "channel ranges")
     return seen
 
 

@@ -17,7 +17,8 @@ from onnx.reference import ReferenceEvaluator
 
 from qdq.external import tensor_bytes
 from qdq.graph import TensorInfo
-from qdq.preparation import Draft, assign, attribute_value
+from qdq.nodes import attribute_value
+from qdq.preparation import Draft, assign
 
 GROWTH_LIMIT = 1 << 20  # bytes; folding may make no tensor above this and above the node's own inputs
 SHAPE_ELEMENTS = 64  # a longer integer tensor is no shape

@@ -8,7 +8,8 @@ A convolution's rows are its patches (im2col). This module must not keep activat
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from onnx import NodeProto
 
 from qdq.graph import Model
-from qdq.placement import attribute
+from qdq.nodes import attribute, ints
 from qdq.plan import Plan
 from qdq.qtensor import QParams, to_codes
 from qdq.tap import Sample, Tap, counted, length
@@ -37,11 +38,6 @@ def columns(node: NodeProto, shape: tuple[int, ...]) -> int:
     if node.op_type == "Conv":
         return int(np.prod(shape[1:]))
     return shape[-1] if attribute(node, "transB", 0) else shape[-2]
-
-
-def ints(node: NodeProto, name: str, default: list[int]) -> list[int]:
-    """An attribute of integers."""
-    return next((list(a.ints) for a in node.attribute if a.name == name), default)
 
 
 def collect(
@@ -80,15 +76,11 @@ def collect(
         if len({attribute(n, "group", 1) for n in nodes}) > 1:
             continue
         weights[point.tensor, point.spec.axis] = nodes
-    chosen = subset(samples)
+    samples = few(samples)
     grams: Grams = {}
     for batch in _batches(model, weights):
         tap = Tap(model, {n.input[0] for w in batch for n in weights[w]}, threads=THREADS)
-        total = len(chosen) if chosen is not None else length(samples)
-        done = 0
         for index, sample in counted(samples):
-            if chosen is not None and index not in chosen:
-                continue
             values = tap(sample)
             codes = {}
             for weight in batch:
@@ -99,13 +91,12 @@ def collect(
             for weight in batch:
                 shape = model.array(weight[0]).shape
                 side = columns(weights[weight][0], shape)
-                rows = -(-max(MIN_ROWS, ROWS_PER_COLUMN * side) // (total or MAX_SAMPLES))
+                rows = -(-max(MIN_ROWS, ROWS_PER_COLUMN * side) // len(samples))
                 for node in weights[weight]:
                     found = _moment(node, codes[node.input[0]], shape, rows)
                     grams[weight] = grams[weight] + found if weight in grams else found
-            done += 1
             if on_progress is not None:
-                on_progress(done, total, "second moments")
+                on_progress(index + 1, len(samples), "second moments")
     return grams
 
 
@@ -125,18 +116,43 @@ def _centred(values: npt.NDArray[np.floating], params: QParams) -> npt.NDArray[n
     )
 
 
-def subset(samples: Iterable[Sample]) -> set[int] | None:
-    """The indices of the MAX_SAMPLES samples with the smallest hashes; None where there are no more than that."""
+@dataclass(frozen=True, slots=True)
+class Few:
+    """At most MAX_SAMPLES of some samples, by index; re-iterable."""
+
+    samples: Iterable[Sample]
+    chosen: frozenset[int]
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.chosen)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """The samples in their order."""
+        return (sample for index, sample in enumerate(self.samples) if index in self.chosen)
+
+
+def few(samples: Iterable[Sample]) -> Few:
+    """The MAX_SAMPLES samples with the smallest hashes, all where there are no more; of a Few, itself.
+
+    Args:
+        samples: re-iterable; read once, unless their number is known and small.
+
+    Raises:
+        InputError: there is no sample.
+    """
+    if isinstance(samples, Few):
+        return samples
     total = length(samples)
-    if total is not None and total <= MAX_SAMPLES:
-        return None
+    if total is not None and 0 < total <= MAX_SAMPLES:
+        return Few(samples, frozenset(range(total)))
     hashes = []
     for index, sample in counted(samples):
         digest = hashlib.sha256()
         for name in sorted(sample):
             digest.update(np.ascontiguousarray(sample[name]).tobytes())
         hashes.append((digest.digest(), index))
-    return {index for _, index in sorted(hashes)[:MAX_SAMPLES]}
+    return Few(samples, frozenset(index for _, index in sorted(hashes)[:MAX_SAMPLES]))
 
 
 def _batches(model: Model, weights: Mapping[Weight, list[NodeProto]]) -> list[list[Weight]]:

@@ -32,9 +32,8 @@ import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from qdq.formats import FORMATS
-from qdq.gram import ints
 from qdq.graph import Model, captured
-from qdq.placement import attribute
+from qdq.nodes import Names, attribute, ints
 from qdq.plan import Plan, Point
 from qdq.qtensor import QParams, from_codes
 from qdq.solve import Solution
@@ -81,7 +80,7 @@ class _Writer:
         self._constants: dict[str, onnx.TensorProto] = {}
         self._made: dict[tuple[object, ...], str] = {}
         used = {name for n in model.graph.node for name in (*n.input, *n.output, n.name, *captured(n))}
-        self._taken = used | set(model.initializers) | {i.name for i in model.inputs}
+        self._name = Names(used | set(model.initializers) | {i.name for i in model.inputs}).fresh
 
     def node(self, node: NodeProto, operands: dict[tuple[str, int], Point]) -> None:
         """Append one node of the float model, rewired where the plan says so."""
@@ -120,14 +119,6 @@ class _Writer:
         graph.initializer.extend(self._constants[name] for name in sorted(self._constants))
         proto.producer_name = "qdq"
         return proto
-
-    def _name(self, wanted: str) -> str:
-        name, number = wanted, 1
-        while name in self._taken:
-            number += 1
-            name = f"{wanted}_{number}"
-        self._taken.add(name)
-        return name
 
     def _constant(self, wanted: str, values: npt.NDArray[np.generic], dtype: str | None = None) -> str:
         name = self._name(wanted)

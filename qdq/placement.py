@@ -18,6 +18,7 @@ from onnx import NodeProto
 
 from qdq.errors import InputError
 from qdq.graph import Model, bodies
+from qdq.nodes import attribute
 from qdq.plan import Plan, Point, Skip
 from qdq.scheme import Settings, Spec
 
@@ -69,11 +70,6 @@ class Tie:
 
 Decision = Want | Veto | Tie
 Rule = Callable[[Model, NodeProto, Settings], list[Decision]]
-
-
-def attribute(node: NodeProto, name: str, default: int) -> int:
-    """An integer attribute of a node."""
-    return next((a.i for a in node.attribute if a.name == name), default)
 
 
 def weight_axis(node: NodeProto, rank: int) -> int:

@@ -25,6 +25,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 from qdq.calibrate import CalibrationTable
 from qdq.external import is_external, tensor_bytes
 from qdq.graph import Model, captured, without_initializers
+from qdq.nodes import Names
 from qdq.plan import Skip
 from qdq.precision_rules import Schema, decide, dequantizes_constant_scale, finfo, fits, saturated
 from qdq.precision_shift import compensate
@@ -109,7 +110,7 @@ class _Writer:
         self._types: dict[str, int] = {}  # of tensors whose type changed or that are new
         self._shapes: dict[str, str] = {}  # new tensor -> the tensor whose shape it has
         names = {n for node in model.graph.node for n in (node.name, *node.input, *node.output, *captured(node))}
-        self._taken = names | set(model.initializers) | {i.name for i in model.inputs}
+        self._name = Names(names | set(model.initializers) | {i.name for i in model.inputs}).fresh
         self._outputs = {o.name for o in model.outputs}
         self._demands: dict[str, set[str]] = {}
         self._names: dict[tuple[str, str], str] = {}
@@ -174,14 +175,6 @@ class _Writer:
         if node.op_type == "Cast":
             return self._is_float(node.output[0]) and not self._is_float(node.input[0])
         return dequantizes_constant_scale(self._model, node) and self._is_float(node.output[0])
-
-    def _name(self, wanted: str) -> str:
-        name, number = wanted, 1
-        while name in self._taken:
-            number += 1
-            name = f"{wanted}_{number}"
-        self._taken.add(name)
-        return name
 
     def _read(self, tensor: str, dtype: str) -> str:
         """The name of a float tensor in a type; constants are stored when first read."""

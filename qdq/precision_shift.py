@@ -24,7 +24,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from qdq.graph import Model
-from qdq.placement import attribute
+from qdq.nodes import Names, attribute
 
 Floats = npt.NDArray[np.float64]
 SHIFTED = ("Conv", "Gemm", "MatMul")
@@ -97,8 +97,8 @@ class _Draft:
         self.pending: dict[str, Floats] = {}
         self._constants: dict[str, npt.NDArray[np.float32]] = {}
         self._renamed: dict[str, str] = {}
-        self._taken = {n for node in model.graph.node for n in (node.name, *node.input, *node.output)}
-        self._taken |= set(model.initializers) | {i.name for i in model.inputs}
+        used = {n for node in model.graph.node for n in (node.name, *node.input, *node.output)}
+        self._name = Names(used | set(model.initializers) | {i.name for i in model.inputs}).fresh
 
     def shifted(self, node: NodeProto, copy: NodeProto, shift: _Shift) -> None:
         """Correct the constant bias of a product, or that of the only Add behind it."""
@@ -191,14 +191,6 @@ class _Draft:
             return None
         alpha = next((a.f for a in node.attribute if a.name == "alpha"), 1.0) if node.op_type == "Gemm" else 1.0
         return total * scales * alpha, total * rounded(scales, self._low) * alpha
-
-    def _name(self, wanted: str) -> str:
-        name, number = wanted, 1
-        while name in self._taken:
-            number += 1
-            name = f"{wanted}_{number}"
-        self._taken.add(name)
-        return name
 
     def _constant(self, wanted: str, values: Floats) -> str:
         name = self._name(wanted)

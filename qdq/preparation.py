@@ -204,11 +204,6 @@ class Draft:
         return self.proto
 
 
-def attribute_value(node: NodeProto, name: str, default: Any) -> Any:
-    """The value of an attribute, or what the standard says where it is absent."""
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
-
-
 def assign(field: Any, values: Iterable[Any]) -> None:
     """Replace the contents of a repeated protobuf field."""
     values = list(values)

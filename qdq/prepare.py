@@ -17,7 +17,8 @@ from onnx import NodeProto, helper
 from qdq.errors import ModelError
 from qdq.fold import fold_batch_norms, fold_constants, fold_shapes
 from qdq.graph import Model, dtype_name
-from qdq.preparation import Draft, assign, attribute_value
+from qdq.nodes import attribute_value
+from qdq.preparation import Draft, assign
 
 OLDEST_OPSET = 9
 NEWEST_OPSET = 25  # 22 to 25 are kept and tested; ONNX Runtime 1.31 itself takes 26

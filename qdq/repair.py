@@ -33,7 +33,7 @@ INT8 = FORMATS["int8"]
 ROUNDS = 4  # a repair can uncover another fault of the same node
 BLOCKS = (128, 64, 32, 16)  # block sizes that TensorRT-RTX fuses into a weight-only product
 _CARRIERS = (*MOVES, "DequantizeLinear", "Concat", "Gather", "Split", "DepthToSpace", "SpaceToDepth")
-_OF_CODES = frozenset(
+_OF_ANY = frozenset(
     [
         "asymmetric",
         "unsigned",
@@ -44,31 +44,19 @@ _OF_CODES = frozenset(
         "scale-value",
         "scale-range",
         "zero-point-shape",
-        "scale-shape",
-        "block-shape",
-        "odd-codes",
-        "block-product",
-        "weight-axis",
-        "slow-weight",
-        "float-weight",
-        "scalar-codes",
     ]
 )
-_OF_ACTIVATION = frozenset(
-    [
-        "asymmetric",
-        "unsigned",
-        "unsigned-codes",
-        "no-zero-point",
-        "code-type",
-        "output-dtype",
-        "scale-value",
-        "scale-range",
-        "zero-point-shape",
-        "activation-axis",
-        "one-element-scale",
-    ]
-)
+_OF_CODES = _OF_ANY | {
+    "scale-shape",
+    "block-shape",
+    "odd-codes",
+    "block-product",
+    "weight-axis",
+    "slow-weight",
+    "float-weight",
+    "scalar-codes",
+}
+_OF_ACTIVATION = _OF_ANY | {"activation-axis", "one-element-scale"}
 _SHIFTED = frozenset(("asymmetric", "unsigned", "no-zero-point", "output-dtype"))  # a grid that INT8 can hold, shifted
 _RESCALED = frozenset(("code-type", "scale-value", "scale-range"))
 

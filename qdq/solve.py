@@ -19,8 +19,9 @@ from qdq.calibrate import CalibrationTable, Progress
 from qdq.errors import InputError
 from qdq.formats import FORMATS
 from qdq.graph import Model
+from qdq.nodes import attribute
 from qdq.observers import Histogram
-from qdq.placement import WEIGHTED, attribute, weight_axis
+from qdq.placement import WEIGHTED, weight_axis
 from qdq.plan import Plan, Point
 from qdq.qtensor import QParams, QTensor, weight_params
 from qdq.tap import Sample
@@ -79,6 +80,7 @@ def solve(
     table.check(model, plan)
     _check_weights(model, plan)
     notes: list[str] = []
+    samples = None if samples is None else gram.few(samples)
     activations = activation_params(model, plan, table, {}, notes) if params is None else dict(params)
     rounding = plan.settings.rounding
     divisors: dict[str, npt.NDArray[np.float32]] = {}

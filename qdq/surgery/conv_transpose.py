@@ -18,7 +18,7 @@ import numpy as np
 from onnx import NodeProto
 
 from qdq.graph import Model
-from qdq.preparation import attribute_value
+from qdq.nodes import attribute_value
 from qdq.surgery.rewritten import Edit, Rewritten
 
 STAGE, RANK = "float", 20

@@ -1,0 +1,45 @@
+"""Small questions about one node, and new names for what a pass adds. Must not know models or passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from onnx import NodeProto, helper
+
+
+def attribute(node: NodeProto, name: str, default: int) -> int:
+    """An integer attribute of a node."""
+    return next((a.i for a in node.attribute if a.name == name), default)
+
+
+def ints(node: NodeProto, name: str, default: list[int]) -> list[int]:
+    """An attribute of integers."""
+    return next((list(a.ints) for a in node.attribute if a.name == name), default)
+
+
+def attribute_value(node: NodeProto, name: str, default: Any) -> Any:
+    """The value of an attribute of any kind, or what the standard says where it is absent."""
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+class Names:
+    """The names of a graph, which only grow.
+
+    >>> names = Names(["x"])
+    >>> names.fresh("x"), names.fresh("x"), names.fresh("y")
+    ('x_2', 'x_3', 'y')
+    """
+
+    def __init__(self, taken: Iterable[str]) -> None:
+        """Start with the names that are taken."""
+        self._taken = set(taken)
+
+    def fresh(self, wanted: str) -> str:
+        """`wanted`, or the first of wanted_2, wanted_3, ... that is free; it is taken from then on."""
+        name, number = wanted, 1
+        while name in self._taken:
+            number += 1
+            name = f"{wanted}_{number}"
+        self._taken.add(name)
+        return name
