@@ -9,7 +9,7 @@ It must not change results beyond float rounding, make a large tensor from small
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
@@ -63,11 +63,20 @@ def fold_shapes(draft: Draft) -> bool:
     return changed
 
 
-def fold_constants(draft: Draft) -> bool:
-    """Compute nodes whose inputs are all constant; nothing grows beyond `GROWTH_LIMIT` or its own inputs."""
+def fold_constants(draft: Draft, limit: int = GROWTH_LIMIT, only: Collection[str] | None = None) -> bool:
+    """Compute nodes whose inputs are all constant.
+
+    Args:
+        draft: receives the initializers.
+        limit: bytes; no tensor is made above this and above its node's own inputs.
+        only: names of the nodes that may be computed; None for all.
+
+    Returns:
+        Whether something was computed: infer shapes and call again.
+    """
     keep = []
     for node in draft.graph.node:
-        results = _evaluate(draft, node)
+        results = _evaluate(draft, node, limit) if only is None or node.name in only else None
         if results is None:
             keep.append(node)
         for name, values in (results or {}).items():
@@ -145,7 +154,7 @@ def _fold_batch_norm(draft: Draft, before: NodeProto, norm: NodeProto) -> bool:
     return True
 
 
-def _evaluate(draft: Draft, node: NodeProto) -> Mapping[str, np.ndarray] | None:
+def _evaluate(draft: Draft, node: NodeProto, limit: int) -> Mapping[str, np.ndarray] | None:
     """The outputs of a node whose inputs are all constant, by name; None if it is to stay."""
     inputs = [name for name in node.input if name]
     outputs = [name for name in node.output if name]
@@ -157,7 +166,7 @@ def _evaluate(draft: Draft, node: NodeProto) -> Mapping[str, np.ndarray] | None:
     ):
         return None
     infos = [draft.info(name) for name in outputs]
-    limit = max(GROWTH_LIMIT, sum(tensor_bytes(draft.tensors[name]) for name in inputs))
+    limit = max(limit, sum(tensor_bytes(draft.tensors[name]) for name in inputs))
     if node.op_type != "NonZero" and any(info is None or _bytes(info) > limit for info in infos):
         return None
     arrays = {name: draft.array(name) for name in inputs}

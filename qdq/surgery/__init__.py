@@ -12,20 +12,23 @@ import pkgutil
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
+from qdq.errors import InputError
 from qdq.graph import Model
+from qdq.plan import Plan
+from qdq.scheme import choose
 from qdq.surgery.rewritten import Rewritten
 
-__all__ = ["FLOAT_REWRITES", "QUANTIZED_REWRITES", "Rewrite", "Rewritten"]
+__all__ = ["FLOAT_REWRITES", "QUANTIZED_REWRITES", "Rewriter", "Rewritten", "rewritten"]
 
 
-class Rewrite(Protocol):
+class Rewriter(Protocol):
     """One rewrite: the model, and the names of the nodes it may fire on (None: all)."""
 
     def __call__(self, model: Model, only: Collection[str] | None = None) -> Rewritten:
         """Rewrite a model."""
 
 
-def _found(stage: str) -> Mapping[str, Rewrite]:
+def _found(stage: str) -> Mapping[str, Rewriter]:
     modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
     chosen = sorted((m.RANK, m.__name__, m) for m in modules if getattr(m, "STAGE", None) == stage)
     return {name.rpartition(".")[2]: module.rewrite for _, name, module in chosen}
@@ -33,3 +36,33 @@ def _found(stage: str) -> Mapping[str, Rewrite]:
 
 FLOAT_REWRITES = _found("float")
 QUANTIZED_REWRITES = _found("quantized")
+
+
+def rewritten(model: Model, plan: Plan, *, stage: str = "float") -> Model:
+    """The model that a plan's points and skips name: the prepared one with the plan's rewrites.
+
+    Args:
+        model: prepared; for the stage "quantized" the Q/DQ model, its float type settled.
+        plan: its rewrites of that stage are done, in the order of their ranks. On a Q/DQ model they fire where its
+            scales allow it.
+        stage: "float" or "quantized".
+
+    Raises:
+        InputError: an edited plan names a rewrite or a node that does not exist, or a node that it does not fit.
+    """
+    names = {node.name for node in model.graph.node}
+    for planned in plan.rewrites:
+        choose(planned.name, (*FLOAT_REWRITES, *QUANTIZED_REWRITES), "rewrite")
+    for name, rewrite in (FLOAT_REWRITES if stage == "float" else QUANTIZED_REWRITES).items():
+        nodes = {node for r in plan.rewrites if r.name == name for node in r.nodes}
+        if not nodes:
+            continue
+        done = rewrite(model, nodes)
+        lost = sorted(nodes - (set(done.fired) if stage == "float" else names))
+        if lost:
+            raise InputError(
+                f"The plan rewrites {lost[0]!r} by {name!r}, which does not fit that node. Remove it from the plan, or "
+                "make the plan again."
+            )
+        model = done.model
+    return model

@@ -13,16 +13,13 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import numpy as np
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto
 
 from qdq.graph import Model
-from qdq.nodes import attribute_value
 from qdq.surgery.rewritten import Edit, Rewritten
+from qdq.surgery.weight_scales import LARGEST_RATIO, channel_scales, common_scale, dequantized
 
 STAGE, RANK = "quantized", 10
-
-LARGEST_RATIO = 1024.0  # the unscaled output is up to this much smaller; FP16 is precise from 6e-5 on
-CODES = (TensorProto.INT8, TensorProto.FLOAT8E4M3FN)
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
@@ -40,22 +37,14 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     for conv in edit.candidates("Conv"):
         dequantize = model.producer(conv.input[1])
         bias = conv.input[2] if len(conv.input) > 2 else ""
-        scales = None if dequantize is None else _channel_scales(model, dequantize)
+        scales = None if dequantize is None else channel_scales(model, dequantize)
         if dequantize is None or scales is None or (bias and not model.is_constant(bias)):
             continue
-        wide = scales.astype(np.float64)
+        wide, common = scales.astype(np.float64), common_scale(scales)
         if wide.max() > LARGEST_RATIO * wide.min():
             continue
-        # A subnormal scale loses digits, and TensorRT works with its reciprocal, which FP16 cannot hold.
-        common = max(float(wide.min()), float(np.finfo(np.float16).tiny) if scales.dtype == np.float16 else 0.0)
-        codes = dequantize.input[0]
-        key = (codes, dequantize.input[1])
-        nodes = []
-        if key not in made:
-            smallest = edit.constant(f"{codes}_smallest_scale", np.asarray(common, scales.dtype))
-            zero = edit.constant(f"{codes}_zero", np.zeros((), model.array(codes).dtype))
-            made[key] = edit.node("DequantizeLinear", (codes, smallest, zero), f"{codes}_DequantizeLinear")
-            nodes.append(made[key])
+        nodes = dequantized(model, edit, made, dequantize, common)
+        codes, key = dequantize.input[0], (dequantize.input[0], dequantize.input[1])
         inner = NodeProto()
         inner.CopyFrom(conv)
         inner.input[1] = made[key].output[0]
@@ -78,16 +67,3 @@ def _scaled(model: Model, edit: Edit, conv: NodeProto, ratios: np.ndarray, rank:
         return [mul]
     added = edit.constant(f"{conv.name}_added", model.array(bias).reshape(along))
     return [mul, edit.node("Add", [mul.output[0], added], f"{conv.name}_Add", output)]
-
-
-def _channel_scales(model: Model, dequantize: NodeProto) -> np.ndarray | None:
-    """The scales of symmetric weight codes along axis 0; None for any other node."""
-    if dequantize.op_type != "DequantizeLinear" or any(not model.is_constant(t) for t in dequantize.input):
-        return None
-    codes, scale, *zero = dequantize.input
-    if model.initializers[codes].data_type not in CODES or (zero and np.any(model.array(zero[0]).astype(np.float32))):
-        return None
-    scales = model.array(scale)
-    if scales.ndim != 1 or attribute_value(dequantize, "axis", 1) != 0:
-        return None
-    return scales

@@ -83,6 +83,103 @@ def scaled(factors: float = 4.0, **options: object) -> Model:
     return quantized(model, samples(model), shift=False).model
 
 
+def normalized_codes(factors: float = 4.0, *, norms: int = 1, output: bool = False, epsilon: float = 1e-5) -> Model:
+    """A quantized Conv with a bias whose scales are up to `factors` apart -> InstanceNormalization (one or more)."""
+    weight = normal(8, 4, 3, 3) * np.geomspace(1, factors, 8, dtype=np.float32).reshape(-1, 1, 1, 1)
+    tensors = {"w": weight, "b": normal(8, seed=1), "g": normal(8, seed=2), "h": normal(8, seed=3)}
+    nodes = [node("Conv", "x w b", "a")]
+    nodes += [node("InstanceNormalization", "a g h", f"y{i}", f"norm_{i}", epsilon=epsilon) for i in range(norms)]
+    outputs = (*(f"y{i}" for i in range(norms)), *(["a"] if output else []))
+    model = build(nodes, {"x": (1, 4, 9, 9)}, tensors, outputs=outputs)
+    return quantized(model, samples(model), shift=False).model
+
+
+def behind(model: Model) -> Model:
+    """A constant per channel added behind the Conv, and another subtracted."""
+    proto = onnx.ModelProto.FromString(model.proto.SerializeToString())
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(normal(8, 1, 1, seed=4), "c"))
+    index = next(i for i, n in enumerate(proto.graph.node) if n.op_type == "Conv")
+    proto.graph.node[index].output[0] = "before"
+    for new in (node("Sub", "less c", "a", "sub"), node("Add", "c before", "less", "add")):
+        proto.graph.node.insert(index + 1, new)
+    return model.replace(proto)
+
+
+def one_channel(
+    kernel: int = 1, channels: int = 1, size: int | str = 6, *, bias: bool = True, **attributes: object
+) -> Model:
+    """x of few channels -> Conv -> InstanceNormalization -> Relu -> y; one of the Conv's weights is near zero."""
+    weight = normal(8, channels, kernel, kernel, kernel)
+    weight[0] = 1e-3
+    tensors = {"w": weight, "b": normal(8, seed=1), "g": normal(8, seed=2), "h": normal(8, seed=3)}
+    nodes = [
+        node("Conv", "x w b" if bias else "x w", "a", **attributes),
+        node("InstanceNormalization", "a g h", "n"),
+        node("Relu", "n", "y"),
+    ]
+    return build(nodes, {"x": ("n", channels, size, size, size)}, tensors)
+
+
+def shortcut(
+    order: str = "c x",
+    kernel: int = 3,
+    size: int | str = 6,
+    *,
+    group: int = 1,
+    output: bool = False,
+    **attributes: object,
+) -> Model:
+    """x -> Conv c -> Add(c, x) -> y."""
+    tensors = {"w": normal(4, 4 // group, kernel, kernel), "b": normal(4, seed=1)}
+    pads = attributes.pop("pads", [kernel // 2] * 4)
+    nodes = [node("Conv", "x w b", "c", group=group, pads=pads, **attributes), node("Add", order, "y")]
+    return build(nodes, {"x": (2, 4, size, size)}, tensors, outputs=("y", "c") if output else ("y",))
+
+
+def windows(count: int = 8, tokens: int = 200) -> Model:
+    """Attention in shifted windows: softmax(q k + mask) v, the mask 0 where two tokens have one label, else -100."""
+    labels = np.random.default_rng(0).integers(0, 4, (count, tokens)).astype(np.float32)
+    tensors = {"r": labels[:, :, None], "c": labels[:, None, :], "axis": np.array([1])}
+    tensors |= {"zero": np.array(0, np.float32), "far": np.array(-100, np.float32)}
+    nodes = [
+        node("Sub", "r c", "d"),
+        node("Equal", "d zero", "same"),
+        node("Not", "same", "other"),
+        node("Where", "other far d", "filled"),
+        node("Equal", "d zero", "again", "equal_again"),
+        node("Where", "again zero filled", "mask", "where_again"),
+        node("Unsqueeze", "mask axis", "masks"),
+        node("MatMul", "q k", "s", "scores"),
+        node("Add", "s masks", "t"),
+        node("Softmax", "t", "p"),
+        node("MatMul", "p v", "y", "mix"),
+    ]
+    sizes = {"q": (count, 3, tokens, 16), "k": (count, 3, 16, tokens), "v": (count, 3, tokens, 16)}
+    return build(nodes, sizes, tensors)
+
+
+def too_large() -> Model:
+    """A constant of 512 MiB."""
+    nodes = [node("ConstantOfShape", "shape", "ones"), node("Mul", "x ones", "y")]
+    return build(nodes, {"x": (1, 1)}, {"shape": np.array([1 << 14, 1 << 13])})
+
+
+def skipped(*, alike: bool = True, channels: int = 4, shift: bool = True) -> Model:
+    """relu(x) is read by a padded Conv and, joined with relu(z), by another; all have the same scale and offset."""
+    shape = (1, channels, 5, 5)
+    tensors = {"w": normal(4, channels, 3, 3), "v": normal(4, 2 * channels, 3, 3, seed=1), "f": np.float32([9])}
+    nodes = [
+        node("Relu", "x", "t"),
+        node("Relu", "z", "r", "relu_right"),
+        *([] if alike else [node("Mul", "r f", "u")]),
+        node("Conv", "t w", "a", "down", pads=[1] * 4),
+        node("Concat", "t r" if alike else "t u", "both", axis=1),
+        node("Conv", "both v", "b", "up", pads=[1] * 4),
+    ]
+    model = build(nodes, {"x": shape, "z": shape}, tensors, outputs=("a", "b"))
+    return quantized(model, samples(model), shift=shift).model
+
+
 POSITIVE: dict[str, dict[str, Callable[[], Model]]] = {
     "conv_transpose": {
         "2-D": transposed,
@@ -104,6 +201,29 @@ POSITIVE: dict[str, dict[str, Callable[[], Model]]] = {
         "read by an Add": lambda: stack(shortcut=True),
         "divisor": lambda: stack(divided=True),
     },
+    "norm_one_channel": {
+        "3-D": one_channel,
+        "no bias": lambda: one_channel(bias=False),
+        "dynamic": lambda: one_channel(size="s"),
+        "all said": lambda: one_channel(strides=[1] * 3, pads=[0] * 6, dilations=[1] * 3),
+    },
+    "conv_shortcut": {
+        "before": shortcut,
+        "behind": lambda: shortcut("x c"),
+        "1 x 1": lambda: shortcut(kernel=1),
+        "grouped": lambda: shortcut(group=2),
+        "dilated": lambda: shortcut(dilations=[2, 2], pads=[2] * 4),
+        "even kernel": lambda: shortcut(kernel=2, pads=[0, 1, 1, 0]),
+        "dynamic": lambda: shortcut(size="s"),
+    },
+    "constants": {"mask": windows},
+    "norm_scale": {
+        "bias": normalized_codes,
+        "constants behind": lambda: behind(normalized_codes()),
+        "two norms": lambda: normalized_codes(norms=2),
+        "far apart": lambda: normalized_codes(100.0),
+    },
+    "concat_codes": {"shifted": skipped, "symmetric": lambda: skipped(shift=False)},
     "head_size": {"masked": attention, "plain": lambda: attention(masked=False), "heads of 3": lambda: attention(3)},
     "hoist": {
         "bias": scaled,
@@ -125,6 +245,31 @@ NEGATIVE: dict[str, dict[str, Callable[[], Model]]] = {
         "also an output": lambda: normalized(output=True),
         "grouped": lambda: normalized(group=2),
         "no norm": conv,
+    },
+    "norm_one_channel": {
+        "two channels": lambda: one_channel(channels=2),
+        "3 x 3": lambda: one_channel(3),
+        "strided": lambda: one_channel(strides=[2] * 3),
+        "padded": lambda: one_channel(pads=[1] * 6),
+    },
+    "conv_shortcut": {
+        "also an output": lambda: shortcut(output=True),
+        "around another tensor": lambda: shortcut("c c"),
+        "shifted": lambda: shortcut(kernel=5, dilations=[1, 1], pads=[1, 1, 1, 1], order="c c"),
+        "no Add": conv,
+    },
+    "constants": {"beyond the limit": too_large, "nothing constant": conv},
+    "norm_scale": {
+        "also an output": lambda: normalized_codes(output=True),
+        "no norm": scaled,
+        "float": normalized,
+        "scales too far apart": lambda: normalized_codes(1e5),
+        "large epsilon": lambda: normalized_codes(epsilon=0.1),
+    },
+    "concat_codes": {
+        "other numbers": lambda: skipped(alike=False),
+        "channels padded": lambda: skipped(channels=3),
+        "no Concat": scaled,
     },
     "head_size": {"heads of 12": lambda: attention(12), "no softmax": lambda: attention(softmax=False)},
     "hoist": {"scales too far apart": lambda: scaled(1e5), "float": conv},
@@ -163,9 +308,19 @@ def test_float_rewrites_come_in_the_order_of_their_rank() -> None:
     """A bias goes before channels are added to it; channels before phases multiply them."""
     assert [n for n in FLOAT_REWRITES if n.startswith(("norm", "conv"))] == [
         "norm_bias",
+        "norm_one_channel",
         "norm_channels",
+        "conv_shortcut",
         "conv_transpose",
     ]
+
+
+def test_scales_before_a_norm_need_no_mul() -> None:
+    """What `norm_scale` takes, `hoist` does not see; what it cannot take, `hoist` does."""
+    assert list(QUANTIZED_REWRITES) == ["norm_scale", "hoist", "concat_codes"]
+    done = QUANTIZED_REWRITES["norm_scale"](normalized_codes()).model
+    assert QUANTIZED_REWRITES["hoist"](done).fired == ()
+    assert "Mul" not in {n.op_type for n in done.graph.node}
 
 
 @each(POSITIVE)
@@ -275,3 +430,55 @@ def test_fp16_kernels_become_fewer_and_lighter(name: str) -> None:
     before, after = (rtx.build(convert(m).model.proto).table for m in (model, FLOAT_REWRITES[name](model).model))
     assert before.bytes_moved and after.bytes_moved
     assert after.kernels < before.kernels and after.bytes_moved < 0.8 * before.bytes_moved
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 1e-3])
+def test_norm_scale_differs_by_less_than_epsilon_over_the_variance(epsilon: float) -> None:
+    """Weights so small that epsilon counts: the largest change stays below the bound that the module states."""
+    model = normalized_codes(8.0, epsilon=epsilon)
+    data = [{"x": 0.03 * s["x"]} for s in samples(model)]
+    done = QUANTIZED_REWRITES["norm_scale"](model).model
+    proto = onnx.ModelProto.FromString(model.proto.SerializeToString())
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, None))
+    shift = model.array("h").reshape(-1, 1, 1)
+    for old, new in zip(run(proto, data), run(done, data), strict=True):
+        variance = old["a"].var(axis=(2, 3), keepdims=True)
+        bound = epsilon / (2 * variance) * np.abs(old["y0"] - shift) + 1e-5
+        assert (np.abs(new["y0"] - old["y0"]) <= bound).all()
+        if epsilon > 1e-4:
+            assert np.abs(new["y0"] - old["y0"]).max() > 1e-4  # the bound is not met by doing nothing
+
+
+def test_norm_scale_leaves_fewer_kernels_that_move_less_than_hoist() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    tensors = {"w": normal(16, 16, 3, 3, 3), "v": normal(16, 16, 3, 3, 3), "g": normal(16), "h": normal(16)}
+    nodes = []
+    for before, weight, after in (("x", "w", "y0"), ("y0", "v", "y")):
+        nodes += [
+            node("Conv", f"{before} {weight}", f"a{weight}", f"conv_{weight}", pads=[1] * 6),
+            node("InstanceNormalization", f"a{weight} g h", f"n{weight}", f"norm_{weight}"),
+            node("Relu", f"n{weight}", after, f"relu_{weight}"),
+        ]
+    plain = build(nodes, {"x": (1, 16, 48, 48, 48)}, tensors)
+    made = convert(quantized(plain, samples(plain), shift=False).model).model
+    hoisted, scaled_ = (rtx.build(QUANTIZED_REWRITES[n](made).model.proto).table for n in ("hoist", "norm_scale"))
+    assert hoisted.bytes_moved and scaled_.bytes_moved
+    assert scaled_.kernels < hoisted.kernels and scaled_.bytes_moved < 0.9 * hoisted.bytes_moved
+
+
+@pytest.mark.parametrize("name", ["norm_one_channel", "conv_shortcut", "constants"])
+def test_fp16_kernels_move_less(name: str) -> None:
+    """Sizes as in DynUNet (16 channels from one), MONAI's UNet (14 channels) and SwinUNETR (343 tokens)."""
+    pytest.importorskip("tensorrt_rtx")
+    tensors = {"g": normal(16), "h": normal(16), "w": normal(16, 1, 1, 1, 1), "v": normal(14, 14, 3, 3, 3)}
+    if name == "norm_one_channel":
+        nodes = [node("Conv", "x w", "a"), node("InstanceNormalization", "a g h", "n"), node("Relu", "n", "y")]
+        model = build(nodes, {"x": (1, 1, 48, 48, 48)}, tensors)
+    elif name == "conv_shortcut":
+        nodes = [node("Relu", "x", "r"), node("Conv", "r v", "a", pads=[1] * 6), node("Add", "a r", "y")]
+        model = build(nodes, {"x": (1, 14, 48, 48, 48)}, tensors)
+    else:
+        model = windows(64, 343)
+    before, after = (rtx.build(convert(m).model.proto).table for m in (model, FLOAT_REWRITES[name](model).model))
+    assert before.bytes_moved and after.bytes_moved
+    assert after.bytes_moved < 0.9 * before.bytes_moved
