@@ -61,8 +61,7 @@ def corrected(
     changed = correct(model, quantized, plan, held, on_progress=on_progress)
     if always:
         return changed, "biases are corrected, as asked for"
-    judge = Judge(model, held)
-    before, after = judge.sqnr_db(quantized), judge.sqnr_db(changed)
+    before, after = Judge(model, held).sqnrs_db([quantized, changed])
     figures = (
         f"output SQNR on {len(held.held)} held-out calibration samples {before:.1f} dB without, {after:.1f} dB with"
     )

@@ -2,8 +2,9 @@
 
 Model + Plan + samples -> one Histogram per activation point -> CalibrationTable -> table.json.
 Each sample runs on one thread and several samples run at a time, so a table is bit-identical for every order of the
-same samples, number of cores and split among processes, and no more than those few samples are in memory. This module
-must not choose scales.
+same samples, number of cores and split among processes, and no more than those few samples are in memory. Where the
+model's inputs share an open leading dimension, a batch counts as the samples it holds: the table is the same for every
+batch size. This module must not choose scales.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import hashlib
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from qdq.checkpoint import Checkpoint
 from qdq.errors import InputError, StaleFileError
@@ -36,7 +38,6 @@ def collect(
     plan: Plan,
     samples: Iterable[Sample],
     *,
-    samples_sha256: str = "",
     provider: str = "cpu",
     custom_ops: Sequence[str] = (),
     memory: int | None = None,
@@ -50,14 +51,15 @@ def collect(
     Args:
         model: the prepared model that the plan was made for.
         plan: names the tensors.
-        samples: input name -> array; shapes may differ. Read one at a time; several times where the tensors do not fit
-            the budget, else once (and the first sample twice).
-        samples_sha256: identifies the samples in the table; "" has it computed.
+        samples: input name -> array, or a batch of samples; shapes may differ. Read one at a time; several times where
+            the tensors do not fit the budget, else once (and the first sample twice); once more where a checkpoint is
+            there to go on from.
         provider: ONNX Runtime provider, "cpu" or "cuda".
         custom_ops: ONNX Runtime custom operator libraries.
         memory: bytes for activations; see `footprint.passes`.
         threads: samples at a time at most; None for one per core, as far as the budget allows.
-        checkpoint: to go on from and to write to; the caller removes it once the table is written.
+        checkpoint: to go on from and to write to; the caller removes it once the table is written. The samples must
+            then be re-iterable.
         shard: (i, n) where these samples are every n-th of all from the i-th on, so that messages count them right.
         on_progress: called with (samples done, samples in all or None, text); the text names the pass if there are
             several.
@@ -75,6 +77,7 @@ def collect(
     parts = checkpoint.load() if checkpoint else ()
     known = {name for part in parts for name in part.tensors}
     first, samples = _first(samples)
+    check_same(parts, model, samples)
     layout = passes(model, [n for n in names if n not in known] or names, first, memory=memory, threads=threads)
     groups = [tuple(part.tensors) for part in parts] + [g for g in layout.groups if not known.issuperset(g) or not g]
     tables: list[CalibrationTable] = []
@@ -84,6 +87,7 @@ def collect(
             tables.append(start)
             continue
         found = _one_pass(
+            model,
             Tap(model, group, provider=provider, custom_ops=custom_ops, threads=1),
             samples,
             start,
@@ -102,12 +106,13 @@ def collect(
         tables.append(found)
     return replace(
         tables[0],
-        samples_sha256=samples_sha256 or samples_digest(tables[0].samples),
+        samples_sha256=samples_digest(tables[0].samples),
         tensors={name: h for table in tables for name, h in table.tensors.items()},
     )
 
 
 def _one_pass(
+    model: Model,
     tap: Tap,
     samples: Iterable[Sample],
     start: CalibrationTable,
@@ -123,27 +128,34 @@ def _one_pass(
     total = length(samples)
     table, held = start, Counter(start.samples)
     lock = threading.Lock()
+    batch = batch_dimension(model)
 
     def look(numbered: tuple[int, Sample]) -> CalibrationTable | None:
         index, sample = numbered
-        digest = sample_sha256(sample)
+        digests = Counter(_digests(sample, batch))
         with lock:
-            if held[digest]:
-                held[digest] -= 1
-                return None
+            if known := digests & held:
+                held.subtract(known)
+        if known == digests:
+            return None
+        if known:
+            raise StaleFileError(
+                "The unfinished calibration holds some samples of a batch but not all: the batches are others now. "
+                "Give the samples in the same batches, or delete its checkpoint to begin anew."
+            )
         tensors = {}
         values = tap(sample)
         while values:
             name, array = values.popitem()
             try:
-                tensors[name] = Histogram.of(array)
+                tensors[name] = Histogram.of(*_by_sample(model, name, array, batch, digests.total()))
             except ValueError as error:
                 where = f"Sample {shard[0] + index * shard[1]} makes tensor {name!r} of the float model hold {error}"
                 raise InputError(
                     f"{where}: calibration needs finite values. Check the sample and how it was normalised, or exclude "
                     "the nodes that read the tensor."
                 ) from None
-        return replace(start, count=1, tensors=tensors, samples=(digest,))
+        return replace(start, count=digests.total(), tensors=tensors, samples=tuple(sorted(digests.elements())))
 
     for done, seen in enumerate(overlapped(look, counted(samples), threads), 1):
         if seen is not None:
@@ -154,10 +166,76 @@ def _one_pass(
             on_progress(done, total, label)
     if held.total():
         raise StaleFileError(
-            f"The unfinished calibration holds {held.total()} samples that are not among those given now. Delete its "
-            "checkpoint to begin anew."
+            "The samples differ from one reading to the next, so the unfinished calibration cannot be continued: let "
+            "the source yield the same samples each time (seed its random numbers), and delete its checkpoint."
         )
     return table
+
+
+def check_same(parts: Sequence[CalibrationTable], model: Model, samples: Iterable[Sample]) -> str:
+    """Refuse to go on with tables of samples that are not among those given; reads the samples if there are tables.
+
+    Args:
+        parts: what a checkpoint holds; of several, all but the last are complete.
+        model: says what one sample is.
+        samples: re-iterable.
+
+    Returns:
+        The digest of the samples given, "" if there are no tables.
+
+    Raises:
+        StaleFileError: says how many are missing.
+    """
+    if not parts:
+        return ""
+    batch = batch_dimension(model)
+    given = Counter(digest for sample in samples for digest in _digests(sample, batch))
+    for index, part in enumerate(parts):
+        held = Counter(part.samples)
+        if foreign := (held - given).total():
+            raise StaleFileError(
+                f"The unfinished calibration holds {foreign} samples that are not among those given now. Delete its "
+                "checkpoint to begin anew."
+            )
+        if index + 1 < len(parts) and held != given:
+            raise StaleFileError(
+                f"The unfinished calibration has passes over {held.total()} samples, but {given.total()} are given "
+                "now. Delete its checkpoint to begin anew."
+            )
+    return samples_digest(given.elements())
+
+
+def batch_dimension(model: Model) -> str | None:
+    """The name of the open leading dimension that all inputs share: a sample then holds as many as its size says."""
+    shapes = [fed.shape for fed in model.inputs]
+    names = {shape[0] if shape else None for shape in shapes}
+    name = names.pop() if len(names) == 1 else None
+    return name if isinstance(name, str) else None
+
+
+def _digests(sample: Sample, batch: str | None) -> Iterator[str]:
+    """The hash of each sample of a batch, as it has by itself."""
+    sizes = {np.shape(array)[0] for array in sample.values()} if batch else {1}
+    count = sizes.pop() if len(sizes) == 1 else 1
+    if count < 2:
+        yield sample_sha256(sample)
+    else:
+        for index in range(count):
+            yield sample_sha256({name: array[index : index + 1] for name, array in sample.items()})
+
+
+def _by_sample(
+    model: Model, tensor: str, array: npt.NDArray[np.floating], batch: str | None, count: int
+) -> tuple[npt.NDArray[np.floating], int]:
+    """A tensor with the samples one after the other in C order, and how many they are.
+
+    Where no axis is the batch's alone, a Reshape has joined it with others behind it: C order already.
+    """
+    info = model.info(tensor)
+    axes = [i for i, dim in enumerate((info.shape if info is not None else None) or ()) if dim == batch]
+    if count > 1 and len(axes) == 1 and array.shape[axes[0]] == count:
+        return np.moveaxis(array, axes[0], 0), count
+    return array, count if array.size % count == 0 else 1
 
 
 def _empty(model: Model) -> CalibrationTable:
@@ -185,10 +263,8 @@ def sample_sha256(sample: Sample) -> str:
     return digest.hexdigest()
 
 
-def key(
-    model: Model, plan: Plan, samples_sha256: str, *, provider: str = "cpu", custom_ops: Sequence[str] = ()
-) -> dict[str, object]:
-    """What a table depends on: for a `Checkpoint`."""
+def key(model: Model, plan: Plan, *, provider: str = "cpu", custom_ops: Sequence[str] = ()) -> dict[str, object]:
+    """What a table depends on, but for the samples, which a table names one by one: for a `Checkpoint`."""
     from importlib.metadata import PackageNotFoundError, version
 
     runtimes = {}
@@ -200,7 +276,6 @@ def key(
     return {
         "model": model.sha256,
         "plan": plan.sha256,
-        "samples": samples_sha256,
         "provider": provider,
         "custom operators": sorted(map(str, custom_ops)),
         "bins": BINS,

@@ -29,7 +29,8 @@ class Checkpoint:
 
     Attributes:
         path: of the file.
-        key: what the calibration depends on: hashes of model, plan and samples, and the settings, as plain values.
+        key: what the calibration depends on: hashes of model and plan, and the settings, as plain values.
+            The samples are in the tables, one by one.
         state: what `write` was given with the tables, after `load`.
     """
 

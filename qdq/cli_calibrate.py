@@ -130,15 +130,15 @@ def _measured(
     from qdq.footprint import passes
     from qdq.plan import Plan
     from qdq.shards import collect_shards
+    from qdq.surgery import rewritten
 
     with Bars() as bars:
         bars(0, None, "Prepare")
         prepared = load_float(model)
         samples = samples_of(prepared, recipe, data, random_data)
         plan = Plan.load(plan_file) if plan_file else placement.plan(prepared, recipe.settings)
-        bars(0, None, "Read samples")
-        sha256 = samples.sha256()
-        made_of = key(prepared, plan, sha256, provider=options["provider"], custom_ops=options["custom_ops"])
+        prepared = rewritten(prepared, plan)
+        made_of = key(prepared, plan, provider=options["provider"], custom_ops=options["custom_ops"])
         checkpoint = Checkpoint.beside(output, made_of)
         if checkpoint.path.exists():
             note(f"Going on with the unfinished calibration in {checkpoint.path}.")
@@ -150,9 +150,7 @@ def _measured(
                 f"at most {layout.bytes_each / 1e6:.0f} MB of activations."
             )
         if pool is None:
-            table = collect(
-                prepared, plan, samples, samples_sha256=sha256, checkpoint=checkpoint, on_progress=bars, **options
-            )
+            table = collect(prepared, plan, samples, checkpoint=checkpoint, on_progress=bars, **options)
         else:
             where = None if data is None else os.path.abspath(data)
             source = partial(_open, where, samples.inputs) if where else partial(replace, samples)

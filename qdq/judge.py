@@ -1,14 +1,14 @@
-"""How well a quantized model does on calibration samples that were held out from what made it.
+"""How well quantized models do on some of the calibration samples.
 
-samples -> split by hash into fit and held -> float outputs once -> SQNR of every candidate.
-The split depends on the samples alone, not on their order. Only calibration samples are seen here, never those that a
-report is made on. This module must not change a model.
+samples -> ranked by hash -> those to fit on and those to judge by -> SQNR of the candidates, each sample run once in
+float for all of them. Which samples are taken depends on the samples alone, not on their order. Only calibration
+samples are seen here, never those that a report is made on. This module must not change a model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from qdq.graph import Model
 from qdq.tap import Sample, Tap, counted, overlapped
 
 MOST_FIT = 8  # samples that corrections are fitted on, at most
+AT_ONCE = 2  # candidates compared in one go: each session keeps the memory of its activations
 MOST_HELD = 32  # samples that candidates are compared on, at most
 
 
@@ -26,7 +27,7 @@ MOST_HELD = 32  # samples that candidates are compared on, at most
 class Split:
     """Some of the samples, by index: `fit` to make something from, by hash, and `held` to judge it by.
 
-    They have none in common, unless there is one sample only.
+    `split` gives two that have none in common, unless there is one sample only.
     """
 
     samples: Iterable[Sample]
@@ -42,6 +43,18 @@ class Split:
         return (sample for index, sample in enumerate(self.samples) if index in self.held)
 
 
+def ranked(samples: Iterable[Sample]) -> tuple[int, ...]:
+    """The samples' indices, smallest hash first: the first of them are a choice that does not depend on their order.
+
+    Args:
+        samples: read once.
+
+    Raises:
+        InputError: there are none.
+    """
+    return tuple(index for _, index in sorted((sample_sha256(sample), index) for index, sample in counted(samples)))
+
+
 def split(samples: Iterable[Sample]) -> Split:
     """Hold out a quarter of the samples, those with the smallest hashes.
 
@@ -51,15 +64,14 @@ def split(samples: Iterable[Sample]) -> Split:
     Raises:
         InputError: there are none.
     """
-    order = sorted((sample_sha256(sample), index) for index, sample in counted(samples))
+    order = ranked(samples)
     count = min(MOST_HELD, -(-len(order) // 4))
-    held = frozenset(index for _, index in order[:count])
-    fit = tuple(index for _, index in order[count : count + MOST_FIT])
-    return Split(samples=samples, fit=fit or tuple(held), held=held)
+    held, fit = order[:count], order[count : count + MOST_FIT]
+    return Split(samples=samples, fit=fit or held, held=frozenset(held))
 
 
 class Judge:
-    """Compares models with the float model on held-out samples; the float outputs are computed with each candidate."""
+    """Compares models with the float model on some samples; the float outputs are computed anew at each call."""
 
     def __init__(self, model: Model, held: Split) -> None:
         """Open the float model.
@@ -72,24 +84,38 @@ class Judge:
         self._float, self._held = Tap(model, self._outputs, threads=1), held
 
     def sqnr_db(self, candidate: Model) -> float:
-        """Signal to quantization noise ratio over all outputs and held-out samples.
+        """Signal to quantization noise ratio over all outputs and samples; see `sqnrs_db`."""
+        return self.sqnrs_db([candidate])[0]
+
+    def sqnrs_db(self, candidates: Sequence[Model]) -> list[float]:
+        """Signal to quantization noise ratio of each model, over all outputs and samples.
 
         10 log10(sum y^2 / sum (y - candidate's y)^2); infinite if they are equal, -infinite if the candidate's are not
         finite.
         """
-        tap = Tap(candidate, self._outputs, threads=1)
+        if len(candidates) > AT_ONCE:
+            return self.sqnrs_db(candidates[:AT_ONCE]) + self.sqnrs_db(candidates[AT_ONCE:])
+        taps = [Tap(candidate, self._outputs, threads=1) for candidate in candidates]
 
-        def compare(sample: Sample) -> tuple[float, float]:
-            expected, found = self._float(sample), tap(sample)
-            signal = noise = 0.0
-            for name, array in expected.items():
-                y = array.astype(np.float64)
-                signal += float(np.sum(y**2))
-                noise += float(np.sum((y - found[name].astype(np.float64)) ** 2))
-            return signal, noise
+        def compare(sample: Sample) -> list[float]:
+            expected = {name: array.astype(np.float64) for name, array in self._float(sample).items()}
+            energies = [_sum([float(np.sum(y**2)) for y in expected.values()])]
+            for tap in taps:
+                found = tap(sample)
+                energies.append(_sum([float(np.sum((y - found[name]) ** 2)) for name, y in expected.items()]))
+            return energies
 
-        pairs = list(overlapped(compare, self._held.holding(), cores()))
-        signal, noise = (math.fsum(values) for values in zip(*pairs, strict=True))
-        if not math.isfinite(noise):
-            return -math.inf
-        return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+        each = list(overlapped(compare, self._held.holding(), cores()))
+        signal, *noises = (_sum(energies) for energies in zip(*each, strict=True))
+        return [_decibels(signal, noise) for noise in noises]
+
+
+def _sum(energies: Sequence[float]) -> float:
+    """Their sum whatever their order; infinite if one is not finite."""
+    return math.fsum(energies) if all(map(math.isfinite, energies)) else math.inf
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if not math.isfinite(noise):
+        return -math.inf
+    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)

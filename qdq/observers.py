@@ -1,14 +1,18 @@
-"""Range statistics that merge exactly, and the calibrators that choose a range from them.
+"""Statistics that merge exactly, and the calibrators that choose a range from them.
 
-values -> Histogram.of (integer counts on a power-of-two grid) -> merge -> choose(method) -> QParams.
-Counts are integers and the grid depends only on the largest magnitude, so the result is bit-identical for every order,
-batching and split of the same values. This module must not know graphs, files or runtimes.
+values -> a Statistic (`Histogram.of`, `ChannelRange.of`, `Moment.of`) -> merge -> choose(method) -> QParams.
+Counts are integers on a power-of-two grid that depends only on the largest magnitude, and sums are rational numbers or
+integers, so the result is bit-identical for every order, batching and split of the same values. An exponential moving
+average of ranges (TensorFlow's and PyTorch's observer) cannot be had so: it weighs samples by when they come. The
+calibrator `average` is its order-free form. This module must not know graphs, files or runtimes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +27,33 @@ SHIFT_GAIN = 0.8  # shift a tensor only if that leaves at most this share of the
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+
+
+class Statistic(Protocol):
+    """What is known of some values: made from each batch of them, then merged. Immutable.
+
+    merge is exact, commutative and associative, so the result belongs to the multiset of all values.
+    """
+
+    def merge(self, other: Self) -> Self:
+        """The statistic of both sets of values."""
+
+
+K = TypeVar("K", bound=Hashable)
+S = TypeVar("S", bound=Statistic)
+
+
+def union(parts: Iterable[Mapping[K, S]]) -> dict[K, S]:
+    """Merge what several batches of values gave, key by key; a key may be missing in some.
+
+    Args:
+        parts: read one at a time.
+    """
+    found: dict[K, S] = {}
+    for part in parts:
+        for key, statistic in part.items():
+            found[key] = found[key].merge(statistic) if key in found else statistic
+    return found
 
 
 def _exponent(amax: float) -> int:
@@ -64,19 +95,24 @@ class Histogram:
         counts: (2 * BINS,) int64.
         low: the smallest value seen, at most 0.
         high: the largest value seen, at least 0.
+        samples: how many samples the values come from.
+        peaks: the sum over the samples of the largest magnitude of each, exact.
     """
 
     exponent: int | None
     counts: Counts
     low: float
     high: float
+    samples: int
+    peaks: Fraction
 
     @classmethod
-    def of(cls, values: npt.NDArray[np.floating]) -> Histogram:
+    def of(cls, values: npt.NDArray[np.floating], samples: int = 1) -> Histogram:
         """Count the values of one array.
 
         Args:
             values: any shape, float; finite.
+            samples: how many the array holds, equally long one after the other in C order.
 
         Raises:
             ValueError: an empty array, NaN or infinity.
@@ -90,16 +126,20 @@ class Histogram:
             flat = flat.astype(np.float32, copy=False)
         if flat.size == 0:
             raise ValueError("no values")
-        low, high = min(float(flat.min()), 0.0) + 0.0, max(float(flat.max()), 0.0) + 0.0  # -0.0 becomes 0.0
+        rows = flat.reshape(samples, -1)
+        lows, highs = rows.min(axis=1).astype(np.float64), rows.max(axis=1).astype(np.float64)
+        low, high = min(float(lows.min()), 0.0) + 0.0, max(float(highs.max()), 0.0) + 0.0  # -0.0 becomes 0.0
         if not (np.isfinite(low) and np.isfinite(high)):
             raise ValueError("not finite")
         amax = max(-low, high)
-        if amax == 0:
+        peaks = sum((Fraction(peak) for peak in np.maximum(-lows, highs).tolist()), Fraction())
+        exponent = _exponent(amax) if amax else None
+        if exponent is None:
             counts = np.zeros(2 * BINS, dtype=np.int64)
             counts[BINS] = flat.size
-            return cls(exponent=None, counts=counts, low=low, high=high)
-        exponent = _exponent(amax)
-        return cls(exponent=exponent, counts=_count(flat, exponent), low=low, high=high)
+        else:
+            counts = _count(flat, exponent)
+        return cls(exponent=exponent, counts=counts, low=low, high=high, samples=samples, peaks=peaks)
 
     def coarsened(self, exponent: int) -> Counts:
         """The same counts on the grid of a larger exponent: pairs of bins merge, nothing is lost but resolution."""
@@ -119,7 +159,12 @@ class Histogram:
             self.counts + other.counts if exponent is None else self.coarsened(exponent) + other.coarsened(exponent)
         )
         return Histogram(
-            exponent=exponent, counts=counts, low=min(self.low, other.low), high=max(self.high, other.high)
+            exponent=exponent,
+            counts=counts,
+            low=min(self.low, other.low),
+            high=max(self.high, other.high),
+            samples=self.samples + other.samples,
+            peaks=self.peaks + other.peaks,
         )
 
     @property
@@ -133,6 +178,54 @@ class Histogram:
     def amax(self) -> float:
         """The largest magnitude seen."""
         return max(-self.low, self.high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelRange:
+    """The smallest and the largest value of each channel.
+
+    Attributes:
+        low: (channels,) float64.
+        high: (channels,) float64.
+    """
+
+    low: Floats
+    high: Floats
+
+    @classmethod
+    def of(cls, values: npt.NDArray[np.floating], *, axis: int) -> ChannelRange:
+        """The range of one array's channels, which lie on `axis`."""
+        others = tuple(i for i in range(values.ndim) if i != axis % values.ndim)
+        return cls(low=values.min(axis=others).astype(np.float64), high=values.max(axis=others).astype(np.float64))
+
+    def merge(self, other: ChannelRange) -> ChannelRange:
+        """The range of both."""
+        return ChannelRange(low=np.minimum(self.low, other.low), high=np.maximum(self.high, other.high))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """Second moments of integer rows: the sum of q q^T.
+
+    Attributes:
+        sums: (groups, columns, columns) float64, whole numbers below 2^53, so that every sum is exact.
+    """
+
+    sums: Floats
+
+    @classmethod
+    def of(cls, rows: npt.NDArray[np.floating]) -> Moment:
+        """Sum over rows of integers.
+
+        Args:
+            rows: (groups, rows, columns), whole numbers of at most 2^8: up to 2^37 rows stay exact.
+        """
+        wide = np.ascontiguousarray(rows, dtype=np.float64)
+        return cls(sums=np.asarray(wide.transpose(0, 2, 1) @ wide))
+
+    def merge(self, other: Moment) -> Moment:
+        """The moments of both sets of rows."""
+        return Moment(sums=self.sums + other.sums)
 
 
 def squared_error(hist: Histogram, scale: float, zero_point: int, fmt: Format) -> float:
@@ -152,6 +245,11 @@ def asymmetric(low: float, high: float, fmt: Format) -> tuple[float, int]:
 def max_limit(hist: Histogram, fmt: Format, percentile: float) -> float:
     """The largest magnitude seen."""
     return hist.amax
+
+
+def average_limit(hist: Histogram, fmt: Format, percentile: float) -> float:
+    """The mean over the samples of the largest magnitude in each: what a moving average tends to, in any order."""
+    return float(hist.peaks / hist.samples)
 
 
 def percentile_limit(hist: Histogram, fmt: Format, percentile: float) -> float:
@@ -217,6 +315,7 @@ def entropy_limit(hist: Histogram, fmt: Format, percentile: float) -> float:
 
 LIMITS: dict[str, Callable[[Histogram, Format, float], float]] = {
     "max": max_limit,
+    "average": average_limit,
     "percentile": percentile_limit,
     "mse": mse_limit,
     "entropy": entropy_limit,

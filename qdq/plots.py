@@ -26,7 +26,8 @@ from qdq.qtensor import QParams
 from qdq.solve import activation_params
 from qdq.table import CalibrationTable
 
-COLOURS = ("#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
+COLOURS = ("#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
+STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 BARS = 256  # bins are joined to about so many bars
 
 _PAGE = """<!DOCTYPE html>
@@ -119,7 +120,7 @@ def _draw(figure: Any, one: _Drawn) -> None:
     width = 2.0 ** (one.hist.exponent or 0)
     edges = (np.append(starts, starts[-1] + step) - one.hist.counts.size // 2) * width
     axes.stairs(np.add.reduceat(one.hist.counts[:last], starts), edges, fill=True, color="#9db4c8", label="values")
-    for (method, params), colour, style in zip(one.params.items(), COLOURS, ("-", "--", "-.", ":"), strict=True):
+    for (method, params), colour, style in zip(one.params.items(), COLOURS, STYLES, strict=True):
         fmt = FORMATS[params.format]
         ends = [(code - params.zero_point) * float(params.scale) for code in (fmt.low, fmt.high)]
         label = f"{method}  {one.sqnr_db[method]:.1f} dB"

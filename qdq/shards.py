@@ -17,13 +17,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
-from qdq.calibrate import Progress, collect
+from qdq.calibrate import Progress, check_same, collect
 from qdq.checkpoint import Checkpoint
 from qdq.errors import InputError, MissingRuntimeError, StaleFileError
 from qdq.footprint import cores
 from qdq.graph import Model, load
 from qdq.plan import Plan
 from qdq.prepare import prepare
+from qdq.surgery import rewritten
 from qdq.table import CalibrationTable, merged
 from qdq.tap import Sample
 
@@ -147,6 +148,7 @@ def collect_shards(
         raise StaleFileError(
             "The unfinished calibration here was begun without workers: repeat that command, or delete its checkpoint."
         )
+    given = check_same(parts, rewritten(_prepared(Path(model_path)), plan), source().shard(0, 1)) if parts else ""
     count = int(state.get("shards", min(total or pool.workers * PER_WORKER, pool.workers * PER_WORKER)))
     done = set(state.get("done", ()))
     table = parts[0] if parts else None
@@ -178,7 +180,7 @@ def collect_shards(
     assert table is not None
     if not table.count:
         raise InputError("There are no samples: calibration needs at least one.")
-    if checkpoint is not None and checkpoint.key.get("samples", table.samples_sha256) != table.samples_sha256:
+    if given not in ("", table.samples_sha256):
         raise StaleFileError(
             "The samples changed their order while the calibration was interrupted, so that some were counted twice. "
             "Delete its checkpoint and begin anew."
@@ -222,7 +224,7 @@ def _round(job: _Job, left: Sequence[int], count: int, pool: Pool) -> Iterator[t
 
 def _measure(job: _Job, index: int, count: int) -> CalibrationTable:
     """In the worker: the table of one shard, without any tensor where there are fewer samples than shards."""
-    model = _prepared(job.model_path)
+    model = rewritten(_prepared(job.model_path), job.plan)
     shard = job.source().shard(index, count)
     if next(iter(shard), None) is None:
         return CalibrationTable(model_sha256=model.sha256, samples_sha256="", count=0, tensors={})

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from qdq.graph import Model
 from qdq.observers import BINS, Histogram
 from qdq.plan import Plan
 
-FORMAT = "qdq.table/1"
+FORMAT = "qdq.table/2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,7 @@ class CalibrationTable:
 
     Attributes:
         model_sha256: of the user's model.
-        samples_sha256: of all samples, "" where unknown.
+        samples_sha256: of all samples, see `samples_digest`; "" where unknown.
         count: how many samples.
         tensors: tensor name -> histogram.
         samples: the SHA-256 of each sample, sorted; () where unknown.
@@ -92,7 +93,7 @@ class CalibrationTable:
                 tensors=dict(_histogram(entry) for entry in content["tensors"]),  # type: ignore[attr-defined]
                 samples=tuple(map(str, content.get("samples", ()))),  # type: ignore[call-overload]
             )
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise InputError(
                 f"Cannot use the table {where}: {type(error).__name__} {error} in its entries. Make it again with "
                 "`qdq calibrate`."
@@ -168,6 +169,8 @@ def _entry(name: str, h: Histogram) -> dict[str, object]:
         "low": h.low,
         "high": h.high,
         "exponent": h.exponent,
+        "samples": h.samples,
+        "peaks": str(h.peaks),
         "first_bin": first - BINS,
         "counts": h.counts[first : last + 1].tolist(),
     }
@@ -187,4 +190,8 @@ def _histogram(entry: Mapping[str, object]) -> tuple[str, Histogram]:
         raise ValueError(f"range of {entry['tensor']!r}")
     if (exponent is not None and not isinstance(exponent, int)) or (exponent is None) != (low == high):
         raise ValueError(f"exponent of {entry['tensor']!r}")
-    return str(entry["tensor"]), Histogram(exponent=exponent, counts=counts, low=low, high=high)
+    samples, peaks = int(entry["samples"]), Fraction(str(entry["peaks"]))  # type: ignore[call-overload]
+    if samples < 1 or not 0 <= peaks <= samples * Fraction(max(-low, high)):
+        raise ValueError(f"samples of {entry['tensor']!r}")
+    hist = Histogram(exponent=exponent, counts=counts, low=low, high=high, samples=samples, peaks=peaks)
+    return str(entry["tensor"]), hist

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +27,22 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_LIBRARIES: ContextVar[tuple[str, ...]] = ContextVar("custom operator libraries", default=())
+
+
+@contextmanager
+def registered(libraries: Sequence[str]) -> Iterator[None]:
+    """Every Tap made inside, by whichever stage, registers these custom operator libraries.
+
+    Args:
+        libraries: paths of ONNX Runtime custom operator libraries.
+    """
+    token = _LIBRARIES.set((*_LIBRARIES.get(), *map(str, libraries)))
+    try:
+        yield
+    finally:
+        _LIBRARIES.reset(token)
 
 
 class Tap:
@@ -49,7 +67,7 @@ class Tap:
             model: prepared float model.
             tensors: names of float tensors in it.
             provider: "cpu" or "cuda".
-            custom_ops: paths of ONNX Runtime custom operator libraries.
+            custom_ops: paths of ONNX Runtime custom operator libraries, besides those of `registered`.
             threads: inside one operator; 0 lets ONNX Runtime choose.
 
         Raises:
@@ -82,7 +100,7 @@ class Tap:
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.disable_quant_qdq", "1")  # Q/DQ as the standard computes them
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.directory))
-        for library in custom_ops:
+        for library in dict.fromkeys([*_LIBRARIES.get(), *map(str, custom_ops)]):
             try:
                 options.register_custom_ops_library(str(library))
             except self._failures as error:
@@ -92,7 +110,10 @@ class Tap:
                 ) from None
         try:
             self._session = ort.InferenceSession(
-                _with_outputs(model, self._computed).SerializeToString(), options, providers=[PROVIDERS[provider]]
+                _with_outputs(model, self._computed).SerializeToString(),
+                options,
+                providers=[PROVIDERS[provider]],
+                disabled_optimizers=["ReluQuantRewrite"],  # wrong for FP8 in ONNX Runtime 1.31.1: drops the Relu
             )
         except self._failures as error:
             raise _refused(error) from None

@@ -31,7 +31,7 @@ def histograms(table: CalibrationTable) -> str:
     return replace(table, count=0, samples_sha256="", samples=()).to_json()
 
 
-def test_the_table_is_byte_identical_for_every_order_and_its_histograms_for_every_batching() -> None:
+def test_the_table_is_byte_identical_for_every_order_and_batching() -> None:
     model = graphs.conv(batch="n")
     rng = np.random.default_rng(0)
     scales = [0.01, 1.0, 3.0, 300.0]
@@ -41,7 +41,28 @@ def test_the_table_is_byte_identical_for_every_order_and_its_histograms_for_ever
     table = table_of(model, data)
     for order in itertools.islice(itertools.permutations(data), 0, 120, 17):
         assert table_of(model, list(order)).to_json() == table.to_json()
-    assert histograms(table_of(model, batched)) == histograms(table)
+    assert table_of(model, batched).to_json() == table.to_json()
+    assert table.count == table.tensors["x"].samples == 5
+    assert float(table.tensors["x"].peaks) == pytest.approx(sum(float(np.abs(s["x"]).max()) for s in data), rel=1e-12)
+
+
+@pytest.mark.parametrize("form", ["second axis", "joined with another", "of no use"])
+def test_a_batch_is_taken_apart_wherever_its_axis_went(form: str) -> None:
+    """Transposed behind another axis, joined with one by Reshape, or fixed, where a batch is one sample."""
+    shape = {"second axis": (0, -1, 6), "joined with another": (-1, 6), "of no use": (0, 0, 6)}[form]
+    nodes = [node("Reshape", "x s", "a"), node("MatMul", "a w", "y")]
+    if form == "second axis":
+        nodes = [node("Transpose", "x", "a", perm=[1, 0, 2]), node("MatMul", "a w", "y")]
+    batch = 3 if form == "of no use" else "n"
+    model = build(nodes, {"x": (batch, 5, 6)}, {"w": normal(6, 4), "s": np.array(shape, np.int64)})
+    rng = np.random.default_rng(0)
+    data = [(rng.normal(size=(1, 5, 6)) * 10**i).astype(np.float32) for i in range(3)]
+    whole = table_of(model, [{"x": np.concatenate(data)}])
+    if form == "of no use":
+        assert whole.count == 1 and all(h.samples == 1 for h in whole.tensors.values())
+        return
+    assert whole.to_json() == table_of(model, [{"x": x} for x in data]).to_json()
+    assert {h.samples for h in whole.tensors.values()} == {3}
 
 
 def test_negative_zeros_leave_no_trace_in_the_histograms() -> None:
@@ -146,14 +167,14 @@ def test_float16_tensors_are_measured() -> None:
 
 def test_a_table_survives_its_file(tmp_path: Path) -> None:
     model = graphs.branches()
-    table = table_of(model, graphs.samples(model), samples_sha256="abc")
+    table = table_of(model, graphs.samples(model))
     zero = Histogram.of(np.zeros(3, np.float32))
     edges = Histogram.of(np.float32([-BINS, BINS - 1, 1e-45]))
     table = replace(table, tensors={**table.tensors, "zero": zero, "edges": edges})
     table.save(tmp_path / "table.json")
     back = CalibrationTable.load(tmp_path / "table.json")
     assert back.to_json() == table.to_json()
-    assert (back.model_sha256, back.samples_sha256, back.count) == (model.sha256, "abc", 4)
+    assert (back.model_sha256, back.samples_sha256, back.count) == (model.sha256, table.samples_sha256, 4)
     back.check(model, placement.plan(model))
     assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
 
@@ -176,6 +197,10 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "low above zero": lambda c: c["tensors"][0].update(low=1.0),
     "exponent is text": lambda c: c["tensors"][0].update(exponent="e"),
     "no exponent": lambda c: c["tensors"][0].update(exponent=None),
+    "no samples": lambda c: c["tensors"][0].update(samples=0),
+    "no peaks": lambda c: c["tensors"][0].pop("peaks"),
+    "peaks of no size": lambda c: c["tensors"][0].update(peaks="1/0"),
+    "peaks above the range": lambda c: c["tensors"][0].update(peaks="1000000"),
     "other version": lambda c: c.update(format="qdq.table/99"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,15 @@ from click.testing import CliRunner, Result
 from models import constant, images, save_samples, segmenter
 from onnx import TensorProto, helper
 
-from calib_data import open_samples
 from qdq import placement
 from qdq.calibrate import collect, key
 from qdq.checkpoint import Checkpoint
 from qdq.cli import main
-from qdq.deploy import input_specs, load_float
+from qdq.deploy import load_float, quantize
 from qdq.errors import InputError
 from qdq.footprint import parse_bytes
+from qdq.graph import save
+from qdq.scheme import Settings
 
 
 def run(*arguments: str | Path) -> Result:
@@ -87,20 +89,20 @@ def test_a_missing_cuda_provider_is_named(folder: Path) -> None:
 def test_an_unfinished_calibration_is_continued_and_said(folder: Path) -> None:
     model = load_float(folder / "m.onnx")
     plan = placement.plan(model)
-    made_of = key(model, plan, open_samples(folder / "all", input_specs(model)).sha256())
-    left = Checkpoint.beside(folder / "t.json", made_of)
+    left = Checkpoint.beside(folder / "t.json", key(model, plan))
     left.write([collect(model, plan, images(5)[:2])])
     done = run(folder / "m.onnx", "--data", folder / "all", "-o", folder / "t.json")
     assert f"Going on with the unfinished calibration in {left.path}" in done.stderr
     assert (folder / "t.json").read_text() == collect(model, plan, images(5)).to_json()
     assert not left.path.exists()
-    left.write([collect(model, plan, images(5)[:2])])
+    left.write([collect(model, plan, images(5)[:3])])
     refused = run(folder / "m.onnx", "--data", folder / "a", "-o", folder / "t.json")
-    assert refused.exit_code == 2 and "of another samples" in refused.stderr
+    assert refused.exit_code == 2 and "holds 1 samples that are not among those given" in refused.stderr
 
 
-def test_custom_operators_run_and_stay_in_float(tmp_path: Path) -> None:
-    """NegPos of onnxruntime-extensions splits a tensor into its negative and positive part."""
+@pytest.fixture
+def custom(tmp_path: Path) -> tuple[Path, str]:
+    """A model whose operator NegPos, of onnxruntime-extensions, splits a tensor by sign; and the library."""
     extensions = pytest.importorskip("onnxruntime_extensions", reason="pip install onnxruntime-extensions")
     rng = np.random.default_rng(0)
     nodes = [
@@ -113,14 +115,47 @@ def test_custom_operators_run_and_stay_in_float(tmp_path: Path) -> None:
     graph = helper.make_graph(nodes, "g", *ends, weights)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.contrib", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "m.onnx")
-    save_samples(tmp_path / "data", [{"x": rng.normal(size=(4, 16)).astype(np.float32)} for _ in range(2)])
-    command = [tmp_path / "m.onnx", "--data", tmp_path / "data", "-o", tmp_path / "t.json"]
+    samples = [{"x": rng.normal(size=(4, 16)).astype(np.float32)} for _ in range(8)]
+    save_samples(tmp_path / "data", samples)
+    return tmp_path, extensions.get_library_path()
+
+
+def test_custom_operators_run_and_stay_in_float(custom: tuple[Path, str]) -> None:
+    folder, library = custom
+    command = [folder / "m.onnx", "--data", folder / "data", "-o", folder / "t.json"]
     assert "ai.onnx.contrib" in run(*command).stderr
-    done = run(*command, "--custom-ops", extensions.get_library_path())
+    done = run(*command, "--custom-ops", library)
     assert done.exit_code == 0, done.output
-    assert '"tensor": "p"' in (tmp_path / "t.json").read_text()
-    plan = CliRunner().invoke(main, ["explain", str(tmp_path / "m.onnx"), "split"])
+    assert '"tensor": "p"' in (folder / "t.json").read_text()
+    plan = CliRunner().invoke(main, ["explain", str(folder / "m.onnx"), "split"])
     assert "a custom operator (domain 'ai.onnx.contrib')" in plan.output
+
+
+@pytest.mark.parametrize("calibrator", ["mse", "auto"])
+def test_every_stage_of_quantize_registers_the_library(custom: tuple[Path, str], calibrator: str) -> None:
+    """Ranges, second moments, channel scales, the choice of calibrators and the biases all run the float model."""
+    folder, library = custom
+    model = load_float(folder / "m.onnx")
+    samples = [dict(np.load(path)) for path in sorted((folder / "data").iterdir())]
+    settings = Settings(calibrator=calibrator, bias_correction="on")
+    made = quantize(model, samples, settings=settings, custom_ops=[library])
+    assert made.plan.quantized_nodes == ("first", "second")
+    assert made.solution.notes[-1].startswith("biases are")
+    save(made.model, folder / "q.onnx")
+    with pytest.raises(InputError, match=r"ai\.onnx\.contrib"):  # outside, no session knows the operator
+        quantize(model, samples, settings=settings)
+
+
+def test_check_compares_models_with_custom_operators(custom: tuple[Path, str]) -> None:
+    folder, library = custom
+    samples = [dict(np.load(path)) for path in sorted((folder / "data").iterdir())]
+    save(quantize(folder / "m.onnx", samples, custom_ops=[library]).model, folder / "q.onnx")
+    command = ["check", *map(str, (folder / "m.onnx", folder / "q.onnx")), "--data", str(folder / "data")]
+    refused = CliRunner().invoke(main, command)
+    assert refused.exit_code == 2 and "ai.onnx.contrib" in refused.stderr
+    done = CliRunner().invoke(main, [*command, "--custom-ops", library, "--min-sqnr-db", "30", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["samples"] == 8
 
 
 def test_sizes() -> None:

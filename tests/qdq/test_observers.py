@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from fractions import Fraction
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdq.formats import FORMATS
-from qdq.observers import BINS, LIMITS, Histogram, choose, squared_error
+from qdq.observers import BINS, LIMITS, ChannelRange, Histogram, Moment, choose, squared_error, union
 from qdq.qtensor import QParams, from_codes, to_codes
 from qdq.scheme import CALIBRATORS
 
@@ -26,7 +27,8 @@ each_calibrator = pytest.mark.parametrize("method", LIMITS)
 def same(a: Histogram, b: Histogram) -> bool:
     """Equal to the last bit, the sign of a zero included."""
     ends = [np.float64([h.low, h.high]).tobytes() for h in (a, b)]
-    return a.exponent == b.exponent and np.array_equal(a.counts, b.counts) and ends[0] == ends[1]
+    sums = (a.samples, a.peaks) == (b.samples, b.peaks)
+    return a.exponent == b.exponent and np.array_equal(a.counts, b.counts) and ends[0] == ends[1] and sums
 
 
 def pick(hist: Histogram, method: str = "mse", *, shift: bool = True, dtype: str = "float32") -> QParams:
@@ -43,13 +45,48 @@ def noise(x: np.ndarray, params: QParams) -> float:
 def test_merging_any_split_in_any_order_is_bit_identical_to_counting_at_once(
     values: list[float], data: st.DataObject
 ) -> None:
-    whole = Histogram.of(np.float32(values))
+    whole = Histogram.of(np.float32(values), len(values))
     shuffled = data.draw(st.permutations(values))
     cuts = sorted(data.draw(st.sets(st.integers(1, len(values) - 1), max_size=4))) if len(values) > 1 else []
-    parts = [Histogram.of(part) for part in np.split(np.float32(shuffled), cuts)]
+    parts = [Histogram.of(part, part.size) for part in np.split(np.float32(shuffled), cuts)]
     assert same(functools.reduce(Histogram.merge, parts), whole)
     assert same(functools.reduce(lambda a, b: b.merge(a), reversed(parts)), whole)
     assert whole.counts.sum() == len(values)
+
+
+@given(values=st.lists(floats, min_size=1, max_size=12))
+def test_the_average_is_the_mean_of_each_samples_largest_magnitude(values: list[float]) -> None:
+    x = np.float32(values)
+    hist = Histogram.of(x, x.size)
+    exact = sum(Fraction(abs(v)) for v in x.astype(np.float64).tolist()) / x.size
+    assert hist.peaks == exact * x.size
+    assert LIMITS["average"](hist, INT8, 99.99) == float(exact)
+    both = Histogram.of(np.concatenate([x, np.zeros_like(x)]), 2)
+    assert both.peaks == max(Fraction(abs(v)) for v in x.astype(np.float64).tolist())
+
+
+@given(
+    values=st.lists(st.tuples(floats, floats, floats), min_size=2, max_size=8),
+    cut=st.integers(1, 7),
+    axis=st.booleans(),
+)
+def test_channel_ranges_merge_exactly(values: list[tuple[float, ...]], cut: int, axis: bool) -> None:
+    x = np.float32(values)
+    parts = [part for part in (x[:cut], x[cut:]) if part.size]
+    found = functools.reduce(
+        ChannelRange.merge, (ChannelRange.of(p.T if axis else p, axis=0 if axis else -1) for p in reversed(parts))
+    )
+    assert np.array_equal(found.low, x.min(axis=0)) and np.array_equal(found.high, x.max(axis=0))
+
+
+@settings(deadline=None)
+@given(rows=st.lists(st.lists(st.integers(-255, 255), min_size=4, max_size=4), min_size=2, max_size=9), data=st.data())
+def test_second_moments_are_exact_for_every_order_and_split(rows: list[list[int]], data: st.DataObject) -> None:
+    exact = np.array(rows, dtype=object).T @ np.array(rows, dtype=object)  # Python's integers
+    shuffled = np.float32(data.draw(st.permutations(rows)))
+    cut = data.draw(st.integers(1, len(rows) - 1))
+    found = union({"w": Moment.of(part[None])} for part in (shuffled[cut:], shuffled[:cut]))["w"]
+    assert found.sums[0].astype(np.int64).tolist() == exact.tolist()
 
 
 @given(values=st.lists(floats, min_size=1, max_size=12))

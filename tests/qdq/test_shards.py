@@ -124,7 +124,7 @@ def test_more_shards_than_samples_and_none_at_all(tmp_path: Path, path: Path, mo
 def test_shards_that_are_done_are_kept(tmp_path: Path, path: Path, model: Model, plan: Plan) -> None:
     source = partial(open_samples, save_samples(tmp_path / "data", images(6)), input_specs(model))
     whole = collect(model, plan, source())
-    made_of = key(model, plan, source().sha256())
+    made_of = key(model, plan)
 
     def stop(done: int, total: int | None, text: str) -> None:
         if done == 4:
@@ -145,6 +145,21 @@ def test_shards_that_are_done_are_kept(tmp_path: Path, path: Path, model: Model,
         on_progress=lambda done, total, text: told.append(done),
     )
     assert told == [5, 6] and found.to_json() == whole.to_json()
+
+
+def test_samples_that_changed_their_order_behind_a_checkpoint_are_refused(
+    tmp_path: Path, path: Path, model: Model, plan: Plan
+) -> None:
+    kept = images(4)
+    checkpoint = Checkpoint(tmp_path / "c", {})
+    done = collect(model, plan, [kept[0]])
+    checkpoint.write([done], {"shards": 4, "done": [0]})
+    source = partial(open_samples, save_samples(tmp_path / "data", kept[::-1]), input_specs(model))
+    with pytest.raises(StaleFileError, match="changed their order"):
+        collect_shards(path, plan, source, threads(), total=4, checkpoint=checkpoint)
+    other = partial(open_samples, save_samples(tmp_path / "other", images(4, seed=8)), input_specs(model))
+    with pytest.raises(StaleFileError, match="holds 4 samples that are not among those given"):
+        collect_shards(path, plan, other, threads(), total=4, checkpoint=checkpoint)
 
 
 def test_a_checkpoint_of_one_process_is_not_taken_for_shards(
