@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import NodeProto
 
 from qdq import gram
 from qdq.calibrate import Progress
 from qdq.formats import FORMATS
 from qdq.graph import Model
-from qdq.nodes import attribute, ints
-from qdq.observers import asymmetric
+from qdq.nodes import attribute, input_axis, ints
+from qdq.observers import ChannelRange, asymmetric, union
 from qdq.plan import Plan, Point
 from qdq.qtensor import QParams, from_codes, representable, to_codes
 from qdq.tap import Sample, Tap, counted
@@ -49,20 +48,20 @@ class Equalized:
     gain_db: float
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Seen:
-    """What is known of one tensor's channels: exact limits, and some of its channel vectors."""
+    """What is known of one tensor's channels, as a `Statistic`: exact limits, and some of its channel vectors."""
 
-    low: Floats
-    high: Floats
-    rows: list[npt.NDArray[np.float32]]
+    channels: ChannelRange
+    parts: tuple[npt.NDArray[np.float32], ...]
 
+    def merge(self, other: _Seen) -> _Seen:
+        return _Seen(channels=self.channels.merge(other.channels), parts=(*self.parts, *other.parts))
 
-def input_axis(node: NodeProto, rank: int) -> int:
-    """The axis of a weight that runs over input channels: Conv 1; Gemm 0 or 1 by transB; MatMul the last but one."""
-    if node.op_type == "Conv" or (node.op_type == "Gemm" and attribute(node, "transB", 0)):
-        return 1
-    return rank - 2
+    @property
+    def rows(self) -> Floats:
+        """(vectors, channels): the same whatever the order of the samples, so that sums over them are."""
+        return np.concatenate(sorted(self.parts, key=np.ndarray.tobytes)).astype(np.float64)
 
 
 def can_shift(model: Model, name: str, index: int) -> bool:
@@ -140,31 +139,39 @@ def choose(
         return {}
     points = {p.tensor: p for p in plan.activations}
     seen = _look(model, readers, points, samples, on_progress)
-    found = {}
+    found: dict[str, Equalized] = {}
     for tensor, weights in readers.items():
         info = model.info(tensor)
-        rows = np.concatenate(seen[tensor].rows).astype(np.float64)
+        rows, channels = seen[tensor].rows, seen[tensor].channels
         matrices = [_by_input(model, points[tensor], weight) for weight in weights]
         if rows.shape[1] < 2:
             continue
         wmax = np.max([np.abs(m).max(axis=(1, 2)) for m in matrices], axis=0)
-        amax = np.maximum(-seen[tensor].low, seen[tensor].high)
-        s = module.scales(amax, wmax).astype(np.float32).astype(np.float64)
-        low = HEADROOM * min(float((seen[tensor].low / s).min()), 0.0)
-        high = HEADROOM * max(float((seen[tensor].high / s).max()), 0.0)
-        if high - low <= 0:
-            continue
+        amax = np.maximum(-channels.low, channels.high)
         fmt = FORMATS[points[tensor].spec.format]
         shifted = points[tensor].spec.shift and all(can_shift(model, name, i) for name, i in points[tensor].uses)
-        scale, zero_point = asymmetric(low, high, fmt) if shifted else (max(-low, high) / fmt.high, 0)
-        stored = representable(scale, info.dtype if info is not None else "float32")
-        divided = QParams(scale=stored, zero_point=zero_point, format=fmt.name)
-        plain = _noise(rows, matrices, np.ones_like(s), params[tensor], fmt.high)
-        equalized = _noise(rows, matrices, s, divided, fmt.high)
-        gain_db = 10 * np.log10(plain / equalized) if equalized > 0 and plain > 0 else 0.0
-        if gain_db >= MINIMUM_GAIN_DB:
-            found[tensor] = Equalized(scale=s.astype(np.float32), params=divided, gain_db=float(gain_db))
+        limit = _limit(plan, weights, fmt.high)
+        plain = _noise(rows, matrices, np.ones_like(amax), params[tensor], limit)
+        tried = module.candidates(amax, wmax) if hasattr(module, "candidates") else [module.scales(amax, wmax)]
+        least = getattr(module, "MINIMUM_GAIN_DB", MINIMUM_GAIN_DB)
+        for s in (t.astype(np.float32).astype(np.float64) for t in tried):
+            low = HEADROOM * min(float((channels.low / s).min()), 0.0)
+            high = HEADROOM * max(float((channels.high / s).max()), 0.0)
+            if high - low <= 0:
+                continue
+            scale, zero_point = asymmetric(low, high, fmt) if shifted else (max(-low, high) / fmt.high, 0)
+            stored = representable(scale, info.dtype if info is not None else "float32")
+            divided = QParams(scale=stored, zero_point=zero_point, format=fmt.name)
+            equalized = _noise(rows, matrices, s, divided, limit)
+            gain_db = 10 * np.log10(plain / equalized) if equalized > 0 and plain > 0 else 0.0
+            if gain_db >= least and (tensor not in found or gain_db > found[tensor].gain_db):
+                found[tensor] = Equalized(scale=s.astype(np.float32), params=divided, gain_db=float(gain_db))
     return found
+
+
+def _limit(plan: Plan, weights: list[str], otherwise: int) -> int:
+    """The largest code of the coarsest of some weights."""
+    return min((FORMATS[p.spec.format].high for p in plan.weights if p.tensor in weights), default=otherwise)
 
 
 def _look(
@@ -177,25 +184,24 @@ def _look(
     tap = Tap(model, readers, threads=gram.THREADS)
     samples = gram.few(samples)
     each = max(1, ROWS // len(samples))
-    seen: dict[str, _Seen] = {}
-    for index, sample in counted(samples):
-        for tensor, values in tap(sample).items():
-            convolved = model.node(points[tensor].uses[0][0]).op_type == "Conv"
-            grid = values.reshape(*values.shape[:2], -1) if convolved else values.reshape(-1, values.shape[-1], 1)
-            low, high = grid.min(axis=(0, 2)).astype(np.float64), grid.max(axis=(0, 2)).astype(np.float64)
-            positions = grid.shape[0] * grid.shape[2]
-            picked = np.random.default_rng(positions).choice(positions, min(each, positions), replace=False)
-            first, last = np.divmod(np.sort(picked), grid.shape[2])
-            rows = grid[first, :, last].astype(np.float32)
-            if tensor in seen:
-                known = seen[tensor]
-                known.low, known.high = np.minimum(known.low, low), np.maximum(known.high, high)
-                known.rows.append(rows)
-            else:
-                seen[tensor] = _Seen(low=low, high=high, rows=[rows])
-        if on_progress is not None:
-            on_progress(index + 1, len(samples), "channel ranges")
-    return seen
+
+    def seen() -> Iterator[dict[str, _Seen]]:
+        for index, sample in counted(samples):
+            yield {tensor: _one(values, convolved[tensor], each) for tensor, values in tap(sample).items()}
+            if on_progress is not None:
+                on_progress(index + 1, len(samples), "channel ranges")
+
+    convolved = {tensor: model.node(points[tensor].uses[0][0]).op_type == "Conv" for tensor in readers}
+    return union(seen())
+
+
+def _one(values: npt.NDArray[np.floating], convolved: bool, each: int) -> _Seen:
+    """What one sample shows of a tensor, with `each` of its channel vectors."""
+    grid = values.reshape(*values.shape[:2], -1) if convolved else values.reshape(-1, values.shape[-1], 1)
+    positions = grid.shape[0] * grid.shape[2]
+    picked = np.random.default_rng(positions).choice(positions, min(each, positions), replace=False)
+    first, last = np.divmod(np.sort(picked), grid.shape[2])
+    return _Seen(channels=ChannelRange.of(grid, axis=1), parts=(grid[first, :, last].astype(np.float32),))
 
 
 def _by_input(model: Model, point: Point, weight: str) -> Floats:

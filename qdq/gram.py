@@ -8,6 +8,7 @@ A convolution's rows are its patches (im2col). This module must not keep activat
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -18,6 +19,7 @@ from onnx import NodeProto
 
 from qdq.graph import Model
 from qdq.nodes import attribute, ints
+from qdq.observers import Moment, union
 from qdq.plan import Plan
 from qdq.qtensor import QParams, to_codes
 from qdq.tap import Sample, Tap, counted, length
@@ -27,6 +29,7 @@ ROWS_PER_COLUMN = 8  # input rows per weight column, over all samples
 MIN_ROWS = 8192  # input rows per weight at least, over all samples
 MAX_COLUMNS = 2304  # 256 channels x 3x3: above, a matrix takes over 42 MB and its inverse over a second
 THREADS = 2  # of ONNX Runtime: with three and more the last bits of its convolutions depend on their number
+FLOAT_BITS = 11  # of rows that stay float: products of 22 bits, so sums over samples of like size are exact in float64
 BUDGET_BYTES = 1 << 30  # matrices held at once; more weights take further passes over the samples
 
 Weight = tuple[str, int | None]  # tensor and output channel axis: one tensor may be read along either
@@ -54,14 +57,15 @@ def collect(
     Args:
         model: the prepared float model.
         plan: its points.
-        params: activation tensor -> parameters, so that rows are what the integer kernel will see.
+        params: activation tensor -> parameters, so that rows are what the integer kernel will see; rows of other
+            tensors are in their own unit.
         samples: re-iterable; read twice or more when there are over MAX_SAMPLES or the matrices exceed BUDGET_BYTES.
         divisors: activation tensor -> (channels,) float32, what its channels are divided by before quantization.
         on_progress: called with (samples done, samples in all or None, text).
 
     Returns:
-        Weight tensor and axis -> (groups, columns, columns) float64. Weights over MAX_COLUMNS, batched ones, those
-        whose data operand is not quantized and those that nodes of different groups share are left out.
+        Weight tensor and axis -> (groups, columns, columns) float64. Weights over MAX_COLUMNS, batched ones, and those
+        that nodes of different groups share are left out.
     """
     weights: dict[Weight, list[NodeProto]] = {}
     for point in plan.weights:
@@ -69,7 +73,7 @@ def collect(
         assert info is not None and info.shape is not None
         shape = tuple(int(d) for d in info.shape if isinstance(d, int))
         nodes = [model.node(name) for name, _ in point.uses]
-        if any(n.input[0] not in params for n in nodes) or columns(nodes[0], shape) > MAX_COLUMNS:
+        if columns(nodes[0], shape) > MAX_COLUMNS:
             continue
         if nodes[0].op_type == "MatMul" and len(shape) > 2:
             continue
@@ -80,23 +84,24 @@ def collect(
     grams: Grams = {}
     for batch in _batches(model, weights):
         tap = Tap(model, {n.input[0] for w in batch for n in weights[w]}, threads=THREADS)
-        for index, sample in counted(samples):
-            values = tap(sample)
-            codes = {}
-            for weight in batch:
-                for node in weights[weight]:
-                    name = node.input[0]
-                    if name not in codes:
-                        codes[name] = _centred(divided(values[name], divisors.get(name), node), params[name])
-            for weight in batch:
-                shape = model.array(weight[0]).shape
-                side = columns(weights[weight][0], shape)
-                rows = -(-max(MIN_ROWS, ROWS_PER_COLUMN * side) // len(samples))
-                for node in weights[weight]:
-                    found = _moment(node, codes[node.input[0]], shape, rows)
-                    grams[weight] = grams[weight] + found if weight in grams else found
-            if on_progress is not None:
-                on_progress(index + 1, len(samples), "second moments")
+
+        def found(batch: list[Weight] = batch, tap: Tap = tap) -> Iterator[dict[Weight, Moment]]:
+            for index, sample in counted(samples):
+                values = tap(sample)
+                codes = {}
+                for node in (node for weight in batch for node in weights[weight]):
+                    if (name := node.input[0]) not in codes:
+                        codes[name] = _centred(divided(values[name], divisors.get(name), node), params.get(name))
+                for weight in batch:
+                    shape = model.array(weight[0]).shape
+                    side = columns(weights[weight][0], shape)
+                    rows = -(-max(MIN_ROWS, ROWS_PER_COLUMN * side) // len(samples))
+                    for node in weights[weight]:
+                        yield {weight: _moment(node, codes[node.input[0]], shape, rows)}
+                if on_progress is not None:
+                    on_progress(index + 1, len(samples), "second moments")
+
+        grams |= {weight: moment.sums for weight, moment in union(found()).items()}
     return grams
 
 
@@ -110,7 +115,12 @@ def divided(
     return np.asarray(values / divisor.reshape(shape))
 
 
-def _centred(values: npt.NDArray[np.floating], params: QParams) -> npt.NDArray[np.float32]:
+def _centred(values: npt.NDArray[np.floating], params: QParams | None) -> npt.NDArray[np.float32]:
+    """Integer codes less their zero point; where the kernel reads floats, these on a grid that keeps the sums exact."""
+    if params is None:
+        amax = float(np.abs(values).max()) if values.size else 0.0
+        step = np.float32(2.0 ** (math.frexp(amax)[1] - FLOAT_BITS)) if amax else np.float32(1)
+        return np.asarray(np.rint(np.asarray(values, dtype=np.float32) / step) * step)
     return np.asarray(
         to_codes(np.asarray(values, dtype=np.float32), params).astype(np.float32) - np.float32(params.zero_point)
     )
@@ -174,19 +184,15 @@ def _batches(model: Model, weights: Mapping[Weight, list[NodeProto]]) -> list[li
     return batches
 
 
-def _moment(
-    node: NodeProto, codes: npt.NDArray[np.float32], shape: tuple[int, ...], rows: int
-) -> npt.NDArray[np.float64]:
-    """(groups, columns, columns) float64: second moment of up to `rows` input rows, evenly spaced."""
+def _moment(node: NodeProto, codes: npt.NDArray[np.float32], shape: tuple[int, ...], rows: int) -> Moment:
+    """(groups, columns, columns): second moment of up to `rows` input rows, evenly spaced."""
     if node.op_type != "Conv":
         flat = codes.T if attribute(node, "transA", 0) else codes
         flat = flat.reshape(-1, flat.shape[-1])
-        picked = flat[_spaced(flat.shape[0], rows)].astype(np.float64)
-        return np.asarray((picked.T @ picked)[None])
+        return Moment.of(flat[_spaced(flat.shape[0], rows)][None])
     groups = attribute(node, "group", 1)
     patches = _patches(node, codes, shape, rows).reshape(-1, groups, shape[1] * int(np.prod(shape[2:])))
-    per_group = np.ascontiguousarray(patches.transpose(1, 0, 2), dtype=np.float64)
-    return np.asarray(per_group.transpose(0, 2, 1) @ per_group)
+    return Moment.of(patches.transpose(1, 0, 2))
 
 
 def _spaced(length: int, count: int) -> npt.NDArray[np.int64]:

@@ -1,7 +1,7 @@
 """Write Q/DQ nodes, integer weights and shift corrections into a graph.
 
 Model + Plan + Solution -> Model: each activation point gets QuantizeLinear and DequantizeLinear in front of its
-consumers, each weight becomes INT8 codes behind a DequantizeLinear. It must not choose anything.
+consumers, each weight becomes codes behind a DequantizeLinear. It must not choose anything.
 
 | case | in front of the operand | behind the node |
 |---|---|---|
@@ -12,12 +12,19 @@ consumers, each weight becomes INT8 codes behind a DequantizeLinear. It must not
 | E Conv, channels per group no multiple of 4 | as C, the Pad adds zero channels, the weight zero codes | as A to C |
 | F as E, with several groups | Reshape to (N, groups, channels, ...) before the Pad and back behind it | as A to C |
 | D shifted, shortcut of an Add | Sub c, Q, DQ, Add c | nothing |
+| G weight-only | nothing | nothing |
+| H blocks that do not divide the reduction axis | first Pad with zeros; the weight has zero codes there | as A to G |
+| I one scale per token | Div by s = max abs over the last axis / 127, Q and DQ of scale 1 | Mul by s, then the bias |
+| J two-level weight (instead of codes and DQ) | DQ of the blocks, Q and DQ of INT8 per channel | as A to I |
 
 TensorRT reads zero point 0 only; c = -zero_point * scale makes the same codes as a zero point would, and 0 keeps an
 exact code. On TensorRT-RTX Pad, Sub and Q fuse into the kernel that produced the tensor (measured: the same number of
 kernels, 0 to 3 % more bytes in 2-D and up to 12 % on small 3-D tensors). Case E: its INT8 convolutions read channels in
 fours; left to itself the compiler concatenates a constant of zeros as large as the tensor, stored in the engine (the
 weights of a 5-channel 3-D network grew 320 times; SM89). Case F needs static spatial sizes, else nothing is added.
+Case I runs as three kernels with an integer product in between, and case J stores 4-bit weights that one kernel unpacks
+to INT8 (measured). Blocks are never put in front of an integer product without case J: TensorRT-RTX then multiplies the
+block scales in behind the sum over all blocks.
 """
 
 from __future__ import annotations
@@ -34,11 +41,13 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from qdq.formats import FORMATS
 from qdq.graph import Model, captured
 from qdq.nodes import Names, attribute, ints
+from qdq.placement import weight_axis
 from qdq.plan import Plan, Point
-from qdq.qtensor import QParams, from_codes
+from qdq.qtensor import QParams
 from qdq.solve import Solution
 
 CHANNEL_MULTIPLE = 4
+LEAST_TOKEN_SCALE = 2.0**-14  # FP16's smallest normal number: a smaller scale would lose digits, or be zero
 
 
 def insert(model: Model, plan: Plan, solution: Solution) -> Model:
@@ -71,6 +80,14 @@ class _Border:
     spatial: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """Zeros behind one axis of the data of a product, which fill up the last block of its weight."""
+
+    axis: int
+    missing: int
+
+
 class _Writer:
     """Builds the new node and initializer lists in the order of the old ones."""
 
@@ -88,16 +105,26 @@ class _Writer:
         copy.CopyFrom(node)
         data, weight = operands.get((node.name, 0)), operands.get((node.name, 1))
         if weight is not None and weight.role == "weight" and data is not None:
+            if data.tensor in self._solution.tokens:
+                self._per_token(copy, weight, data.tensor)
+                return
             params = self._solution.activations[data.tensor]
             channels = self._missing_channels(node)
             pads = ints(node, "pads", []) if node.op_type == "Conv" and (params.zero_point or channels) else []
-            copy.input[0] = self._activation(data.tensor, params, self._border(node, pads, channels))
+            border = self._border(node, pads, channels) if node.op_type == "Conv" else self._rows(node, weight)
+            copy.input[0] = self._activation(data.tensor, params, border)
             copy.input[1] = self._weight(weight, channels)
             if any(pads):
                 _set_ints(copy, "pads", [0] * len(pads))
             self._nodes.append(copy)
             if params.zero_point:
                 self._correct(copy, weight, params)
+            return
+        if weight is not None and weight.role == "weight":  # weight-only
+            source, rows = self._divided(node.input[0]), self._rows(node, weight)
+            copy.input[0] = source if rows is None else self._padded(node.input[0], source, rows)
+            copy.input[1] = self._weight(weight, 0)
+            self._nodes.append(copy)
             return
         for index in range(len(node.input)):
             point = operands.get((node.name, index))
@@ -162,8 +189,47 @@ class _Writer:
             before=tuple(pads[:rank]), after=tuple(pads[rank:]), channels=channels, groups=groups, spatial=spatial
         )
 
-    def _activation(self, tensor: str, params: QParams, border: _Border | None) -> str:
-        """Cases A, B, C, E and F: the dequantized tensor, made once per tensor and border."""
+    def _rows(self, node: NodeProto, weight: Point) -> _Rows | None:
+        """Case H: what the last block of a product's weight lacks."""
+        params = self._solution.weights[weight.tensor, weight.spec.axis].params
+        if params.block is None or params.length is None or not (missing := -params.length % params.block):
+            return None
+        return _Rows(axis=-2 if attribute(node, "transA", 0) else -1, missing=missing)
+
+    def _per_token(self, node: NodeProto, weight: Point, tensor: str) -> None:
+        """Case I: x W = s (round(x / s) W) for the scale s of each row of x; a Gemm becomes the MatMul that it is."""
+        flip = bool(attribute(node, "transB", 0))
+        rows = self._rows(node, weight)
+        key = (tensor, rows, "token")
+        if key not in self._made:
+            fmt, dtype = FORMATS[self._solution.activations[tensor].format], self._dtype(tensor)
+            source = self._divided(tensor)
+            size = self._append("Abs", (source,), f"{tensor}_Abs")
+            axes = self._constant(f"{tensor}_axes", np.array([-1], dtype=np.int64))
+            size = self._append("ReduceMax", (size, axes), f"{tensor}_ReduceMax", keepdims=1)
+            step = self._constant(f"{tensor}_step", np.asarray(1 / fmt.high), dtype)
+            size = self._append("Mul", (size, step), f"{tensor}_token_Mul")
+            least = self._constant(f"{tensor}_least", np.asarray(LEAST_TOKEN_SCALE), dtype)
+            scale = self._append("Max", (size, least), f"{tensor}_token_scale")  # a row of zeros stays zero
+            source = self._append("Div", (source, scale), f"{tensor}_Div")
+            source = source if rows is None else self._padded(tensor, source, rows)
+            one, zero = self._scale(tensor, self._solution.activations[tensor])
+            codes = self._append("QuantizeLinear", (source, one, zero), f"{tensor}_QuantizeLinear")
+            self._made[key] = self._append("DequantizeLinear", (codes, one, zero), f"{tensor}_DequantizeLinear")
+            self._made[*key, "scale"] = scale
+        output, bias = node.output[0], node.input[2] if len(node.input) > 2 else ""
+        product = self._name(f"{output}_per_token")
+        inputs = [self._made[key], self._weight(weight, 0, flip=flip)]
+        self._nodes.append(helper.make_node("MatMul", inputs, [product], name=node.name))
+        name = self._name(f"{node.name}_token_Mul")
+        scaled = self._name(f"{output}_scaled") if bias else output
+        self._nodes.append(helper.make_node("Mul", [product, self._made[*key, "scale"]], [scaled], name=name))
+        if bias:
+            name = self._name(f"{node.name}_token_Add")
+            self._nodes.append(helper.make_node("Add", [scaled, bias], [output], name=name))
+
+    def _activation(self, tensor: str, params: QParams, border: _Border | _Rows | None) -> str:
+        """Cases A, B, C, E, F and H: the dequantized tensor, made once per tensor and border."""
         key = (tensor, border)
         if key in self._made:
             return self._made[key]
@@ -190,9 +256,16 @@ class _Writer:
             self._made[key] = self._append("Mul", (tensor, factor), f"{tensor}_Mul")
         return self._made[key]
 
-    def _padded(self, tensor: str, source: str, border: _Border) -> str:
-        axes = [0] if border.groups == 1 else [0, 0]
-        amounts = [*axes, 0, *border.before, *axes, border.channels, *border.after]
+    def _padded(self, tensor: str, source: str, border: _Border | _Rows) -> str:
+        if isinstance(border, _Rows):
+            key = (source, border)
+            if key not in self._made:
+                pads = self._constant(f"{tensor}_pads", np.array([0, border.missing], dtype=np.int64))
+                axes = self._constant(f"{tensor}_pad_axes", np.array([border.axis], dtype=np.int64))
+                self._made[key] = self._append("Pad", (source, pads, "", axes), f"{tensor}_Pad")
+            return self._made[key]
+        front = [0] if border.groups == 1 else [0, 0]
+        amounts = [*front, 0, *border.before, *front, border.channels, *border.after]
         pads = self._constant(f"{tensor}_pads", np.array(amounts, dtype=np.int64))
         if border.groups == 1:
             return self._append("Pad", (source, pads), f"{tensor}_Pad")
@@ -232,31 +305,54 @@ class _Writer:
             self._made[key] = self._constant(f"{tensor}_offset", offset, self._dtype(tensor))
         return self._made[key]
 
-    def _weight(self, point: Point, channels: int) -> str:
-        """Integer codes behind a DequantizeLinear, made once per weight, axis and number of added input channels."""
-        key = (point.tensor, "weight", point.spec.axis, channels)
+    def _weight(self, point: Point, channels: int, *, flip: bool = False) -> str:
+        """Codes behind a DequantizeLinear, made once per weight, axis and number of added input channels.
+
+        With `flip` a matrix is written transposed.
+        """
+        key = (point.tensor, "weight", point.spec.axis, channels, flip)
         if key not in self._made:
             quantized = self._solution.weights[point.tensor, point.spec.axis]
-            values = quantized.codes
+            params, via = quantized.params, quantized.via
+            values, scales, axis = quantized.codes, params.scale, params.axis or 0
             if channels:
-                values = np.pad(values, [(0, channels if axis == 1 else 0) for axis in range(values.ndim)])
-            codes = self._constant(f"{point.tensor}_quantized", values)
-            scale = self._constant(f"{point.tensor}_scale", quantized.params.scale, self._dtype(point.tensor))
-            zeros = np.zeros(quantized.params.scale.shape, dtype=quantized.codes.dtype)
-            zero = self._constant(f"{point.tensor}_zero_point", zeros)
-            axis = point.spec.axis or 0
-            self._made[key] = self._append(
-                "DequantizeLinear", (codes, scale, zero), f"{point.tensor}_DequantizeLinear", axis=axis
-            )
+                values = np.pad(values, [(0, channels if i == 1 else 0) for i in range(values.ndim)])
+            if flip:
+                values, axis = values.T, 1 - axis
+                scales = scales.T if scales.ndim == values.ndim else scales
+            codes = self._constant(f"{point.tensor}_quantized", np.ascontiguousarray(values))
+            dtype = self._dtype(point.tensor)
+            extra = {"block_size": params.block} if params.block else {}
+            inputs = [codes, *self._weight_scale(point.tensor, scales, values.dtype, dtype, params)]
+            made = self._append("DequantizeLinear", inputs, f"{point.tensor}_DequantizeLinear", axis=axis, **extra)
+            if via is not None:
+                assert via.axis is not None
+                axis = 1 - via.axis if flip else via.axis
+                scale = self._constant(f"{point.tensor}_channel_scale", via.scale, dtype)
+                zeros = np.zeros(via.scale.shape, dtype=FORMATS[via.format].dtype)
+                zero = self._constant(f"{point.tensor}_channel_zero_point", zeros)
+                made = self._append("QuantizeLinear", (made, scale, zero), f"{point.tensor}_QuantizeLinear", axis=axis)
+                made = self._append("DequantizeLinear", (made, scale, zero), f"{made}_DequantizeLinear", axis=axis)
+            self._made[key] = made
         return self._made[key]
+
+    def _weight_scale(
+        self, tensor: str, scale: npt.NDArray[np.float32], codes: np.dtype[np.generic], dtype: str, params: QParams
+    ) -> list[str]:
+        """Scale and zero point of a weight's codes; a blocked format needs no zero point, for its type is that of the
+        codes."""
+        if params.block is None:
+            zeros = np.zeros(scale.shape, dtype=codes)
+            return [self._constant(f"{tensor}_scale", scale, dtype), self._constant(f"{tensor}_zero_point", zeros)]
+        return [self._constant(f"{tensor}_scale", np.ascontiguousarray(scale), dtype)]
 
     def _correct(self, node: NodeProto, point: Point, params: QParams) -> None:
         """Add c * sum(W) behind a node whose data operand was shifted by c; into its bias where that is constant."""
-        quantized = self._solution.weights[point.tensor, point.spec.axis]
-        values = from_codes(quantized.codes, quantized.params).astype(np.float64)
+        values = self._solution.weights[point.tensor, point.spec.axis].values().astype(np.float64)
+        outputs = weight_axis(node, values.ndim)
         if node.op_type == "Gemm":
             values = values * next((a.f for a in node.attribute if a.name == "alpha"), 1.0)
-        summed = -2 if node.op_type == "MatMul" else tuple(i for i in range(values.ndim) if i != point.spec.axis)
+        summed = -2 if node.op_type == "MatMul" else tuple(i for i in range(values.ndim) if i != outputs)
         dtype = self._dtype(point.tensor)
         correction = np.asarray(params.offset * values.sum(axis=summed, keepdims=values.ndim > 2 and summed == -2))
         bias = node.input[2] if len(node.input) > 2 else ""

@@ -197,6 +197,9 @@ def _before_float(view: View) -> Found:
 )
 def _float_weight(view: View) -> Found:
     for q in view.heads:
+        maker = view.model.producer(q.node.input[0])
+        if maker is not None and maker.op_type == "DequantizeLinear":
+            continue  # the second level of 4-bit weights: what is stored is half of the codes' bytes
         if q.is_q and q.stored and q.shape != () and q.dtype in (*EIGHT_BIT, *FP8):
             yield q.node, "A float constant is quantized at run time."
 

@@ -23,6 +23,13 @@ def attribute_value(node: NodeProto, name: str, default: Any) -> Any:
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
+def input_axis(node: NodeProto, rank: int) -> int:
+    """The axis of a weight that runs over input channels: Conv 1; Gemm 0 or 1 by transB; MatMul the last but one."""
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and attribute(node, "transB", 0)):
+        return 1
+    return rank - 2
+
+
 class Names:
     """The names of a graph, which only grow.
 

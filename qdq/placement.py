@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from onnx import NodeProto
 
 from qdq.errors import InputError
+from qdq.formats import FORMATS
+from qdq.granularity import coarsest
 from qdq.graph import Model, bodies
-from qdq.nodes import attribute
+from qdq.nodes import attribute, input_axis
 from qdq.plan import Plan, Point, Skip
-from qdq.scheme import Settings, Spec
+from qdq.scheme import Scheme, Settings, Spec
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
+MOST_PADDING = 1 / 8  # zeros added to fill the last block, as a share of the real elements
 FLOATS = ("float32", "float16", "bfloat16")
 
 # Why an operator without weights stays in float. The compiler fuses what it can into the kernels of its neighbours.
@@ -50,6 +53,7 @@ class Want:
     role: str
     spec: Spec
     rule: str
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,17 +84,58 @@ def weight_axis(node: NodeProto, rank: int) -> int:
 
 
 def weighted(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
-    """Want data per tensor and weight per output channel of Conv, Gemm and MatMul with a constant weight."""
+    """Want what the node's scheme says of the data and the constant weight of Conv, Gemm and MatMul."""
     if node.op_type not in WEIGHTED or len(node.input) < 2 or not model.is_constant(node.input[1]):
         return []
     weight = model.info(node.input[1])
-    if weight is None or weight.shape is None:
+    if weight is None or weight.shape is None or len(weight.shape) < 2:
         return []
-    axis = weight_axis(node, len(weight.shape))
-    return [
-        Want(tensor=node.input[0], index=0, role="activation", spec=settings.activation(), rule="weighted"),
-        Want(tensor=node.input[1], index=1, role="weight", spec=settings.weight(axis), rule="weighted"),
-    ]
+    scheme, convolution = settings.scheme_of(node.name), node.op_type == "Conv"
+    outputs, inputs = weight_axis(node, len(weight.shape)), input_axis(node, len(weight.shape))
+    block, reason, fallback = None, "", False
+    if FORMATS[scheme.weight].blocks and not convolution and settings.block not in ("channel", "tensor"):
+        block, reason = _block(model, node, settings, scheme, weight.shape)
+        fallback = block is None
+    data = settings.activation(scheme, convolution=convolution)
+    spec = (
+        Spec(format="int8", axis=outputs, weight_only=scheme.data is None)
+        if fallback
+        else settings.weight(scheme, outputs=outputs, inputs=inputs, block=block, convolution=convolution)
+    )
+    if spec is None:
+        reason = f"{scheme.name} is for weights alone, and a convolution would dequantize its weight in an extra kernel"
+        return [Veto(rule="weight_only", reason=reason)]
+    wants: list[Decision] = []
+    if data is not None:
+        wants.append(Want(tensor=node.input[0], index=0, role="activation", spec=data, rule="weighted"))
+    return [*wants, Want(tensor=node.input[1], index=1, role="weight", spec=spec, rule="weighted", reason=reason)]
+
+
+def _block(
+    model: Model, node: NodeProto, settings: Settings, scheme: Scheme, shape: Sequence[int | str | None]
+) -> tuple[int | None, str]:
+    """Elements per block, and why they are not as many as asked for; None and the reason where no block fits."""
+    blocks = FORMATS[scheme.weight].blocks
+    size = shape[input_axis(node, len(shape))]
+    if scheme.via and len(shape) > 2:
+        return None, f"int8 per channel: {scheme.weight} blocks that are read as {scheme.via} need a matrix"
+    fitting = [b for b in blocks if isinstance(size, int) and _fitting(size, b)]
+    if not fitting or not isinstance(size, int):
+        return None, f"int8 per channel: its {size} inputs do not fill blocks of {min(blocks)}"
+    if settings.block == "auto":
+        weight = model.array(node.input[1])
+        block = coarsest(weight, input_axis(node, weight.ndim), fitting, FORMATS[scheme.weight], settings.block_loss_db)
+        return block, f"the coarsest block within {settings.block_loss_db:g} dB of {min(fitting)}"
+    block = max((b for b in fitting if b <= int(settings.block)), default=min(fitting))
+    reasons = [] if block == settings.block else [f"blocks of {settings.block} do not divide its {size} inputs"]
+    if missing := -size % block:
+        reasons.append(f"padded with {missing} zeros")
+    return block, "; ".join(reasons)
+
+
+def _fitting(size: int, block: int) -> bool:
+    """Whether an axis is whole blocks, or nearly: what is added is at most an eighth."""
+    return -size % block <= MOST_PADDING * size
 
 
 def residual(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
@@ -105,7 +150,8 @@ def residual(model: Model, node: NodeProto, settings: Settings) -> list[Decision
         uses = [u.node for u in model.consumers(tensor) if u.index == 0 and u.node.op_type == "Conv"]
         other = model.producer(node.input[1 - index])
         if any(model.is_constant(n.input[1]) for n in uses) and other is not None and other.op_type == "Conv":
-            wants.append(Want(tensor=tensor, index=index, role="shortcut", spec=settings.activation(), rule="residual"))
+            spec = Spec(format="int8", shift=settings.shift)  # stands for the one that the convolution's scheme wants
+            wants.append(Want(tensor=tensor, index=index, role="shortcut", spec=spec, rule="residual"))
     return wants[:1]
 
 
@@ -186,8 +232,8 @@ def why_float(op_type: str) -> tuple[str, str]:
     return "no_weight", "it has no weights; the compiler fuses pointwise operators into the kernel before or after them"
 
 
-def check_exclude(model: Model, patterns: tuple[str, ...]) -> None:
-    """Refuse patterns that match no node.
+def check_exclude(model: Model, patterns: tuple[str, ...], what: str = "exclude") -> None:
+    """Refuse patterns that match no node; `what` is the setting's name for the message.
 
     Raises:
         InputError: names the pattern and the nearest node names.
@@ -198,7 +244,7 @@ def check_exclude(model: Model, patterns: tuple[str, ...]) -> None:
             near = difflib.get_close_matches(pattern.strip("*"), names, n=3, cutoff=0.3)
             hint = f" Near names: {', '.join(near)}." if near else ""
             raise InputError(
-                f"The exclude pattern {pattern!r} matches none of the model's {len(names)} nodes. Patterns are "
+                f"The {what} pattern {pattern!r} matches none of the model's {len(names)} nodes. Patterns are "
                 f"matched against whole node names, case-sensitively; use * for any text.{hint}"
             )
 
@@ -214,11 +260,12 @@ def plan(model: Model, settings: Settings | None = None) -> Plan:
         The plan: points sorted by their first use in the graph, and one Skip with a reason for every other node.
 
     Raises:
-        InputError: an exclude pattern that matches nothing. A model without anything to quantize gives a plan without
-            points.
+        InputError: an exclude or override pattern that matches nothing, or nodes of different schemes that read one
+            tensor in different formats. A model without anything to quantize gives a plan without points.
     """
     settings = settings or Settings()
     check_exclude(model, settings.exclude)
+    check_exclude(model, tuple(pattern for pattern, _ in settings.overrides), "override")
     found: dict[tuple[str, str, int | None], Point] = {}
     shortcuts: list[tuple[str, str]] = []
     skips: list[Skip] = []
@@ -245,8 +292,17 @@ def plan(model: Model, settings: Settings | None = None) -> Plan:
                 continue
             key = (want.role, want.tensor, want.spec.axis)
             point = found.get(key) or Point(
-                tensor=want.tensor, role=want.role, spec=want.spec, consumers=(), rule=want.rule
+                tensor=want.tensor, role=want.role, spec=want.spec, consumers=(), rule=want.rule, reason=want.reason
             )
+            if point.spec.token != want.spec.token:  # a reader that can only have one scale decides for all
+                want = replace(want, spec=replace(want.spec, token=None))
+                point = replace(point, spec=replace(point.spec, token=None))
+            if point.spec != want.spec:
+                raise InputError(
+                    f"{node.name!r} would read {want.tensor!r} in another form than {point.uses[0][0]!r}, and a tensor "
+                    f"is quantized once: {want.spec.format} and {point.spec.format}. Give both nodes one scheme in "
+                    "overrides, or exclude one."
+                )
             found[key] = replace(point, consumers=(*point.consumers, consumer))
         if not any(w.role != "shortcut" for w in wants):
             rule, reason = why_float(node.op_type)

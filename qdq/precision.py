@@ -269,9 +269,11 @@ class _Writer:
         lost = ~np.array([fits(np.asarray(s), self._low) for s in scale.ravel()]).reshape(scale.shape)
         raised = np.where(lost, np.maximum(scale, float(finfo(self._low).smallest_normal)), scale)
         ratio = scale / raised
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1) % max(codes.ndim, 1)
         if scale.ndim == 1:
-            axis = next((a.i for a in node.attribute if a.name == "axis"), 1) % codes.ndim
             ratio = ratio.reshape([-1 if i == axis else 1 for i in range(codes.ndim)])
+        elif scale.ndim == codes.ndim > 0:  # blocks
+            ratio = np.repeat(ratio, codes.shape[axis] // scale.shape[axis], axis=axis)
         names = self._name(f"{node.input[0]}_{self._low}"), self._name(f"{node.input[1]}_{self._low}")
         rounded = np.rint(codes.astype(np.float64) * ratio).astype(codes.dtype)
         self._constants[names[0]] = numpy_helper.from_array(rounded, names[0])

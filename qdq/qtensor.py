@@ -1,21 +1,29 @@
 """Quantized values: the only file with quantize and dequantize arithmetic.
 
 x -> codes = clip(round(x / scale) + zero_point, low, high) -> (codes - zero_point) * scale.
-TensorRT reads zero point 0 only; a non-zero one here is realised by `insert` as a shift of the tensor before
-QuantizeLinear. Rounding is half to even, as in ONNX and TensorRT. This module must not look at graphs.
+One scale per tensor, per index of an axis, or per block of consecutive indices of an axis; a blocked scale keeps the
+rank of its tensor. TensorRT reads zero point 0 only; a non-zero one here is realised by `insert` as a shift of the
+tensor before QuantizeLinear. Rounding is half to even, as in ONNX and TensorRT. This module must not look at graphs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from qdq.footprint import cores
 from qdq.formats import FORMATS, Format
 
+SMALLEST_FP8 = 2.0**-9  # of E4M3
+CHUNK = 1 << 18  # elements worked on at a time, on each thread: 1 MB of float32, which stays in the cache
+
 Array = npt.NDArray[np.generic]
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,16 +33,23 @@ class QParams:
     Invariants: every scale is finite and above zero, as TensorRT's parser demands; `zero_point` is a code.
 
     Attributes:
-        scale: () for a whole tensor or (channels,) float32.
+        scale: () for a whole tensor, (channels,) along `axis`, or with blocks the tensor's shape with as many blocks
+            along `axis` as there are; float32.
         zero_point: the code of the real value 0; 0 unless the tensor is shifted.
         axis: the axis `scale` runs along, None for a whole tensor.
         format: the bit format's name.
+        block: how many indices of `axis` share a scale; None for one.
+        length: size of the real tensor along a blocked axis; what codes have beyond is padding with zeros.
+        second: scale of the block scales where the format quantizes them themselves; `scale` holds the products.
     """
 
-    scale: npt.NDArray[np.float32]
+    scale: Floats
     zero_point: int = 0
     axis: int | None = None
     format: str = "int8"
+    block: int | None = None
+    length: int | None = None
+    second: float | None = None
 
     @property
     def offset(self) -> float:
@@ -47,20 +62,75 @@ class QTensor:
     """Codes with the parameters that give them meaning.
 
     Attributes:
-        codes: the tensor's shape, in the format's storage dtype.
+        codes: the tensor's shape, in the format's storage dtype; padded to whole blocks along a blocked axis.
         params: scale, zero point and axis.
+        via: of two-level weights: the per-channel parameters in whose codes the product reads the values.
     """
 
     codes: Array
     params: QParams
+    via: QParams | None = None
+
+    def values(self) -> Floats:
+        """What the product reads, dequantized: the tensor's shape without padding, float32."""
+        values = from_codes(self.codes, self.params)
+        if self.via is not None:
+            values = from_codes(to_codes(values, self.via), self.via)
+        return values
 
 
-def _along(scale: npt.NDArray[np.float32], axis: int | None, rank: int) -> npt.NDArray[np.float32]:
-    if axis is None:
+def _along(scale: Floats, axis: int | None, rank: int) -> Floats:
+    if axis is None or scale.ndim == rank:
         return scale
     shape = [1] * rank
     shape[axis] = -1
     return scale.reshape(shape)
+
+
+def padded(x: Array, axis: int, block: int) -> Array:
+    """The tensor with zeros behind it along an axis, up to whole blocks; itself where there are only whole ones."""
+    missing = -x.shape[axis] % block
+    return np.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
+
+
+def blocked(x: Array, axis: int, block: int) -> Array:
+    """A view (outer, blocks, block, inner) of a tensor that has whole blocks along an axis.
+
+    >>> blocked(np.arange(12).reshape(4, 3), 0, 2).shape
+    (1, 2, 2, 3)
+    """
+    shape = x.shape
+    outer, inner = int(np.prod(shape[:axis])), int(np.prod(shape[axis + 1 :]))
+    return x.reshape(outer, shape[axis] // block, block, inner)
+
+
+def in_chunks(work: Callable[[tuple[slice, slice]], None], view: Array) -> None:
+    """Call `work` on parts of the first two axes of a blocked view that together make it up, on every core."""
+
+    def parts() -> Iterator[tuple[slice, slice]]:
+        outer, blocks, block, inner = view.shape
+        blocks_at_once = max(1, CHUNK // max(block * inner, 1))
+        outer_at_once = max(1, blocks_at_once // max(blocks, 1))
+        for i in range(0, outer, outer_at_once):
+            for j in range(0, blocks, blocks_at_once):
+                yield slice(i, i + outer_at_once), slice(j, j + blocks_at_once)
+
+    if view.size <= CHUNK:
+        for part in parts():
+            work(part)
+        return
+    with ThreadPoolExecutor(cores()) as pool:
+        for _ in pool.map(work, parts()):
+            pass
+
+
+def _coded(q: Floats, fmt: Format) -> Array:
+    """Values on the scale of codes -> codes; `q` is overwritten."""
+    if not fmt.integer:
+        return np.clip(q, fmt.low, fmt.high, out=q).astype(fmt.dtype)  # the cast rounds half to even
+    np.rint(q, out=q)
+    np.clip(q, fmt.low, fmt.high, out=q)
+    return q.astype(np.int8).view(fmt.dtype) if fmt.bits == 4 else q.astype(fmt.dtype)
 
 
 def to_codes(x: Array, params: QParams) -> Array:
@@ -68,32 +138,59 @@ def to_codes(x: Array, params: QParams) -> Array:
 
     Args:
         x: any shape, float.
-        params: per tensor or per axis.
+        params: per tensor, per axis or per block.
 
     Returns:
-        x's shape in the format's storage dtype.
+        x's shape in the format's storage dtype; with blocks, padded with zero codes to whole blocks.
 
     >>> to_codes(np.float32([-1.0, 0.25, 9.0]), QParams(scale=np.float32(0.5))).tolist()
     [-2, 0, 18]
     """
     fmt = FORMATS[params.format]
-    codes = np.rint(x.astype(np.float32, copy=False) / _along(params.scale, params.axis, x.ndim)) + params.zero_point
+    if params.block is not None:
+        assert params.axis is not None
+        x = padded(x, params.axis, params.block)
+        codes = np.empty(x.shape, dtype=fmt.dtype)
+        source, target = (blocked(t, params.axis, params.block) for t in (x, codes))
+        scale = blocked(params.scale, params.axis, 1)
+
+        def work(part: tuple[slice, slice]) -> None:
+            target[part] = _coded(np.divide(source[part], scale[part], dtype=np.float32), fmt)
+
+        in_chunks(work, source)
+        return codes
+    codes = np.asarray(x.astype(np.float32, copy=False) / _along(params.scale, params.axis, x.ndim))
+    if not fmt.integer:
+        return _coded(codes, fmt)
+    codes = np.rint(codes) + params.zero_point
     return np.asarray(np.clip(codes, fmt.low, fmt.high).astype(fmt.dtype))
 
 
-def from_codes(codes: Array, params: QParams) -> npt.NDArray[np.float32]:
+def from_codes(codes: Array, params: QParams) -> Floats:
     """Dequantize: (codes - zero_point) * scale.
 
     Args:
-        codes: any shape, integer.
+        codes: any shape, codes of the format.
         params: as in `to_codes`.
 
     Returns:
-        codes' shape, float32.
+        codes' shape, float32; of a blocked axis only `params.length` elements where that is known.
 
     >>> from_codes(np.int8([-2, 3]), QParams(scale=np.float32(0.5))).tolist()
     [-1.0, 1.5]
     """
+    if params.block is not None:
+        assert params.axis is not None
+        whole = np.empty(codes.shape, dtype=np.float32)
+        source, target = (blocked(t, params.axis, params.block) for t in (codes, whole))
+        scale = blocked(params.scale, params.axis, 1)
+
+        def work(part: tuple[slice, slice]) -> None:
+            np.multiply(source[part].astype(np.float32), scale[part], out=target[part])
+
+        in_chunks(work, source)
+        kept = (slice(None),) * params.axis + (slice(params.length),)
+        return whole[kept]
     centred = codes.astype(np.float32) - np.float32(params.zero_point)
     return np.asarray(centred * _along(params.scale, params.axis, codes.ndim), dtype=np.float32)
 
@@ -144,3 +241,58 @@ def weight_params(weight: Array, *, axis: int, fmt: Format) -> QParams:
     largest = float(scale.max()) if scale.size else 0.0
     scale = np.where(scale > 0, scale, np.float32(largest or 1.0))
     return QParams(scale=representable(scale, weight.dtype.name), axis=axis, format=fmt.name)
+
+
+def block_params(weight: Array, *, axis: int, block: int, fmt: Format) -> QParams:
+    """Symmetric scales of a weight, one per block: amax / high. A block of zeros takes the largest scale.
+
+    Args:
+        weight: any shape, float.
+        axis: the axis that is cut into blocks.
+        block: elements in a block; the last block is filled up with zeros.
+        fmt: the bit format.
+
+    Returns:
+        scale: the weight's shape with the number of blocks along `axis`; exact in the weight's own float type.
+
+    >>> block_params(np.float32([[7.0], [1.0], [0.0], [14.0]]), axis=0, block=2, fmt=FORMATS["int4"]).scale.tolist()
+    [[1.0], [2.0]]
+    """
+    whole = blocked(padded(weight, axis, block), axis, block)
+    amax = np.empty((whole.shape[0], whole.shape[1], 1, whole.shape[3]), dtype=np.float32)
+
+    def work(part: tuple[slice, slice]) -> None:
+        x = whole[part].astype(np.float32, copy=False)
+        amax[part] = np.maximum(x.max(axis=2, keepdims=True), -x.min(axis=2, keepdims=True))
+
+    in_chunks(work, whole)
+    scale = amax / np.float32(fmt.high)
+    return stored_scales(scale, weight.shape, weight.dtype.name, axis=axis, block=block, fmt=fmt)
+
+
+def stored_scales(scale: Floats, shape: Sequence[int], dtype: str, *, axis: int, block: int, fmt: Format) -> QParams:
+    """Parameters of a blocked weight from the scales wanted: positive, and exact in the types that store them.
+
+    Args:
+        scale: (outer, blocks, 1, inner), as of `blocked`; zero where a block holds zeros only.
+        shape: of the weight.
+        dtype: float type that the scales are stored in.
+        axis: the axis that is cut into blocks.
+        block: elements in a block.
+        fmt: the bit format. Where it quantizes its scales too, they are codes of that format times one scale per
+            tensor, max(scale) / (largest code), as in NVFP4.
+    """
+    largest = float(scale.max()) if scale.size else 0.0
+    scale = np.where(scale > 0, scale, np.float32(largest or 1.0))
+    blocks = [scale.shape[1] if i == axis else size for i, size in enumerate(shape)]
+    second = None
+    if fmt.scale_format:
+        grid = FORMATS[fmt.scale_format]
+        second = float(representable((largest or 1.0) / grid.high, "float32"))
+        codes = np.clip(scale / np.float32(second), SMALLEST_FP8, grid.high)
+        scale = codes.astype(grid.dtype).astype(np.float32) * np.float32(second)
+    else:
+        scale = representable(scale, dtype)
+    return QParams(
+        scale=scale.reshape(blocks), axis=axis, format=fmt.name, block=block, length=shape[axis], second=second
+    )

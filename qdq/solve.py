@@ -6,25 +6,25 @@ Each weight is solved by itself. This module must not change the graph; its only
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from qdq import channel_scale, gram, observers
+from qdq import channel_scale, gram, observers, weight_scale
 from qdq.calibrate import CalibrationTable, Progress
 from qdq.errors import InputError
 from qdq.formats import FORMATS
 from qdq.graph import Model
-from qdq.nodes import attribute
+from qdq.nodes import attribute, attribute_value, input_axis
 from qdq.observers import Histogram
 from qdq.placement import WEIGHTED, weight_axis
 from qdq.plan import Plan, Point
-from qdq.qtensor import QParams, QTensor, weight_params
+from qdq.qtensor import QParams, QTensor, representable
+from qdq.scheme import Spec
 from qdq.tap import Sample
+from qdq.weights import DATA_FREE, quantize_weight
 
 TIE_RATIO = (
     2.0  # tied tensors whose ranges differ by more would lose over a bit of resolution: each keeps its own scale
@@ -40,6 +40,7 @@ class Solution:
         divisors: tensor -> (channels,) what its channels are divided by before they are quantized; the codes of the
             weights that read it already hold the factor.
         weights: (tensor, axis) -> codes and parameters.
+        tokens: tensors that have one scale per token, computed as the engine runs; their parameters have scale 1.
         notes: what a person should know, one line each (ties given up, weights rounded to nearest for want of data).
     """
 
@@ -47,6 +48,7 @@ class Solution:
     divisors: Mapping[str, npt.NDArray[np.float32]]
     weights: Mapping[tuple[str, int | None], QTensor]
     notes: tuple[str, ...]
+    tokens: frozenset[str] = frozenset()
 
 
 def solve(
@@ -82,40 +84,150 @@ def solve(
     notes: list[str] = []
     samples = None if samples is None else gram.few(samples)
     activations = activation_params(model, plan, table, {}, notes) if params is None else dict(params)
-    rounding = plan.settings.rounding
+    tokens, compressed = _classes(model, plan, table, notes)
+    activations |= {tensor: QParams(scale=np.asarray(1, dtype=np.float32)) for tensor in tokens}
+    static = {tensor: found for tensor, found in activations.items() if tensor not in tokens}
     divisors: dict[str, npt.NDArray[np.float32]] = {}
-    if plan.settings.equalize != "none" and samples is not None:
+    if plan.settings.equalize not in ("none", "awq") and samples is not None:
+        wanted = _only(plan, [t for t in static if t in compressed]) if compressed is not None else plan
         equalized = channel_scale.choose(
-            model, plan, activations, samples, formula=plan.settings.equalize, on_progress=on_progress
+            model, wanted, static, samples, formula=plan.settings.equalize, on_progress=on_progress
         )
         divisors = {tensor: e.scale for tensor, e in equalized.items()}
-        activations |= {tensor: e.params for tensor, e in equalized.items()}
+        static |= {tensor: e.params for tensor, e in equalized.items()}
+        activations |= static
         if equalized:
             gains = sorted(e.gain_db for e in equalized.values())
             notes.append(
                 f"the channels of {len(equalized)} of {len(activations)} tensors are equalized: {gains[0]:.1f} to "
                 f"{gains[-1]:.1f} dB less noise predicted at their consumers"
             )
-    grams: gram.Grams = {}
-    if rounding != "nearest":
-        if samples is None:
-            notes.append(f"weights are rounded to nearest: {rounding} needs the samples, and only a table was given")
-        else:
-            grams = gram.collect(model, plan, activations, samples, divisors=divisors, on_progress=on_progress)
+    grams = _moments(model, plan, static, samples, divisors, notes, on_progress)
+    if plan.settings.equalize != "none":
+        divisors |= _balance(model, plan, grams, divisors, notes)
     weights: dict[tuple[str, int | None], QTensor] = {}
     for index, point in enumerate(plan.weights):
-        weights[point.tensor, point.spec.axis] = _weight(
-            model, point, rounding, grams.get((point.tensor, point.spec.axis)), divisors
-        )
+        key = (point.tensor, point.spec.axis)
+        weights[key] = _weight(model, point, plan.settings.rounding, grams.get(key), divisors)
         if on_progress is not None:
             on_progress(index + 1, len(plan.weights), "rounding weights")
-    plain = [p.tensor for p in plan.weights if (p.tensor, p.spec.axis) not in grams]
-    if grams and plain:
+    return Solution(
+        activations=activations, divisors=divisors, weights=weights, notes=tuple(notes), tokens=frozenset(tokens)
+    )
+
+
+def _only(plan: Plan, tensors: list[str]) -> Plan:
+    """The plan with no other activation points."""
+    points = tuple(p for p in plan.points if p.role == "weight" or p.tensor in tensors)
+    return replace(plan, points=points)
+
+
+def _classes(model: Model, plan: Plan, table: CalibrationTable, notes: list[str]) -> tuple[list[str], list[str] | None]:
+    """FPTQ's rule: the tensors with one scale per token, and those to equalize (None: the settings say it of all).
+
+    Up to v0 a tensor has one scale; up to v1 its channels are equalized first; beyond, each token has its own scale.
+    """
+    asked = [p for p in plan.activations if p.spec.token]
+    if not asked:
+        return [], None
+    tokens, compressed = [], [p.tensor for p in plan.activations if not p.spec.token]
+    given_up = 0
+    for point in asked:
+        span = table.tensors[point.tensor].amax
+        if point.spec.token == "always" or span > plan.settings.v1:
+            if all(_per_token(model, name, index) for name, index in point.uses):
+                tokens.append(point.tensor)
+                continue
+            given_up += 1
+        if point.spec.token == "fptq" and span > plan.settings.v0:
+            compressed.append(point.tensor)
+    notes.append(f"{len(tokens)} of {len(asked)} tensors have one INT8 scale per token, computed as the engine runs")
+    if given_up:
+        notes.append(
+            f"{given_up} tensors keep one scale although their range asks for one per token: a reader is no MatMul, "
+            "and no Gemm without transA, alpha and beta"
+        )
+    return tokens, compressed
+
+
+def _per_token(model: Model, name: str, index: int) -> bool:
+    """Whether a node can take data with one scale per row: the scales come back as a factor behind it."""
+    node = model.node(name)
+    plain = all(attribute_value(node, a, 1.0) == 1.0 for a in ("alpha", "beta"))
+    return index == 0 and (
+        node.op_type == "MatMul" or (node.op_type == "Gemm" and plain and not attribute(node, "transA", 0))
+    )
+
+
+def _moments(
+    model: Model,
+    plan: Plan,
+    static: Mapping[str, QParams],
+    samples: Iterable[Sample] | None,
+    divisors: Mapping[str, npt.NDArray[np.float32]],
+    notes: list[str],
+    on_progress: Progress | None,
+) -> gram.Grams:
+    """Second moments for the weights whose rounding or balancing wants them."""
+    rounding = plan.settings.rounding
+    balance = plan.settings.equalize != "none"
+    wanted = tuple(
+        p for p in plan.weights if rounding not in DATA_FREE or (balance and p.spec.weight_only and p.spec.block)
+    )
+    if not wanted:
+        return {}
+    if samples is None:
+        notes.append(f"weights are rounded to nearest: {rounding} needs the samples, and only a table was given")
+        return {}
+    others = tuple(p for p in plan.points if p.role != "weight")
+    grams = gram.collect(
+        model, replace(plan, points=(*others, *wanted)), static, samples, divisors=divisors, on_progress=on_progress
+    )
+    plain = [p.tensor for p in wanted if (p.tensor, p.spec.axis) not in grams]
+    if grams and plain and rounding not in DATA_FREE:
         notes.append(
             f"{len(plain)} of {len(plan.weights)} weights are rounded to nearest: {rounding} takes weights of up to "
             f"{gram.MAX_COLUMNS} inputs per output"
         )
-    return Solution(activations=activations, divisors=divisors, weights=weights, notes=tuple(notes))
+    return grams
+
+
+def _balance(
+    model: Model,
+    plan: Plan,
+    grams: gram.Grams,
+    divisors: Mapping[str, npt.NDArray[np.float32]],
+    notes: list[str],
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Divisors of the tensors that weight-only blocks read, and nothing quantized does; `grams` become those after."""
+    readers: dict[str, list[Point]] = {}
+    mixed = {p.tensor for p in plan.activations}
+    for point in plan.weights:
+        nodes = [model.node(name) for name, _ in point.uses]
+        for node in nodes:
+            readers.setdefault(node.input[0], []).append(point)
+        alone = point.spec.weight_only and point.spec.block and (point.tensor, point.spec.axis) in grams
+        if not alone or len({n.input[0] for n in nodes}) > 1 or any(attribute(n, "transA", 0) for n in nodes):
+            mixed |= {n.input[0] for n in nodes}
+    found = {}
+    candidates = {tensor: points for tensor, points in readers.items() if tensor not in mixed | divisors.keys()}
+    for tensor, points in candidates.items():
+        moment = grams[points[0].tensor, points[0].spec.axis][0]
+        rows, blocks = [], []
+        for point in points:
+            values = model.array(point.tensor)
+            assert point.spec.axis is not None and point.spec.block is not None
+            rows.append(np.moveaxis(values, point.spec.axis, -1).astype(np.float32))
+            blocks.append(point.spec.block)
+        divisor = weight_scale.balanced(rows, blocks, moment, fmt=points[0].spec.format)
+        if divisor is not None:
+            found[tensor] = divisor
+            for point in points:
+                key = (point.tensor, point.spec.axis)
+                grams[key] = grams[key] / np.outer(divisor, divisor)
+    if candidates:
+        notes.append(f"the channels of {len(found)} of {len(candidates)} tensors are balanced for their 4-bit readers")
+    return found
 
 
 def activation_params(
@@ -152,6 +264,12 @@ def activation_params(
     chosen = {}
     for point in plan.activations:
         info = model.info(point.tensor)
+        fmt = FORMATS[point.spec.format]
+        if not fmt.integer:  # relative precision: nothing is won by cutting the range
+            span = shared.get(point.tensor, table.tensors[point.tensor]).amax
+            scale = representable(span / fmt.high if span else 1.0, info.dtype if info is not None else "float32")
+            chosen[point.tensor] = QParams(scale=scale, format=fmt.name)
+            continue
         chosen[point.tensor] = observers.choose(
             shared.get(point.tensor, table.tensors[point.tensor]),
             method=methods.get(point.tensor, plan.settings.calibrator),
@@ -182,10 +300,22 @@ def _check_weights(model: Model, plan: Plan) -> None:
                     f"The plan quantizes {point.tensor!r} as the weight of operand {index} of {name!r} "
                     f"({node.op_type}): weights are operand 1 of {', '.join(WEIGHTED)}. Remove the consumer."
                 )
-            if point.spec.axis != (axis := weight_axis(node, values.ndim)):
+            outputs, inputs = weight_axis(node, values.ndim), input_axis(node, values.ndim)
+            axis, what = (inputs, "reduction") if point.spec.block else (outputs, "output channels")
+            whole = point.spec.axis is None and point.spec.block is None  # one scale is right for any product
+            if point.spec.axis != axis and not whole:
                 raise InputError(
-                    f"The plan quantizes {point.tensor!r} along axis {point.spec.axis}, but the output channels of "
+                    f"The plan quantizes {point.tensor!r} along axis {point.spec.axis}, but the {what} of "
                     f"{name!r} lie on axis {axis}. Set the axis to {axis}."
+                )
+            if (point.spec.block or point.spec.weight_only) and (node.op_type == "Conv" or point.spec.shift):
+                raise InputError(
+                    f"The plan gives the weight {point.tensor!r} of {name!r} ({node.op_type}) blocks or no quantized "
+                    "data: TensorRT has kernels for that in Gemm and MatMul only. Set an axis of output channels."
+                )
+            if point.spec.via and values.ndim != 2:
+                raise InputError(
+                    f"The plan gives the batched weight {point.tensor!r} of {name!r} two levels: they need a matrix."
                 )
         if not np.isfinite(values.astype(np.float32)).all():
             raise InputError(
@@ -204,22 +334,17 @@ def _weight(
     values = model.array(point.tensor)
     reader = model.node(point.uses[0][0])
     if (divisor := divisors.get(reader.input[0])) is not None:
-        inputs = channel_scale.input_axis(reader, values.ndim)
+        inputs = input_axis(reader, values.ndim)
         values = (values * divisor.reshape([-1 if i == inputs else 1 for i in range(values.ndim)])).astype(values.dtype)
-    fmt = FORMATS[point.spec.format]
-    assert point.spec.axis is not None
-    params = weight_params(values, axis=point.spec.axis, fmt=fmt)
-    node = model.node(point.uses[0][0])
-    module: Any = importlib.import_module(f"qdq.rounding.{rounding}" if moments is not None else "qdq.rounding.nearest")
-    round_rows: Callable[..., npt.NDArray[np.float64]] = module.round_rows
-    moved = np.moveaxis(values, point.spec.axis, 0).astype(np.float64)
-    rows = moved.reshape(moved.shape[0], -1)
-    scale = params.scale.astype(np.float64)[:, None]
-    low = -fmt.high  # symmetric codes: -128 would need a range that amax / 127 never uses
-    groups = attribute(node, "group", 1) if node.op_type == "Conv" and moments is not None else 1
-    parts = zip(
-        np.split(rows, groups), np.split(scale, groups), moments if moments is not None else [None], strict=True
+    return quantize_weight(
+        values,
+        point.spec,
+        outputs=weight_axis(reader, values.ndim),
+        rounding=rounding if moments is not None or rounding in DATA_FREE else without_data(point.spec),
+        moments=moments,
     )
-    codes = np.concatenate([round_rows(w, s, h, low=low, high=fmt.high) for w, s, h in parts])
-    shaped = np.moveaxis(codes.reshape(moved.shape), 0, point.spec.axis)
-    return QTensor(codes=np.ascontiguousarray(shaped).astype(fmt.dtype), params=params)
+
+
+def without_data(spec: Spec) -> str:
+    """The rounding of a weight whose inputs are not known: the best that needs none."""
+    return "clip" if spec.block else "nearest"

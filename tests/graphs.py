@@ -19,10 +19,11 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from engines import ort
 from qdq import calibrate, insert, placement, solve
 from qdq.calibrate import CalibrationTable
+from qdq.formats import FORMATS
 from qdq.graph import Model
-from qdq.plan import Plan
+from qdq.nodes import input_axis
+from qdq.plan import Plan, Point
 from qdq.prepare import prepare
-from qdq.qtensor import from_codes
 from qdq.scheme import Settings
 from qdq.solve import Solution
 
@@ -202,14 +203,15 @@ def intended(made: Made) -> onnx.ModelProto:
     front: dict[str, list[NodeProto]] = {}
     for point in made.plan.points:
         if point.role == "weight":
-            q = made.solution.weights[point.tensor, point.spec.axis]
-            values, name = from_codes(q.codes, q.params), f"{point.tensor}@{point.spec.axis}"
+            values, name = read_values(made, point), f"{point.tensor}@{point.spec.axis}"
             proto.graph.initializer.append(numpy_helper.from_array(values, name))
             new = name
         else:
             params, new = made.solution.activations[point.tensor], f"{point.tensor}@dq"
             scale = numpy_helper.from_array(params.scale, f"{point.tensor}@scale")
-            zero = numpy_helper.from_array(np.int8(params.zero_point), f"{point.tensor}@zero")
+            zero = numpy_helper.from_array(
+                np.asarray(params.zero_point).astype(FORMATS[params.format].dtype), f"{point.tensor}@zero"
+            )
             proto.graph.initializer.extend([scale, zero])
             names = [scale.name, zero.name]
             source = point.tensor
@@ -233,6 +235,17 @@ def intended(made: Made) -> onnx.ModelProto:
     del proto.graph.node[:]
     proto.graph.node.extend(copies)
     return proto
+
+
+def read_values(made: Made, point: Point) -> np.ndarray:
+    """The weight as its product reads it; where its data stay float, without the factors of their channels."""
+    values: np.ndarray = made.solution.weights[point.tensor, point.spec.axis].values()
+    reader = made.float_model.node(point.uses[0][0])
+    divisor = made.solution.divisors.get(reader.input[0])
+    if divisor is None or not point.spec.weight_only:
+        return values
+    axis = input_axis(reader, values.ndim)
+    return np.asarray(values / divisor.reshape([-1 if i == axis else 1 for i in range(values.ndim)]))
 
 
 def factors(made: Made, tensor: str) -> np.ndarray | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from qdq.rounding import nearest
+from qdq.rounding import clip, nearest
 
 DAMP = 0.01  # of the mean diagonal, as in the paper's code
 BLOCK = 128  # columns whose updates to the later ones are applied at once
@@ -17,9 +17,31 @@ BLOCK = 128  # columns whose updates to the later ones are applied at once
 Floats = npt.NDArray[np.float64]
 
 
+def damped(H: Floats) -> Floats:
+    """H with DAMP of its mean diagonal added to the diagonal."""
+    return np.asarray(H + np.eye(H.shape[0]) * (DAMP * np.mean(np.diag(H))))
+
+
 def loss(E: Floats, H: Floats) -> Floats:
     """Per row E H E^T: the squared output error that a weight error E causes; (rows,) float64."""
     return np.asarray(np.einsum("ij,ij->i", E @ H, E))
+
+
+def block_scales(view: npt.NDArray[np.float32], H: Floats | None, *, low: int, high: int) -> npt.NDArray[np.float32]:
+    """Scales of blocks before any weight is rounded (the authors' static groups), so that columns may go in any order.
+
+    Args:
+        view: (rows, blocks, block, 1).
+        H: (columns, columns); its diagonal weighs the squared errors; None weighs them alike.
+        low: smallest code.
+        high: largest code.
+
+    Returns:
+        (rows, blocks, 1, 1) float32, zero where a block holds zeros only.
+    """
+    known = H is not None and H.any()
+    importance = np.diag(H).reshape(view.shape[1:3]).astype(np.float32) if H is not None and known else None
+    return clip.searched(view, importance, low=low, high=high)
 
 
 def round_rows(W: Floats, scale: Floats, H: Floats | None, *, low: int, high: int) -> Floats:
@@ -27,7 +49,7 @@ def round_rows(W: Floats, scale: Floats, H: Floats | None, *, low: int, high: in
 
     Args:
         W: (rows, columns) float64.
-        scale: (rows, 1) float64, positive.
+        scale: (rows, 1) or (rows, columns) float64, positive.
         H: (columns, columns) float64, symmetric, positive semidefinite; None or all zero means nothing is known.
         low: smallest code.
         high: largest code.
@@ -40,7 +62,8 @@ def round_rows(W: Floats, scale: Floats, H: Floats | None, *, low: int, high: in
         return plain
     order = np.argsort(-np.diag(H), kind="stable")
     codes = np.empty_like(plain)
-    codes[:, order] = _sweep(W[:, order], scale, H[np.ix_(order, order)], low, high)
+    ordered = scale if scale.shape[1] == 1 else scale[:, order]
+    codes[:, order] = _sweep(W[:, order], ordered, H[np.ix_(order, order)], low, high)
     better = loss(W - codes * scale, H) < loss(W - plain * scale, H)
     return np.where(better[:, None], codes, plain)
 
@@ -48,9 +71,8 @@ def round_rows(W: Floats, scale: Floats, H: Floats | None, *, low: int, high: in
 def _sweep(W: Floats, scale: Floats, H: Floats, low: int, high: int) -> Floats:
     """Algorithm 1 on columns that are already in order."""
     columns = H.shape[0]
-    damped = H + np.eye(columns) * (DAMP * np.mean(np.diag(H)))
     # The upper Cholesky factor of the inverse: row j tells how the error of column j is spread over the later columns.
-    inverse = np.linalg.inv(damped)
+    inverse = np.linalg.inv(damped(H))
     U = np.linalg.cholesky((inverse + inverse.T) / 2).T
     left = W.copy()
     codes = np.empty_like(W)
@@ -58,8 +80,9 @@ def _sweep(W: Floats, scale: Floats, H: Floats, low: int, high: int) -> Floats:
         stop = min(start + BLOCK, columns)
         errors = np.empty((W.shape[0], stop - start))
         for j in range(start, stop):
-            codes[:, j] = np.clip(np.rint(left[:, j] / scale[:, 0]), low, high)
-            errors[:, j - start] = (left[:, j] - codes[:, j] * scale[:, 0]) / U[j, j]
+            step = scale[:, j] if scale.shape[1] > 1 else scale[:, 0]
+            codes[:, j] = np.clip(np.rint(left[:, j] / step), low, high)
+            errors[:, j - start] = (left[:, j] - codes[:, j] * step) / U[j, j]
             left[:, j:stop] -= np.outer(errors[:, j - start], U[j, j:stop])
         left[:, stop:] -= errors @ U[start:stop, stop:]
     return codes

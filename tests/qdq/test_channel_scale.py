@@ -18,7 +18,7 @@ from qdq.graph import load, save
 from qdq.insert import insert
 from qdq.prepare import prepare
 from qdq.scheme import EQUALIZERS, Settings
-from qdq.solve import solve
+from qdq.solve import activation_params, solve
 
 FORMULAS = [m.name for m in pkgutil.iter_modules(qdq.equalize.__path__)]
 
@@ -49,6 +49,17 @@ def build(tmp_path, spread: float, *, conv: bool = True):
     scale = ranges.reshape((1, 16, 1, 1) if conv else (1, 16))
     samples = [{"x": (rng.normal(size=size) * scale).astype(np.float32)} for _ in range(4)]
     return prepare(load(path)), samples
+
+
+def test_the_order_of_the_samples_does_not_change_a_bit(tmp_path):
+    model, samples = build(tmp_path, 300.0)
+    plan = placement.plan(model)
+    params = activation_params(model, plan, collect(model, plan, samples), {})
+    forth, back = (
+        channel_scale.choose(model, plan, params, order, formula="smoothquant") for order in (samples, samples[::-1])
+    )
+    assert forth["x"].gain_db == back["x"].gain_db and forth["x"].params == back["x"].params
+    assert np.array_equal(forth["x"].scale, back["x"].scale)
 
 
 def run(model, samples, tmp_path):

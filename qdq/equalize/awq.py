@@ -1,0 +1,39 @@
+"""AWQ's scaling: s_j = |X_j|^r, r searched, so that weights which meet large inputs are rounded more finely.
+
+Lin et al., AWQ, arXiv 2306.00978, eq. 5; the weights play no part. The authors divide s by sqrt(max s * min s); here
+the largest s is 1, so that no divided channel exceeds the range of the tensor; a common factor changes no code. For
+weight-only quantization; `qdq.weight_scale` chooses r by the error at the outputs of all layers that read the tensor.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+STEPS = 20  # r = 0, 1/20, ... 19/20, as in the authors' code
+FLOOR = 1e-4
+
+Floats = npt.NDArray[np.float64]
+
+
+def scales(amax: Floats, wmax: Floats, exponent: float = 0.5) -> Floats:
+    """Divisors of the input channels, all 1 where the exponent is 0.
+
+    Args:
+        amax: (channels,) float64, typical magnitude of each input channel (root mean square).
+        wmax: unused.
+        exponent: r.
+
+    Returns:
+        (channels,) float64 in [FLOOR, 1].
+
+    >>> scales(np.array([16.0, 1.0]), np.ones(2)).tolist()
+    [1.0, 0.25]
+    """
+    s = np.maximum(amax / max(float(amax.max()), 1e-30), FLOOR) ** exponent
+    return np.asarray(s / s.max())
+
+
+def candidates(amax: Floats, wmax: Floats) -> list[Floats]:
+    """One s per exponent; the first changes nothing."""
+    return [scales(amax, wmax, r / STEPS) for r in range(STEPS)]

@@ -1,0 +1,33 @@
+"""FPTQ's logarithmic activation equalization: s_j = max|X_j| / log2(2 + max|X_j|), Li et al., arXiv 2308.15987.
+
+Large channels are compressed to the logarithm of their range, small ones nearly to one size; the weights play no part.
+FPTQ applies it to tensors whose largest magnitude lies between v0 and v1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+MINIMUM_GAIN_DB = 0.0  # FPTQ's rule chooses the tensors; one that would lose by it is left alone all the same
+FLOOR = 1e-4  # of the largest divisor: a channel that was zero in calibration keeps a finite weight
+
+Floats = npt.NDArray[np.float64]
+
+
+def scales(amax: Floats, wmax: Floats) -> Floats:
+    """Divisors of the input channels, scaled so that the largest is 1.
+
+    Args:
+        amax: (channels,) float64, largest magnitude of each input channel.
+        wmax: unused.
+
+    Returns:
+        (channels,) float64 in [FLOOR, 1].
+
+    >>> scales(np.array([14.0, 2.0]), np.array([1.0, 1.0])).round(4).tolist()
+    [1.0, 0.2857]
+    """
+    s = amax / np.log2(2 + amax)
+    largest = float(s.max())
+    return np.maximum(s / largest, FLOOR) if largest > 0 else np.ones_like(s)

@@ -1,0 +1,86 @@
+"""AWQ's channel scales for weight-only blocks: multiply the weights that meet large inputs, divide the data.
+
+weights that read one tensor + second moments of it -> the exponent of `qdq.equalize.awq` with the least error at the
+outputs of all of them -> divisors of the tensor's channels, or nothing where no exponent beats none.
+It must not run a model or change a graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from qdq.equalize import awq
+from qdq.footprint import cores
+from qdq.formats import FORMATS
+from qdq.qtensor import block_params, from_codes, to_codes
+from qdq.rounding.awq import block_loss
+
+ROWS = 1024  # output channels of a weight looked at while searching, spread over all of them
+
+Floats = npt.NDArray[np.float64]
+
+
+def balanced(
+    weights: Sequence[npt.NDArray[np.floating]], blocks: Sequence[int], moment: Floats, *, fmt: str
+) -> npt.NDArray[np.float32] | None:
+    """Divisors of the channels of one tensor.
+
+    Args:
+        weights: (output channels, input channels) each, all that read the tensor.
+        blocks: of each weight.
+        moment: (input channels, input channels) second moment of the tensor.
+        fmt: the weights' format.
+
+    Returns:
+        (input channels,) float32, or None where the error is least without. The error is that of nearest codes, over
+        all output channels, each block's by itself: rounding errors of different blocks have nothing in common, and
+        only 1 / blocks of the products is left.
+    """
+    typical = np.sqrt(np.maximum(np.diag(moment), 0))
+    found: npt.NDArray[np.float32] | None = None
+    least = np.inf
+    some = [w[:: max(1, -(-w.shape[0] // ROWS))] for w in weights]
+    for s in awq.candidates(typical, typical):
+        divisor = s.astype(np.float32)
+        error = _error(some, blocks, moment, divisor, fmt)
+        if error < least:
+            least, found = error, divisor
+    ones = np.ones(moment.shape[0], dtype=np.float32)
+    if found is None or np.array_equal(found, ones):
+        return None
+    if any(len(s) < len(w) for s, w in zip(some, weights, strict=True)) and _error(
+        weights, blocks, moment, found, fmt
+    ) >= _error(weights, blocks, moment, ones, fmt):
+        return None
+    return found
+
+
+def _error(
+    weights: Sequence[npt.NDArray[np.floating]],
+    blocks: Sequence[int],
+    moment: Floats,
+    divisor: npt.NDArray[np.float32],
+    fmt: str,
+) -> float:
+    """Squared error at all outputs for channels divided by `divisor`."""
+    total = 0.0
+    for weight, block in zip(weights, blocks, strict=True):
+        scaled = np.asarray(weight * divisor, dtype=np.float32)
+        params = block_params(scaled, axis=1, block=block, fmt=FORMATS[fmt])
+        error = from_codes(to_codes(scaled, params), params)
+        error -= scaled
+        error /= divisor
+
+        def lost(start: int, error: npt.NDArray[np.float32] = error, block: int = block) -> float:
+            part = slice(start, start + block)
+            loss = block_loss(np.ascontiguousarray(error[:, part]), moment[part, part].astype(np.float32))
+            return float(loss.sum(dtype=np.float64))
+
+        with ThreadPoolExecutor(cores()) as pool:
+            total += math.fsum(pool.map(lost, range(0, error.shape[1], block)))
+    return total
