@@ -15,6 +15,7 @@ import click
 
 from qdq.cli_calibrate import calibrate
 from qdq.cli_lint import lint_command
+from qdq.cli_tune import tune
 from qdq.errors import InputError
 from qdq.options import (
     PATH,
@@ -33,6 +34,7 @@ from qdq.options import (
     samples_of,
     settings_options,
     shape_option,
+    tune_options,
 )
 from qdq.terminal import Bars, Verbs, note, show_rows
 
@@ -77,6 +79,7 @@ def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
 
 main.add_command(calibrate)
 main.add_command(lint_command)
+main.add_command(tune)
 
 
 @main.command()
@@ -85,6 +88,8 @@ main.add_command(lint_command)
 @click.option("--plan", "plan_file", type=PATH, help="plan.json in place of a new plan.")
 @click.option("--table", "table_file", type=PATH, help="table.json in place of a new calibration.")
 @output_option("the Q/DQ model")
+@click.option("--rest", help="Float type of what is not quantized: fp32 (default), fp16 or bf16.")
+@custom_ops_option
 @settings_options
 @shape_option
 def quantize(
@@ -94,11 +99,13 @@ def quantize(
     plan_file: Path | None,
     table_file: Path | None,
     output: Path,
+    custom_ops: tuple[str, ...],
     **given: Any,
 ) -> None:
     """Write the Q/DQ model."""
     from qdq import deploy as job
     from qdq.calibrate import CalibrationTable
+    from qdq.finish import finish
     from qdq.graph import save
     from qdq.plan import Plan
 
@@ -106,11 +113,11 @@ def quantize(
     with Bars() as bars:
         bars(0, None, "Prepare")
         chosen = Plan.load(plan_file) if plan_file else None
-        recipe = recipe_of(given, base=chosen.settings.to_mapping() if chosen else None)
+        recipe = recipe_of(given, base={"rest": "fp32"} | (chosen.settings.to_mapping() if chosen else {}))
         if chosen and _places(recipe.settings) != _places(chosen.settings):
             raise InputError(
-                f"The plan {plan_file} already says what is quantized, which --scheme, --shift and --exclude cannot "
-                "change. Edit the plan, or make another with `qdq plan`."
+                f"The plan {plan_file} already says what is quantized, which --scheme, --block, --shift and --exclude "
+                "cannot change. Edit the plan, or make another with `qdq plan`."
             )
         prepared = job.load_float(model)
         table = CalibrationTable.load(table_file) if table_file else None
@@ -118,16 +125,26 @@ def quantize(
             samples = None
         else:
             samples = samples_of(prepared, recipe, data, random_data)
-        made = job.quantize(prepared, samples, settings=recipe.settings, plan=chosen, table=table, on_progress=bars)
-        save(made.model, output)
-    for text in made.solution.notes:
+        made = job.quantize(
+            prepared,
+            samples,
+            settings=recipe.settings,
+            plan=chosen,
+            table=table,
+            custom_ops=custom_ops,
+            on_progress=bars,
+        )
+        done = finish(made.model, made.plan, rest=recipe.rest, table=made.table)
+        save(done.model, output)
+    for text in (*made.solution.notes, *done.notes):
         note(text)
     click.echo(f"{len(made.plan.quantized_nodes)} nodes in INT8: {output}")
 
 
 def _places(settings: Settings) -> tuple[object, ...]:
     """The settings that decide where quantizers go; the others decide scales and codes."""
-    return (settings.scheme, settings.shift, settings.exclude)
+    blocks = (settings.block, settings.block_loss_db)
+    return (settings.scheme, settings.shift, settings.exclude, settings.overrides, *blocks)
 
 
 @main.command()
@@ -250,8 +267,10 @@ def check(
 @click.option("--eval", "evaluation", help="Samples to check on, in the forms of --data; default: those of --data.")
 @settings_options
 @rest_option
+@tune_options
 @compile_options
 @limit_options
+@custom_ops_option
 @json_option
 def deploy(
     model: Path,
@@ -259,10 +278,11 @@ def deploy(
     random_data: int | None,
     out: Path,
     evaluation: str | None,
+    custom_ops: tuple[str, ...],
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Do it all: plan, calibrate, quantize, build, audit and check."""
+    """Do it all: tune, calibrate, quantize, build, audit and check."""
     from qdq import deploy as job
 
     recipe = recipe_of(given)
@@ -273,6 +293,7 @@ def deploy(
             out,
             recipe=recipe,
             evaluation=(lambda prepared: samples_of(prepared, recipe, evaluation, None)) if evaluation else None,
+            custom_ops=custom_ops,
             on_progress=bars,
             notes=[] if random_data is None else [RANDOM_NOTE],
         )
@@ -333,6 +354,7 @@ def doctor(as_json: bool) -> None:
 @main.command()
 @click.option("--out", type=PATH, default=Path("qdq-demo"), show_default=True, help="Folder for the results.")
 @rest_option
+@tune_options
 @compile_options
 @json_option
 def demo(out: Path, as_json: bool, **given: Any) -> None:
@@ -346,7 +368,7 @@ def demo(out: Path, as_json: bool, **given: Any) -> None:
             demo_model(),
             calibration,
             out,
-            recipe=recipe_of(given),
+            recipe=recipe_of(given, base={"tune": "rewrites"}),  # so small a network is no faster in INT8
             evaluation=evaluation,
             labels=demo_labels(),
             on_progress=bars,

@@ -7,7 +7,6 @@ Must not print, decide exit codes or hold the arithmetic of a stage.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
@@ -36,14 +35,18 @@ from qdq.calibrate import CalibrationTable, collect
 from qdq.errors import InputError, ModelError
 from qdq.external import is_external, tensor_bytes
 from qdq.finish import finish
+from qdq.formats import require_targets
 from qdq.graph import Model, is_quantized, load, save
 from qdq.insert import insert
 from qdq.plan import Plan
 from qdq.prepare import prepare
+from qdq.pricing import Pricer, difference, find_plan, gpus_of
 from qdq.recipe import Recipe
 from qdq.report import DeployReport
 from qdq.scheme import Settings
 from qdq.solve import Solution, solve
+from qdq.surgery import rewritten
+from qdq.tap import registered
 
 Sample = Mapping[str, np.ndarray]
 
@@ -123,6 +126,7 @@ def quantize(
     settings: Settings | None = None,
     plan: Plan | None = None,
     table: CalibrationTable | None = None,
+    custom_ops: Sequence[str] = (),
     on_progress: OnProgress | None = None,
 ) -> Quantized:
     """A float model's Q/DQ model, and every value on the way to it.
@@ -133,6 +137,7 @@ def quantize(
         settings: how to quantize; None takes those of the plan, or the defaults.
         plan: in place of a new one; of the settings, only those apply that decide scales and codes.
         table: in place of a new calibration.
+        custom_ops: libraries of custom operators that ONNX Runtime needs for the model.
         on_progress: told about every step.
 
     Raises:
@@ -141,26 +146,38 @@ def quantize(
     """
     prepared = model if isinstance(model, Model) else load_float(model)
     chosen = plan or placement.plan(prepared, settings or Settings())
+    prepared = rewritten(prepared, chosen)
     chosen.check(prepared)
     checked = None if samples is None else as_samples(samples, prepared)
     if table is None:
         if checked is None:
             raise InputError("There is no calibration table and there are no samples to make one from: give samples.")
-        table = collect(prepared, chosen, checked, samples_sha256=checked.sha256(), on_progress=on_progress)
+        with registered(custom_ops):
+            table = collect(prepared, chosen, checked, on_progress=on_progress)
     table.check(prepared, chosen)
     if settings is not None:
         chosen = replace(chosen, settings=settings)
+    correction = chosen.settings.bias_correction if chosen.quantized_nodes else "off"
+
+    def complete(solution: Solution) -> tuple[Solution, Model]:
+        """What a solution is shipped as."""
+        made = insert(prepared, chosen, solution)
+        if checked is None or correction == "off":
+            return solution, made
+        always = correction == "on"
+        made, said = corrected(prepared, made, chosen, checked, always=always, on_progress=on_progress)
+        return replace(solution, notes=(*solution.notes, said)), made
+
     if chosen.settings.calibrator == "auto":
         if checked is None:
             raise InputError("calibrator auto compares models on the samples, and only a table is given: give samples.")
-        solution = solve_auto(prepared, chosen, table, samples=checked, on_progress=on_progress)
+        with registered(custom_ops):
+            solution, quantized = solve_auto(
+                prepared, chosen, table, samples=checked, complete=complete, on_progress=on_progress
+            )
     else:
-        solution = solve(prepared, chosen, table, samples=checked, on_progress=on_progress)
-    quantized = insert(prepared, chosen, solution)
-    if checked is not None and chosen.quantized_nodes and chosen.settings.bias_correction != "off":
-        always = chosen.settings.bias_correction == "on"
-        quantized, said = corrected(prepared, quantized, chosen, checked, always=always, on_progress=on_progress)
-        solution = replace(solution, notes=(*solution.notes, said))
+        with registered(custom_ops):
+            solution, quantized = complete(solve(prepared, chosen, table, samples=checked, on_progress=on_progress))
     return Quantized(prepared=prepared, plan=chosen, table=table, solution=solution, model=quantized)
 
 
@@ -219,6 +236,7 @@ def deploy(
     recipe: Recipe | None = None,
     evaluation: Iterable[Sample] | Callable[[Model], Samples] | None = None,
     labels: Sequence[np.ndarray] = (),
+    custom_ops: Sequence[str] = (),
     on_progress: OnProgress | None = None,
     notes: Sequence[str] = (),
 ) -> Deployed:
@@ -235,6 +253,8 @@ def deploy(
         evaluation: to check on; None takes the calibration samples, and the report says so.
         labels: true classes of the evaluation samples, each shaped like the argmax over axis 1 of the first output;
             the report then says how well both models find them.
+        custom_ops: libraries of custom operators that ONNX Runtime needs for the model; the compiler must know them by
+            itself.
         on_progress: told about every step.
         notes: to add to the report.
 
@@ -252,12 +272,20 @@ def deploy(
     shapes = shape_ranges(prepared, recipe.shapes, calibration)
     _require_runtimes(prepared, recipe)
     stem = model_path.name.removesuffix(".onnx")
-    with _folder_beside(out) as folder:
-        made = quantize(prepared, calibration, settings=recipe.settings, on_progress=tell)
-        output, engine_path = folder / f"{stem}.int8.onnx", folder / f"{stem}.engine"
-        finished = finish(
-            made.model, rest=recipe.rest, table=made.table, judge=_bytes_moved(folder, recipe, shapes, tell)
+    with _folder_beside(out) as folder, registered(custom_ops):
+        tuned, pricer = None, None
+        if recipe.tune != "off" and recipe.backend == "rtx":
+            pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe))
+            tuned = find_plan(prepared, pricer, samples=calibration, on_progress=tell)
+        made = quantize(
+            prepared,
+            calibration,
+            settings=recipe.settings,
+            plan=tuned.plan if tuned else None,
+            on_progress=tell,
         )
+        output, engine_path = folder / f"{stem}.int8.onnx", folder / f"{stem}.engine"
+        finished = finish(made.model, made.plan, rest=recipe.rest, table=made.table)
         save(finished.model, output)
         made.plan.save(folder / "plan.json")
         made.table.save(folder / "table.json")
@@ -272,10 +300,14 @@ def deploy(
             judged,
             limits=recipe.limits,
             engine_backend=on_engine,
+            custom_ops=custom_ops,
             on_progress=tell,
         )
         if evaluated is None:
             notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
+        tuning = [f"tuned: {tuned.summary}", difference(tuned, pricer(finished.model))] if tuned and pricer else []
+        if recipe.tune != "off" and not tuned:
+            tuning = ["not tuned: predicted times come from TensorRT-RTX's compiler, and --backend trt has another"]
         label_dice = {
             name: _label_dice(path, judged, labels)
             for name, path in (("float model", model_path), ("quantized model", output))
@@ -288,34 +320,13 @@ def deploy(
             float_file_bytes=file_bytes(load(model_path)),
             int8_file_bytes=file_bytes(load(output)),
             evaluated_on="calibration samples" if evaluated is None else "evaluation samples",
-            notes=tuple(filter(None, [*notes, *made.solution.notes, *finished.notes, check.note, reason])),
+            notes=tuple(filter(None, [*notes, *tuning, *made.solution.notes, *finished.notes, check.note, reason])),
             label_dice=label_dice,
+            tuned=tuned,
+            gpus=tuple(gpu.name for gpu in pricer.gpus) if pricer else (),
         )
         write_atomic(folder / "report.json", report.to_json().encode())
         return Deployed(folder=out, files=_move_all(folder, out), report=report)
-
-
-def _bytes_moved(
-    folder: Path, recipe: Recipe, shapes: Mapping[str, ShapeRange], tell: OnProgress
-) -> Callable[[Model], float]:
-    """A judge of models: the bytes that all kernels move at the usual shapes, compiled for the recipe's targets."""
-    fixed = {name: ShapeRange.fixed(shape.opt) for name, shape in shapes.items()}
-
-    def judge(model: Model) -> float:
-        place = folder / "judged"
-        place.mkdir()
-        try:
-            save(model, place / "model.onnx")
-            table = compile_engine(
-                place / "model.onnx", recipe=recipe, shapes=fixed, on_progress=tell, label="Compare rewrites"
-            ).table
-            return math.inf if table.bytes_moved is None else float(table.bytes_moved)
-        except BuildError:
-            return math.inf
-        finally:
-            shutil.rmtree(place)
-
-    return judge
 
 
 def _float_table(
@@ -358,7 +369,7 @@ def _require_runtimes(model: Model, recipe: Recipe) -> None:
     for name in ("onnxruntime", "polygraphy", "tensorrt" if recipe.backend == "trt" else "tensorrt_rtx"):
         import_runtime(name)
     if recipe.backend == "rtx":
-        rtx.check_targets(model.proto, recipe.targets)
+        require_targets(recipe.settings.formats, rtx.check_targets(model.proto, recipe.targets))
 
 
 @contextmanager

@@ -1,21 +1,19 @@
-"""The last passes over a Q/DQ model before it is compiled: the float type of the rest, and rewrites that pay.
+"""The last passes over a Q/DQ model before it is compiled: the float type of the rest, and the plan's rewrites.
 
-Q/DQ model -> variants (as it is typed; with each rewrite of `qdq.surgery`'s quantized stage) -> a judge -> the best.
-It must not compile anything itself: the judge does, and what it says is what is built.
+Q/DQ model -> `precision.convert` -> the rewrites of the quantized stage that the plan names -> the model to build.
+It must not decide anything: `tune` did.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from qdq.calibrate import CalibrationTable
 from qdq.graph import Model
+from qdq.plan import Plan
 from qdq.precision import convert
-from qdq.surgery import QUANTIZED_REWRITES
-
-Judge = Callable[[Model], float]
+from qdq.surgery import rewritten
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,34 +24,19 @@ class Finished:
     notes: tuple[str, ...]
 
 
-def finish(model: Model, *, rest: str, table: CalibrationTable | None, judge: Judge) -> Finished:
-    """Choose the float type of everything unquantized, and keep a rewrite only if its compiled result is better.
+def finish(model: Model, plan: Plan, *, rest: str, table: CalibrationTable | None) -> Finished:
+    """Give everything unquantized its float type, and do what the plan says is to be done to the Q/DQ model.
 
     Args:
         model: with Q/DQ, all float tensors float32.
+        plan: that it was quantized by.
         rest: 'fp16', 'bf16' or 'fp32'.
         table: calibrated ranges; tensors that could overflow stay FP32.
-        judge: compiles a model and says its price; less is better.
-
-    Returns:
-        The best model. With 'fp32' it is the one given.
     """
-    if rest == "fp32":
-        return Finished(model=model, notes=())
     converted = convert(model, rest=rest, table=table)
     notes = []
     if converted.kept:
         rules = Counter(skip.rule for skip in converted.kept)
         why = ", ".join(f"{count} by rule {rule!r}" for rule, count in sorted(rules.items()))
         notes.append(f"{len(converted.kept)} nodes stay FP32: {why}")
-    best, price = converted.model, None
-    for name, rewrite in QUANTIZED_REWRITES.items():
-        rewritten = rewrite(best)
-        if not rewritten.fired:
-            continue
-        price = judge(best) if price is None else price
-        candidate = judge(rewritten.model)
-        if candidate < price:
-            notes.append(f"rewrite {name!r} on {len(rewritten.fired)} nodes: price {candidate / price:.2f} of before")
-            best, price = rewritten.model, candidate
-    return Finished(model=best, notes=tuple(notes))
+    return Finished(model=rewritten(converted.model, plan, stage="quantized"), notes=tuple(notes))

@@ -34,17 +34,32 @@ def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 recipe_option = click.option("--recipe", type=PATH, help="YAML file; its keys are the options with underscores.")
 settings_options = _options(
-    click.option("--scheme", help="What is quantized to what: int8 (default)."),
+    click.option("--scheme", help="int8 (default), int8-smooth, int8-weight, int4, w4a8, fptq or fp8."),
     click.option("--calibrator", help="Activation ranges: mse (default), percentile, entropy, max or auto."),
     click.option("--percentile", type=float, help="Of the percentile calibrator, default 99.99."),
-    click.option("--rounding", help="Weights: gptq (default) or nearest."),
-    click.option("--equalize", help="Channel balancing where it pays: smoothquant (default) or none."),
+    click.option("--rounding", help="Weights: gptq, descent, awq, clip, hqq or nearest; default: the scheme's."),
+    click.option("--equalize", help="Channel balancing: smoothquant, smooth, lae, dgq, awq or none; default likewise."),
+    click.option("--block", help="4-bit weights that share a scale: 128 (default), 64, 32, 16, auto, channel, tensor."),
+    click.option("--block-loss-db", type=float, help="Of --block auto: SQNR a weight may lose to blocks of 16."),
+    click.option("--v0", type=float, help="Of fptq: largest magnitude for one scale, default 15."),
+    click.option("--v1", type=float, help="Of fptq: beyond it one scale per token, default 150."),
     click.option("--bias-correction", help="auto (default, where held-out samples gain), on or off."),
     click.option("--shift/--no-shift", default=None, help="Shift lopsided activations to use all codes (default on)."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="Node names to leave in float; repeatable."),
     recipe_option,
 )
 rest_option = click.option("--rest", help="Float type of what is not quantized: fp16 (default), bf16 or fp32.")
+tune_options = _options(
+    click.option(
+        "--tune",
+        help="Choose by compiled results: placement (default: rewrites, and what is quantized at all), rewrites (INT8 "
+        "wherever it is possible), or off.",
+    ),
+    click.option("--time-limit", type=float, metavar="SECONDS", help="For that choice, default 300."),
+    click.option(
+        "--gpu", multiple=True, help="Predict times for t4, a10, a100, l4, rtx4090 or rtx5090; default: one per target."
+    ),
+)
 shape_option = click.option(
     "--shape",
     multiple=True,

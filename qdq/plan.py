@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from qdq.errors import InputError, StaleFileError
@@ -34,6 +34,7 @@ class Point:
         consumers: the operands that read the quantized tensor, each "node:input index".
         rule: the rule that wants it.
         tie: points with the same name here share scale and zero point as far as their ranges are alike.
+        reason: why the spec is not the one that the settings ask for, "" where it is.
     """
 
     tensor: str
@@ -42,6 +43,7 @@ class Point:
     consumers: tuple[str, ...]
     rule: str
     tie: str | None = None
+    reason: str = ""
 
     @property
     def uses(self) -> tuple[tuple[str, int], ...]:
@@ -60,6 +62,14 @@ class Skip:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rewrite:
+    """An exact rewrite of `qdq.surgery`, by file name, and the nodes that it is applied to."""
+
+    name: str
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What is to be quantized in one model.
 
@@ -70,12 +80,14 @@ class Plan:
         settings: what the plan was made with.
         points: quantized tensors.
         skips: nodes left in float.
+        rewrites: done to the prepared model before points and skips are looked up in it, or to the Q/DQ model.
     """
 
     model_sha256: str
     settings: Settings
     points: tuple[Point, ...]
     skips: tuple[Skip, ...]
+    rewrites: tuple[Rewrite, ...] = ()
 
     @property
     def activations(self) -> tuple[Point, ...]:
@@ -89,7 +101,7 @@ class Plan:
 
     @property
     def quantized_nodes(self) -> tuple[str, ...]:
-        """Names of the weighted nodes that are to run on integer kernels, in the order of the points."""
+        """Names of the nodes whose weight is quantized, in the order of the points."""
         return tuple(dict.fromkeys(name for p in self.weights for name, _ in p.uses))
 
     @property
@@ -109,11 +121,13 @@ class Plan:
                 "consumers": list(p.consumers),
                 "rule": p.rule,
             }
-            points.append(entry | ({"tie": p.tie} if p.tie else {}))
+            points.append(entry | {k: v for k, v in (("tie", p.tie), ("reason", p.reason)) if v})
+        rewrites = [{"rewrite": r.name, "nodes": list(r.nodes)} for r in self.rewrites]
         content = {
             "format": FORMAT,
             "model_sha256": self.model_sha256,
             "settings": self.settings.to_mapping(),
+            **({"rewrites": rewrites} if rewrites else {}),
             "points": points,
             "skips": [asdict(s) for s in self.skips],
         }
@@ -151,6 +165,10 @@ class Plan:
                 settings=Settings.from_mapping(content["settings"]),  # type: ignore[arg-type]
                 points=points,
                 skips=skips,
+                rewrites=tuple(
+                    Rewrite(name=str(entry["rewrite"]), nodes=tuple(map(str, entry["nodes"])))
+                    for entry in content.get("rewrites", ())  # type: ignore[attr-defined]
+                ),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -195,11 +213,17 @@ class Plan:
                     "have one scale. Remove the axis."
                 )
         data = {name for p in self.activations for name, index in p.uses if index == 0}
-        alone = set(self.quantized_nodes) - data
+        float_data = {name for p in self.weights if p.spec.weight_only for name, _ in p.uses}
+        alone = set(self.quantized_nodes) - data - float_data
         if alone:
             raise InputError(
                 f"The plan quantizes the weight but not the data of {', '.join(sorted(alone)[:3])}; an integer "
-                "kernel needs both. Remove the weight's point or restore the data's."
+                "kernel needs both. Remove the weight's point, restore the data's, or set weight_only."
+            )
+        if both := sorted(float_data & data):
+            raise InputError(
+                f"The plan quantizes the data of {', '.join(both[:3])}, whose weight is weight_only: its product is in "
+                "float. Remove the data's consumer, or weight_only."
             )
 
     def explain(self, node: str) -> list[str]:
@@ -218,21 +242,35 @@ class Plan:
         if node in self.quantized_nodes:
             lines.append(f"{node}: quantized")
         for p in mine:
-            grain = "per tensor" if p.spec.axis is None else f"per channel on axis {p.spec.axis}"
+            grain = _grain(p.spec)
             shared = f", shared with {len(p.consumers) - 1} other operands" if len(p.consumers) > 1 else ""
             tied = f", tied with the group {p.tie!r}" if p.tie else ""
-            lines.append(f"  {p.role} {p.tensor!r}: {p.spec.format} {grain}, rule {p.rule!r}{shared}{tied}")
+            why = f": {p.reason}" if p.reason else ""
+            lines.append(f"  {p.role} {p.tensor!r}: {p.spec.format} {grain}, rule {p.rule!r}{shared}{tied}{why}")
         if skip is not None:
             lines.append(f"{node} ({skip.op_type}): float, rule {skip.rule!r}: {skip.reason}")
         return lines
 
 
+def _grain(spec: Spec) -> str:
+    """The granularity of a spec in words."""
+    if spec.token:
+        return "per token" if spec.token == "always" else "per tensor or per token, as its range says"
+    if spec.axis is None:
+        return "per tensor"
+    if spec.block is None:
+        return f"per channel on axis {spec.axis}" + (", weight only" if spec.weight_only else "")
+    read = f", read as {spec.via} per channel" if spec.via else ", weight only" if spec.weight_only else ""
+    return f"in blocks of {spec.block} along axis {spec.axis}{read}"
+
+
 def _point(entry: Mapping[str, object]) -> Point:
-    known = {"tensor", "role", "format", "axis", "shift", "consumers", "rule", "tie"}
+    specified = {field.name for field in fields(Spec)}
+    known = {"tensor", "role", "consumers", "rule", "tie", "reason"} | specified
     unknown = set(entry) - known
     if unknown or entry["role"] not in ROLES:
         raise ValueError(f"unknown {', '.join(sorted(unknown)) or entry['role']!r}")
-    spec = Spec(**{k: entry[k] for k in ("format", "axis", "shift") if k in entry})  # type: ignore[arg-type]
+    spec = Spec(**{k: entry[k] for k in specified & entry.keys()})  # type: ignore[arg-type]
     consumers = tuple(str(c) for c in entry["consumers"])  # type: ignore[attr-defined]
     tie = entry.get("tie")
     point = Point(
@@ -242,6 +280,7 @@ def _point(entry: Mapping[str, object]) -> Point:
         consumers=consumers,
         rule=str(entry["rule"]),
         tie=None if tie is None else str(tie),
+        reason=str(entry.get("reason", "")),
     )
     if not point.uses or any(index < 0 for _, index in point.uses):
         raise ValueError(f"consumers of {point.tensor!r}: at least one, each 'node:input index'")

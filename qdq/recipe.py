@@ -9,6 +9,7 @@ A key is the name of the option with underscores. It must not look at a model or
     target: [sm86, sm89]
     shape: ["image:1x1x32x32x32:1x1x64x64x64:1x1x96x96x96"]
     min_sqnr_db: 20
+    gpu: [a10, {name: edge, target: sm89, bandwidth_gb_s: 288, tera_ops: {float32: 22, float16: 88, int8: 353}}]
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from qdq.scheme import Settings, choose
 
 BACKENDS = ("rtx", "trt")
 RESTS = ("fp16", "bf16", "fp32")
+TUNES = ("placement", "rewrites", "off")
+TIME_LIMIT_S = 300.0
 LIMITS: Mapping[str, tuple[float, float]] = {
     "min_sqnr_db": (-math.inf, math.inf),
     "min_cosine": (-1.0, 1.0),
@@ -82,10 +85,28 @@ class ShapeOption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Settings, the float type of what `deploy` leaves unquantized, what to compile for, and the limits to pass."""
+    """Settings, the float type of what `deploy` leaves unquantized, what to compile for, and the limits to pass.
+
+    Attributes:
+        settings: how to quantize.
+        rest: float type of what is not quantized.
+        tune: what is chosen by compiled results: 'placement' (rewrites, and which nodes are quantized at all),
+            'rewrites' (everything the rules want is quantized), or 'off'. By default placement for the scheme int8; who
+            asks for another wants a smaller model, and gets rewrites.
+        time_limit_s: seconds for that choice.
+        gpus: to predict times for, names in `engines.cost.GPUS` or mappings that `engines.cost.Gpu` can be made of;
+            none for the usual one of each target.
+        targets: to compile for.
+        backend: 'rtx' or 'trt'.
+        shapes: of dynamic inputs.
+        limits: keys of `LIMITS`.
+    """
 
     settings: Settings = field(default_factory=Settings)
     rest: str = "fp16"
+    tune: str = "placement"
+    time_limit_s: float = TIME_LIMIT_S
+    gpus: tuple[str | Mapping[str, object], ...] = ()
     targets: tuple[str, ...] = ("sm89",)
     backend: str = "rtx"
     shapes: tuple[ShapeOption, ...] = ()
@@ -99,11 +120,18 @@ class Recipe:
             InputError: an unknown key or value; the message names the nearest key.
         """
         setting_keys = [f.name for f in fields(Settings)]
+        keys = [*setting_keys, "rest", "tune", "time_limit", "gpu", "target", "backend", "shape", *LIMITS]
         for key in values:
-            choose(str(key), [*setting_keys, "rest", "target", "backend", "shape", *LIMITS], "recipe key")
+            choose(str(key), keys, "recipe key")
+        gpus = values.get("gpu", [])
+        settings = Settings.from_mapping({k: v for k, v in values.items() if k in setting_keys})
+        tune = "placement" if settings.scheme == "int8" else "rewrites"
         return cls(
-            settings=Settings.from_mapping({k: v for k, v in values.items() if k in setting_keys}),
+            settings=settings,
             rest=choose(str(values.get("rest", "fp16")), RESTS, "type for the rest"),
+            tune=choose(str(values.get("tune", tune)), TUNES, "way to tune"),
+            time_limit_s=_seconds(values.get("time_limit", TIME_LIMIT_S)),
+            gpus=tuple(g if isinstance(g, Mapping) else str(g) for g in (gpus if isinstance(gpus, list) else [gpus])),
             targets=tuple(_texts("target", values.get("target", ["sm89"]))),
             backend=choose(str(values.get("backend", "rtx")), BACKENDS, "backend"),
             shapes=tuple(ShapeOption.parse(text) for text in _texts("shape", values.get("shape", []))),
@@ -138,6 +166,13 @@ def _texts(key: str, value: object) -> Sequence[str]:
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise InputError(f"{key} is {value!r}: it must be a text or a list of texts.")
     return texts
+
+
+def _seconds(value: object) -> float:
+    """The time limit."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise InputError(f"time_limit is {value!r}: it must be a number of seconds, 0 or more.")
+    return float(value)
 
 
 def _limit(key: str, value: object) -> float:

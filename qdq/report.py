@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the engines package is heavy, and only `deploy` and the com
     from engines.compare import OutputReport, Report
     from engines.layers import LayerTable
     from qdq.plan import Plan
+    from qdq.tune import Tuned
 
 FORMAT = "qdq.report/1"
 SHOWN = 12  # rows of a long list that the terminal shows; the JSON has all
@@ -41,6 +42,8 @@ class DeployReport:
         int8_file_bytes: size of the Q/DQ model likewise.
         evaluated_on: which samples `check` used.
         notes: one sentence each: what a reader must know to judge the figures.
+        tuned: how the plan was chosen by compiled results; None where it was not.
+        gpus: that its times are predicted for.
         label_dice: Dice of each class against true labels, for 'float model' and 'quantized model'; only in the demo.
     """
 
@@ -52,6 +55,8 @@ class DeployReport:
     evaluated_on: str
     notes: tuple[str, ...] = ()
     label_dice: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    tuned: Tuned | None = None
+    gpus: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -77,6 +82,7 @@ class DeployReport:
                 "engine_bytes": before.engine_bytes,
             },
             **({"label_dice": self.label_dice} if self.label_dice else {}),
+            **({"tuning": {"gpus": self.gpus, **self.tuned.to_mapping()}} if self.tuned else {}),
             "check": json.loads(self.check.to_json()),
             "audit": json.loads(self.audit.to_json()),
         }
@@ -91,6 +97,7 @@ class DeployReport:
             Row("INT8 share of multiply-adds, as compiled", f"{now.int8_share:.1%} of {count(now.macs)}"),
             Row("bytes moved per inference", _against(now.bytes_moved, before.bytes_moved if before else None)),
             Row("kernels", f"{now.kernels}" + (f" (FP32: {before.kernels})" if before else "")),
+            *([Row(f"predicted on {', '.join(self.gpus)}", self.tuned.times)] if self.tuned else []),
             *check_rows(self.check),
         ]
         for name, dice in self.label_dice.items():

@@ -99,7 +99,7 @@ def test_deploy_leaves_all_results_and_a_failed_limit_ends_with_1(folder: Path) 
     before = state(folder)
     save_samples(folder / "held_out", images(2, seed=5))
     args = ("deploy", "net.onnx", "--data", "data", "--eval", "held_out", "--target", "sm86", "--target", "8.9")
-    result = qdq(*args, "--out", "results/new", "--min-sqnr-db", "200")
+    result = qdq(*args, "--tune", "off", "--out", "results/new", "--min-sqnr-db", "200")
     assert result.exit_code == 1
     assert "Failed: Output logits: sqnr_db" in result.stderr and "stood for the engine" in result.stderr
     results = folder / "results/new"
@@ -146,8 +146,27 @@ def test_audit_of_a_model_compiles_it_and_names_float_nodes(folder: Path) -> Non
     assert "0.0%" in done("audit", "net.onnx")
 
 
+def test_a_tuned_plan_goes_through_the_other_verbs(folder: Path) -> None:
+    nodes = [onnx.helper.make_node("ConvTranspose", ["image", "w"], ["logits"], "up", strides=[2, 2])]
+    weight = onnx.numpy_helper.from_array(np.random.default_rng(0).normal(size=(1, 4, 2, 2)).astype(np.float32), "w")
+    ends = [onnx.helper.make_tensor_value_info(n, 1, [1, c, s, s]) for n, c, s in (("image", 1, 8), ("logits", 4, 16))]
+    graph = onnx.helper.make_graph(nodes, "up", ends[:1], ends[1:], [weight])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), "up.onnx")
+    said = done("tune", "up.onnx", "--data", "data", "--tune", "rewrites", "--gpu", "l4", "-o", "plan.json")
+    assert "predicted on l4" in said
+    plan = json.loads((folder / "plan.json").read_text())
+    # which rewrites pay is the compiler's to say
+    done("calibrate", "up.onnx", "--data", "data", "--plan", "plan.json", "-o", "table.json")
+    made = ("quantize", "up.onnx", "--data", "data", "--plan", "plan.json", "--table", "table.json", "--rest", "fp16")
+    done(*made, "-o", "up.int8.onnx")
+    ops = {n.op_type for n in onnx.load("up.int8.onnx").graph.node}
+    assert ("ConvTranspose" not in ops) == any(r["rewrite"] == "conv_transpose" for r in plan.get("rewrites", []))
+    report = json.loads(done("tune", "up.onnx", "--tune", "rewrites", "-o", "plan.json", "--cache", "kept", "--json"))
+    assert report["predicted_us"] <= report["untuned_us"] and len(list((folder / "kept").iterdir())) >= 2
+
+
 def test_explain_says_cost_and_kernel(folder: Path) -> None:
-    done("deploy", "net.onnx", "--data", "data", "--out", "build")
+    done("deploy", "net.onnx", "--data", "data", "--out", "build", "--tune", "rewrites")
     said = done("explain", "net.onnx", "/head/Conv", "--engine", "build/net.engine")
     # 8 x 8 positions x 3 outputs x 4 inputs x 9 weights = 6912, of the model's 6912 + 64 x 4 x 9 = 9216
     assert "6.91 k multiply-adds, 75.0%" in said
@@ -245,6 +264,14 @@ BAD: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "pickled sample": (sample(image=np.array([{}], dtype=object)), QUANTIZE, "unpickle"),
     "no sample": (lambda f: [p.unlink() for p in (f / "data").iterdir()], QUANTIZE, "No samples"),
     "missing data": (unchanged, (*QUANTIZE, "--data", "dat"), "No such file or folder"),
+    "tune bounded without data": (
+        unchanged,
+        ("tune", "net.onnx", "-o", "plan.json", "--min-sqnr-db", "20"),
+        "--data",
+    ),
+    "tune for another GPU": (unchanged, ("tune", "net.onnx", "-o", "plan.json", "--gpu", "a10"), "--target sm86"),
+    "tune by trt": (unchanged, ("tune", "net.onnx", "-o", "plan.json", "--backend", "trt"), "--backend rtx"),
+    "no such way to tune": (unchanged, ("tune", "net.onnx", "-o", "plan.json", "--tune", "fast"), "placement"),
     "no data": (unchanged, ("deploy", "net.onnx", "--out", "build"), "--random-data"),
     "both kinds of data": (unchanged, (*QUANTIZE, "--random-data", "2"), "choose one"),
     "no random samples": (unchanged, ("quantize", "net.onnx", "--random-data", "0", "-o", "q.onnx"), "at least one"),

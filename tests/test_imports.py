@@ -19,7 +19,8 @@ FOLDERS = {package.__name__: Path(package.__file__ or "").parent for package in 
 FILES = [(name, path) for name, folder in FOLDERS.items() for path in sorted(folder.rglob("*.py"))]
 
 # Only these modules of qdq may import the two other packages: they join the three. All others know ONNX and numbers.
-JOINING = {"build", "deploy", "explain", "cli", "cli_calibrate", "cli_lint", "options", "terminal"}
+JOINING = {"build", "deploy", "explain", "options", "pricing", "terminal"}
+JOINING |= {"cli", "cli_calibrate", "cli_lint", "cli_tune"}
 
 # The foundation knows nothing above it, and nothing below the top knows the top.
 LOWEST: dict[str, set[str]] = {
@@ -29,7 +30,7 @@ LOWEST: dict[str, set[str]] = {
     "graph": {"errors", "external"},
     "scheme": {"errors", "formats"},
 }
-TOP = {"build", "deploy", "explain", "cli", "cli_calibrate", "cli_lint", "options"}
+TOP = {"build", "deploy", "explain", "cli", "cli_calibrate", "cli_lint", "cli_tune", "options", "pricing"}
 
 # What may not be imported when a module is loaded, only inside the functions that need it.
 RUNTIMES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "polygraphy", "torch"}

@@ -113,7 +113,6 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "weight alone": (lambda c: c["points"].pop(0), "needs both"),
     "activation axis": (lambda c: c["points"][0].update(axis=1), "activations have one scale"),
     "bias": (lambda c: c["points"][1].update(tensor="b", consumers=["conv:2"]), "weights are operand 1"),
-    "no axis": (lambda c: c["points"][1].pop("axis"), "Set the axis to 0"),
     "wrong axis": (lambda c: c["points"][1].update(axis=1), "Set the axis to 0"),
 }
 

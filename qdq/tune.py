@@ -1,0 +1,446 @@
+"""Search the way to write a model that the compiler's result is predicted fastest for, with the compiler as judge.
+
+Workshop -> starting points (rest type alone; all in INT8; with rewrites) -> the best -> moves on classes of alike
+nodes, dearest first, each kept if the predicted time falls -> Tuned: a Plan, its price, and what it was compared with.
+The price is never above that of any variant looked at, so never above the float model's or the untuned plan's.
+It must not know an engine: a `Judge` compiles and prices.
+
+| move | on a class of nodes |
+|---|---|
+| int8, float | quantized, with and without the rewrites of the Q/DQ model; left in the type of the rest |
+| a rewrite of `qdq.surgery` | done or not |
+| common, channels | weights have one scale, or one per channel |
+| centred, shifted | a lopsided input keeps its zero point 0, or is shifted so that it uses all codes |
+| raw, shared | a shortcut reads the float tensor, or the quantized one |
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from qdq.alike import classes, grouped
+from qdq.calibrate import Progress
+from qdq.graph import Model
+from qdq.plan import Plan
+from qdq.surgery import FLOAT_REWRITES, QUANTIZED_REWRITES
+from qdq.variant import Variant, Workshop
+
+LEAST_GAIN = 0.001  # of the time: less is no reason to leave INT8, or to rewrite
+COARSER_GAIN = 0.004  # of the time: less is no reason for coarser codes
+COARSER, FREE = ("common", "centred"), ("int8", "int8 rewritten", "shared", "channels", "shifted")
+MARGIN_DB = 1.5  # asked for beyond the bound: the figure is of few samples
+WORTH = 0.01  # of the time: a class of nodes whose kernels take less together is left as it starts
+SHARES = (0.25, 0.5, 0.75)  # of the products in INT8, most multiply-adds per byte first: starting points
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """One kernel: predicted microseconds, multiply-adds, bytes, the ONNX nodes in it, and what it reads and writes."""
+
+    us: float
+    macs: int
+    bytes: int
+    nodes: tuple[str, ...]
+    signature: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """What the compiled model is predicted to cost; infinite, without kernels, if it does not compile."""
+
+    us: float
+    kernels: tuple[Kernel, ...] = ()
+
+
+Judge = Callable[[Model], Price]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """The outcome.
+
+    Attributes:
+        variant: the best.
+        plan: of the variant, with its rewrites; every node left in float for the price's sake says so.
+        price: of the variant.
+        plain: predicted microseconds of the model in the type of the rest, nothing quantized or rewritten.
+        untuned: of everything quantized that the rules want, weight scales hoisted if that is better.
+        tried: how many variants were compiled.
+        complete: False if the time limit ended the search.
+        steps: what was kept, one line each.
+    """
+
+    variant: Variant
+    plan: Plan
+    price: Price
+    plain: float
+    untuned: float
+    tried: int
+    complete: bool
+    steps: tuple[str, ...]
+
+    @property
+    def summary(self) -> str:
+        """One sentence for a person."""
+        count, rewrites = len(self.plan.quantized_nodes), ", ".join(sorted({r.name for r in self.plan.rewrites}))
+        quantized = f"{count} nodes in INT8" if count else "INT8 does not pay anywhere"
+        return f"{quantized}; rewrites: {rewrites or 'none'}; {self.tried} variants compiled" + (
+            "" if self.complete else ", until the time limit"
+        )
+
+    @property
+    def times(self) -> str:
+        """The predicted times, for a person."""
+        most = f"{self.untuned:.1f} with INT8 wherever it is possible"
+        return f"{self.price.us:.1f} us; {self.plain:.1f} without INT8, {most}"
+
+    def to_mapping(self) -> dict[str, object]:
+        """What a report says, as plain values; a time is None where nothing compiles."""
+        times = {"predicted_us": self.price.us, "without_int8_us": self.plain, "untuned_us": self.untuned}
+        return {
+            **{key: us if math.isfinite(us) else None for key, us in times.items()},
+            "int8_nodes": len(self.plan.quantized_nodes),
+            "rewrites": {r.name: list(r.nodes) for r in self.plan.rewrites},
+            "variants": self.tried,
+            "complete": self.complete,
+            "steps": list(self.steps),
+        }
+
+
+def tune(
+    workshop: Workshop,
+    judge: Judge,
+    *,
+    placement: bool = True,
+    min_sqnr_db: float = -math.inf,
+    time_limit_s: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
+    on_progress: Progress | None = None,
+) -> Tuned:
+    """Find the variant with the least predicted time.
+
+    Args:
+        workshop: writes the variants.
+        judge: compiles and prices one.
+        placement: also choose which nodes are quantized; False quantizes all that the rules want.
+        min_sqnr_db: of the workshop's samples; where the fastest variant has less, what costs least time for the noise
+            that it takes away is given up until it has as much. Needs samples.
+        time_limit_s: seconds after which no further variant is compiled, apart from the two to compare with.
+        clock: seconds.
+        on_progress: called with (variants done, None, text).
+
+    Returns:
+        The best variant and what it was compared with.
+    """
+    bounded, began = min_sqnr_db > -math.inf and workshop.samples is not None, clock()
+    first = began + time_limit_s / (2 if bounded else 1)
+    search = _Search(workshop, judge, placement, first, clock, on_progress)
+    search.start()
+    search.descend()
+    if bounded and search.bound(min_sqnr_db):
+        search.deadline, search.complete = began + time_limit_s, True
+        search.descend()
+    return search.result()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Move:
+    """A change of a variant on some nodes; `kind` as in the table above, or a rewrite's name, with 'no ' for undone."""
+
+    kind: str
+    nodes: tuple[str, ...]
+
+    def of(self, v: Variant) -> Variant:
+        """The changed variant."""
+        if self.kind in ("raw", "shared"):
+            return replace(v, raw=v.raw | set(self.nodes) if self.kind == "raw" else v.raw - set(self.nodes))
+        if self.kind == "common":
+            return replace(v, common=v.common | set(self.nodes))
+        if self.kind == "channels":
+            return replace(v, common=v.common - set(self.nodes))
+        if self.kind == "centred":
+            return replace(v, centred=v.centred | set(self.nodes))
+        if self.kind == "shifted":
+            return replace(v, centred=v.centred - set(self.nodes))
+        if self.kind in ("int8", "int8 rewritten"):
+            for name in QUANTIZED_REWRITES if self.kind != "int8" else ():  # they fire where they fit
+                v = v.with_rewrite(name, self.nodes)
+            return replace(v, integer=v.integer | set(self.nodes))
+        if self.kind == "float":
+            return replace(v, integer=v.integer - set(self.nodes))
+        if self.kind.startswith("no "):
+            return v.without_rewrite(self.kind.removeprefix("no "), self.nodes)
+        return v.with_rewrite(self.kind, self.nodes)
+
+    def __str__(self) -> str:
+        """Like 'int8 on /conv1 and 3 alike'."""
+        more = f" and {len(self.nodes) - 1} alike" if len(self.nodes) > 1 else ""
+        return f"{self.kind} on {self.nodes[0]}{more}"
+
+
+@dataclass(slots=True)
+class _Search:
+    """The best so far, and every price known."""
+
+    workshop: Workshop
+    judge: Judge
+    placement: bool
+    deadline: float
+    clock: Callable[[], float]
+    on_progress: Progress | None
+    best: Variant = field(default_factory=Variant)
+    prices: dict[Variant, Price] = field(default_factory=dict)
+    steps: list[str] = field(default_factory=list)
+    complete: bool = True
+    plain: float = math.inf
+    untuned: float = math.inf
+    most: float = math.inf
+
+    def price(self, variant: Variant) -> Price:
+        """Compile a variant, once."""
+        if variant not in self.prices:
+            if self.on_progress:
+                self.on_progress(len(self.prices), None, "Tune")
+            self.prices[variant] = self.judge(self.workshop.model_of(variant))
+        return self.prices[variant]
+
+    def start(self) -> None:
+        """Compile the starting points and stand on the best."""
+        shop = self.workshop
+        everything = self.hoisted(Variant(integer=frozenset(shop.quantizable(Variant()))))
+        self.untuned = self.price(everything).us
+        self.plain = self.price(Variant()).us
+        self.best = min((Variant(), everything) if self.placement else (everything,), key=self.us)
+        rewritten = Variant() if self.placement else everything
+        for name in FLOAT_REWRITES:
+            if self.late():
+                return
+            if fits := shop.fits(name, rewritten):
+                candidate = self.requantized(rewritten.with_rewrite(name, fits))
+                rewritten = min((rewritten, candidate), key=self.us)
+        self.keep(rewritten, "rewrites of the float model")
+        if self.placement:
+            for start in self.shares(rewritten):
+                if self.late():
+                    return
+                self.keep(start, "INT8 where products are many for their bytes")
+
+    def late(self) -> bool:
+        """Whether the time is up."""
+        self.complete = self.complete and self.clock() <= self.deadline
+        return not self.complete
+
+    def requantized(self, variant: Variant) -> Variant:
+        """With all in INT8 where that is not searched: a rewrite may make nodes that can be quantized."""
+        if self.placement:
+            return variant
+        return self.hoisted(replace(variant, integer=frozenset(self.workshop.quantizable(variant))))
+
+    def us(self, variant: Variant) -> float:
+        """Its predicted microseconds."""
+        return self.price(variant).us
+
+    def hoisted(self, variant: Variant) -> Variant:
+        """The same with each rewrite of the quantized stage that makes it better."""
+        for name in QUANTIZED_REWRITES:
+            if fits := self.workshop.fits(name, variant):
+                variant = min((variant, variant.with_rewrite(name, fits)), key=self.us)
+        return variant
+
+    def shares(self, variant: Variant) -> Iterator[Variant]:
+        """Variants with a part of the products in INT8, with and without rewrites that make more nodes quantizable."""
+        shop = self.workshop
+        for name in FLOAT_REWRITES:
+            fits = shop.fits(name, variant)
+            wider = variant.with_rewrite(name, fits) if fits else variant
+            if len(shop.quantizable(wider)) > len(shop.quantizable(variant)):
+                yield from self.parts(wider)
+        yield from self.parts(variant)
+
+    def parts(self, variant: Variant) -> Iterator[Variant]:
+        """Variants with a share of the products in INT8."""
+        worth: dict[str, float] = {}
+        for kernel in self.price(variant).kernels:
+            for node in kernel.nodes:
+                worth[node] = max(worth.get(node, 0.0), kernel.macs / max(kernel.bytes, 1))
+        order = sorted(self.workshop.quantizable(variant), key=lambda node: -worth.get(node, 0.0))
+        for share in (*SHARES, 1.0):
+            part = replace(variant, integer=frozenset(order[: round(share * len(order))]))
+            hoisted = self.with_all(part)
+            level = set(self.workshop.levelled(part))
+            centred = replace(hoisted, centred=frozenset(self.workshop.lopsided(part)))
+            yield from (part, hoisted, centred, replace(centred, common=part.integer & level))
+
+    def with_all(self, variant: Variant) -> Variant:
+        """The same with all rewrites of the quantized stage."""
+        for name in QUANTIZED_REWRITES:
+            variant = variant.with_rewrite(name, self.workshop.fits(name, variant))
+        return variant
+
+    def keep(self, variant: Variant, what: str, least: float = 0.0) -> bool:
+        """Compile a variant and stand on it if it is better by a share of the time."""
+        before, after = self.us(self.best), self.us(variant)
+        if not after < before * (1 - least) or not self.accurate(variant):
+            return False
+        self.steps.append(f"{what}: {before:.1f} -> {after:.1f} us")
+        self.best = variant
+        return True
+
+    def descend(self) -> None:
+        """Try every move on the best variant, dearest nodes first, until none is left that gains."""
+        failed: set[tuple[Variant, _Move]] = set()
+        gained = True
+        while gained:
+            gained = False
+            for move in self.moves():
+                if self.late():
+                    return
+                candidate = move.of(self.best)
+                if candidate == self.best or (self.best, move) in failed:
+                    continue
+                if candidate in self.prices or self.possible(candidate):
+                    least = COARSER_GAIN if move.kind in COARSER else 0.0 if move.kind in FREE else LEAST_GAIN
+                    if self.keep(candidate, str(move), least):
+                        gained = True
+                        continue
+                failed.add((self.best, move))
+
+    def accurate(self, variant: Variant) -> bool:
+        """Whether it keeps the bound, if there is one."""
+        return self.most == math.inf or not variant.integer or (self.workshop.noise(variant) or 0.0) <= self.most
+
+    def bound(self, min_sqnr_db: float) -> bool:
+        """Stand on the fastest variant known that is accurate enough; False if the best is so already."""
+        self.most = 10 ** (-(min_sqnr_db + MARGIN_DB) / 10)
+        if self.accurate(self.best):
+            return False
+        before, noise = self.us(self.best), self.workshop.noise(self.best) or 0.0
+        finer = self.cheapest_first(tuple(self.finer()))
+        refined = self.fewest(finer)
+        if refined is None:  # not enough: also leave INT8, where that takes most noise away for its time
+            noises = {
+                m: self.workshop.noise(replace(self.best, integer=frozenset(m.nodes))) or 0.0 for m in self.left()
+            }
+            costs = {m: max(self.us(m.of(self.best)) - before, LEAST_GAIN * before) for m in noises}
+            refined = self.fewest([*finer, *sorted(noises, key=lambda m: -noises[m] / costs[m])])
+        known = [v for v in self.prices if not v.integer]
+        self.best = min([*known, *([refined] if refined else [])], key=self.us)
+        had, after = -10 * math.log10(noise), self.us(self.best)
+        self.steps.append(f"bound of {min_sqnr_db:g} dB, had {had:.1f}: {before:.1f} -> {after:.1f} us")
+        return True
+
+    def fewest(self, moves: list[_Move]) -> Variant | None:
+        """The best variant after the fewest of the moves, in order, that keep the bound; None if all do not."""
+        if not self.accurate(self.applied(moves)):
+            return None
+        low, high = 1, len(moves)
+        while low < high:  # noise falls with each move, more or less
+            middle = (low + high) // 2
+            enough = self.accurate(self.applied(moves[:middle]))
+            low, high = (low, middle) if enough else (middle + 1, high)
+        return self.applied(moves[:low])
+
+    def applied(self, moves: list[_Move]) -> Variant:
+        """The best variant after several moves."""
+        variant = self.best
+        for move in moves:
+            variant = move.of(variant)
+        return variant
+
+    def cheapest_first(self, moves: tuple[_Move, ...]) -> list[_Move]:
+        """Moves from the best variant by the time they cost; beyond the time limit by where they are."""
+        costs = {m: 0.0 if self.late() else self.us(m.of(self.best)) for m in moves}
+        return sorted(moves, key=lambda m: costs[m])
+
+    def finer(self) -> Iterator[_Move]:
+        """Moves from the best variant to finer codes."""
+        alike = classes(self.workshop.base(self.best).model)
+        for kind, nodes in (("shifted", self.best.centred), ("channels", self.best.common)):
+            for group in grouped(tuple(sorted(nodes & self.best.integer)), alike):
+                yield _Move(kind=kind, nodes=group)
+
+    def left(self) -> Iterator[_Move]:
+        """Moves from the best variant out of INT8."""
+        alike = classes(self.workshop.base(self.best).model)
+        for group in grouped(tuple(sorted(self.best.integer)), alike):
+            yield _Move(kind="float", nodes=group)
+
+    def possible(self, variant: Variant) -> bool:
+        """Whether it can be written: a rewrite of the quantized stage needs nodes in INT8 that it fits."""
+        return bool(variant.integer) or not any(name in QUANTIZED_REWRITES for name, _ in variant.rewrites)
+
+    def moves(self) -> list[_Move]:
+        """All moves from the best variant, dearest nodes first."""
+        shop, best = self.workshop, self.best
+        base = shop.base(best).model
+        alike = classes(base)
+        cost = self.costs()
+        found: list[_Move] = []
+        if self.placement:
+            quantizable = shop.quantizable(best)
+            for nodes in grouped(quantizable, alike):
+                inside = best.integer.issuperset(nodes)
+                found += [
+                    _Move(kind=kind, nodes=nodes) for kind in (("float",) if inside else ("int8 rewritten", "int8"))
+                ]
+                if not inside and best.integer.intersection(nodes):
+                    found.append(_Move(kind="float", nodes=nodes))
+        for name in (*FLOAT_REWRITES, *QUANTIZED_REWRITES):
+            if name in QUANTIZED_REWRITES and not best.integer:
+                continue
+            done = {node for other, node in best.rewrites if other == name}
+            for nodes in grouped(shop.fits(name, best), alike):
+                found.append(_Move(kind=f"no {name}" if done.issuperset(nodes) else name, nodes=nodes))
+        if self.placement:  # these cost accuracy
+            for nodes in grouped(tuple(n for n in shop.levelled(best) if n in best.integer), alike):
+                found.append(_Move(kind="channels" if best.common.issuperset(nodes) else "common", nodes=nodes))
+            for nodes in grouped(tuple(n for n in shop.lopsided(best) if n in best.integer), alike):
+                found.append(_Move(kind="shifted" if best.centred.issuperset(nodes) else "centred", nodes=nodes))
+        for operand in shop.shortcuts(best):
+            found.append(_Move(kind="shared" if operand in best.raw else "raw", nodes=(operand,)))
+        order = {m: sum(cost.get(_node(n), 0.0) for n in m.nodes) for m in found}
+        worth = [m for m in found if order[m] >= WORTH * self.us(best)]
+        return sorted(worth, key=lambda m: -order[m])
+
+    def costs(self) -> dict[str, float]:
+        """Microseconds of the kernels that each node of the best variant, or one next to it, is in."""
+        model = self.workshop.base(self.best).model
+        kernels: dict[str, dict[int, float]] = {}
+        for index, kernel in enumerate(self.price(self.best).kernels):
+            for node in kernel.nodes:
+                kernels.setdefault(node, {})[index] = kernel.us
+        found = {}
+        for node in model.graph.node:
+            before = [p.name for t in node.input if (p := model.producer(t))]
+            after = [use.node.name for t in node.output for use in model.consumers(t)]
+            mine: dict[int, float] = {}
+            for name in (node.name, *before, *after):
+                mine |= kernels.get(name, {})
+            found[node.name] = math.fsum(mine.values())
+        return found
+
+    def result(self) -> Tuned:
+        """The best variant as a plan."""
+        price = self.price(self.best)
+        why = (
+            f"INT8 does not pay here: with the choice made, the model is predicted to take {price.us:.1f} us; "
+            f"{self.untuned:.1f} with INT8 wherever it is possible, {self.plain:.1f} without any"
+        )
+        return Tuned(
+            variant=self.best,
+            plan=self.workshop.plan_of(self.best, why),
+            price=price,
+            plain=self.plain,
+            untuned=self.untuned,
+            tried=len(self.prices),
+            complete=self.complete,
+            steps=tuple(self.steps),
+        )
+
+
+def _node(name: str) -> str:
+    """The node of a move's name: shortcuts are named by operand."""
+    return name.rpartition(":")[0] if name.rpartition(":")[2].isdigit() else name

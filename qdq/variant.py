@@ -1,0 +1,272 @@
+"""One way to write a float model for the compiler: exact rewrites, the nodes in INT8, the float type of the rest.
+
+prepared model + Variant -> float rewrites -> plan, restricted -> quick scales and codes -> Q/DQ -> rest -> rewrites
+Which kernels are compiled does not depend on scales and codes, so quick ones stand for the calibrated ones: ranges of a
+few samples (whether a tensor is shifted, or overflows FP16, does depend on ranges) and weights rounded to nearest.
+It must not decide which variant is good.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from qdq import placement
+from qdq.calibrate import CalibrationTable, collect
+from qdq.graph import Model
+from qdq.insert import insert
+from qdq.observers import Histogram
+from qdq.plan import Plan, Rewrite, Skip
+from qdq.precision import convert
+from qdq.scheme import Settings
+from qdq.solve import Solution, solve
+from qdq.surgery import FLOAT_REWRITES, QUANTIZED_REWRITES
+from qdq.tap import Sample, Tap
+
+TUNED = "tuned"  # the rule of the skips that `restricted` adds
+
+
+MOST_LOSS_DB = 3.0  # more noise of a weight by one scale than by one per channel: as much as its input's adds anyway
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """Choices about one model; names that do not exist after its rewrites mean nothing.
+
+    Attributes:
+        rewrites: (rewrite, node) pairs; those of the quantized stage apply to nodes in `integer` only.
+        integer: weighted nodes that are quantized.
+        common: nodes whose weight has one scale for all channels, if they are in `integer`.
+        centred: nodes whose input is not shifted, though its range is lopsided: fewer codes, less to pad and subtract.
+        raw: shortcut operands, "node:index", that read the float tensor although a quantized one exists.
+    """
+
+    rewrites: frozenset[tuple[str, str]] = frozenset()
+    integer: frozenset[str] = frozenset()
+    common: frozenset[str] = frozenset()
+    centred: frozenset[str] = frozenset()
+    raw: frozenset[str] = frozenset()
+
+    def with_rewrite(self, name: str, nodes: Iterable[str]) -> Variant:
+        """The same and a rewrite on some nodes."""
+        return replace(self, rewrites=self.rewrites | {(name, node) for node in nodes})
+
+    def without_rewrite(self, name: str, nodes: Iterable[str]) -> Variant:
+        """The same without a rewrite on some nodes."""
+        return replace(self, rewrites=self.rewrites - {(name, node) for node in nodes})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """A model after float rewrites, and everything that may be quantized in it."""
+
+    model: Model
+    fired: tuple[Rewrite, ...]
+    plan: Plan
+    table: CalibrationTable
+    solution: Solution
+
+
+@dataclass(slots=True)
+class Workshop:
+    """Writes variants of one model; what several of them share is made once.
+
+    Attributes:
+        model: prepared float model.
+        settings: of the plan; calibrator, rounding and equalization do not matter here.
+        rest: 'fp16', 'bf16' or 'fp32'.
+        samples: a few, re-iterable, for the ranges; None assumes that every tensor is lopsided.
+    """
+
+    model: Model
+    settings: Settings
+    rest: str
+    samples: Sequence[Sample] | None = None
+    _bases: dict[frozenset[tuple[str, str]], Base] = field(default_factory=dict)
+    _histograms: dict[str, Histogram] = field(default_factory=dict)
+    _noises: dict[Variant, float] = field(default_factory=dict)
+    _outputs: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def base(self, variant: Variant) -> Base:
+        """The float part of a variant."""
+        key = frozenset((name, node) for name, node in variant.rewrites if name in FLOAT_REWRITES)
+        if key not in self._bases:
+            model, fired = self.model, []
+            for name, rewrite in FLOAT_REWRITES.items():
+                if nodes := {node for other, node in key if other == name}:
+                    done = rewrite(model, nodes)
+                    if done.fired:
+                        fired.append(Rewrite(name=name, nodes=done.fired))
+                    model = done.model
+            full = placement.plan(model, replace(self.settings, exclude=self._excluded(model)))
+            table = self._table(model, full)
+            solution = solve(model, _quick(full), table)
+            self._bases[key] = Base(model=model, fired=tuple(fired), plan=full, table=table, solution=solution)
+        return self._bases[key]
+
+    def quantizable(self, variant: Variant) -> tuple[str, ...]:
+        """The weighted nodes that the rules would quantize after the variant's rewrites."""
+        return self.base(variant).plan.quantized_nodes
+
+    def levelled(self, variant: Variant) -> tuple[str, ...]:
+        """The quantizable nodes whose weight may have one scale: its noise grows by `MOST_LOSS_DB` at most."""
+        base = self.base(variant)
+        spread: dict[str, float] = {}
+        for point in base.plan.weights:
+            if point.spec.axis is not None and point.spec.block is None:
+                scale = base.solution.weights[point.tensor, point.spec.axis].params.scale.astype(np.float64)
+                loss = 10 * np.log10(scale.max() ** 2 / np.mean(scale**2))
+                spread |= {node: max(spread.get(node, 0.0), float(loss)) for node, _ in point.uses}
+        return tuple(node for node, loss in spread.items() if loss <= MOST_LOSS_DB)
+
+    def lopsided(self, variant: Variant) -> tuple[str, ...]:
+        """The quantizable nodes whose input is shifted."""
+        base = self.base(variant)
+        shifted = [p for p in base.plan.activations if base.solution.activations[p.tensor].zero_point]
+        return tuple(dict.fromkeys(node for p in shifted for node, index in p.uses if index == 0))
+
+    def shortcuts(self, variant: Variant) -> tuple[str, ...]:
+        """The shortcut operands that the rules would quantize."""
+        return _shortcuts(self.base(variant).plan)
+
+    def model_of(self, variant: Variant) -> Model:
+        """The whole model as it would be compiled, with quick scales and codes."""
+        model = self._typed(variant)
+        for name, rewrite in QUANTIZED_REWRITES.items():
+            if nodes := variant.integer & {node for other, node in variant.rewrites if other == name}:
+                model = rewrite(model, nodes).model
+        return model
+
+    def noise(self, variant: Variant) -> float | None:
+        """Noise over signal of all outputs, with quick scales and codes; None without samples.
+
+        sum (y - float y)^2 / sum (float y)^2 of the first sample, with the rest in float32. Calibration, second
+        moments and bias correction do better than this.
+        """
+        if not self.samples:
+            return None
+        outputs = [o.name for o in self.model.outputs if not self.model.is_constant(o.name)]
+        if not self._outputs:
+            tap = Tap(self.model, outputs)
+            self._outputs = dict(tap(self.samples[0]))
+        key = replace(variant, rewrites=frozenset(pair for pair in variant.rewrites if pair[0] in FLOAT_REWRITES))
+        if key not in self._noises:
+            base = self.base(variant)
+            plan = restricted(base.model, base.plan, variant, "")
+            tap = Tap(insert(base.model, plan, solve(base.model, _quick(plan), base.table)), outputs)
+            signal = noise = 0.0
+            found = tap(self.samples[0])
+            for name, y in self._outputs.items():
+                signal += float(np.sum(np.square(y, dtype=np.float64)))
+                noise += float(np.sum(np.square(np.subtract(y, found[name], dtype=np.float64))))
+            self._noises[key] = noise / max(signal, 1e-300) if math.isfinite(noise) else math.inf
+        return self._noises[key]
+
+    def fits(self, name: str, variant: Variant) -> tuple[str, ...]:
+        """The nodes that a rewrite would fire on, had it all it could."""
+        if name in FLOAT_REWRITES:
+            rewrites = frozenset(pair for pair in variant.rewrites if pair[0] != name)
+            return FLOAT_REWRITES[name](self.base(replace(variant, rewrites=rewrites)).model).fired
+        return QUANTIZED_REWRITES[name](self._typed(variant)).fired
+
+    def plan_of(self, variant: Variant, why: str) -> Plan:
+        """The plan of a variant; `why` is the reason of every node that the rules would quantize and it does not."""
+        base = self.base(variant)
+        plan = restricted(base.model, base.plan, variant, why)
+        later, model = [], self._typed(variant)
+        for name, rewrite in QUANTIZED_REWRITES.items():
+            nodes = variant.integer & {node for other, node in variant.rewrites if other == name}
+            if nodes and (done := rewrite(model, nodes)).fired:
+                later.append(Rewrite(name=name, nodes=done.fired))
+                model = done.model
+        return replace(plan, rewrites=(*base.fired, *later))
+
+    def _typed(self, variant: Variant) -> Model:
+        base = self.base(variant)
+        plan = restricted(base.model, base.plan, variant, "")
+        solution = _adapted(base.solution, plan)
+        model = insert(base.model, plan, solution) if plan.points else base.model
+        if self.rest != "fp32":
+            model = convert(model, rest=self.rest, table=base.table).model
+        return model
+
+    def _excluded(self, model: Model) -> tuple[str, ...]:
+        """The exclude patterns; one that matched a node of the prepared model need not match after rewrites."""
+        names = [node.name for node in model.graph.node]
+        return tuple(p for p in self.settings.exclude if fnmatch.filter(names, p))
+
+    def _table(self, model: Model, plan: Plan) -> CalibrationTable:
+        names = list(dict.fromkeys(p.tensor for p in plan.activations))
+        if missing := [name for name in names if name not in self._histograms]:
+            if self.samples is None:
+                assumed = Histogram.of(np.linspace(0, 1, 257, dtype=np.float32))
+                self._histograms |= dict.fromkeys(missing, assumed)
+            else:
+                self._histograms |= collect(model, plan, self.samples).tensors
+        tensors = {name: self._histograms[name] for name in names}
+        return CalibrationTable(model_sha256=model.sha256, samples_sha256="", count=0, tensors=tensors)
+
+
+def _shortcuts(plan: Plan) -> tuple[str, ...]:
+    weighted = set(plan.quantized_nodes)
+    return tuple(c for p in plan.activations for c in p.consumers if c.rpartition(":")[0] not in weighted)
+
+
+def _quick(plan: Plan) -> Plan:
+    """The plan with settings that need no samples."""
+    calibrator = "mse" if plan.settings.calibrator == "auto" else plan.settings.calibrator
+    return replace(plan, settings=replace(plan.settings, calibrator=calibrator, rounding="nearest"))
+
+
+def _adapted(solution: Solution, plan: Plan) -> Solution:
+    """Quick scales of a restricted plan: no codes are right, but there are as many scales, and zero points 0."""
+    activations, weights = dict(solution.activations), dict(solution.weights)
+    for point in plan.points:
+        if point.role == "activation" and not point.spec.shift:
+            activations[point.tensor] = replace(activations[point.tensor], zero_point=0)
+        elif point.role == "weight" and (point.tensor, point.spec.axis) not in weights:
+            old = next(q for (tensor, _), q in weights.items() if tensor == point.tensor)
+            largest = np.asarray(old.params.scale.max())
+            one = replace(old, params=replace(old.params, scale=largest, axis=None))
+            weights[point.tensor, point.spec.axis] = one
+    return replace(solution, activations=activations, weights=weights)
+
+
+def restricted(model: Model, plan: Plan, variant: Variant, why: str) -> Plan:
+    """A plan that quantizes no more than a variant does.
+
+    Args:
+        model: that the plan is for.
+        plan: of everything.
+        variant: its `integer`, `common` and `raw`.
+        why: the reason of the weighted nodes that are left out.
+
+    Returns:
+        The plan with a Skip of rule 'tuned' for each weighted node that is left out. A shortcut stays only where a
+        weighted node reads its tensor too.
+    """
+    shortcuts = set(_shortcuts(plan)) - variant.raw
+    points = []
+    for point in plan.points:
+        kept = {name for name, _ in point.uses} & variant.integer
+        if not kept:
+            continue
+        consumers = tuple(c for c in point.consumers if c.rpartition(":")[0] in kept or c in shortcuts)
+        if point.role == "weight":
+            spec = replace(point.spec, axis=None) if kept <= variant.common else point.spec
+        else:
+            spec = replace(point.spec, shift=False) if kept & variant.centred else point.spec
+        points.append(replace(point, consumers=consumers, spec=spec))
+    ties = Counter(point.tie for point in points)
+    points = [replace(p, tie=None) if ties[p.tie] == 1 else p for p in points]
+    skips = [
+        Skip(node=node, op_type=model.node(node).op_type, rule=TUNED, reason=why)
+        for node in plan.quantized_nodes
+        if node not in variant.integer
+    ]
+    return replace(plan, points=tuple(points), skips=(*plan.skips, *skips))

@@ -1,0 +1,210 @@
+"""What tuning is worth: predicted time of each model in FP32, FP16, untuned INT8, by Model Optimizer, and tuned.
+
+Every variant of a row is compiled in this process by TensorRT-RTX for the same target and priced by the same roofline
+(`engines.cost`); nothing is run on a GPU. The zoo (models and samples) and the MONAI networks (`export_monai.py`, with
+crops of a NIfTI volume as samples) lie outside the project. Model Optimizer runs in its own environment.
+
+    python tools/bench_tune.py --zoo ../shared/tools [--modelopt PYTHON] [--target sm86] [--json OUT] [CASE ...]
+    python tools/bench_tune.py --monai FOLDER --volume T1.nii.gz --min-sqnr-db 30 [...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.compiler import ShapeRange
+from qdq import deploy
+from qdq.finish import finish
+from qdq.graph import Model, load, save
+from qdq.pricing import Pricer, difference, find_plan, gpus_of
+from qdq.recipe import Recipe
+from qdq.variant import Variant, Workshop
+
+Samples = list[dict[str, np.ndarray]]
+HEADER = ("model", "target", "FP32", "FP16", "untuned", "Model Optimizer", "tuned", "of FP16", "SQNR", "INT8", "s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model with samples to calibrate and to evaluate on."""
+
+    name: str
+    path: Path
+    calibration: Samples
+    evaluation: Samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Predicted microseconds, the output SQNR of the tuned model in ONNX Runtime, and how long tuning took."""
+
+    model: str
+    target: str
+    fp32: float
+    fp16: float
+    untuned: float
+    peer: float | None
+    tuned: float
+    sqnr_db: float
+    int8_nodes: int
+    of_nodes: int
+    seconds: float
+    variants: int
+    complete: bool
+    rewrites: tuple[str, ...]
+    difference: str
+
+    def __str__(self) -> str:
+        """One line of a Markdown table."""
+        best = min(x for x in (self.fp32, self.fp16, self.untuned, self.peer) if x is not None)
+        mark = "" if self.tuned <= best * 1.000001 else " (above)"
+        cells = [self.model, self.target, *(f"{x:.1f}" for x in (self.fp32, self.fp16, self.untuned))]
+        cells += ["-" if self.peer is None else f"{self.peer:.1f}", f"{self.tuned:.1f}{mark}"]
+        cells += [f"{self.tuned / self.fp16:.2f}", f"{self.sqnr_db:.1f} dB", f"{self.int8_nodes}/{self.of_nodes}"]
+        return "| " + " | ".join([*cells, f"{self.seconds:.0f}" + ("" if self.complete else "+")]) + " |"
+
+
+def zoo_cases(folder: Path) -> Iterator[Case]:
+    """The evaluation zoo."""
+    sys.path.insert(0, str(folder.resolve()))
+    zoo = importlib.import_module("zoo")
+    for case in zoo.zoo():
+        zoo.named(case)
+        yield Case(name=case.name, path=case.path, calibration=case.calibration, evaluation=case.evaluation)
+
+
+def monai_cases(folder: Path, volume: Path) -> Iterator[Case]:
+    """The networks that `export_monai.py` wrote, on crops of a volume: the first half of axis 0 to calibrate with."""
+    import nibabel
+
+    whole = np.asarray(nibabel.load(volume).dataobj).astype(np.float32)
+    whole = (whole - whole.mean()) / whole.std()
+    rng, half = np.random.default_rng(0), whole.shape[0] // 2
+    for path in sorted(folder.glob("*.onnx")):
+        entry = load(path).inputs[0]
+        size = tuple(int(d) for d in (entry.shape or ())[2:])
+        sets = []
+        for first, count in ((0, 8), (half, 4)):
+            highs = (half - size[0], whole.shape[1] - size[1], whole.shape[2] - size[2])
+            starts = [[int(rng.integers(0, h + 1)) for h in highs] for _ in range(count)]
+            cuts = [
+                tuple(slice(s + o, s + o + n) for s, o, n in zip(at, (first, 0, 0), size, strict=True)) for at in starts
+            ]
+            sets.append([{entry.name: np.ascontiguousarray(whole[cut][None, None])} for cut in cuts])
+        yield Case(name=path.stem, path=path, calibration=sets[0], evaluation=sets[1])
+
+
+def modelopt(python: str, case: Case, folder: Path) -> Path | None:
+    """Model Optimizer's INT8 with an FP16 rest; few samples, since kernels do not depend on scales."""
+    out = folder / f"{case.name}.modelopt.onnx"
+    if out.exists():
+        return out
+    data = {k: np.concatenate([s[k] for s in case.calibration[:2]]) for k in case.calibration[0]}
+    np.savez(folder / "data.npz", allow_pickle=False, **data)
+    command = [python, Path(__file__).with_name("peer_modelopt.py"), str(case.path), str(folder / "data.npz"), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode or not out.exists():
+        print(
+            f"{case.name}: Model Optimizer fails: {(done.stderr.strip().splitlines() or ['?'])[-1][:150]}", flush=True
+        )
+        return None
+    return out
+
+
+def sqnr_db(reference: Model, candidate: Path, data: Samples, folder: Path) -> float:
+    """10 log10(sum y^2 / sum (y - candidate's y)^2) over all outputs and samples."""
+    from engines import ort
+
+    float_path = folder / "reference.onnx"
+    save(reference, float_path)
+    signal = noise = 0.0
+    for expected, found in zip(ort.run(str(float_path), data), ort.run(str(candidate), data), strict=True):
+        for name, y in expected.items():
+            signal += float(np.sum(y.astype(np.float64) ** 2))
+            noise += float(np.sum((y.astype(np.float64) - found[name]) ** 2))
+    return 10 * math.log10(signal / noise) if noise else math.inf
+
+
+def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path) -> Row:
+    """One model for one target."""
+    prepared = deploy.load_float(case.path)
+    data = deploy.as_samples(case.calibration, prepared)
+    shapes: Mapping[str, Any] = {k: ShapeRange.fixed(v.shape) for k, v in case.calibration[0].items()}
+    pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe))
+    began = time.monotonic()
+    found = find_plan(prepared, pricer, samples=data)
+    seconds = time.monotonic() - began
+    made = deploy.quantize(prepared, data, settings=recipe.settings, plan=found.plan)
+    done = finish(made.model, made.plan, rest=recipe.rest, table=made.table)
+    save(done.model, folder / "tuned.onnx")
+    built = pricer(done.model)
+    plain = Workshop(model=prepared, settings=recipe.settings, rest="fp32")
+    return Row(
+        model=case.name,
+        target=recipe.targets[0],
+        fp32=pricer(prepared).us,
+        fp16=found.plain,
+        untuned=found.untuned,
+        peer=None if peer is None else pricer(load(peer)).us,
+        tuned=built.us,
+        sqnr_db=sqnr_db(prepared, folder / "tuned.onnx", case.evaluation, folder),
+        int8_nodes=len(found.plan.quantized_nodes),
+        of_nodes=len(plain.quantizable(Variant())),
+        seconds=seconds,
+        variants=found.tried,
+        complete=found.complete,
+        rewrites=tuple(r.name for r in found.plan.rewrites),
+        difference=difference(found, built),
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zoo", type=Path, help="folder with zoo.py")
+    parser.add_argument("--monai", type=Path, help="folder with networks of export_monai.py")
+    parser.add_argument("--volume", type=Path, help="NIfTI volume for the MONAI networks")
+    parser.add_argument("--modelopt", help="python of an environment with nvidia-modelopt")
+    parser.add_argument("--target", action="append")
+    parser.add_argument("--min-sqnr-db", type=float)
+    parser.add_argument("--time-limit", type=float, default=300.0)
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("cases", nargs="*")
+    options = parser.parse_args()
+    cases: list[Iterator[Case]] = []
+    if options.zoo:
+        cases.append(zoo_cases(options.zoo))
+    if options.monai:
+        cases.append(monai_cases(options.monai, options.volume))
+    limits = {} if options.min_sqnr_db is None else {"min_sqnr_db": options.min_sqnr_db}
+    rows = []
+    print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for case in (case for source in cases for case in source):
+            if options.cases and case.name not in options.cases:
+                continue
+            peer = modelopt(options.modelopt, case, folder) if options.modelopt else None
+            for target in options.target or ["sm86", "sm89", "sm120"]:
+                recipe = Recipe(targets=(target,), time_limit_s=options.time_limit, limits=limits)
+                rows.append(row(case, recipe, peer, folder))
+                print(rows[-1], flush=True)
+                if options.json:
+                    options.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))
+
+
+if __name__ == "__main__":
+    main()
