@@ -59,6 +59,8 @@ def corrected(
     """
     held = split(samples)
     changed = correct(model, quantized, plan, held, on_progress=on_progress)
+    if changed is quantized:
+        return quantized, "biases are left alone: no quantized node has one that a correction could be added to"
     if always:
         return changed, "biases are corrected, as asked for"
     before, after = Judge(model, held).sqnrs_db([quantized, changed])

@@ -18,13 +18,14 @@ import numpy.typing as npt
 
 from qdq import gram
 from qdq.calibrate import Progress
+from qdq.footprint import cores
 from qdq.formats import FORMATS
 from qdq.graph import Model
 from qdq.nodes import attribute, input_axis, ints
 from qdq.observers import ChannelRange, asymmetric, union
 from qdq.plan import Plan, Point
-from qdq.qtensor import QParams, from_codes, representable, to_codes
-from qdq.tap import Sample, Tap, counted
+from qdq.qtensor import CHUNK, QParams, from_codes, representable, to_codes
+from qdq.tap import Sample, Tap, counted, overlapped
 
 ROWS = 8192  # channel vectors looked at per tensor, over all samples
 HEADROOM = 1.25  # range of an equalized tensor over its calibrated one: equalized channels all lie near the limit
@@ -143,15 +144,16 @@ def choose(
     for tensor, weights in readers.items():
         info = model.info(tensor)
         rows, channels = seen[tensor].rows, seen[tensor].channels
-        matrices = [_by_input(model, points[tensor], weight) for weight in weights]
         if rows.shape[1] < 2:
             continue
-        wmax = np.max([np.abs(m).max(axis=(1, 2)) for m in matrices], axis=0)
+        matrices = [_by_input(model, points[tensor], weight) for weight in weights]
+        sizes = [_sizes(m) for m in matrices]
+        wmax, read = np.max([most for most, _ in sizes], axis=0), np.sum([power for _, power in sizes], axis=0)
         amax = np.maximum(-channels.low, channels.high)
         fmt = FORMATS[points[tensor].spec.format]
         shifted = points[tensor].spec.shift and all(can_shift(model, name, i) for name, i in points[tensor].uses)
         limit = _limit(plan, weights, fmt.high)
-        plain = _noise(rows, matrices, np.ones_like(amax), params[tensor], limit)
+        plain = _noise(rows, matrices, read, np.ones_like(amax), params[tensor], limit)
         tried = module.candidates(amax, wmax) if hasattr(module, "candidates") else [module.scales(amax, wmax)]
         least = getattr(module, "MINIMUM_GAIN_DB", MINIMUM_GAIN_DB)
         for s in (t.astype(np.float32).astype(np.float64) for t in tried):
@@ -162,7 +164,7 @@ def choose(
             scale, zero_point = asymmetric(low, high, fmt) if shifted else (max(-low, high) / fmt.high, 0)
             stored = representable(scale, info.dtype if info is not None else "float32")
             divided = QParams(scale=stored, zero_point=zero_point, format=fmt.name)
-            equalized = _noise(rows, matrices, s, divided, limit)
+            equalized = _noise(rows, matrices, read, s, divided, limit)
             gain_db = 10 * np.log10(plain / equalized) if equalized > 0 and plain > 0 else 0.0
             if gain_db >= least and (tensor not in found or gain_db > found[tensor].gain_db):
                 found[tensor] = Equalized(scale=s.astype(np.float32), params=divided, gain_db=float(gain_db))
@@ -204,24 +206,72 @@ def _one(values: npt.NDArray[np.floating], convolved: bool, each: int) -> _Seen:
     return _Seen(channels=ChannelRange.of(grid, axis=1), parts=(grid[first, :, last].astype(np.float32),))
 
 
-def _by_input(model: Model, point: Point, weight: str) -> Floats:
-    """(input channels, output channels, taps) float64 of a weight."""
+def _by_input(model: Model, point: Point, weight: str) -> npt.NDArray[np.floating]:
+    """(input channels, output channels, taps) of a weight, as a view where that is possible."""
     node = next(model.node(name) for name, _ in point.uses if model.node(name).input[1] == weight)
-    values = model.array(weight).astype(np.float64)
+    values = model.array(weight)
     moved = np.moveaxis(values, input_axis(node, values.ndim), 0)
     if node.op_type == "Conv":
         return np.asarray(moved.reshape(moved.shape[0], moved.shape[1], -1))
     return np.asarray(np.moveaxis(moved, -1, 1).reshape(moved.shape[0], moved.shape[-1], -1))
 
 
-def _noise(rows: Floats, matrices: list[Floats], s: Floats, params: QParams, limit: int) -> float:
-    """Predicted error power at the consumers' outputs per position, for channels divided by s."""
+def _pieces(matrix: npt.NDArray[np.floating]) -> list[tuple[slice, slice]]:
+    """Parts of the input and output channels, each of about CHUNK weights, that cut the longer way in memory."""
+    inputs, outputs, taps = matrix.shape
+    if matrix.strides[0] >= matrix.strides[1]:
+        step = max(1, CHUNK // max(outputs * taps, 1))
+        return [(slice(i, i + step), slice(None)) for i in range(0, inputs, step)]
+    step = max(1, CHUNK // max(inputs * taps, 1))
+    return [(slice(None), slice(i, i + step)) for i in range(0, outputs, step)]
+
+
+def _sizes(matrix: npt.NDArray[np.floating]) -> tuple[Floats, Floats]:
+    """(input channels,) each: the largest magnitude and the sum of squares of the weights that read a channel."""
+    most, power = np.zeros(matrix.shape[0]), np.zeros(matrix.shape[0])
+
+    def look(piece: tuple[slice, slice]) -> tuple[Floats, Floats]:
+        wide = matrix[piece].astype(np.float64)
+        largest = np.maximum(wide.max(axis=(1, 2)), -wide.min(axis=(1, 2)))
+        return largest, np.square(wide, out=wide).sum(axis=(1, 2))
+
+    pieces = _pieces(matrix)
+    for piece, (largest, squares) in zip(pieces, overlapped(look, pieces, cores()), strict=True):
+        np.maximum(most[piece[0]], largest, out=most[piece[0]])
+        power[piece[0]] += squares
+    return most, power
+
+
+def _peaks(matrix: npt.NDArray[np.floating], s: Floats) -> Floats:
+    """(output channels,) the largest magnitude of the weights of each, multiplied by the channel scales."""
+    most = np.zeros(matrix.shape[1])
+    factor = s.astype(np.float32)[:, None, None]
+
+    def look(piece: tuple[slice, slice]) -> Floats:
+        scaled = np.asarray(matrix[piece] * factor[piece[0]], dtype=np.float32)
+        return np.asarray(np.maximum(scaled.max(axis=(0, 2)), -scaled.min(axis=(0, 2))), dtype=np.float64)
+
+    pieces = _pieces(matrix)
+    for piece, largest in zip(pieces, overlapped(look, pieces, cores()), strict=True):
+        np.maximum(most[piece[1]], largest, out=most[piece[1]])
+    return most
+
+
+def _noise(
+    rows: Floats,
+    matrices: list[npt.NDArray[np.floating]],
+    read: Floats,
+    s: Floats,
+    params: QParams,
+    limit: int,
+) -> float:
+    """Predicted error power at the consumers' outputs per position, for channels divided by s.
+
+    `read` is the sum of squares of the weights that read each channel.
+    """
     divided = rows / s
     error = (from_codes(to_codes(divided, params), params).astype(np.float64) - divided) * s
-    read = sum((m**2).sum(axis=(1, 2)) for m in matrices)
     data = float((error**2).mean(axis=0) @ read)
     power = float((divided**2).mean(axis=0).sum())
-    weights = math.fsum(
-        float(((np.abs(m * s[:, None, None]).max(axis=(0, 2)) / limit) ** 2).sum()) / 12 * m.shape[2] for m in matrices
-    )
+    weights = math.fsum(float(((_peaks(m, s) / limit) ** 2).sum()) / 12 * m.shape[2] for m in matrices)
     return data + weights * power

@@ -2,16 +2,20 @@
 
     TensorProto + folder -> External (checked place) -> stream: pieces of its bytes -> tensor_array: its values
     move(tensor, out, ...)   the values go to an open side file, `out` says where they lie
+    placed(name, ...)        a tensor whose values lie in a file of a `spool`: a folder of our own, outside the model's
 
-It must not read a file outside the model's folder, hold more than one tensor, or know anything of graphs.
+It must not read a file outside the model's folder or a spool of this process, hold more than one tensor, or know
+anything of graphs. Large tensors are mapped, so that their pages are read when they are looked at.
 Source: https://github.com/onnx/onnx/blob/main/docs/ExternalData.md
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +29,9 @@ from qdq.errors import ModelError
 SIDE_FILE_THRESHOLD = 1024  # bytes; smaller tensors stay in the model file, as in onnx's own writer
 SIDE_FILE_ALIGNMENT = 4096  # bytes; lets a reader map a tensor (ExternalData.md, "offset")
 CHUNK = 1 << 24  # bytes read at once when streaming
+MAPPED = 1 << 20  # bytes; smaller external tensors are read into memory
+LARGE = 1 << 28  # bytes of external data in a model; above, weights are worked on one at a time and kept on disk
+SPOOL = "spool"  # key of a tensor's external data: the folder that its location is in; `graph.load` takes it away
 _BITS: dict[int, int] = {
     TensorProto.INT4: 4,
     TensorProto.UINT4: 4,
@@ -37,6 +44,55 @@ _BITS: dict[int, int] = {
 def is_external(tensor: TensorProto) -> bool:
     """Whether the tensor's values lie in a side file."""
     return bool(tensor.data_location == TensorProto.EXTERNAL)
+
+
+def is_packed(tensor: TensorProto) -> bool:
+    """Whether several values share a byte."""
+    return tensor.data_type in _BITS
+
+
+def is_spooled(tensor: TensorProto) -> bool:
+    """Whether the tensor's values lie in a spool."""
+    return is_external(tensor) and any(e.key == SPOOL for e in tensor.external_data)
+
+
+def is_large(tensors: Iterable[TensorProto]) -> bool:
+    """Whether tensors hold more external data than is to be in memory at once, or have some in a spool."""
+    outside = [t for t in tensors if is_external(t)]
+    return sum(map(tensor_bytes, outside)) > LARGE or any(map(is_spooled, outside))
+
+
+def placed(name: str, data_type: int, dims: Iterable[int], path: Path) -> TensorProto:
+    """A tensor whose values are the whole of a file in a spool.
+
+    Args:
+        name: of the tensor.
+        data_type: ONNX type.
+        dims: its shape.
+        path: a file of packed values, as ONNX stores them; it must stay as long as the tensor is in use.
+    """
+    tensor = TensorProto(name=name, data_type=data_type, dims=dims, data_location=TensorProto.EXTERNAL)
+    entries = {"location": path.name, "offset": 0, "length": path.stat().st_size, SPOOL: path.parent.absolute()}
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def unspooled(tensor: TensorProto) -> None:
+    """Take away what only tensors of this process may say: the folder of a spool."""
+    kept = [e for e in tensor.external_data if e.key != SPOOL]
+    if len(kept) < len(tensor.external_data):
+        del tensor.external_data[:]
+        tensor.external_data.extend(kept)
+
+
+def release(array: np.ndarray) -> None:
+    """Give back the memory of an array that is mapped from a file; it is read anew when it is looked at again."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def tensor_bytes(tensor: TensorProto) -> int:
@@ -55,12 +111,15 @@ def tensor_array(tensor: TensorProto, directory: Path) -> np.ndarray:
         directory: the folder of its external data.
 
     Returns:
-        The array in the tensor's own type and shape; it may be read-only.
+        The array in the tensor's own type and shape; it may be read-only. Large external data are mapped: they take
+        memory as they are looked at, until `release` or the end of the array.
 
     Raises:
         ModelError: the external data cannot be read.
     """
     if is_external(tensor):
+        if tensor_bytes(tensor) >= MAPPED and not is_packed(tensor) and sys.byteorder == "little":
+            return _mapped(tensor, directory)
         tensor = TensorProto(dims=tensor.dims, data_type=tensor.data_type, raw_data=b"".join(stream(tensor, directory)))
     return np.asarray(numpy_helper.to_array(tensor))
 
@@ -87,6 +146,7 @@ class External:
         entries = {e.key: e.value for e in tensor.external_data}
         location = entries.get("location", "")
         what = f"Cannot read the external data of tensor {tensor.name!r}"
+        directory = Path(entries.get(SPOOL, directory))
         path = directory / location
         if not location or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
             raise ModelError(
@@ -169,6 +229,19 @@ def move(tensor: TensorProto, out: TensorProto, directory: Path, location: str, 
     for key, value in (("location", location), ("offset", offset), ("length", file.tell() - offset)):
         moved.external_data.add(key=key, value=str(value))
     out.CopyFrom(moved)
+
+
+def _mapped(tensor: TensorProto, directory: Path) -> np.ndarray:
+    """The values of an external tensor, read-only, as a view of the file."""
+    place = External.of(tensor, directory)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    try:
+        return np.asarray(np.memmap(place.path, dtype, mode="r", offset=place.offset, shape=tuple(tensor.dims)))
+    except OSError as error:
+        raise ModelError(
+            f"Cannot read the external data of tensor {tensor.name!r} from {place.path}: {error.strerror}. "
+            "Check the file and its permissions."
+        ) from None
 
 
 def _packed(tensor: TensorProto) -> bytes:

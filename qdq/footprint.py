@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qdq.errors import InputError
 from qdq.graph import Model, captured
-from qdq.tap import Sample
+
+if TYPE_CHECKING:  # tap stands above
+    from qdq.tap import Sample
 
 DEFAULT_BYTES = 4 << 30  # for the activations of all samples that run at a time, or half of the free memory if less
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
@@ -72,6 +77,29 @@ def default_bytes() -> int:
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Room:
+    """Memory that threads share: whoever needs more than is left waits."""
+
+    def __init__(self, total: int) -> None:
+        """Bytes in all."""
+        self._total = self._left = total
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        """Hold some bytes; who needs more than there are in all works alone."""
+        size = min(size, self._total)
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= size)
+            self._left -= size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += size
+                self._changed.notify_all()
 
 
 def passes(

@@ -93,7 +93,7 @@ def collect(
                     if (name := node.input[0]) not in codes:
                         codes[name] = _centred(divided(values[name], divisors.get(name), node), params.get(name))
                 for weight in batch:
-                    shape = model.array(weight[0]).shape
+                    shape = tuple(model.initializers[weight[0]].dims)
                     side = columns(weights[weight][0], shape)
                     rows = -(-max(MIN_ROWS, ROWS_PER_COLUMN * side) // len(samples))
                     for node in weights[weight]:
@@ -173,7 +173,7 @@ def _batches(model: Model, weights: Mapping[Weight, list[NodeProto]]) -> list[li
         node = nodes[0]
         size = (
             8
-            * columns(node, model.array(weight[0]).shape) ** 2
+            * columns(node, tuple(model.initializers[weight[0]].dims)) ** 2
             * (attribute(node, "group", 1) if node.op_type == "Conv" else 1)
         )
         if size > room:

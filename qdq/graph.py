@@ -26,7 +26,7 @@ from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from qdq.errors import InputError, ModelError
-from qdq.external import External, is_external, move, stream, tensor_array, tensor_bytes
+from qdq.external import External, is_external, move, stream, tensor_array, tensor_bytes, unspooled
 
 IN_FILE_LIMIT = 1_900_000_000  # bytes; protobuf refuses a message of 2 GiB, the nodes need the rest
 PROTOBUF_LIMIT = 2**31 - 1  # bytes
@@ -58,24 +58,27 @@ class Use:
 class Model:
     """An ONNX model that is never changed in place: the indexes below are built once from `proto`.
 
-    `proto` holds no external tensor data; `directory` is the folder that such data lies in. `sha256` is of the file
-    and the external data as the user gave them, and stays the same through all passes.
+    `proto` holds no external tensor data; `directory` is the folder that such data lies in, unless it is in a spool.
+    `sha256` is of the file and the external data as the user gave them, and stays the same through all passes.
+    `keeps` are what must live as long as the model: the spools of its tensors.
     """
 
     proto: ModelProto
     directory: Path
     sha256: str
+    keeps: tuple[object, ...] = ()
 
-    def replace(self, proto: ModelProto) -> Model:
+    def replace(self, proto: ModelProto, *, keeps: object = None) -> Model:
         """The same user's model with another graph.
 
         Args:
-            proto: the changed copy; its external tensors still lie in `directory`.
+            proto: the changed copy; its external tensors still lie in `directory`, or in a spool.
+            keeps: the spool of tensors that are new in it, if any.
 
         Returns:
             A new Model with the same directory and sha256.
         """
-        return replace(self, proto=proto)
+        return replace(self, proto=proto, keeps=self.keeps if keeps in (None, *self.keeps) else (*self.keeps, keeps))
 
     @property
     def graph(self) -> GraphProto:
@@ -206,6 +209,7 @@ def load(path: str | os.PathLike[str]) -> Model:
     digest = hashlib.sha256(content)
     del content
     for tensor in filter(is_external, all_tensors(proto)):
+        unspooled(tensor)
         for chunk in stream(tensor, directory):
             digest.update(chunk)
     try:

@@ -38,15 +38,17 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
+from qdq.external import release
 from qdq.formats import FORMATS
 from qdq.graph import Model, captured
 from qdq.nodes import Names, attribute, ints
 from qdq.placement import weight_axis
 from qdq.plan import Plan, Point
-from qdq.qtensor import QParams
+from qdq.qtensor import QParams, QTensor
 from qdq.solve import Solution
 
 CHANNEL_MULTIPLE = 4
+SUMMED = 1 << 22  # weights whose values are summed at a time
 LEAST_TOKEN_SCALE = 2.0**-14  # FP16's smallest normal number: a smaller scale would lose digits, or be zero
 
 
@@ -66,7 +68,7 @@ def insert(model: Model, plan: Plan, solution: Solution) -> Model:
     operands = {(name, index): point for point in plan.points for name, index in point.uses}
     for node in model.graph.node:
         writer.node(node, operands)
-    return model.replace(writer.finish())
+    return model.replace(writer.finish(), keeps=solution.spool)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +156,14 @@ class _Writer:
         self._constants[name] = numpy_helper.from_array(np.asarray(values), name)
         return name
 
+    def _codes(self, wanted: str, values: npt.NDArray[np.generic]) -> str:
+        """A constant that may be large: those of a large model lie in the spool."""
+        if self._solution.spool is None:
+            return self._constant(wanted, values)
+        name = self._name(wanted)
+        self._constants[name] = self._solution.spool.tensor(name, values)
+        return name
+
     def _append(self, op_type: str, inputs: Iterable[str], wanted: str, **attributes: Any) -> str:
         output = self._name(wanted)
         self._nodes.append(helper.make_node(op_type, list(inputs), [output], name=output, **attributes))
@@ -167,7 +177,10 @@ class _Writer:
         """Zero channels that bring each group of a Conv's input to a multiple of CHANNEL_MULTIPLE."""
         if node.op_type != "Conv" or (attribute(node, "group", 1) > 1 and self._spatial(node) is None):
             return 0
-        return int(-self._model.array(node.input[1]).shape[1] % CHANNEL_MULTIPLE)
+        return int(-self._shape(node.input[1])[1] % CHANNEL_MULTIPLE)
+
+    def _shape(self, weight: str) -> tuple[int, ...]:
+        return tuple(self._model.initializers[weight].dims)
 
     def _spatial(self, node: NodeProto) -> tuple[int, ...] | None:
         """The spatial sizes of a Conv's input, None where one of them is dynamic."""
@@ -181,7 +194,7 @@ class _Writer:
         """What is padded in front of a node; None for nothing."""
         if not any(pads) and not channels:
             return None
-        rank = self._model.array(node.input[1]).ndim - 2
+        rank = len(self._shape(node.input[1])) - 2
         pads = pads or [0] * 2 * rank
         groups = attribute(node, "group", 1) if channels else 1
         spatial = (self._spatial(node) or ()) if groups > 1 else ()
@@ -320,7 +333,7 @@ class _Writer:
             if flip:
                 values, axis = values.T, 1 - axis
                 scales = scales.T if scales.ndim == values.ndim else scales
-            codes = self._constant(f"{point.tensor}_quantized", np.ascontiguousarray(values))
+            codes = self._codes(f"{point.tensor}_quantized", np.ascontiguousarray(values))
             dtype = self._dtype(point.tensor)
             extra = {"block_size": params.block} if params.block else {}
             inputs = [codes, *self._weight_scale(point.tensor, scales, values.dtype, dtype, params)]
@@ -348,13 +361,11 @@ class _Writer:
 
     def _correct(self, node: NodeProto, point: Point, params: QParams) -> None:
         """Add c * sum(W) behind a node whose data operand was shifted by c; into its bias where that is constant."""
-        values = self._solution.weights[point.tensor, point.spec.axis].values().astype(np.float64)
-        outputs = weight_axis(node, values.ndim)
-        if node.op_type == "Gemm":
-            values = values * next((a.f for a in node.attribute if a.name == "alpha"), 1.0)
-        summed = -2 if node.op_type == "MatMul" else tuple(i for i in range(values.ndim) if i != outputs)
+        quantized = self._solution.weights[point.tensor, point.spec.axis]
+        rank = quantized.codes.ndim
         dtype = self._dtype(point.tensor)
-        correction = np.asarray(params.offset * values.sum(axis=summed, keepdims=values.ndim > 2 and summed == -2))
+        alpha = next((a.f for a in node.attribute if a.name == "alpha"), 1.0) if node.op_type == "Gemm" else 1.0
+        correction = np.asarray(params.offset * _sums(quantized, weight_axis(node, rank), node.op_type, alpha))
         bias = node.input[2] if len(node.input) > 2 else ""
         beta = next((a.f for a in node.attribute if a.name == "beta"), 1.0)
         if node.op_type != "MatMul" and not bias and beta == 1.0:
@@ -372,12 +383,27 @@ class _Writer:
                 node.input.append(name)
             return
         if node.op_type == "Conv":
-            correction = correction.reshape(-1, *(1,) * (values.ndim - 2))
+            correction = correction.reshape(-1, *(1,) * (rank - 2))
         output = node.output[0]
         node.output[0] = self._name(f"{output}_uncorrected")
         constant = self._constant(f"{node.name}_correction", np.asarray(correction), dtype)
         name = self._name(f"{node.name}_correction_Add")
         self._nodes.append(helper.make_node("Add", [node.output[0], constant], [output], name=name))
+
+
+def _sums(quantized: QTensor, outputs: int, op_type: str, alpha: float) -> npt.NDArray[np.float64]:
+    """Sum of a weight per output channel, float64: some channels at a time, for the values take eight bytes each."""
+    shape = quantized.codes.shape
+    summed = -2 if op_type == "MatMul" else tuple(i for i in range(len(shape)) if i != outputs)
+    step = max(1, SUMMED * shape[outputs] // max(quantized.codes.size, 1))
+    sums = []
+    for start in range(0, shape[outputs], step):
+        values = quantized.part(outputs, slice(start, start + step)).values().astype(np.float64)
+        if op_type == "Gemm":
+            values = values * alpha
+        sums.append(values.sum(axis=summed, keepdims=values.ndim > 2 and summed == -2))
+    release(quantized.codes)
+    return np.concatenate(sums, axis=-1 if op_type == "MatMul" else 0)
 
 
 def _set_ints(node: NodeProto, name: str, values: list[int]) -> None:

@@ -23,13 +23,14 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from qdq.calibrate import CalibrationTable
-from qdq.external import is_external, tensor_bytes
+from qdq.external import is_external, is_large, release, tensor_bytes
 from qdq.graph import Model, captured, without_initializers
 from qdq.nodes import Names
 from qdq.plan import Skip
 from qdq.precision_rules import Schema, decide, dequantizes_constant_scale, finfo, fits, saturated
 from qdq.precision_shift import compensate
 from qdq.scheme import choose
+from qdq.spool import Spool
 
 RESTS: Mapping[str, str] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 BFLOAT16_OPSET = 22  # the first in which Conv, pooling, InstanceNormalization and others take bfloat16 (onnx.defs)
@@ -74,7 +75,7 @@ def convert(
     typed = compensate(typed, low, kept)
     writer = _Writer(typed, low, frozenset(kept), keep_io)
     order = (kept[node.name] for node in typed.graph.node if node.name in kept)
-    return Converted(model=model.replace(writer.write()), kept=tuple(order))
+    return Converted(model=model.replace(writer.write(), keeps=writer.spool), kept=tuple(order))
 
 
 def _typed(model: Model, opset: int) -> ModelProto:
@@ -103,6 +104,7 @@ class _Writer:
     def __init__(self, model: Model, low: str, kept: frozenset[str], keep_io: bool) -> None:
         self._model, self._low, self._kept, self._keep_io = model, low, kept, keep_io
         self._schema = Schema(model, low)
+        self.spool = Spool() if is_large(model.graph.initializer) else None
         self._elem = TensorProto.FLOAT16 if low == "float16" else TensorProto.BFLOAT16
         self._alias = self._find_aliases()
         self._nodes: list[NodeProto] = []
@@ -117,7 +119,7 @@ class _Writer:
         self._raised: dict[tuple[str, str], tuple[str, str]] = {}
 
     def write(self) -> ModelProto:
-        """The new model."""
+        """The new graph; its large new tensors lie in `spool`."""
         self._collect()
         for info in self._model.inputs:
             if self._is_float(info.name):
@@ -194,11 +196,15 @@ class _Writer:
         if limit is not None:
             values = np.where(np.isinf(values), values, np.clip(values, -limit, limit))
         self._constants[name] = self._tensor(name, values)
+        release(values)
 
     def _tensor(self, name: str, values: np.ndarray) -> TensorProto:
         dtype = helper.tensor_dtype_to_np_dtype(self._elem)
         with np.errstate(over="ignore"):  # beyond the range only where no node computes with it
-            return numpy_helper.from_array(np.asarray(values).astype(dtype), name)
+            typed = np.asarray(values).astype(dtype)
+        if self.spool is None:
+            return numpy_helper.from_array(typed, name)
+        return self.spool.tensor(name, typed)
 
     def _provide(self, tensor: str, dtype: str, name: str) -> None:
         """Note that `name` holds a float tensor in a type, and cast it for readers of the other type."""

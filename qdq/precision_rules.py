@@ -238,9 +238,11 @@ class _Rules:
         for tensor in node.input:
             if not self._is_float(tensor) or not self._constant(tensor) or node.op_type == "QuantizeLinear":
                 continue
-            values = np.abs(self._model.array(tensor))
-            finite = values[np.isfinite(values)]
-            largest = float(finite.max()) if finite.size else 0.0
+            values = self._model.array(tensor)
+            largest = max(float(values.max()), -float(values.min())) if values.size else 0.0  # without a copy
+            if not math.isfinite(largest):
+                finite = np.abs(values[np.isfinite(values)])
+                largest = float(finite.max()) if finite.size else 0.0
             if largest > float(self._info.max) and saturated(self._model, tensor, self._low) is None:
                 return "constant", f"its constant {tensor!r} of {largest:.3g} exceeds {self._info.max}"
             if 0 < largest < float(self._info.smallest_normal):

@@ -18,8 +18,9 @@ import onnx.version_converter
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from qdq.errors import ModelError
-from qdq.external import is_external, tensor_array, tensor_bytes
+from qdq.external import is_external, is_large, tensor_array, tensor_bytes
 from qdq.graph import Model, TensorInfo, all_nodes, bodies, captured, check, without_initializers
+from qdq.spool import LEAST, Spool
 
 TARGET_OPSET = 21  # the first with block_size and int4 in Q/DQ; newer is needed for float4 only
 SMALL = 4096  # bytes; larger tensors are shown to onnx's converter and shape inference by type and shape only
@@ -37,6 +38,8 @@ class Draft:
         self.tensors: dict[str, TensorProto] = dict(model.initializers)
         self.proto = without_initializers(model.proto)
         self.shown = model
+        self.spool: Spool | None = None  # of new tensors of a large model
+        self._large = is_large(self.tensors.values())
         self.inputs = [v for v in model.graph.input if v.name not in self.tensors]
         self.outputs = list(model.graph.output)
         assign(self.graph.input, self.inputs)
@@ -61,7 +64,11 @@ class Draft:
 
     def put(self, name: str, values: np.ndarray) -> None:
         """Make or replace an initializer."""
-        self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name)
+        if self._large and values.nbytes >= LEAST:
+            self.spool = self.spool or Spool()
+            self.tensors[name] = self.spool.tensor(name, values)
+        else:
+            self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name)
 
     def info(self, name: str) -> TensorInfo | None:
         """Type and shape as last inferred."""

@@ -56,7 +56,7 @@ def prepare(model: Model) -> Model:
     fold_batch_norms(draft)
     pad_explicitly(draft)
     draft.drop_unused()
-    return model.replace(draft.finish())
+    return model.replace(draft.finish(), keeps=draft.spool)
 
 
 def drop_identities(draft: Draft) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -70,6 +70,19 @@ class QTensor:
     codes: Array
     params: QParams
     via: QParams | None = None
+
+    def part(self, axis: int, chosen: slice) -> QTensor:
+        """Some indices of an axis that is not cut into blocks, with their parameters."""
+
+        def cut(params: QParams) -> QParams:
+            along = params.axis == axis or params.scale.ndim == self.codes.ndim > 0
+            if params.axis is None or not along:
+                return params
+            index = (slice(None),) * axis if params.scale.ndim == self.codes.ndim else ()
+            return replace(params, scale=params.scale[(*index, chosen)])
+
+        codes = self.codes[(*(slice(None),) * axis, chosen)]
+        return QTensor(codes=codes, params=cut(self.params), via=None if self.via is None else cut(self.via))
 
     def values(self) -> Floats:
         """What the product reads, dequantized: the tensor's shape without padding, float32."""
@@ -237,7 +250,9 @@ def weight_params(weight: Array, *, axis: int, fmt: Format) -> QParams:
     [0.019999999552965164, 0.019999999552965164]
     """
     others = tuple(i for i in range(weight.ndim) if i != axis)
-    scale = np.abs(np.asarray(weight, dtype=np.float32)).max(axis=others) / np.float32(fmt.high)
+    values = np.asarray(weight, dtype=np.float32)
+    largest_each = np.maximum(values.max(axis=others), -values.min(axis=others))  # no copy as large as the weight
+    scale = largest_each / np.float32(fmt.high)
     largest = float(scale.max()) if scale.size else 0.0
     scale = np.where(scale > 0, scale, np.float32(largest or 1.0))
     return QParams(scale=representable(scale, weight.dtype.name), axis=axis, format=fmt.name)

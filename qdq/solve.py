@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,8 @@ import numpy.typing as npt
 from qdq import channel_scale, gram, observers, weight_scale
 from qdq.calibrate import CalibrationTable, Progress
 from qdq.errors import InputError
+from qdq.external import is_large, tensor_bytes
+from qdq.footprint import Room, cores
 from qdq.formats import FORMATS
 from qdq.graph import Model
 from qdq.nodes import attribute, attribute_value, input_axis
@@ -23,9 +26,11 @@ from qdq.placement import WEIGHTED, weight_axis
 from qdq.plan import Plan, Point
 from qdq.qtensor import QParams, QTensor, representable
 from qdq.scheme import Spec
-from qdq.tap import Sample
+from qdq.spool import Spool, key_of
+from qdq.tap import Sample, overlapped
 from qdq.weights import DATA_FREE, quantize_weight
 
+ROUNDING_BYTES = 1 << 30  # for the weights that are rounded at a time, with their copies
 TIE_RATIO = (
     2.0  # tied tensors whose ranges differ by more would lose over a bit of resolution: each keeps its own scale
 )
@@ -42,6 +47,7 @@ class Solution:
         weights: (tensor, axis) -> codes and parameters.
         tokens: tensors that have one scale per token, computed as the engine runs; their parameters have scale 1.
         notes: what a person should know, one line each (ties given up, weights rounded to nearest for want of data).
+        spool: where the codes of a large model lie.
     """
 
     activations: Mapping[str, QParams]
@@ -49,6 +55,7 @@ class Solution:
     weights: Mapping[tuple[str, int | None], QTensor]
     notes: tuple[str, ...]
     tokens: frozenset[str] = frozenset()
+    spool: Spool | None = None
 
 
 def solve(
@@ -105,15 +112,55 @@ def solve(
     grams = _moments(model, plan, static, samples, divisors, notes, on_progress)
     if plan.settings.equalize != "none":
         divisors |= _balance(model, plan, grams, divisors, notes)
-    weights: dict[tuple[str, int | None], QTensor] = {}
-    for index, point in enumerate(plan.weights):
+    spool = Spool() if is_large(model.graph.initializer) else None
+    weights = _weights(model, plan, grams, divisors, spool, on_progress)
+    return Solution(
+        activations=activations,
+        divisors=divisors,
+        weights=weights,
+        notes=tuple(notes),
+        tokens=frozenset(tokens),
+        spool=spool,
+    )
+
+
+def _weights(
+    model: Model,
+    plan: Plan,
+    grams: gram.Grams,
+    divisors: Mapping[str, npt.NDArray[np.float32]],
+    spool: Spool | None,
+    on_progress: Progress | None,
+) -> dict[tuple[str, int | None], QTensor]:
+    """Every weight rounded by itself; one per core at a time, as far as the memory of their copies allows."""
+    rounding = plan.settings.rounding
+
+    def solved(point: Point) -> QTensor:
         key = (point.tensor, point.spec.axis)
-        weights[key] = _weight(model, point, plan.settings.rounding, grams.get(key), divisors)
+        moments, divisor = grams.get(key), divisors.get(model.node(point.uses[0][0]).input[0])
+
+        def make() -> QTensor:
+            return _weight(model, point, rounding, moments, divisors)
+
+        with room.taken(_copies(model, point, moments)):
+            if spool is None:
+                return make()
+            decides = (model.sha256, plan.rewrites, point, rounding, version("qdq"), moments, divisor)
+            return spool.weight(key_of(*decides), make)
+
+    room = Room(ROUNDING_BYTES)
+    weights: dict[tuple[str, int | None], QTensor] = {}
+    for index, (point, made) in enumerate(zip(plan.weights, overlapped(solved, plan.weights, cores()), strict=True)):
+        weights[point.tensor, point.spec.axis] = made
         if on_progress is not None:
             on_progress(index + 1, len(plan.weights), "rounding weights")
-    return Solution(
-        activations=activations, divisors=divisors, weights=weights, notes=tuple(notes), tokens=frozenset(tokens)
-    )
+    return weights
+
+
+def _copies(model: Model, point: Point, moments: npt.NDArray[np.float64] | None) -> int:
+    """Bytes that rounding a weight takes at most: itself and its codes, and without data little else."""
+    values = tensor_bytes(model.initializers[point.tensor])
+    return values * (12 if moments is not None else 2)
 
 
 def _only(plan: Plan, tensors: list[str]) -> Plan:
@@ -317,11 +364,16 @@ def _check_weights(model: Model, plan: Plan) -> None:
                 raise InputError(
                     f"The plan gives the batched weight {point.tensor!r} of {name!r} two levels: they need a matrix."
                 )
-        if not np.isfinite(values.astype(np.float32)).all():
+        if not _finite(values):
             raise InputError(
                 f"Weight {point.tensor!r} of the float model holds NaN or infinity: no scale fits it. "
                 f"Mend the model, or exclude {point.uses[0][0]!r}."
             )
+
+
+def _finite(values: npt.NDArray[np.generic]) -> bool:
+    """Whether all values are finite as float32; makes no copy as large as the weight."""
+    return all(bool(np.isfinite(np.float32(v))) for v in (values.max(), values.min())) if values.size else True
 
 
 def _weight(

@@ -1,6 +1,7 @@
 """Run a float model in ONNX Runtime and see the tensors inside it.
 
 Model + tensor names -> Tap -> for each sample a mapping of tensor name to array; `overlapped` runs several at a time.
+A model with much external data is run in `parts`, so that its weights are never in memory together.
 A session runs each sample on `threads` threads: with one, a value depends on the sample alone, whatever the machine's
 cores or the samples beside it (on more, ONNX Runtime splits small products differently and the last bits change).
 This module must not keep a sample or an activation, and must not write files.
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +22,9 @@ import numpy.typing as npt
 from onnx import ModelProto, helper
 
 from qdq.errors import InputError, MissingRuntimeError
+from qdq.external import is_large
 from qdq.graph import Model
+from qdq.parts import PartedSession
 
 Sample = Mapping[str, npt.NDArray[Any]]
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -92,29 +96,36 @@ class Tap:
         self._given = [t for t in dict.fromkeys(tensors) if t in fed]
         self._computed = [t for t in dict.fromkeys(tensors) if t not in fed]
         self._failures = _failures(ort)
-        self._session = None
+        self._session: Any = None
         if not self._computed:
             return
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.disable_quant_qdq", "1")  # Q/DQ as the standard computes them
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.directory))
-        for library in dict.fromkeys([*_LIBRARIES.get(), *map(str, custom_ops)]):
-            try:
-                options.register_custom_ops_library(str(library))
-            except self._failures as error:
-                raise InputError(
-                    f"ONNX Runtime cannot load the custom operators of {library}: {' '.join(str(error).split())[:300]} "
-                    "Give a shared library that exports RegisterCustomOps and was built for this system."
-                ) from None
-        try:
-            self._session = ort.InferenceSession(
-                _with_outputs(model, self._computed).SerializeToString(),
+        libraries = dict.fromkeys([*_LIBRARIES.get(), *map(str, custom_ops)])
+
+        def start(proto: bytes, weights: Mapping[str, npt.NDArray[Any]], folder: Path) -> tuple[Any, object]:
+            options = self._options(ort, libraries, threads)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+            given = [_value(ort, array) for array in weights.values()]  # not copied: they live as long as the session
+            for name, value in zip(weights, given, strict=True):
+                options.add_initializer(name, value)
+            if weights:  # else every weight would be copied, to be packed for the product and to an arena that grows
+                options.add_session_config_entry("session.disable_prepacking", "1")
+                options.enable_cpu_mem_arena = False
+                # Optimizers read a weight from the file that the graph names, not the values given here.
+                options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            session = ort.InferenceSession(
+                proto,
                 options,
                 providers=[PROVIDERS[provider]],
                 disabled_optimizers=["ReluQuantRewrite"],  # wrong for FP8 in ONNX Runtime 1.31.1: drops the Relu
             )
+            return session, given
+
+        if provider == "cpu" and is_large(model.graph.initializer):
+            self._session = PartedSession(model, self._computed, start)
+            self._inputs = list(self._session.inputs)
+            return
+        try:
+            self._session, _ = start(_with_outputs(model, self._computed).SerializeToString(), {}, model.directory)
         except self._failures as error:
             raise _refused(error) from None
         used = ", ".join(self._session.get_providers())
@@ -124,6 +135,22 @@ class Tap:
                 "Install the CUDA and cuDNN libraries it was built for (`qdq doctor` says more), or use the CPU."
             )
         self._inputs = [i.name for i in self._session.get_inputs()]
+
+    def _options(self, ort: Any, libraries: Iterable[str], threads: int) -> Any:
+        """What every session has."""
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # Q/DQ as the standard computes them
+        for library in libraries:
+            try:
+                options.register_custom_ops_library(str(library))
+            except self._failures as error:
+                raise InputError(
+                    f"ONNX Runtime cannot load the custom operators of {library}: {' '.join(str(error).split())[:300]} "
+                    "Give a shared library that exports RegisterCustomOps and was built for this system."
+                ) from None
+        return options
 
     def __call__(self, sample: Sample) -> dict[str, npt.NDArray[np.floating]]:
         """Run one sample.
@@ -164,6 +191,14 @@ def overlapped(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iter
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+def _value(ort: Any, array: npt.NDArray[Any]) -> Any:
+    """An OrtValue on the memory of an array, which numpy may know as a type that ONNX Runtime's binding does not."""
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    if array.dtype.kind == "V" or array.dtype.num > np.dtype(np.float16).num:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(f"u{array.dtype.itemsize}"), kind)
+    return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def _failures(ort: Any) -> tuple[type[Exception], ...]:

@@ -7,6 +7,7 @@ It must not run a model or change a graph.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,17 +71,20 @@ def _error(
     """Squared error at all outputs for channels divided by `divisor`."""
     total = 0.0
     for weight, block in zip(weights, blocks, strict=True):
-        scaled = np.asarray(weight * divisor, dtype=np.float32)
-        params = block_params(scaled, axis=1, block=block, fmt=FORMATS[fmt])
-        error = from_codes(to_codes(scaled, params), params)
-        error -= scaled
-        error /= divisor
 
-        def lost(start: int, error: npt.NDArray[np.float32] = error, block: int = block) -> float:
-            part = slice(start, start + block)
-            loss = block_loss(np.ascontiguousarray(error[:, part]), moment[part, part].astype(np.float32))
+        def lost(piece: tuple[int, int], weight: npt.NDArray[np.floating] = weight, block: int = block) -> float:
+            rows, part = slice(piece[0], piece[0] + ROWS), slice(piece[1], piece[1] + block)
+            scaled = np.ascontiguousarray(weight[rows, part] * divisor[part], dtype=np.float32)
+            params = block_params(scaled, axis=1, block=block, fmt=FORMATS[fmt])
+            error = from_codes(to_codes(scaled, params), params)
+            error -= scaled
+            error /= divisor[part]
+            loss = block_loss(np.ascontiguousarray(error), moment[part, part].astype(np.float32))
             return float(loss.sum(dtype=np.float64))
 
+        # One block of some channels at a time stays in the cache. A format that shares a scale among all blocks is
+        # judged with one per piece: that moves the grid of its scales by less than half a step.
+        pieces = itertools.product(range(0, weight.shape[0], ROWS), range(0, weight.shape[1], block))
         with ThreadPoolExecutor(cores()) as pool:
-            total += math.fsum(pool.map(lost, range(0, error.shape[1], block)))
+            total += math.fsum(pool.map(lost, pieces))
     return total

@@ -16,17 +16,22 @@ It must not read samples or know plans.
 from __future__ import annotations
 
 import importlib
+import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from qdq.footprint import cores
 from qdq.formats import FORMATS, Format
 from qdq.qtensor import (
+    CHUNK,
     QParams,
     QTensor,
     block_params,
     blocked,
+    in_chunks,
     padded,
     representable,
     stored_scales,
@@ -93,7 +98,7 @@ def _floating(values: npt.NDArray[np.floating], spec: Spec, fmt: Format) -> QTen
 
 
 def _per_tensor(values: npt.NDArray[np.floating], fmt: Format) -> QParams:
-    amax = float(np.abs(values).max()) if values.size else 0.0
+    amax = max(float(values.max()), -float(values.min())) if values.size else 0.0
     scale = representable(amax / fmt.high if amax else 1.0, values.dtype.name)
     return QParams(scale=np.asarray(scale), format=fmt.name)
 
@@ -103,6 +108,8 @@ def _whole(
 ) -> QTensor:
     """One scale per output channel, or one in all."""
     params = weight_params(values, axis=outputs, fmt=fmt) if spec.axis is not None else _per_tensor(values, fmt)
+    if moments is None or module.round_rows is nearest.round_rows:
+        return QTensor(codes=_nearest(values, params, outputs, fmt), params=params)
     moved = np.moveaxis(values, outputs, 0).astype(np.float64)
     rows = moved.reshape(moved.shape[0], -1)
     scale = np.broadcast_to(params.scale.astype(np.float64).reshape(-1, 1), (rows.shape[0], 1))
@@ -116,13 +123,31 @@ def _whole(
     return QTensor(codes=np.ascontiguousarray(shaped).astype(fmt.dtype), params=params)
 
 
+def _nearest(values: npt.NDArray[np.floating], params: QParams, outputs: int, fmt: Format) -> npt.NDArray[np.generic]:
+    """Nearest codes with one scale per output channel or in all, a piece at a time; those of `nearest.round_rows`."""
+    shape = values.shape
+    view = np.ascontiguousarray(values).reshape(math.prod(shape[:outputs]), shape[outputs], 1, -1)
+    scale = np.broadcast_to(params.scale.astype(np.float64).reshape(1, -1, 1, 1), (1, view.shape[1], 1, 1))
+    codes = np.empty(view.shape, dtype=fmt.dtype)
+
+    def work(part: tuple[slice, slice]) -> None:
+        q = view[part].astype(np.float64)
+        q /= scale[:, part[1]]
+        np.rint(q, out=q)
+        codes[part] = np.clip(q, -fmt.high, fmt.high, out=q)
+
+    in_chunks(work, view)
+    return codes.reshape(shape)
+
+
 def _blocks(values: npt.NDArray[np.floating], spec: Spec, fmt: Format, module: Any, moment: Floats | None) -> QTensor:
     """Blocks of columns, seen row by row."""
     assert spec.axis is not None and spec.block is not None
     whole = np.moveaxis(padded(values, spec.axis, spec.block), spec.axis, -1)
+    if moment is None and spec.via is not None:
+        return _shaped(values, whole, *_two_levels_in_pieces(whole, spec, fmt, module), spec, fmt)
     rows = np.ascontiguousarray(whole.reshape(-1, whole.shape[-1]), dtype=np.float32)
-    if moment is not None:
-        missing = rows.shape[1] - moment.shape[0]
+    if moment is not None and (missing := rows.shape[1] - moment.shape[0]):
         moment = np.pad(moment, (0, missing))
     view = np.asarray(blocked(rows, 1, spec.block), dtype=np.float32)
     scales = module.block_scales(view, moment, low=fmt.low, high=fmt.high)[:, :, 0, 0]
@@ -149,6 +174,33 @@ def _blocks(values: npt.NDArray[np.floating], spec: Spec, fmt: Format, module: A
             codes = module.settle(wide, codes, every, moment, low=fmt.low, high=fmt.high)
         codes, scale = _no_worse(rows, view, codes, scale, moment, fmt, values.dtype.name)
     return _shaped(values, whole, codes, scale, None if levels is None else levels[0], spec, fmt)
+
+
+def _two_levels_in_pieces(
+    whole: npt.NDArray[np.generic], spec: Spec, fmt: Format, module: Any
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Codes, block scales and channel scales of two levels without data, some rows at a time on every core."""
+    assert spec.block is not None
+    block, flat = spec.block, whole.reshape(-1, whole.shape[-1])
+    codes = np.empty(flat.shape, dtype=np.int8)
+    scale = np.empty((flat.shape[0], flat.shape[1] // block), dtype=np.float32)
+    channel = np.empty(flat.shape[0], dtype=np.float32)
+    step = max(1, CHUNK // max(flat.shape[1], 1))
+
+    def work(start: int) -> None:
+        part = slice(start, start + step)
+        rows = np.ascontiguousarray(flat[part], dtype=np.float32)
+        view = np.asarray(blocked(rows, 1, block), dtype=np.float32)
+        scales = module.block_scales(view, None, low=fmt.low, high=fmt.high)[:, :, 0, 0]
+        channel[part], multiples = _two_levels(view, scales, None, fmt)
+        scale[part] = channel[part][:, None] * multiples
+        every = np.repeat(scale[part], block, axis=1).astype(np.float64)
+        codes[part] = module.round_rows(rows.astype(np.float64), every, None, low=fmt.low, high=fmt.high)
+
+    with ThreadPoolExecutor(cores()) as pool:
+        for _ in pool.map(work, range(0, flat.shape[0], step)):
+            pass
+    return codes, scale, channel
 
 
 def _shaped(

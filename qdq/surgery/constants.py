@@ -39,4 +39,4 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     if not fired:
         return Rewritten(model=model, fired=())
     draft.drop_unused()
-    return Rewritten(model=model.replace(draft.finish()), fired=fired)
+    return Rewritten(model=model.replace(draft.finish(), keeps=draft.spool), fired=fired)

@@ -78,4 +78,6 @@ class Edit:
         nodes = list(self._draft.graph.node)
         assign(self._draft.graph.node, [new for old in nodes for new in self._by.get(old.name, [old])])
         self._draft.drop_unused()
-        return Rewritten(model=self._model.replace(self._draft.finish()), fired=tuple(self._fired))
+        return Rewritten(
+            model=self._model.replace(self._draft.finish(), keeps=self._draft.spool), fired=tuple(self._fired)
+        )
