@@ -55,7 +55,7 @@ tune_options = _options(
         help="Choose by compiled results: placement (default: rewrites, and what is quantized at all), rewrites (INT8 "
         "wherever it is possible), or off.",
     ),
-    click.option("--time-limit", type=float, metavar="SECONDS", help="For that choice, default 300."),
+    click.option("--time-limit", type=float, metavar="SECONDS", help="For that choice, default 110."),
     click.option(
         "--gpu", multiple=True, help="Predict times for t4, a10, a100, l4, rtx4090 or rtx5090; default: one per target."
     ),

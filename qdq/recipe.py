@@ -28,7 +28,7 @@ from qdq.scheme import Settings, choose
 BACKENDS = ("rtx", "trt")
 RESTS = ("fp16", "bf16", "fp32")
 TUNES = ("placement", "rewrites", "off")
-TIME_LIMIT_S = 300.0
+TIME_LIMIT_S = 110.0
 LIMITS: Mapping[str, tuple[float, float]] = {
     "min_sqnr_db": (-math.inf, math.inf),
     "min_cosine": (-1.0, 1.0),

@@ -31,9 +31,9 @@ from qdq.variant import Variant, Workshop
 LEAST_GAIN = 0.001  # of the time: less is no reason to leave INT8, or to rewrite
 COARSER_GAIN = 0.004  # of the time: less is no reason for coarser codes
 COARSER, FREE = ("common", "centred"), ("int8", "int8 rewritten", "shared", "channels", "shifted")
-MARGIN_DB = 1.5  # asked for beyond the bound: the figure is of few samples
+MARGIN_DB = 1.5  # asked for beyond the bound: the figure is of one sample
 WORTH = 0.01  # of the time: a class of nodes whose kernels take less together is left as it starts
-SHARES = (0.25, 0.5, 0.75)  # of the products in INT8, most multiply-adds per byte first: starting points
+SHARES = (1.0, 0.5, 0.25)  # of the products in INT8, most multiply-adds per byte first: starting points
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,14 +135,12 @@ def tune(
     Returns:
         The best variant and what it was compared with.
     """
-    bounded, began = min_sqnr_db > -math.inf and workshop.samples is not None, clock()
-    first = began + time_limit_s / (2 if bounded else 1)
-    search = _Search(workshop, judge, placement, first, clock, on_progress)
+    search = _Search(workshop, judge, placement, clock() + time_limit_s, clock, on_progress)
+    if min_sqnr_db > -math.inf and workshop.samples is not None:
+        search.most = 10 ** (-(min_sqnr_db + MARGIN_DB) / 10)
     search.start()
+    search.rescue()
     search.descend()
-    if bounded and search.bound(min_sqnr_db):
-        search.deadline, search.complete = began + time_limit_s, True
-        search.descend()
     return search.result()
 
 
@@ -213,7 +211,8 @@ class _Search:
         everything = self.hoisted(Variant(integer=frozenset(shop.quantizable(Variant()))))
         self.untuned = self.price(everything).us
         self.plain = self.price(Variant()).us
-        self.best = min((Variant(), everything) if self.placement else (everything,), key=self.us)
+        self.best = Variant() if self.placement else everything
+        self.keep(everything, "INT8 wherever it is possible")
         rewritten = Variant() if self.placement else everything
         for name in FLOAT_REWRITES:
             if self.late():
@@ -267,12 +266,15 @@ class _Search:
             for node in kernel.nodes:
                 worth[node] = max(worth.get(node, 0.0), kernel.macs / max(kernel.bytes, 1))
         order = sorted(self.workshop.quantizable(variant), key=lambda node: -worth.get(node, 0.0))
-        for share in (*SHARES, 1.0):
+        for share in SHARES:
             part = replace(variant, integer=frozenset(order[: round(share * len(order))]))
-            hoisted = self.with_all(part)
-            level = set(self.workshop.levelled(part))
-            centred = replace(hoisted, centred=frozenset(self.workshop.lopsided(part)))
-            yield from (part, hoisted, centred, replace(centred, common=part.integer & level))
+            full = self.with_all(part)
+            exact = {node for name, node in full.rewrites if name == "norm_scale"}  # these have one scale already
+            level = frozenset(self.workshop.levelled(part)) & part.integer - exact
+            for centred in (frozenset(self.workshop.lopsided(part)), frozenset[str]()):
+                yield replace(full, common=level, centred=centred)
+                yield replace(full, centred=centred)
+            yield part
 
     def with_all(self, variant: Variant) -> Variant:
         """The same with all rewrites of the quantized stage."""
@@ -312,29 +314,29 @@ class _Search:
         """Whether it keeps the bound, if there is one."""
         return self.most == math.inf or not variant.integer or (self.workshop.noise(variant) or 0.0) <= self.most
 
-    def bound(self, min_sqnr_db: float) -> bool:
-        """Stand on the fastest variant known that is accurate enough; False if the best is so already."""
-        self.most = 10 ** (-(min_sqnr_db + MARGIN_DB) / 10)
-        if self.accurate(self.best):
-            return False
-        before, noise = self.us(self.best), self.workshop.noise(self.best) or 0.0
-        finer = self.cheapest_first(tuple(self.finer()))
+    def rescue(self) -> None:
+        """Where the fastest variant known breaks the bound: make it finer, then less quantized, until it keeps it."""
+        fastest, stands = min(self.prices, key=self.us), self.best
+        if self.most == math.inf or fastest == stands or not fastest.integer or self.late():
+            return
+        self.best, cost = fastest, self.costs()
+        times = {m: sum(cost.get(n, 0.0) for n in m.nodes) for m in (*self.finer(), *self.left())}
+        finer = sorted(self.finer(), key=lambda m: times[m])
         refined = self.fewest(finer)
         if refined is None:  # not enough: also leave INT8, where that takes most noise away for its time
-            noises = {
-                m: self.workshop.noise(replace(self.best, integer=frozenset(m.nodes))) or 0.0 for m in self.left()
-            }
-            costs = {m: max(self.us(m.of(self.best)) - before, LEAST_GAIN * before) for m in noises}
-            refined = self.fewest([*finer, *sorted(noises, key=lambda m: -noises[m] / costs[m])])
-        known = [v for v in self.prices if not v.integer]
-        self.best = min([*known, *([refined] if refined else [])], key=self.us)
-        had, after = -10 * math.log10(noise), self.us(self.best)
-        self.steps.append(f"bound of {min_sqnr_db:g} dB, had {had:.1f}: {before:.1f} -> {after:.1f} us")
-        return True
+            worth = {}
+            for move in self.left():
+                if not self.late():
+                    alone = replace(self.best, integer=frozenset(move.nodes))
+                    worth[move] = (self.workshop.noise(alone) or 0.0) / max(times[move], LEAST_GAIN * self.us(stands))
+            refined = self.fewest([*finer, *sorted(worth, key=lambda m: -worth[m])])
+        self.best = stands
+        if refined is not None:
+            self.keep(refined, "finer and fewer INT8 nodes, for the bound")
 
     def fewest(self, moves: list[_Move]) -> Variant | None:
         """The best variant after the fewest of the moves, in order, that keep the bound; None if all do not."""
-        if not self.accurate(self.applied(moves)):
+        if not moves or not self.accurate(self.applied(moves)):
             return None
         low, high = 1, len(moves)
         while low < high:  # noise falls with each move, more or less
@@ -349,11 +351,6 @@ class _Search:
         for move in moves:
             variant = move.of(variant)
         return variant
-
-    def cheapest_first(self, moves: tuple[_Move, ...]) -> list[_Move]:
-        """Moves from the best variant by the time they cost; beyond the time limit by where they are."""
-        costs = {m: 0.0 if self.late() else self.us(m.of(self.best)) for m in moves}
-        return sorted(moves, key=lambda m: costs[m])
 
     def finer(self) -> Iterator[_Move]:
         """Moves from the best variant to finer codes."""

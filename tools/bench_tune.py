@@ -31,6 +31,7 @@ from qdq.finish import finish
 from qdq.graph import Model, load, save
 from qdq.pricing import Pricer, difference, find_plan, gpus_of
 from qdq.recipe import Recipe
+from qdq.scheme import Settings
 from qdq.variant import Variant, Workshop
 
 Samples = list[dict[str, np.ndarray]]
@@ -73,7 +74,11 @@ class Row:
         mark = "" if self.tuned <= best * 1.000001 else " (above)"
         cells = [self.model, self.target, *(f"{x:.1f}" for x in (self.fp32, self.fp16, self.untuned))]
         cells += ["-" if self.peer is None else f"{self.peer:.1f}", f"{self.tuned:.1f}{mark}"]
-        cells += [f"{self.tuned / self.fp16:.2f}", f"{self.sqnr_db:.1f} dB", f"{self.int8_nodes}/{self.of_nodes}"]
+        cells += [
+            f"{self.tuned / self.fp16:.2f}",
+            "-" if math.isnan(self.sqnr_db) else f"{self.sqnr_db:.1f} dB",
+            f"{self.int8_nodes}/{self.of_nodes}",
+        ]
         return "| " + " | ".join([*cells, f"{self.seconds:.0f}" + ("" if self.complete else "+")]) + " |"
 
 
@@ -87,23 +92,23 @@ def zoo_cases(folder: Path) -> Iterator[Case]:
 
 
 def monai_cases(folder: Path, volume: Path) -> Iterator[Case]:
-    """The networks that `export_monai.py` wrote, on crops of a volume: the first half of axis 0 to calibrate with."""
+    """The networks that `export_monai.py` wrote, on crops of a volume; those to evaluate on are of its mirror image."""
     import nibabel
 
-    whole = np.asarray(nibabel.load(volume).dataobj).astype(np.float32)
+    stored: Any = nibabel.load(volume)
+    whole = np.asarray(stored.dataobj).astype(np.float32)
     whole = (whole - whole.mean()) / whole.std()
-    rng, half = np.random.default_rng(0), whole.shape[0] // 2
     for path in sorted(folder.glob("*.onnx")):
-        entry = load(path).inputs[0]
-        size = tuple(int(d) for d in (entry.shape or ())[2:])
+        rng, entry = np.random.default_rng(0), load(path).inputs[0]
+        size = [d for d in (entry.shape or ())[2:] if isinstance(d, int)]
         sets = []
-        for first, count in ((0, 8), (half, 4)):
-            highs = (half - size[0], whole.shape[1] - size[1], whole.shape[2] - size[2])
-            starts = [[int(rng.integers(0, h + 1)) for h in highs] for _ in range(count)]
-            cuts = [
-                tuple(slice(s + o, s + o + n) for s, o, n in zip(at, (first, 0, 0), size, strict=True)) for at in starts
+        for source, count in ((whole, 4), (whole[::-1], 2)):
+            starts = [
+                [int(rng.integers(0, have - need + 1)) for have, need in zip(whole.shape, size, strict=True)]
+                for _ in range(count)
             ]
-            sets.append([{entry.name: np.ascontiguousarray(whole[cut][None, None])} for cut in cuts])
+            cuts = [tuple(slice(s, s + n) for s, n in zip(at, size, strict=True)) for at in starts]
+            sets.append([{entry.name: np.ascontiguousarray(source[cut][None, None])} for cut in cuts])
         yield Case(name=path.stem, path=path, calibration=sets[0], evaluation=sets[1])
 
 
@@ -138,8 +143,8 @@ def sqnr_db(reference: Model, candidate: Path, data: Samples, folder: Path) -> f
     return 10 * math.log10(signal / noise) if noise else math.inf
 
 
-def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path) -> Row:
-    """One model for one target."""
+def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path, *, measure: bool) -> Row:
+    """One model for one target; without `measure` no accuracy, and the price is that of the search."""
     prepared = deploy.load_float(case.path)
     data = deploy.as_samples(case.calibration, prepared)
     shapes: Mapping[str, Any] = {k: ShapeRange.fixed(v.shape) for k, v in case.calibration[0].items()}
@@ -147,10 +152,13 @@ def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path) -> Row:
     began = time.monotonic()
     found = find_plan(prepared, pricer, samples=data)
     seconds = time.monotonic() - began
-    made = deploy.quantize(prepared, data, settings=recipe.settings, plan=found.plan)
-    done = finish(made.model, made.plan, rest=recipe.rest, table=made.table)
-    save(done.model, folder / "tuned.onnx")
-    built = pricer(done.model)
+    built, accuracy = found.price, math.nan
+    if measure:
+        made = deploy.quantize(prepared, data, settings=recipe.settings, plan=found.plan)
+        done = finish(made.model, made.plan, rest=recipe.rest, table=made.table)
+        save(done.model, folder / "tuned.onnx")
+        built = pricer(done.model)
+        accuracy = sqnr_db(prepared, folder / "tuned.onnx", case.evaluation, folder)
     plain = Workshop(model=prepared, settings=recipe.settings, rest="fp32")
     return Row(
         model=case.name,
@@ -160,7 +168,7 @@ def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path) -> Row:
         untuned=found.untuned,
         peer=None if peer is None else pricer(load(peer)).us,
         tuned=built.us,
-        sqnr_db=sqnr_db(prepared, folder / "tuned.onnx", case.evaluation, folder),
+        sqnr_db=accuracy,
         int8_nodes=len(found.plan.quantized_nodes),
         of_nodes=len(plain.quantizable(Variant())),
         seconds=seconds,
@@ -181,6 +189,7 @@ def main() -> None:
     parser.add_argument("--target", action="append")
     parser.add_argument("--min-sqnr-db", type=float)
     parser.add_argument("--time-limit", type=float, default=300.0)
+    parser.add_argument("--times-only", action="store_true", help="do not calibrate and measure the tuned model")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("cases", nargs="*")
     options = parser.parse_args()
@@ -190,6 +199,7 @@ def main() -> None:
     if options.monai:
         cases.append(monai_cases(options.monai, options.volume))
     limits = {} if options.min_sqnr_db is None else {"min_sqnr_db": options.min_sqnr_db}
+    settings = Settings(bias_correction="off")  # a pass per layer: long on volumes
     rows = []
     print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
     with tempfile.TemporaryDirectory() as name:
@@ -199,8 +209,8 @@ def main() -> None:
                 continue
             peer = modelopt(options.modelopt, case, folder) if options.modelopt else None
             for target in options.target or ["sm86", "sm89", "sm120"]:
-                recipe = Recipe(targets=(target,), time_limit_s=options.time_limit, limits=limits)
-                rows.append(row(case, recipe, peer, folder))
+                recipe = Recipe(settings=settings, targets=(target,), time_limit_s=options.time_limit, limits=limits)
+                rows.append(row(case, recipe, peer, folder, measure=not options.times_only))
                 print(rows[-1], flush=True)
                 if options.json:
                     options.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))
