@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qdq.cli_calibrate import calibrate
+from qdq.cli_compare import compare
 from qdq.cli_lint import lint_command
 from qdq.cli_tune import tune
 from qdq.errors import InputError
@@ -78,6 +79,7 @@ def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
 
 
 main.add_command(calibrate)
+main.add_command(compare)
 main.add_command(lint_command)
 main.add_command(tune)
 
@@ -102,12 +104,14 @@ def quantize(
     custom_ops: tuple[str, ...],
     **given: Any,
 ) -> None:
-    """Write the Q/DQ model."""
+    """Write the Q/DQ model. Of a large model, weights that a killed run finished are taken up."""
     from qdq import deploy as job
     from qdq.calibrate import CalibrationTable
     from qdq.finish import finish
     from qdq.graph import save
     from qdq.plan import Plan
+    from qdq.report import formats
+    from qdq.spool import kept
 
     check_output(output, model, data, plan_file, table_file, given["recipe"])
     with Bars() as bars:
@@ -125,20 +129,21 @@ def quantize(
             samples = None
         else:
             samples = samples_of(prepared, recipe, data, random_data)
-        made = job.quantize(
-            prepared,
-            samples,
-            settings=recipe.settings,
-            plan=chosen,
-            table=table,
-            custom_ops=custom_ops,
-            on_progress=bars,
-        )
-        done = finish(made.model, made.plan, rest=recipe.rest, table=made.table)
-        save(done.model, output)
+        with kept(output.with_name(f".{output.name}.weights")):
+            made = job.quantize(
+                prepared,
+                samples,
+                settings=recipe.settings,
+                plan=chosen,
+                table=table,
+                custom_ops=custom_ops,
+                on_progress=bars,
+            )
+            done = finish(made.model, made.plan, rest=recipe.rest, table=made.table)
+            save(done.model, output)
     for text in (*made.solution.notes, *done.notes):
         note(text)
-    click.echo(f"{len(made.plan.quantized_nodes)} nodes in INT8: {output}")
+    click.echo(f"{len(made.plan.quantized_nodes)} nodes in {formats(made.plan)}: {output}")
 
 
 def _places(settings: Settings) -> tuple[object, ...]:

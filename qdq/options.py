@@ -35,7 +35,7 @@ def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 recipe_option = click.option("--recipe", type=PATH, help="YAML file; its keys are the options with underscores.")
 settings_options = _options(
     click.option("--scheme", help="int8 (default), int8-smooth, int8-weight, int4, w4a8, fptq or fp8."),
-    click.option("--calibrator", help="Activation ranges: mse (default), percentile, entropy, max or auto."),
+    click.option("--calibrator", help="Activation ranges: mse (default), percentile, entropy, max, average or auto."),
     click.option("--percentile", type=float, help="Of the percentile calibrator, default 99.99."),
     click.option("--rounding", help="Weights: gptq, descent, awq, clip, hqq or nearest; default: the scheme's."),
     click.option("--equalize", help="Channel balancing: smoothquant, smooth, lae, dgq, awq or none; default likewise."),

@@ -123,6 +123,10 @@ class Recipe:
         keys = [*setting_keys, "rest", "tune", "time_limit", "gpu", "target", "backend", "shape", *LIMITS]
         for key in values:
             choose(str(key), keys, "recipe key")
+        words = {True: "on", False: "off"}  # YAML reads on and off as booleans
+        values = {
+            k: words[v] if k in ("tune", "bias_correction") and isinstance(v, bool) else v for k, v in values.items()
+        }
         gpus = values.get("gpu", [])
         settings = Settings.from_mapping({k: v for k, v in values.items() if k in setting_keys})
         tune = "placement" if settings.scheme == "int8" else "rewrites"

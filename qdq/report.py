@@ -94,7 +94,7 @@ class DeployReport:
         rows = [
             Row("model file", _against(self.int8_file_bytes, self.float_file_bytes)),
             Row("weights in the engine", _against(now.weight_bytes, before.weight_bytes if before else None)),
-            Row("INT8 share of multiply-adds, as compiled", f"{now.int8_share:.1%} of {count(now.macs)}"),
+            Row("multiply-adds, as compiled", _types(now)),
             Row("bytes moved per inference", _against(now.bytes_moved, before.bytes_moved if before else None)),
             Row("kernels", f"{now.kernels}" + (f" (FP32: {before.kernels})" if before else "")),
             *([Row(f"predicted on {', '.join(self.gpus)}", self.tuned.times)] if self.tuned else []),
@@ -120,7 +120,7 @@ def audit_rows(audit: Audit) -> list[Row]:
     """The totals of an audit."""
     return [
         Row("engine", f"{audit.backend} {audit.version} for {', '.join(audit.targets)}, {size(audit.engine_bytes)}"),
-        Row("INT8 share of multiply-adds, as compiled", f"{audit.int8_share:.1%} of {count(audit.macs)}"),
+        Row("multiply-adds, as compiled", _types(audit)),
         Row("kernels", str(audit.kernels)),
         Row("bytes moved per inference", size(audit.bytes_moved)),
         Row("weights in the engine", size(audit.weight_bytes)),
@@ -144,9 +144,25 @@ def plan_rows(plan: Plan) -> list[Row]:
         reasons.setdefault(skip.reason, []).append(skip.op_type)
     ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))
     return [
-        Row("nodes in INT8", str(len(plan.quantized_nodes))),
+        Row(f"nodes in {formats(plan)}", str(len(plan.quantized_nodes))),
         *(Row(f"in float: {', '.join(sorted(set(ops))[:4])}", f"{len(ops)}: {why}") for why, ops in ordered[:SHOWN]),
     ]
+
+
+def formats(plan: Plan) -> str:
+    """What a plan's quantized nodes hold and read, as in 'INT8', 'INT4 weights' or 'INT4 weights, INT8 data'."""
+    weights, data = (
+        " and ".join(sorted({p.spec.format.upper() for p in points})) for points in (plan.weights, plan.activations)
+    )
+    if not weights or weights == data:
+        return weights or "low precision"
+    return f"{weights} weights" + (f", {data} data" if data else "")
+
+
+def shares(audit: Audit) -> dict[str, float]:
+    """The types that kernels multiply in, each with its fraction of the multiply-adds, the largest first."""
+    kinds = {node.consumed: audit.share(node.consumed) for node in audit.nodes}
+    return dict(sorted(kinds.items(), key=lambda item: -item[1]))
 
 
 def size(nbytes: int | None) -> str:
@@ -171,6 +187,11 @@ def count(number: int) -> str:
         if number >= unit:
             return f"{number / unit:.3g} {text}"
     return str(number)
+
+
+def _types(audit: Audit) -> str:
+    parts = ", ".join(f"{share:.1%} in {kind}" for kind, share in shares(audit).items())
+    return f"{parts or 'none'}, of {count(audit.macs)}"
 
 
 def _against(now: int | None, before: int | None) -> str:

@@ -20,7 +20,7 @@ FILES = [(name, path) for name, folder in FOLDERS.items() for path in sorted(fol
 
 # Only these modules of qdq may import the two other packages: they join the three. All others know ONNX and numbers.
 JOINING = {"build", "deploy", "explain", "options", "pricing", "terminal"}
-JOINING |= {"cli", "cli_calibrate", "cli_lint", "cli_tune"}
+JOINING |= {"cli", "cli_calibrate", "cli_compare", "cli_lint", "cli_tune", "comparison", "scoring"}
 
 # The foundation knows nothing above it, and nothing below the top knows the top.
 LOWEST: dict[str, set[str]] = {
@@ -28,9 +28,11 @@ LOWEST: dict[str, set[str]] = {
     "formats": {"errors"},
     "external": {"errors"},
     "graph": {"errors", "external"},
+    "metrics": {"errors"},
     "scheme": {"errors", "formats"},
 }
-TOP = {"build", "deploy", "explain", "cli", "cli_calibrate", "cli_lint", "cli_tune", "options", "pricing"}
+TOP = {"build", "comparison", "deploy", "explain", "options", "pricing", "scoring"}
+TOP |= {"cli", "cli_calibrate", "cli_compare", "cli_lint", "cli_tune"}
 
 # What may not be imported when a module is loaded, only inside the functions that need it.
 RUNTIMES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "polygraphy", "torch"}

@@ -115,7 +115,7 @@ def main() -> None:
                 case.path,
                 case.calibration,
                 Path(folder),
-                recipe=Recipe(targets=(options.target,)),
+                recipe=Recipe(targets=(options.target,), tune="rewrites"),  # everything in INT8, as the peers do
                 evaluation=case.evaluation,
             )
             row["qdq"] = score(zoo, case, Path(folder) / f"{case.path.stem}.int8.onnx", options.target)
