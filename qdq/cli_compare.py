@@ -21,6 +21,7 @@ from qdq.options import (
     json_option,
     model_argument,
     recipe_option,
+    recipe_values,
     rest_option,
     samples_of,
     tune_options,
@@ -85,17 +86,12 @@ def compare(
     from qdq.comparison import compare_schemes, entries
     from qdq.deploy import load_float
     from qdq.files import write_text
-    from qdq.recipe import read_recipe
     from qdq.scoring import Task, has_array, labelled
 
     if output:
         check_output(output, model, data, evaluation, given["recipe"])
     task = Task(metric=metric, labels=labels, output=score_output, unit=unit, per=per)
-    options = {
-        k: list(v) if isinstance(v, tuple) else v for k, v in given.items() if k != "recipe" and v not in (None, ())
-    }
-    read = read_recipe(given["recipe"]) if given["recipe"] else {}
-    asked = entries(",".join(schemes).split(","), {"tune": "off", **read, **options})
+    asked = entries(",".join(schemes).split(","), recipe_values(given, base={"tune": "off"}))
     recipe = asked[0].recipe
     with Bars() as bars:
         bars(0, None, "Prepare")

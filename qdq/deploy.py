@@ -168,15 +168,15 @@ def quantize(
         made, said = corrected(prepared, made, chosen, checked, always=always, on_progress=on_progress)
         return replace(solution, notes=(*solution.notes, said)), made
 
-    if chosen.settings.calibrator == "auto":
-        if checked is None:
-            raise InputError("calibrator auto compares models on the samples, and only a table is given: give samples.")
-        with registered(custom_ops):
+    auto = chosen.settings.calibrator == "auto"
+    if auto and checked is None:
+        raise InputError("calibrator auto compares models on the samples, and only a table is given: give samples.")
+    with registered(custom_ops):
+        if auto and checked is not None:
             solution, quantized = solve_auto(
                 prepared, chosen, table, samples=checked, complete=complete, on_progress=on_progress
             )
-    else:
-        with registered(custom_ops):
+        else:
             solution, quantized = complete(solve(prepared, chosen, table, samples=checked, on_progress=on_progress))
     return Quantized(prepared=prepared, plan=chosen, table=table, solution=solution, model=quantized)
 

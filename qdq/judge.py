@@ -8,7 +8,7 @@ samples are seen here, never those that a report is made on. This module must no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,21 +98,28 @@ class Judge:
         taps = [Tap(candidate, self._outputs, threads=1) for candidate in candidates]
 
         def compare(sample: Sample) -> list[float]:
-            expected = {name: array.astype(np.float64) for name, array in self._float(sample).items()}
-            energies = [_sum([float(np.sum(y**2)) for y in expected.values()])]
-            for tap in taps:
-                found = tap(sample)
-                energies.append(_sum([float(np.sum((y - found[name]) ** 2)) for name, y in expected.items()]))
-            return energies
+            expected = self._float(sample)
+            both = [energies(expected, tap(sample)) for tap in taps]
+            return [both[0][0], *(noise for _, noise in both)]
 
         each = list(overlapped(compare, self._held.holding(), cores()))
-        signal, *noises = (_sum(energies) for energies in zip(*each, strict=True))
+        signal, *noises = (_sum(sums) for sums in zip(*each, strict=True))
         return [_decibels(signal, noise) for noise in noises]
 
 
-def _sum(energies: Sequence[float]) -> float:
+def energies(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> tuple[float, float]:
+    """Of one sample: sum y^2 and sum (y - found)^2 over all outputs y, in float64; infinite if not finite."""
+    signals, noises = [], []
+    for name, output in expected.items():
+        y = output.astype(np.float64)
+        signals.append(float(np.sum(y**2)))
+        noises.append(float(np.sum((y - found[name]) ** 2)))
+    return _sum(signals), _sum(noises)
+
+
+def _sum(values: Sequence[float]) -> float:
     """Their sum whatever their order; infinite if one is not finite."""
-    return math.fsum(energies) if all(map(math.isfinite, energies)) else math.inf
+    return math.fsum(values) if all(map(math.isfinite, values)) else math.inf
 
 
 def _decibels(signal: float, noise: float) -> float:

@@ -95,14 +95,21 @@ def output_option(what: str, *, required: bool = True) -> Callable[[F], F]:
     return click.option("-o", "--output", type=PATH, required=required, help=f"Where to write {what}.")
 
 
-def recipe_of(given: Mapping[str, Any], base: Mapping[str, object] | None = None) -> Recipe:
-    """The recipe of a verb: `base`, then its recipe file, then the options given."""
-    from qdq.recipe import Recipe, read_recipe
+def recipe_values(given: Mapping[str, Any], base: Mapping[str, object] | None = None) -> dict[str, object]:
+    """Keys of a verb's recipe: `base`, then its recipe file, then the options given."""
+    from qdq.recipe import read_recipe
 
     options = {k: v for k, v in given.items() if k != "recipe" and v is not None and v != ()}
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
     read = read_recipe(given["recipe"]) if given.get("recipe") else {}
-    return Recipe.from_mapping({**(base or {}), **read, **options})
+    return {**(base or {}), **read, **options}
+
+
+def recipe_of(given: Mapping[str, Any], base: Mapping[str, object] | None = None) -> Recipe:
+    """The recipe of a verb, from its `recipe_values`."""
+    from qdq.recipe import Recipe
+
+    return Recipe.from_mapping(recipe_values(given, base))
 
 
 def samples_of(model: Model, recipe: Recipe, data: str | None, random_data: int | None) -> Samples:

@@ -249,6 +249,12 @@ def check_exclude(model: Model, patterns: tuple[str, ...], what: str = "exclude"
             )
 
 
+def check_patterns(model: Model, settings: Settings) -> None:
+    """Refuse exclude and override patterns that match no node; raises as `check_exclude` does."""
+    check_exclude(model, settings.exclude)
+    check_exclude(model, tuple(pattern for pattern, _ in settings.overrides), "override")
+
+
 def plan(model: Model, settings: Settings | None = None) -> Plan:
     """Decide for every node of a prepared float model whether and how its operands are quantized.
 
@@ -264,8 +270,7 @@ def plan(model: Model, settings: Settings | None = None) -> Plan:
             tensor in different formats. A model without anything to quantize gives a plan without points.
     """
     settings = settings or Settings()
-    check_exclude(model, settings.exclude)
-    check_exclude(model, tuple(pattern for pattern, _ in settings.overrides), "override")
+    check_patterns(model, settings)
     found: dict[tuple[str, str, int | None], Point] = {}
     shortcuts: list[tuple[str, str]] = []
     skips: list[Skip] = []

@@ -16,18 +16,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from onnx import ModelProto, TensorProto
+from onnx import TensorProto
 
 from engines.compiler import ShapeRange
 from engines.cost import GPUS, Gpu, gpu_named, predict
-from engines.errors import BuildError, UnsupportedTargetError
+from engines.errors import BuildError, UnsupportedTargetError, import_runtime
 from engines.layers import SYNCHRONIZATION, LayerTable
 from engines.rtx import normalise_target
 from qdq.build import compile_engine
 from qdq.calibrate import Progress
 from qdq.errors import InputError
 from qdq.files import write_text
-from qdq.graph import Model, save
+from qdq.graph import Model, save, without_initializers
 from qdq.recipe import Recipe
 from qdq.tap import Sample
 from qdq.tune import Kernel, Price, Tuned, tune
@@ -93,13 +93,13 @@ class Pricer:
 
     def _key(self, model: Model) -> str:
         """SHA-256 of the structure and of everything else that a price depends on."""
-        proto = ModelProto()
-        proto.CopyFrom(model.proto)
-        for tensor in proto.graph.initializer:
-            if math.prod(tensor.dims) > SMALL or tensor.data_type in (TensorProto.INT8, TensorProto.FLOAT8E4M3FN):
-                empty = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-                tensor.CopyFrom(empty)
-        made = [self.recipe.backend, [repr(g) for g in self.gpus], sorted((n, repr(s)) for n, s in self.shapes.items())]
+        proto = without_initializers(model.proto)
+        for tensor in model.graph.initializer:
+            weight = math.prod(tensor.dims) > SMALL or tensor.data_type in (TensorProto.INT8, TensorProto.FLOAT8E4M3FN)
+            light = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            proto.graph.initializer.append(light if weight else tensor)
+        version = import_runtime("tensorrt_rtx").__version__
+        made = [version, [repr(g) for g in self.gpus], sorted((n, repr(s)) for n, s in self.shapes.items())]
         return hashlib.sha256(proto.SerializeToString(deterministic=True) + repr(made).encode()).hexdigest()
 
 

@@ -24,6 +24,7 @@ from qdq.build import OnProgress
 from qdq.deploy import input_specs
 from qdq.errors import InputError
 from qdq.graph import Model
+from qdq.judge import energies
 from qdq.metrics import METRICS, Array, metric, next_tokens
 from qdq.scheme import choose
 
@@ -239,10 +240,8 @@ def score(
     for done, sample in enumerate(samples, 1):
         inputs = {name: sample[name] for name in names}
         found, expected = next(ort.run(session, [inputs])), reference.outputs(done, inputs)
-        for name in outputs:
-            r, c = expected[name].astype(np.float64), found[name].astype(np.float64)
-            signal += float(np.sum(r * r))
-            noise += float(np.sum((r - c) ** 2))
+        seen = energies({name: expected[name] for name in outputs}, found)
+        signal, noise = signal + seen[0], noise + seen[1]
         labels = next_tokens(sample[tokens]) if tokens else sample[task.array] if task.array else None
         counting.add(found[of], expected[of], labels)
         if on_progress:

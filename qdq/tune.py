@@ -32,6 +32,7 @@ LEAST_GAIN = 0.001  # of the time: less is no reason to leave INT8, or to rewrit
 COARSER_GAIN = 0.004  # of the time: less is no reason for coarser codes
 COARSER, FREE = ("common", "centred"), ("int8", "int8 rewritten", "shared", "channels", "shifted")
 MARGIN_DB = 1.5  # asked for beyond the bound: the figure is of one sample
+SHORTCUTS = ("raw", "shared")
 WORTH = 0.01  # of the time: a class of nodes whose kernels take less together is left as it starts
 SHARES = (1.0, 0.5, 0.25)  # of the products in INT8, most multiply-adds per byte first: starting points
 
@@ -151,9 +152,14 @@ class _Move:
     kind: str
     nodes: tuple[str, ...]
 
+    @property
+    def touched(self) -> tuple[str, ...]:
+        """The nodes that it is about: shortcuts are named by operand."""
+        return tuple(n.rpartition(":")[0] for n in self.nodes) if self.kind in SHORTCUTS else self.nodes
+
     def of(self, v: Variant) -> Variant:
         """The changed variant."""
-        if self.kind in ("raw", "shared"):
+        if self.kind in SHORTCUTS:
             return replace(v, raw=v.raw | set(self.nodes) if self.kind == "raw" else v.raw - set(self.nodes))
         if self.kind == "common":
             return replace(v, common=v.common | set(self.nodes))
@@ -303,12 +309,11 @@ class _Search:
                 candidate = move.of(self.best)
                 if candidate == self.best or (self.best, move) in failed:
                     continue
-                if candidate in self.prices or self.possible(candidate):
-                    least = COARSER_GAIN if move.kind in COARSER else 0.0 if move.kind in FREE else LEAST_GAIN
-                    if self.keep(candidate, str(move), least):
-                        gained = True
-                        continue
-                failed.add((self.best, move))
+                least = COARSER_GAIN if move.kind in COARSER else 0.0 if move.kind in FREE else LEAST_GAIN
+                if self.keep(candidate, str(move), least):
+                    gained = True
+                else:
+                    failed.add((self.best, move))
 
     def accurate(self, variant: Variant) -> bool:
         """Whether it keeps the bound, if there is one."""
@@ -320,12 +325,13 @@ class _Search:
         if self.most == math.inf or fastest == stands or not fastest.integer or self.late():
             return
         self.best, cost = fastest, self.costs()
-        times = {m: sum(cost.get(n, 0.0) for n in m.nodes) for m in (*self.finer(), *self.left())}
-        finer = sorted(self.finer(), key=lambda m: times[m])
+        finer, left = list(self.finer()), list(self.left())
+        times = {m: sum(cost.get(n, 0.0) for n in m.nodes) for m in (*finer, *left)}
+        finer.sort(key=lambda m: times[m])
         refined = self.fewest(finer)
         if refined is None:  # not enough: also leave INT8, where that takes most noise away for its time
             worth = {}
-            for move in self.left():
+            for move in left:
                 if not self.late():
                     alone = replace(self.best, integer=frozenset(move.nodes))
                     worth[move] = (self.workshop.noise(alone) or 0.0) / max(times[move], LEAST_GAIN * self.us(stands))
@@ -365,10 +371,6 @@ class _Search:
         for group in grouped(tuple(sorted(self.best.integer)), alike):
             yield _Move(kind="float", nodes=group)
 
-    def possible(self, variant: Variant) -> bool:
-        """Whether it can be written: a rewrite of the quantized stage needs nodes in INT8 that it fits."""
-        return bool(variant.integer) or not any(name in QUANTIZED_REWRITES for name, _ in variant.rewrites)
-
     def moves(self) -> list[_Move]:
         """All moves from the best variant, dearest nodes first."""
         shop, best = self.workshop, self.best
@@ -398,7 +400,7 @@ class _Search:
                 found.append(_Move(kind="shifted" if best.centred.issuperset(nodes) else "centred", nodes=nodes))
         for operand in shop.shortcuts(best):
             found.append(_Move(kind="shared" if operand in best.raw else "raw", nodes=(operand,)))
-        order = {m: sum(cost.get(_node(n), 0.0) for n in m.nodes) for m in found}
+        order = {m: sum(cost.get(n, 0.0) for n in m.touched) for m in found}
         worth = [m for m in found if order[m] >= WORTH * self.us(best)]
         return sorted(worth, key=lambda m: -order[m])
 
@@ -436,8 +438,3 @@ class _Search:
             complete=self.complete,
             steps=tuple(self.steps),
         )
-
-
-def _node(name: str) -> str:
-    """The node of a move's name: shortcuts are named by operand."""
-    return name.rpartition(":")[0] if name.rpartition(":")[2].isdigit() else name

@@ -20,17 +20,16 @@ from qdq import placement
 from qdq.calibrate import CalibrationTable, collect
 from qdq.graph import Model
 from qdq.insert import insert
+from qdq.judge import energies
 from qdq.observers import Histogram
 from qdq.plan import Plan, Rewrite, Skip
 from qdq.precision import convert
 from qdq.scheme import Settings
 from qdq.solve import Solution, solve
-from qdq.surgery import FLOAT_REWRITES, QUANTIZED_REWRITES
+from qdq.surgery import FLOAT_REWRITES, QUANTIZED_REWRITES, applied
 from qdq.tap import Sample, Tap
 
 TUNED = "tuned"  # the rule of the skips that `restricted` adds
-
-
 MOST_LOSS_DB = 3.0  # more noise of a weight by one scale than by one per channel: as much as its input's adds anyway
 
 
@@ -91,22 +90,25 @@ class Workshop:
     _histograms: dict[str, Histogram] = field(default_factory=dict)
     _noises: dict[Variant, float] = field(default_factory=dict)
     _outputs: dict[str, np.ndarray] = field(default_factory=dict)
+    _last: tuple[Variant, Model] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse patterns that match nothing: after rewrites they may, as given they may not.
+
+        Raises:
+            InputError: names the pattern.
+        """
+        placement.check_patterns(self.model, self.settings)
 
     def base(self, variant: Variant) -> Base:
         """The float part of a variant."""
-        key = frozenset((name, node) for name, node in variant.rewrites if name in FLOAT_REWRITES)
+        key = _float_part(variant).rewrites
         if key not in self._bases:
-            model, fired = self.model, []
-            for name, rewrite in FLOAT_REWRITES.items():
-                if nodes := {node for other, node in key if other == name}:
-                    done = rewrite(model, nodes)
-                    if done.fired:
-                        fired.append(Rewrite(name=name, nodes=done.fired))
-                    model = done.model
-            full = placement.plan(model, replace(self.settings, exclude=self._excluded(model)))
+            model, fired = applied(self.model, key)
+            full = placement.plan(model, self._settings_for(model))
             table = self._table(model, full)
             solution = solve(model, _quick(full), table)
-            self._bases[key] = Base(model=model, fired=tuple(fired), plan=full, table=table, solution=solution)
+            self._bases[key] = Base(model=model, fired=fired, plan=full, table=table, solution=solution)
         return self._bases[key]
 
     def quantizable(self, variant: Variant) -> tuple[str, ...]:
@@ -136,11 +138,7 @@ class Workshop:
 
     def model_of(self, variant: Variant) -> Model:
         """The whole model as it would be compiled, with quick scales and codes."""
-        model = self._typed(variant)
-        for name, rewrite in QUANTIZED_REWRITES.items():
-            if nodes := variant.integer & {node for other, node in variant.rewrites if other == name}:
-                model = rewrite(model, nodes).model
-        return model
+        return self._finished(variant)[0]
 
     def noise(self, variant: Variant) -> float | None:
         """Noise over signal of all outputs, with quick scales and codes; None without samples.
@@ -154,16 +152,12 @@ class Workshop:
         if not self._outputs:
             tap = Tap(self.model, outputs)
             self._outputs = dict(tap(self.samples[0]))
-        key = replace(variant, rewrites=frozenset(pair for pair in variant.rewrites if pair[0] in FLOAT_REWRITES))
+        key = _float_part(variant)
         if key not in self._noises:
             base = self.base(variant)
             plan = restricted(base.model, base.plan, variant, "")
             tap = Tap(insert(base.model, plan, solve(base.model, _quick(plan), base.table)), outputs)
-            signal = noise = 0.0
-            found = tap(self.samples[0])
-            for name, y in self._outputs.items():
-                signal += float(np.sum(np.square(y, dtype=np.float64)))
-                noise += float(np.sum(np.square(np.subtract(y, found[name], dtype=np.float64))))
+            signal, noise = energies(self._outputs, tap(self.samples[0]))
             self._noises[key] = noise / max(signal, 1e-300) if math.isfinite(noise) else math.inf
         return self._noises[key]
 
@@ -178,27 +172,36 @@ class Workshop:
         """The plan of a variant; `why` is the reason of every node that the rules would quantize and it does not."""
         base = self.base(variant)
         plan = restricted(base.model, base.plan, variant, why)
-        later, model = [], self._typed(variant)
-        for name, rewrite in QUANTIZED_REWRITES.items():
-            nodes = variant.integer & {node for other, node in variant.rewrites if other == name}
-            if nodes and (done := rewrite(model, nodes)).fired:
-                later.append(Rewrite(name=name, nodes=done.fired))
-                model = done.model
-        return replace(plan, rewrites=(*base.fired, *later))
+        return replace(plan, rewrites=(*base.fired, *self._finished(variant)[1]))
+
+    def _finished(self, variant: Variant) -> tuple[Model, tuple[Rewrite, ...]]:
+        """The whole model, and the rewrites of the quantized stage that fired."""
+        wanted = ((name, node) for name, node in variant.rewrites if node in variant.integer)
+        return applied(self._typed(variant), wanted, stage="quantized")
 
     def _typed(self, variant: Variant) -> Model:
-        base = self.base(variant)
-        plan = restricted(base.model, base.plan, variant, "")
-        solution = _adapted(base.solution, plan)
-        model = insert(base.model, plan, solution) if plan.points else base.model
-        if self.rest != "fp32":
-            model = convert(model, rest=self.rest, table=base.table).model
-        return model
+        """The model before the rewrites of the quantized stage; the last one is kept, for several are tried on it."""
+        key = _float_part(variant)
+        if self._last is None or self._last[0] != key:
+            base = self.base(variant)
+            plan = restricted(base.model, base.plan, variant, "")
+            model = insert(base.model, plan, _adapted(base.solution, plan)) if plan.points else base.model
+            self._last = key, convert(model, rest=self.rest, table=base.table).model
+        return self._last[1]
 
-    def _excluded(self, model: Model) -> tuple[str, ...]:
-        """The exclude patterns; one that matched a node of the prepared model need not match after rewrites."""
+    def _settings_for(self, model: Model) -> Settings:
+        """The settings without patterns that match no node any more: the rewrites took those nodes away."""
         names = [node.name for node in model.graph.node]
-        return tuple(p for p in self.settings.exclude if fnmatch.filter(names, p))
+
+        def lives(pattern: str) -> bool:
+            return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+        kept = self.settings
+        return replace(
+            kept,
+            exclude=tuple(p for p in kept.exclude if lives(p)),
+            overrides=tuple((p, scheme) for p, scheme in kept.overrides if lives(p)),
+        )
 
     def _table(self, model: Model, plan: Plan) -> CalibrationTable:
         names = list(dict.fromkeys(p.tensor for p in plan.activations))
@@ -210,6 +213,11 @@ class Workshop:
                 self._histograms |= collect(model, plan, self.samples).tensors
         tensors = {name: self._histograms[name] for name in names}
         return CalibrationTable(model_sha256=model.sha256, samples_sha256="", count=0, tensors=tensors)
+
+
+def _float_part(variant: Variant) -> Variant:
+    """The same without rewrites of the quantized stage."""
+    return replace(variant, rewrites=frozenset(pair for pair in variant.rewrites if pair[0] in FLOAT_REWRITES))
 
 
 def _shortcuts(plan: Plan) -> tuple[str, ...]:

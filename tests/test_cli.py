@@ -270,6 +270,11 @@ BAD: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
         "--data",
     ),
     "tune for another GPU": (unchanged, ("tune", "net.onnx", "-o", "plan.json", "--gpu", "a10"), "--target sm86"),
+    "tune without a node of that name": (
+        unchanged,
+        ("tune", "net.onnx", "-o", "plan.json", "--exclude", "/haed/*"),
+        "matches none",
+    ),
     "tune by trt": (unchanged, ("tune", "net.onnx", "-o", "plan.json", "--backend", "trt"), "--backend rtx"),
     "no such way to tune": (unchanged, ("tune", "net.onnx", "-o", "plan.json", "--tune", "fast"), "placement"),
     "no data": (unchanged, ("deploy", "net.onnx", "--out", "build"), "--random-data"),

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ import numpy as np
 from engines.compiler import ShapeRange
 from qdq import deploy
 from qdq.finish import finish
-from qdq.graph import Model, load, save
+from qdq.graph import load, save
 from qdq.pricing import Pricer, difference, find_plan, gpus_of
 from qdq.recipe import Recipe
 from qdq.scheme import Settings
@@ -59,7 +58,7 @@ class Row:
     untuned: float
     peer: float | None
     tuned: float
-    sqnr_db: float
+    sqnr_db: float | None
     int8_nodes: int
     of_nodes: int
     seconds: float
@@ -76,7 +75,7 @@ class Row:
         cells += ["-" if self.peer is None else f"{self.peer:.1f}", f"{self.tuned:.1f}{mark}"]
         cells += [
             f"{self.tuned / self.fp16:.2f}",
-            "-" if math.isnan(self.sqnr_db) else f"{self.sqnr_db:.1f} dB",
+            "-" if self.sqnr_db is None else f"{self.sqnr_db:.1f} dB",
             f"{self.int8_nodes}/{self.of_nodes}",
         ]
         return "| " + " | ".join([*cells, f"{self.seconds:.0f}" + ("" if self.complete else "+")]) + " |"
@@ -129,20 +128,6 @@ def modelopt(python: str, case: Case, folder: Path) -> Path | None:
     return out
 
 
-def sqnr_db(reference: Model, candidate: Path, data: Samples, folder: Path) -> float:
-    """10 log10(sum y^2 / sum (y - candidate's y)^2) over all outputs and samples."""
-    from engines import ort
-
-    float_path = folder / "reference.onnx"
-    save(reference, float_path)
-    signal = noise = 0.0
-    for expected, found in zip(ort.run(str(float_path), data), ort.run(str(candidate), data), strict=True):
-        for name, y in expected.items():
-            signal += float(np.sum(y.astype(np.float64) ** 2))
-            noise += float(np.sum((y.astype(np.float64) - found[name]) ** 2))
-    return 10 * math.log10(signal / noise) if noise else math.inf
-
-
 def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path, *, measure: bool) -> Row:
     """One model for one target; without `measure` no accuracy, and the price is that of the search."""
     prepared = deploy.load_float(case.path)
@@ -152,13 +137,14 @@ def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path, *, measure:
     began = time.monotonic()
     found = find_plan(prepared, pricer, samples=data)
     seconds = time.monotonic() - began
-    built, accuracy = found.price, math.nan
+    built, accuracy = found.price, None
     if measure:
         made = deploy.quantize(prepared, data, settings=recipe.settings, plan=found.plan)
         done = finish(made.model, made.plan, rest=recipe.rest, table=made.table)
         save(done.model, folder / "tuned.onnx")
         built = pricer(done.model)
-        accuracy = sqnr_db(prepared, folder / "tuned.onnx", case.evaluation, folder)
+        held = deploy.as_samples(case.evaluation, prepared)
+        accuracy = deploy.evaluate(case.path, folder / "tuned.onnx", held, limits={}).sqnr_db
     plain = Workshop(model=prepared, settings=recipe.settings, rest="fp32")
     return Row(
         model=case.name,

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 from qdq.errors import InputError
 from qdq.graph import Model
-from qdq.plan import Plan
+from qdq.plan import Plan, Rewrite
 from qdq.scheme import choose
 from qdq.surgery.rewritten import Rewritten
 
-__all__ = ["FLOAT_REWRITES", "QUANTIZED_REWRITES", "Rewriter", "Rewritten", "rewritten"]
+__all__ = ["FLOAT_REWRITES", "QUANTIZED_REWRITES", "Rewriter", "Rewritten", "applied", "rewritten"]
 
 
 class Rewriter(Protocol):
@@ -38,31 +38,47 @@ FLOAT_REWRITES = _found("float")
 QUANTIZED_REWRITES = _found("quantized")
 
 
+def applied(
+    model: Model, wanted: Iterable[tuple[str, str]], *, stage: str = "float"
+) -> tuple[Model, tuple[Rewrite, ...]]:
+    """A model after the rewrites of one stage, in the order of their ranks, and what they fired on.
+
+    Args:
+        model: prepared; for the stage "quantized" the Q/DQ model, its float type settled.
+        wanted: (rewrite, node) pairs; those of the other stage, and nodes that a rewrite does not fit, are left aside.
+        stage: "float" or "quantized".
+    """
+    pairs, fired = set(wanted), []
+    for name, rewrite in (FLOAT_REWRITES if stage == "float" else QUANTIZED_REWRITES).items():
+        nodes = {node for other, node in pairs if other == name}
+        if nodes and (done := rewrite(model, nodes)).fired:
+            fired.append(Rewrite(name=name, nodes=done.fired))
+            model = done.model
+    return model, tuple(fired)
+
+
 def rewritten(model: Model, plan: Plan, *, stage: str = "float") -> Model:
     """The model that a plan's points and skips name: the prepared one with the plan's rewrites.
 
     Args:
         model: prepared; for the stage "quantized" the Q/DQ model, its float type settled.
-        plan: its rewrites of that stage are done, in the order of their ranks. On a Q/DQ model they fire where its
-            scales allow it.
+        plan: its rewrites of that stage are done. On a Q/DQ model they fire where its scales allow it.
         stage: "float" or "quantized".
 
     Raises:
         InputError: an edited plan names a rewrite or a node that does not exist, or a node that it does not fit.
     """
-    names = {node.name for node in model.graph.node}
     for planned in plan.rewrites:
         choose(planned.name, (*FLOAT_REWRITES, *QUANTIZED_REWRITES), "rewrite")
-    for name, rewrite in (FLOAT_REWRITES if stage == "float" else QUANTIZED_REWRITES).items():
-        nodes = {node for r in plan.rewrites if r.name == name for node in r.nodes}
-        if not nodes:
+    done, fired = applied(model, ((r.name, node) for r in plan.rewrites for node in r.nodes), stage=stage)
+    names = {node.name for node in model.graph.node}
+    for planned in plan.rewrites:
+        if planned.name not in (FLOAT_REWRITES if stage == "float" else QUANTIZED_REWRITES):
             continue
-        done = rewrite(model, nodes)
-        lost = sorted(nodes - (set(done.fired) if stage == "float" else names))
-        if lost:
+        fits = {node for r in fired if r.name == planned.name for node in r.nodes} if stage == "float" else names
+        if lost := sorted(set(planned.nodes) - fits):
             raise InputError(
-                f"The plan rewrites {lost[0]!r} by {name!r}, which does not fit that node. Remove it from the plan, or "
-                "make the plan again."
+                f"The plan rewrites {lost[0]!r} by {planned.name!r}, which does not fit that node. Remove it from the "
+                "plan, or make the plan again."
             )
-        model = done.model
-    return model
+    return done

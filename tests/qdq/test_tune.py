@@ -88,6 +88,20 @@ def test_the_result_is_the_least_of_all_variants() -> None:
     assert tune(work, judge).price.us == min(judge(work.model_of(v)).us for v in every)  # type: ignore[arg-type,operator]
 
 
+def test_a_node_whose_name_ends_like_an_operand_is_a_node() -> None:
+    nodes = [node("Conv", "x v", "a", "first"), node("Conv", "a w", "y", "conv:0")]
+    model = build(nodes, {"x": (1, 8, 8, 8)}, {"v": normal(8, 8, 3, 3), "w": normal(8, 8, 1, 1)})
+    found = tune(shop(model), priced(**{"first": 99.0, "conv:0": 2.0}))  # type: ignore[arg-type]
+    assert found.variant.integer == {"conv:0"} and found.price.us < found.plain
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="matches none"):
+        shop(chain(), exclude=("conv_9",))
+    with pytest.raises(InputError, match="override pattern 'conv_9'"):
+        shop(chain(), overrides={"conv_9": "int8-weight"})
+
+
 def test_int8_is_kept_nowhere_if_it_pays_nowhere() -> None:
     found = tune(shop(chain()), priced(conv_0=20.0, conv_1=20.0, conv_2=20.0))  # type: ignore[arg-type]
     assert not found.plan.points and found.price.us == found.plain
