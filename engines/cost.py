@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 
@@ -65,6 +65,11 @@ class Gpu:
             )
         if not self.launch_us >= 0:
             raise EngineError(f"GPU {self.name!r}: launch_us is {self.launch_us}; it must be 0 or more.")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """How to pickle it: a read-only mapping cannot be."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Gpu.from_mapping, ({**values, "tera_ops": dict(self.tera_ops)},)
 
     def peak(self, dtype: str) -> float:
         """Operations a microsecond at which products of a type run."""

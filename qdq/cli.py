@@ -90,7 +90,7 @@ main.add_command(tune)
 @click.option("--plan", "plan_file", type=PATH, help="plan.json in place of a new plan.")
 @click.option("--table", "table_file", type=PATH, help="table.json in place of a new calibration.")
 @output_option("the Q/DQ model")
-@click.option("--rest", help="Float type of what is not quantized: fp32 (default), fp16 or bf16.")
+@click.option("--rest", help="Float type of what is not quantized: fp16, bf16 or fp32 (default: as tuned, else fp32).")
 @custom_ops_option
 @settings_options
 @shape_option
@@ -110,14 +110,14 @@ def quantize(
     from qdq.finish import finish
     from qdq.graph import save
     from qdq.plan import Plan
-    from qdq.report import formats
     from qdq.spool import kept
 
     check_output(output, model, data, plan_file, table_file, given["recipe"])
     with Bars() as bars:
         bars(0, None, "Prepare")
         chosen = Plan.load(plan_file) if plan_file else None
-        recipe = recipe_of(given, base={"rest": "fp32"} | (chosen.settings.to_mapping() if chosen else {}))
+        rest = "auto" if chosen and chosen.rest else "fp32"
+        recipe = recipe_of(given, base={"rest": rest} | (chosen.settings.to_mapping() if chosen else {}))
         if chosen and _places(recipe.settings) != _places(chosen.settings):
             raise InputError(
                 f"The plan {plan_file} already says what is quantized, which --scheme, --block, --shift and --exclude "
@@ -143,7 +143,7 @@ def quantize(
             save(done.model, output)
     for text in (*made.solution.notes, *done.notes):
         note(text)
-    click.echo(f"{len(made.plan.quantized_nodes)} nodes in {formats(made.plan)}: {output}")
+    click.echo(f"{len(made.plan.quantized_nodes)} nodes in {made.plan.operands}: {output}")
 
 
 def _places(settings: Settings) -> tuple[object, ...]:

@@ -52,7 +52,7 @@ def tune(
 ) -> None:
     """Choose by compiled results what is quantized, and which exact rewrites are made.
 
-    The plan is never predicted slower than the model without INT8, nor than with INT8 wherever it is possible. Without
+    The plan is never predicted slower than the model in float, nor than quantized wherever it is possible. Without
     --data every activation is taken for lopsided, which costs most.
     """
     from qdq.build import shape_ranges

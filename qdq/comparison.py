@@ -26,7 +26,7 @@ from qdq.calibrate import CalibrationTable, collect
 from qdq.compared import Comparison, Row
 from qdq.deploy import Quantized, file_bytes, load_float, quantize
 from qdq.errors import InputError
-from qdq.finish import finish
+from qdq.finish import finish, rest_of
 from qdq.formats import FORMATS, require_targets
 from qdq.graph import Model, load, save
 from qdq.plan import Plan
@@ -176,8 +176,8 @@ class _Bench:
 
     def float_rows(self, folder: Path, entry: Entry) -> list[Row]:
         """The float model as it is, in FP16, and in the type of the rest if that is another."""
-        rests = list(dict.fromkeys(("fp32", "fp16", entry.recipe.rest)))
         plan = placement.plan(self.prepared, Settings())
+        rests = list(dict.fromkeys(("fp32", "fp16", rest_of(plan, entry.recipe.rest))))
         table = self._table(plan, "FP16") if plan.activations else None
         rows = []
         for rest in rests:
@@ -204,7 +204,7 @@ class _Bench:
             return Row(scheme=entry.text, problem=str(error))
         row = Row(
             scheme=entry.text,
-            precision=precision(made.plan, entry.recipe.rest),
+            precision=precision(made.plan, rest_of(made.plan, entry.recipe.rest)),
             weights_per=_counted(_weight_kind(p.spec.block, p.spec.axis) for p in made.plan.weights),
             data_per=_counted("token" if p.tensor in made.solution.tokens else "tensor" for p in made.plan.activations),
             quantized_nodes=len(made.plan.quantized_nodes),

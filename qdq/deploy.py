@@ -7,11 +7,8 @@ Must not print, decide exit codes or hold the arithmetic of a stage.
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +31,8 @@ from qdq.build import OnProgress, compile_engine, runs_here, save_engine, shape_
 from qdq.calibrate import CalibrationTable, collect
 from qdq.errors import InputError, ModelError
 from qdq.external import is_external, tensor_bytes
-from qdq.finish import finish
+from qdq.files import folder_beside, move_all
+from qdq.finish import Finished, finish
 from qdq.formats import require_targets
 from qdq.graph import Model, is_quantized, load, save
 from qdq.insert import insert
@@ -165,7 +163,9 @@ def quantize(
         if checked is None or correction == "off":
             return solution, made
         always = correction == "on"
-        made, said = corrected(prepared, made, chosen, checked, always=always, on_progress=on_progress)
+        made, said = corrected(
+            prepared, made, chosen, checked, always=always, factors=solution.factors, on_progress=on_progress
+        )
         return replace(solution, notes=(*solution.notes, said)), made
 
     auto = chosen.settings.calibrator == "auto"
@@ -242,7 +242,7 @@ def deploy(
 ) -> Deployed:
     """A float model and samples become a checked engine, with all that led to it, in one folder.
 
-    `out` receives <stem>.int8.onnx, <stem>.engine with its layers (.json) and manifest (.manifest.json), plan.json,
+    `out` receives <stem>.<scheme>.onnx, <stem>.engine with its layers (.json) and manifest (.manifest.json), plan.json,
     table.json and report.json: all of them, or after an error none. A missed limit is no error.
 
     Args:
@@ -272,20 +272,17 @@ def deploy(
     shapes = shape_ranges(prepared, recipe.shapes, calibration)
     _require_runtimes(prepared, recipe)
     stem = model_path.name.removesuffix(".onnx")
-    with _folder_beside(out) as folder, registered(custom_ops):
+    with folder_beside(out) as folder, registered(custom_ops):
         tuned, pricer = None, None
         if recipe.tune != "off" and recipe.backend == "rtx":
             pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe))
             tuned = find_plan(prepared, pricer, samples=calibration, on_progress=tell)
-        made = quantize(
-            prepared,
-            calibration,
-            settings=recipe.settings,
-            plan=tuned.plan if tuned else None,
-            on_progress=tell,
-        )
-        output, engine_path = folder / f"{stem}.int8.onnx", folder / f"{stem}.engine"
-        finished = finish(made.model, made.plan, rest=recipe.rest, table=made.table)
+        made, finished = _quantized(prepared, calibration, recipe, tuned.plan if tuned else None, tell)
+        built = pricer(finished.model) if pricer else None
+        slower = tuned and built and recipe.tune == "placement" and built.us > tuned.plain and made.plan.points
+        if tuned and slower:
+            made, finished = _quantized(prepared, calibration, recipe, tuned.unquantized, tell)
+        output, engine_path = folder / f"{stem}.{recipe.settings.scheme}.onnx", folder / f"{stem}.engine"
         save(finished.model, output)
         made.plan.save(folder / "plan.json")
         made.table.save(folder / "table.json")
@@ -305,7 +302,9 @@ def deploy(
         )
         if evaluated is None:
             notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
-        tuning = [f"tuned: {tuned.summary}", difference(tuned, pricer(finished.model))] if tuned and pricer else []
+        tuning = [f"tuned: {tuned.summary}", difference(tuned, built)] if tuned and built else []
+        if slower:
+            tuning.append("so the model is left in float: as it was built it is predicted slower than that")
         if recipe.tune != "off" and not tuned:
             tuning = ["not tuned: predicted times come from TensorRT-RTX's compiler, and --backend trt has another"]
         label_dice = {
@@ -326,7 +325,15 @@ def deploy(
             gpus=tuple(gpu.name for gpu in pricer.gpus) if pricer else (),
         )
         write_atomic(folder / "report.json", report.to_json().encode())
-        return Deployed(folder=out, files=_move_all(folder, out), report=report)
+        return Deployed(folder=out, files=move_all(folder, out), report=report)
+
+
+def _quantized(
+    prepared: Model, calibration: Samples, recipe: Recipe, plan: Plan | None, tell: OnProgress
+) -> tuple[Quantized, Finished]:
+    """The model by a plan, and as it is built."""
+    made = quantize(prepared, calibration, settings=recipe.settings, plan=plan, on_progress=tell)
+    return made, finish(made.model, made.plan, rest=recipe.rest, table=made.table)
 
 
 def _float_table(
@@ -370,39 +377,3 @@ def _require_runtimes(model: Model, recipe: Recipe) -> None:
         import_runtime(name)
     if recipe.backend == "rtx":
         require_targets(recipe.settings.formats, rtx.check_targets(model.proto, recipe.targets))
-
-
-@contextmanager
-def _folder_beside(out: Path) -> Iterator[Path]:
-    """A temporary folder on the file system of `out`; removed in any case.
-
-    Raises:
-        InputError: `out` is a file, or the place is not writable.
-    """
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    try:
-        if not place.is_dir():
-            raise NotADirectoryError(20, f"{place} is a file")
-        folder = Path(tempfile.mkdtemp(prefix=".qdq-", dir=place))
-    except OSError as error:
-        raise InputError(
-            f"Cannot write to the folder {out}: {error.strerror}. Choose a folder that is writable."
-        ) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _move_all(folder: Path, out: Path) -> tuple[str, ...]:
-    """Moves every file into `out` and returns their names."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        names = sorted(path.name for path in folder.iterdir())
-        for name in names:
-            os.replace(folder / name, out / name)
-    except OSError as error:
-        raise InputError(f"Cannot write to the folder {out}: {error.strerror}.") from error
-    return tuple(names)

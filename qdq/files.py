@@ -1,12 +1,13 @@
-"""Reading and writing the project's own small text files: whole or not at all, with errors a person can act on."""
+"""Reading and writing files and folders: whole or not at all, with errors a person can act on."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qdq.errors import InputError
@@ -70,3 +71,39 @@ def read_json(path: str | os.PathLike[str], form: str, what: str) -> Mapping[str
             "by another version."
         )
     return content
+
+
+@contextmanager
+def folder_beside(out: Path) -> Iterator[Path]:
+    """A temporary folder on the file system of `out`; removed in any case.
+
+    Raises:
+        InputError: `out` is a file, or the place is not writable.
+    """
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        if not place.is_dir():
+            raise NotADirectoryError(20, f"{place} is a file")
+        folder = Path(tempfile.mkdtemp(prefix=".qdq-", dir=place))
+    except OSError as error:
+        raise InputError(
+            f"Cannot write to the folder {out}: {error.strerror}. Choose a folder that is writable."
+        ) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def move_all(folder: Path, out: Path) -> tuple[str, ...]:
+    """Moves every file into `out` and returns their names."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        names = sorted(path.name for path in folder.iterdir())
+        for name in names:
+            os.replace(folder / name, out / name)
+    except OSError as error:
+        raise InputError(f"Cannot write to the folder {out}: {error.strerror}.") from error
+    return tuple(names)

@@ -24,16 +24,21 @@ class Finished:
     notes: tuple[str, ...]
 
 
+def rest_of(plan: Plan, asked: str) -> str:
+    """The float type of what a plan leaves unquantized: 'fp16', 'bf16' or 'fp32'; `asked` may be 'auto'."""
+    return asked if asked != "auto" else plan.rest or "fp16"
+
+
 def finish(model: Model, plan: Plan, *, rest: str, table: CalibrationTable | None) -> Finished:
     """Give everything unquantized its float type, and do what the plan says is to be done to the Q/DQ model.
 
     Args:
         model: with Q/DQ, all float tensors float32.
         plan: that it was quantized by.
-        rest: 'fp16', 'bf16' or 'fp32'.
+        rest: 'fp16', 'bf16', 'fp32', or 'auto' for the plan's.
         table: calibrated ranges; tensors that could overflow stay FP32.
     """
-    converted = convert(model, rest=rest, table=table)
+    converted = convert(model, rest=rest_of(plan, rest), table=table)
     notes = []
     if converted.kept:
         rules = Counter(skip.rule for skip in converted.kept)

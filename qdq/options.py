@@ -48,7 +48,9 @@ settings_options = _options(
     click.option("--exclude", multiple=True, metavar="GLOB", help="Node names to leave in float; repeatable."),
     recipe_option,
 )
-rest_option = click.option("--rest", help="Float type of what is not quantized: fp16 (default), bf16 or fp32.")
+rest_option = click.option(
+    "--rest", help="Float type of what is not quantized: auto (default: fp16, or fp32 if tuned so), fp16, bf16, fp32."
+)
 tune_options = _options(
     click.option(
         "--tune",

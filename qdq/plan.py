@@ -81,6 +81,7 @@ class Plan:
         points: quantized tensors.
         skips: nodes left in float.
         rewrites: done to the prepared model before points and skips are looked up in it, or to the Q/DQ model.
+        rest: float type of what is not quantized, as tuned; None leaves it to who writes the model.
     """
 
     model_sha256: str
@@ -88,6 +89,7 @@ class Plan:
     points: tuple[Point, ...]
     skips: tuple[Skip, ...]
     rewrites: tuple[Rewrite, ...] = ()
+    rest: str | None = None
 
     @property
     def activations(self) -> tuple[Point, ...]:
@@ -103,6 +105,16 @@ class Plan:
     def quantized_nodes(self) -> tuple[str, ...]:
         """Names of the nodes whose weight is quantized, in the order of the points."""
         return tuple(dict.fromkeys(name for p in self.weights for name, _ in p.uses))
+
+    @property
+    def operands(self) -> str:
+        """What the quantized nodes hold and read, as in 'INT8', 'INT4 weights' or 'INT4 weights, INT8 data'."""
+        weights, data = (
+            " and ".join(sorted({p.spec.format.upper() for p in points})) for points in (self.weights, self.activations)
+        )
+        if not weights or weights == data:
+            return weights or "low precision"
+        return f"{weights} weights" + (f", {data} data" if data else "")
 
     @property
     def sha256(self) -> str:
@@ -127,6 +139,7 @@ class Plan:
             "format": FORMAT,
             "model_sha256": self.model_sha256,
             "settings": self.settings.to_mapping(),
+            **({"rest": self.rest} if self.rest else {}),
             **({"rewrites": rewrites} if rewrites else {}),
             "points": points,
             "skips": [asdict(s) for s in self.skips],
@@ -163,6 +176,7 @@ class Plan:
             return cls(
                 model_sha256=str(content["model_sha256"]),
                 settings=Settings.from_mapping(content["settings"]),  # type: ignore[arg-type]
+                rest=None if content.get("rest") is None else str(content["rest"]),
                 points=points,
                 skips=skips,
                 rewrites=tuple(

@@ -11,32 +11,37 @@ import itertools
 import json
 import math
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from onnx import TensorProto
 
 from engines.compiler import ShapeRange
-from engines.cost import GPUS, Gpu, gpu_named, predict
+from engines.cost import GPUS, Gpu, gpu_named
 from engines.errors import BuildError, UnsupportedTargetError, import_runtime
-from engines.layers import SYNCHRONIZATION, LayerTable
 from engines.rtx import normalise_target
-from qdq.build import compile_engine
 from qdq.calibrate import Progress
 from qdq.errors import InputError
 from qdq.files import write_text
+from qdq.footprint import cores
 from qdq.graph import Model, save, without_initializers
 from qdq.recipe import Recipe
 from qdq.tap import Sample
 from qdq.tune import Kernel, Price, Tuned, tune
 from qdq.variant import Workshop
+from qdq.workers import Job, Workers, price_of
 
 # The GPU that stands for a target where none is named: the fastest in the table of that generation.
 USUAL = {"sm75": "t4", "sm80": "a100", "sm86": "a10", "sm89": "rtx4090", "sm120": "rtx5090"}
 FORMAT = "qdq.price/1"
+MOST_WORKERS = 4  # compilers at a time: each needs some hundred MB
+SLOW_S = 0.2  # a compile that takes longer is worth a process
 FEW = 2  # samples that give the quick ranges and the accuracy of variants
+RESTS = {"auto": ("fp16", "fp32"), **{rest: (rest,) for rest in ("fp16", "bf16", "fp32")}}  # of each option
 SMALL = 64  # elements up to which a constant may be an argument, such as a shape or an axis
 
 
@@ -49,6 +54,7 @@ class Pricer:
         shapes: of each input; the usual one is priced.
         gpus: one per target.
         cache: folder of known prices, or None to know those of this process only.
+        failure: the compiler's last refusal.
     """
 
     recipe: Recipe
@@ -57,39 +63,66 @@ class Pricer:
     cache: Path | None = None
     failure: BuildError | None = None
     _known: dict[str, Price] = field(default_factory=dict)
+    _workers: Workers | None = None
+    _slow: bool = False
 
     def __call__(self, model: Model) -> Price:
         """The price of a model; infinite where it does not compile."""
-        key = self._key(model)
-        if key not in self._known:
-            stored = None if self.cache is None else self.cache / f"{key}.json"
-            price = _read(stored) if stored is not None and stored.exists() else None
-            self._known[key] = self._price(model) if price is None else price
-            if stored is not None and price is None:
-                stored.parent.mkdir(parents=True, exist_ok=True)
-                write_text(stored, json.dumps({"format": FORMAT, **asdict(self._known[key])}))
-        return self._known[key]
+        return self.many([model])[0]
 
-    def _price(self, model: Model) -> Price:
+    def many(self, models: Sequence[Model]) -> list[Price]:
+        """The price of each model, `width` at a time."""
+        keys = [self._key(model) for model in models]
+        unknown = {key: model for key, model in zip(keys, models, strict=True) if not self._stored(key)}
+        with tempfile.TemporaryDirectory(prefix="qdq-") as name:
+            found = self._compiled([self._job(model, Path(name) / key) for key, model in unknown.items()])
+        for key, price in zip(unknown, found, strict=True):
+            self._known[key] = price
+            if self.cache is not None:
+                self.cache.mkdir(parents=True, exist_ok=True)
+                write_text(self.cache / f"{key}.json", json.dumps({"format": FORMAT, **asdict(price)}))
+        return [self._known[key] for key in keys]
+
+    @property
+    def width(self) -> int:
+        """How many models are best priced at a time."""
+        return self._workers.count if self._workers and self._slow else 1
+
+    @contextmanager
+    def parallel(self) -> Iterator[None]:
+        """Inside, models that take long to compile are compiled in processes of their own, one per core."""
+        self._workers = Workers(min(cores(), MOST_WORKERS))
+        try:
+            yield
+        finally:
+            self._workers.close()
+            self._workers = None
+
+    def _stored(self, key: str) -> bool:
+        if key not in self._known and self.cache is not None and (path := self.cache / f"{key}.json").exists():
+            price = _read(path)
+            self._known |= {} if price is None else {key: price}
+        return key in self._known
+
+    def _job(self, model: Model, folder: Path) -> Job:
+        folder.mkdir()
+        save(model, folder / "model.onnx")
         fixed = {name: ShapeRange.fixed(shape.opt) for name, shape in self.shapes.items()}
-        kernels: list[Kernel] = []
-        with tempfile.TemporaryDirectory(prefix="qdq-") as folder:
-            path = Path(folder) / "model.onnx"
-            save(model, path)
-            for gpu in self.gpus:
-                recipe = replace(self.recipe, targets=(gpu.target,))
-                try:
-                    table = compile_engine(path, recipe=recipe, shapes=fixed).table
-                except BuildError as error:
-                    self.failure = error
-                    return Price(us=math.inf)
-                cost = predict(path, table, gpu, shapes=fixed)
-                for kernel, text in zip(cost.kernels, signatures(table), strict=True):
-                    us = kernel.us / len(self.gpus)
-                    kernels.append(
-                        Kernel(us=us, macs=kernel.macs, bytes=kernel.bytes, nodes=kernel.onnx_nodes, signature=text)
-                    )
-        return Price(us=math.fsum(k.us for k in kernels), kernels=tuple(kernels))
+        return Job(path=folder / "model.onnx", gpus=tuple(self.gpus), shapes=fixed)
+
+    def _compiled(self, jobs: Sequence[Job]) -> list[Price]:
+        found: list[Price] = []
+        if self._workers and self._slow:
+            answers = self._workers(jobs)
+        else:
+            began = time.monotonic()
+            answers = [_here(job) for job in jobs]
+            self._slow = self._slow or time.monotonic() - began > SLOW_S * max(len(jobs), 1)
+        for answer in answers:
+            if isinstance(answer, BuildError):
+                self.failure = answer
+            found.append(answer if isinstance(answer, Price) else Price(us=math.inf))
+        return found
 
     def _key(self, model: Model) -> str:
         """SHA-256 of the structure and of everything else that a price depends on."""
@@ -146,14 +179,15 @@ def find_plan(
     """
     recipe = pricer.recipe
     few = None if samples is None else tuple(itertools.islice(samples, FEW))
-    found = tune(
-        Workshop(model=prepared, settings=recipe.settings, rest=recipe.rest, samples=few),
-        pricer,
-        placement=recipe.tune == "placement",
-        min_sqnr_db=recipe.limits.get("min_sqnr_db", -math.inf),
-        time_limit_s=recipe.time_limit_s,
-        on_progress=on_progress,
-    )
+    with pricer.parallel():
+        found = tune(
+            Workshop(model=prepared, settings=recipe.settings, rests=RESTS[recipe.rest], samples=few),
+            pricer,
+            placement=recipe.tune == "placement",
+            min_sqnr_db=recipe.limits.get("min_sqnr_db", -math.inf),
+            time_limit_s=recipe.time_limit_s,
+            on_progress=on_progress,
+        )
     if math.isinf(found.price.us):
         raise pricer.failure or BuildError("No way to write the model compiles.")
     return found
@@ -172,17 +206,11 @@ def difference(found: Tuned, built: Price) -> str:
     )
 
 
-def signatures(table: LayerTable) -> tuple[str, ...]:
-    """What each kernel is, without the compiler's numbering: kind, types and shapes in and out, ONNX nodes."""
-    found = []
-    for layer in table.layers:
-        if layer.kind in SYNCHRONIZATION:
-            continue
-        reads, writes = (
-            " ".join(sorted(f"{t.dtype}{list(t.shape)}" for t in tensors)) for tensors in (layer.inputs, layer.outputs)
-        )
-        found.append(f"{layer.kind} {reads} -> {writes} | {' '.join(sorted(layer.onnx_nodes))}")
-    return tuple(found)
+def _here(job: Job) -> Price | BuildError:
+    try:
+        return price_of(job)
+    except BuildError as error:
+        return error
 
 
 def _read(path: Path) -> Price | None:

@@ -26,7 +26,7 @@ from qdq.errors import InputError
 from qdq.scheme import Settings, choose
 
 BACKENDS = ("rtx", "trt")
-RESTS = ("fp16", "bf16", "fp32")
+RESTS = ("auto", "fp16", "bf16", "fp32")
 TUNES = ("placement", "rewrites", "off")
 TIME_LIMIT_S = 110.0
 LIMITS: Mapping[str, tuple[float, float]] = {
@@ -89,7 +89,8 @@ class Recipe:
 
     Attributes:
         settings: how to quantize.
-        rest: float type of what is not quantized.
+        rest: float type of what is not quantized; "auto" is that of a tuned plan (FP16, or FP32 where that is faster),
+            else FP16.
         tune: what is chosen by compiled results: 'placement' (rewrites, and which nodes are quantized at all),
             'rewrites' (everything the rules want is quantized), or 'off'. By default placement for the scheme int8; who
             asks for another wants a smaller model, and gets rewrites.
@@ -103,7 +104,7 @@ class Recipe:
     """
 
     settings: Settings = field(default_factory=Settings)
-    rest: str = "fp16"
+    rest: str = "auto"
     tune: str = "placement"
     time_limit_s: float = TIME_LIMIT_S
     gpus: tuple[str | Mapping[str, object], ...] = ()
@@ -132,7 +133,7 @@ class Recipe:
         tune = "placement" if settings.scheme == "int8" else "rewrites"
         return cls(
             settings=settings,
-            rest=choose(str(values.get("rest", "fp16")), RESTS, "type for the rest"),
+            rest=choose(str(values.get("rest", "auto")), RESTS, "type for the rest"),
             tune=choose(str(values.get("tune", tune)), TUNES, "way to tune"),
             time_limit_s=_seconds(values.get("time_limit", TIME_LIMIT_S)),
             gpus=tuple(g if isinstance(g, Mapping) else str(g) for g in (gpus if isinstance(gpus, list) else [gpus])),

@@ -144,19 +144,9 @@ def plan_rows(plan: Plan) -> list[Row]:
         reasons.setdefault(skip.reason, []).append(skip.op_type)
     ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))
     return [
-        Row(f"nodes in {formats(plan)}", str(len(plan.quantized_nodes))),
+        Row(f"nodes in {plan.operands}", str(len(plan.quantized_nodes))),
         *(Row(f"in float: {', '.join(sorted(set(ops))[:4])}", f"{len(ops)}: {why}") for why, ops in ordered[:SHOWN]),
     ]
-
-
-def formats(plan: Plan) -> str:
-    """What a plan's quantized nodes hold and read, as in 'INT8', 'INT4 weights' or 'INT4 weights, INT8 data'."""
-    weights, data = (
-        " and ".join(sorted({p.spec.format.upper() for p in points})) for points in (plan.weights, plan.activations)
-    )
-    if not weights or weights == data:
-        return weights or "low precision"
-    return f"{weights} weights" + (f", {data} data" if data else "")
 
 
 def shares(audit: Audit) -> dict[str, float]:

@@ -1,40 +1,34 @@
 """Search the way to write a model that the compiler's result is predicted fastest for, with the compiler as judge.
 
-Workshop -> starting points (rest type alone; all in INT8; with rewrites) -> the best -> moves on classes of alike
+Workshop -> starting points (rest type alone; all quantized; with rewrites) -> the best -> moves on classes of alike
 nodes, dearest first, each kept if the predicted time falls -> Tuned: a Plan, its price, and what it was compared with.
 The price is never above that of any variant looked at, so never above the float model's or the untuned plan's.
 It must not know an engine: a `Judge` compiles and prices.
-
-| move | on a class of nodes |
-|---|---|
-| int8, float | quantized, with and without the rewrites of the Q/DQ model; left in the type of the rest |
-| a rewrite of `qdq.surgery` | done or not |
-| common, channels | weights have one scale, or one per channel |
-| centred, shifted | a lopsided input keeps its zero point 0, or is shifted so that it uses all codes |
-| raw, shared | a shortcut reads the float tensor, or the quantized one |
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Protocol
 
 from qdq.alike import classes, grouped
 from qdq.calibrate import Progress
 from qdq.graph import Model
+from qdq.moves import Move
 from qdq.plan import Plan
 from qdq.surgery import FLOAT_REWRITES, QUANTIZED_REWRITES
 from qdq.variant import Variant, Workshop
 
-LEAST_GAIN = 0.001  # of the time: less is no reason to leave INT8, or to rewrite
+LEAST_GAIN = 0.001  # of the time: less is no reason to leave a node in float, or to rewrite
 COARSER_GAIN = 0.004  # of the time: less is no reason for coarser codes
 COARSER, FREE = ("common", "centred"), ("int8", "int8 rewritten", "shared", "channels", "shifted")
 MARGIN_DB = 1.5  # asked for beyond the bound: the figure is of one sample
-SHORTCUTS = ("raw", "shared")
 WORTH = 0.01  # of the time: a class of nodes whose kernels take less together is left as it starts
-SHARES = (1.0, 0.5, 0.25)  # of the products in INT8, most multiply-adds per byte first: starting points
+SHARES = (1.0, 0.5, 0.25)  # of the products quantized, most multiply-adds per byte first: starting points
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +50,15 @@ class Price:
     kernels: tuple[Kernel, ...] = ()
 
 
-Judge = Callable[[Model], Price]
+class Judge(Protocol):
+    """Compiles and prices models."""
+
+    @property
+    def width(self) -> int:
+        """How many are best priced at a time."""
+
+    def many(self, models: Sequence[Model]) -> list[Price]:
+        """The price of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,8 @@ class Tuned:
     Attributes:
         variant: the best.
         plan: of the variant, with its rewrites; every node left in float for the price's sake says so.
+        unquantized: the plan of the model in the type of the rest, nothing quantized or rewritten.
+        operands: what quantized nodes would hold and read, as `Plan.operands` says it.
         price: of the variant.
         plain: predicted microseconds of the model in the type of the rest, nothing quantized or rewritten.
         untuned: of everything quantized that the rules want, weight scales hoisted if that is better.
@@ -76,6 +80,8 @@ class Tuned:
 
     variant: Variant
     plan: Plan
+    unquantized: Plan
+    operands: str
     price: Price
     plain: float
     untuned: float
@@ -87,7 +93,7 @@ class Tuned:
     def summary(self) -> str:
         """One sentence for a person."""
         count, rewrites = len(self.plan.quantized_nodes), ", ".join(sorted({r.name for r in self.plan.rewrites}))
-        quantized = f"{count} nodes in INT8" if count else "INT8 does not pay anywhere"
+        quantized = f"{count} nodes in {self.operands}" if count else f"{self.operands} does not pay anywhere"
         return f"{quantized}; rewrites: {rewrites or 'none'}; {self.tried} variants compiled" + (
             "" if self.complete else ", until the time limit"
         )
@@ -95,15 +101,15 @@ class Tuned:
     @property
     def times(self) -> str:
         """The predicted times, for a person."""
-        most = f"{self.untuned:.1f} with INT8 wherever it is possible"
-        return f"{self.price.us:.1f} us; {self.plain:.1f} without INT8, {most}"
+        most = f"{self.untuned:.1f} with {self.operands} wherever it is possible"
+        return f"{self.price.us:.1f} us; {self.plain:.1f} without quantization, {most}"
 
     def to_mapping(self) -> dict[str, object]:
         """What a report says, as plain values; a time is None where nothing compiles."""
-        times = {"predicted_us": self.price.us, "without_int8_us": self.plain, "untuned_us": self.untuned}
+        times = {"predicted_us": self.price.us, "unquantized_us": self.plain, "untuned_us": self.untuned}
         return {
             **{key: us if math.isfinite(us) else None for key, us in times.items()},
-            "int8_nodes": len(self.plan.quantized_nodes),
+            "quantized_nodes": len(self.plan.quantized_nodes),
             "rewrites": {r.name: list(r.nodes) for r in self.plan.rewrites},
             "variants": self.tried,
             "complete": self.complete,
@@ -125,7 +131,7 @@ def tune(
 
     Args:
         workshop: writes the variants.
-        judge: compiles and prices one.
+        judge: compiles and prices them.
         placement: also choose which nodes are quantized; False quantizes all that the rules want.
         min_sqnr_db: of the workshop's samples; where the fastest variant has less, what costs least time for the noise
             that it takes away is given up until it has as much. Needs samples.
@@ -143,46 +149,6 @@ def tune(
     search.rescue()
     search.descend()
     return search.result()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Move:
-    """A change of a variant on some nodes; `kind` as in the table above, or a rewrite's name, with 'no ' for undone."""
-
-    kind: str
-    nodes: tuple[str, ...]
-
-    @property
-    def touched(self) -> tuple[str, ...]:
-        """The nodes that it is about: shortcuts are named by operand."""
-        return tuple(n.rpartition(":")[0] for n in self.nodes) if self.kind in SHORTCUTS else self.nodes
-
-    def of(self, v: Variant) -> Variant:
-        """The changed variant."""
-        if self.kind in SHORTCUTS:
-            return replace(v, raw=v.raw | set(self.nodes) if self.kind == "raw" else v.raw - set(self.nodes))
-        if self.kind == "common":
-            return replace(v, common=v.common | set(self.nodes))
-        if self.kind == "channels":
-            return replace(v, common=v.common - set(self.nodes))
-        if self.kind == "centred":
-            return replace(v, centred=v.centred | set(self.nodes))
-        if self.kind == "shifted":
-            return replace(v, centred=v.centred - set(self.nodes))
-        if self.kind in ("int8", "int8 rewritten"):
-            for name in QUANTIZED_REWRITES if self.kind != "int8" else ():  # they fire where they fit
-                v = v.with_rewrite(name, self.nodes)
-            return replace(v, integer=v.integer | set(self.nodes))
-        if self.kind == "float":
-            return replace(v, integer=v.integer - set(self.nodes))
-        if self.kind.startswith("no "):
-            return v.without_rewrite(self.kind.removeprefix("no "), self.nodes)
-        return v.with_rewrite(self.kind, self.nodes)
-
-    def __str__(self) -> str:
-        """Like 'int8 on /conv1 and 3 alike'."""
-        more = f" and {len(self.nodes) - 1} alike" if len(self.nodes) > 1 else ""
-        return f"{self.kind} on {self.nodes[0]}{more}"
 
 
 @dataclass(slots=True)
@@ -206,10 +172,24 @@ class _Search:
     def price(self, variant: Variant) -> Price:
         """Compile a variant, once."""
         if variant not in self.prices:
-            if self.on_progress:
-                self.on_progress(len(self.prices), None, "Tune")
-            self.prices[variant] = self.judge(self.workshop.model_of(variant))
+            self.learn([variant])
         return self.prices[variant]
+
+    def learn(self, variants: Sequence[Variant]) -> None:
+        """Compile variants at the same time."""
+        if self.on_progress:
+            self.on_progress(len(self.prices), None, "Tune")
+        found = self.judge.many([self.workshop.model_of(v) for v in variants])
+        self.prices |= dict(zip(variants, found, strict=True))
+
+    def ahead(self, variants: Iterable[Variant]) -> Iterator[Variant]:
+        """The same variants, as many at a time compiled as the judge can; ends when the time is up."""
+        left = iter(variants)
+        while not self.late() and (some := list(islice(left, self.judge.width))):
+            unknown = [v for v in dict.fromkeys(some) if v not in self.prices]
+            if len(unknown) > 1:
+                self.learn(unknown)
+            yield from some
 
     def start(self) -> None:
         """Compile the starting points and stand on the best."""
@@ -218,8 +198,13 @@ class _Search:
         self.untuned = self.price(everything).us
         self.plain = self.price(Variant()).us
         self.best = Variant() if self.placement else everything
-        self.keep(everything, "INT8 wherever it is possible")
-        rewritten = Variant() if self.placement else everything
+        self.keep(everything, "quantized wherever it is possible")
+        for rest in shop.rests[1:]:
+            move = Move(kind="rest", nodes=(rest,))
+            self.keep(move.of(Variant() if self.placement else everything), str(move))
+        rewritten = replace(Variant() if self.placement else everything, rest=self.best.rest)
+        for _ in self.ahead(self.together(rewritten)):
+            pass
         for name in FLOAT_REWRITES:
             if self.late():
                 return
@@ -228,10 +213,15 @@ class _Search:
                 rewritten = min((rewritten, candidate), key=self.us)
         self.keep(rewritten, "rewrites of the float model")
         if self.placement:
-            for start in self.shares(rewritten):
-                if self.late():
-                    return
-                self.keep(start, "INT8 where products are many for their bytes")
+            for start in self.ahead(self.shares(rewritten)):
+                self.keep(start, "quantized where products are many for their bytes")
+
+    def together(self, variant: Variant) -> Iterator[Variant]:
+        """With the first rewrite, the first two, and so on: what is looked at next if each is kept."""
+        for name in FLOAT_REWRITES if self.judge.width > 1 else ():
+            if fits := self.workshop.fits(name, variant):
+                variant = self.requantized(variant.with_rewrite(name, fits))
+                yield variant
 
     def late(self) -> bool:
         """Whether the time is up."""
@@ -239,7 +229,7 @@ class _Search:
         return not self.complete
 
     def requantized(self, variant: Variant) -> Variant:
-        """With all in INT8 where that is not searched: a rewrite may make nodes that can be quantized."""
+        """With all quantized where that is not searched: a rewrite may make nodes that can be quantized."""
         if self.placement:
             return variant
         return self.hoisted(replace(variant, integer=frozenset(self.workshop.quantizable(variant))))
@@ -256,7 +246,7 @@ class _Search:
         return variant
 
     def shares(self, variant: Variant) -> Iterator[Variant]:
-        """Variants with a part of the products in INT8, with and without rewrites that make more nodes quantizable."""
+        """Variants with a part of the products quantized, with and without rewrites that make more quantizable."""
         shop = self.workshop
         for name in FLOAT_REWRITES:
             fits = shop.fits(name, variant)
@@ -266,7 +256,7 @@ class _Search:
         yield from self.parts(variant)
 
     def parts(self, variant: Variant) -> Iterator[Variant]:
-        """Variants with a share of the products in INT8."""
+        """Variants with a share of the products quantized."""
         worth: dict[str, float] = {}
         for kernel in self.price(variant).kernels:
             for node in kernel.nodes:
@@ -299,21 +289,27 @@ class _Search:
 
     def descend(self) -> None:
         """Try every move on the best variant, dearest nodes first, until none is left that gains."""
-        failed: set[tuple[Variant, _Move]] = set()
+        failed: set[tuple[Variant, Move]] = set()
         gained = True
         while gained:
-            gained = False
-            for move in self.moves():
-                if self.late():
-                    return
-                candidate = move.of(self.best)
-                if candidate == self.best or (self.best, move) in failed:
-                    continue
-                least = COARSER_GAIN if move.kind in COARSER else 0.0 if move.kind in FREE else LEAST_GAIN
-                if self.keep(candidate, str(move), least):
-                    gained = True
+            gained, moves = False, self.moves()
+            while moves:
+                stands = self.best
+                moves = [m for m in moves if m.of(stands) != stands and (stands, m) not in failed]
+                for tried, _ in enumerate(self.ahead(m.of(stands) for m in moves)):
+                    if self.keep_move(moves[tried]):
+                        gained, moves = True, moves[tried + 1 :]
+                        break
+                    failed.add((stands, moves[tried]))
                 else:
-                    failed.add((self.best, move))
+                    break
+            if self.late():
+                return
+
+    def keep_move(self, move: Move) -> bool:
+        """Make a move if it gains enough for what it is."""
+        least = COARSER_GAIN if move.kind in COARSER else 0.0 if move.kind in FREE else LEAST_GAIN
+        return self.keep(move.of(self.best), str(move), least)
 
     def accurate(self, variant: Variant) -> bool:
         """Whether it keeps the bound, if there is one."""
@@ -329,7 +325,7 @@ class _Search:
         times = {m: sum(cost.get(n, 0.0) for n in m.nodes) for m in (*finer, *left)}
         finer.sort(key=lambda m: times[m])
         refined = self.fewest(finer)
-        if refined is None:  # not enough: also leave INT8, where that takes most noise away for its time
+        if refined is None:  # not enough: also leave nodes in float, where that takes most noise away for its time
             worth = {}
             for move in left:
                 if not self.late():
@@ -338,9 +334,9 @@ class _Search:
             refined = self.fewest([*finer, *sorted(worth, key=lambda m: -worth[m])])
         self.best = stands
         if refined is not None:
-            self.keep(refined, "finer and fewer INT8 nodes, for the bound")
+            self.keep(refined, "finer and fewer codes, for the bound")
 
-    def fewest(self, moves: list[_Move]) -> Variant | None:
+    def fewest(self, moves: list[Move]) -> Variant | None:
         """The best variant after the fewest of the moves, in order, that keep the bound; None if all do not."""
         if not moves or not self.accurate(self.applied(moves)):
             return None
@@ -351,58 +347,59 @@ class _Search:
             low, high = (low, middle) if enough else (middle + 1, high)
         return self.applied(moves[:low])
 
-    def applied(self, moves: list[_Move]) -> Variant:
+    def applied(self, moves: list[Move]) -> Variant:
         """The best variant after several moves."""
         variant = self.best
         for move in moves:
             variant = move.of(variant)
         return variant
 
-    def finer(self) -> Iterator[_Move]:
+    def finer(self) -> Iterator[Move]:
         """Moves from the best variant to finer codes."""
         alike = classes(self.workshop.base(self.best).model)
         for kind, nodes in (("shifted", self.best.centred), ("channels", self.best.common)):
             for group in grouped(tuple(sorted(nodes & self.best.integer)), alike):
-                yield _Move(kind=kind, nodes=group)
+                yield Move(kind=kind, nodes=group)
 
-    def left(self) -> Iterator[_Move]:
-        """Moves from the best variant out of INT8."""
+    def left(self) -> Iterator[Move]:
+        """Moves from the best variant into float."""
         alike = classes(self.workshop.base(self.best).model)
         for group in grouped(tuple(sorted(self.best.integer)), alike):
-            yield _Move(kind="float", nodes=group)
+            yield Move(kind="float", nodes=group)
 
-    def moves(self) -> list[_Move]:
+    def moves(self) -> list[Move]:
         """All moves from the best variant, dearest nodes first."""
         shop, best = self.workshop, self.best
         base = shop.base(best).model
         alike = classes(base)
         cost = self.costs()
-        found: list[_Move] = []
+        found: list[Move] = []
         if self.placement:
             quantizable = shop.quantizable(best)
             for nodes in grouped(quantizable, alike):
                 inside = best.integer.issuperset(nodes)
                 found += [
-                    _Move(kind=kind, nodes=nodes) for kind in (("float",) if inside else ("int8 rewritten", "int8"))
+                    Move(kind=kind, nodes=nodes) for kind in (("float",) if inside else ("int8 rewritten", "int8"))
                 ]
                 if not inside and best.integer.intersection(nodes):
-                    found.append(_Move(kind="float", nodes=nodes))
+                    found.append(Move(kind="float", nodes=nodes))
         for name in (*FLOAT_REWRITES, *QUANTIZED_REWRITES):
             if name in QUANTIZED_REWRITES and not best.integer:
                 continue
             done = {node for other, node in best.rewrites if other == name}
             for nodes in grouped(shop.fits(name, best), alike):
-                found.append(_Move(kind=f"no {name}" if done.issuperset(nodes) else name, nodes=nodes))
+                found.append(Move(kind=f"no {name}" if done.issuperset(nodes) else name, nodes=nodes))
         if self.placement:  # these cost accuracy
             for nodes in grouped(tuple(n for n in shop.levelled(best) if n in best.integer), alike):
-                found.append(_Move(kind="channels" if best.common.issuperset(nodes) else "common", nodes=nodes))
+                found.append(Move(kind="channels" if best.common.issuperset(nodes) else "common", nodes=nodes))
             for nodes in grouped(tuple(n for n in shop.lopsided(best) if n in best.integer), alike):
-                found.append(_Move(kind="shifted" if best.centred.issuperset(nodes) else "centred", nodes=nodes))
+                found.append(Move(kind="shifted" if best.centred.issuperset(nodes) else "centred", nodes=nodes))
         for operand in shop.shortcuts(best):
-            found.append(_Move(kind="shared" if operand in best.raw else "raw", nodes=(operand,)))
+            found.append(Move(kind="shared" if operand in best.raw else "raw", nodes=(operand,)))
         order = {m: sum(cost.get(n, 0.0) for n in m.touched) for m in found}
         worth = [m for m in found if order[m] >= WORTH * self.us(best)]
-        return sorted(worth, key=lambda m: -order[m])
+        types = [Move(kind="rest", nodes=(rest,)) for rest in ("", *shop.rests[1:]) if rest != best.rest]
+        return [*sorted(worth, key=lambda m: -order[m]), *types]
 
     def costs(self) -> dict[str, float]:
         """Microseconds of the kernels that each node of the best variant, or one next to it, is in."""
@@ -423,14 +420,16 @@ class _Search:
 
     def result(self) -> Tuned:
         """The best variant as a plan."""
-        price = self.price(self.best)
+        price, operands = self.price(self.best), self.workshop.base(Variant()).plan.operands
         why = (
-            f"INT8 does not pay here: with the choice made, the model is predicted to take {price.us:.1f} us; "
-            f"{self.untuned:.1f} with INT8 wherever it is possible, {self.plain:.1f} without any"
+            f"{operands} does not pay here: with the choice made, the model is predicted to take {price.us:.1f} us; "
+            f"{self.untuned:.1f} with it wherever it is possible, {self.plain:.1f} without any"
         )
         return Tuned(
             variant=self.best,
             plan=self.workshop.plan_of(self.best, why),
+            unquantized=self.workshop.plan_of(Variant(), why),
+            operands=operands,
             price=price,
             plain=self.plain,
             untuned=self.untuned,

@@ -43,6 +43,7 @@ class Variant:
         common: nodes whose weight has one scale for all channels, if they are in `integer`.
         centred: nodes whose input is not shifted, though its range is lopsided: fewer codes, less to pad and subtract.
         raw: shortcut operands, "node:index", that read the float tensor although a quantized one exists.
+        rest: the float type of what is not quantized, if another than the workshop's first.
     """
 
     rewrites: frozenset[tuple[str, str]] = frozenset()
@@ -50,6 +51,7 @@ class Variant:
     common: frozenset[str] = frozenset()
     centred: frozenset[str] = frozenset()
     raw: frozenset[str] = frozenset()
+    rest: str = ""
 
     def with_rewrite(self, name: str, nodes: Iterable[str]) -> Variant:
         """The same and a rewrite on some nodes."""
@@ -78,13 +80,13 @@ class Workshop:
     Attributes:
         model: prepared float model.
         settings: of the plan; calibrator, rounding and equalization do not matter here.
-        rest: 'fp16', 'bf16' or 'fp32'.
+        rests: of 'fp16', 'bf16' and 'fp32' those that the rest may have; the first is the usual one.
         samples: a few, re-iterable, for the ranges; None assumes that every tensor is lopsided.
     """
 
     model: Model
     settings: Settings
-    rest: str
+    rests: tuple[str, ...]
     samples: Sequence[Sample] | None = None
     _bases: dict[frozenset[tuple[str, str]], Base] = field(default_factory=dict)
     _histograms: dict[str, Histogram] = field(default_factory=dict)
@@ -152,7 +154,7 @@ class Workshop:
         if not self._outputs:
             tap = Tap(self.model, outputs)
             self._outputs = dict(tap(self.samples[0]))
-        key = _float_part(variant)
+        key = replace(_float_part(variant), rest="")
         if key not in self._noises:
             base = self.base(variant)
             plan = restricted(base.model, base.plan, variant, "")
@@ -172,7 +174,8 @@ class Workshop:
         """The plan of a variant; `why` is the reason of every node that the rules would quantize and it does not."""
         base = self.base(variant)
         plan = restricted(base.model, base.plan, variant, why)
-        return replace(plan, rewrites=(*base.fired, *self._finished(variant)[1]))
+        rewrites = (*base.fired, *self._finished(variant)[1])
+        return replace(plan, rewrites=rewrites, rest=variant.rest or self.rests[0])
 
     def _finished(self, variant: Variant) -> tuple[Model, tuple[Rewrite, ...]]:
         """The whole model, and the rewrites of the quantized stage that fired."""
@@ -186,7 +189,7 @@ class Workshop:
             base = self.base(variant)
             plan = restricted(base.model, base.plan, variant, "")
             model = insert(base.model, plan, _adapted(base.solution, plan)) if plan.points else base.model
-            self._last = key, convert(model, rest=self.rest, table=base.table).model
+            self._last = key, convert(model, rest=variant.rest or self.rests[0], table=base.table).model
         return self._last[1]
 
     def _settings_for(self, model: Model) -> Settings:

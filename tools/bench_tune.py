@@ -145,7 +145,7 @@ def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path, *, measure:
         built = pricer(done.model)
         held = deploy.as_samples(case.evaluation, prepared)
         accuracy = deploy.evaluate(case.path, folder / "tuned.onnx", held, limits={}).sqnr_db
-    plain = Workshop(model=prepared, settings=recipe.settings, rest="fp32")
+    plain = Workshop(model=prepared, settings=recipe.settings, rests=("fp32",))
     return Row(
         model=case.name,
         target=recipe.targets[0],

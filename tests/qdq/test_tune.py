@@ -5,26 +5,30 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from graphs import build, conv, node, normal, residual, run, samples
+from onnx import TensorProto
 
 from engines.compiler import ShapeRange
-from engines.errors import EngineError, UnsupportedTargetError
+from engines.errors import BuildError, EngineError, UnsupportedTargetError
 from qdq import deploy
 from qdq.alike import classes
 from qdq.errors import InputError
 from qdq.finish import finish
-from qdq.graph import Model
+from qdq.footprint import cores
+from qdq.graph import Model, load, save
 from qdq.plan import Plan, Rewrite
-from qdq.pricing import Pricer, difference, find_plan, gpus_of
+from qdq.pricing import MOST_WORKERS, Pricer, difference, find_plan, gpus_of
 from qdq.recipe import Recipe, read_recipe
 from qdq.scheme import Settings
 from qdq.surgery import rewritten
 from qdq.tune import Kernel, Price, tune
 from qdq.variant import TUNED, Variant, Workshop
+from qdq.workers import Job, Workers
 
 
 def chain(*, blocks: int = 3, alike: bool = False) -> Model:
@@ -46,12 +50,24 @@ def transposed() -> Model:
 
 
 def shop(model: Model, *, data: bool = True, rest: str = "fp32", **settings: object) -> Workshop:
-    """A workshop with two samples, or none."""
-    chosen = Settings(**settings)  # type: ignore[arg-type]
-    return Workshop(model=model, settings=chosen, rest=rest, samples=samples(model, 2) if data else None)
+    """A workshop with two samples, or none; `rest` may be several types with spaces between."""
+    few = samples(model, 2) if data else None
+    return Workshop(model=model, settings=Settings(**settings), rests=tuple(rest.split()), samples=few)  # type: ignore[arg-type]
 
 
-def priced(**us: float) -> object:
+class Each:
+    """A judge by a function of one model."""
+
+    width = 1
+
+    def __init__(self, price: Callable[[Model], Price]) -> None:
+        self.price = price
+
+    def many(self, models: Sequence[Model]) -> list[Price]:
+        return [self.price(model) for model in models]
+
+
+def priced(**us: float) -> Each:
     """A judge: each node of the name costs 10 us, in INT8 as much as given; a Mul or Pad 1 us."""
 
     def judge(model: Model) -> Price:
@@ -67,11 +83,11 @@ def priced(**us: float) -> object:
             kernels.append(Kernel(us=cost, macs=100, bytes=10, nodes=(each.name,), signature=each.op_type))
         return Price(us=math.fsum(k.us for k in kernels), kernels=tuple(kernels))
 
-    return judge
+    return Each(judge)
 
 
 def test_nodes_that_gain_are_quantized_and_the_others_say_why() -> None:
-    found = tune(shop(chain()), priced(conv_0=20.0, conv_1=2.0, conv_2=30.0))  # type: ignore[arg-type]
+    found = tune(shop(chain()), priced(conv_0=20.0, conv_1=2.0, conv_2=30.0))
     assert found.variant.integer == {"conv_1"}
     assert found.price.us <= found.plain == 30.0 and found.price.us < found.untuned and found.complete
     assert found.plan.quantized_nodes == ("conv_1",)
@@ -85,13 +101,13 @@ def test_the_result_is_the_least_of_all_variants() -> None:
     work = shop(chain(), data=False, shift=False)
     judge = priced(**costs)
     every = [Variant(integer=frozenset(s)) for n in range(4) for s in itertools.combinations(costs, n)]
-    assert tune(work, judge).price.us == min(judge(work.model_of(v)).us for v in every)  # type: ignore[arg-type,operator]
+    assert tune(work, judge).price.us == min(judge.price(work.model_of(v)).us for v in every)
 
 
 def test_a_node_whose_name_ends_like_an_operand_is_a_node() -> None:
     nodes = [node("Conv", "x v", "a", "first"), node("Conv", "a w", "y", "conv:0")]
     model = build(nodes, {"x": (1, 8, 8, 8)}, {"v": normal(8, 8, 3, 3), "w": normal(8, 8, 1, 1)})
-    found = tune(shop(model), priced(**{"first": 99.0, "conv:0": 2.0}))  # type: ignore[arg-type]
+    found = tune(shop(model), priced(**{"first": 99.0, "conv:0": 2.0}))
     assert found.variant.integer == {"conv:0"} and found.price.us < found.plain
 
 
@@ -103,20 +119,39 @@ def test_a_pattern_that_matches_nothing_is_refused() -> None:
 
 
 def test_int8_is_kept_nowhere_if_it_pays_nowhere() -> None:
-    found = tune(shop(chain()), priced(conv_0=20.0, conv_1=20.0, conv_2=20.0))  # type: ignore[arg-type]
+    found = tune(shop(chain()), priced(conv_0=20.0, conv_1=20.0, conv_2=20.0))
     assert not found.plan.points and found.price.us == found.plain
     assert "INT8 does not pay anywhere" in found.summary
 
 
+def test_the_rest_has_the_type_that_is_faster(tmp_path: Path) -> None:
+    def judge(model: Model) -> Price:
+        half = any(t.data_type == TensorProto.FLOAT16 for t in model.graph.initializer)
+        convs = [n.name for n in model.graph.node if n.op_type == "Conv"]
+        kernels = [Kernel(us=9.0 if half else 5.0, macs=1, bytes=1, nodes=(n,), signature="") for n in convs]
+        return Price(us=math.fsum(k.us for k in kernels), kernels=tuple(kernels))
+
+    model = chain()
+    found = tune(shop(model, rest="fp16 fp32"), Each(judge))
+    assert found.plan.rest == "fp32" and found.price.us == 15 and found.plain == 27
+    found.plan.save(tmp_path / "plan.json")
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan == found.plan
+    assert tune(shop(model, rest="fp16"), Each(judge)).plan.rest == "fp16"
+    for asked, half in (("auto", False), ("fp32", False), ("fp16", True)):
+        made = finish(model, plan, rest=asked, table=None).model
+        assert any(t.data_type == TensorProto.FLOAT16 for t in made.graph.initializer) == half
+
+
 def test_without_placement_everything_stays_quantized() -> None:
     work = shop(chain())
-    found = tune(work, priced(conv_0=20.0, conv_1=20.0, conv_2=20.0), placement=False)  # type: ignore[arg-type]
+    found = tune(work, priced(conv_0=20.0, conv_1=20.0, conv_2=20.0), placement=False)
     assert set(found.plan.quantized_nodes) == {"conv_0", "conv_1", "conv_2"}
     assert not found.variant.common and not found.variant.centred  # these cost accuracy
 
 
 def test_a_time_limit_ends_the_search_with_the_better_of_two() -> None:
-    found = tune(shop(chain()), priced(conv_1=2.0), time_limit_s=0, clock=itertools.count().__next__)  # type: ignore[arg-type]
+    found = tune(shop(chain()), priced(conv_1=2.0), time_limit_s=0, clock=itertools.count().__next__)
     assert not found.complete and found.tried <= 3 and found.price.us <= found.plain
     assert "time limit" in found.summary
 
@@ -124,15 +159,15 @@ def test_a_time_limit_ends_the_search_with_the_better_of_two() -> None:
 def test_accuracy_is_bought_back_with_the_cheapest_nodes() -> None:
     work = shop(chain())
     judge = priced(conv_0=1.0, conv_1=9.0, conv_2=1.0)
-    fast = tune(work, judge)  # type: ignore[arg-type]
+    fast = tune(work, judge)
     noise = work.noise(fast.variant)
     assert noise is not None
     bound = -10 * math.log10(noise) + 3
-    bounded = tune(work, judge, min_sqnr_db=bound)  # type: ignore[arg-type]
+    bounded = tune(work, judge, min_sqnr_db=bound)
     after = work.noise(bounded.variant)
     assert after is not None and -10 * math.log10(after) >= bound
     assert fast.price.us < bounded.price.us <= fast.plain
-    assert not tune(work, judge, min_sqnr_db=400).plan.points  # type: ignore[arg-type]
+    assert not tune(work, judge, min_sqnr_db=400).plan.points
 
 
 def test_alike_nodes_are_one_class() -> None:
@@ -212,6 +247,33 @@ def test_an_edited_rewrite_that_does_not_fit_is_refused(name: str, nodes: tuple[
         rewritten(model, plan)
 
 
+class Contrary(Pricer):
+    """While searching, cheaper the more is quantized; what is built costs the more then."""
+
+    def __call__(self, model: Model) -> Price:
+        return Price(us=100.0 + _dequantized(model))
+
+    def many(self, models: Sequence[Model]) -> list[Price]:
+        return [Price(us=100.0 - _dequantized(model)) for model in models]
+
+
+def _dequantized(model: Model) -> int:
+    return sum(n.op_type == "DequantizeLinear" for n in model.graph.node)
+
+
+def test_what_is_built_slower_than_in_float_is_left_in_float(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
+    model = chain(blocks=2)
+    save(model, tmp_path / "net.onnx")
+    data = samples(model, 3)
+    monkeypatch.setattr(deploy, "Pricer", Contrary)
+    made = deploy.deploy(tmp_path / "net.onnx", data, tmp_path / "out", recipe=Recipe())
+    assert any("left in float" in note for note in made.report.notes)
+    assert not Plan.load(tmp_path / "out" / "plan.json").points
+    built = load(tmp_path / "out" / "net.int8.onnx")
+    assert not _dequantized(built)
+
+
 class TestPricing:
     """With the real compiler."""
 
@@ -243,7 +305,7 @@ class TestPricing:
         price = self.pricer(first, cache)(first)
         assert price.us > 0 and price.kernels
         (stored,) = cache.iterdir()
-        monkeypatch.setattr("qdq.pricing.compile_engine", lambda *_, **__: pytest.fail("compiled again"))
+        monkeypatch.setattr("qdq.workers.compile_engine", lambda *_, **__: pytest.fail("compiled again"))
         assert self.pricer(second, cache)(second) == price
         monkeypatch.undo()
         stored.write_text("{")  # damaged: compiled again, and mended
@@ -251,6 +313,36 @@ class TestPricing:
         assert json.loads(stored.read_text())["us"] == price.us
         wide = conv((16, 4, 3, 3))
         assert self.pricer(wide, cache)(wide) != price
+
+    def test_processes_price_as_this_one_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        det = build([node("NonZero", "x", "i"), node("Det", "x", "y")], {"x": (1, 4, 4)}, outputs=("y",))
+        models = [conv(), conv((16, 4, 3, 3)), conv((12, 4, 3, 3))]
+        expected = self.pricer(models[0]).many(models)
+        monkeypatch.setattr("qdq.pricing.SLOW_S", 0.0)
+        pricer = self.pricer(models[0])
+        with pricer.parallel():
+            assert pricer.width == 1 and pricer(models[0]) == expected[0] and pricer.width == min(cores(), MOST_WORKERS)
+            monkeypatch.setattr("qdq.pricing.price_of", lambda job: pytest.fail("compiled here"))
+            assert pricer.many(models) == expected
+        refused = self.pricer(det)
+        with refused.parallel():
+            refused._slow = True
+            assert refused(det).us == math.inf and "parser" in str(refused.failure)
+
+    def test_a_compiler_that_dies_takes_no_other_along(self, tmp_path: Path) -> None:
+        save(conv(), tmp_path / "good.onnx")
+        shapes = {"x": ShapeRange.fixed([int(d) for d in conv().inputs[0].shape or ()])}
+        good = Job(path=tmp_path / "good.onnx", gpus=gpus_of(Recipe()), shapes=shapes)
+        workers = Workers(1)
+        first = workers([good])[0]
+        process = workers._free.get()
+        assert process is not None
+        process.kill()
+        workers._free.put(process)
+        dead, again = workers([good, good])
+        workers.close()
+        assert isinstance(dead, BuildError) and "-9" in str(dead)
+        assert again == first and isinstance(first, Price)
 
     def test_a_model_that_does_not_compile_costs_everything(self) -> None:
         model = build([node("NonZero", "x", "i"), node("Det", "x", "y")], {"x": (1, 4, 4)}, outputs=("y",))
