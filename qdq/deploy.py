@@ -43,6 +43,7 @@ from qdq.recipe import Recipe
 from qdq.report import DeployReport
 from qdq.scheme import Settings
 from qdq.solve import Solution, solve
+from qdq.spool import kept
 from qdq.surgery import rewritten
 from qdq.tap import registered
 
@@ -272,7 +273,8 @@ def deploy(
     shapes = shape_ranges(prepared, recipe.shapes, calibration)
     _require_runtimes(prepared, recipe)
     stem = model_path.name.removesuffix(".onnx")
-    with folder_beside(out) as folder, registered(custom_ops):
+    weights = out.absolute().with_name(f".{out.absolute().name}.weights")  # of a large model, if a run is killed
+    with folder_beside(out) as folder, registered(custom_ops), kept(weights):
         tuned, pricer = None, None
         if recipe.tune != "off" and recipe.backend == "rtx":
             pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe))
