@@ -29,9 +29,10 @@ from qdq.errors import InputError
 from qdq.files import write_text
 from qdq.footprint import cores
 from qdq.graph import Model, save, without_initializers
+from qdq.price import Kernel, Price
 from qdq.recipe import Recipe
 from qdq.tap import Sample
-from qdq.tune import Kernel, Price, Tuned, tune
+from qdq.tune import Tuned, tune
 from qdq.variant import Workshop
 from qdq.workers import Job, Workers, price_of
 

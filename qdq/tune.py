@@ -13,13 +13,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Protocol
 
 from qdq.alike import classes, grouped
 from qdq.calibrate import Progress
-from qdq.graph import Model
 from qdq.moves import Move
 from qdq.plan import Plan
+from qdq.price import Judge, Price
 from qdq.surgery import FLOAT_REWRITES, QUANTIZED_REWRITES
 from qdq.variant import Variant, Workshop
 
@@ -29,36 +28,6 @@ COARSER, FREE = ("common", "centred"), ("int8", "int8 rewritten", "shared", "cha
 MARGIN_DB = 1.5  # asked for beyond the bound: the figure is of one sample
 WORTH = 0.01  # of the time: a class of nodes whose kernels take less together is left as it starts
 SHARES = (1.0, 0.5, 0.25)  # of the products quantized, most multiply-adds per byte first: starting points
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kernel:
-    """One kernel: predicted microseconds, multiply-adds, bytes, the ONNX nodes in it, and what it reads and writes."""
-
-    us: float
-    macs: int
-    bytes: int
-    nodes: tuple[str, ...]
-    signature: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Price:
-    """What the compiled model is predicted to cost; infinite, without kernels, if it does not compile."""
-
-    us: float
-    kernels: tuple[Kernel, ...] = ()
-
-
-class Judge(Protocol):
-    """Compiles and prices models."""
-
-    @property
-    def width(self) -> int:
-        """How many are best priced at a time."""
-
-    def many(self, models: Sequence[Model]) -> list[Price]:
-        """The price of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,8 +23,8 @@ from engines.cost import Gpu, predict
 from engines.errors import BuildError, MissingRuntimeError, import_runtime
 from engines.layers import SYNCHRONIZATION, LayerTable
 from qdq.build import compile_engine
+from qdq.price import Kernel, Price
 from qdq.recipe import Recipe
-from qdq.tune import Kernel, Price
 
 _READY = b"ready"
 _START = "import sys; sys.path[:] = {path!r}; from qdq.workers import serve; serve()"

@@ -22,11 +22,12 @@ from qdq.finish import finish
 from qdq.footprint import cores
 from qdq.graph import Model, load, save
 from qdq.plan import Plan, Rewrite
+from qdq.price import Kernel, Price
 from qdq.pricing import MOST_WORKERS, Pricer, difference, find_plan, gpus_of
 from qdq.recipe import Recipe, read_recipe
 from qdq.scheme import Settings
 from qdq.surgery import rewritten
-from qdq.tune import Kernel, Price, tune
+from qdq.tune import tune
 from qdq.variant import TUNED, Variant, Workshop
 from qdq.workers import Job, Workers
 
