@@ -36,6 +36,7 @@ from qdq.finish import Finished, finish
 from qdq.formats import require_targets
 from qdq.graph import Model, is_quantized, load, save
 from qdq.insert import insert
+from qdq.judge import Judge, Split, ranked
 from qdq.plan import Plan
 from qdq.prepare import prepare
 from qdq.pricing import Pricer, difference, find_plan, gpus_of
@@ -48,6 +49,7 @@ from qdq.surgery import rewritten
 from qdq.tap import registered
 
 Sample = Mapping[str, np.ndarray]
+JUDGED = 8  # calibration samples that a tuned plan is measured on, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +184,21 @@ def quantize(
     return Quantized(prepared=prepared, plan=chosen, table=table, solution=solution, model=quantized)
 
 
+def accuracy(prepared: Model, samples: Samples, settings: Settings) -> Callable[[Plan], float]:
+    """What `tune` measures a plan by: quantized with all samples, the outputs' SQNR in dB on a few of them.
+
+    Biases are not corrected, which takes long; that is done to the final model where it gains.
+    """
+    settings = replace(settings, bias_correction="off")
+
+    def measure(plan: Plan) -> float:
+        made = quantize(prepared, samples, settings=settings, plan=plan)
+        held = Split(samples=samples, fit=(), held=frozenset(ranked(samples)[:JUDGED]))
+        return Judge(prepared, held).sqnr_db(made.model)
+
+    return measure
+
+
 def evaluate(
     float_path: Path | str,
     candidate: Path,
@@ -278,7 +295,8 @@ def deploy(
         tuned, pricer = None, None
         if recipe.tune != "off" and recipe.backend == "rtx":
             pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe))
-            tuned = find_plan(prepared, pricer, samples=calibration, on_progress=tell)
+            measure = accuracy(prepared, calibration, recipe.settings)
+            tuned = find_plan(prepared, pricer, samples=calibration, measure=measure, on_progress=tell)
         made, finished = _quantized(prepared, calibration, recipe, tuned.plan if tuned else None, tell)
         built = pricer(finished.model) if pricer else None
         slower = tuned and built and recipe.tune == "placement" and built.us > tuned.plain and made.plan.points

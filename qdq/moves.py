@@ -1,6 +1,6 @@
 """The steps of the tuner's search: what can be changed of a variant, on nodes that the compiler cannot tell apart.
 
-Move + Variant -> Variant. It must not know prices.
+Variant + Price -> moves, dearest nodes first; Move + Variant -> Variant. It must not decide which are made.
 
 | move | on a class of nodes |
 |---|---|
@@ -14,12 +14,18 @@ Move + Variant -> Variant. It must not know prices.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from qdq.surgery import QUANTIZED_REWRITES
-from qdq.variant import Variant
+from qdq.alike import classes, grouped
+from qdq.graph import Model
+from qdq.price import Price
+from qdq.surgery import FLOAT_REWRITES, QUANTIZED_REWRITES
+from qdq.variant import Variant, Workshop
 
 SHORTCUTS = ("raw", "shared")
+WORTH = 0.01  # of the time: a class of nodes whose kernels take less together is left as it starts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,3 +76,64 @@ class Move:
             return f"the rest in {self.nodes[0] or 'its usual type'}"
         more = f" and {len(self.nodes) - 1} alike" if len(self.nodes) > 1 else ""
         return f"{self.kind} on {self.nodes[0]}{more}"
+
+
+def possible(shop: Workshop, variant: Variant, price: Price, *, placement: bool) -> list[Move]:
+    """All moves from a variant of that price; without `placement` only those that keep what is quantized."""
+    model = shop.base(variant).model
+    alike = classes(model)
+    found: list[Move] = []
+    for nodes in grouped(shop.quantizable(variant), alike) if placement else ():
+        inside = variant.integer.issuperset(nodes)
+        found += [Move(kind=kind, nodes=nodes) for kind in (("float",) if inside else ("int8 rewritten", "int8"))]
+        if not inside and variant.integer.intersection(nodes):
+            found.append(Move(kind="float", nodes=nodes))
+    for name in (*FLOAT_REWRITES, *(QUANTIZED_REWRITES if variant.integer else ())):
+        done = {node for other, node in variant.rewrites if other == name}
+        for nodes in grouped(shop.fits(name, variant), alike):
+            found.append(Move(kind=f"no {name}" if done.issuperset(nodes) else name, nodes=nodes))
+    if placement:  # these cost accuracy
+        for nodes in grouped((n for n in shop.levelled(variant) if n in variant.integer), alike):
+            found.append(Move(kind="channels" if variant.common.issuperset(nodes) else "common", nodes=nodes))
+        for nodes in grouped((n for n in shop.lopsided(variant) if n in variant.integer), alike):
+            found.append(Move(kind="shifted" if variant.centred.issuperset(nodes) else "centred", nodes=nodes))
+    for operand in shop.shortcuts(variant):
+        found.append(Move(kind="shared" if operand in variant.raw else "raw", nodes=(operand,)))
+    times = times_of(found, model, price)
+    worth = sorted((m for m in found if times[m] >= WORTH * price.us), key=lambda m: -times[m])
+    types = [Move(kind="rest", nodes=(rest,)) for rest in ("", *shop.rests[1:]) if rest != variant.rest]
+    return [*worth, *types]
+
+
+def finer_codes(shop: Workshop, variant: Variant) -> list[Move]:
+    """The moves from a variant to finer codes."""
+    alike = classes(shop.base(variant).model)
+    kinds = (("shifted", variant.centred), ("channels", variant.common))
+    return [
+        Move(kind=kind, nodes=group)
+        for kind, nodes in kinds
+        for group in grouped(sorted(nodes & variant.integer), alike)
+    ]
+
+
+def into_float(shop: Workshop, variant: Variant) -> list[Move]:
+    """The moves from a variant that quantize less."""
+    alike = classes(shop.base(variant).model)
+    return [Move(kind="float", nodes=group) for group in grouped(sorted(variant.integer), alike)]
+
+
+def times_of(moves: Iterable[Move], model: Model, price: Price) -> dict[Move, float]:
+    """Microseconds of the kernels that the nodes of each move, or nodes next to them, are in."""
+    kernels: dict[str, dict[int, float]] = {}
+    for index, kernel in enumerate(price.kernels):
+        for node in kernel.nodes:
+            kernels.setdefault(node, {})[index] = kernel.us
+    times = {}
+    for node in model.graph.node:
+        before = [p.name for t in node.input if (p := model.producer(t))]
+        after = [use.node.name for t in node.output for use in model.consumers(t)]
+        mine: dict[int, float] = {}
+        for name in (node.name, *before, *after):
+            mine |= kernels.get(name, {})
+        times[node.name] = math.fsum(mine.values())
+    return {move: sum(times.get(node, 0.0) for node in move.touched) for move in moves}

@@ -13,7 +13,7 @@ import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from qdq.errors import InputError
 from qdq.files import write_text
 from qdq.footprint import cores
 from qdq.graph import Model, save, without_initializers
+from qdq.plan import Plan
 from qdq.price import Kernel, Price
 from qdq.recipe import Recipe
 from qdq.tap import Sample
@@ -165,7 +166,12 @@ def gpus_of(recipe: Recipe) -> tuple[Gpu, ...]:
 
 
 def find_plan(
-    prepared: Model, pricer: Pricer, *, samples: Iterable[Sample] | None, on_progress: Progress | None = None
+    prepared: Model,
+    pricer: Pricer,
+    *,
+    samples: Iterable[Sample] | None,
+    measure: Callable[[Plan], float] | None = None,
+    on_progress: Progress | None = None,
 ) -> Tuned:
     """The plan with the least predicted time.
 
@@ -173,6 +179,7 @@ def find_plan(
         prepared: float model.
         pricer: of the recipe, whose settings, rest, time limit and, with samples, `min_sqnr_db` count.
         samples: re-iterable; the first few are looked at. None takes every tensor for lopsided.
+        measure: see `tune`.
         on_progress: told about every variant.
 
     Raises:
@@ -186,6 +193,7 @@ def find_plan(
             pricer,
             placement=recipe.tune == "placement",
             min_sqnr_db=recipe.limits.get("min_sqnr_db", -math.inf),
+            measure=measure,
             time_limit_s=recipe.time_limit_s,
             on_progress=on_progress,
         )

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from qdq.alike import classes, grouped
 from qdq.calibrate import Progress
-from qdq.moves import Move
+from qdq.moves import Move, finer_codes, into_float, possible, times_of
 from qdq.plan import Plan
 from qdq.price import Judge, Price
 from qdq.surgery import FLOAT_REWRITES, QUANTIZED_REWRITES
@@ -25,8 +24,11 @@ from qdq.variant import Variant, Workshop
 LEAST_GAIN = 0.001  # of the time: less is no reason to leave a node in float, or to rewrite
 COARSER_GAIN = 0.004  # of the time: less is no reason for coarser codes
 COARSER, FREE = ("common", "centred"), ("int8", "int8 rewritten", "shared", "channels", "shifted")
-MARGIN_DB = 1.5  # asked for beyond the bound: the figure is of one sample
-WORTH = 0.01  # of the time: a class of nodes whose kernels take less together is left as it starts
+MARGIN_DB = 1.5  # asked for beyond the bound at first: quick scales, and one sample
+SLACK_DB = 0.7  # above the bound: less is not worth another search
+SPARE_DB = 0.3  # aimed at above the bound, once quick and calibrated scales have been compared
+ROUNDS = 3  # of quantizing as it will be and searching on
+FIRST = 0.7  # of the time for the search before the first round
 SHARES = (1.0, 0.5, 0.25)  # of the products quantized, most multiply-adds per byte first: starting points
 
 
@@ -92,6 +94,7 @@ def tune(
     *,
     placement: bool = True,
     min_sqnr_db: float = -math.inf,
+    measure: Callable[[Plan], float] | None = None,
     time_limit_s: float = math.inf,
     clock: Callable[[], float] = time.monotonic,
     on_progress: Progress | None = None,
@@ -104,6 +107,8 @@ def tune(
         placement: also choose which nodes are quantized; False quantizes all that the rules want.
         min_sqnr_db: of the workshop's samples; where the fastest variant has less, what costs least time for the noise
             that it takes away is given up until it has as much. Needs samples.
+        measure: quantizes by a plan as it will be shipped, and says the SQNR in dB. What is given up is then adjusted
+            by how far quick scales are from it; what does not keep the bound by this measure is not returned.
         time_limit_s: seconds after which no further variant is compiled, apart from the two to compare with.
         clock: seconds.
         on_progress: called with (variants done, None, text).
@@ -111,12 +116,17 @@ def tune(
     Returns:
         The best variant and what it was compared with.
     """
-    search = _Search(workshop, judge, placement, clock() + time_limit_s, clock, on_progress)
-    if min_sqnr_db > -math.inf and workshop.samples is not None:
+    bounded = min_sqnr_db > -math.inf and workshop.samples is not None
+    verified = measure if bounded and placement else None
+    first = time_limit_s * (FIRST if verified else 1)
+    search = _Search(workshop, judge, placement, clock() + first, clock, on_progress)
+    if bounded:
         search.most = 10 ** (-(min_sqnr_db + MARGIN_DB) / 10)
     search.start()
     search.rescue()
     search.descend()
+    if verified:
+        search.verify(min_sqnr_db, verified, time_limit_s * (1 - FIRST) / (ROUNDS - 1))
     return search.result()
 
 
@@ -261,7 +271,7 @@ class _Search:
         failed: set[tuple[Variant, Move]] = set()
         gained = True
         while gained:
-            gained, moves = False, self.moves()
+            gained, moves = False, self.steps_on()
             while moves:
                 stands = self.best
                 moves = [m for m in moves if m.of(stands) != stands and (stands, m) not in failed]
@@ -274,6 +284,10 @@ class _Search:
                     break
             if self.late():
                 return
+
+    def steps_on(self) -> list[Move]:
+        """All moves from the best variant, dearest nodes first."""
+        return possible(self.workshop, self.best, self.price(self.best), placement=self.placement)
 
     def keep_move(self, move: Move) -> bool:
         """Make a move if it gains enough for what it is."""
@@ -289,21 +303,46 @@ class _Search:
         fastest, stands = min(self.prices, key=self.us), self.best
         if self.most == math.inf or fastest == stands or not fastest.integer or self.late():
             return
-        self.best, cost = fastest, self.costs()
-        finer, left = list(self.finer()), list(self.left())
-        times = {m: sum(cost.get(n, 0.0) for n in m.nodes) for m in (*finer, *left)}
+        self.best = fastest
+        finer, left = finer_codes(self.workshop, fastest), into_float(self.workshop, fastest)
+        times = times_of([*finer, *left], self.workshop.base(fastest).model, self.price(fastest))
         finer.sort(key=lambda m: times[m])
         refined = self.fewest(finer)
         if refined is None:  # not enough: also leave nodes in float, where that takes most noise away for its time
             worth = {}
             for move in left:
                 if not self.late():
-                    alone = replace(self.best, integer=frozenset(move.nodes))
+                    alone = replace(fastest, integer=frozenset(move.nodes))
                     worth[move] = (self.workshop.noise(alone) or 0.0) / max(times[move], LEAST_GAIN * self.us(stands))
             refined = self.fewest([*finer, *sorted(worth, key=lambda m: -worth[m])])
         self.best = stands
         if refined is not None:
             self.keep(refined, "finer and fewer codes, for the bound")
+
+    def verify(self, bound_db: float, measure: Callable[[Plan], float], seconds: float) -> None:
+        """Measure the best variant, and search on with what that says of quick scales, until it just keeps the bound.
+
+        Args:
+            bound_db: to keep.
+            measure: SQNR in dB of a plan.
+            seconds: for each search.
+        """
+        kept, complete = min((v for v in self.prices if not v.integer), key=self.us), self.complete
+        for left in reversed(range(ROUNDS)):
+            if not self.best.integer:
+                break
+            real, quick = measure(self.plan("")), -10 * math.log10(self.workshop.noise(self.best) or math.inf)
+            self.steps.append(f"measured {real:.1f} dB with calibrated scales, {quick:.1f} dB with quick ones")
+            kept = min(kept, self.best, key=self.us) if real >= bound_db else kept
+            if not left or bound_db <= real < bound_db + SLACK_DB:
+                break
+            self.most = 10 ** (-(bound_db + SPARE_DB + quick - real) / 10)
+            self.best = next(v for v in sorted(self.prices, key=self.us) if self.accurate(v))
+            self.deadline, self.complete = self.clock() + seconds, True
+            self.rescue()
+            self.descend()
+            complete = complete and self.complete
+        self.best, self.complete = kept, complete
 
     def fewest(self, moves: list[Move]) -> Variant | None:
         """The best variant after the fewest of the moves, in order, that keep the bound; None if all do not."""
@@ -323,69 +362,9 @@ class _Search:
             variant = move.of(variant)
         return variant
 
-    def finer(self) -> Iterator[Move]:
-        """Moves from the best variant to finer codes."""
-        alike = classes(self.workshop.base(self.best).model)
-        for kind, nodes in (("shifted", self.best.centred), ("channels", self.best.common)):
-            for group in grouped(tuple(sorted(nodes & self.best.integer)), alike):
-                yield Move(kind=kind, nodes=group)
-
-    def left(self) -> Iterator[Move]:
-        """Moves from the best variant into float."""
-        alike = classes(self.workshop.base(self.best).model)
-        for group in grouped(tuple(sorted(self.best.integer)), alike):
-            yield Move(kind="float", nodes=group)
-
-    def moves(self) -> list[Move]:
-        """All moves from the best variant, dearest nodes first."""
-        shop, best = self.workshop, self.best
-        base = shop.base(best).model
-        alike = classes(base)
-        cost = self.costs()
-        found: list[Move] = []
-        if self.placement:
-            quantizable = shop.quantizable(best)
-            for nodes in grouped(quantizable, alike):
-                inside = best.integer.issuperset(nodes)
-                found += [
-                    Move(kind=kind, nodes=nodes) for kind in (("float",) if inside else ("int8 rewritten", "int8"))
-                ]
-                if not inside and best.integer.intersection(nodes):
-                    found.append(Move(kind="float", nodes=nodes))
-        for name in (*FLOAT_REWRITES, *QUANTIZED_REWRITES):
-            if name in QUANTIZED_REWRITES and not best.integer:
-                continue
-            done = {node for other, node in best.rewrites if other == name}
-            for nodes in grouped(shop.fits(name, best), alike):
-                found.append(Move(kind=f"no {name}" if done.issuperset(nodes) else name, nodes=nodes))
-        if self.placement:  # these cost accuracy
-            for nodes in grouped(tuple(n for n in shop.levelled(best) if n in best.integer), alike):
-                found.append(Move(kind="channels" if best.common.issuperset(nodes) else "common", nodes=nodes))
-            for nodes in grouped(tuple(n for n in shop.lopsided(best) if n in best.integer), alike):
-                found.append(Move(kind="shifted" if best.centred.issuperset(nodes) else "centred", nodes=nodes))
-        for operand in shop.shortcuts(best):
-            found.append(Move(kind="shared" if operand in best.raw else "raw", nodes=(operand,)))
-        order = {m: sum(cost.get(n, 0.0) for n in m.touched) for m in found}
-        worth = [m for m in found if order[m] >= WORTH * self.us(best)]
-        types = [Move(kind="rest", nodes=(rest,)) for rest in ("", *shop.rests[1:]) if rest != best.rest]
-        return [*sorted(worth, key=lambda m: -order[m]), *types]
-
-    def costs(self) -> dict[str, float]:
-        """Microseconds of the kernels that each node of the best variant, or one next to it, is in."""
-        model = self.workshop.base(self.best).model
-        kernels: dict[str, dict[int, float]] = {}
-        for index, kernel in enumerate(self.price(self.best).kernels):
-            for node in kernel.nodes:
-                kernels.setdefault(node, {})[index] = kernel.us
-        found = {}
-        for node in model.graph.node:
-            before = [p.name for t in node.input if (p := model.producer(t))]
-            after = [use.node.name for t in node.output for use in model.consumers(t)]
-            mine: dict[int, float] = {}
-            for name in (node.name, *before, *after):
-                mine |= kernels.get(name, {})
-            found[node.name] = math.fsum(mine.values())
-        return found
+    def plan(self, why: str) -> Plan:
+        """The best variant as a plan; `why` other nodes are left in float."""
+        return self.workshop.plan_of(self.best, why)
 
     def result(self) -> Tuned:
         """The best variant as a plan."""
@@ -396,7 +375,7 @@ class _Search:
         )
         return Tuned(
             variant=self.best,
-            plan=self.workshop.plan_of(self.best, why),
+            plan=self.plan(why),
             unquantized=self.workshop.plan_of(Variant(), why),
             operands=operands,
             price=price,

@@ -135,7 +135,7 @@ def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path, *, measure:
     shapes: Mapping[str, Any] = {k: ShapeRange.fixed(v.shape) for k, v in case.calibration[0].items()}
     pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe))
     began = time.monotonic()
-    found = find_plan(prepared, pricer, samples=data)
+    found = find_plan(prepared, pricer, samples=data, measure=deploy.accuracy(prepared, data, recipe.settings))
     seconds = time.monotonic() - began
     built, accuracy = found.price, None
     if measure:

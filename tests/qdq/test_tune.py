@@ -171,6 +171,28 @@ def test_accuracy_is_bought_back_with_the_cheapest_nodes() -> None:
     assert not tune(work, judge, min_sqnr_db=400).plan.points
 
 
+def test_a_bound_is_kept_as_measured_and_not_overdone() -> None:
+    work = shop(chain(blocks=5))
+    judge = priced(**{f"conv_{i}": 4.0 - 0.5 * i for i in range(5)})
+    quick = -10 * math.log10(work.noise(Variant(integer=frozenset(work.quantizable(Variant())))) or 1)
+    for offset in (-4.0, 4.0):  # calibrated scales are worse, or better, than quick ones
+        measured: list[float] = []
+
+        def measure(plan: Plan, offset: float = offset, measured: list[float] = measured) -> float:
+            noise = work.noise(Variant(integer=frozenset(plan.quantized_nodes)))
+            measured.append(math.inf if not noise else offset - 10 * math.log10(noise))
+            return measured[-1]
+
+        bound = quick + offset + (2 if offset < 0 else 0)
+        found = tune(work, judge, min_sqnr_db=bound, measure=measure)
+        assert len(measured) > 1
+        assert measured[0] < bound if offset < 0 else measured[0] > bound + 2
+        assert not found.plan.points or measure(found.plan) >= bound
+        alone = tune(work, judge, min_sqnr_db=bound)
+        assert found.price.us > alone.price.us if offset < 0 else found.price.us < alone.price.us
+        assert any("calibrated" in step for step in found.steps)
+
+
 def test_alike_nodes_are_one_class() -> None:
     found = classes(chain(blocks=8, alike=True))
     inner = {found[f"conv_{i}"] for i in range(2, 6)}
