@@ -26,8 +26,8 @@ SHAPE_ELEMENTS = 64  # a longer integer tensor is no shape
 _Dims = np.ndarray  # an object array: a size is an int, the name of a dynamic dimension, or None (unknown)
 _FOLDABLE = """
     Abs Add And Cast CastLike Ceil Clip Concat ConstantOfShape Cos CumSum Div Equal Erf Exp Expand Flatten Floor Gather
-    GatherElements GatherND Gemm Greater GreaterOrEqual Less LessOrEqual Log MatMul Max Mean Min Mul Neg NonZero Not Or
-    Pad Pow Range Reciprocal ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape
+    GatherElements GatherND Gemm Greater GreaterOrEqual Less LessOrEqual Log MatMul Max Mean Min Mod Mul Neg NonZero
+    Not Or Pad Pow Range Reciprocal ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape
     ScatterElements ScatterND Shape Sigmoid Sin Size Slice Split Sqrt Squeeze Sub Tanh Tile Transpose Trilu Unsqueeze
     Where Xor
 """

@@ -241,8 +241,12 @@ class _Search:
             for node in kernel.nodes:
                 worth[node] = max(worth.get(node, 0.0), kernel.macs / max(kernel.bytes, 1))
         order = sorted(self.workshop.quantizable(variant), key=lambda node: -worth.get(node, 0.0))
-        for share in SHARES:
-            part = replace(variant, integer=frozenset(order[: round(share * len(order))]))
+        model = self.workshop.base(variant).model
+        convolutions = [node for node in order if model.node(node).op_type == "Conv"]
+        chosen = [order[: round(share * len(order))] for share in SHARES]
+        chosen += [convolutions] if 0 < len(convolutions) < len(order) else []
+        for nodes in chosen:
+            part = replace(variant, integer=frozenset(nodes))
             full = self.with_all(part)
             exact = {node for name, node in full.rewrites if name == "norm_scale"}  # these have one scale already
             level = frozenset(self.workshop.levelled(part)) & part.integer - exact

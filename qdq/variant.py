@@ -30,6 +30,7 @@ from qdq.surgery import FLOAT_REWRITES, QUANTIZED_REWRITES, applied
 from qdq.tap import Sample, Tap
 
 TUNED = "tuned"  # the rule of the skips that `restricted` adds
+KEPT = 8  # rewritten models in memory
 MOST_LOSS_DB = 3.0  # more noise of a weight by one scale than by one per channel: as much as its input's adds anyway
 
 
@@ -89,6 +90,7 @@ class Workshop:
     rests: tuple[str, ...]
     samples: Sequence[Sample] | None = None
     _bases: dict[frozenset[tuple[str, str]], Base] = field(default_factory=dict)
+    _models: dict[frozenset[tuple[str, str]], tuple[Model, tuple[Rewrite, ...]]] = field(default_factory=dict)
     _histograms: dict[str, Histogram] = field(default_factory=dict)
     _noises: dict[Variant, float] = field(default_factory=dict)
     _outputs: dict[str, np.ndarray] = field(default_factory=dict)
@@ -106,12 +108,26 @@ class Workshop:
         """The float part of a variant."""
         key = _float_part(variant).rewrites
         if key not in self._bases:
-            model, fired = applied(self.model, key)
+            model, fired = self._rewritten(key)
             full = placement.plan(model, self._settings_for(model))
             table = self._table(model, full)
             solution = solve(model, _quick(full), table)
             self._bases[key] = Base(model=model, fired=fired, plan=full, table=table, solution=solution)
         return self._bases[key]
+
+    def _rewritten(self, pairs: frozenset[tuple[str, str]]) -> tuple[Model, tuple[Rewrite, ...]]:
+        """The model after float rewrites; what it was before the last of them is kept, for others to start from."""
+        last = next((name for name in reversed(list(FLOAT_REWRITES)) if any(name == other for other, _ in pairs)), None)
+        if last is None:
+            return self.model, ()
+        if pairs not in self._models:
+            own = {pair for pair in pairs if pair[0] == last}
+            before, done = self._rewritten(pairs - own)
+            model, fired = applied(before, own)
+            while len(self._models) >= KEPT:
+                self._models.pop(next(iter(self._models)))
+            self._models[pairs] = model, (*done, *fired)
+        return self._models[pairs]
 
     def quantizable(self, variant: Variant) -> tuple[str, ...]:
         """The weighted nodes that the rules would quantize after the variant's rewrites."""

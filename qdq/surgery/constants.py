@@ -16,7 +16,7 @@ from qdq.graph import Model
 from qdq.preparation import Draft
 from qdq.surgery.rewritten import Rewritten
 
-STAGE, RANK = "float", 40
+STAGE, RANK = "float", 25
 
 LIMIT = 1 << 28  # bytes of one tensor
 

@@ -4,7 +4,8 @@
 
 TensorRT-RTX 1.7.1 writes the scores of heads of 8 values to memory, several times; its fused attention kernel takes
 12 and more (measured, SM89). Zeros add nothing to Q K, and the columns that they add to the result are cut off again.
-It must not touch what lies between the two products.
+An operand that a Transpose makes is padded before it: one kernel then pads and turns Q, K and V. It must not touch what
+lies between the two products.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from onnx import NodeProto
 
 from qdq.graph import Model
+from qdq.nodes import attribute_value
 from qdq.surgery.rewritten import Edit, Rewritten
 
 STAGE, RANK = "float", 30
@@ -41,18 +43,19 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
         if scores is None or len(uses) != 1 or uses[0].node.op_type != "MatMul" or uses[0].index != 0:
             continue
         mix = uses[0].node
-        operands = ((scores.input[0], -1), (scores.input[1], -2), (mix.input[1], -1))
-        sizes = [size for operand in operands if (size := _size(model, *operand)) is not None and size < FUSED]
-        if len(sizes) < len(operands):
+        inner, outer = _size(model, scores.input[0], -1), _size(model, mix.input[1], -1)
+        small = [size is not None and size < FUSED for size in (inner, outer)]
+        if inner is None or outer is None or _size(model, scores.input[1], -2) != inner or not any(small):
             continue
-        edit.replace(scores, _padded(edit, scores, {0: -1, 1: -2}, sizes[0]), softmax)
-        pads, product = _padded(edit, mix, {1: -1}, sizes[2])
-        wide = edit.name(f"{mix.output[0]}_wide")
-        product.output[0] = wide
-        bounds = {"start": 0, "end": sizes[2], "axis": -1}
-        cut = [edit.constant(f"{mix.name}_{key}", np.array([value], np.int64)) for key, value in bounds.items()]
-        slice_ = edit.node("Slice", [wide, *cut], f"{mix.name}_Slice", mix.output[0])
-        edit.replace(mix, [pads, product, slice_], softmax)
+        if small[0]:
+            edit.replace(scores, _padded(model, edit, scores, {0: -1, 1: -2}, inner), softmax)
+        if small[1]:
+            nodes = _padded(model, edit, mix, {1: -1}, outer)
+            wide = edit.name(f"{mix.output[0]}_wide")
+            nodes[-1].output[0] = wide
+            bounds = {"start": 0, "end": outer, "axis": -1}
+            cut = [edit.constant(f"{mix.name}_{key}", np.array([value], np.int64)) for key, value in bounds.items()]
+            edit.replace(mix, [*nodes, edit.node("Slice", [wide, *cut], f"{mix.name}_Slice", mix.output[0])], softmax)
     return edit.finish()
 
 
@@ -73,14 +76,29 @@ def _size(model: Model, tensor: str, axis: int) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _padded(edit: Edit, product: NodeProto, axes: dict[int, int], size: int) -> list[NodeProto]:
-    """Pad nodes for some operands of a MatMul, each along an axis from `size` to SIZE, and the MatMul on them."""
+def _rank(model: Model, tensor: str) -> int:
+    info = model.info(tensor)
+    return len(info.shape) if info is not None and info.shape is not None else 0
+
+
+def _padded(model: Model, edit: Edit, product: NodeProto, axes: dict[int, int], size: int) -> list[NodeProto]:
+    """Nodes that pad some operands of a MatMul, each along an axis from `size` to SIZE, and the MatMul on them."""
     copy = NodeProto()
     copy.CopyFrom(product)
-    pads = []
+    nodes = []
     for index, axis in axes.items():
-        amounts = edit.constant(f"{product.name}_pads", np.array([0, SIZE - size], np.int64))
-        along = edit.constant(f"{product.name}_pad_axis", np.array([axis], np.int64))
-        pads.append(edit.node("Pad", [product.input[index], amounts, "", along], f"{product.name}_Pad"))
-        copy.input[index] = pads[-1].output[0]
-    return [*pads, copy]
+        source, turn = product.input[index], model.producer(product.input[index])
+        rank = _rank(model, source)
+        order = attribute_value(turn, "perm", []) if turn is not None and turn.op_type == "Transpose" else []
+        if len(model.consumers(source)) > 1 or model.is_output(source) or len(order) != rank:
+            turn = None
+        if turn is not None:
+            source, axis = turn.input[0], order[axis]
+        ends = np.zeros((2, rank), np.int64)  # ONNX Runtime 1.31 moves a Transpose wrongly past `axes`
+        ends[1, axis] = SIZE - size
+        amounts = edit.constant(f"{product.name}_pads", ends.reshape(-1))
+        nodes.append(edit.node("Pad", [source, amounts], f"{product.name}_Pad"))
+        if turn is not None:
+            nodes.append(edit.node("Transpose", [nodes[-1].output[0]], f"{turn.name}_wide", perm=order))
+        copy.input[index] = nodes[-1].output[0]
+    return [*nodes, copy]

@@ -184,6 +184,13 @@ def test_negative_integer_division_is_left_to_the_runtime() -> None:
     assert "Div" in ops(same(build(nodes, tensors={"a": np.int64([-7]), "b": np.int64([2])})))
 
 
+@pytest.mark.parametrize(("a", "b"), [(48, 7), (-48, 7), (48, -7)])
+def test_remainders_are_folded(a: int, b: int) -> None:
+    """PyTorch writes them for negative axes and for windows; sizes behind them are static then."""
+    nodes = [node("Mod", "a b", "m"), node("Cast", "m", "f", to=1), node("Add", "x f", "y")]
+    assert ops(same(build(nodes, tensors={"a": np.int64([a]), "b": np.int64([b])}))) == ["Add"]
+
+
 def test_static_sizes_are_folded_beside_dynamic_ones() -> None:
     nodes = [
         node("Shape", "x", "s"),

@@ -8,15 +8,15 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
-from graphs import build, conv, node, normal, quantized, run, samples
+from graphs import build, conv, node, normal, product, quantized, run, samples
+from transformer_graphs import attention, gelu, grouped, layer_norm, mlp, partition, windows
 
-from engines import audit, rtx
-from qdq import placement
 from qdq.graph import Model
-from qdq.precision import convert
 from qdq.surgery import FLOAT_REWRITES, QUANTIZED_REWRITES
 
 REWRITES = {**FLOAT_REWRITES, **QUANTIZED_REWRITES}
+NORM_FORMS = ("torch", "product", "swapped", "plain", "keras", "twice", "sum")
+GELU_FORMS = ("torch", "half first", "half of erf", "tanh", "cube", "factored")
 
 
 def transposed(rank: int = 2, kernel: int = 2, stride: int = 2, size: int | str = 5, **attributes: object) -> Model:
@@ -61,18 +61,6 @@ def stack(*, shortcut: bool = False, divided: bool = False) -> Model:
     if shortcut:
         nodes[-1] = node("Add", "m0 m1", "y")
     return build(nodes, {"x": (1, 4, 6, 6)}, tensors)
-
-
-def attention(head: int = 8, *, masked: bool = True, softmax: bool = True) -> Model:
-    """softmax(q k + mask) v with heads of a given size."""
-    nodes = [
-        node("MatMul", "q k", "s", name="scores"),
-        node("Add", "s mask", "t"),
-        node("Softmax" if softmax else "Relu", "t" if masked else "s", "p", name="weights"),
-        node("MatMul", "p v", "y", name="mix"),
-    ]
-    sizes = {"q": ("n", 2, 7, head), "k": ("n", 2, head, 7), "v": ("n", 2, 7, head)}
-    return build(nodes, sizes, {"mask": normal(1, 2, 7, 7)})
 
 
 def scaled(factors: float = 4.0, **options: object) -> Model:
@@ -134,28 +122,6 @@ def shortcut(
     pads = attributes.pop("pads", [kernel // 2] * 4)
     nodes = [node("Conv", "x w b", "c", group=group, pads=pads, **attributes), node("Add", order, "y")]
     return build(nodes, {"x": (2, 4, size, size)}, tensors, outputs=("y", "c") if output else ("y",))
-
-
-def windows(count: int = 8, tokens: int = 200) -> Model:
-    """Attention in shifted windows: softmax(q k + mask) v, the mask 0 where two tokens have one label, else -100."""
-    labels = np.random.default_rng(0).integers(0, 4, (count, tokens)).astype(np.float32)
-    tensors = {"r": labels[:, :, None], "c": labels[:, None, :], "axis": np.array([1])}
-    tensors |= {"zero": np.array(0, np.float32), "far": np.array(-100, np.float32)}
-    nodes = [
-        node("Sub", "r c", "d"),
-        node("Equal", "d zero", "same"),
-        node("Not", "same", "other"),
-        node("Where", "other far d", "filled"),
-        node("Equal", "d zero", "again", "equal_again"),
-        node("Where", "again zero filled", "mask", "where_again"),
-        node("Unsqueeze", "mask axis", "masks"),
-        node("MatMul", "q k", "s", "scores"),
-        node("Add", "s masks", "t"),
-        node("Softmax", "t", "p"),
-        node("MatMul", "p v", "y", "mix"),
-    ]
-    sizes = {"q": (count, 3, tokens, 16), "k": (count, 3, 16, tokens), "v": (count, 3, tokens, 16)}
-    return build(nodes, sizes, tensors)
 
 
 def too_large() -> Model:
@@ -224,7 +190,55 @@ POSITIVE: dict[str, dict[str, Callable[[], Model]]] = {
         "far apart": lambda: normalized_codes(100.0),
     },
     "concat_codes": {"shifted": skipped, "symmetric": lambda: skipped(shift=False)},
-    "head_size": {"masked": attention, "plain": lambda: attention(masked=False), "heads of 3": lambda: attention(3)},
+    "head_size": {
+        "masked": attention,
+        "plain": lambda: attention(masked=False),
+        "heads of 3": lambda: attention(3),
+        "turned keys": lambda: attention(turned=True),
+        "small values": lambda: attention(16, value=8),
+        "small keys": lambda: attention(8, value=16),
+    },
+    "layer_norm": {
+        **{form: (lambda form=form: layer_norm(form)) for form in NORM_FORMS},
+        "two axes": lambda: layer_norm(shape=(2, 3, 5, 4), axes=(-2, -1)),
+        "all axes by number": lambda: layer_norm(shape=("n", 3, 6), axes=(2,)),
+        "one gain for all": lambda: layer_norm(g=np.float32([3])),
+        "gain of three axes": lambda: layer_norm(g=normal(1, 1, 8)),
+    },
+    "gelu": {
+        **{form: (lambda form=form: gelu(form)) for form in GELU_FORMS},
+    },
+    "attention_scale": {
+        "keys": lambda: attention(16, scales="k"),
+        "both": lambda: attention(16, scales="qk"),
+        "scores": lambda: attention(16, scales="s"),
+        "everything": lambda: attention(16, scales="qks", masked=False),
+    },
+    "window_mask": {
+        "plain": grouped,
+        "16 values": lambda: grouped(16),
+        "in zeros": lambda: grouped(padded=True),
+        "turned": lambda: grouped(turned=True),
+        "turned, in zeros": lambda: grouped(turned=True, padded=True),
+        "split": lambda: grouped(split=True, bias="before"),
+        "bias behind": lambda: grouped(split=True, bias="behind", padded=True),
+        "bias between": lambda: grouped(bias="before"),
+    },
+    "norm_late": {
+        "padded": partition,
+        "rolled": lambda: partition(roll=True),
+        "cropped": lambda: partition(pad=0),
+        "axis from the front": lambda: partition(axis=3),
+        "up to a turn of the last axis": lambda: partition(last=True, roll=True),
+    },
+    "flatten": {
+        "GELU": mlp,
+        "three axes in front": lambda: mlp((2, 3, 2, 4, 8)),
+        "dynamic": lambda: mlp(("n", 3, 4, 8)),
+        "also an output": lambda: mlp(output=True),
+        "another tensor inside": lambda: mlp(inner="sum"),
+        "a grid inside": lambda: mlp(inner="grid"),
+    },
     "hoist": {
         "bias": scaled,
         "no bias": lambda: scaled(bias=False),
@@ -272,6 +286,48 @@ NEGATIVE: dict[str, dict[str, Callable[[], Model]]] = {
         "no Concat": scaled,
     },
     "head_size": {"heads of 12": lambda: attention(12), "no softmax": lambda: attention(softmax=False)},
+    "layer_norm": {
+        "no mean subtracted": lambda: layer_norm("rms"),
+        "epsilon outside": lambda: layer_norm("outside"),
+        "first axis": lambda: layer_norm(axes=(0,)),
+        "axes apart": lambda: layer_norm(axes=(0, 2), g=normal(2, 1, 8), b=normal(2, 1, 8)),
+        "gain per row": lambda: layer_norm(g=normal(5, 1)),
+        "dynamic axis": lambda: layer_norm(shape=(2, 5, "n"), g=np.float32([1]), b=np.float32([0])),
+        "third power": lambda: layer_norm(two=np.float32([3])),
+        "no epsilon": lambda: layer_norm(eps=np.float32([0])),
+    },
+    "gelu": {
+        "another root": lambda: gelu(root=1.41),
+        "another cube": lambda: gelu("tanh", c=0.045),
+        "not halved": lambda: gelu(half=1.0),
+        "also an output": lambda: gelu(output=True),
+        "no GELU": conv,
+    },
+    "attention_scale": {
+        "queries": lambda: attention(16, scales="q"),
+        "none": lambda: attention(16),
+        "no softmax": lambda: attention(16, scales="k", softmax=False),
+    },
+    "window_mask": {
+        "groups overlap": lambda: grouped(overlap=True),
+        "two depths": lambda: grouped(deep=True),
+        "infinite": lambda: grouped(low=-math.inf),
+        "18 groups": lambda: grouped(many=True),
+        "scores are an output": lambda: grouped(output=True),
+        "larger than the scores": lambda: grouped(shared=True),
+        "another mask": attention,
+    },
+    "norm_late": {
+        "two axes": lambda: partition(axis=2),
+        "read by another": lambda: partition(twice=True),
+        "no moves": mlp,
+    },
+    "flatten": {
+        "three axes": lambda: mlp((2, 4, 8)),
+        "two dynamic sizes": lambda: mlp(("n", "m", 4, 8)),
+        "a weight of three axes": lambda: mlp((2, 3, 4, 4, 8), weight=3),
+        "a matrix": product,
+    },
     "hoist": {"scales too far apart": lambda: scaled(1e5), "float": conv},
 }
 
@@ -307,6 +363,7 @@ def test_every_rewrite_has_cases() -> None:
 def test_float_rewrites_come_in_the_order_of_their_rank() -> None:
     """A bias goes before channels are added to it; channels before phases multiply them."""
     assert [n for n in FLOAT_REWRITES if n.startswith(("norm", "conv"))] == [
+        "norm_late",
         "norm_bias",
         "norm_one_channel",
         "norm_channels",
@@ -361,14 +418,6 @@ def test_left_alone(name: str, make: Callable[[], Model]) -> None:
     assert done.fired == () and done.model is model
 
 
-def test_conv_transpose_runs_in_int8() -> None:
-    pytest.importorskip("tensorrt_rtx")
-    model = FLOAT_REWRITES["conv_transpose"](transposed(3)).model
-    assert placement.plan(model).points
-    made = quantized(model, samples(model)).model.proto
-    assert audit.audit(made, rtx.build(made).table).int8_share == 1.0
-
-
 def test_conv_transpose_weights_are_those_of_the_kernel() -> None:
     """Kernel = stride: as many weights as before, none of them a zero that costs arithmetic."""
     model = transposed(3)
@@ -398,40 +447,6 @@ def test_hoist_bounds_the_unscaled_output() -> None:
         assert (np.abs(values[unscaled]) <= np.abs(values["a"]) * (1 + 1e-6)).all()
 
 
-def test_hoisted_fp16_convolution_writes_half_the_bytes() -> None:
-    pytest.importorskip("tensorrt_rtx")
-    plain = conv((64, 64, 3, 3), (28, 28), pads=[1, 1, 1, 1])
-    made = convert(quantized(plain, samples(plain), shift=False).model).model
-    written = []
-    for model in (made, QUANTIZED_REWRITES["hoist"](made).model):
-        table = rtx.build(model.proto).table
-        kernel = audit.compute_kernel(table.layers, "conv")
-        assert kernel is not None and audit.consumed_dtype(kernel) == "int8"
-        written.append(sum(t.nbytes or 0 for t in kernel.outputs))
-    assert written[1] * 2 == written[0] == 4 * math.prod((64, 28, 28))
-
-
-@pytest.mark.parametrize("name", ["head_size", "norm_channels"])
-def test_fp16_kernels_become_fewer_and_lighter(name: str) -> None:
-    """Sizes as in SwinUNETR (343 tokens, heads of 8) and MONAI's UNet (14 channels)."""
-    pytest.importorskip("tensorrt_rtx")
-    if name == "head_size":
-        sizes = {"q": (16, 3, 343, 8), "k": (16, 3, 8, 343), "v": (16, 3, 343, 8)}
-        nodes = [node("MatMul", "q k", "s"), node("Softmax", "s", "p"), node("MatMul", "p v", "y", name="mix")]
-        model = build(nodes, sizes)
-    else:
-        tensors = {"w": normal(14, 8, 3, 3, 3), "g": normal(14), "h": normal(14)}
-        nodes = [
-            node("Conv", "x w", "a", pads=[1] * 6),
-            node("InstanceNormalization", "a g h", "n"),
-            node("Relu", "n", "y"),
-        ]
-        model = build(nodes, {"x": (1, 8, 48, 48, 48)}, tensors)
-    before, after = (rtx.build(convert(m).model.proto).table for m in (model, FLOAT_REWRITES[name](model).model))
-    assert before.bytes_moved and after.bytes_moved
-    assert after.kernels < before.kernels and after.bytes_moved < 0.8 * before.bytes_moved
-
-
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-3])
 def test_norm_scale_differs_by_less_than_epsilon_over_the_variance(epsilon: float) -> None:
     """Weights so small that epsilon counts: the largest change stays below the bound that the module states."""
@@ -447,38 +462,3 @@ def test_norm_scale_differs_by_less_than_epsilon_over_the_variance(epsilon: floa
         assert (np.abs(new["y0"] - old["y0"]) <= bound).all()
         if epsilon > 1e-4:
             assert np.abs(new["y0"] - old["y0"]).max() > 1e-4  # the bound is not met by doing nothing
-
-
-def test_norm_scale_leaves_fewer_kernels_that_move_less_than_hoist() -> None:
-    pytest.importorskip("tensorrt_rtx")
-    tensors = {"w": normal(16, 16, 3, 3, 3), "v": normal(16, 16, 3, 3, 3), "g": normal(16), "h": normal(16)}
-    nodes = []
-    for before, weight, after in (("x", "w", "y0"), ("y0", "v", "y")):
-        nodes += [
-            node("Conv", f"{before} {weight}", f"a{weight}", f"conv_{weight}", pads=[1] * 6),
-            node("InstanceNormalization", f"a{weight} g h", f"n{weight}", f"norm_{weight}"),
-            node("Relu", f"n{weight}", after, f"relu_{weight}"),
-        ]
-    plain = build(nodes, {"x": (1, 16, 48, 48, 48)}, tensors)
-    made = convert(quantized(plain, samples(plain), shift=False).model).model
-    hoisted, scaled_ = (rtx.build(QUANTIZED_REWRITES[n](made).model.proto).table for n in ("hoist", "norm_scale"))
-    assert hoisted.bytes_moved and scaled_.bytes_moved
-    assert scaled_.kernels < hoisted.kernels and scaled_.bytes_moved < 0.9 * hoisted.bytes_moved
-
-
-@pytest.mark.parametrize("name", ["norm_one_channel", "conv_shortcut", "constants"])
-def test_fp16_kernels_move_less(name: str) -> None:
-    """Sizes as in DynUNet (16 channels from one), MONAI's UNet (14 channels) and SwinUNETR (343 tokens)."""
-    pytest.importorskip("tensorrt_rtx")
-    tensors = {"g": normal(16), "h": normal(16), "w": normal(16, 1, 1, 1, 1), "v": normal(14, 14, 3, 3, 3)}
-    if name == "norm_one_channel":
-        nodes = [node("Conv", "x w", "a"), node("InstanceNormalization", "a g h", "n"), node("Relu", "n", "y")]
-        model = build(nodes, {"x": (1, 1, 48, 48, 48)}, tensors)
-    elif name == "conv_shortcut":
-        nodes = [node("Relu", "x", "r"), node("Conv", "r v", "a", pads=[1] * 6), node("Add", "a r", "y")]
-        model = build(nodes, {"x": (1, 14, 48, 48, 48)}, tensors)
-    else:
-        model = windows(64, 343)
-    before, after = (rtx.build(convert(m).model.proto).table for m in (model, FLOAT_REWRITES[name](model).model))
-    assert before.bytes_moved and after.bytes_moved
-    assert after.bytes_moved < 0.9 * before.bytes_moved

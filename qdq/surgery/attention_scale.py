@@ -1,0 +1,105 @@
+"""The scale of attention in one place: on Q, before the product.
+
+    Softmax((Q a) (K b) c + mask)  ->  Softmax((Q abc) K + mask)        also Q K / sqrt(d), as written by hand
+
+PyTorch's exporters scale Q and K by the fourth root of the head size each, and some models the scores. TensorRT-RTX
+1.7.1 takes a scaled Q into the fused attention kernel, or the kernel before it, in every form of mask; a scaled K or
+scaled scores not in all (measured, SM89). No score becomes larger on the way. It must not touch a scale that is no
+single number, or one on the far side of a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from onnx import NodeProto
+
+from qdq.graph import Model
+from qdq.surgery.rewritten import Edit, Rewritten
+
+STAGE, RANK = "float", 32
+
+BETWEEN = ("Add", "Sub", "Where", "Reshape", "Cast", "Mul", "Div")  # what may lie between the product and Softmax
+
+
+def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
+    """Scale Q alone.
+
+    Args:
+        model: prepared float model, static or dynamic sizes.
+        only: names of the Softmax nodes whose attention may be changed; None for all.
+
+    Returns:
+        The model and the Softmax nodes fired on; scales that are on Q alone already stay.
+    """
+    edit = Edit(model, only)
+    for softmax in edit.candidates("Softmax"):
+        product = _product(model, softmax.input[0])
+        if product is None:
+            continue
+        query, left = _unscaled(model, product.input[0])
+        key, right = _unscaled(model, product.input[1])
+        last, behind = _scaled(model, product)
+        if right is None and behind is None:
+            continue
+        info = model.info(query)
+        if info is None or info.dtype not in ("float32", "float16"):
+            continue
+        factor = np.prod([f for f in (left, right, behind) if f is not None])
+        scale = edit.constant(f"{product.name}_scale", np.asarray(factor, info.dtype))
+        mul = edit.node("Mul", [query, scale], f"{product.name}_Mul")
+        copy = NodeProto()
+        copy.CopyFrom(product)
+        copy.input[:] = [mul.output[0], key]
+        copy.output[0] = last.output[0]
+        edit.replace(product, [mul, copy], softmax)
+        if last.name != product.name:
+            edit.replace(last, [], softmax)
+    return edit.finish()
+
+
+def _alone(model: Model, tensor: str) -> NodeProto | None:
+    """The node that makes a tensor that is read once."""
+    return model.producer(tensor) if len(model.consumers(tensor)) == 1 and not model.is_output(tensor) else None
+
+
+def _product(model: Model, tensor: str) -> NodeProto | None:
+    """The product of two computed tensors that a tensor comes from by way of scale and mask; None for none."""
+    node = _alone(model, tensor)
+    if node is None or node.domain:
+        return None
+    if node.op_type == "MatMul":
+        return None if any(model.is_constant(t) for t in node.input) else node
+    found = [_product(model, t) for t in node.input] if node.op_type in BETWEEN else []
+    return next((n for n in found if n is not None), None)
+
+
+def _factor(model: Model, node: NodeProto | None, tensor: str) -> float | None:
+    """The number that a node multiplies a tensor with; None for any other node."""
+    if node is None or node.domain or node.op_type not in ("Mul", "Div") or node.input[0] == node.input[1]:
+        return None
+    other = node.input[1] if node.input[0] == tensor else node.input[0]
+    if not model.is_constant(other) or (node.op_type == "Div" and node.input[0] != tensor):
+        return None
+    values = model.array(other)
+    if values.size != 1 or values.ndim > 1 or not np.isfinite(values).all() or not values.all():
+        return None
+    return float(values.item()) if node.op_type == "Mul" else 1 / float(values.item())
+
+
+def _unscaled(model: Model, tensor: str) -> tuple[str, float | None]:
+    """An operand before its scale, and the scale."""
+    node = _alone(model, tensor)
+    computed = [t for t in node.input if not model.is_constant(t)] if node is not None else []
+    factor = _factor(model, node, computed[0]) if len(computed) == 1 else None
+    return (tensor, None) if factor is None else (computed[0], factor)
+
+
+def _scaled(model: Model, product: NodeProto) -> tuple[NodeProto, float | None]:
+    """The node behind a product that scales it, and the scale; the product itself where there is none."""
+    tensor = product.output[0]
+    uses = model.consumers(tensor)
+    node = uses[0].node if len(uses) == 1 and not model.is_output(tensor) else None
+    factor = _factor(model, node, tensor)
+    return (product, None) if factor is None or node is None else (node, factor)
