@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import onnx
 from onnx import TensorProto
 
+from engines import fp4
+
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum")
 # Operators that only move elements (or change the float type), so that DequantizeLinear before them still counts.
 LAYOUT = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Slice", "Expand", "Tile", "Cast")
@@ -68,6 +70,8 @@ class Graph:
                 self.constants.update(node.output)
             for name in node.output:
                 self.producers[name] = node
+            if node.op_type == fp4.QUANTIZE:
+                self.types[node.output[0]] = TensorProto.FLOAT4E2M1
             for name in node.input:
                 self.uses[name] = self.uses.get(name, 0) + 1
 
@@ -86,6 +90,8 @@ class Graph:
                     dim.dim_value = 1
         for info in fixed.graph.output:
             info.type.tensor_type.ClearField("shape")
+        if fp4.holds_fp4(fixed):
+            fp4.with_function(fixed)
         return cls(onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph)
 
     def products(self) -> Iterator[tuple[Graph, onnx.NodeProto]]:
@@ -133,7 +139,7 @@ class Graph:
             per_axis=per_axis and len(scale_shape) == 1,
             axis=(axis + len(shape) if axis < 0 else axis) if per_axis else None,
             blocked=per_axis and len(scale_shape) > 1,
-            dynamic=scale not in self.constants,
+            dynamic=scale not in self.constants and stored != TensorProto.FLOAT4E2M1,
             unsigned=stored not in STORED or stored == TensorProto.UINT8,
             source=node.output[0],
         )

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 
 from engines.errors import EngineError, import_runtime
+from engines.fp4 import holds_fp4, runnable
 
 Sample = Mapping[str, np.ndarray]
 
@@ -47,20 +49,33 @@ def session(
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
+    if isinstance(model, onnx.ModelProto):
+        source: str | bytes = runnable(model).SerializeToString()
+    else:
+        source = model if isinstance(model, bytes) else str(model)
     where = str(model) if isinstance(model, Path | str) else "the model"
     refusals: tuple[type[Exception], ...] = (RuntimeError, ValueError, *failures())
     try:
         for library in custom_ops:
             options.register_custom_ops_library(str(library))
-        return ort.InferenceSession(
-            source if isinstance(source, bytes) else str(source),
-            options,
-            providers=list(providers),
-            disabled_optimizers=WRONG_REWRITES,
-        )
+        settled = {"providers": list(providers), "disabled_optimizers": WRONG_REWRITES}
+        try:
+            return ort.InferenceSession(source, options, **settled)
+        except refusals:
+            if (stand_in := _without_fp4(source)) is None:
+                raise
+            return ort.InferenceSession(stand_in, options, **settled)
     except refusals as error:
         raise EngineError(f"ONNX Runtime cannot load {where}: {error}") from error
+
+
+def _without_fp4(source: str | bytes) -> bytes | None:
+    """What stands for a refused model that holds FP4; None for any other, and for what is no model."""
+    try:
+        model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
+    except (OSError, ValueError, DecodeError):
+        return None
+    return runnable(model).SerializeToString() if holds_fp4(model) else None
 
 
 def failures() -> tuple[type[Exception], ...]:

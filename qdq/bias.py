@@ -1,7 +1,8 @@
 """Empirical bias correction: shift each layer's output so that quantization does not move its mean.
 
 float model + Q/DQ model + samples -> per weighted node the mean of its output per channel, float less quantized so far
--> added to the node's bias, layer by layer in topological order -> Q/DQ model.
+-> added to the node's bias, layer by layer in topological order -> Q/DQ model. Both models are run once: the Q/DQ
+model in stages, each from what the corrected stages before it have left.
 In front of a Relu the mean behind it counts: that of the values it cuts off would move the others for nothing. Whether
 it helps is for `judge` to say. This module must not touch codes or scales.
 
@@ -12,8 +13,10 @@ on empirical bias correction; layer by layer as in A White Paper on Neural Netwo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +27,11 @@ from qdq.footprint import cores
 from qdq.graph import Model, captured
 from qdq.judge import Judge, Split, split
 from qdq.plan import Plan
+from qdq.stages import Stages, can_stage
 from qdq.tap import Sample, Tap, overlapped
 
 Floats = npt.NDArray[np.float64]
+_Sums = dict[str, tuple[Floats, Floats, int]]  # node -> per channel the sum and how many are active; values in each
 POSITIONS = 8192  # values per channel that make a mean, over all samples
 MINIMUM_SAMPLES = 3  # whatever their size: means differ from sample to sample
 MINIMUM_ACTIVE = 0.02  # share of a channel's values: of a channel that is nearly always cut off, the mean says little
@@ -42,6 +47,7 @@ def corrected(
     samples: Iterable[Sample],
     *,
     always: bool = False,
+    factors: Mapping[str, Floats] = MappingProxyType({}),
     on_progress: Progress | None = None,
 ) -> tuple[Model, str]:
     """The Q/DQ model with corrected biases, where that keeps its outputs closer on held-out calibration samples.
@@ -52,13 +58,14 @@ def corrected(
         plan: names the weighted nodes.
         samples: re-iterable calibration samples.
         always: take the correction unseen.
+        factors: weighted node -> (channels,) what the Q/DQ model's output of it is multiplied by, if not by 1.
         on_progress: called with (levels done, levels, text).
 
     Returns:
         The better model, and a note that says which it is and why.
     """
     held = split(samples)
-    changed = correct(model, quantized, plan, held, on_progress=on_progress)
+    changed = correct(model, quantized, plan, held, factors=factors, on_progress=on_progress)
     if changed is quantized:
         return quantized, "biases are left alone: no quantized node has one that a correction could be added to"
     if always:
@@ -72,7 +79,15 @@ def corrected(
     return quantized, f"biases are left alone: {figures}"
 
 
-def correct(model: Model, quantized: Model, plan: Plan, held: Split, *, on_progress: Progress | None = None) -> Model:
+def correct(
+    model: Model,
+    quantized: Model,
+    plan: Plan,
+    held: Split,
+    *,
+    factors: Mapping[str, Floats] = MappingProxyType({}),
+    on_progress: Progress | None = None,
+) -> Model:
     """Correct the biases of a Q/DQ model.
 
     Args:
@@ -80,6 +95,7 @@ def correct(model: Model, quantized: Model, plan: Plan, held: Split, *, on_progr
         quantized: what `insert` made of it; node and tensor names are those of `model`.
         plan: names the weighted nodes.
         held: the samples to fit on.
+        factors: weighted node -> (channels,) what the Q/DQ model's output of it is multiplied by, if not by 1.
         on_progress: called with (levels done, levels, text).
 
     Returns:
@@ -90,12 +106,34 @@ def correct(model: Model, quantized: Model, plan: Plan, held: Split, *, on_progr
     outputs = {name: model.node(name).output[0] for level in levels for name in level}
     held = replace(held, fit=held.fit[: _enough(model, outputs)])
     wanted = _means(model, outputs, held)
-    for number, level in enumerate(levels):
-        if on_progress is not None:
-            on_progress(number, len(levels), "correcting biases")
-        found = _means(quantized, {name: outputs[name] for name in level}, held)
-        quantized = _shifted(quantized, {name: _shift(wanted[name], found[name]) for name in level})
+    for name in wanted.keys() & factors.keys():
+        wanted[name] = replace(wanted[name], value=wanted[name].value * factors[name])
+    staged = can_stage(quantized)
+    cuts = [[outputs[name] for name in level] for level in levels] if staged else []
+    with Stages(quantized, cuts, held.fitting() if staged else ()) as run:
+        for number, level in enumerate(levels):
+            if on_progress is not None:
+                on_progress(number, len(levels), "correcting biases")
+            made = {name: outputs[name] for name in level}
+            look = _look(quantized, made)
+            found = _mean(run.run(quantized, look)) if staged else _means(quantized, made, held)
+            before = quantized
+            quantized = _shifted(quantized, {name: _shift(wanted[name], found[name]) for name in level})
+            for name in level:
+                _move(run, name, outputs[name], before, quantized)
     return quantized
+
+
+def _move(run: Stages, name: str, tensor: str, before: Model, after: Model) -> None:
+    """Add to a node's output what its bias has gained, unless the bias is added behind that tensor."""
+    place = _place(after, after.node(name))
+    assert place is not None
+    node = after.node(place[0])
+    if node.output[0] == tensor:
+        read = [name for name in before.node(place[0]).input[place[1] :][:1] if name]
+        old = before.array(read[0]).astype(np.float64).reshape(-1) if read else 0
+        gain = after.array(node.input[place[1]]).astype(np.float64) - old
+        run.add(tensor, gain, axis=1 if after.node(name).op_type == "Conv" else -1)
 
 
 def _enough(model: Model, outputs: Mapping[str, str]) -> int:
@@ -138,12 +176,17 @@ class _Mean:
 
 
 def _means(model: Model, outputs: Mapping[str, str], held: Split) -> dict[str, _Mean]:
-    tap = Tap(model, outputs.values(), threads=1)
+    """The means of nodes' outputs in one pass over the whole model."""
+    tap, look = Tap(model, outputs.values(), threads=1), _look(model, outputs)
+    return _mean(overlapped(lambda sample: look(tap(sample)), held.fitting(), cores()))
+
+
+def _look(model: Model, outputs: Mapping[str, str]) -> Callable[[Mapping[str, npt.NDArray[Any]]], _Sums]:
+    """A function from the nodes' outputs for one sample to what `_mean` sums up."""
     axis = {name: 1 if model.node(name).op_type == "Conv" else -1 for name in outputs}
     rectified = {name for name, tensor in outputs.items() if _only_relu(model, tensor)}
 
-    def look(sample: Sample) -> dict[str, tuple[Floats, Floats, int]]:
-        values = tap(sample)
+    def look(values: Mapping[str, npt.NDArray[Any]]) -> _Sums:
         found = {}
         for name, tensor in outputs.items():
             rows = np.moveaxis(values[tensor], axis[name], 0)
@@ -155,8 +198,12 @@ def _means(model: Model, outputs: Mapping[str, str], held: Split) -> dict[str, _
             found[name] = (rows.sum(axis=1, dtype=np.float64), active, rows.shape[1])
         return found
 
-    sums: dict[str, tuple[Floats, Floats, int]] = {}
-    for found in overlapped(look, held.fitting(), cores()):
+    return look
+
+
+def _mean(samples: Iterable[_Sums]) -> dict[str, _Mean]:
+    sums: _Sums = {}
+    for found in samples:
         for name, (total, active, count) in found.items():
             old = sums.get(name, (np.zeros_like(total), np.zeros_like(active), 0))
             sums[name] = (old[0] + total, old[1] + active, old[2] + count)

@@ -25,6 +25,7 @@ from qdq.nodes import attribute, input_axis, ints
 from qdq.observers import ChannelRange, asymmetric, union
 from qdq.plan import Plan, Point
 from qdq.qtensor import CHUNK, QParams, from_codes, representable, to_codes
+from qdq.scheme import Spec
 from qdq.tap import Sample, Tap, counted, overlapped
 
 ROWS = 8192  # channel vectors looked at per tensor, over all samples
@@ -171,6 +172,106 @@ def choose(
     return found
 
 
+def look(
+    model: Model, points: Mapping[str, Point], samples: Iterable[Sample], on_progress: Progress | None = None
+) -> dict[str, tuple[ChannelRange, Floats]]:
+    """What samples show of some activation tensors.
+
+    Args:
+        model: the prepared float model.
+        points: tensor -> its point.
+        samples: re-iterable; at most `gram.MAX_SAMPLES` of them are run.
+        on_progress: called with (samples done, samples in all or None, text).
+
+    Returns:
+        Tensor -> limits of each channel, and (vectors, channels) float64 some channel vectors.
+    """
+    if not points:
+        return {}
+    seen = _look(model, points, points, samples, on_progress)
+    return {tensor: (one.channels, one.rows) for tensor, one in seen.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Errors:
+    """Predicted error power at the outputs of all readers of one tensor over that of the outputs, mean over rows.
+
+    Every row counts alike, however small: it is a token, whose neighbours' size does not make its errors matter less.
+
+    Attributes:
+        data: of the tensor's codes with one scale.
+        tokens: of its codes with one scale per row.
+        weights: of the weights' codes, rounded to nearest.
+    """
+
+    data: float
+    tokens: float
+    weights: float
+
+
+def errors(
+    model: Model,
+    plan: Plan,
+    points: Mapping[str, Point],
+    params: Mapping[str, QParams],
+    divisors: Mapping[str, npt.NDArray[np.float32]],
+    samples: Iterable[Sample],
+    *,
+    on_progress: Progress | None = None,
+) -> dict[str, Errors]:
+    """What the roundings of some tensors and of the weights that read them do to the products.
+
+    Args:
+        model: the prepared float model.
+        plan: of it; says how the weights are stored.
+        points: tensor -> its point; all readers are Gemm or MatMul.
+        params: tensor -> parameters with one scale.
+        divisors: tensor -> (channels,) what its channels are divided by for that scale.
+        samples: re-iterable; at most `gram.MAX_SAMPLES` of them are run.
+        on_progress: called with (samples done, samples in all or None, text).
+    """
+    specs = {name: p.spec for p in plan.weights for name, _ in p.uses}
+    found = {}
+    for tensor, (_, rows) in look(model, points, samples, on_progress).items():
+        s = divisors[tensor].astype(np.float64) if tensor in divisors else np.ones(rows.shape[1])
+        readers = [model.node(name) for name, _ in points[tensor].uses]
+        matrices = [_by_input(model, points[tensor], node.input[1]) for node in readers]
+        read = np.sum([_sizes(matrix)[1] for matrix in matrices], axis=0)
+        signal = np.square(rows) @ read
+        share = np.divide(1, signal, out=np.zeros_like(signal), where=signal > 0) / max(len(signal), 1)
+        power = share @ np.square(rows)
+        step = np.abs(rows).max(axis=1, keepdims=True) / FORMATS[params[tensor].format].high
+        rest = rows - np.rint(np.divide(rows, step, out=np.zeros_like(rows), where=step > 0)) * step
+        each = zip(readers, matrices, strict=True)
+        found[tensor] = Errors(
+            data=float(share @ _data_errors(rows, s, params[tensor]) @ read),
+            tokens=float(share @ np.square(rest) @ read),
+            weights=math.fsum(_weight_error(m, specs[node.name], power / s**2, s) for node, m in each),
+        )
+    return found
+
+
+def _data_errors(rows: Floats, s: Floats, params: QParams) -> Floats:
+    """(vectors, channels) squared errors of channels divided by s and quantized, in their own unit."""
+    divided = rows / s
+    error = (from_codes(to_codes(divided, params), params).astype(np.float64) - divided) * s
+    return np.asarray(error**2)
+
+
+def _weight_error(matrix: npt.NDArray[np.floating], spec: Spec, power: Floats, s: Floats) -> float:
+    """Error power of a product by its weight's codes, half a step each way at most, for inputs of some power."""
+    block = spec.block or matrix.shape[0]
+    starts = np.arange(0, matrix.shape[0], block)
+    powers = np.add.reduceat(power, starts)
+    total = 0.0
+    step = max(1, CHUNK // max(matrix.shape[0], 1))
+    for start in range(0, matrix.shape[1], step):
+        scaled = np.abs(matrix[:, start : start + step, 0].astype(np.float64)) * s[:, None]
+        steps = np.maximum.reduceat(scaled, starts, axis=0) / FORMATS[spec.format].high
+        total += float((steps**2).sum(axis=1) @ powers) / 12
+    return total
+
+
 def _limit(plan: Plan, weights: list[str], otherwise: int) -> int:
     """The largest code of the coarsest of some weights."""
     return min((FORMATS[p.spec.format].high for p in plan.weights if p.tensor in weights), default=otherwise)
@@ -178,11 +279,12 @@ def _limit(plan: Plan, weights: list[str], otherwise: int) -> int:
 
 def _look(
     model: Model,
-    readers: Mapping[str, list[str]],
+    readers: Iterable[str],
     points: Mapping[str, Point],
     samples: Iterable[Sample],
     on_progress: Progress | None,
 ) -> dict[str, _Seen]:
+    readers = list(readers)
     tap = Tap(model, readers, threads=gram.THREADS)
     samples = gram.few(samples)
     each = max(1, ROWS // len(samples))
@@ -269,9 +371,7 @@ def _noise(
 
     `read` is the sum of squares of the weights that read each channel.
     """
-    divided = rows / s
-    error = (from_codes(to_codes(divided, params), params).astype(np.float64) - divided) * s
-    data = float((error**2).mean(axis=0) @ read)
-    power = float((divided**2).mean(axis=0).sum())
+    data = float(_data_errors(rows, s, params).mean(axis=0) @ read)
+    power = float(((rows / s) ** 2).mean(axis=0).sum())
     weights = math.fsum(float(((_peaks(m, s) / limit) ** 2).sum()) / 12 * m.shape[2] for m in matrices)
     return data + weights * power

@@ -29,7 +29,7 @@ from qdq.errors import InputError
 from qdq.finish import finish, rest_of
 from qdq.formats import FORMATS, require_targets
 from qdq.graph import Model, load, save
-from qdq.plan import Plan
+from qdq.plan import Plan, Point
 from qdq.precision import convert
 from qdq.pricing import Pricer, find_plan, gpus_of
 from qdq.recipe import Recipe
@@ -206,7 +206,7 @@ class _Bench:
             scheme=entry.text,
             precision=precision(made.plan, rest_of(made.plan, entry.recipe.rest)),
             weights_per=_counted(_weight_kind(p.spec.block, p.spec.axis) for p in made.plan.weights),
-            data_per=_counted("token" if p.tensor in made.solution.tokens else "tensor" for p in made.plan.activations),
+            data_per=_counted(_data_kind(p, made.solution.tokens) for p in made.plan.activations),
             quantized_nodes=len(made.plan.quantized_nodes),
             notes=(*made.solution.notes, *finished.notes),
         )
@@ -316,6 +316,11 @@ def precision(plan: Plan, rest: str) -> str:
 
 def _weight_kind(block: int | None, axis: int | None) -> str:
     return f"block of {block}" if block else "tensor" if axis is None else "channel"
+
+
+def _data_kind(point: Point, tokens: frozenset[str]) -> str:
+    blocks = FORMATS[point.spec.format].blocks
+    return f"block of {blocks[0]}" if blocks else "token" if point.tensor in tokens else "tensor"
 
 
 def _counted(kinds: Iterable[str]) -> str:

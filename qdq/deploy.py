@@ -29,6 +29,7 @@ from qdq.autocalib import solve_auto
 from qdq.bias import corrected
 from qdq.build import OnProgress, compile_engine, runs_here, save_engine, shape_ranges
 from qdq.calibrate import CalibrationTable, collect
+from qdq.crossfit import resolved
 from qdq.errors import InputError, ModelError
 from qdq.external import is_external, tensor_bytes
 from qdq.files import folder_beside, move_all
@@ -175,12 +176,14 @@ def quantize(
     if auto and checked is None:
         raise InputError("calibrator auto compares models on the samples, and only a table is given: give samples.")
     with registered(custom_ops):
+        chosen, equalized = resolved(prepared, chosen, checked, on_progress=on_progress)
         if auto and checked is not None:
             solution, quantized = solve_auto(
                 prepared, chosen, table, samples=checked, complete=complete, on_progress=on_progress
             )
         else:
             solution, quantized = complete(solve(prepared, chosen, table, samples=checked, on_progress=on_progress))
+    solution = replace(solution, notes=(*equalized, *solution.notes))
     return Quantized(prepared=prepared, plan=chosen, table=table, solution=solution, model=quantized)
 
 
@@ -192,7 +195,9 @@ def accuracy(prepared: Model, samples: Samples, settings: Settings) -> Callable[
     settings = replace(settings, bias_correction="off")
 
     def measure(plan: Plan) -> float:
+        nonlocal settings
         made = quantize(prepared, samples, settings=settings, plan=plan)
+        settings = replace(settings, equalize=made.plan.settings.equalize)  # 'auto' is settled by the first plan
         held = Split(samples=samples, fit=(), held=frozenset(ranked(samples)[:JUDGED]))
         return Judge(prepared, held).sqnr_db(made.model)
 

@@ -57,7 +57,8 @@ class Format:
 
 # Source: opsets from onnx.defs (QuantizeLinear 13, 19, 21 and 23). GPUs measured on tensorrt_rtx 1.7.1: SM75 compiles
 # INT8 MatMul and falls back to FP16 for INT8 Conv; INT4 compiles from SM86 on (SM80 is the same generation), FP8 from
-# SM89, FP4 from SM120. INT4 blocks of 16 to 128 fuse into the product on either axis of a matrix; NVFP4 has 16 only.
+# SM89, FP4 from SM120 (SM121 too). INT4 blocks of 16 to 128 fuse into the product on either axis of a matrix; NVFP4 has
+# 16 only: with quantized data one FP4 product, with float data a kernel of its own dequantizes the weight first.
 _ROWS = (
     Format(name="int8", bits=8, low=-128, high=127, onnx_type=TensorProto.INT8, minimum_opset=13, minimum_sm=75),
     Format(

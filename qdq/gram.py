@@ -27,7 +27,6 @@ from qdq.tap import Sample, Tap, counted, length
 MAX_SAMPLES = 64  # more do not change the matrices visibly; those with the smallest hash are taken
 ROWS_PER_COLUMN = 8  # input rows per weight column, over all samples
 MIN_ROWS = 8192  # input rows per weight at least, over all samples
-MAX_COLUMNS = 2304  # 256 channels x 3x3: above, a matrix takes over 42 MB and its inverse over a second
 THREADS = 2  # of ONNX Runtime: with three and more the last bits of its convolutions depend on their number
 FLOAT_BITS = 11  # of rows that stay float: products of 22 bits, so sums over samples of like size are exact in float64
 BUDGET_BYTES = 1 << 30  # matrices held at once; more weights take further passes over the samples
@@ -64,8 +63,8 @@ def collect(
         on_progress: called with (samples done, samples in all or None, text).
 
     Returns:
-        Weight tensor and axis -> (groups, columns, columns) float64. Weights over MAX_COLUMNS, batched ones, and those
-        that nodes of different groups share are left out.
+        Weight tensor and axis -> (groups, columns, columns) float64. Weights of more inputs than the
+        settings' `moment_inputs`, batched ones, and those that nodes of different groups share are left out.
     """
     weights: dict[Weight, list[NodeProto]] = {}
     for point in plan.weights:
@@ -73,7 +72,7 @@ def collect(
         assert info is not None and info.shape is not None
         shape = tuple(int(d) for d in info.shape if isinstance(d, int))
         nodes = [model.node(name) for name, _ in point.uses]
-        if columns(nodes[0], shape) > MAX_COLUMNS:
+        if columns(nodes[0], shape) > plan.settings.moment_inputs:
             continue
         if nodes[0].op_type == "MatMul" and len(shape) > 2:
             continue

@@ -5,7 +5,7 @@ consumers, each weight becomes codes behind a DequantizeLinear. It must not choo
 
 | case | in front of the operand | behind the node |
 |---|---|---|
-| any, equalized | first Mul by 1 / channel scales | nothing: the codes of W hold the channel scales |
+| any, equalized | first Mul by 1 / channel scales, unless carriers hold them (`absorb`) | nothing: the codes of W do |
 | A symmetric | Q, DQ | nothing |
 | B shifted, no padding | Sub c, Q, DQ | bias += c * sum(W) |
 | C shifted, padded Conv | Pad with 0, Sub c, Q, DQ; the Conv's own pads become 0 | bias += c * sum(W) |
@@ -16,6 +16,7 @@ consumers, each weight becomes codes behind a DequantizeLinear. It must not choo
 | H blocks that do not divide the reduction axis | first Pad with zeros; the weight has zero codes there | as A to G |
 | I one scale per token | Div by s = max abs over the last axis / 127, Q and DQ of scale 1 | Mul by s, then the bias |
 | J two-level weight (instead of codes and DQ) | DQ of the blocks, Q and DQ of INT8 per channel | as A to I |
+| K NVFP4, weight and data | data: first TRT_FP4DynamicQuantize; DQ of the block scales, DQ of the blocks | nothing |
 
 TensorRT reads zero point 0 only; c = -zero_point * scale makes the same codes as a zero point would, and 0 keeps an
 exact code. On TensorRT-RTX Pad, Sub and Q fuse into the kernel that produced the tensor (measured: the same number of
@@ -38,10 +39,11 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
+from qdq.absorb import Operand
 from qdq.external import release
 from qdq.formats import FORMATS
 from qdq.graph import Model, captured
-from qdq.nodes import Names, attribute, ints
+from qdq.nodes import FP4_QUANTIZE, TRT_DOMAIN, Names, attribute, ints
 from qdq.placement import weight_axis
 from qdq.plan import Plan, Point
 from qdq.qtensor import QParams, QTensor
@@ -98,14 +100,18 @@ class _Writer:
         self._nodes: list[NodeProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}
         self._made: dict[tuple[object, ...], str] = {}
+        self._typed: list[tuple[str, int, str]] = []  # tensors of no standard operator: name, type, of whose rank
+        self._carried: dict[str, list[tuple[str, Operand]]] = {}
+        for tensor, carrier in solution.carriers.items():
+            for operand in carrier.operands:
+                self._carried.setdefault(operand.node, []).append((tensor, operand))
         used = {name for n in model.graph.node for name in (*n.input, *n.output, n.name, *captured(n))}
         self._name = Names(used | set(model.initializers) | {i.name for i in model.inputs}).fresh
 
     def node(self, node: NodeProto, operands: dict[tuple[str, int], Point]) -> None:
         """Append one node of the float model, rewired where the plan says so."""
-        copy = NodeProto()
-        copy.CopyFrom(node)
         data, weight = operands.get((node.name, 0)), operands.get((node.name, 1))
+        copy = self._carrying(node, weight)
         if weight is not None and weight.role == "weight" and data is not None:
             if data.tensor in self._solution.tokens:
                 self._per_token(copy, weight, data.tensor)
@@ -134,6 +140,19 @@ class _Writer:
                 copy.input[index] = self._shortcut(point.tensor)
         self._nodes.append(copy)
 
+    def _carrying(self, node: NodeProto, weight: Point | None) -> NodeProto:
+        """A copy of a node whose constants hold the factors of a tensor made from its output."""
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        for tensor, operand in self._carried.get(node.name, ()):
+            if weight is not None and weight.role == "weight" and operand.index == 1:
+                continue  # its codes hold them
+            values = self._model.array(node.input[operand.index])
+            values = operand.times(values, 1 / self._solution.divisors[tensor].astype(np.float64))
+            write = self._codes if values.ndim > 1 and operand.index == 1 else self._constant
+            copy.input[operand.index] = write(f"{node.input[operand.index]}_divided", values)
+        return copy
+
     def finish(self) -> ModelProto:
         """The new model: unused float weights are dropped, everything else is kept."""
         proto = ModelProto()
@@ -146,8 +165,24 @@ class _Writer:
         del graph.initializer[:]
         graph.initializer.extend(kept)
         graph.initializer.extend(self._constants[name] for name in sorted(self._constants))
+        self._raise_opset(proto)
         proto.producer_name = "qdq"
         return proto
+
+    def _raise_opset(self, proto: ModelProto) -> None:
+        """Import what the formats need: from 21 to 23 the standard operators gained types only."""
+        params = (*self._solution.activations.values(), *(w.params for w in self._solution.weights.values()))
+        needed = max((FORMATS[p.format].minimum_opset for p in params), default=0)
+        for entry in proto.opset_import:
+            if entry.domain in ("", "ai.onnx") and entry.version < needed:
+                entry.version = needed
+                proto.ir_version = max(proto.ir_version, helper.find_min_ir_version_for(proto.opset_import, True))
+        if self._typed and all(entry.domain != TRT_DOMAIN for entry in proto.opset_import):
+            proto.opset_import.append(helper.make_opsetid(TRT_DOMAIN, 1))
+        for name, kind, tensor in self._typed:
+            info = self._model.info(tensor)
+            rank = len(info.shape) if info is not None and info.shape is not None else 0
+            proto.graph.value_info.append(helper.make_tensor_value_info(name, kind, [None] * rank))
 
     def _constant(self, wanted: str, values: npt.NDArray[np.generic], dtype: str | None = None) -> str:
         name = self._name(wanted)
@@ -168,6 +203,12 @@ class _Writer:
         output = self._name(wanted)
         self._nodes.append(helper.make_node(op_type, list(inputs), [output], name=output, **attributes))
         return output
+
+    def _stored(self, name: str) -> npt.NDArray[np.float64] | None:
+        """The values of a constant of the float model, or a new small one; None of a computed tensor."""
+        if name in self._constants:
+            return numpy_helper.to_array(self._constants[name]).astype(np.float64)
+        return self._model.array(name).astype(np.float64) if self._model.is_constant(name) else None
 
     def _dtype(self, tensor: str) -> str:
         info = self._model.info(tensor)
@@ -246,6 +287,9 @@ class _Writer:
         key = (tensor, border)
         if key in self._made:
             return self._made[key]
+        if FORMATS[params.format].scale_format:
+            self._made[key] = self._in_blocks(tensor, params, border)
+            return self._made[key]
         source = base = self._divided(tensor) if border is None else self._padded(tensor, self._divided(tensor), border)
         if params.zero_point:
             source = self._append("Sub", (source, self._offset(tensor, params)), f"{base}_Sub")
@@ -254,10 +298,29 @@ class _Writer:
         self._made[key] = self._append("DequantizeLinear", (codes, scale, zero), f"{base}_DequantizeLinear")
         return self._made[key]
 
+    def _in_blocks(self, tensor: str, params: QParams, border: _Border | _Rows | None) -> str:
+        """Case K, data: codes and block scales are computed as the engine runs, the scale of these scales is not."""
+        fmt, dtype = FORMATS[params.format], self._dtype(tensor)
+        grid = FORMATS[fmt.scale_format]
+        source = self._divided(tensor) if border is None else self._padded(tensor, self._divided(tensor), border)
+        scale = self._constant(f"{tensor}_tensor_scale", params.scale)  # float32 whatever the data are
+        codes, scales = self._name(f"{tensor}_codes"), self._name(f"{tensor}_block_codes")
+        attributes: dict[str, Any] = {"axis": -1, "block_size": fmt.blocks[0], "scale_type": grid.onnx_type}
+        name = self._name(f"{tensor}_{FP4_QUANTIZE}")
+        made = helper.make_node(FP4_QUANTIZE, [source, scale], [codes, scales], name, domain=TRT_DOMAIN, **attributes)
+        self._nodes.append(made)
+        self._typed += [(codes, fmt.onnx_type, tensor), (scales, grid.onnx_type, tensor)]
+        if dtype != "float32":
+            scale = self._constant(f"{tensor}_{dtype}_scale", params.scale, dtype)
+        real = self._append("DequantizeLinear", (scales, scale), f"{scales}_DequantizeLinear")
+        return self._append(
+            "DequantizeLinear", (codes, real), f"{codes}_DequantizeLinear", axis=-1, block_size=fmt.blocks[0]
+        )
+
     def _divided(self, tensor: str) -> str:
         """The tensor with its channels divided, made once; the tensor itself where nothing is to be divided."""
         divisor = self._solution.divisors.get(tensor)
-        if divisor is None:
+        if divisor is None or tensor in self._solution.carriers:
             return tensor
         key = (tensor, "divided")
         if key not in self._made:
@@ -354,6 +417,12 @@ class _Writer:
     ) -> list[str]:
         """Scale and zero point of a weight's codes; a blocked format needs no zero point, for its type is that of the
         codes."""
+        if params.second is not None:
+            grid = FORMATS[FORMATS[params.format].scale_format]
+            stored = (scale / np.float32(params.second)).astype(grid.dtype)
+            second = self._constant(f"{tensor}_tensor_scale", np.asarray(params.second), dtype)
+            inputs = (self._codes(f"{tensor}_block_codes", np.ascontiguousarray(stored)), second)
+            return [self._append("DequantizeLinear", inputs, f"{tensor}_block_scale")]
         if params.block is None:
             zeros = np.zeros(scale.shape, dtype=codes)
             return [self._constant(f"{tensor}_scale", scale, dtype), self._constant(f"{tensor}_zero_point", zeros)]
@@ -370,8 +439,7 @@ class _Writer:
         beta = next((a.f for a in node.attribute if a.name == "beta"), 1.0)
         if node.op_type != "MatMul" and not bias and beta == 1.0:
             merged: npt.NDArray[np.float64] | None = correction
-        elif node.op_type != "MatMul" and self._model.is_constant(bias) and beta == 1.0:
-            old = self._model.array(bias).astype(np.float64)
+        elif node.op_type != "MatMul" and (old := self._stored(bias)) is not None and beta == 1.0:
             merged = old + correction if old.ndim <= 1 or old.shape[:-1] == (1,) * (old.ndim - 1) else None
         else:
             merged = None

@@ -15,6 +15,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from qdq.graph import dtype_name
+from qdq.nodes import FP4_QUANTIZE
 from qdq.quantizers import Operand, Product, Quantizer, View
 
 ERRORS = ("refused", "crash", "wrong")
@@ -130,7 +131,10 @@ def bad_shape(q: Quantizer) -> bool:
 
 
 def computed(view: View, q: Quantizer) -> bool:
-    """Whether the scale depends on an input, and no operator that is reported itself makes it."""
+    """Whether the scale depends on an input, and neither NVFP4 has it so nor an operator that is reported itself."""
+    maker = view.model.producer(q.node.input[0])
+    if maker is not None and maker.op_type == FP4_QUANTIZE:
+        return False
     return not view.is_constant(q.node.input[1]) and not made_dynamically(view, q.node.input[1])
 
 

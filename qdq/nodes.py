@@ -7,6 +7,9 @@ from typing import Any
 
 from onnx import NodeProto, helper
 
+# Of TensorRT's parser: data -> FP4 codes and FP8 scales of blocks of 16. No standard operator does it.
+FP4_QUANTIZE, TRT_DOMAIN = "TRT_FP4DynamicQuantize", "trt"
+
 
 def attribute(node: NodeProto, name: str, default: int) -> int:
     """An integer attribute of a node."""

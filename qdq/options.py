@@ -34,15 +34,20 @@ def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 recipe_option = click.option("--recipe", type=PATH, help="YAML file; its keys are the options with underscores.")
 settings_options = _options(
-    click.option("--scheme", help="int8 (default), int8-smooth, int8-weight, int4, w4a8, fptq or fp8."),
+    click.option(
+        "--scheme", help="int8 (default), int8-smooth, int8-weight, int4, w4a8, fptq, fp8, nvfp4 or nvfp4-weight."
+    ),
     click.option("--calibrator", help="Activation ranges: mse (default), percentile, entropy, max, average or auto."),
     click.option("--percentile", type=float, help="Of the percentile calibrator, default 99.99."),
     click.option("--rounding", help="Weights: gptq, descent, awq, clip, hqq or nearest; default: the scheme's."),
-    click.option("--equalize", help="Channel balancing: smoothquant, smooth, lae, dgq, awq or none; default likewise."),
-    click.option("--block", help="4-bit weights that share a scale: 128 (default), 64, 32, 16, auto, channel, tensor."),
-    click.option("--block-loss-db", type=float, help="Of --block auto: SQNR a weight may lose to blocks of 16."),
-    click.option("--v0", type=float, help="Of fptq: largest magnitude for one scale, default 15."),
-    click.option("--v1", type=float, help="Of fptq: beyond it one scale per token, default 150."),
+    click.option(
+        "--equalize",
+        help="Channel balancing: smoothquant, smooth, lae, dgq, cle, awq, sinq, auto or none; default likewise.",
+    ),
+    click.option("--block", help="INT4 weights that share a scale: auto (default), 128, 64, 32, 16, channel, tensor."),
+    click.option("--block-loss-db", type=float, help="Of --block auto: coarsest block by SQNR lost to blocks of 16."),
+    click.option("--v0", help="Of fptq: largest magnitude for one scale, default 15; auto equalizes whatever gains."),
+    click.option("--v1", help="Of fptq: beyond it one scale per token, default 150; auto says so by the error."),
     click.option("--bias-correction", help="auto (default, where held-out samples gain), on or off."),
     click.option("--shift/--no-shift", default=None, help="Shift lopsided activations to use all codes (default on)."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="Node names to leave in float; repeatable."),

@@ -14,11 +14,13 @@ import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 from onnx import NodeProto
 
 from qdq.errors import InputError
 from qdq.formats import FORMATS
-from qdq.granularity import coarsest
+from qdq.granularity import best, coarsest
 from qdq.graph import Model, bodies
 from qdq.nodes import attribute, input_axis
 from qdq.plan import Plan, Point, Skip
@@ -102,9 +104,13 @@ def weighted(model: Model, node: NodeProto, settings: Settings) -> list[Decision
         if fallback
         else settings.weight(scheme, outputs=outputs, inputs=inputs, block=block, convolution=convolution)
     )
-    if spec is None:
+    if spec is None and scheme.data is None:
         reason = f"{scheme.name} is for weights alone, and a convolution would dequantize its weight in an extra kernel"
         return [Veto(rule="weight_only", reason=reason)]
+    if spec is None:
+        return [Veto(rule="format", reason=f"TensorRT has no convolution of {scheme.weight} data")]
+    if data is not None and FORMATS[data.format].blocks and (lacking := _no_data_blocks(model, node, reason)):
+        return [Veto(rule="format", reason=lacking)]
     wants: list[Decision] = []
     if data is not None:
         wants.append(Want(tensor=node.input[0], index=0, role="activation", spec=data, rule="weighted"))
@@ -122,15 +128,39 @@ def _block(
     fitting = [b for b in blocks if isinstance(size, int) and _fitting(size, b)]
     if not fitting or not isinstance(size, int):
         return None, f"int8 per channel: its {size} inputs do not fill blocks of {min(blocks)}"
-    if settings.block == "auto":
-        weight = model.array(node.input[1])
-        block = coarsest(weight, input_axis(node, weight.ndim), fitting, FORMATS[scheme.weight], settings.block_loss_db)
-        return block, f"the coarsest block within {settings.block_loss_db:g} dB of {min(fitting)}"
-    block = max((b for b in fitting if b <= int(settings.block)), default=min(fitting))
-    reasons = [] if block == settings.block else [f"blocks of {settings.block} do not divide its {size} inputs"]
+    block = fitting[0]
+    if len(blocks) == 1:
+        reasons = []
+    elif settings.block == "auto":
+        block, reason = _adapted(model.array(node.input[1]), input_axis(node, len(shape)), fitting, settings, scheme)
+        reasons = [reason]
+    else:
+        block = max((b for b in fitting if b <= int(settings.block)), default=min(fitting))
+        reasons = [] if block == settings.block else [f"blocks of {settings.block} do not divide its {size} inputs"]
     if missing := -size % block:
         reasons.append(f"padded with {missing} zeros")
     return block, "; ".join(reasons)
+
+
+def _no_data_blocks(model: Model, node: NodeProto, misfit: str) -> str:
+    """Why the data of a product cannot be cut into blocks along its sum, "" where they can; `misfit`: see `_block`."""
+    info, weight = model.info(node.input[0]), model.info(node.input[1])
+    ranks = [len(i.shape) if i is not None and i.shape is not None else 0 for i in (info, weight)]
+    if ranks[0] not in (2, 3) or ranks[1] != 2:
+        return "TensorRT quantizes data in blocks for matrices and batches of them only, times one matrix"
+    if attribute(node, "transA", 0):
+        return "its sum does not run over the last axis of its data, along which blocks lie"
+    return misfit if misfit.startswith("int8 per channel") else ""
+
+
+def _adapted(
+    weight: npt.NDArray[np.floating], axis: int, blocks: Sequence[int], settings: Settings, scheme: Scheme
+) -> tuple[int, str]:
+    """The block that suits the values of a weight, and why."""
+    fmt, loss = FORMATS[scheme.weight], settings.block_loss_db
+    if loss is not None:
+        return coarsest(weight, axis, blocks, fmt, loss), f"the coarsest block within {loss:g} dB of {min(blocks)}"
+    return best(weight, axis, blocks, fmt), "the block of least error per bit that it saves against INT8"
 
 
 def _fitting(size: int, block: int) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qdq.errors import InputError, StaleFileError
 from qdq.files import read_json, write_text
+from qdq.formats import FORMATS
 from qdq.graph import Model
 from qdq.scheme import Settings, Spec
 
@@ -271,7 +272,8 @@ def _grain(spec: Spec) -> str:
     if spec.token:
         return "per token" if spec.token == "always" else "per tensor or per token, as its range says"
     if spec.axis is None:
-        return "per tensor"
+        blocks = FORMATS[spec.format].blocks if FORMATS[spec.format].scale_format else ()
+        return f"in blocks of {blocks[0]}, scaled as the engine runs" if blocks else "per tensor"
     if spec.block is None:
         return f"per channel on axis {spec.axis}" + (", weight only" if spec.weight_only else "")
     read = f", read as {spec.via} per channel" if spec.via else ", weight only" if spec.weight_only else ""

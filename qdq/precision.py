@@ -281,7 +281,9 @@ class _Writer:
         elif scale.ndim == codes.ndim > 0:  # blocks
             ratio = np.repeat(ratio, codes.shape[axis] // scale.shape[axis], axis=axis)
         names = self._name(f"{node.input[0]}_{self._low}"), self._name(f"{node.input[1]}_{self._low}")
-        rounded = np.rint(codes.astype(np.float64) * ratio).astype(codes.dtype)
+        scaled = codes.astype(np.float64) * ratio
+        kind = TensorProto.DataType.Name(self._model.initializers[node.input[0]].data_type)
+        rounded = (np.rint(scaled) if kind.startswith(("INT", "UINT")) else scaled).astype(codes.dtype)
         self._constants[names[0]] = numpy_helper.from_array(rounded, names[0])
         self._constants[names[1]] = self._tensor(names[1], raised)
         self._raised[key] = names

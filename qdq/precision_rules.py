@@ -27,6 +27,7 @@ from onnx import NodeProto
 
 from qdq.calibrate import CalibrationTable
 from qdq.graph import Model, TensorInfo, bodies, captured
+from qdq.nodes import FP4_QUANTIZE
 from qdq.plan import Skip
 
 LIMIT = 2.0**15  # half of what float16 holds: samples are not all that the network will see
@@ -81,6 +82,8 @@ class Schema:
 
     def lowers(self, node: NodeProto, index: int, *, output: bool = False) -> bool:
         """Whether float32 at this operand may become the low type."""
+        if node.op_type == FP4_QUANTIZE:  # TensorRT's own: data of any float type, a float32 scale, no float output
+            return index == 0 and not output
         schema = self.of(node)
         if schema is None or has_body(node) or (node.op_type == "Resize" and not output and index > 0):
             return False
@@ -195,7 +198,7 @@ class _Rules:
         """The rule that keeps a node, and its reason; None for the low type."""
         if has_body(node):
             return "body", "bodies of If, Loop and Scan stay as they are"
-        if self._schema.of(node) is None:
+        if self._schema.of(node) is None and node.op_type != FP4_QUANTIZE:
             return "unknown operator", f"onnx does not know {node.domain or 'ai.onnx'} {node.op_type}"
         infos = [self._model.info(t) for t in (*node.input, *node.output) if t]
         if any(info is None or info.dtype.endswith("_type") for info in infos):

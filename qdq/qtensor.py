@@ -20,6 +20,7 @@ from qdq.footprint import cores
 from qdq.formats import FORMATS, Format
 
 SMALLEST_FP8 = 2.0**-9  # of E4M3
+LEAST_SECOND = 2.0**-14  # FP16's smallest normal number
 CHUNK = 1 << 18  # elements worked on at a time, on each thread: 1 MB of float32, which stays in the cache
 
 Array = npt.NDArray[np.generic]
@@ -285,7 +286,32 @@ def block_params(weight: Array, *, axis: int, block: int, fmt: Format) -> QParam
     return stored_scales(scale, weight.shape, weight.dtype.name, axis=axis, block=block, fmt=fmt)
 
 
-def stored_scales(scale: Floats, shape: Sequence[int], dtype: str, *, axis: int, block: int, fmt: Format) -> QParams:
+def scale_of_scales(largest: float, fmt: Format) -> float:
+    """The scale of block scales that are codes themselves: largest / (their largest code), up to a power of two.
+
+    A power of two, and no smaller than FP16's smallest normal number: it and the block scales are then the same numbers
+    in every float type. A binade at the low end of E4M3's 18 is what that costs.
+
+    Args:
+        largest: of the block scales.
+        fmt: the bit format.
+
+    >>> scale_of_scales(1.0, FORMATS["nvfp4"])
+    0.00390625
+    """
+    return float(max(2.0 ** np.ceil(np.log2(largest / FORMATS[fmt.scale_format].high)), LEAST_SECOND))
+
+
+def stored_scales(
+    scale: Floats,
+    shape: Sequence[int],
+    dtype: str,
+    *,
+    axis: int,
+    block: int,
+    fmt: Format,
+    most: float | None = None,
+) -> QParams:
     """Parameters of a blocked weight from the scales wanted: positive, and exact in the types that store them.
 
     Args:
@@ -295,7 +321,8 @@ def stored_scales(scale: Floats, shape: Sequence[int], dtype: str, *, axis: int,
         axis: the axis that is cut into blocks.
         block: elements in a block.
         fmt: the bit format. Where it quantizes its scales too, they are codes of that format times one scale per
-            tensor, max(scale) / (largest code), as in NVFP4.
+            tensor, as in NVFP4; see `scale_of_scales`.
+        most: the largest scale that shares this one scale; None for the largest of these.
     """
     largest = float(scale.max()) if scale.size else 0.0
     scale = np.where(scale > 0, scale, np.float32(largest or 1.0))
@@ -303,7 +330,7 @@ def stored_scales(scale: Floats, shape: Sequence[int], dtype: str, *, axis: int,
     second = None
     if fmt.scale_format:
         grid = FORMATS[fmt.scale_format]
-        second = float(representable((largest or 1.0) / grid.high, "float32"))
+        second = scale_of_scales(most or largest or 1.0, fmt)
         codes = np.clip(scale / np.float32(second), SMALLEST_FP8, grid.high)
         scale = codes.astype(grid.dtype).astype(np.float32) * np.float32(second)
     else:

@@ -16,11 +16,13 @@ from qdq.errors import InputError
 from qdq.formats import FORMATS
 
 CALIBRATORS: tuple[str, ...] = ("mse", "percentile", "entropy", "max", "average", "auto")
-EQUALIZERS: tuple[str, ...] = ("smoothquant", "smooth", "lae", "dgq", "awq", "none")
+EQUALIZERS: tuple[str, ...] = ("smoothquant", "smooth", "lae", "dgq", "cle", "awq", "sinq", "auto", "none")
 BIAS_CORRECTIONS: tuple[str, ...] = ("auto", "on", "off")
 ROUNDINGS: tuple[str, ...] = ("gptq", "descent", "awq", "clip", "hqq", "nearest")
 BLOCKS: tuple[int | str, ...] = (*FORMATS["int4"].blocks, "auto", "channel", "tensor")
 TOKENS: tuple[str, ...] = ("always", "fptq")
+V0, V1 = 15.0, 150.0  # of FPTQ's paper
+LEAST_DAMPING = 1e-4  # inputs that depend on each other leave a matrix that has no inverse otherwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +52,15 @@ class Scheme:
 
 # 4-bit weights are refined by coordinate descent: at 15 levels it is worth a third of what GPTQ is.
 _ROWS = (
-    Scheme(name="int8"),
+    Scheme(name="int8", equalize="auto"),
     Scheme(name="int8-smooth", equalize="smooth"),
     Scheme(name="int8-weight", data=None, convolution=None, equalize="none"),
     Scheme(name="int4", data=None, weight="int4", convolution=None, rounding="descent", equalize="awq"),
     Scheme(name="w4a8", weight="int4", via="int8", rounding="descent"),
     Scheme(name="fptq", weight="int4", via="int8", token="fptq", rounding="descent", equalize="lae"),
     Scheme(name="fp8", data="fp8", weight="fp8", convolution="fp8", rounding="nearest", equalize="none"),
+    Scheme(name="nvfp4", data="nvfp4", weight="nvfp4", convolution=None, rounding="descent", equalize="none"),
+    Scheme(name="nvfp4-weight", data=None, weight="nvfp4", convolution=None, rounding="descent", equalize="awq"),
 )
 SCHEMES: Mapping[str, Scheme] = MappingProxyType({row.name: row for row in _ROWS})
 
@@ -77,6 +81,14 @@ def choose(value: str, allowed: Sequence[str], what: str) -> str:
     near = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise InputError(f"Unknown {what} {value!r}: it must be one of {', '.join(allowed)}.{hint}")
+
+
+def _number(value: object) -> object:
+    """The number that a text stands for; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,9 +132,11 @@ class Spec:
                 f"block is {self.block!r} along axis {self.axis!r}: {self.format} has {allowed}, along an axis."
             )
         if self.via is not None and (
-            FORMATS[choose(self.via, tuple(FORMATS), "via")].bits <= fmt.bits or not fmt.blocks
+            FORMATS[choose(self.via, tuple(FORMATS), "via")].bits <= fmt.bits or not fmt.blocks or not fmt.integer
         ):
-            raise InputError(f"via is {self.via!r}: it must have more bits than {self.format}, which must be blocked.")
+            raise InputError(
+                f"via is {self.via!r}: it must have more bits than {self.format}, which must have blocks of integers."
+            )
         if self.via is not None and (self.block is None or self.weight_only):
             raise InputError("via makes blocks readable for an integer product: it needs a block, and no weight_only.")
         if self.block is not None and fmt.integer and not self.via and not self.weight_only:
@@ -141,16 +155,23 @@ class Settings:
         calibrator: how an activation's range is chosen from its histogram.
         percentile: percent of the values that the `percentile` calibrator keeps inside the range.
         rounding: how weights are rounded to codes; "" takes the scheme's default.
-        equalize: the formula by which input channels of a layer are balanced where that pays, or "none"; "" takes the
-            scheme's default. Weight-only blocks are balanced as AWQ does, unless it is "none".
+        equalize: the formula by which input channels of a layer are balanced where that pays, or "none"; "auto" takes
+            the strong one where held-out samples gain by it (`crossfit`); "" takes the scheme's default. Weight-only
+            blocks are balanced as AWQ does, unless it is "none" or "sinq".
         shift: allow `Spec.shift` for activations.
         exclude: glob patterns of node names that stay in float; each must match at least one node.
         bias_correction: shift biases so that quantization does not move means; "auto" where held-out samples gain.
         block: weights that share a scale along the reduction axis, for formats that have blocks; "auto" takes for
-            each weight the coarsest that keeps its error within `block_loss_db`, "channel" and "tensor" the whole.
-        block_loss_db: of block "auto": how much less SQNR than with the finest block a weight may have.
-        v0: of FPTQ's rule: tensors whose largest magnitude is at most this have one scale.
-        v1: those above v0 and at most this are equalized first; those above v1 have one scale per token.
+            each weight the one whose scales are worth their bits (`granularity.best`); "channel", "tensor": the whole.
+        block_loss_db: of block "auto": take the coarsest block that has at most so much less SQNR than the finest.
+        damping: of rounding by second moments: the share of their mean diagonal that is added to the diagonal.
+        act_order: GPTQ rounds the inputs of largest second moment first; else in their order.
+        moment_inputs: weights of up to so many inputs per output are rounded by second moments, the others without
+            data: a matrix takes 8 bytes times its square, and rounding several times that.
+        v0: of FPTQ's rule: tensors whose largest magnitude is at most this have one scale; "auto" equalizes every one
+            that gains.
+        v1: those above v0 and at most this are equalized first; those above v1 have one scale per token; "auto" gives
+            it to those whose error counts beside that of the weights.
         overrides: node name pattern -> scheme for those nodes; the first that matches counts.
 
     Raises:
@@ -165,10 +186,13 @@ class Settings:
     shift: bool = True
     exclude: tuple[str, ...] = ()
     bias_correction: str = "auto"
-    block: int | str = 128
-    block_loss_db: float = 3.0
-    v0: float = 15.0
-    v1: float = 150.0
+    block: int | str = "auto"
+    block_loss_db: float | None = None
+    damping: float = 0.01
+    act_order: bool = True
+    moment_inputs: int = 2304
+    v0: float | str = V0
+    v1: float | str = V1
     overrides: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -200,11 +224,20 @@ class Settings:
         if isinstance(block, bool) or block not in BLOCKS:
             raise InputError(f"block is {self.block!r}: it must be one of {', '.join(map(str, BLOCKS))}.")
         object.__setattr__(self, "block", block)
-        for name, low in (("block_loss_db", 0.0), ("v0", 0.0), ("v1", self.v0)):
-            value = getattr(self, name)
+        for name in ("v0", "v1"):  # text where the command line gives them
+            object.__setattr__(self, name, _number(getattr(self, name)))
+        floor = 0.0 if isinstance(self.v0, str) else self.v0
+        for name, low in (("block_loss_db", 0.0), ("damping", LEAST_DAMPING), ("v0", 0.0), ("v1", floor)):
+            value, chosen = getattr(self, name), name in ("v0", "v1")
+            if (value is None and name == "block_loss_db") or (value == "auto" and chosen):
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < float("inf"):
-                least = "v0" if name == "v1" else "0"
+                least = ("v0" if name == "v1" else f"{low:g}") + (", or auto" if chosen else "")
                 raise InputError(f"{name} is {value!r}: it must be a number of at least {least}.")
+        if not isinstance(self.act_order, bool):
+            raise InputError(f"act_order is {self.act_order!r}: it must be true or false.")
+        if type(self.moment_inputs) is not int or self.moment_inputs < 0:
+            raise InputError(f"moment_inputs is {self.moment_inputs!r}: it must be a whole number, such as 4096.")
         pairs = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
         if not isinstance(pairs, list | tuple | ItemsView) or not all(
             isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(t, str) and t for t in pair)
@@ -218,9 +251,9 @@ class Settings:
         rows = [
             SCHEMES[choose(name, tuple(SCHEMES), "scheme")] for name in (self.scheme, *dict(self.overrides).values())
         ]
-        if self.block in ("channel", "tensor") and any(row.via for row in rows):
+        if self.block in ("channel", "tensor") and any(row.via or FORMATS[row.weight].scale_format for row in rows):
             raise InputError(
-                f"block is {self.block!r}, but {self.scheme} multiplies 4-bit weights in INT8 through blocks: choose "
+                f"block is {self.block!r}, but {self.scheme} multiplies 4-bit weights through blocks: choose "
                 f"{', '.join(map(str, FORMATS['int4'].blocks))} or auto, or the weight-only scheme int4."
             )
 

@@ -7,25 +7,26 @@ Each weight is solved by itself. This module must not change the graph; its only
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
 import numpy as np
 import numpy.typing as npt
 
-from qdq import channel_scale, gram, observers, weight_scale
+from qdq import channel_scale, cross_layer, fptq, gram, observers, weight_scale
+from qdq.absorb import Carrier, carried, factors, scaled
 from qdq.calibrate import CalibrationTable, Progress
 from qdq.errors import InputError
 from qdq.external import is_large, tensor_bytes
 from qdq.footprint import Room, cores
 from qdq.formats import FORMATS
 from qdq.graph import Model
-from qdq.nodes import attribute, attribute_value, input_axis
+from qdq.nodes import attribute, input_axis
 from qdq.observers import Histogram
 from qdq.placement import WEIGHTED, weight_axis
 from qdq.plan import Plan, Point
-from qdq.qtensor import QParams, QTensor, representable
-from qdq.scheme import Spec
+from qdq.qtensor import QParams, QTensor, representable, scale_of_scales
+from qdq.scheme import Settings, Spec
 from qdq.spool import Spool, key_of
 from qdq.tap import Sample, overlapped
 from qdq.weights import DATA_FREE, quantize_weight
@@ -44,6 +45,7 @@ class Solution:
         activations: tensor -> parameters per tensor.
         divisors: tensor -> (channels,) what its channels are divided by before they are quantized; the codes of the
             weights that read it already hold the factor.
+        carriers: of those, tensor -> the constants that divide it as it is made; no node has to do so.
         weights: (tensor, axis) -> codes and parameters.
         tokens: tensors that have one scale per token, computed as the engine runs; their parameters have scale 1.
         notes: what a person should know, one line each (ties given up, weights rounded to nearest for want of data).
@@ -56,6 +58,12 @@ class Solution:
     notes: tuple[str, ...]
     tokens: frozenset[str] = frozenset()
     spool: Spool | None = None
+    carriers: Mapping[str, Carrier] = field(default_factory=dict)
+
+    @property
+    def factors(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Weighted node -> (channels,) what its output is multiplied by in the Q/DQ model: it carries divisors."""
+        return factors(self.carriers, self.divisors)
 
 
 def solve(
@@ -91,29 +99,51 @@ def solve(
     notes: list[str] = []
     samples = None if samples is None else gram.few(samples)
     activations = activation_params(model, plan, table, {}, notes) if params is None else dict(params)
-    tokens, compressed = _classes(model, plan, table, notes)
-    activations |= {tensor: QParams(scale=np.asarray(1, dtype=np.float32)) for tensor in tokens}
-    static = {tensor: found for tensor, found in activations.items() if tensor not in tokens}
+    classes = fptq.classes(model, plan, table, data=samples is not None)
+    notes += classes.notes
+    tokens, compressed = [*classes.tokens], classes.compressed
+    running = {*tokens, *(p.tensor for p in plan.activations if FORMATS[p.spec.format].blocks)}
+    static = {tensor: found for tensor, found in activations.items() if tensor not in running}
     divisors: dict[str, npt.NDArray[np.float32]] = {}
-    if plan.settings.equalize not in ("none", "awq") and samples is not None:
-        wanted = _only(plan, [t for t in static if t in compressed]) if compressed is not None else plan
-        equalized = channel_scale.choose(
-            model, wanted, static, samples, formula=plan.settings.equalize, on_progress=on_progress
-        )
+    formula = "smoothquant" if plan.settings.equalize == "auto" else plan.settings.equalize  # see `crossfit.resolved`
+    if formula not in ("none", "awq") and samples is not None:
+        wanted = _only(plan, [t for t in static if compressed is None or t in compressed])
+        if formula == "cle":
+            equalized = cross_layer.choose(model, wanted, samples, on_progress=on_progress)
+        else:
+            equalized = channel_scale.choose(model, wanted, static, samples, formula=formula, on_progress=on_progress)
         divisors = {tensor: e.scale for tensor, e in equalized.items()}
         static |= {tensor: e.params for tensor, e in equalized.items()}
         activations |= static
-        if equalized:
+        if equalized and formula == "cle":
+            notes.append(f"the channels of {len(equalized)} of {len(activations)} tensors are equalized across layers")
+        elif equalized:
             gains = sorted(e.gain_db for e in equalized.values())
             notes.append(
                 f"the channels of {len(equalized)} of {len(activations)} tensors are equalized: {gains[0]:.1f} to "
                 f"{gains[-1]:.1f} dB less noise predicted at their consumers"
             )
+    if samples is not None:
+        late = fptq.by_error(model, plan, static, divisors, samples, on_progress=on_progress)
+        tokens += late
+        for tensor in late:
+            del static[tensor]
+            divisors.pop(tensor, None)
+    activations |= {tensor: QParams(scale=np.asarray(1, dtype=np.float32)) for tensor in tokens}
+    if compressed is not None:
+        asked = sum(p.spec.token is not None for p in plan.activations)
+        notes.append(f"{len(tokens)} of {asked} tensors have one INT8 scale per token, computed as the engine runs")
     grams = _moments(model, plan, static, samples, divisors, notes, on_progress)
     if plan.settings.equalize != "none":
         divisors |= _balance(model, plan, grams, divisors, notes)
+    carriers = carried(model, plan, divisors)
+    if divisors:
+        notes.append(
+            f"of {len(divisors)} tensors whose channels are divided, {len(carriers)} are made so by the layer before; "
+            "the others cost one Mul"
+        )
     spool = Spool() if is_large(model.graph.initializer) else None
-    weights = _weights(model, plan, grams, divisors, spool, on_progress)
+    weights = _weights(model, plan, grams, divisors, factors(carriers, divisors), spool, on_progress)
     return Solution(
         activations=activations,
         divisors=divisors,
@@ -121,6 +151,7 @@ def solve(
         notes=tuple(notes),
         tokens=frozenset(tokens),
         spool=spool,
+        carriers=carriers,
     )
 
 
@@ -129,23 +160,26 @@ def _weights(
     plan: Plan,
     grams: gram.Grams,
     divisors: Mapping[str, npt.NDArray[np.float32]],
+    outputs: Mapping[str, npt.NDArray[np.float64]],
     spool: Spool | None,
     on_progress: Progress | None,
 ) -> dict[tuple[str, int | None], QTensor]:
     """Every weight rounded by itself; one per core at a time, as far as the memory of their copies allows."""
-    rounding = plan.settings.rounding
+    settings = plan.settings
 
     def solved(point: Point) -> QTensor:
         key = (point.tensor, point.spec.axis)
-        moments, divisor = grams.get(key), divisors.get(model.node(point.uses[0][0]).input[0])
+        reader = model.node(point.uses[0][0])
+        moments, divisor, factor = grams.get(key), divisors.get(reader.input[0]), outputs.get(reader.name)
 
         def make() -> QTensor:
-            return _weight(model, point, rounding, moments, divisors)
+            return _weight(model, point, settings, moments, divisor, factor)
 
         with room.taken(_copies(model, point, moments)):
             if spool is None:
                 return make()
-            decides = (model.sha256, plan.rewrites, point, rounding, version("qdq"), moments, divisor)
+            how = (settings.rounding, settings.damping, settings.act_order)
+            decides = (model.sha256, plan.rewrites, point, how, version("qdq"), moments, divisor, factor)
             return spool.weight(key_of(*decides), make)
 
     room = Room(ROUNDING_BYTES)
@@ -169,43 +203,6 @@ def _only(plan: Plan, tensors: list[str]) -> Plan:
     return replace(plan, points=points)
 
 
-def _classes(model: Model, plan: Plan, table: CalibrationTable, notes: list[str]) -> tuple[list[str], list[str] | None]:
-    """FPTQ's rule: the tensors with one scale per token, and those to equalize (None: the settings say it of all).
-
-    Up to v0 a tensor has one scale; up to v1 its channels are equalized first; beyond, each token has its own scale.
-    """
-    asked = [p for p in plan.activations if p.spec.token]
-    if not asked:
-        return [], None
-    tokens, compressed = [], [p.tensor for p in plan.activations if not p.spec.token]
-    given_up = 0
-    for point in asked:
-        span = table.tensors[point.tensor].amax
-        if point.spec.token == "always" or span > plan.settings.v1:
-            if all(_per_token(model, name, index) for name, index in point.uses):
-                tokens.append(point.tensor)
-                continue
-            given_up += 1
-        if point.spec.token == "fptq" and span > plan.settings.v0:
-            compressed.append(point.tensor)
-    notes.append(f"{len(tokens)} of {len(asked)} tensors have one INT8 scale per token, computed as the engine runs")
-    if given_up:
-        notes.append(
-            f"{given_up} tensors keep one scale although their range asks for one per token: a reader is no MatMul, "
-            "and no Gemm without transA, alpha and beta"
-        )
-    return tokens, compressed
-
-
-def _per_token(model: Model, name: str, index: int) -> bool:
-    """Whether a node can take data with one scale per row: the scales come back as a factor behind it."""
-    node = model.node(name)
-    plain = all(attribute_value(node, a, 1.0) == 1.0 for a in ("alpha", "beta"))
-    return index == 0 and (
-        node.op_type == "MatMul" or (node.op_type == "Gemm" and plain and not attribute(node, "transA", 0))
-    )
-
-
 def _moments(
     model: Model,
     plan: Plan,
@@ -217,7 +214,7 @@ def _moments(
 ) -> gram.Grams:
     """Second moments for the weights whose rounding or balancing wants them."""
     rounding = plan.settings.rounding
-    balance = plan.settings.equalize != "none"
+    balance = plan.settings.equalize not in ("none", "sinq")
     wanted = tuple(
         p for p in plan.weights if rounding not in DATA_FREE or (balance and p.spec.weight_only and p.spec.block)
     )
@@ -231,10 +228,10 @@ def _moments(
         model, replace(plan, points=(*others, *wanted)), static, samples, divisors=divisors, on_progress=on_progress
     )
     plain = [p.tensor for p in wanted if (p.tensor, p.spec.axis) not in grams]
-    if grams and plain and rounding not in DATA_FREE:
+    if plain and rounding not in DATA_FREE:
         notes.append(
-            f"{len(plain)} of {len(plan.weights)} weights are rounded to nearest: {rounding} takes weights of up to "
-            f"{gram.MAX_COLUMNS} inputs per output"
+            f"{len(plain)} of {len(plan.weights)} weights are rounded without their inputs: {rounding} takes up to "
+            f"{plan.settings.moment_inputs} inputs per output (moment_inputs), and no batched weights"
         )
     return grams
 
@@ -253,24 +250,30 @@ def _balance(
         nodes = [model.node(name) for name, _ in point.uses]
         for node in nodes:
             readers.setdefault(node.input[0], []).append(point)
-        alone = point.spec.weight_only and point.spec.block and (point.tensor, point.spec.axis) in grams
+        known = plan.settings.equalize == "sinq" or (point.tensor, point.spec.axis) in grams
+        alone = (
+            point.spec.weight_only and point.spec.block and known and len(model.initializers[point.tensor].dims) == 2
+        )
         if not alone or len({n.input[0] for n in nodes}) > 1 or any(attribute(n, "transA", 0) for n in nodes):
             mixed |= {n.input[0] for n in nodes}
     found = {}
     candidates = {tensor: points for tensor, points in readers.items() if tensor not in mixed | divisors.keys()}
     for tensor, points in candidates.items():
-        moment = grams[points[0].tensor, points[0].spec.axis][0]
         rows, blocks = [], []
         for point in points:
             values = model.array(point.tensor)
             assert point.spec.axis is not None and point.spec.block is not None
             rows.append(np.moveaxis(values, point.spec.axis, -1).astype(np.float32))
             blocks.append(point.spec.block)
-        divisor = weight_scale.balanced(rows, blocks, moment, fmt=points[0].spec.format)
+        fmt = points[0].spec.format
+        if plan.settings.equalize == "sinq":
+            divisor = weight_scale.levelled(rows, blocks, fmt=fmt)
+        else:
+            moment = grams[points[0].tensor, points[0].spec.axis][0]
+            divisor = weight_scale.balanced(rows, blocks, moment, fmt=fmt)
         if divisor is not None:
             found[tensor] = divisor
-            for point in points:
-                key = (point.tensor, point.spec.axis)
+            for key in {(p.tensor, p.spec.axis) for p in points} & grams.keys():
                 grams[key] = grams[key] / np.outer(divisor, divisor)
     if candidates:
         notes.append(f"the channels of {len(found)} of {len(candidates)} tensors are balanced for their 4-bit readers")
@@ -314,6 +317,10 @@ def activation_params(
         fmt = FORMATS[point.spec.format]
         if not fmt.integer:  # relative precision: nothing is won by cutting the range
             span = shared.get(point.tensor, table.tensors[point.tensor]).amax
+            if fmt.scale_format:  # of the block scales, which are computed as the engine runs
+                scale = np.asarray(scale_of_scales((span or 1.0) / fmt.high, fmt), dtype=np.float32)
+                chosen[point.tensor] = QParams(scale=scale, format=fmt.name)
+                continue
             scale = representable(span / fmt.high if span else 1.0, info.dtype if info is not None else "float32")
             chosen[point.tensor] = QParams(scale=scale, format=fmt.name)
             continue
@@ -379,21 +386,24 @@ def _finite(values: npt.NDArray[np.generic]) -> bool:
 def _weight(
     model: Model,
     point: Point,
-    rounding: str,
+    settings: Settings,
     moments: npt.NDArray[np.float64] | None,
-    divisors: Mapping[str, npt.NDArray[np.float32]],
+    divisor: npt.NDArray[np.float32] | None,
+    factor: npt.NDArray[np.float64] | None,
 ) -> QTensor:
-    values = model.array(point.tensor)
+    """One weight rounded, its input channels multiplied by `divisor` and its output channels by `factor`."""
     reader = model.node(point.uses[0][0])
-    if (divisor := divisors.get(reader.input[0])) is not None:
-        inputs = input_axis(reader, values.ndim)
-        values = (values * divisor.reshape([-1 if i == inputs else 1 for i in range(values.ndim)])).astype(values.dtype)
+    values = scaled(model.array(point.tensor), reader, divisor, factor)
     return quantize_weight(
         values,
         point.spec,
         outputs=weight_axis(reader, values.ndim),
-        rounding=rounding if moments is not None or rounding in DATA_FREE else without_data(point.spec),
+        rounding=(
+            settings.rounding if moments is not None or settings.rounding in DATA_FREE else without_data(point.spec)
+        ),
         moments=moments,
+        damping=settings.damping,
+        act_order=settings.act_order,
     )
 
 

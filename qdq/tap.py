@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, helper
 
+from engines.fp4 import holds_fp4, runnable
 from qdq.errors import InputError, MissingRuntimeError
 from qdq.external import is_large
 from qdq.graph import Model
@@ -99,11 +100,14 @@ class Tap:
         self._session: Any = None
         if not self._computed:
             return
+        fp4 = holds_fp4(model.proto)
         libraries = dict.fromkeys([*_LIBRARIES.get(), *map(str, custom_ops)])
 
         def start(proto: bytes, weights: Mapping[str, npt.NDArray[Any]], folder: Path) -> tuple[Any, object]:
             options = self._options(ort, libraries, threads)
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+            if fp4:
+                proto = runnable(ModelProto.FromString(proto), folder).SerializeToString()
             given = [_value(ort, array) for array in weights.values()]  # not copied: they live as long as the session
             for name, value in zip(weights, given, strict=True):
                 options.add_initializer(name, value)

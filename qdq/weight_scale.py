@@ -1,7 +1,8 @@
-"""AWQ's channel scales for weight-only blocks: multiply the weights that meet large inputs, divide the data.
+"""Channel scales for weight-only blocks: AWQ's, which multiply the weights that meet large inputs, or SINQ's.
 
 weights that read one tensor + second moments of it -> the exponent of `qdq.equalize.awq` with the least error at the
-outputs of all of them -> divisors of the tensor's channels, or nothing where no exponent beats none.
+outputs of all of them -> divisors of the tensor's channels, or nothing where no exponent beats none. `levelled` takes
+those of `qdq.equalize.sinq` from the weights alone where they have a smaller error so.
 It must not run a model or change a graph.
 """
 
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from qdq.equalize import awq
+from qdq.equalize import awq, sinq
 from qdq.footprint import cores
 from qdq.formats import FORMATS
 from qdq.qtensor import block_params, from_codes, to_codes
@@ -45,7 +46,7 @@ def balanced(
     typical = np.sqrt(np.maximum(np.diag(moment), 0))
     found: npt.NDArray[np.float32] | None = None
     least = np.inf
-    some = [w[:: max(1, -(-w.shape[0] // ROWS))] for w in weights]
+    some = _some(weights)
     for s in awq.candidates(typical, typical):
         divisor = s.astype(np.float32)
         error = _error(some, blocks, moment, divisor, fmt)
@@ -59,6 +60,30 @@ def balanced(
     ) >= _error(weights, blocks, moment, ones, fmt):
         return None
     return found
+
+
+def levelled(
+    weights: Sequence[npt.NDArray[np.floating]], blocks: Sequence[int], *, fmt: str
+) -> npt.NDArray[np.float32] | None:
+    """Divisors of the channels of one tensor by SINQ.
+
+    Args:
+        weights: (output channels, input channels) each, all that read the tensor.
+        blocks: of each weight.
+        fmt: the weights' format.
+
+    Returns:
+        (input channels,) float32, or None where the weights themselves have no smaller squared error with them.
+    """
+    divisor = sinq.balanced(np.concatenate(_some(weights))).astype(np.float32)
+    equal = np.eye(divisor.size)
+    error, plain = (_error(weights, blocks, equal, s, fmt) for s in (divisor, np.ones_like(divisor)))
+    return divisor if error < plain else None
+
+
+def _some(weights: Sequence[npt.NDArray[np.floating]]) -> list[npt.NDArray[np.floating]]:
+    """About ROWS output channels of each weight."""
+    return [w[:: max(1, -(-w.shape[0] // ROWS))] for w in weights]
 
 
 def _error(

@@ -9,6 +9,7 @@ written one at a time.
 | blocks, no second moments | the tensor as it is stored, cut into blocks: nothing is copied |
 | blocks, with second moments | (channels, columns), one scale per block of columns |
 | two levels | as blocks; each block scale is a whole multiple of its channel's INT8 scale |
+| NVFP4 | as blocks; codes are floating-point numbers, block scales FP8 codes times one power of two |
 
 It must not read samples or know plans.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,7 +31,6 @@ from qdq.qtensor import (
     CHUNK,
     QParams,
     QTensor,
-    block_params,
     blocked,
     in_chunks,
     padded,
@@ -55,6 +56,8 @@ def quantize_weight(
     outputs: int,
     rounding: str,
     moments: Floats | None = None,
+    damping: float = gptq.DAMP,
+    act_order: bool = True,
 ) -> QTensor:
     """Scales and codes of one weight.
 
@@ -65,35 +68,37 @@ def quantize_weight(
         rounding: a module of `qdq.rounding`.
         moments: (groups, columns, columns) of the inputs, each group's for its share of the output channels; None
             rounds as the rounding does without data.
+        damping: of roundings that look at the moments, see `qdq.rounding.gptq`.
+        act_order: likewise.
 
     Returns:
         Codes and parameters. The same arguments give the same ones.
     """
     fmt = FORMATS[spec.format]
     module: Any = importlib.import_module(f"qdq.rounding.{rounding}")
-    if not fmt.integer:
+    if not fmt.integer and spec.block is None:
         return _floating(values, spec, fmt)
+    how: dict[str, Any] = {"damping": damping, "act_order": act_order}
     if spec.block is None:
-        return _whole(values, spec, fmt, outputs, module, moments)
+        return _whole(values, spec, fmt, outputs, module, moments, how)
     assert spec.axis is not None
     known = moments is not None and len(moments) == 1 and bool(moments.any()) and rounding not in DATA_FREE
     if not known and spec.via is None:
         view = blocked(padded(values, spec.axis, spec.block), spec.axis, spec.block)
-        scales = module.block_scales(view, None, low=fmt.low, high=fmt.high)
+        scales = module.block_scales(view, None, low=fmt.low, high=fmt.high, kind=_kind(fmt))
         params = stored_scales(scales, values.shape, values.dtype.name, axis=spec.axis, block=spec.block, fmt=fmt)
         return QTensor(codes=to_codes(values, params), params=params)
-    return _blocks(values, spec, fmt, module, moments[0] if known and moments is not None else None)
+    return _blocks(values, spec, fmt, module, moments[0] if known and moments is not None else None, how)
+
+
+def _kind(fmt: Format) -> np.dtype[np.generic] | None:
+    """The type whose values the codes of a format have, None for integers."""
+    return None if fmt.integer else fmt.dtype
 
 
 def _floating(values: npt.NDArray[np.floating], spec: Spec, fmt: Format) -> QTensor:
-    """Nearest codes of a floating-point format: its grid is dense where values are, so no scale search pays."""
-    if spec.block is not None:
-        assert spec.axis is not None
-        params = block_params(values, axis=spec.axis, block=spec.block, fmt=fmt)
-    elif spec.axis is not None:
-        params = weight_params(values, axis=spec.axis, fmt=fmt)
-    else:
-        params = _per_tensor(values, fmt)
+    """Nearest codes of a floating-point format without blocks: its grid is dense where values are, which is enough."""
+    params = weight_params(values, axis=spec.axis, fmt=fmt) if spec.axis is not None else _per_tensor(values, fmt)
     return QTensor(codes=to_codes(values, params), params=params)
 
 
@@ -104,7 +109,13 @@ def _per_tensor(values: npt.NDArray[np.floating], fmt: Format) -> QParams:
 
 
 def _whole(
-    values: npt.NDArray[np.floating], spec: Spec, fmt: Format, outputs: int, module: Any, moments: Floats | None
+    values: npt.NDArray[np.floating],
+    spec: Spec,
+    fmt: Format,
+    outputs: int,
+    module: Any,
+    moments: Floats | None,
+    how: Mapping[str, Any],
 ) -> QTensor:
     """One scale per output channel, or one in all."""
     params = weight_params(values, axis=outputs, fmt=fmt) if spec.axis is not None else _per_tensor(values, fmt)
@@ -118,7 +129,7 @@ def _whole(
     parts = zip(
         np.split(rows, groups), np.split(scale, groups), moments if moments is not None else [None], strict=True
     )
-    codes = np.concatenate([module.round_rows(w, s, h, low=low, high=fmt.high) for w, s, h in parts])
+    codes = np.concatenate([module.round_rows(w, s, h, low=low, high=fmt.high, **how) for w, s, h in parts])
     shaped = np.moveaxis(codes.reshape(moved.shape), 0, outputs)
     return QTensor(codes=np.ascontiguousarray(shaped).astype(fmt.dtype), params=params)
 
@@ -140,7 +151,14 @@ def _nearest(values: npt.NDArray[np.floating], params: QParams, outputs: int, fm
     return codes.reshape(shape)
 
 
-def _blocks(values: npt.NDArray[np.floating], spec: Spec, fmt: Format, module: Any, moment: Floats | None) -> QTensor:
+def _blocks(
+    values: npt.NDArray[np.floating],
+    spec: Spec,
+    fmt: Format,
+    module: Any,
+    moment: Floats | None,
+    how: Mapping[str, Any],
+) -> QTensor:
     """Blocks of columns, seen row by row."""
     assert spec.axis is not None and spec.block is not None
     whole = np.moveaxis(padded(values, spec.axis, spec.block), spec.axis, -1)
@@ -150,30 +168,47 @@ def _blocks(values: npt.NDArray[np.floating], spec: Spec, fmt: Format, module: A
     if moment is not None and (missing := rows.shape[1] - moment.shape[0]):
         moment = np.pad(moment, (0, missing))
     view = np.asarray(blocked(rows, 1, spec.block), dtype=np.float32)
-    scales = module.block_scales(view, moment, low=fmt.low, high=fmt.high)[:, :, 0, 0]
+    kind, second = _kind(fmt), None
+    scales = module.block_scales(view, moment, low=fmt.low, high=fmt.high, kind=kind)[:, :, 0, 0]
     if spec.via is None:
-        levels = None
-        scale = representable(np.where(scales > 0, scales, scales.max() or 1), values.dtype.name)
+        levels, stored = None, _storing(rows.shape, view, values.dtype.name, spec.block, fmt)
+        scale, second = stored(scales)
     else:
         weight = None if moment is None else np.diag(moment).astype(np.float32)
         levels = _two_levels(view, scales, weight, fmt)
         scale = levels[0][:, None] * levels[1]
     if module.round_rows is nearest.round_rows and spec.via is None:
         params = QParams(scale=scale, axis=1, format=fmt.name, block=spec.block)
-        return _shaped(values, whole, to_codes(rows, params), scale, None, spec, fmt)
+        return _shaped(values, whole, to_codes(rows, params), scale, None, spec, fmt, second)
     every = np.repeat(scale, spec.block, axis=1).astype(np.float64)
     wide = rows.astype(np.float64)
-    refined = hasattr(module, "refine") and spec.via is None and moment is not None
+    refined = hasattr(module, "refine") and spec.via is None and moment is not None and kind is None
     first = gptq if refined else module  # what is refined with its scales need not be settled before
-    codes = first.round_rows(wide, every, moment, low=fmt.low, high=fmt.high)
+    limits: dict[str, Any] = {"low": fmt.low, "high": fmt.high, "damping": how["damping"]}
+    codes = first.round_rows(wide, every, moment, kind=kind, act_order=how["act_order"], **limits)
     if spec.via is None and moment is not None:
         if refined:
-            codes, better = module.refine(wide, codes, scale.astype(np.float64), moment, low=fmt.low, high=fmt.high)
+            codes, better = module.refine(wide, codes, scale.astype(np.float64), moment, **limits)
             scale = representable(better, values.dtype.name)
             every = np.repeat(scale, spec.block, axis=1).astype(np.float64)
-            codes = module.settle(wide, codes, every, moment, low=fmt.low, high=fmt.high)
-        codes, scale = _no_worse(rows, view, codes, scale, moment, fmt, values.dtype.name)
-    return _shaped(values, whole, codes, scale, None if levels is None else levels[0], spec, fmt)
+            codes = module.settle(wide, codes, every, moment, **limits)
+        plain, _ = stored(nearest.block_scales(view, None, low=fmt.low, high=fmt.high)[:, :, 0, 0])
+        codes, scale = _no_worse(wide, codes, scale, plain, moment, fmt)
+    return _shaped(values, whole, codes, scale, None if levels is None else levels[0], spec, fmt, second)
+
+
+def _storing(
+    shape: Sequence[int], view: npt.NDArray[np.float32], dtype: str, block: int, fmt: Format
+) -> Callable[[npt.NDArray[np.float32]], tuple[npt.NDArray[np.float32], float | None]]:
+    """What stores (rows, blocks) scales exactly, with the scale of scales that is the same for all that are tried."""
+    most = max(float(view.max()), -float(view.min())) / fmt.high if view.size else 0.0
+
+    def stored(scales: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], float | None]:
+        wanted = scales[:, :, None, None]
+        made = stored_scales(wanted, shape, dtype, axis=1, block=block, fmt=fmt, most=most)
+        return made.scale, made.second
+
+    return stored
 
 
 def _two_levels_in_pieces(
@@ -211,10 +246,12 @@ def _shaped(
     channel: npt.NDArray[np.float32] | None,
     spec: Spec,
     fmt: Format,
+    second: float | None = None,
 ) -> QTensor:
     """Rows of codes and scales in the layout of the weight; `channel` are the scales of the second level."""
     assert spec.axis is not None
-    shaped = np.moveaxis(codes.astype(np.int8, copy=False).reshape(whole.shape), -1, spec.axis)
+    typed = codes.astype(np.int8, copy=False).view(fmt.dtype) if fmt.integer else codes.astype(fmt.dtype, copy=False)
+    shaped = np.moveaxis(typed.reshape(whole.shape), -1, spec.axis)
     scales = np.moveaxis(scale.reshape(*whole.shape[:-1], -1), -1, spec.axis)
     params = QParams(
         scale=np.ascontiguousarray(scales),
@@ -222,29 +259,26 @@ def _shaped(
         format=fmt.name,
         block=spec.block,
         length=values.shape[spec.axis],
+        second=second,
     )
     via = None
     if channel is not None and spec.via is not None:
         via = QParams(scale=channel, axis=1 - spec.axis, format=spec.via)
-    return QTensor(codes=np.ascontiguousarray(shaped).view(fmt.dtype), params=params, via=via)
+    return QTensor(codes=np.ascontiguousarray(shaped), params=params, via=via)
 
 
 def _no_worse(
-    rows: npt.NDArray[np.float32],
-    view: npt.NDArray[np.float32],
+    wide: Floats,
     codes: Floats,
     scale: npt.NDArray[np.float32],
+    plain: npt.NDArray[np.float32],
     moment: Floats,
     fmt: Format,
-    dtype: str,
 ) -> tuple[Floats, npt.NDArray[np.float32]]:
     """For each row the better of its codes and the nearest ones with scales that clip nothing, by output error."""
-    block = view.shape[2]
-    amax = nearest.block_scales(view, None, low=fmt.low, high=fmt.high)[:, :, 0, 0]
-    plain = representable(np.where(amax > 0, amax, amax.max() or 1), dtype)
+    block = wide.shape[1] // scale.shape[1]
     every = np.repeat(plain, block, axis=1).astype(np.float64)
-    wide = rows.astype(np.float64)
-    near = nearest.round_rows(wide, every, None, low=fmt.low, high=fmt.high)
+    near = nearest.round_rows(wide, every, None, low=fmt.low, high=fmt.high, kind=_kind(fmt))
     found = gptq.loss(wide - codes * np.repeat(scale, block, axis=1), moment)
     worse = found > gptq.loss(wide - near * every, moment)
     return np.where(worse[:, None], near, codes), np.where(worse[:, None], plain, scale)

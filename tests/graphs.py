@@ -22,6 +22,7 @@ from qdq.calibrate import CalibrationTable
 from qdq.formats import FORMATS
 from qdq.graph import Model
 from qdq.nodes import input_axis
+from qdq.placement import weight_axis
 from qdq.plan import Plan, Point
 from qdq.prepare import prepare
 from qdq.scheme import Settings
@@ -238,9 +239,14 @@ def intended(made: Made) -> onnx.ModelProto:
 
 
 def read_values(made: Made, point: Point) -> np.ndarray:
-    """The weight as its product reads it; where its data stay float, without the factors of their channels."""
+    """The weight as its product reads it, without factors that it carries for later tensors; where its data stay float,
+    without the factors of their channels.
+    """
     values: np.ndarray = made.solution.weights[point.tensor, point.spec.axis].values()
     reader = made.float_model.node(point.uses[0][0])
+    if (factor := made.solution.factors.get(reader.name)) is not None:
+        axis = weight_axis(reader, values.ndim)
+        values = (values / factor.reshape([-1 if i == axis else 1 for i in range(values.ndim)])).astype(values.dtype)
     divisor = made.solution.divisors.get(reader.input[0])
     if divisor is None or not point.spec.weight_only:
         return values

@@ -20,6 +20,7 @@ FILES = [(name, path) for name, folder in FOLDERS.items() for path in sorted(fol
 
 # Only these modules of qdq may import the two other packages: they join the three. All others know ONNX and numbers.
 JOINING = {"build", "deploy", "explain", "options", "pricing", "terminal", "workers"}
+JOINING |= {"tap"}  # the types that ONNX Runtime lacks
 JOINING |= {"cli", "cli_calibrate", "cli_compare", "cli_lint", "cli_tune", "comparison", "scoring"}
 
 # The foundation knows nothing above it, and nothing below the top knows the top.

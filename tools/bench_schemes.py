@@ -1,9 +1,9 @@
 """Measure README's tables of schemes: perplexity of a small language model, cosine of a real sentence encoder.
 
-Usage: bench_schemes.py stories FOLDER [--json OUT] [SCHEME ...]    stories260K.onnx and sampled_tokens.npz
-       bench_schemes.py minilm FOLDER [--json OUT] [SCHEME ...]     what export_minilm.py wrote
+Usage: bench_schemes.py stories FOLDER [SCHEME ...] [--json OUT] [--target SM]   stories260K.onnx, sampled_tokens.npz
+       bench_schemes.py minilm FOLDER [SCHEME ...] [--json OUT] [--target SM]    what export_minilm.py wrote
 
-Prints the table in Markdown. Runs in ONNX Runtime with Q/DQ kept apart, compiled for SM89; times are predicted.
+Prints the table in Markdown. Runs in ONNX Runtime with Q/DQ kept apart, compiled for one target; times are predicted.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("schemes", nargs="*")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--target", default="sm89", help="NVFP4 needs sm120")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="qdq-") as place:
         path, calibration, evaluation, task = CASES[options.case](options.folder, Path(place))
@@ -104,7 +105,7 @@ def main() -> None:
         made = compare_schemes(
             path,
             open_samples(str(calibration), specs),
-            schemes=entries(options.schemes or SCHEMES[options.case], {"tune": "off"}),
+            schemes=entries(options.schemes or SCHEMES[options.case], {"tune": "off", "target": [options.target]}),
             task=task,
             evaluation=open_samples(str(evaluation), specs),
             prepared=prepared,

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from qdq.footprint import cores
 from qdq.rounding import clip, nearest
 from qdq.rounding.clip import RATIOS
+from qdq.rounding.nearest import Kind
 from qdq.rounding.nearest import round_rows as round_rows
 
 ROWS = 1024  # output channels worked on at a time, in each of the threads
@@ -44,7 +45,7 @@ def block_loss(error: Floats, moment: Floats) -> Floats:
     return np.asarray(np.einsum("ij,ij->i", read, error))
 
 
-def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, high: int) -> Floats:
+def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, high: int, kind: Kind = None) -> Floats:
     """Scales of least output error of each block over every other of RATIOS; without data those of least weight error.
 
     Args:
@@ -52,12 +53,13 @@ def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, h
         H: (columns, columns) second moment of the inputs, or None.
         low: smallest code.
         high: largest code.
+        kind: as of `nearest.snap`.
 
     Returns:
         (rows, blocks, 1, 1) float32, zero where a block holds zeros only.
     """
     if H is None or not H.any():
-        return clip.block_scales(view, None, low=low, high=high)
+        return clip.block_scales(view, None, low=low, high=high, kind=kind)
     rows, blocks, block, _ = view.shape
     whole = nearest.block_scales(view, None, low=low, high=high)
     best = whole.copy()
@@ -74,8 +76,7 @@ def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, h
             for ratio in RATIOS[::2]:
                 trial = safe * ratio
                 np.divide(x, trial, out=error)
-                np.rint(error, out=error)
-                np.clip(error, low, high, out=error)
+                nearest.snap(error, low, high, kind, out=error)
                 error *= trial
                 error -= x
                 loss = block_loss(error, moments[b])[:, None]

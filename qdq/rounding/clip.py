@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from qdq.qtensor import in_chunks
 from qdq.rounding import nearest
+from qdq.rounding.nearest import Kind
 from qdq.rounding.nearest import round_rows as round_rows
 
 # Shares of the largest magnitude that are tried. The first clips nothing, so that no block is worse than with nearest;
@@ -19,7 +20,7 @@ RATIOS = 1 - np.arange(17, dtype=np.float32) / 32
 Floats = npt.NDArray[np.float32]
 
 
-def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, high: int) -> Floats:
+def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, high: int, kind: Kind = None) -> Floats:
     """Scales of least squared weight error over RATIOS.
 
     Args:
@@ -27,14 +28,15 @@ def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, h
         H: unused.
         low: smallest code.
         high: largest code.
+        kind: as of `nearest.snap`.
 
     Returns:
         (outer, blocks, 1, inner) float32, zero where a block holds zeros only.
     """
-    return searched(view, None, low=low, high=high)
+    return searched(view, None, low=low, high=high, kind=kind)
 
 
-def searched(view: Floats, importance: Floats | None, *, low: int, high: int) -> Floats:
+def searched(view: Floats, importance: Floats | None, *, low: int, high: int, kind: Kind = None) -> Floats:
     """Scales of least weighted squared error.
 
     Args:
@@ -42,6 +44,7 @@ def searched(view: Floats, importance: Floats | None, *, low: int, high: int) ->
         importance: (blocks, block) weights of the squared errors of the columns; None for equal ones.
         low: smallest code.
         high: largest code.
+        kind: as of `nearest.snap`.
 
     Returns:
         (outer, blocks, 1, inner) float32.
@@ -58,8 +61,7 @@ def searched(view: Floats, importance: Floats | None, *, low: int, high: int) ->
         for ratio in RATIOS:
             trial = np.where(scale > 0, scale, 1) * ratio
             np.divide(x, trial, out=error)
-            np.rint(error, out=error)
-            np.clip(error, low, high, out=error)
+            nearest.snap(error, low, high, kind, out=error)
             error *= trial
             error -= x
             np.square(error, out=error)

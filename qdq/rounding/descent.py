@@ -13,15 +13,26 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from qdq.rounding import gptq
+from qdq.rounding import gptq, nearest
 from qdq.rounding.gptq import block_scales as block_scales
+from qdq.rounding.nearest import Kind
 
 SWEEPS = 12  # most codes are settled after four
 
 Floats = npt.NDArray[np.float64]
 
 
-def round_rows(W: Floats, scale: Floats, H: Floats | None, *, low: int, high: int) -> Floats:
+def round_rows(
+    W: Floats,
+    scale: Floats,
+    H: Floats | None,
+    *,
+    low: int,
+    high: int,
+    kind: Kind = None,
+    damping: float = gptq.DAMP,
+    act_order: bool = True,
+) -> Floats:
     """Codes that no change of one weight improves; no row is worse than with GPTQ.
 
     Args:
@@ -30,29 +41,44 @@ def round_rows(W: Floats, scale: Floats, H: Floats | None, *, low: int, high: in
         H: (columns, columns) float64, symmetric, positive semidefinite; None or all zero means nothing is known.
         low: smallest code.
         high: largest code.
+        kind: as of `nearest.snap`.
+        damping: as of GPTQ.
+        act_order: of GPTQ, which it starts from.
 
     Returns:
         (rows, columns) float64, integers in [low, high].
     """
-    codes = gptq.round_rows(W, scale, H, low=low, high=high)
+    codes = gptq.round_rows(W, scale, H, low=low, high=high, kind=kind, damping=damping, act_order=act_order)
     if H is None or not H.any():
         return codes
-    return settle(W, codes, scale, H, low=low, high=high)
+    return settle(W, codes, scale, H, low=low, high=high, kind=kind, damping=damping)
 
 
-def settle(W: Floats, codes: Floats, scale: Floats, H: Floats, *, low: int, high: int) -> Floats:
+def settle(
+    W: Floats,
+    codes: Floats,
+    scale: Floats,
+    H: Floats,
+    *,
+    low: int,
+    high: int,
+    kind: Kind = None,
+    damping: float = gptq.DAMP,
+) -> Floats:
     """Codes that no change of one weight improves, found from others; no row gets worse."""
     start, codes = codes, codes.copy()
     step = np.broadcast_to(scale, W.shape)
-    damped = gptq.damped(H)
+    damped = gptq.damped(H, damping)
     for _ in range(SWEEPS):
-        if not _sweep(W, codes, step, damped, low, high):
+        if not _sweep(W, codes, step, damped, low, high, kind):
             break
     better = gptq.loss(W - codes * step, H) < gptq.loss(W - start * step, H)
     return np.where(better[:, None], codes, start)
 
 
-def refine(W: Floats, codes: Floats, scales: Floats, H: Floats, *, low: int, high: int) -> tuple[Floats, Floats]:
+def refine(
+    W: Floats, codes: Floats, scales: Floats, H: Floats, *, low: int, high: int, damping: float = gptq.DAMP
+) -> tuple[Floats, Floats]:
     """Better scales for the blocks, and the codes that go with them.
 
     Args:
@@ -62,13 +88,14 @@ def refine(W: Floats, codes: Floats, scales: Floats, H: Floats, *, low: int, hig
         H: (columns, columns) float64.
         low: smallest code.
         high: largest code.
+        damping: as of GPTQ.
 
     Returns:
         Codes, integers in [low, high], and (rows, blocks) scales, positive.
     """
     codes, scales = codes.copy(), scales.copy()
     block = W.shape[1] // scales.shape[1]
-    H = gptq.damped(H)
+    H = gptq.damped(H, damping)
     for _ in range(SWEEPS):
         _refit(W, codes, scales, H)
         if not _sweep(W, codes, np.repeat(scales, block, axis=1), H, low, high):
@@ -76,7 +103,7 @@ def refine(W: Floats, codes: Floats, scales: Floats, H: Floats, *, low: int, hig
     return codes, scales
 
 
-def _sweep(W: Floats, codes: Floats, step: Floats, H: Floats, low: int, high: int) -> bool:
+def _sweep(W: Floats, codes: Floats, step: Floats, H: Floats, low: int, high: int, kind: Kind = None) -> bool:
     """Visit every column once; whether a code changed. Other columns than a block's own learn of it block by block."""
     pull = ((W - codes * step) @ H).T.copy()  # (columns, rows), as the three below: one column is read at a time
     held, steps = codes.T.copy(), step.T.copy()
@@ -88,7 +115,7 @@ def _sweep(W: Floats, codes: Floats, step: Floats, H: Floats, low: int, high: in
         for i, j in enumerate(range(part.start, part.stop)):
             if H[j, j] <= 0:
                 continue
-            wanted = np.clip(np.rint(held[j] + near[i] / (H[j, j] * steps[j])), low, high)
+            wanted = nearest.snap(held[j] + near[i] / (H[j, j] * steps[j]), low, high, kind)
             moves[i] = (wanted - held[j]) * steps[j]
             if moves[i].any():
                 near[i + 1 :] -= np.outer(square[i + 1 :, i], moves[i])

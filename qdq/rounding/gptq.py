@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qdq.rounding import clip, nearest
+from qdq.rounding.nearest import Kind
 
 DAMP = 0.01  # of the mean diagonal, as in the paper's code
 BLOCK = 128  # columns whose updates to the later ones are applied at once
@@ -17,9 +18,11 @@ BLOCK = 128  # columns whose updates to the later ones are applied at once
 Floats = npt.NDArray[np.float64]
 
 
-def damped(H: Floats) -> Floats:
-    """H with DAMP of its mean diagonal added to the diagonal."""
-    return np.asarray(H + np.eye(H.shape[0]) * (DAMP * np.mean(np.diag(H))))
+def damped(H: Floats, damping: float = DAMP) -> Floats:
+    """H with a share of its mean diagonal added to the diagonal."""
+    found = H.copy()
+    np.fill_diagonal(found, np.diag(H) + damping * np.mean(np.diag(H)))
+    return found
 
 
 def loss(E: Floats, H: Floats) -> Floats:
@@ -27,7 +30,9 @@ def loss(E: Floats, H: Floats) -> Floats:
     return np.asarray(np.einsum("ij,ij->i", E @ H, E))
 
 
-def block_scales(view: npt.NDArray[np.float32], H: Floats | None, *, low: int, high: int) -> npt.NDArray[np.float32]:
+def block_scales(
+    view: npt.NDArray[np.float32], H: Floats | None, *, low: int, high: int, kind: Kind = None
+) -> npt.NDArray[np.float32]:
     """Scales of blocks before any weight is rounded (the authors' static groups), so that columns may go in any order.
 
     Args:
@@ -35,16 +40,27 @@ def block_scales(view: npt.NDArray[np.float32], H: Floats | None, *, low: int, h
         H: (columns, columns); its diagonal weighs the squared errors; None weighs them alike.
         low: smallest code.
         high: largest code.
+        kind: as of `nearest.snap`.
 
     Returns:
         (rows, blocks, 1, 1) float32, zero where a block holds zeros only.
     """
     known = H is not None and H.any()
     importance = np.diag(H).reshape(view.shape[1:3]).astype(np.float32) if H is not None and known else None
-    return clip.searched(view, importance, low=low, high=high)
+    return clip.searched(view, importance, low=low, high=high, kind=kind)
 
 
-def round_rows(W: Floats, scale: Floats, H: Floats | None, *, low: int, high: int) -> Floats:
+def round_rows(
+    W: Floats,
+    scale: Floats,
+    H: Floats | None,
+    *,
+    low: int,
+    high: int,
+    kind: Kind = None,
+    damping: float = DAMP,
+    act_order: bool = True,
+) -> Floats:
     """Codes that keep the layer's output error on the calibration inputs small; no row is worse than nearest.
 
     Args:
@@ -53,26 +69,29 @@ def round_rows(W: Floats, scale: Floats, H: Floats | None, *, low: int, high: in
         H: (columns, columns) float64, symmetric, positive semidefinite; None or all zero means nothing is known.
         low: smallest code.
         high: largest code.
+        kind: as of `nearest.snap`.
+        damping: share of H's mean diagonal that is added to the diagonal.
+        act_order: columns of falling H diagonal; else in the order they lie in.
 
     Returns:
         (rows, columns) float64, integers in [low, high].
     """
-    plain = nearest.round_rows(W, scale, H, low=low, high=high)
+    plain = nearest.round_rows(W, scale, H, low=low, high=high, kind=kind)
     if H is None or not H.any():
         return plain
-    order = np.argsort(-np.diag(H), kind="stable")
+    order = np.argsort(-np.diag(H), kind="stable") if act_order else np.arange(H.shape[0])
     codes = np.empty_like(plain)
     ordered = scale if scale.shape[1] == 1 else scale[:, order]
-    codes[:, order] = _sweep(W[:, order], ordered, H[np.ix_(order, order)], low, high)
+    codes[:, order] = _sweep(W[:, order], ordered, damped(H[np.ix_(order, order)], damping), low, high, kind)
     better = loss(W - codes * scale, H) < loss(W - plain * scale, H)
     return np.where(better[:, None], codes, plain)
 
 
-def _sweep(W: Floats, scale: Floats, H: Floats, low: int, high: int) -> Floats:
-    """Algorithm 1 on columns that are already in order."""
+def _sweep(W: Floats, scale: Floats, H: Floats, low: int, high: int, kind: Kind) -> Floats:
+    """Algorithm 1 on columns that are already in order, with H damped."""
     columns = H.shape[0]
     # The upper Cholesky factor of the inverse: row j tells how the error of column j is spread over the later columns.
-    inverse = np.linalg.inv(damped(H))
+    inverse = np.linalg.inv(H)
     U = np.linalg.cholesky((inverse + inverse.T) / 2).T
     left = W.copy()
     codes = np.empty_like(W)
@@ -81,7 +100,7 @@ def _sweep(W: Floats, scale: Floats, H: Floats, low: int, high: int) -> Floats:
         errors = np.empty((W.shape[0], stop - start))
         for j in range(start, stop):
             step = scale[:, j] if scale.shape[1] > 1 else scale[:, 0]
-            codes[:, j] = np.clip(np.rint(left[:, j] / step), low, high)
+            codes[:, j] = nearest.snap(left[:, j] / step, low, high, kind)
             errors[:, j - start] = (left[:, j] - codes[:, j] * step) / U[j, j]
             left[:, j:stop] -= np.outer(errors[:, j - start], U[j, j:stop])
         left[:, stop:] -= errors @ U[start:stop, stop:]

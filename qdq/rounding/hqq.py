@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from qdq.qtensor import in_chunks
 from qdq.rounding import clip, nearest
+from qdq.rounding.nearest import Kind
 from qdq.rounding.nearest import round_rows as round_rows
 
 P, BETA, BETA_GROWTH, ITERATIONS = 0.7, 10.0, 1.01, 20  # of the authors' code
@@ -19,7 +20,7 @@ P, BETA, BETA_GROWTH, ITERATIONS = 0.7, 10.0, 1.01, 20  # of the authors' code
 Floats = npt.NDArray[np.float32]
 
 
-def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, high: int) -> Floats:
+def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, high: int, kind: Kind = None) -> Floats:
     """Scales of small |error|^P, starting from those of least squared error.
 
     No block gets a larger sum than with these, or with the scale that clips nothing.
@@ -29,11 +30,12 @@ def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, h
         H: unused.
         low: smallest code.
         high: largest code.
+        kind: as of `nearest.snap`.
 
     Returns:
         (outer, blocks, 1, inner) float32, zero where a block holds zeros only.
     """
-    start = clip.block_scales(view, None, low=low, high=high)
+    start = clip.block_scales(view, None, low=low, high=high, kind=kind)
     whole = nearest.block_scales(view, None, low=low, high=high)
     best = start.copy()
     deviation = float(np.sqrt(np.mean(np.square(view, dtype=np.float64)))) or 1.0  # BETA is for weights of this size
@@ -43,10 +45,10 @@ def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, h
         scale = np.where(start[part] > 0, start[part] / np.float32(deviation), 1)
         chosen, beta = best[part], BETA
         first = np.where(whole[part] > 0, whole[part] / np.float32(deviation), 1)
-        least = (np.abs(x - np.clip(np.rint(x / first), low, high) * first) ** P).sum(axis=2, keepdims=True)
+        least = (np.abs(x - nearest.snap(x / first, low, high, kind) * first) ** P).sum(axis=2, keepdims=True)
         chosen[...] = whole[part]
         for iteration in range(ITERATIONS):
-            q = np.clip(np.rint(x / scale), low, high)
+            q = nearest.snap(x / scale, low, high, kind)
             e = x - q * scale
             size = np.abs(e)
             loss = (size**P).sum(axis=2, keepdims=True)

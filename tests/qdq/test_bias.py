@@ -57,6 +57,45 @@ def test_means_of_every_layer_are_those_of_the_float_model(with_bias: bool) -> N
     assert {n.op_type for n in changed.graph.node} == {n.op_type for n in found.model.graph.node}
 
 
+def residual() -> onnx.ModelProto:
+    """image (1, 3, 16, 16) -> stem -> Relu -> two convolutions with a shortcut around them -> mean -> Gemm -> y."""
+    rng = np.random.default_rng(2)
+    nodes = [
+        helper.make_node("Conv", ["image", "w0"], ["a"], name="stem", pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["b"], name="relu0"),
+        helper.make_node("Conv", ["b", "w1", "b1"], ["c"], name="first", pads=[1] * 4),
+        helper.make_node("Relu", ["c"], ["d"], name="relu1"),
+        helper.make_node("Conv", ["d", "w2", "b2"], ["e"], name="second", pads=[1] * 4),
+        helper.make_node("Add", ["e", "b"], ["f"], name="shortcut"),
+        helper.make_node("GlobalAveragePool", ["f"], ["g"], name="pool"),
+        helper.make_node("Flatten", ["g"], ["h"], name="flat"),
+        helper.make_node("Gemm", ["h", "w3"], ["y"], name="head"),
+    ]
+    shapes = {"w0": (8, 3, 3, 3), "w1": (8, 8, 3, 3), "b1": (8,), "w2": (8, 8, 3, 3), "b2": (8,), "w3": (8, 4)}
+    constants = [constant(n, rng.normal(0, 0.2, s).astype(np.float32)) for n, s in shapes.items()]
+    return assemble(nodes, {"image": (1, 3, 16, 16)}, {"y": (1, 4)}, constants)
+
+
+@pytest.mark.parametrize("which", ["residual", "matmul", "segmenter"])
+def test_stages_correct_as_whole_passes_do(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    if which == "matmul":
+        proto, samples = perceptron(bias=True), [{"x": rng.normal(1, 3, (64, 16)).astype(np.float32)} for _ in range(4)]
+    elif which == "residual":
+        proto, samples = residual(), images(4, (1, 3, 16, 16))
+    else:
+        proto, samples = segmenter(), images(4)
+    found = made(proto, samples)
+    held = split(samples)
+    staged = correct(found.prepared, found.model, found.plan, held)
+    monkeypatch.setattr(bias, "can_stage", lambda _: False)
+    whole = correct(found.prepared, found.model, found.plan, held)
+    changed = [name for name in whole.initializers if name.endswith("_corrected_bias")]
+    assert changed and staged.initializers.keys() == whole.initializers.keys()
+    for name in changed:
+        np.testing.assert_allclose(staged.array(name), whole.array(name), rtol=0, atol=2e-6)
+
+
 def test_values_that_relu_cuts_off_do_not_count() -> None:
     wanted = bias._Mean(value=np.float64([0.5]), active=np.float64([0.5]))
     found = bias._Mean(value=np.float64([0.4]), active=np.float64([0.25]))

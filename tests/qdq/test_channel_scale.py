@@ -123,7 +123,7 @@ def test_shared_weights_grouped_and_transposed_operands_are_no_candidates(tmp_pa
 
 
 def test_every_formula_is_an_option():
-    assert set(EQUALIZERS) == {*FORMULAS, "none"}
+    assert set(EQUALIZERS) == {*FORMULAS, "auto", "none"}
 
 
 @pytest.mark.parametrize("name", FORMULAS)

@@ -16,6 +16,7 @@ from qdq import gram, placement
 from qdq.graph import Model
 from qdq.qtensor import QParams, to_codes
 from qdq.rounding import gptq
+from qdq.scheme import Settings
 
 PARAMS = QParams(scale=np.float32(0.03), zero_point=-20)
 
@@ -155,10 +156,12 @@ def test_weights_that_nodes_of_different_groups_share_are_left_out() -> None:
     assert gram.collect(model, placement.plan(model), {"x": PARAMS, "z": PARAMS}, graphs.samples(model)) == {}
 
 
-def test_weights_that_are_too_wide_or_batched_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_too_wide_or_batched_are_left_out() -> None:
     assert moments(graphs.product(weight=(3, 6, 8), data=(3, 5, 6)), [{"x": normal(3, 5, 6)}]) == {}
-    monkeypatch.setattr(gram, "MAX_COLUMNS", 35)
-    assert moments(graphs.conv(), graphs.samples(graphs.conv())) == {}
+    model = graphs.conv()  # 36 inputs per output
+    for limit, found in ((36, 1), (35, 0)):
+        plan = placement.plan(model, Settings(moment_inputs=limit))
+        assert len(gram.collect(model, plan, {"x": PARAMS}, graphs.samples(model))) == found
 
 
 def test_a_small_budget_takes_more_passes_and_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,40 @@ def test_gptq_in_blocks_is_the_algorithm_without_blocks(monkeypatch: pytest.Monk
     assert np.array_equal(gptq.round_rows(W, scale, H, low=-7, high=7), whole)
 
 
+def textbook(W: np.ndarray, scale: np.ndarray, H: np.ndarray, order: np.ndarray, damping: float) -> np.ndarray:
+    """GPTQ as the paper derives it (OBQ, eq. 2 and 3, in a fixed order): the inverse is updated after every column."""
+    inverse = np.linalg.inv(H + damping * np.mean(np.diag(H)) * np.eye(len(H)))
+    left, codes = W.copy(), np.empty_like(W)
+    for position, j in enumerate(order):
+        codes[:, j] = np.clip(np.rint(left[:, j] / scale[:, 0]), -7, 7)
+        error = (left[:, j] - codes[:, j] * scale[:, 0]) / inverse[j, j]
+        rest = order[position + 1 :]
+        left[:, rest] -= np.outer(error, inverse[j, rest])
+        inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return codes
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("damping", [0.01, 0.3])
+def test_gptq_is_the_algorithm_of_the_paper_in_either_order(act_order: bool, damping: float) -> None:
+    W, scale, H = problem(columns=20, rank=30)  # well conditioned: both ways to the same numbers
+    order = np.argsort(-np.diag(H), kind="stable") if act_order else np.arange(20)
+    wanted = textbook(W, scale, H, order, damping)
+    found = gptq.round_rows(W, scale, H, low=-7, high=7, damping=damping, act_order=act_order)
+    better = gptq.loss(W - wanted * scale, H) < gptq.loss(
+        W - nearest.round_rows(W, scale, H, low=-7, high=7) * scale, H
+    )
+    assert better.any()
+    assert np.array_equal(found[better], wanted[better])
+
+
+def test_much_damping_leaves_nearest_codes() -> None:
+    W, scale, H = problem()
+    plain = nearest.round_rows(W, scale, H, low=-7, high=7)
+    assert not np.array_equal(gptq.round_rows(W, scale, H, low=-7, high=7), plain)
+    assert np.array_equal(gptq.round_rows(W, scale, H, low=-7, high=7, damping=1e9), plain)
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 30), power=st.integers(-12, 12), bits=st.integers(2, 8))
 def test_gptq_never_loses_to_nearest_at_any_rank_or_unit(seed: int, rank: int, power: int, bits: int) -> None:

@@ -19,7 +19,7 @@ from graphs import Made, build, node, normal, quantized
 from engines import ShapeRange, rtx
 from engines.audit import audit
 from engines.compiler import Engine
-from qdq import calibrate, placement, solve
+from qdq import calibrate, gram, placement, solve
 from qdq.errors import InputError
 from qdq.formats import FORMATS, require_targets
 from qdq.graph import Model
@@ -28,7 +28,10 @@ from qdq.lint import lint
 from qdq.plan import Plan
 from qdq.precision import convert
 from qdq.repair import repair
+from qdq.rounding import gptq
 from qdq.scheme import SCHEMES, Settings, Spec
+from qdq.weight_scale import balanced
+from qdq.weights import quantize_weight
 
 SHARED = Path(os.environ.get("QDQ_SHARED") or Path(__file__).resolve().parents[2] / ".." / "shared")
 STORIES = SHARED / "models" / "stories260k"
@@ -84,7 +87,8 @@ def points(made: Made | Plan) -> dict[str, Spec]:
 
 def test_weight_only_schemes_leave_data_and_convolutions_in_float() -> None:
     for scheme, expected in (
-        ("int4", Spec(format="int4", axis=1, block=64, weight_only=True)),
+        ("int4", Spec(format="int4", axis=1, block=16, weight_only=True)),
+        ("nvfp4-weight", Spec(format="nvfp4", axis=1, block=16, weight_only=True)),
         ("int8-weight", Spec(format="int8", axis=0, weight_only=True)),
     ):
         made = placement.plan(mixed(), Settings(scheme=scheme))
@@ -98,13 +102,13 @@ def test_two_level_schemes_keep_convolutions_in_int8() -> None:
         "x": Spec(format="int8", shift=True),
         "w": Spec(format="int8", axis=0),
         "f": Spec(format="int8", shift=True),
-        "g": Spec(format="int4", axis=1, block=64, via="int8"),
+        "g": Spec(format="int4", axis=1, block=16, via="int8"),
     }
     assert points(placement.plan(mixed(), Settings(scheme="fptq")))["f"].token == "fptq"
 
 
 def test_an_axis_that_no_block_divides_is_padded_and_the_plan_says_so() -> None:
-    made = placement.plan(mlp(), Settings(scheme="int4"))
+    made = placement.plan(mlp(), Settings(scheme="int4", block=128))
     found = {p.tensor: (p.spec.block, p.reason) for p in made.points}
     assert found == {
         "a": (64, "blocks of 128 do not divide its 64 inputs"),
@@ -112,6 +116,47 @@ def test_an_axis_that_no_block_divides_is_padded_and_the_plan_says_so() -> None:
     }
     assert "padded with 20 zeros" in "\n".join(made.explain("down"))
     assert Plan.from_mapping(json.loads(made.to_json()), "plan.json") == made
+
+
+def test_the_block_of_each_weight_follows_its_values() -> None:
+    """Normal values gain by short blocks; one outlier in each block of 16 leaves nothing to gain."""
+    uneven = normal(128, 8) / 10
+    uneven[::16] = 1
+    model = build(
+        [node("MatMul", "x a", "y", name="one"), node("MatMul", "x b", "z", name="two")],
+        {"x": (5, 128)},
+        {"a": normal(128, 8), "b": uneven},
+        outputs=("y", "z"),
+    )
+    for scheme in ("int4", "w4a8"):
+        plan = placement.plan(model, Settings(scheme=scheme))
+        assert {p.tensor: p.spec.block for p in plan.weights} == {"a": 16, "b": 128}
+    assert "least error per bit" in "\n".join(plan.explain("two"))
+    bounded = placement.plan(model, Settings(scheme="int4", block_loss_db=4.0))
+    assert {p.spec.block for p in bounded.weights} == {128}
+
+
+def test_nvfp4_wants_blocks_of_16_on_both_operands_and_leaves_the_rest_in_float() -> None:
+    made = placement.plan(mlp(), Settings(scheme="nvfp4"))
+    found = points(made)
+    assert "activation 'x': nvfp4 in blocks of 16, scaled as the engine runs" in "\n".join(made.explain("up"))
+    assert found == {
+        "x": Spec(format="nvfp4"),
+        "a": Spec(format="nvfp4", axis=0, block=16),
+        "r": Spec(format="nvfp4"),
+        "b": Spec(format="nvfp4", axis=0, block=16),
+    }
+    cases: list[tuple[Model, str]] = [
+        (graphs.product(), "6 inputs do not fill blocks of 16"),
+        (MODELS["batched"](), "times one matrix"),
+        (graphs.product(weight=(64, 16), data=(2, 3, 5, 64)), "matrices and batches"),
+        (graphs.product("Gemm", (64, 32), (64, 6), transA=1), "does not run over the last axis"),
+        (graphs.conv(), "no convolution of nvfp4"),
+    ]
+    for model, reason in cases:
+        plan = placement.plan(model, Settings(scheme="nvfp4"))
+        assert not plan.points
+        assert any(reason in s.reason for s in plan.skips)
 
 
 @pytest.mark.parametrize("scheme", ["int4", "w4a8"])
@@ -156,6 +201,10 @@ def test_a_tensor_read_by_a_convolution_has_one_scale_whatever_the_scheme() -> N
         ({"block": 48}, "block is 48: it must be one of 128, 64"),
         ({"block": True}, "block is True"),
         ({"scheme": "w4a8", "block": "tensor"}, "weight-only scheme int4"),
+        ({"scheme": "nvfp4", "block": "channel"}, "weight-only scheme int4"),
+        ({"damping": 0}, "damping is 0: it must be a number of at least 0.0001"),
+        ({"act_order": 1}, "act_order is 1"),
+        ({"moment_inputs": 2.5}, "moment_inputs is 2.5"),
         ({"v0": -1}, "v0 is -1"),
         ({"v0": 20, "v1": 10}, "v1 is 10: it must be a number of at least v0"),
         ({"block_loss_db": "much"}, "block_loss_db is 'much'"),
@@ -170,7 +219,7 @@ def test_bad_settings_are_refused(values: dict[str, object], message: str) -> No
 
 
 def test_defaults_follow_the_scheme_unless_given() -> None:
-    assert (Settings().rounding, Settings().equalize) == ("gptq", "smoothquant")
+    assert (Settings().rounding, Settings().equalize) == ("gptq", "auto")
     assert (Settings(scheme="int4").rounding, Settings(scheme="int4").equalize) == ("descent", "awq")
     assert Settings(scheme="int4", rounding="clip").rounding == "clip"
 
@@ -184,6 +233,7 @@ def test_defaults_follow_the_scheme_unless_given() -> None:
         ({"format": "int4", "axis": None, "block": 64, "weight_only": True}, "along an axis"),
         ({"format": "int4", "axis": 0, "via": "int8"}, "needs a block"),
         ({"format": "int4", "axis": 0, "block": 64, "via": "int4"}, "more bits than int4"),
+        ({"format": "nvfp4", "axis": 0, "block": 16, "via": "int8"}, "blocks of integers"),
         ({"format": "int8", "token": "sometimes"}, "Unknown token"),
     ],
 )
@@ -204,7 +254,7 @@ def test_a_plan_edited_to_quantize_the_data_of_weight_only_blocks_is_refused() -
 def test_targets_without_the_format_are_refused_by_name() -> None:
     require_targets(Settings(scheme="int4").formats, ["sm80", "sm120"])
     require_targets(Settings().formats, ["sm75"])
-    for scheme, target in (("int4", "sm75"), ("w4a8", "7.5"), ("fp8", "sm86")):
+    for scheme, target in (("int4", "sm75"), ("w4a8", "7.5"), ("fp8", "sm86"), ("nvfp4", "sm89")):
         with pytest.raises(InputError, match=f"{target} cannot compile"):
             require_targets(Settings(scheme=scheme).formats, [target, "sm89"])
     assert Settings(overrides=(("*", "fp8"),)).formats == {"int8", "fp8"}
@@ -213,7 +263,7 @@ def test_targets_without_the_format_are_refused_by_name() -> None:
 # -- numerics ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s != "nvfp4"])  # whose data no standard operator quantizes
 @pytest.mark.parametrize("name", MODELS)
 def test_the_written_graph_computes_what_real_numbers_and_zero_points_would(name: str, scheme: str) -> None:
     """Each quantized operand read through ONNX's own zero points, each weight as the floats of its codes."""
@@ -229,6 +279,45 @@ def test_the_written_graph_computes_what_real_numbers_and_zero_points_would(name
         assert np.sum((got["y"] - full["y"]) ** 2) < 0.08 * np.sum(full["y"] ** 2)  # 11 dB: 4 bits, few samples
 
 
+def fp4_oracle(x: np.ndarray, second: float) -> np.ndarray:
+    """float64: rows of x in blocks of 16 of the last axis as NVFP4 stores them, by the values of its two grids."""
+    e2m1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    blocks = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 16)]).reshape(*x.shape[:-1], -1, 16)
+    scale = np.float32(np.abs(blocks).max(axis=-1, keepdims=True)) / np.float32(6) / np.float32(second)
+    scale = np.minimum(scale, 448).astype(FORMATS["fp8"].dtype).astype(np.float64) * second
+    steps = np.abs(blocks) / np.where(scale == 0, 1, scale)
+    nearest = e2m1[np.abs(steps[..., None] - e2m1).argmin(axis=-1)]
+    return np.asarray((np.sign(blocks) * nearest * scale).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]])
+
+
+@pytest.mark.parametrize("name", ["MatMul", "MatMul padded", "Gemm", "Gemm transB", "dynamic"])
+def test_nvfp4_products_are_those_of_the_definition(name: str) -> None:
+    model = MODELS[name]()
+    data = graphs.samples(model, 4)
+    for sample in data:
+        sample["x"].reshape(-1, 64)[0] *= 100
+        sample["x"].reshape(-1, 64)[-1, :32] = 0  # blocks without a scale
+    made = quantized(model, data, scheme="nvfp4", rounding="nearest")
+    first = next(n for n in model.graph.node if n.op_type in ("MatMul", "Gemm"))
+    weight = next(p for p in made.plan.weights if p.tensor == first.input[1])
+    float_weight = model.array(first.input[1]).astype(np.float64)
+    values = graphs.read_values(made, weight).astype(np.float64)
+    if weight.spec.axis == 0:
+        float_weight, values = float_weight.T, values.T
+    second = made.solution.weights[weight.tensor, weight.spec.axis].params.second
+    assert second is not None
+    assert np.mean(values != fp4_oracle(float_weight, second)) < 0.01  # ties, and last bits of float32
+    bias = model.array(first.input[2]) if len(first.input) > 2 else 0
+    proto = onnx.ModelProto()
+    proto.CopyFrom(made.model.proto)
+    proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(first.output[0]))
+    for sample, found in zip(data, graphs.run(proto, data), strict=True):
+        read = fp4_oracle(sample["x"].astype(np.float64), float(made.solution.activations["x"].scale))
+        expected = read @ values.T + bias
+        row = np.abs(expected).max(axis=-1, keepdims=True) + 1e-6
+        assert np.mean(np.abs(found[first.output[0]] - expected) > 1e-4 * row) < 0.02
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_written_graph_holds_codes_of_the_scheme_only(scheme: str) -> None:
     made = case("MatMul padded", scheme=scheme, block=32)
@@ -240,7 +329,14 @@ def test_the_written_graph_holds_codes_of_the_scheme_only(scheme: str) -> None:
         weight = producers[kernel.input[1]]
         read = (stored[weight.input[2]] if row.via else stored[weight.input[0]]).data_type
         assert read == FORMATS[row.via or row.weight].onnx_type
-        blocked = [n for n in made.model.graph.node if any(a.name == "block_size" for a in n.attribute)]
+        blocked = [
+            n
+            for n in made.model.graph.node
+            if n.op_type == "DequantizeLinear" and any(a.name == "block_size" for a in n.attribute)
+        ]
+        if scheme == "nvfp4":
+            assert len(blocked) == 4  # both operands of two products
+            continue
         for n in blocked:  # never straight into a product with quantized data
             readers = made.model.consumers(n.output[0])
             assert [u.node.op_type for u in readers] == (["QuantizeLinear"] if row.via else ["MatMul"])
@@ -250,6 +346,9 @@ def test_the_written_graph_holds_codes_of_the_scheme_only(scheme: str) -> None:
         assert len(blocked) == (2 if FORMATS[row.weight].blocks else 0)
     for n in made.model.graph.node:
         if n.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            if scheme.startswith("nvfp4") and n.input[1] not in stored:
+                assert producers[n.input[1]].op_type == "DequantizeLinear"  # block scales are codes themselves
+                continue
             assert (onnx.numpy_helper.to_array(stored[n.input[1]]) > 0).all()
     assert all(np.prod(t.dims) % 2 == 0 for t in stored.values() if t.data_type == FORMATS["int4"].onnx_type)
 
@@ -338,6 +437,19 @@ def test_awq_balances_channels_for_weight_only_blocks() -> None:
     assert errors["awq"] < errors["none"]
 
 
+def test_sinq_balances_channels_for_weight_only_blocks_without_data() -> None:
+    columns = np.exp(np.random.default_rng(0).normal(size=64)).astype(np.float32)
+    model = build([node("MatMul", "x w", "y")], {"x": (20, 64)}, {"w": normal(64, 16) * columns[:, None]})
+    data, errors = graphs.samples(model, 4), {}
+    for equalize in ("sinq", "none"):
+        plan = placement.plan(model, Settings(scheme="int4", rounding="nearest", equalize=equalize))
+        solution = solve.solve(model, plan, calibrate.collect(model, plan, data))
+        assert ("x" in solution.divisors) == (equalize == "sinq")
+        pairs = zip(graphs.run(insert(model, plan, solution), data), graphs.run(model, data), strict=True)
+        errors[equalize] = sum(np.sum((a["y"] - b["y"]) ** 2) for a, b in pairs)
+    assert errors["sinq"] < 0.8 * errors["none"]
+
+
 @pytest.mark.parametrize("scheme", ["int4", "w4a8", "fptq"])
 def test_the_order_of_the_samples_changes_nothing(scheme: str) -> None:
     model = mlp(16)
@@ -367,10 +479,10 @@ def compiled(model: Model, made: Made) -> tuple[Engine, Any]:
     return engine, audit(model.proto, engine.table)
 
 
-def four_bits(engine: Engine) -> int:
+def four_bits(engine: Engine, dtype: str = "int4") -> int:
     """Elements of the 4-bit constants in the engine."""
     tensors = (t for layer in engine.table.layers for t in (*layer.inputs, *layer.constants))
-    return sum(int(np.prod(t.shape)) for t in tensors if t.dtype == "int4")
+    return sum(int(np.prod(t.shape)) for t in tensors if t.dtype == dtype)
 
 
 @pytest.mark.parametrize("rest", ["fp32", "fp16"])
@@ -389,9 +501,52 @@ def test_the_engine_holds_4_bit_weights_and_runs_int8_products_where_planned(nam
     assert found.int8_share == (1.0 if SCHEMES[scheme].data else 0.0)
 
 
+@pytest.mark.parametrize("scheme", ["nvfp4", "nvfp4-weight"])
+def test_small_nvfp4_weights_need_no_float32(scheme: str) -> None:
+    model = build([node("MatMul", "x w", "y")], {"x": (20, 64)}, {"w": normal(64, 16) / 10000})
+    data = [{"x": s["x"] * 100} for s in graphs.samples(model, 4)]
+    made = quantized(model, data, scheme=scheme, rounding="nearest", equalize="none")
+    half = convert(made.model, rest="fp16", table=made.table)
+    assert not half.kept
+    for a, b, c in zip(*(graphs.run(m, data) for m in (half.model, made.model, model)), strict=True):
+        lost, before = (np.sum((found["y"] - c["y"]) ** 2) for found in (a, b))
+        assert lost < 1.1 * before
+
+
+def test_fp8_channels_whose_scales_float16_cannot_hold_keep_their_codes_floating() -> None:
+    """Codes follow a raised scale; rounded to whole numbers as integer codes are, this channel would lose 14 dB."""
+    values = normal(8, 4, 3, 3)
+    values[0] *= 1e-4
+    model = build([node("Conv", "x w", "y")], {"x": (1, 4, 6, 6)}, {"w": values})
+    data = graphs.samples(model, 4)
+    made = quantized(model, data, scheme="fp8")
+    half = convert(made.model, rest="fp16", table=made.table).model
+    for a, b in zip(graphs.run(half, data), graphs.run(made.model, data), strict=True):
+        assert np.sum((a["y"][:, 0] - b["y"][:, 0]) ** 2) < 0.003 * np.sum(b["y"][:, 0] ** 2)
+
+
 def test_fp8_products_run_in_fp8() -> None:
     _, found = compiled((made := case("Conv and Gemm", scheme="fp8")).model, made)
     assert {n.consumed for n in found.nodes} == {"fp8"}
+
+
+@pytest.mark.parametrize("rest", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", ["MatMul padded", "Gemm transB"])
+def test_nvfp4_products_run_in_fp4_and_weights_alone_are_dequantized(name: str, rest: str) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    for scheme, wanted in (("nvfp4", "fp4"), ("nvfp4-weight", {"fp32": "float32", "fp16": "float16"}[rest])):
+        made = case(name, scheme=scheme)
+        converted = convert(made.model, rest=rest, table=made.table)
+        assert not converted.kept
+        engine = rtx.build(converted.model.proto, targets=["sm120"])
+        found = audit(converted.model.proto, engine.table)
+        assert {n.consumed for n in found.nodes} == {wanted}
+        assert {n.requested for n in found.nodes} == {"fp4" if scheme == "nvfp4" else "weight-only fp4"}
+        assert all(n.macs for n in found.nodes)
+        assert not found.missed
+        assert not found.suspect
+        codes = sum(made.solution.weights[p.tensor, p.spec.axis].codes.size for p in made.plan.weights)
+        assert four_bits(engine, "fp4") >= codes
 
 
 def test_a_target_without_the_format_is_refused_before_the_compiler_is_asked() -> None:
@@ -438,6 +593,52 @@ def test_finer_weights_keep_a_language_models_perplexity(
     assert found["tensor"] > 3 * found["channel"]
     assert found["float"] < found["descent"] < found["16"] < found["32"] < found["channel"]
     assert found["descent"] < 1.08 * found["float"]
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4"])
+def test_on_every_layer_gptq_trades_weight_error_for_output_error(
+    stories: tuple[Model, list[graphs.Sample], np.ndarray], fmt: str
+) -> None:
+    """With the same scales, one per channel; AWQ likewise never loses to nearest on the sum over its blocks."""
+    model, samples, _ = stories
+    plan = placement.plan(model, Settings(scheme="int4", block="channel"))
+    grams = gram.collect(model, plan, {}, samples[:2])
+    assert len(grams) == len(plan.weights) == 36
+    for point in plan.weights:
+        assert point.spec.axis is not None
+        key, spec = (point.tensor, point.spec.axis), Spec(format=fmt, axis=point.spec.axis, weight_only=True)
+        W, errors = model.array(point.tensor), {}
+        for rounding in ("nearest", "gptq", "descent"):
+            made = quantize_weight(W, spec, outputs=point.spec.axis, rounding=rounding, moments=grams[key])
+            E = np.moveaxis(made.values().astype(np.float64) - W, point.spec.axis, 0)
+            errors[rounding] = (np.sum(E**2), np.sum(gptq.loss(E, grams[key][0])))
+        for rounding in ("gptq", "descent"):
+            assert errors[rounding][0] > errors["nearest"][0]
+            assert errors[rounding][1] < errors["nearest"][1]
+        assert errors["descent"][1] <= errors["gptq"][1]
+
+
+def test_on_every_layer_awq_never_loses_to_nearest(stories: tuple[Model, list[graphs.Sample], np.ndarray]) -> None:
+    """Its objective: the sum over blocks of each block's squared output error; channel scales first, then clipping."""
+    model, samples, _ = stories
+    plan = placement.plan(model, Settings(scheme="int4", block=16, rounding="awq"))
+    grams = gram.collect(model, plan, {}, samples[:2])
+    for point in plan.weights:
+        axis = point.spec.axis
+        assert axis is not None
+        H, W = grams[point.tensor, axis][0], model.array(point.tensor)
+        rows = np.moveaxis(W, axis, -1)
+        divisor = balanced([rows], [16], H, fmt="int4")
+        shape = [-1 if i == axis else 1 for i in range(2)]
+        ones = np.ones(rows.shape[1], np.float32)
+        losses = []
+        for rounding, s in (("nearest", ones), ("awq", ones if divisor is None else divisor)):
+            scaled, moments = W * s.reshape(shape), (H / np.outer(s, s))[None]
+            found = quantize_weight(scaled, point.spec, outputs=1 - axis, rounding=rounding, moments=moments)
+            E = np.moveaxis(found.values() / s.reshape(shape) - W, axis, -1).astype(np.float64)
+            parts = [slice(b, b + 16) for b in range(0, E.shape[1], 16)]
+            losses.append(sum(float(np.sum(gptq.loss(E[:, p], H[p, p]))) for p in parts))
+        assert losses[1] < losses[0]
 
 
 @pytest.mark.parametrize("scheme", ["int4", "w4a8"])

@@ -120,11 +120,11 @@ def test_without_samples_gptq_is_nearest_and_says_so() -> None:
     assert any("only a table was given" in n for n in without.notes)
 
 
-def test_weights_beyond_the_limit_of_gptq_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solve.gram, "MAX_COLUMNS", 6)
+@pytest.mark.parametrize(("limit", "count"), [(6, 1), (2, 2)])
+def test_weights_beyond_the_limit_of_gptq_are_noted(limit: int, count: int) -> None:
     model = graphs.branches()
-    found = solved(model, graphs.samples(model))
-    assert any(n.startswith("1 of 2 weights are rounded to nearest") for n in found.notes)
+    found = solved(model, graphs.samples(model), moment_inputs=limit)
+    assert any(n.startswith(f"{count} of 2 weights are rounded without their inputs") for n in found.notes)
 
 
 def test_tied_tensors_share_scale_and_zero_point_while_their_ranges_are_alike() -> None:

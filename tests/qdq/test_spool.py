@@ -32,6 +32,8 @@ SCHEMES = [
     Settings(scheme="w4a8", block=16),
     Settings(scheme="fptq", block=16, v1=0.5, v0=0.1),
     Settings(scheme="fp8"),
+    Settings(scheme="nvfp4"),
+    Settings(scheme="nvfp4-weight"),
 ]
 
 

@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qdq import granularity
+from qdq.equalize import sinq
 from qdq.formats import FORMATS
-from qdq.granularity import coarsest
+from qdq.granularity import best, bits_per_weight, coarsest
 from qdq.qtensor import QTensor, blocked, from_codes
 from qdq.rounding import awq, clip, gptq, hqq, nearest
 from qdq.scheme import ROUNDINGS, Spec
-from qdq.weight_scale import balanced
+from qdq.weight_scale import balanced, levelled
 from qdq.weights import DATA_FREE, quantize_weight
 
 LOW, HIGH = FORMATS["int4"].low, FORMATS["int4"].high
@@ -211,6 +213,30 @@ def test_adaptive_granularity_takes_the_coarsest_block_within_the_bound() -> Non
     assert coarsest(W * 0, 1, blocks, fmt, 1.0) == 128
 
 
+def test_the_best_block_is_the_one_whose_scales_are_worth_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the definition: mixed with INT8 to any common budget of bits, the chosen block leaves the least noise."""
+    fmt, blocks = FORMATS["int4"], FORMATS["int4"].blocks
+    rng = np.random.default_rng(0)
+    weights = [rng.normal(size=(64, 512)), rng.laplace(size=(64, 512)), rng.uniform(-1, 1, size=(64, 512))]
+    weights.append(weights[0] * np.where(np.arange(512) % 16, 1, 20))  # nothing to gain from short blocks
+    weights.append(weights[0] * np.where(np.arange(512) % 64, 1, 4))
+    chosen = [best(w.astype(np.float32), 1, blocks, fmt) for w in weights]
+    assert len(set(chosen)) > 1
+    for w, block in zip(weights, chosen, strict=True):
+        noise = {}
+        for other in blocks:
+            found = quantize_weight(w.astype(np.float32), blocks_of(other), outputs=0, rounding="nearest").values()
+            wide = (8 - 5.5) / (8 - bits_per_weight(512, other, fmt))  # share that stays 4-bit at 5.5 bits a weight
+            noise[other] = wide * np.sum((found - w) ** 2)
+        assert noise[block] == min(noise.values())
+    W = weights[0].astype(np.float32)
+    assert best(W.T, 0, blocks, fmt) == best(W, 1, blocks, fmt) == 16
+    assert best(W * 0, 1, blocks, fmt) == 128
+    monkeypatch.setattr(granularity, "SAMPLED", 4096)  # an eighth of the weight says the same
+    assert [best(w.astype(np.float32), 1, blocks, fmt) for w in weights] == chosen
+    assert [best(np.ascontiguousarray(w.T.astype(np.float32)), 0, blocks, fmt) for w in weights] == chosen
+
+
 def test_awq_scales_lower_the_output_error_and_are_given_up_where_they_do_not() -> None:
     W, H = weight(32, 64), moment(64)
     divisor = balanced([W, W[:16] * 2], [16, 32], H, fmt="int4")
@@ -223,6 +249,71 @@ def test_awq_scales_lower_the_output_error_and_are_given_up_where_they_do_not() 
         scaled = quantize_weight(w * divisor, spec, outputs=0, rounding="nearest").values() / divisor
         assert gptq.loss((scaled - w).astype(np.float64), H).sum() < gptq.loss((plain - w).astype(np.float64), H).sum()
     assert balanced([W], [16], np.eye(64), fmt="int4") is None
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("columns", [64, 40])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_every_rounding_keeps_its_contract_on_nvfp4(rounding: str, columns: int, axis: int) -> None:
+    W, H = weight(12, columns), moment(columns)
+    spec = Spec(format="nvfp4", axis=axis, block=16)
+    values = W if axis == 1 else np.ascontiguousarray(W.T)
+
+    def made(name: str) -> tuple[QTensor, np.ndarray]:
+        found = quantize_weight(values, spec, outputs=1 - axis, rounding=name, moments=H[None])
+        return found, found.values() if axis == 1 else found.values().T
+
+    (found, read), (_, plain) = made(rounding), made("nearest")
+    assert found.codes.dtype == FORMATS["nvfp4"].dtype
+    assert found.codes.shape[axis] == -(-columns // 16) * 16
+    assert found.params.second is not None
+    scales = found.params.scale / np.float32(found.params.second)
+    assert np.array_equal(scales, scales.astype(FORMATS["fp8"].dtype).astype(np.float32))
+    again, _ = made(rounding)
+    assert np.array_equal(found.codes.view(np.uint8), again.codes.view(np.uint8))
+    weight_error, output_error = (
+        {name: f(v.astype(np.float64) - W) for name, v in (("found", read), ("nearest", plain))}
+        for f in (lambda e: np.sum(e**2), lambda e: gptq.loss(e, H))
+    )
+    if rounding in ("gptq", "descent"):
+        assert (output_error["found"] <= output_error["nearest"]).all()
+        assert output_error["found"].sum() < 0.7 * output_error["nearest"].sum()
+    elif rounding != "awq":  # which lowers the output error of each block by itself
+        assert weight_error["found"] <= 1.03 * weight_error["nearest"]  # scales of 4 bits are not all those searched
+
+
+def test_sinq_finds_the_scales_of_rows_and_columns() -> None:
+    rng = np.random.default_rng(0)
+    rows, columns = np.exp(rng.normal(size=(256, 1))), np.exp(rng.normal(size=192) / 2)
+    W = (rng.normal(size=(256, 192)) * rows * columns).astype(np.float32)
+    divisor = sinq.balanced(W)
+    assert divisor.max() == 1
+    spread = divisor * columns
+    assert np.std(np.log(spread)) < 0.07  # a deviation of 256 values is known to 4.4 %
+    assert sinq.imbalance_of(W * divisor / rows) < 0.1 * sinq.imbalance_of(W)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), spread=st.floats(0, 2), block=st.sampled_from([16, 32, 64]))
+def test_sinq_never_loses_to_none_on_the_weights_or_refuses(seed: int, spread: float, block: int) -> None:
+    rng = np.random.default_rng(seed)
+    W = (rng.normal(size=(24, 128)) * np.exp(spread * rng.normal(size=128))).astype(np.float32)
+    W[:, 5] = 0
+    divisor = levelled([W, W[:8] * 3], [block, 16], fmt="int4")
+    if divisor is None:
+        return
+    error = {}
+    for s in (divisor, np.ones_like(divisor)):
+        parts = ((W, block), (W[:8] * 3, 16))
+        found = [quantize_weight(w * s, blocks_of(b), outputs=0, rounding="nearest").values() / s - w for w, b in parts]
+        error[bool(s is divisor)] = sum(float(np.sum(e.astype(np.float64) ** 2)) for e in found)
+    assert error[True] < error[False]
+
+
+def test_sinq_gains_where_input_channels_differ_and_refuses_zeros() -> None:
+    columns = np.exp(np.random.default_rng(0).normal(size=128)).astype(np.float32)
+    assert levelled([weight(64, 128) * columns], [16], fmt="int4") is not None
+    assert levelled([weight(64, 128) * 0], [16], fmt="int4") is None
 
 
 @pytest.mark.parametrize("axis", [None, 0])
