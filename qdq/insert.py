@@ -30,20 +30,19 @@ block scales in behind the sum over all blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import NodeProto, helper
 
 from qdq.absorb import Operand
 from qdq.external import release
 from qdq.formats import FORMATS
-from qdq.graph import Model, captured
-from qdq.nodes import FP4_QUANTIZE, TRT_DOMAIN, Names, attribute, ints
+from qdq.graph import Model
+from qdq.graph_writer import GraphWriter
+from qdq.nodes import FP4_QUANTIZE, TRT_DOMAIN, attribute, ints
 from qdq.placement import weight_axis
 from qdq.plan import Plan, Point
 from qdq.qtensor import QParams, QTensor
@@ -70,7 +69,9 @@ def insert(model: Model, plan: Plan, solution: Solution) -> Model:
     operands = {(name, index): point for point in plan.points for name, index in point.uses}
     for node in model.graph.node:
         writer.node(node, operands)
-    return model.replace(writer.finish(), keeps=solution.spool)
+    params = (*solution.activations.values(), *(w.params for w in solution.weights.values()))
+    opset = max((FORMATS[p.format].minimum_opset for p in params), default=0)
+    return model.replace(writer.finish(opset), keeps=solution.spool)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,21 +93,17 @@ class _Rows:
     missing: int
 
 
-class _Writer:
-    """Builds the new node and initializer lists in the order of the old ones."""
+class _Writer(GraphWriter):
+    """The cases of the table, node after node."""
 
     def __init__(self, model: Model, solution: Solution) -> None:
-        self._model, self._solution = model, solution
-        self._nodes: list[NodeProto] = []
-        self._constants: dict[str, onnx.TensorProto] = {}
+        super().__init__(model, solution.spool)
+        self._solution = solution
         self._made: dict[tuple[object, ...], str] = {}
-        self._typed: list[tuple[str, int, str]] = []  # tensors of no standard operator: name, type, of whose rank
         self._carried: dict[str, list[tuple[str, Operand]]] = {}
         for tensor, carrier in solution.carriers.items():
             for operand in carrier.operands:
                 self._carried.setdefault(operand.node, []).append((tensor, operand))
-        used = {name for n in model.graph.node for name in (*n.input, *n.output, n.name, *captured(n))}
-        self._name = Names(used | set(model.initializers) | {i.name for i in model.inputs}).fresh
 
     def node(self, node: NodeProto, operands: dict[tuple[str, int], Point]) -> None:
         """Append one node of the float model, rewired where the plan says so."""
@@ -153,83 +150,11 @@ class _Writer:
             copy.input[operand.index] = write(f"{node.input[operand.index]}_divided", values)
         return copy
 
-    def finish(self) -> ModelProto:
-        """The new model: unused float weights are dropped, everything else is kept."""
-        proto = ModelProto()
-        proto.CopyFrom(self._model.proto)
-        graph = proto.graph
-        del graph.node[:]
-        graph.node.extend(self._nodes)
-        read = {name for n in self._nodes for name in (*n.input, *captured(n))} | {o.name for o in graph.output}
-        kept = [t for t in graph.initializer if t.name in read]
-        del graph.initializer[:]
-        graph.initializer.extend(kept)
-        graph.initializer.extend(self._constants[name] for name in sorted(self._constants))
-        self._raise_opset(proto)
-        proto.producer_name = "qdq"
-        return proto
-
-    def _raise_opset(self, proto: ModelProto) -> None:
-        """Import what the formats need: from 21 to 23 the standard operators gained types only."""
-        params = (*self._solution.activations.values(), *(w.params for w in self._solution.weights.values()))
-        needed = max((FORMATS[p.format].minimum_opset for p in params), default=0)
-        for entry in proto.opset_import:
-            if entry.domain in ("", "ai.onnx") and entry.version < needed:
-                entry.version = needed
-                proto.ir_version = max(proto.ir_version, helper.find_min_ir_version_for(proto.opset_import, True))
-        if self._typed and all(entry.domain != TRT_DOMAIN for entry in proto.opset_import):
-            proto.opset_import.append(helper.make_opsetid(TRT_DOMAIN, 1))
-        for name, kind, tensor in self._typed:
-            info = self._model.info(tensor)
-            rank = len(info.shape) if info is not None and info.shape is not None else 0
-            proto.graph.value_info.append(helper.make_tensor_value_info(name, kind, [None] * rank))
-
-    def _constant(self, wanted: str, values: npt.NDArray[np.generic], dtype: str | None = None) -> str:
-        name = self._name(wanted)
-        if dtype is not None and values.dtype.name != dtype:
-            values = values.astype(helper.tensor_dtype_to_np_dtype(helper.np_dtype_to_tensor_dtype(np.dtype(dtype))))
-        self._constants[name] = numpy_helper.from_array(np.asarray(values), name)
-        return name
-
-    def _codes(self, wanted: str, values: npt.NDArray[np.generic]) -> str:
-        """A constant that may be large: those of a large model lie in the spool."""
-        if self._solution.spool is None:
-            return self._constant(wanted, values)
-        name = self._name(wanted)
-        self._constants[name] = self._solution.spool.tensor(name, values)
-        return name
-
-    def _append(self, op_type: str, inputs: Iterable[str], wanted: str, **attributes: Any) -> str:
-        output = self._name(wanted)
-        self._nodes.append(helper.make_node(op_type, list(inputs), [output], name=output, **attributes))
-        return output
-
-    def _stored(self, name: str) -> npt.NDArray[np.float64] | None:
-        """The values of a constant of the float model, or a new small one; None of a computed tensor."""
-        if name in self._constants:
-            return numpy_helper.to_array(self._constants[name]).astype(np.float64)
-        return self._model.array(name).astype(np.float64) if self._model.is_constant(name) else None
-
-    def _dtype(self, tensor: str) -> str:
-        info = self._model.info(tensor)
-        return info.dtype if info is not None else "float32"
-
     def _missing_channels(self, node: NodeProto) -> int:
         """Zero channels that bring each group of a Conv's input to a multiple of CHANNEL_MULTIPLE."""
         if node.op_type != "Conv" or (attribute(node, "group", 1) > 1 and self._spatial(node) is None):
             return 0
         return int(-self._shape(node.input[1])[1] % CHANNEL_MULTIPLE)
-
-    def _shape(self, weight: str) -> tuple[int, ...]:
-        return tuple(self._model.initializers[weight].dims)
-
-    def _spatial(self, node: NodeProto) -> tuple[int, ...] | None:
-        """The spatial sizes of a Conv's input, None where one of them is dynamic."""
-        info = self._model.info(node.input[0])
-        sizes = (info.shape or ())[2:] if info is not None else ()
-        return (
-            tuple(d for d in sizes if isinstance(d, int)) if sizes and all(isinstance(d, int) for d in sizes) else None
-        )
 
     def _border(self, node: NodeProto, pads: list[int], channels: int) -> _Border | None:
         """What is padded in front of a node; None for nothing."""
