@@ -93,8 +93,17 @@ class Judge:
         10 log10(sum y^2 / sum (y - candidate's y)^2); infinite if they are equal, -infinite if the candidate's are not
         finite.
         """
+        signals, noises = self.energies(candidates)
+        return [decibels(signals, each) for each in noises]
+
+    def energies(self, candidates: Sequence[Model]) -> tuple[list[float], list[list[float]]]:
+        """Of each sample the energy of the float outputs; of each model that of its error, sample by sample.
+
+        Infinite where a candidate's outputs are not finite. The samples are in the order in which they are read.
+        """
         if len(candidates) > AT_ONCE:
-            return self.sqnrs_db(candidates[:AT_ONCE]) + self.sqnrs_db(candidates[AT_ONCE:])
+            signals, some = self.energies(candidates[:AT_ONCE])
+            return signals, some + self.energies(candidates[AT_ONCE:])[1]
         taps = [Tap(candidate, self._outputs, threads=1) for candidate in candidates]
 
         def compare(sample: Sample) -> list[float]:
@@ -103,8 +112,8 @@ class Judge:
             return [both[0][0], *(noise for _, noise in both)]
 
         each = list(overlapped(compare, self._held.holding(), cores()))
-        signal, *noises = (_sum(sums) for sums in zip(*each, strict=True))
-        return [_decibels(signal, noise) for noise in noises]
+        found, *noises = ([*values] for values in zip(*each, strict=True))
+        return found, noises
 
 
 def energies(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> tuple[float, float]:
@@ -115,6 +124,33 @@ def energies(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
         signals.append(float(np.sum(y**2)))
         noises.append(float(np.sum((y - found[name]) ** 2)))
     return _sum(signals), _sum(noises)
+
+
+def decibels(signals: Sequence[float], noises: Sequence[float]) -> float:
+    """10 log10 of the ratio of the sums; infinite without noise, -infinite where a noise is not finite."""
+    return _decibels(_sum(signals), _sum(noises))
+
+
+def clearly_less(after: Sequence[float], before: Sequence[float], *, least_db: float, certainty: float) -> bool:
+    """Whether the sum of some noises is less than that of others by more than chance.
+
+    Sample by sample the differences are compared: their sum must be over `certainty` of its standard errors, so that a
+    few samples that speak for one candidate do not decide; one sample alone proves nothing.
+
+    Args:
+        after: of each sample the noise of the candidate.
+        before: of each sample the noise of what it would replace.
+        least_db: by which the sum must fall at least.
+        certainty: standard errors over the samples; with 0 the sum alone decides.
+    """
+    if not math.isfinite(_sum(before)):
+        return math.isfinite(_sum(after))
+    if not math.isfinite(_sum(after)) or _sum(after) > _sum(before) * 10 ** (-least_db / 10):
+        return False
+    if not certainty or len(after) < 2:
+        return not certainty
+    gains = np.sort(np.subtract(before, after))  # sorted, so that the samples' order does not touch the last bits
+    return bool(gains.sum() > certainty * gains.std(ddof=1) * math.sqrt(gains.size))
 
 
 def _sum(values: Sequence[float]) -> float:
