@@ -90,7 +90,10 @@ main.add_command(tune)
 @click.option("--plan", "plan_file", type=PATH, help="plan.json in place of a new plan.")
 @click.option("--table", "table_file", type=PATH, help="table.json in place of a new calibration.")
 @output_option("the Q/DQ model")
-@click.option("--rest", help="Float type of what is not quantized: fp16, bf16 or fp32 (default: as tuned, else fp32).")
+@click.option(
+    "--rest",
+    help="Float type of what is not quantized: auto (as tuned, else fp16), fp16, bf16, fp32; default: tuned, or fp32.",
+)
 @custom_ops_option
 @settings_options
 @shape_option

@@ -183,7 +183,7 @@ def quantize(
             )
         else:
             solution, quantized = complete(solve(prepared, chosen, table, samples=checked, on_progress=on_progress))
-    solution = replace(solution, notes=(*equalized, *solution.notes))
+    solution = replace(solution, notes=(*chosen.settings.idle, *equalized, *solution.notes))
     return Quantized(prepared=prepared, plan=chosen, table=table, solution=solution, model=quantized)
 
 
@@ -304,7 +304,7 @@ def deploy(
             tuned = find_plan(prepared, pricer, samples=calibration, measure=measure, on_progress=tell)
         made, finished = _quantized(prepared, calibration, recipe, tuned.plan if tuned else None, tell)
         built = pricer(finished.model) if pricer else None
-        slower = tuned and built and recipe.tune == "placement" and built.us > tuned.plain and made.plan.points
+        slower = tuned and built and recipe.tune == "placement" and built.us > tuned.unquantized_us and made.plan.points
         if tuned and slower:
             made, finished = _quantized(prepared, calibration, recipe, tuned.unquantized, tell)
         output, engine_path = folder / f"{stem}.{recipe.settings.scheme}.onnx", folder / f"{stem}.engine"

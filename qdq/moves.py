@@ -116,6 +116,12 @@ def finer_codes(shop: Workshop, variant: Variant) -> list[Move]:
     ]
 
 
+def into_integer(shop: Workshop, variant: Variant) -> list[Move]:
+    """The moves from a variant that quantize more, with the rewrites that fit."""
+    alike = classes(shop.base(variant).model)
+    return [Move(kind="int8 rewritten", nodes=group) for group in grouped(shop.quantizable(variant), alike)]
+
+
 def into_float(shop: Workshop, variant: Variant) -> list[Move]:
     """The moves from a variant that quantize less."""
     alike = classes(shop.base(variant).model)

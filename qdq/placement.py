@@ -90,7 +90,7 @@ def weighted(model: Model, node: NodeProto, settings: Settings) -> list[Decision
     if node.op_type not in WEIGHTED or len(node.input) < 2 or not model.is_constant(node.input[1]):
         return []
     weight = model.info(node.input[1])
-    if weight is None or weight.shape is None or len(weight.shape) < 2:
+    if weight is None or weight.shape is None or len(weight.shape) < 2 or 0 in weight.shape:
         return []
     scheme, convolution = settings.scheme_of(node.name), node.op_type == "Conv"
     outputs, inputs = weight_axis(node, len(weight.shape)), input_axis(node, len(weight.shape))

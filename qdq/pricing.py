@@ -7,7 +7,6 @@ A structure is the graph without the values of weights, on which no kernel depen
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import tempfile
@@ -29,6 +28,7 @@ from qdq.errors import InputError
 from qdq.files import write_text
 from qdq.footprint import cores
 from qdq.graph import Model, save, without_initializers
+from qdq.judge import ranked
 from qdq.plan import Plan
 from qdq.price import Kernel, Price
 from qdq.recipe import Recipe
@@ -80,7 +80,7 @@ class Pricer:
             found = self._compiled([self._job(model, Path(name) / key) for key, model in unknown.items()])
         for key, price in zip(unknown, found, strict=True):
             self._known[key] = price
-            if self.cache is not None:
+            if self.cache is not None and math.isfinite(price.us):  # a refusal may be of the machine, not of the model
                 self.cache.mkdir(parents=True, exist_ok=True)
                 write_text(self.cache / f"{key}.json", json.dumps({"format": FORMAT, **asdict(price)}))
         return [self._known[key] for key in keys]
@@ -178,7 +178,7 @@ def find_plan(
     Args:
         prepared: float model.
         pricer: of the recipe, whose settings, rest, time limit and, with samples, `min_sqnr_db` count.
-        samples: re-iterable; the first few are looked at. None takes every tensor for lopsided.
+        samples: re-iterable; a few, whatever their order, are looked at. None takes every tensor for lopsided.
         measure: see `tune`.
         on_progress: told about every variant.
 
@@ -186,7 +186,7 @@ def find_plan(
         BuildError: no way to write the model compiles.
     """
     recipe = pricer.recipe
-    few = None if samples is None else tuple(itertools.islice(samples, FEW))
+    few = None if samples is None else _few(samples)
     with pricer.parallel():
         found = tune(
             Workshop(model=prepared, settings=recipe.settings, rests=RESTS[recipe.rest], samples=few),
@@ -200,6 +200,13 @@ def find_plan(
     if math.isinf(found.price.us):
         raise pricer.failure or BuildError("No way to write the model compiles.")
     return found
+
+
+def _few(samples: Iterable[Sample]) -> tuple[Sample, ...]:
+    """A choice of samples, and an order of them, that the order of all does not matter for."""
+    chosen = ranked(samples)[:FEW]
+    by_index = {index: sample for index, sample in enumerate(samples) if index in chosen}
+    return tuple(by_index[index] for index in chosen)
 
 
 def difference(found: Tuned, built: Price) -> str:

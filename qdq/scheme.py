@@ -257,6 +257,28 @@ class Settings:
                 f"{', '.join(map(str, FORMATS['int4'].blocks))} or auto, or the weight-only scheme int4."
             )
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """What was set and means nothing to the schemes, a sentence each."""
+        rows = [SCHEMES[self.scheme], *(SCHEMES[scheme] for _, scheme in self.overrides)]
+        lengths = {block for row in rows for block in FORMATS[row.weight].blocks}
+        blocked = any(FORMATS[row.weight].blocks for row in rows)
+        alone = any(FORMATS[row.weight].blocks and row.data is None for row in rows)
+        integers = any(FORMATS[row.weight].integer for row in rows)
+        balanced = any("int8" in (row.data, row.convolution) for row in rows)
+        found = []
+        if self.block not in ("auto", *lengths) and len(lengths) < 2:
+            found.append(f"block {self.block}")
+        if self.rounding in ("clip", "hqq", "awq") and not blocked:
+            found.append(f"rounding {self.rounding}, which is for blocks,")
+        if self.rounding != "nearest" and not integers and not blocked:
+            found.append(f"rounding {self.rounding}")
+        if self.equalize in ("awq", "sinq") and not alone:
+            found.append(f"equalize {self.equalize}, which is for weight-only blocks,")
+        if self.equalize not in ("awq", "sinq", "none") and not balanced and not alone:
+            found.append(f"equalize {self.equalize}")
+        return tuple(f"{what} has no effect with scheme {self.scheme}" for what in found)
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> Settings:
         """Build settings from a recipe's keys.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from qdq.calibrate import Progress
-from qdq.moves import Move, finer_codes, into_float, possible, times_of
+from qdq.moves import Move, finer_codes, into_float, into_integer, possible, times_of
 from qdq.plan import Plan
 from qdq.price import Judge, Price
 from qdq.surgery import FLOAT_REWRITES, QUANTIZED_REWRITES
@@ -39,7 +39,8 @@ class Tuned:
     Attributes:
         variant: the best.
         plan: of the variant, with its rewrites; every node left in float for the price's sake says so.
-        unquantized: the plan of the model in the type of the rest, nothing quantized or rewritten.
+        unquantized: the plan of the fastest variant known with nothing quantized.
+        unquantized_us: what it is predicted to take.
         operands: what quantized nodes would hold and read, as `Plan.operands` says it.
         price: of the variant.
         plain: predicted microseconds of the model in the type of the rest, nothing quantized or rewritten.
@@ -52,6 +53,7 @@ class Tuned:
     variant: Variant
     plan: Plan
     unquantized: Plan
+    unquantized_us: float
     operands: str
     price: Price
     plain: float
@@ -106,24 +108,25 @@ def tune(
         judge: compiles and prices them.
         placement: also choose which nodes are quantized; False quantizes all that the rules want.
         min_sqnr_db: of the workshop's samples; where the fastest variant has less, what costs least time for the noise
-            that it takes away is given up until it has as much. Needs samples.
+            that it takes away is given up until it has as much. Needs samples; means nothing without `placement`.
         measure: quantizes by a plan as it will be shipped, and says the SQNR in dB. What is given up is then adjusted
             by how far quick scales are from it; what does not keep the bound by this measure is not returned.
-        time_limit_s: seconds after which no further variant is compiled, apart from the two to compare with.
+        time_limit_s: seconds after which no further variant is compiled, apart from those to compare with: nothing
+            quantized, and everything.
         clock: seconds.
         on_progress: called with (variants done, None, text).
 
     Returns:
         The best variant and what it was compared with.
     """
-    bounded = min_sqnr_db > -math.inf and workshop.samples is not None
-    verified = measure if bounded and placement else None
+    bounded = placement and min_sqnr_db > -math.inf and workshop.samples is not None
+    verified = measure if bounded else None
     first = time_limit_s * (FIRST if verified else 1)
     search = _Search(workshop, judge, placement, clock() + first, clock, on_progress)
     if bounded:
         search.most = 10 ** (-(min_sqnr_db + MARGIN_DB) / 10)
     search.start()
-    search.rescue()
+    search.bound()
     search.descend()
     if verified:
         search.verify(min_sqnr_db, verified, time_limit_s * (1 - FIRST) / (ROUNDS - 1))
@@ -179,6 +182,8 @@ class _Search:
         self.best = Variant() if self.placement else everything
         self.keep(everything, "quantized wherever it is possible")
         for rest in shop.rests[1:]:
+            if self.late():
+                return
             move = Move(kind="rest", nodes=(rest,))
             self.keep(move.of(Variant() if self.placement else everything), str(move))
         rewritten = replace(Variant() if self.placement else everything, rest=self.best.rest)
@@ -302,10 +307,32 @@ class _Search:
         """Whether it keeps the bound, if there is one."""
         return self.most == math.inf or not variant.integer or (self.workshop.noise(variant) or 0.0) <= self.most
 
+    def bound(self) -> None:
+        """Where there is a bound: the best of what can be afforded from either side."""
+        if self.most < math.inf:
+            self.rescue()
+            self.afford()
+
+    def afford(self) -> None:
+        """From nothing quantized: the classes of nodes that gain most time for their noise, within the bound."""
+        base = self.floating()
+        alone = {move: move.of(base) for move in into_integer(self.workshop, base)}
+        gains = {}
+        for move, variant in zip(alone, self.ahead(alone.values()), strict=False):
+            if (gain := self.us(base) - self.us(variant)) > 0:
+                gains[move] = gain / max(self.workshop.noise(variant) or 0.0, 1e-300)
+        variant, prefixes = base, []
+        for move in sorted(gains, key=lambda m: -gains[m]):
+            if self.accurate(candidate := move.of(variant)):
+                variant = candidate
+                prefixes.append(variant)
+        for prefix in self.ahead(prefixes):
+            self.keep(prefix, "quantized where it gains most for its noise")
+
     def rescue(self) -> None:
         """Where the fastest variant known breaks the bound: make it finer, then less quantized, until it keeps it."""
         fastest, stands = min(self.prices, key=self.us), self.best
-        if self.most == math.inf or fastest == stands or not fastest.integer or self.late():
+        if fastest == stands or not fastest.integer or self.late():
             return
         self.best = fastest
         finer, left = finer_codes(self.workshop, fastest), into_float(self.workshop, fastest)
@@ -331,21 +358,26 @@ class _Search:
             measure: SQNR in dB of a plan.
             seconds: for each search.
         """
-        kept, complete = min((v for v in self.prices if not v.integer), key=self.us), self.complete
+        kept, complete = self.floating(), self.complete
+        measured: set[Variant] = set()
         for left in reversed(range(ROUNDS)):
             if not self.best.integer:
                 break
-            real, quick = measure(self.plan("")), -10 * math.log10(self.workshop.noise(self.best) or math.inf)
+            measured.add(self.best)
+            real, noise = measure(self.plan("")), self.workshop.noise(self.best)
+            quick = -10 * math.log10(noise) if noise else math.inf
             self.steps.append(f"measured {real:.1f} dB with calibrated scales, {quick:.1f} dB with quick ones")
             kept = min(kept, self.best, key=self.us) if real >= bound_db else kept
-            if not left or bound_db <= real < bound_db + SLACK_DB:
+            if not left or bound_db <= real < bound_db + SLACK_DB or math.inf in (real, quick):
                 break
             self.most = 10 ** (-(bound_db + SPARE_DB + quick - real) / 10)
-            self.best = next(v for v in sorted(self.prices, key=self.us) if self.accurate(v))
+            self.best = self.best if self.accurate(self.best) else self.floating()
             self.deadline, self.complete = self.clock() + seconds, True
-            self.rescue()
+            self.bound()
             self.descend()
             complete = complete and self.complete
+            if self.best in measured:
+                break
         self.best, self.complete = kept, complete
 
     def fewest(self, moves: list[Move]) -> Variant | None:
@@ -366,6 +398,10 @@ class _Search:
             variant = move.of(variant)
         return variant
 
+    def floating(self) -> Variant:
+        """The fastest variant known with nothing quantized."""
+        return min((v for v in self.prices if not v.integer), key=self.us)
+
     def plan(self, why: str) -> Plan:
         """The best variant as a plan; `why` other nodes are left in float."""
         return self.workshop.plan_of(self.best, why)
@@ -373,6 +409,7 @@ class _Search:
     def result(self) -> Tuned:
         """The best variant as a plan."""
         price, operands = self.price(self.best), self.workshop.base(Variant()).plan.operands
+        floating = self.floating()
         why = (
             f"{operands} does not pay here: with the choice made, the model is predicted to take {price.us:.1f} us; "
             f"{self.untuned:.1f} with it wherever it is possible, {self.plain:.1f} without any"
@@ -380,7 +417,8 @@ class _Search:
         return Tuned(
             variant=self.best,
             plan=self.plan(why),
-            unquantized=self.workshop.plan_of(Variant(), why),
+            unquantized=self.workshop.plan_of(floating, why),
+            unquantized_us=self.us(floating),
             operands=operands,
             price=price,
             plain=self.plain,

@@ -1,4 +1,4 @@
-"""Compilers in processes of their own: several models at once, and one that brings its compiler down harms no other.
+"""Compilers in processes of their own: several models at once, and one that brings such a compiler down harms no other.
 
 Job (an ONNX file, GPUs, shapes) -> a free worker -> Price, or the compiler's refusal
 A worker is started when there is work for it, and ends with this process. It must not search, nor keep prices.
@@ -17,17 +17,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from typing import BinaryIO
 
 from engines.compiler import ShapeRange
 from engines.cost import Gpu, predict
-from engines.errors import BuildError, MissingRuntimeError, import_runtime
+from engines.errors import BuildError, EngineError, MissingRuntimeError, import_runtime
 from engines.layers import SYNCHRONIZATION, LayerTable
 from qdq.build import compile_engine
 from qdq.price import Kernel, Price
 from qdq.recipe import Recipe
 
 _READY = b"ready"
-_START = "import sys; sys.path[:] = {path!r}; from qdq.workers import serve; serve()"
+_START = "import sys; sys.path[:] = {path!r}; from qdq.workers import serve; serve({answers})"
+TRIES = 2  # of a job whose worker died: it may have been killed for another's memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,28 @@ def signatures(table: LayerTable) -> tuple[str, ...]:
     return tuple(found)
 
 
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    """A process, which takes jobs from its standard input, and the pipe that its answers come from."""
+
+    process: subprocess.Popen[bytes]
+    answers: BinaryIO
+
+    def ask(self, job: Job) -> Price | BuildError:
+        """The answer to a job."""
+        assert self.process.stdin
+        pickle.dump(job, self.process.stdin)
+        self.process.stdin.flush()
+        answer = pickle.load(self.answers)
+        return answer if isinstance(answer, Price) else BuildError(answer[0], nodes=answer[1])
+
+    def end(self) -> int:
+        """Its exit code, once its input has ended."""
+        self.process.communicate()
+        self.answers.close()
+        return self.process.returncode
+
+
 class Workers:
     """A number of processes, each with a compiler; `close` ends them."""
 
@@ -75,7 +99,7 @@ class Workers:
         """Start none yet."""
         self.count = count
         self._threads = ThreadPoolExecutor(count)
-        self._free: SimpleQueue[subprocess.Popen[bytes] | None] = SimpleQueue()
+        self._free: SimpleQueue[_Worker | None] = SimpleQueue()
         for _ in range(count):
             self._free.put(None)
 
@@ -84,52 +108,51 @@ class Workers:
         return list(self._threads.map(self._one, jobs))
 
     def _one(self, job: Job) -> Price | BuildError:
-        process = self._free.get()
+        worker = self._free.get()
         try:
-            process = process or _started()
-            assert process.stdin and process.stdout
-            pickle.dump(job, process.stdin)
-            process.stdin.flush()
-            answer = pickle.load(process.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError):
-            assert process
-            process.communicate()
-            code, process = process.returncode, None
+            for _ in range(TRIES):
+                worker = worker or _started()
+                try:
+                    return worker.ask(job)
+                except (EOFError, OSError, pickle.UnpicklingError):
+                    code, worker = worker.end(), None
             return BuildError(f"The compiler's process died with exit code {code} on this model.")
         finally:
-            self._free.put(process)
-        return answer if isinstance(answer, Price) else BuildError(answer[0], nodes=answer[1])
+            self._free.put(worker)
 
     def close(self) -> None:
         """End the processes; what is being compiled is waited for."""
         self._threads.shutdown(cancel_futures=True)
         for _ in range(self.count):
-            if process := self._free.get():
-                process.communicate()  # the end of its input ends it
+            if worker := self._free.get():
+                worker.end()
 
 
-def _started() -> subprocess.Popen[bytes]:
+def _started() -> _Worker:
     """A worker that is ready. Not by `multiprocessing`, which would import the user's program again.
 
     Raises:
         MissingRuntimeError: it does not start.
     """
-    command = [sys.executable, "-c", _START.format(path=sys.path)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdout
-    if process.stdout.read(len(_READY)) != _READY:
-        process.communicate()
-        raise MissingRuntimeError(
-            f"A compiler's process ended with exit code {process.returncode} before it was ready."
-        )
-    return process
+    source, answers = os.pipe()
+    command = [sys.executable, "-c", _START.format(path=sys.path, answers=answers)]
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=(answers,))
+    except OSError as error:
+        os.close(source)
+        raise MissingRuntimeError(f"Cannot start a compiler's process ({sys.executable}): {error}.") from error
+    finally:
+        os.close(answers)
+    worker = _Worker(process, os.fdopen(source, "rb"))
+    if worker.answers.read(len(_READY)) != _READY:
+        raise MissingRuntimeError(f"A compiler's process ended with exit code {worker.end()} before it was ready.")
+    return worker
 
 
-def serve() -> None:
-    """What a worker does: jobs in, prices out, until the input ends."""
+def serve(answers: int) -> None:
+    """What a worker does: jobs from standard input, prices to a pipe, until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print goes nowhere near the answers
+    out = os.fdopen(answers, "wb")
     import_runtime("tensorrt_rtx")
     out.write(_READY)
     out.flush()
@@ -140,7 +163,7 @@ def serve() -> None:
             return
         try:
             answer: Price | tuple[str, tuple[str, ...]] = price_of(job)
-        except BuildError as error:
-            answer = str(error), error.nodes
+        except EngineError as error:
+            answer = str(error), getattr(error, "nodes", ())
         pickle.dump(answer, out)
         out.flush()

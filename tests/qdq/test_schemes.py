@@ -19,7 +19,7 @@ from graphs import Made, build, node, normal, quantized
 from engines import ShapeRange, rtx
 from engines.audit import audit
 from engines.compiler import Engine
-from qdq import calibrate, gram, placement, solve
+from qdq import calibrate, deploy, gram, placement, solve
 from qdq.errors import InputError
 from qdq.formats import FORMATS, require_targets
 from qdq.graph import Model
@@ -216,6 +216,39 @@ def test_a_tensor_read_by_a_convolution_has_one_scale_whatever_the_scheme() -> N
 def test_bad_settings_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Settings.from_mapping(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"block": 16}, "block 16"),
+        ({"scheme": "nvfp4", "block": 64}, "block 64"),
+        ({"rounding": "hqq"}, "rounding hqq"),
+        ({"scheme": "fp8", "rounding": "gptq"}, "rounding gptq"),
+        ({"equalize": "awq"}, "equalize awq"),
+        ({"scheme": "nvfp4", "equalize": "smooth"}, "equalize smooth"),
+    ],
+)
+def test_a_setting_without_effect_is_named(values: dict[str, object], said: str) -> None:
+    (sentence,) = Settings.from_mapping(values).idle
+    assert sentence.startswith(said) and "no effect" in sentence
+    model = build([node("MatMul", "x w", "y")], {"x": (4, 64)}, {"w": normal(64, 8)})
+    made = deploy.quantize(model, graphs.samples(model, 3), settings=Settings.from_mapping(values))
+    assert sentence in made.solution.notes
+
+
+def test_defaults_and_what_they_replace_have_an_effect() -> None:
+    for name in SCHEMES:
+        assert Settings(scheme=name).idle == ()
+    assert Settings(block=32, overrides=(("*", "int4"),)).idle == ()
+    for scheme in ("int4", "w4a8", "fptq", "nvfp4"):
+        assert Settings(scheme=scheme, rounding="hqq").idle == ()
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+def test_an_empty_weight_stays_float(scheme: str) -> None:
+    model = build([node("MatMul", "x w", "y")], {"x": (4, 0)}, {"w": np.zeros((0, 8), np.float32)})
+    assert not placement.plan(model, Settings(scheme=scheme)).points
 
 
 def test_defaults_follow_the_scheme_unless_given() -> None:

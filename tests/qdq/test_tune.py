@@ -14,7 +14,7 @@ from graphs import build, conv, node, normal, residual, run, samples
 from onnx import TensorProto
 
 from engines.compiler import ShapeRange
-from engines.errors import BuildError, EngineError, UnsupportedTargetError
+from engines.errors import BuildError, EngineError, MissingRuntimeError, UnsupportedTargetError
 from qdq import deploy
 from qdq.alike import classes
 from qdq.errors import InputError
@@ -23,7 +23,7 @@ from qdq.footprint import cores
 from qdq.graph import Model, load, save
 from qdq.plan import Plan, Rewrite
 from qdq.price import Kernel, Price
-from qdq.pricing import MOST_WORKERS, Pricer, difference, find_plan, gpus_of
+from qdq.pricing import FEW, MOST_WORKERS, Pricer, _few, difference, find_plan, gpus_of
 from qdq.recipe import Recipe, read_recipe
 from qdq.scheme import Settings
 from qdq.surgery import rewritten
@@ -149,6 +149,8 @@ def test_without_placement_everything_stays_quantized() -> None:
     found = tune(work, priced(conv_0=20.0, conv_1=20.0, conv_2=20.0), placement=False)
     assert set(found.plan.quantized_nodes) == {"conv_0", "conv_1", "conv_2"}
     assert not found.variant.common and not found.variant.centred  # these cost accuracy
+    bounded = tune(work, priced(conv_0=20.0, conv_1=20.0, conv_2=20.0), placement=False, min_sqnr_db=90)
+    assert bounded.plan == found.plan  # a bound is for the choice of nodes
 
 
 def test_a_time_limit_ends_the_search_with_the_better_of_two() -> None:
@@ -352,20 +354,29 @@ class TestPricing:
             refused._slow = True
             assert refused(det).us == math.inf and "parser" in str(refused.failure)
 
-    def test_a_compiler_that_dies_takes_no_other_along(self, tmp_path: Path) -> None:
+    def test_a_compiler_that_dies_takes_no_other_along(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         save(conv(), tmp_path / "good.onnx")
         shapes = {"x": ShapeRange.fixed([int(d) for d in conv().inputs[0].shape or ()])}
         good = Job(path=tmp_path / "good.onnx", gpus=gpus_of(Recipe()), shapes=shapes)
         workers = Workers(1)
         first = workers([good])[0]
-        process = workers._free.get()
-        assert process is not None
-        process.kill()
-        workers._free.put(process)
-        dead, again = workers([good, good])
+        worker = workers._free.get()
+        assert worker is not None
+        worker.process.kill()  # as for want of memory: tried again
+        workers._free.put(worker)
+        assert workers([good]) == [first] and isinstance(first, Price)
+        monkeypatch.setattr("qdq.workers._START", "import os; os.write({answers}, b'ready'); os._exit(3)")
+        lethal = Workers(1)
+        (dead,) = lethal([good])
+        lethal.close()
+        assert isinstance(dead, BuildError) and "exit code 3" in str(dead)
+        monkeypatch.setattr("qdq.workers._START", "pass")
+        with pytest.raises(MissingRuntimeError, match="before it was ready"):
+            Workers(1)([good])
+        monkeypatch.setattr("sys.executable", str(tmp_path / "none"))
+        with pytest.raises(MissingRuntimeError, match="Cannot start"):
+            Workers(1)([good])
         workers.close()
-        assert isinstance(dead, BuildError) and "-9" in str(dead)
-        assert again == first and isinstance(first, Price)
 
     def test_a_model_that_does_not_compile_costs_everything(self) -> None:
         model = build([node("NonZero", "x", "i"), node("Det", "x", "y")], {"x": (1, 4, 4)}, outputs=("y",))
@@ -391,6 +402,13 @@ def test_gpus_of_a_recipe() -> None:
         gpus_of(Recipe(targets=("sm121",)))
 
 
+def test_the_samples_looked_at_do_not_depend_on_their_order() -> None:
+    model = chain()
+    data = samples(model, 5)
+    forth, back = _few(data), _few(data[::-1])
+    assert [s["x"].tobytes() for s in forth] == [s["x"].tobytes() for s in back] and len(forth) == FEW
+
+
 def test_off_in_yaml_is_the_word(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("tune: off\nbias_correction: on\n")
     recipe = Recipe.from_mapping(read_recipe(tmp_path / "recipe.yaml"))
@@ -399,7 +417,12 @@ def test_off_in_yaml_is_the_word(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"tune": "all"}, "placement"), ({"time_limit": -1}, "seconds"), ({"time_limit": "x"}, "seconds")],
+    [
+        ({"tune": "all"}, "placement"),
+        ({"time_limit": -1}, "seconds"),
+        ({"time_limit": "x"}, "seconds"),
+        ({"min_sqnr_db": -4000}, "from -300 to 300"),
+    ],
 )
 def test_bad_recipes_are_refused(given: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
