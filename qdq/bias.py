@@ -26,6 +26,7 @@ from qdq.calibrate import Progress
 from qdq.footprint import cores
 from qdq.graph import Model, captured
 from qdq.judge import Judge, Split, split
+from qdq.nodes import Names
 from qdq.plan import Plan
 from qdq.stages import Stages, can_stage
 from qdq.tap import Sample, Tap, overlapped
@@ -132,7 +133,7 @@ def _move(run: Stages, name: str, tensor: str, before: Model, after: Model) -> N
     if node.output[0] == tensor:
         read = [name for name in before.node(place[0]).input[place[1] :][:1] if name]
         old = before.array(read[0]).astype(np.float64).reshape(-1) if read else 0
-        gain = after.array(node.input[place[1]]).astype(np.float64) - old
+        gain = after.array(node.input[place[1]]).astype(np.float64).reshape(-1) - old
         run.add(tensor, gain, axis=1 if after.node(name).op_type == "Conv" else -1)
 
 
@@ -229,7 +230,7 @@ def _place(model: Model, node: NodeProto) -> tuple[str, int] | None:
         if len(uses) != 1 or uses[0].node.op_type != "Add" or model.is_output(node.output[0]):
             return None
         name = uses[0].node.input[1 - uses[0].index]
-        flat = model.is_constant(name) and model.array(name).size == model.array(name).shape[-1:][0]
+        flat = model.is_constant(name) and all(d == 1 for d in model.initializers[name].dims[:-1])
         return (uses[0].node.name, 1 - uses[0].index) if flat else None
     if next((a.f for a in node.attribute if a.name == "beta"), 1.0) != 1.0:
         return None
@@ -238,11 +239,11 @@ def _place(model: Model, node: NodeProto) -> tuple[str, int] | None:
 
 
 def _shifted(model: Model, shifts: Mapping[str, Floats]) -> Model:
-    """The model with other biases: node -> (channels,) to add."""
+    """The model with other biases: node -> (channels,) to add. One value for all channels becomes one for each."""
     proto = ModelProto()
     proto.CopyFrom(model.proto)
     nodes = {node.name: node for node in proto.graph.node}
-    taken = set(model.initializers)
+    names = Names([*model.initializers, *(name for node in nodes.values() for name in (*node.input, *node.output))])
     for name, shift in shifts.items():
         place = _place(model, model.node(name))
         assert place is not None
@@ -251,8 +252,10 @@ def _shifted(model: Model, shifts: Mapping[str, Floats]) -> Model:
             node.input.append("")
         old = model.array(node.input[index]) if node.input[index] else None
         dtype = old.dtype if old is not None else _dtype(model, model.node(name).output[0])
-        values = shift if old is None else old.astype(np.float64).reshape(-1) + shift
-        node.input[index] = _free(f"{name}_corrected_bias", taken)
+        values = shift
+        if old is not None:  # its leading axes count: they may give the result more of them than the product has
+            values = (old.astype(np.float64).reshape(-1) + shift).reshape(*(1,) * (old.ndim - 1), -1)
+        node.input[index] = names.fresh(f"{name}_corrected_bias")
         proto.graph.initializer.append(numpy_helper.from_array(values.astype(dtype), node.input[index]))
     read = {name for node in proto.graph.node for name in (*node.input, *captured(node))}
     read.update(output.name for output in proto.graph.output)
@@ -266,11 +269,3 @@ def _dtype(model: Model, tensor: str) -> np.dtype[np.generic]:
     info = model.info(tensor)
     name = info.dtype if info is not None else "float32"
     return helper.tensor_dtype_to_np_dtype(getattr(TensorProto, {"float32": "FLOAT"}.get(name, name.upper())))
-
-
-def _free(wanted: str, taken: set[str]) -> str:
-    name, number = wanted, 1
-    while name in taken:
-        name, number = f"{wanted}_{number}", number + 1
-    taken.add(name)
-    return name

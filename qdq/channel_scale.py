@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from onnx import NodeProto
 
 from qdq import gram
 from qdq.calibrate import Progress
@@ -83,6 +84,23 @@ def can_shift(model: Model, name: str, index: int) -> bool:
     return auto in (b"NOTSET", b"VALID") and all(p >= 0 for p in ints(node, "pads", [0]))
 
 
+def data_readers(model: Model, point: Point) -> list[NodeProto]:
+    """The nodes that multiply an activation's channels by constant weights, if they are all that reads its codes.
+
+    Every one is a Conv, or every one a Gemm or MatMul without transA; none for any other activation, or where it is
+    tied to another.
+    """
+    nodes = [model.node(name) for name, _ in point.uses]
+    plain = all(
+        index == 0
+        and not attribute(node, "transA", 0)
+        and model.is_constant(node.input[1])
+        and len(model.initializers[node.input[1]].dims) >= 2
+        for node, (_, index) in zip(nodes, point.uses, strict=True)
+    )
+    return nodes if plain and point.tie is None and len({node.op_type == "Conv" for node in nodes}) == 1 else []
+
+
 def candidates(model: Model, plan: Plan) -> dict[str, list[str]]:
     """Activation tensors that may be equalized -> the weights that read them.
 
@@ -94,17 +112,8 @@ def candidates(model: Model, plan: Plan) -> dict[str, list[str]]:
         reads.setdefault(point.tensor, set()).update(model.node(name).input[0] for name, _ in point.uses)
     found = {}
     for point in plan.activations:
-        nodes = [model.node(name) for name, _ in point.uses]
-        kinds = {n.op_type == "Conv" for n in nodes}
-        plain = all(
-            index == 0
-            and not attribute(n, "transA", 0)
-            and attribute(n, "group", 1) == 1
-            and model.is_constant(n.input[1])
-            and reads.get(n.input[1]) == {point.tensor}
-            for n, (_, index) in zip(nodes, point.uses, strict=True)
-        )
-        if plain and len(kinds) == 1 and point.tie is None:
+        nodes = data_readers(model, point)
+        if nodes and all(attribute(n, "group", 1) == 1 and reads.get(n.input[1]) == {point.tensor} for n in nodes):
             found[point.tensor] = list(dict.fromkeys(n.input[1] for n in nodes))
     return found
 

@@ -19,7 +19,7 @@ from onnx import NodeProto
 from qdq import channel_scale, observers
 from qdq.absorb import find
 from qdq.calibrate import Progress
-from qdq.channel_scale import Equalized, can_shift
+from qdq.channel_scale import Equalized, can_shift, data_readers
 from qdq.equalize import cle
 from qdq.graph import Model
 from qdq.nodes import attribute, input_axis
@@ -65,16 +65,8 @@ def pairs(model: Model, plan: Plan) -> dict[str, str]:
     """
     found = {}
     for point in plan.activations:
-        nodes = [model.node(name) for name, _ in point.uses]
-        plain = all(
-            index == 0
-            and not attribute(node, "transA", 0)
-            and model.is_constant(node.input[1])
-            and len(model.consumers(node.input[1])) == 1
-            and len(model.initializers[node.input[1]].dims) >= 2
-            for node, (_, index) in zip(nodes, point.uses, strict=True)
-        )
-        if not plain or point.tie is not None or len({node.op_type == "Conv" for node in nodes}) > 1:
+        nodes = data_readers(model, point)
+        if not nodes or any(len(model.consumers(node.input[1])) > 1 for node in nodes):
             continue
         carrier = find(model, point.tensor, _inputs(model, nodes[0]), readers=[node.name for node in nodes])
         if carrier is not None and carrier.linear is not None:

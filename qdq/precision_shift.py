@@ -72,9 +72,10 @@ def _exact_sum(codes: npt.NDArray[np.generic], axis: tuple[int, ...], *, keepdim
 
 
 def rounded(values: npt.ArrayLike, low: str) -> Floats:
-    """Values as the low type stores them."""
+    """Values as the low type stores them: infinite where it cannot hold them."""
     dtype = np.dtype(np.float16) if low == "float16" else np.dtype(ml_dtypes.bfloat16)
-    return np.asarray(values, dtype=np.float64).astype(np.float32).astype(dtype).astype(np.float64)
+    with np.errstate(over="ignore"):
+        return np.asarray(values, dtype=np.float64).astype(np.float32).astype(dtype).astype(np.float64)
 
 
 def _shift(model: Model, node: NodeProto, low: str) -> _Shift | None:

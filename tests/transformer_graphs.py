@@ -55,8 +55,8 @@ def layer_norm(
     return build(nodes, {"x": shape}, {k: v for k, v in tensors.items() if k in read})
 
 
-def gelu(form: str = "torch", *, output: bool = False, **changed: float) -> Model:
-    """x -> Relu -> GELU -> y.
+def gelu(form: str = "torch", *, output: bool = False, dtype: str = "float32", **changed: float) -> Model:
+    """z -> Relu -> GELU of x -> y, all in a float type.
 
     Forms: 'torch', 'half first' and 'half of erf' with erf; 'tanh', 'cube' (x * x * x) and 'factored' with tanh.
     """
@@ -100,7 +100,8 @@ def gelu(form: str = "torch", *, output: bool = False, **changed: float) -> Mode
         ]
     read = {name for n in nodes for name in n.input}
     outputs = ("y", "u") if output else ("y",)
-    return build(nodes, {"z": ("n", 3, 8)}, {k: v for k, v in tensors.items() if k in read}, outputs=outputs)
+    used = {name: values for name, values in tensors.items() if name in read}
+    return build(nodes, {"z": ("n", 3, 8)}, used, outputs=outputs, dtype=dtype)
 
 
 def attention(
@@ -268,20 +269,28 @@ def mlp(
 
 
 def partition(
-    *, pad: int = 1, roll: bool = False, axis: int = -1, channels: int = 8, twice: bool = False, last: bool = False
+    *,
+    pad: int = 1,
+    roll: bool = False,
+    axis: int = -1,
+    channels: int = 8,
+    twice: bool = False,
+    last: bool = False,
+    rows: tuple[int, ...] = (),
 ) -> Model:
     """x (2, 5, 5, C) -> LayerNormalization -> zeros to 6 x 6 -> rolled -> windows of 3 x 3 -> MatMul -> y.
 
     Args:
-        pad: zeros at the end of both axes; 0 crops to 3 x 3 instead.
+        pad: zeros at the end of both axes, cut off where negative; 0 crops to 3 x 3 by a Slice instead.
         roll: shift the second axis by one, as Slice, Slice and Concat.
         axis: of the norm.
         channels: C.
         twice: something else reads the norm too.
         last: the moves turn the last axis.
+        rows: axes of gain and shift in front of C.
     """
-    size = 6 if pad else 3
-    tensors = {"g": normal(channels, seed=1), "b": normal(channels, seed=2), "w": normal(channels, 4)}
+    size = 5 + pad if pad else 3
+    tensors = {"g": normal(*rows, channels, seed=1), "b": normal(*rows, channels, seed=2), "w": normal(channels, 4)}
     tensors |= {"pads": np.array([0, 0, 0, 0, 0, pad, pad, 0]), "starts": np.array([1, 1]), "ends": np.array([4, 4])}
     tensors |= {"axes": np.array([1, 2]), "one": np.array([1]), "zero": np.array([0]), "end": np.array([9])}
     tensors |= {"apart": np.array([2, size // 3, 3, size // 3, 3, channels]), "rows": np.array([-1, 9, channels])}

@@ -17,10 +17,9 @@ from onnx import NodeProto
 
 from qdq.graph import Model
 from qdq.surgery.rewritten import Edit, Rewritten
+from qdq.surgery.scores import BETWEEN, alone, scores
 
 STAGE, RANK = "float", 32
-
-BETWEEN = ("Add", "Sub", "Where", "Reshape", "Cast", "Mul", "Div")  # what may lie between the product and Softmax
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
@@ -35,9 +34,10 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     """
     edit = Edit(model, only)
     for softmax in edit.candidates("Softmax"):
-        product = _product(model, softmax.input[0])
-        if product is None:
+        path = scores(model, softmax.input[0], BETWEEN)
+        if not path:
             continue
+        product = path[-1]
         query, left = _unscaled(model, product.input[0])
         key, right = _unscaled(model, product.input[1])
         last, behind = _scaled(model, product)
@@ -59,22 +59,6 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     return edit.finish()
 
 
-def _alone(model: Model, tensor: str) -> NodeProto | None:
-    """The node that makes a tensor that is read once."""
-    return model.producer(tensor) if len(model.consumers(tensor)) == 1 and not model.is_output(tensor) else None
-
-
-def _product(model: Model, tensor: str) -> NodeProto | None:
-    """The product of two computed tensors that a tensor comes from by way of scale and mask; None for none."""
-    node = _alone(model, tensor)
-    if node is None or node.domain:
-        return None
-    if node.op_type == "MatMul":
-        return None if any(model.is_constant(t) for t in node.input) else node
-    found = [_product(model, t) for t in node.input] if node.op_type in BETWEEN else []
-    return next((n for n in found if n is not None), None)
-
-
 def _factor(model: Model, node: NodeProto | None, tensor: str) -> float | None:
     """The number that a node multiplies a tensor with; None for any other node."""
     if node is None or node.domain or node.op_type not in ("Mul", "Div") or node.input[0] == node.input[1]:
@@ -90,7 +74,7 @@ def _factor(model: Model, node: NodeProto | None, tensor: str) -> float | None:
 
 def _unscaled(model: Model, tensor: str) -> tuple[str, float | None]:
     """An operand before its scale, and the scale."""
-    node = _alone(model, tensor)
+    node = alone(model, tensor)
     computed = [t for t in node.input if not model.is_constant(t)] if node is not None else []
     factor = _factor(model, node, computed[0]) if len(computed) == 1 else None
     return (tensor, None) if factor is None else (computed[0], factor)

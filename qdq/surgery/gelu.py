@@ -5,7 +5,7 @@
 
 In any order of factors and operands. x^3 overflows FP16 from 40 on, so `precision` keeps part of the second form in
 FP32, and TensorRT-RTX 1.7.1 no longer takes it into the product before it (measured, SM89); the operator it takes. It
-must not touch a form with other constants.
+must not touch a form whose constants differ by more than the rounding of their type.
 """
 
 from __future__ import annotations
@@ -54,21 +54,27 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
 
 def _argument(model: Model, curve: NodeProto) -> str | None:
     """The tensor whose GELU a curve is part of; None for none."""
+    dtype = _dtype(model, curve.input[0])
     for tensor in ancestors(model, curve.input[0]):
-        if agrees(polynomial(model, curve.input[0], {tensor: "x"}), ARGUMENTS[curve.op_type]):
+        if agrees(polynomial(model, curve.input[0], {tensor: "x"}), ARGUMENTS[curve.op_type], dtype):
             return tensor
     return None
 
 
 def _last(model: Model, curve: NodeProto, argument: str) -> NodeProto | None:
     """The node that makes the GELU, as wide as its argument; None if nothing does."""
-    node = curve
+    node, dtype = curve, _dtype(model, curve.output[0])
     for _ in range(STEPS):
         uses = model.consumers(node.output[0])
         if len(uses) != 1 or uses[0].node.op_type not in OPERATORS or model.is_output(node.output[0]):
             return None
         node = uses[0].node
-        if agrees(polynomial(model, node.output[0], {argument: "x", curve.output[0]: "t"}), RESULT):
+        if agrees(polynomial(model, node.output[0], {argument: "x", curve.output[0]: "t"}), RESULT, dtype):
             before, after = rank_of(model, argument), rank_of(model, node.output[0])
             return node if before == after is not None else None
     return None
+
+
+def _dtype(model: Model, tensor: str) -> str:
+    info = model.info(tensor)
+    return "float32" if info is None else info.dtype

@@ -18,12 +18,12 @@ from onnx import NodeProto
 from qdq.graph import Model
 from qdq.nodes import attribute_value
 from qdq.surgery.rewritten import Edit, Rewritten
+from qdq.surgery.scores import BETWEEN, scores
 
 STAGE, RANK = "float", 30
 
 FUSED = 12  # values per head that the fused kernel takes without help
 SIZE = 16
-BETWEEN = ("Add", "Sub", "Mul", "Div", "Where", "Reshape", "Cast")  # what may lie between Q K and Softmax
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
@@ -38,17 +38,17 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     """
     edit = Edit(model, only)
     for softmax in edit.candidates("Softmax"):
-        scores = _scores(model, softmax.input[0])
+        path = scores(model, softmax.input[0], BETWEEN)
         uses = model.consumers(softmax.output[0])
-        if scores is None or len(uses) != 1 or uses[0].node.op_type != "MatMul" or uses[0].index != 0:
+        if not path or len(uses) != 1 or uses[0].node.op_type != "MatMul" or uses[0].index != 0:
             continue
-        mix = uses[0].node
-        inner, outer = _size(model, scores.input[0], -1), _size(model, mix.input[1], -1)
+        product, mix = path[-1], uses[0].node
+        inner, outer = _size(model, product.input[0], -1), _size(model, mix.input[1], -1)
         small = [size is not None and size < FUSED for size in (inner, outer)]
-        if inner is None or outer is None or _size(model, scores.input[1], -2) != inner or not any(small):
+        if inner is None or outer is None or _size(model, product.input[1], -2) != inner or not any(small):
             continue
         if small[0]:
-            edit.replace(scores, _padded(model, edit, scores, {0: -1, 1: -2}, inner), softmax)
+            edit.replace(product, _padded(model, edit, product, {0: -1, 1: -2}, inner), softmax)
         if small[1]:
             nodes = _padded(model, edit, mix, {1: -1}, outer)
             wide = edit.name(f"{mix.output[0]}_wide")
@@ -57,17 +57,6 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
             cut = [edit.constant(f"{mix.name}_{key}", np.array([value], np.int64)) for key, value in bounds.items()]
             edit.replace(mix, [*nodes, edit.node("Slice", [wide, *cut], f"{mix.name}_Slice", mix.output[0])], softmax)
     return edit.finish()
-
-
-def _scores(model: Model, tensor: str) -> NodeProto | None:
-    """The product of two computed tensors that a tensor comes from by way of scale and mask; None for none."""
-    node = model.producer(tensor)
-    if node is None or len(model.consumers(tensor)) != 1:
-        return None
-    if node.op_type == "MatMul":
-        return None if any(model.is_constant(t) for t in node.input) else node
-    found = [_scores(model, t) for t in node.input] if node.op_type in BETWEEN else []
-    return next((n for n in found if n is not None), None)
 
 
 def _size(model: Model, tensor: str, axis: int) -> int | None:

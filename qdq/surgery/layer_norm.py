@@ -153,17 +153,21 @@ def _mean(model: Model, tensor: str) -> tuple[str, int] | None:
 
 
 def _first_axis(model: Model, node: NodeProto) -> int | None:
-    """The first of the axes that a reduction runs over, if they are the last ones and are kept."""
-    rank = rank_of(model, node.input[0])
+    """The first of the axes that a reduction runs over, if they are the last ones, kept and not empty."""
+    info = model.info(node.input[0])
     if (
-        not rank
+        info is None
+        or not info.shape
         or not attribute_value(node, "keepdims", 1)
         or len(node.input) < 2
         or not model.is_constant(node.input[1])
     ):
         return None
+    rank = len(info.shape)
     axes = sorted(int(a) % rank for a in model.array(node.input[1]).ravel())
-    return axes[0] if axes and axes == list(range(axes[0], rank)) else None
+    if not axes or axes != list(range(axes[0], rank)):
+        return None
+    return None if 0 in info.shape[axes[0] :] else axes[0]
 
 
 def _centre(model: Model, values: str, axis: int) -> tuple[str, tuple[str, ...]]:

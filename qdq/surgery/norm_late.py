@@ -5,7 +5,7 @@
 Each row along the last axis is normalized alone, wherever it lies; rows that Pad added are made zero again by a mask of
 0 and 1. TensorRT-RTX 1.7.1 writes the centred rows in FP32 for a norm whose result it pads and turns, and reads them
 again; the other way round one kernel adds the shortcut, moves and normalizes (measured, SM89). It must not touch moves
-along the last axis, or a norm whose result leaves them at two places.
+along the last axis, a norm whose result leaves them at two places, or one whose gain or shift differs from row to row.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
             late = NodeProto()
             late.CopyFrom(norm)
             late.input[0], late.output[0] = moved, last
+            for index, tensor in enumerate(norm.input[1:], 1):
+                if len(model.initializers[tensor].dims if tensor else ()) > 1:  # more axes than the moved rows may have
+                    late.input[index] = edit.constant(f"{tensor}_row", model.array(tensor).reshape(-1))
             kept = [a for a in norm.attribute if a.name != "axis"]
             assign(late.attribute, [*kept, helper.make_attribute("axis", -1)])
             new = [copy, late]
@@ -74,8 +77,8 @@ def _moves(model: Model, norm: NodeProto) -> list[NodeProto]:
     """The nodes that move rows of a norm, if they end in one tensor that others read; none otherwise."""
     shape = _static(model, norm.output[0])
     axis = attribute_value(norm, "axis", -1)
-    constant = all(model.is_constant(t) for t in norm.input[1:] if t)
-    if not shape or axis not in (-1, len(shape) - 1) or not constant:
+    alike = all(_is_row(model, t) for t in norm.input[1:] if t)
+    if not shape or axis not in (-1, len(shape) - 1) or not alike:
         return []
     inside, moves = {norm.output[0]}, []
     for node in model.graph.node:
@@ -89,6 +92,11 @@ def _moves(model: Model, norm: NodeProto) -> list[NodeProto]:
     if not moves or leaving != {moves[-1].output[0]} or any(map(model.is_output, inside)):
         return []
     return moves
+
+
+def _is_row(model: Model, tensor: str) -> bool:
+    """Whether a gain or shift is constant, and the same for all rows."""
+    return model.is_constant(tensor) and all(d == 1 for d in model.initializers[tensor].dims[:-1])
 
 
 def _static(model: Model, tensor: str) -> tuple[int, ...]:
@@ -111,7 +119,8 @@ def _keeps(model: Model, node: NodeProto, size: int) -> bool:
             return int(attribute_value(node, "axis", 0)) % rank != rank - 1
         case "Pad":
             zeros = attribute_value(node, "mode", b"constant") == b"constant" and not any(node.input[2:])
-            return zeros and not model.array(node.input[1]).reshape(2, -1)[:, -1].any()
+            amounts = model.array(node.input[1])  # negative ones crop, which the evaluator of `_mask` cannot
+            return zeros and bool((amounts >= 0).all()) and not amounts.reshape(2, -1)[:, -1].any()
         case "Slice":
             return len(node.input) < 5 or bool((model.array(node.input[4]) > 0).all())
         case "Transpose":

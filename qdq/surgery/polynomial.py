@@ -17,6 +17,7 @@ from qdq.graph import Model
 OPERATORS = ("Add", "Sub", "Mul", "Div", "Neg", "Reciprocal", "Pow")
 DEPTH = 12  # operators from a tensor down to what it is expressed in
 TERMS = 8
+ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative, of one number
 
 Powers = frozenset[tuple[str, int]]  # a product of powers of tensors; empty for a constant
 Polynomial = Mapping[Powers, np.ndarray]  # coefficients in float64
@@ -77,12 +78,19 @@ def rank_of(model: Model, tensor: str) -> int | None:
     return None if info is None or info.shape is None else len(info.shape)
 
 
-def agrees(found: Polynomial | None, wanted: Mapping[Powers, float]) -> bool:
-    """Whether a polynomial has these terms and no others, its coefficients equal within the rounding of float32."""
+def agrees(found: Polynomial | None, wanted: Mapping[Powers, float], dtype: str = "float32") -> bool:
+    """Whether a polynomial has these terms and no others, its coefficients equal within the rounding of a float type.
+
+    Args:
+        found: of a tensor.
+        wanted: coefficient of each term.
+        dtype: of the tensor, and so of the constants that it is made with.
+    """
+    tolerance = ROUNDING.get(dtype, 1e-6)
     return (
         found is not None
         and found.keys() == wanted.keys()
-        and all(c.size == 1 and abs(c.item() - wanted[k]) <= 1e-6 * abs(wanted[k]) for k, c in found.items())
+        and all(c.size == 1 and abs(c.item() - wanted[k]) <= tolerance * abs(wanted[k]) for k, c in found.items())
     )
 
 

@@ -21,6 +21,7 @@ from onnx import NodeProto
 from qdq.graph import Model
 from qdq.nodes import attribute_value
 from qdq.surgery.rewritten import Edit, Rewritten
+from qdq.surgery.scores import alone, scores
 
 STAGE, RANK = "float", 35
 
@@ -53,7 +54,7 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     edit = Edit(model, only)
     known: dict[str, tuple[np.ndarray, float] | None] = {}
     for softmax in edit.candidates("Softmax"):
-        path = _path(model, softmax.input[0])
+        path = scores(model, softmax.input[0], ("Add", "Reshape"))
         for place, add in enumerate(path[:-1]):
             mask = next((t for t in add.input if model.is_constant(t)), "") if add.op_type == "Add" else ""
             if not mask:
@@ -64,18 +65,6 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
             if found is not None and _multiplied(model, edit, softmax, path, place, *found):
                 break
     return edit.finish()
-
-
-def _path(model: Model, tensor: str) -> list[NodeProto]:
-    """The nodes from the one that makes a tensor down to the product of two computed tensors; none for none."""
-    node = model.producer(tensor)
-    if node is None or len(model.consumers(tensor)) != 1 or model.is_output(tensor):
-        return []
-    if node.op_type == "MatMul" and not any(model.is_constant(t) for t in node.input):
-        return [node]
-    operands = node.input if node.op_type == "Add" else node.input[:1] if node.op_type == "Reshape" else ()
-    below = next((path for t in operands if (path := _path(model, t))), [])
-    return [node, *below] if below else []
 
 
 def _groups(mask: np.ndarray) -> tuple[np.ndarray, float] | None:
@@ -102,19 +91,19 @@ def _multiplied(
     shapes = [_static(model, t) for t in (add.output[0], product.output[0], *product.input)]
     if any(shape is None for shape in shapes):
         return False
-    added, scores, left, right = (shape or () for shape in shapes)
-    if _static(model, below.output[0]) != added or math.prod(added) != math.prod(scores):
+    added, whole, left, right = (shape or () for shape in shapes)
+    if _static(model, below.output[0]) != added or math.prod(added) != math.prod(whole):
         return False  # the mask, or another summand, is larger than the product
-    if added[-2:] != scores[-2:] or not left[:-2] == right[:-2] == scores[:-2]:
+    if added[-2:] != whole[-2:] or not left[:-2] == right[:-2] == whole[:-2]:
         return False
     query, key = _operand(model, product.input[0], -1), _operand(model, product.input[1], -2)
     if query is None or key is None or (query.size, query.spare) != (key.size, key.spare):
         return False
     count = int(groups.max()) + 1
     width = query.spare if query.spare >= count else -(query.size + count) % MULTIPLE + count
-    whole = _narrow(np.broadcast_to(groups, added[:-1]).reshape(scores[:-1]))
+    labels = _narrow(np.broadcast_to(groups, added[:-1]).reshape(whole[:-1]))
     dtype = model.array(next(t for t in add.input if model.is_constant(t))).dtype
-    inside = whole[..., None] == np.arange(width)
+    inside = labels[..., None] == np.arange(width)
     outside = np.where(inside | (np.arange(width) >= count), 0, value)
     wide = NodeProto()
     wide.CopyFrom(product)
@@ -139,15 +128,10 @@ def _static(model: Model, tensor: str) -> tuple[int, ...] | None:
 
 def _operand(model: Model, tensor: str, axis: int) -> Operand | None:
     """What makes an operand, past a Transpose and past zeros that are added to it."""
-
-    def alone(name: str) -> NodeProto | None:
-        single = len(model.consumers(name)) == 1 and not model.is_output(name)
-        return model.producer(name) if single else None
-
-    made, turn = alone(tensor), None
+    made, turn = alone(model, tensor), None
     if made is not None and made.op_type == "Transpose" and (order := attribute_value(made, "perm", [])):
         turn, tensor, axis = made, made.input[0], order[axis]
-        made = alone(tensor)
+        made = alone(model, tensor)
     shape = _static(model, tensor)
     if shape is None:
         return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from models import assemble, constant, images, segmenter
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from qdq import bias
 from qdq.bias import correct, corrected
@@ -22,8 +23,9 @@ from qdq.tap import Tap
 PLAIN = Settings(rounding="nearest", equalize="none", calibrator="max", bias_correction="off")
 
 
-def made(proto: onnx.ModelProto, samples: list[dict[str, np.ndarray]]) -> Quantized:
-    return quantize(prepare(Model(proto=proto, directory=Path(), sha256="m")), samples, settings=PLAIN)
+def made(proto: onnx.ModelProto, samples: list[dict[str, np.ndarray]], **changed: str) -> Quantized:
+    settings = replace(PLAIN, **changed)
+    return quantize(prepare(Model(proto=proto, directory=Path(), sha256="m")), samples, settings=settings)
 
 
 def perceptron(*, bias: bool) -> onnx.ModelProto:
@@ -55,6 +57,43 @@ def test_means_of_every_layer_are_those_of_the_float_model(with_bias: bool) -> N
     # The last layer is corrected with all before it in place, so what is left of the mean is float32 rounding.
     assert error["after"] < 1e-5 < error["before"]
     assert {n.op_type for n in changed.graph.node} == {n.op_type for n in found.model.graph.node}
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (8,), (1, 8), (1, 1, 8), (1, 1, 1)])
+@pytest.mark.parametrize("scheme", ["int8", "int8-weight"])
+def test_constant_behind_a_product_keeps_its_axes(shape: tuple[int, ...], scheme: str) -> None:
+    rng = np.random.default_rng(1)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="product"),
+        helper.make_node("Add", ["b", "a"], ["y"], name="add"),
+    ]
+    constants = [
+        constant("w", rng.normal(0, 0.5, (16, 8)).astype(np.float32)),
+        numpy_helper.from_array(np.ones(shape, "f4"), "b"),
+    ]
+    rank = max(len(shape), 2)
+    proto = assemble(nodes, {"x": (4, 16)}, {"y": (1,) * (rank - 2) + (4, 8)}, constants)
+    samples = [{"x": rng.normal(1, 3, (4, 16)).astype(np.float32)} for _ in range(4)]
+    found = made(proto, samples, scheme=scheme)
+    held = split(samples)
+    changed = correct(found.prepared, found.model, found.plan, held)
+    (name,) = (name for name in changed.initializers if name.endswith("_corrected_bias"))
+    assert changed.array(name).size == 8
+    before, after, wanted = (Tap(model, ["y"]) for model in (found.model, changed, found.prepared))
+    error = {}
+    for which, tap in (("before", before), ("after", after)):
+        pairs = [(tap(s)["y"], wanted(s)["y"]) for s in held.fitting()]
+        assert all(got.shape == float_y.shape for got, float_y in pairs)
+        error[which] = np.abs(np.mean([(a - b).reshape(4, 8) for a, b in pairs], axis=(0, 1))).max()
+    assert error["after"] < 1e-5 < error["before"]
+
+
+def test_constants_along_other_axes_are_no_biases() -> None:
+    rng = np.random.default_rng(1)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["a"], name="p"), helper.make_node("Add", ["a", "b"], ["y"])]
+    constants = [constant("w", rng.normal(size=(16, 8)).astype(np.float32)), constant("b", np.ones((4, 1), "f4"))]
+    model = Model(proto=assemble(nodes, {"x": (4, 16)}, {"y": (4, 8)}, constants), directory=Path(), sha256="m")
+    assert bias._place(model, model.node("p")) is None
 
 
 def residual() -> onnx.ModelProto:

@@ -20,6 +20,7 @@ from qdq.errors import InputError
 from qdq.graph import Model, all_nodes
 from qdq.observers import Histogram
 from qdq.precision import Converted, convert
+from qdq.precision_shift import compensate, rounded
 from qdq.prepare import prepare
 
 HALF = 2.0**-11  # relative rounding of float16
@@ -444,6 +445,18 @@ def test_zero_stays_zero_behind_a_shift(kind: str, rest: str) -> None:
     # what is left: the bias in two numbers of the low type, one more rounding of the result for each Add behind it
     eps = float(ml_dtypes.finfo(low).eps)
     assert np.abs(got - evaluate).max() <= eps**2 * 300 + 2 * eps * np.abs(evaluate).max()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_shift_constant_beyond_float16_is_left_without_a_warning() -> None:
+    assert rounded([1e6, -1.0], "float16").tolist() == [np.inf, -1]
+    model = graphs.product("Gemm", bias=(8,))
+    proto = onnx.ModelProto.FromString(model.proto.SerializeToString())
+    (bias,) = (t for t in proto.graph.initializer if t.name == "b")
+    bias.CopyFrom(numpy_helper.from_array(np.full(8, 1e6, np.float32), "b"))
+    model = model.replace(proto)
+    made = quantized(model, graphs.samples(model, low=0), shift=True, calibrator="max").model
+    assert compensate(made, "float16", ()).node("gemm").input[2] == made.node("gemm").input[2]
 
 
 def _exact(model: Model, feeds: dict[str, np.ndarray]) -> np.ndarray:

@@ -13,6 +13,7 @@ from transformer_graphs import attention, gelu, grouped, layer_norm, mlp, partit
 
 from qdq.graph import Model
 from qdq.surgery import FLOAT_REWRITES, QUANTIZED_REWRITES
+from qdq.surgery.scores import scores
 
 REWRITES = {**FLOAT_REWRITES, **QUANTIZED_REWRITES}
 NORM_FORMS = ("torch", "product", "swapped", "plain", "keras", "twice", "sum")
@@ -230,6 +231,7 @@ POSITIVE: dict[str, dict[str, Callable[[], Model]]] = {
         "cropped": lambda: partition(pad=0),
         "axis from the front": lambda: partition(axis=3),
         "up to a turn of the last axis": lambda: partition(last=True, roll=True),
+        "gain of four axes": lambda: partition(rows=(1, 1, 1)),
     },
     "flatten": {
         "GELU": mlp,
@@ -295,10 +297,15 @@ NEGATIVE: dict[str, dict[str, Callable[[], Model]]] = {
         "dynamic axis": lambda: layer_norm(shape=(2, 5, "n"), g=np.float32([1]), b=np.float32([0])),
         "third power": lambda: layer_norm(two=np.float32([3])),
         "no epsilon": lambda: layer_norm(eps=np.float32([0])),
+        "empty axis": lambda: layer_norm(shape=(2, 5, 0)),
+        "sum of nothing": lambda: layer_norm("sum", shape=(2, 5, 0), n=np.float32([8])),
     },
     "gelu": {
         "another root": lambda: gelu(root=1.41),
         "another cube": lambda: gelu("tanh", c=0.045),
+        "another root in float16": lambda: gelu(dtype="float16", root=1.413),
+        "another cube in bfloat16": lambda: gelu("tanh", dtype="bfloat16", c=0.046),
+        "float16 numbers in float32": lambda: gelu(root=float(np.float16(2**0.5))),
         "not halved": lambda: gelu(half=1.0),
         "also an output": lambda: gelu(output=True),
         "no GELU": conv,
@@ -319,6 +326,9 @@ NEGATIVE: dict[str, dict[str, Callable[[], Model]]] = {
     },
     "norm_late": {
         "two axes": lambda: partition(axis=2),
+        "gain per row": lambda: partition(rows=(5,)),
+        "gain per sample": lambda: partition(rows=(2, 1, 1)),
+        "cropped by Pad": lambda: partition(pad=-2),
         "read by another": lambda: partition(twice=True),
         "no moves": mlp,
     },
@@ -424,6 +434,25 @@ def test_conv_transpose_weights_are_those_of_the_kernel() -> None:
     done = FLOAT_REWRITES["conv_transpose"](model).model
     (product,) = (n for n in done.graph.node if n.op_type == "Conv")
     assert sorted(done.array(product.input[1]).ravel()) == sorted(model.array("w").ravel())
+
+
+@pytest.mark.parametrize("form", GELU_FORMS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gelu_is_found_by_the_rounded_constants_of_its_type(dtype: str, form: str) -> None:
+    model = gelu(form, dtype=dtype)
+    done = FLOAT_REWRITES["gelu"](model)
+    assert done.fired == ("curve",) and [n.op_type for n in done.model.graph.node] == ["Relu", "Gelu"]
+    if dtype == "float16":  # ONNX Runtime has no Erf of bfloat16
+        for old, new in zip(run(model, samples(model)), run(done.model, samples(model)), strict=True):
+            np.testing.assert_allclose(new["y"], old["y"].astype(np.float64), rtol=4 * 2**-11, atol=1e-3)
+
+
+def test_scores_are_found_past_what_a_rewrite_allows_between() -> None:
+    model = grouped(split=True, bias="before")
+    path = scores(model, "s4", ("Add", "Reshape"))
+    assert [n.name for n in path] == ["together", "add_mask", "apart", "add_bias", "scores"]
+    assert scores(model, "s4", ("Add",)) == [] and scores(model, "q", ("Add",)) == []
+    assert scores(grouped(output=True), "s3", ("Add",)) == []
 
 
 @pytest.mark.parametrize(("options", "cuts"), [({}, 0), ({"shortcut": True}, 2), ({"divided": True}, 2)])
