@@ -30,13 +30,11 @@ GRANULARITY = [f"int4:block={block}:{PLAIN}" for block in ("tensor", "channel", 
 SCHEMES = {
     "stories": [
         *("int8", "int8-smooth", "int8-weight", "fp8", *GRANULARITY),
-        *("int4:block=64", "int4:block=32", "int4:block=16", "w4a8:block=16", "fptq:block=16"),
-        "fptq:block=16:v0=0:v1=0",
+        *("int4:block=64", "int4:block=32", "int4", "w4a8", "fptq", "fptq:v0=auto:v1=auto", "fptq:v0=0:v1=0"),
     ],
     "minilm": [
         *("int8", "int8-smooth", "int8-weight", "fp8", *GRANULARITY[:3], GRANULARITY[4]),
-        *("int4:block=32:bias_correction=on", "w4a8:block=32:bias_correction=on"),
-        "fptq:block=32:v0=0:v1=0:bias_correction=on",
+        *("int4", "w4a8", "fptq", "fptq:v0=auto:v1=auto", "fptq:v0=0:v1=0"),
     ],
 }
 
