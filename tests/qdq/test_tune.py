@@ -185,7 +185,7 @@ def test_a_bound_is_kept_as_measured_and_not_overdone() -> None:
             measured.append(math.inf if not noise else offset - 10 * math.log10(noise))
             return measured[-1]
 
-        bound = quick + offset + (2 if offset < 0 else 0)
+        bound = quick + offset + (1.5 if offset < 0 else 0)
         found = tune(work, judge, min_sqnr_db=bound, measure=measure)
         assert len(measured) > 1
         assert measured[0] < bound if offset < 0 else measured[0] > bound + 2
