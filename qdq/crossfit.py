@@ -71,8 +71,7 @@ def _gains(
     model: Model, plan: Plan, samples: Iterable[Sample], order: tuple[int, ...], on_progress: Progress | None
 ) -> Iterator[float]:
     """Of each turn: by how many dB the strong formula beats the cautious one, up to the first turn where it fails."""
-    calibrator = "mse" if plan.settings.calibrator == "auto" else plan.settings.calibrator
-    quick = replace(plan.settings, calibrator=calibrator, rounding="nearest")
+    quick = plan.settings.quick
     plans = [replace(plan, settings=replace(quick, equalize=formula)) for formula in (CAUTIOUS, STRONG)]
     for turn in range(PARTS):
         if on_progress is not None:

@@ -193,12 +193,13 @@ def accuracy(prepared: Model, samples: Samples, settings: Settings) -> Callable[
     Biases are not corrected, which takes long; that is done to the final model where it gains.
     """
     settings = replace(settings, bias_correction="off")
+    held: Split | None = None
 
     def measure(plan: Plan) -> float:
-        nonlocal settings
+        nonlocal settings, held
         made = quantize(prepared, samples, settings=settings, plan=plan)
         settings = replace(settings, equalize=made.plan.settings.equalize)  # 'auto' is settled by the first plan
-        held = Split(samples=samples, fit=(), held=frozenset(ranked(samples)[:JUDGED]))
+        held = held or Split(samples=samples, fit=(), held=frozenset(ranked(samples)[:JUDGED]))
         return Judge(prepared, held).sqnr_db(made.model)
 
     return measure

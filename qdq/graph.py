@@ -349,6 +349,11 @@ def captured(node: NodeProto) -> frozenset[str]:
     return frozenset(found - {""})
 
 
+def reads(node: NodeProto) -> list[str]:
+    """Names of the tensors that a node and its bodies read."""
+    return [*filter(None, node.input), *sorted(captured(node))]
+
+
 def dtype_name(data_type: int) -> str:
     """Numpy's name of an ONNX tensor type; "string" for text, "undefined" for none."""
     if data_type in (TensorProto.STRING, TensorProto.UNDEFINED):

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from qdq.external import MAPPED, External, is_external, is_packed, stream, tensor_array, tensor_bytes
-from qdq.graph import Model, captured, without_initializers
+from qdq.graph import Model, captured, reads, without_initializers
 from qdq.preparation import Draft
 
 PART_BYTES = 1 << 28  # of weights in one part, as floats; a node with more is a part by itself
@@ -96,7 +96,7 @@ def _cut(model: Model, wanted: Sequence[str]) -> tuple[Part, ...]:
     groups: list[list[NodeProto]] = []
     room, held = 0, set[str]()
     for node in nodes:
-        new = {n for n in (*node.input, *captured(node)) if n in model.initializers} - held
+        new = {name for name in reads(node) if name in model.initializers} - held
         size = sum(map(_working_bytes, map(model.initializers.__getitem__, new)))
         if not groups or size > max(room, 0):
             groups.append([])
@@ -106,7 +106,7 @@ def _cut(model: Model, wanted: Sequence[str]) -> tuple[Part, ...]:
         room -= size
     last: dict[str, int] = {}
     for index, group in enumerate(groups):
-        last.update((name, index) for node in group for name in (*node.input, *captured(node)) if name)
+        last.update((name, index) for node in group for name in reads(node))
     last.update((name, len(groups)) for name in wanted)
     draft = Draft(model)
     draft.infer()
@@ -133,22 +133,27 @@ def _needed(model: Model, wanted: Sequence[str]) -> list[NodeProto]:
 
 
 def _part(model: Model, shown: Model, nodes: Sequence[NodeProto], index: int, last: Mapping[str, int]) -> Part:
-    read = dict.fromkeys(name for node in nodes for name in (*node.input, *captured(node)) if name)
+    read = dict.fromkeys(name for node in nodes for name in reads(node))
     made = [name for node in nodes for name in node.output if name]
     inputs = tuple(name for name in read if name not in model.initializers and name not in set(made))
     outputs = tuple(name for name in made if last.get(name, -1) > index)
+    infos = {name: shown.info(name) for name in inputs}
+    proto = excerpt(model, nodes, {n: np.dtype(i.dtype if i is not None else np.float32) for n, i in infos.items()})
+    proto.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in outputs)
+    weights = _give(proto, model, read)
+    ended = tuple(name for name in (*inputs, *outputs) if last.get(name, -1) <= index)
+    return Part(proto=proto.SerializeToString(), weights=weights, inputs=inputs, outputs=outputs, last=ended)
+
+
+def excerpt(model: Model, nodes: Sequence[NodeProto], inputs: Mapping[str, np.dtype[Any]]) -> ModelProto:
+    """Some nodes of a model by themselves, without initializers and outputs; inputs have these types and any shape."""
     proto = without_initializers(model.proto)
     graph = proto.graph
     del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
     graph.node.extend(nodes)
-    for name in inputs:
-        info = shown.info(name)
-        kind = helper.np_dtype_to_tensor_dtype(np.dtype(info.dtype)) if info is not None else TensorProto.FLOAT
-        graph.input.append(helper.make_tensor_value_info(name, kind, None))
-    graph.output.extend(helper.make_empty_tensor_value_info(name) for name in outputs)
-    weights = _give(proto, model, read)
-    ended = tuple(name for name in (*inputs, *outputs) if last.get(name, -1) <= index)
-    return Part(proto=proto.SerializeToString(), weights=weights, inputs=inputs, outputs=outputs, last=ended)
+    for name, dtype in inputs.items():
+        graph.input.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), None))
+    return proto
 
 
 def _any_file(model: Model) -> Path:

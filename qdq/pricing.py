@@ -43,7 +43,7 @@ FORMAT = "qdq.price/1"
 MOST_WORKERS = 4  # compilers at a time: each needs some hundred MB
 SLOW_S = 0.2  # a compile that takes longer is worth a process
 FEW = 2  # samples that give the quick ranges and the accuracy of variants
-RESTS = {"auto": ("fp16", "fp32"), **{rest: (rest,) for rest in ("fp16", "bf16", "fp32")}}  # of each option
+EITHER = ("fp16", "fp32")  # what the rest may be if nobody says, the usual one first
 SMALL = 64  # elements up to which a constant may be an argument, such as a shape or an axis
 
 
@@ -101,9 +101,8 @@ class Pricer:
             self._workers = None
 
     def _stored(self, key: str) -> bool:
-        if key not in self._known and self.cache is not None and (path := self.cache / f"{key}.json").exists():
-            price = _read(path)
-            self._known |= {} if price is None else {key: price}
+        if key not in self._known and self.cache is not None and (price := _read(self.cache / f"{key}.json")):
+            self._known[key] = price
         return key in self._known
 
     def _job(self, model: Model, folder: Path) -> Job:
@@ -187,9 +186,10 @@ def find_plan(
     """
     recipe = pricer.recipe
     few = None if samples is None else _few(samples)
+    rests = EITHER if recipe.rest == "auto" else (recipe.rest,)
     with pricer.parallel():
         found = tune(
-            Workshop(model=prepared, settings=recipe.settings, rests=RESTS[recipe.rest], samples=few),
+            Workshop(model=prepared, settings=recipe.settings, rests=rests, samples=few),
             pricer,
             placement=recipe.tune == "placement",
             min_sqnr_db=recipe.limits.get("min_sqnr_db", -math.inf),
@@ -230,7 +230,7 @@ def _here(job: Job) -> Price | BuildError:
 
 
 def _read(path: Path) -> Price | None:
-    """A stored price; None for a file of another format, or a damaged one."""
+    """A stored price; None where there is no file, or one of another format, or a damaged one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import ItemsView, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 
 from qdq.errors import InputError
@@ -256,6 +256,11 @@ class Settings:
                 f"block is {self.block!r}, but {self.scheme} multiplies 4-bit weights through blocks: choose "
                 f"{', '.join(map(str, FORMATS['int4'].blocks))} or auto, or the weight-only scheme int4."
             )
+
+    @property
+    def quick(self) -> Settings:
+        """The same, as far as it needs no comparison of models and no second moments."""
+        return replace(self, calibrator="mse" if self.calibrator == "auto" else self.calibrator, rounding="nearest")
 
     @property
     def idle(self) -> tuple[str, ...]:

@@ -18,10 +18,10 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, NodeProto, helper
 
 from qdq.footprint import cores, default_bytes
-from qdq.graph import Model, captured, without_initializers
+from qdq.graph import Model, reads
+from qdq.parts import excerpt
 from qdq.tap import Sample, Tap, overlapped
 
 SHARE = 4  # of `default_bytes`: one part for what is kept between stages, the others for the stage that runs
@@ -56,7 +56,7 @@ class Stages:
         self._last: dict[str, int] = {}  # tensor -> the last stage that reads it
         nodes = model.graph.node
         for stage, group in enumerate(self._groups):
-            self._last.update((n, stage) for index in group for n in _reads(nodes[index]))
+            self._last.update((n, stage) for index in group for n in reads(nodes[index]))
         self._next = 0  # the stage to run
         self._files = ExitStack()
         self._kept = _Kept(default_bytes() // SHARE if memory is None else memory, self._files)
@@ -87,9 +87,12 @@ class Stages:
         group = [model.graph.node[index] for index in self._groups[stage]]
         made = {name for node in group for name in node.output if name}
         left = {name for name in made - self._fixed if self._last.get(name, -1) > stage}
-        inputs = sorted({n for node in group for n in _reads(node)} - made - model.initializers.keys())
+        used = {name for node in group for name in reads(node)}
+        inputs = sorted(used - made - model.initializers.keys())
         types = {name: self._kept.get(0, name).dtype for name in inputs}
-        tap = Tap(_part(model, group, types), [*self._wanted[stage], *sorted(left - self._wanted[stage])], threads=1)
+        part = excerpt(model, group, types)
+        part.graph.initializer.extend(model.initializers[name] for name in sorted(used & model.initializers.keys()))
+        tap = Tap(model.replace(part), [*self._wanted[stage], *sorted(left - self._wanted[stage])], threads=1)
         ended = [name for name in inputs if self._last[name] <= stage]
 
         def one(number: int) -> R:
@@ -125,15 +128,11 @@ def can_stage(model: Model) -> bool:
     return all(info is None or info.name in constants or info.dtype in _TYPES for info in infos)
 
 
-def _reads(node: NodeProto) -> list[str]:
-    return [name for name in (*node.input, *captured(node)) if name]
-
-
 def _fixed(model: Model) -> frozenset[str]:
     """Constants, and what is computed of constants alone: each stage does that anew, so that it need not be kept."""
     fixed: set[str] = set(model.initializers)
     for node in model.graph.node:
-        if (read := _reads(node)) and fixed.issuperset(read):
+        if (read := reads(node)) and fixed.issuperset(read):
             fixed.update(name for name in node.output if name)
     return frozenset(fixed)
 
@@ -152,24 +151,10 @@ def _groups(model: Model, wanted: Sequence[Collection[str]], fixed: Collection[s
             if index is None or index in made or index in group:
                 continue
             group.add(index)
-            stack.extend(_reads(nodes[index]))
+            stack.extend(reads(nodes[index]))
         groups.append(sorted(group))
         made.update(index for index in group if not set(nodes[index].output).issubset(fixed))
     return groups
-
-
-def _part(model: Model, nodes: Sequence[NodeProto], types: Mapping[str, np.dtype[Any]]) -> Model:
-    """A model of these nodes whose inputs have these types and any shape."""
-    proto: ModelProto = without_initializers(model.proto)
-    graph = proto.graph
-    del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
-    graph.node.extend(nodes)
-    for name, dtype in types.items():
-        kind = helper.np_dtype_to_tensor_dtype(dtype)
-        graph.input.append(helper.make_tensor_value_info(name, kind, None))
-    read = {name for node in nodes for name in _reads(node)}
-    graph.initializer.extend(t for t in model.graph.initializer if t.name in read)
-    return model.replace(proto)
 
 
 class _Kept:

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import accumulate, islice
 
 from qdq.calibrate import Progress
 from qdq.moves import Move, finer_codes, into_float, into_integer, possible, times_of
@@ -180,14 +180,14 @@ class _Search:
         everything = self.hoisted(Variant(integer=frozenset(shop.quantizable(Variant()))))
         self.untuned = self.price(everything).us
         self.plain = self.price(Variant()).us
-        self.best = Variant() if self.placement else everything
+        first = self.best = Variant() if self.placement else everything
         self.keep(everything, "quantized wherever it is possible")
         for rest in shop.rests[1:]:
             if self.late():
                 return
             move = Move(kind="rest", nodes=(rest,))
-            self.keep(move.of(Variant() if self.placement else everything), str(move))
-        rewritten = replace(Variant() if self.placement else everything, rest=self.best.rest)
+            self.keep(move.of(first), str(move))
+        rewritten = replace(first, rest=self.best.rest)
         for _ in self.ahead(self.together(rewritten)):
             pass
         for name in FLOAT_REWRITES:
@@ -332,22 +332,22 @@ class _Search:
 
     def rescue(self) -> None:
         """Where the fastest variant known breaks the bound: make it finer, then less quantized, until it keeps it."""
-        fastest, stands = min(self.prices, key=self.us), self.best
-        if fastest == stands or not fastest.integer or self.late():
+        fastest = min(self.prices, key=self.us)
+        if fastest == self.best or not fastest.integer or self.late():
             return
-        self.best = fastest
         finer, left = finer_codes(self.workshop, fastest), into_float(self.workshop, fastest)
         times = times_of([*finer, *left], self.workshop.base(fastest).model, self.price(fastest))
         finer.sort(key=lambda m: times[m])
-        refined = self.fewest(finer)
+        refined = self.fewest(fastest, finer)
         if refined is None:  # not enough: also leave nodes in float, where that takes most noise away for its time
             worth = {}
             for move in left:
                 if not self.late():
                     alone = replace(fastest, integer=frozenset(move.nodes))
-                    worth[move] = (self.workshop.noise(alone) or 0.0) / max(times[move], LEAST_GAIN * self.us(stands))
-            refined = self.fewest([*finer, *sorted(worth, key=lambda m: -worth[m])])
-        self.best = stands
+                    worth[move] = (self.workshop.noise(alone) or 0.0) / max(
+                        times[move], LEAST_GAIN * self.us(self.best)
+                    )
+            refined = self.fewest(fastest, [*finer, *sorted(worth, key=lambda m: -worth[m])])
         if refined is not None:
             self.keep(refined, "finer and fewer codes, for the bound")
 
@@ -382,23 +382,16 @@ class _Search:
                 break
         self.best, self.complete = kept, complete
 
-    def fewest(self, moves: list[Move]) -> Variant | None:
-        """The best variant after the fewest of the moves, in order, that keep the bound; None if all do not."""
-        if not moves or not self.accurate(self.applied(moves)):
+    def fewest(self, variant: Variant, moves: list[Move]) -> Variant | None:
+        """A variant after the fewest of the moves, in order, that keep the bound; None if all do not."""
+        after = list(accumulate(moves, lambda v, move: move.of(v), initial=variant))
+        if not moves or not self.accurate(after[-1]):
             return None
         low, high = 1, len(moves)
         while low < high:  # noise falls with each move, more or less
             middle = (low + high) // 2
-            enough = self.accurate(self.applied(moves[:middle]))
-            low, high = (low, middle) if enough else (middle + 1, high)
-        return self.applied(moves[:low])
-
-    def applied(self, moves: list[Move]) -> Variant:
-        """The best variant after several moves."""
-        variant = self.best
-        for move in moves:
-            variant = move.of(variant)
-        return variant
+            low, high = (low, middle) if self.accurate(after[middle]) else (middle + 1, high)
+        return after[low]
 
     def floating(self) -> Variant:
         """The fastest variant known with nothing quantized."""

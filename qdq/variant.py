@@ -246,8 +246,7 @@ def _shortcuts(plan: Plan) -> tuple[str, ...]:
 
 def _quick(plan: Plan) -> Plan:
     """The plan with settings that need no samples."""
-    calibrator = "mse" if plan.settings.calibrator == "auto" else plan.settings.calibrator
-    return replace(plan, settings=replace(plan.settings, calibrator=calibrator, rounding="nearest"))
+    return replace(plan, settings=plan.settings.quick)
 
 
 def _adapted(solution: Solution, plan: Plan) -> Solution:
