@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -117,6 +117,8 @@ def audit(
     for graph, node in Graph.read(load_graph(model), {k: v.opt for k, v in (shapes or {}).items()}).products():
         operands = [graph.operand(name) for name in node.input[:2]]
         asked = requested(operands)
+        if asked.startswith("activation-only") and graph.shared(operands):
+            asked = ""  # the tensor is quantized for another consumer: nothing was asked here
         name = node.name or f"node_of_{node.output[0]}"  # what the parser calls a node without a name
         kernel = compute_kernel(table.layers, name)
         consumed = consumed_dtype(kernel) if kernel else "unknown"
@@ -129,9 +131,7 @@ def audit(
             kernel=kernel.name if kernel else "",
             cause="",
         )
-        if asked.startswith("activation-only") and graph.shared(operands):
-            row = _with(row, requested="")  # the tensor is quantized for another consumer: nothing was asked here
-        rows.append(_with(row, cause=_cause(row, node, operands, graph, table)))
+        rows.append(replace(row, cause=_cause(row, node, operands, graph, table)))
     return Audit(
         nodes=tuple(rows),
         kernels=table.kernels,
@@ -143,11 +143,6 @@ def audit(
         backend=table.backend,
         version=table.version,
     )
-
-
-def _with(row: NodeAudit, **changes: str) -> NodeAudit:
-    """A copy with other fields."""
-    return NodeAudit(**{**asdict(row), **changes})
 
 
 def requested(operands: Sequence[Operand]) -> str:

@@ -64,18 +64,25 @@ def session(
         except refusals:
             if (stand_in := _without_fp4(source)) is None:
                 raise
-            return ort.InferenceSession(stand_in, options, **settled)
+            return ort.InferenceSession(stand_in.SerializeToString(), options, **settled)
     except refusals as error:
         raise EngineError(f"ONNX Runtime cannot load {where}: {error}") from error
 
 
-def _without_fp4(source: str | bytes) -> bytes | None:
+def _without_fp4(source: str | bytes) -> onnx.ModelProto | None:
     """What stands for a refused model that holds FP4; None for any other, and for what is no model."""
     try:
-        model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
+        if isinstance(source, bytes):
+            model = onnx.load_from_string(source)
+        else:
+            model = onnx.load(source, load_external_data=False)
+        if not holds_fp4(model):
+            return None
+        if isinstance(source, str):
+            onnx.load_external_data_for_model(model, str(Path(source).parent))
     except (OSError, ValueError, DecodeError):
         return None
-    return runnable(model).SerializeToString() if holds_fp4(model) else None
+    return runnable(model)
 
 
 def failures() -> tuple[type[Exception], ...]:

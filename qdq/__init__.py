@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qdq.calibrate import CalibrationTable, collect
-    from qdq.deploy import Deployed, Quantized, evaluate, load_float, quantize
+    from qdq.deploy import Deployed, evaluate
     from qdq.errors import InputError, MissingRuntimeError, ModelError, QdqError, StaleFileError
     from qdq.graph import Model, load, save
+    from qdq.pipeline import Quantized, load_float, quantize
     from qdq.plan import Plan, Point, Skip
     from qdq.recipe import Recipe
     from qdq.report import DeployReport
@@ -28,10 +29,7 @@ _HOME = {
     "CalibrationTable": "calibrate",
     "collect": "calibrate",
     "Deployed": "deploy",
-    "Quantized": "deploy",
     "evaluate": "deploy",
-    "load_float": "deploy",
-    "quantize": "deploy",
     "InputError": "errors",
     "MissingRuntimeError": "errors",
     "ModelError": "errors",
@@ -40,6 +38,9 @@ _HOME = {
     "Model": "graph",
     "load": "graph",
     "save": "graph",
+    "Quantized": "pipeline",
+    "load_float": "pipeline",
+    "quantize": "pipeline",
     "Plan": "plan",
     "Point": "plan",
     "Skip": "plan",

@@ -180,8 +180,8 @@ class _Walk:
 
     def _inner(self, tensor: str) -> Carrier | None:
         """The same of a tensor on the way, which must have all channels and no other reader."""
-        uses, shape = self._model.consumers(tensor), self._shape(tensor)
-        alone = len(uses) == 1 and uses[0].index >= 0 and not self._model.is_output(tensor)
+        use, shape = self._model.only_use(tensor), self._shape(tensor)
+        alone = use is not None and use.index >= 0
         whole = len(shape) > self._trailing and shape[-1 - self._trailing] == self._channels
         return self.back(tensor) if alone and whole else None
 

@@ -27,6 +27,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from qdq import gram
+from qdq.activations import activation_params
 from qdq.calibrate import Progress
 from qdq.footprint import cores
 from qdq.formats import FORMATS
@@ -36,7 +37,7 @@ from qdq.observers import LIMITS
 from qdq.plan import Plan
 from qdq.qtensor import QParams
 from qdq.scheme import CALIBRATORS
-from qdq.solve import Solution, activation_params, solve
+from qdq.solve import Solution, solve
 from qdq.table import CalibrationTable
 from qdq.tap import Sample, Tap, overlapped
 

@@ -24,10 +24,11 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from qdq.calibrate import Progress
 from qdq.footprint import cores
-from qdq.graph import Model, captured
+from qdq.graph import Model
 from qdq.judge import Judge, Split, split
 from qdq.nodes import Names
 from qdq.plan import Plan
+from qdq.proto import reads
 from qdq.stages import Stages, can_stage
 from qdq.tap import Sample, Tap, overlapped
 
@@ -226,12 +227,12 @@ def _shift(wanted: _Mean, found: _Mean) -> Floats:
 def _place(model: Model, node: NodeProto) -> tuple[str, int] | None:
     """The operand, as (node, input index), that a constant can be added to; it may be one that is not there yet."""
     if node.op_type == "MatMul":
-        uses = model.consumers(node.output[0])
-        if len(uses) != 1 or uses[0].node.op_type != "Add" or model.is_output(node.output[0]):
+        use = model.only_use(node.output[0])
+        if use is None or use.node.op_type != "Add":
             return None
-        name = uses[0].node.input[1 - uses[0].index]
+        name = use.node.input[1 - use.index]
         flat = model.is_constant(name) and all(d == 1 for d in model.initializers[name].dims[:-1])
-        return (uses[0].node.name, 1 - uses[0].index) if flat else None
+        return (use.node.name, 1 - use.index) if flat else None
     if next((a.f for a in node.attribute if a.name == "beta"), 1.0) != 1.0:
         return None
     bias = node.input[2] if len(node.input) > 2 else ""
@@ -257,7 +258,7 @@ def _shifted(model: Model, shifts: Mapping[str, Floats]) -> Model:
             values = (old.astype(np.float64).reshape(-1) + shift).reshape(*(1,) * (old.ndim - 1), -1)
         node.input[index] = names.fresh(f"{name}_corrected_bias")
         proto.graph.initializer.append(numpy_helper.from_array(values.astype(dtype), node.input[index]))
-    read = {name for node in proto.graph.node for name in (*node.input, *captured(node))}
+    read = {name for node in proto.graph.node for name in reads(node)}
     read.update(output.name for output in proto.graph.output)
     kept = [tensor for tensor in proto.graph.initializer if tensor.name in read]
     del proto.graph.initializer[:]

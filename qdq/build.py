@@ -28,7 +28,7 @@ from qdq.recipe import Recipe, ShapeOption
 from qdq.scheme import choose
 
 if TYPE_CHECKING:
-    from qdq.deploy import Quantized
+    from qdq.pipeline import Quantized
 
 OnProgress = Callable[[int, int | None, str], None]
 SHAPE_KEY = "shape."

@@ -52,22 +52,33 @@ class Equalized:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Seen:
-    """What is known of one tensor's channels, as a `Statistic`: exact limits, and some of its channel vectors."""
+class Channels:
+    """What samples show of one tensor's channels, as a `Statistic`.
 
-    channels: ChannelRange
+    Attributes:
+        limits: the exact range of each.
+        parts: (vectors, channels) each, some of the channel vectors.
+    """
+
+    limits: ChannelRange
     parts: tuple[npt.NDArray[np.float32], ...]
 
-    def merge(self, other: _Seen) -> _Seen:
-        return _Seen(channels=self.channels.merge(other.channels), parts=(*self.parts, *other.parts))
+    def merge(self, other: Channels) -> Channels:
+        """What both show."""
+        return Channels(limits=self.limits.merge(other.limits), parts=(*self.parts, *other.parts))
 
     @property
     def rows(self) -> Floats:
-        """(vectors, channels): the same whatever the order of the samples, so that sums over them are."""
+        """(vectors, channels), a new array: the same whatever the samples' order, so that sums over them are."""
         return np.concatenate(sorted(self.parts, key=np.ndarray.tobytes)).astype(np.float64)
 
 
-def can_shift(model: Model, name: str, index: int) -> bool:
+def shifts(model: Model, point: Point) -> bool:
+    """Whether the codes of an activation may be asymmetric: that is asked for, and all its readers allow it."""
+    return point.spec.shift and all(_can_shift(model, name, index) for name, index in point.uses)
+
+
+def _can_shift(model: Model, name: str, index: int) -> bool:
     """Whether a constant subtracted from operand `index` of a node can be made up for exactly behind the node.
 
     Conv needs explicit, non-negative padding (the border is then padded before the shift); Gemm and MatMul always can;
@@ -146,29 +157,27 @@ def choose(
     """
     module: Any = importlib.import_module(f"qdq.equalize.{formula}")
     readers = candidates(model, plan)
-    if not readers:
-        return {}
-    points = {p.tensor: p for p in plan.activations}
-    seen = _look(model, readers, points, samples, on_progress)
+    points = {p.tensor: p for p in plan.activations if p.tensor in readers}
+    seen = look(model, points, samples, on_progress)
     found: dict[str, Equalized] = {}
     for tensor, weights in readers.items():
         info = model.info(tensor)
-        rows, channels = seen[tensor].rows, seen[tensor].channels
+        rows, limits = seen[tensor].rows, seen[tensor].limits
         if rows.shape[1] < 2:
             continue
         matrices = [_by_input(model, points[tensor], weight) for weight in weights]
         sizes = [_sizes(m) for m in matrices]
         wmax, read = np.max([most for most, _ in sizes], axis=0), np.sum([power for _, power in sizes], axis=0)
-        amax = np.maximum(-channels.low, channels.high)
+        amax = np.maximum(-limits.low, limits.high)
         fmt = FORMATS[points[tensor].spec.format]
-        shifted = points[tensor].spec.shift and all(can_shift(model, name, i) for name, i in points[tensor].uses)
+        shifted = shifts(model, points[tensor])
         limit = _limit(plan, weights, fmt.high)
         plain = _noise(rows, matrices, read, np.ones_like(amax), params[tensor], limit)
         tried = module.candidates(amax, wmax) if hasattr(module, "candidates") else [module.scales(amax, wmax)]
         least = getattr(module, "MINIMUM_GAIN_DB", MINIMUM_GAIN_DB)
         for s in (t.astype(np.float32).astype(np.float64) for t in tried):
-            low = HEADROOM * min(float((channels.low / s).min()), 0.0)
-            high = HEADROOM * max(float((channels.high / s).max()), 0.0)
+            low = HEADROOM * min(float((limits.low / s).min()), 0.0)
+            high = HEADROOM * max(float((limits.high / s).max()), 0.0)
             if high - low <= 0:
                 continue
             scale, zero_point = asymmetric(low, high, fmt) if shifted else (max(-low, high) / fmt.high, 0)
@@ -182,8 +191,8 @@ def choose(
 
 
 def look(
-    model: Model, points: Mapping[str, Point], samples: Iterable[Sample], on_progress: Progress | None = None
-) -> dict[str, tuple[ChannelRange, Floats]]:
+    model: Model, points: Mapping[str, Point], samples: Iterable[Sample], on_progress: Progress | None
+) -> dict[str, Channels]:
     """What samples show of some activation tensors.
 
     Args:
@@ -193,12 +202,22 @@ def look(
         on_progress: called with (samples done, samples in all or None, text).
 
     Returns:
-        Tensor -> limits of each channel, and (vectors, channels) float64 some channel vectors.
+        Tensor -> what they show of its channels.
     """
     if not points:
         return {}
-    seen = _look(model, points, points, samples, on_progress)
-    return {tensor: (one.channels, one.rows) for tensor, one in seen.items()}
+    tap = Tap(model, list(points), threads=gram.THREADS)
+    samples = gram.few(samples)
+    each = max(1, ROWS // len(samples))
+    convolved = {tensor: model.node(point.uses[0][0]).op_type == "Conv" for tensor, point in points.items()}
+
+    def seen() -> Iterator[dict[str, Channels]]:
+        for index, sample in counted(samples):
+            yield {tensor: _one(values, convolved[tensor], each) for tensor, values in tap(sample).items()}
+            if on_progress is not None:
+                on_progress(index + 1, len(samples), "channel ranges")
+
+    return union(seen())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,7 +260,8 @@ def errors(
     """
     specs = {name: p.spec for p in plan.weights for name, _ in p.uses}
     found = {}
-    for tensor, (_, rows) in look(model, points, samples, on_progress).items():
+    for tensor, seen in look(model, points, samples, on_progress).items():
+        rows = seen.rows
         s = divisors[tensor].astype(np.float64) if tensor in divisors else np.ones(rows.shape[1])
         readers = [model.node(name) for name, _ in points[tensor].uses]
         matrices = [_by_input(model, points[tensor], node.input[1]) for node in readers]
@@ -286,35 +306,13 @@ def _limit(plan: Plan, weights: list[str], otherwise: int) -> int:
     return min((FORMATS[p.spec.format].high for p in plan.weights if p.tensor in weights), default=otherwise)
 
 
-def _look(
-    model: Model,
-    readers: Iterable[str],
-    points: Mapping[str, Point],
-    samples: Iterable[Sample],
-    on_progress: Progress | None,
-) -> dict[str, _Seen]:
-    readers = list(readers)
-    tap = Tap(model, readers, threads=gram.THREADS)
-    samples = gram.few(samples)
-    each = max(1, ROWS // len(samples))
-
-    def seen() -> Iterator[dict[str, _Seen]]:
-        for index, sample in counted(samples):
-            yield {tensor: _one(values, convolved[tensor], each) for tensor, values in tap(sample).items()}
-            if on_progress is not None:
-                on_progress(index + 1, len(samples), "channel ranges")
-
-    convolved = {tensor: model.node(points[tensor].uses[0][0]).op_type == "Conv" for tensor in readers}
-    return union(seen())
-
-
-def _one(values: npt.NDArray[np.floating], convolved: bool, each: int) -> _Seen:
+def _one(values: npt.NDArray[np.floating], convolved: bool, each: int) -> Channels:
     """What one sample shows of a tensor, with `each` of its channel vectors."""
     grid = values.reshape(*values.shape[:2], -1) if convolved else values.reshape(-1, values.shape[-1], 1)
     positions = grid.shape[0] * grid.shape[2]
     picked = np.random.default_rng(positions).choice(positions, min(each, positions), replace=False)
     first, last = np.divmod(np.sort(picked), grid.shape[2])
-    return _Seen(channels=ChannelRange.of(grid, axis=1), parts=(grid[first, :, last].astype(np.float32),))
+    return Channels(limits=ChannelRange.of(grid, axis=1), parts=(grid[first, :, last].astype(np.float32),))
 
 
 def _by_input(model: Model, point: Point, weight: str) -> npt.NDArray[np.floating]:

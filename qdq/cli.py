@@ -63,7 +63,7 @@ def main() -> None:
 def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
     """Decide what is quantized, and say why the rest is not."""
     from qdq import placement
-    from qdq.deploy import load_float
+    from qdq.pipeline import load_float
     from qdq.report import plan_rows
 
     if output:
@@ -108,10 +108,10 @@ def quantize(
     **given: Any,
 ) -> None:
     """Write the Q/DQ model. Of a large model, weights that a killed run finished are taken up."""
-    from qdq import deploy as job
     from qdq.calibrate import CalibrationTable
     from qdq.finish import finish
     from qdq.graph import save
+    from qdq.pipeline import load_float, quantize
     from qdq.plan import Plan
     from qdq.spool import kept
 
@@ -126,14 +126,14 @@ def quantize(
                 f"The plan {plan_file} already says what is quantized, which --scheme, --block, --shift and --exclude "
                 "cannot change. Edit the plan, or make another with `qdq plan`."
             )
-        prepared = job.load_float(model)
+        prepared = load_float(model)
         table = CalibrationTable.load(table_file) if table_file else None
         if table is not None and data is None and random_data is None:
             samples = None
         else:
             samples = samples_of(prepared, recipe, data, random_data)
         with kept(output.with_name(f".{output.name}.weights")):
-            made = job.quantize(
+            made = quantize(
                 prepared,
                 samples,
                 settings=recipe.settings,

@@ -126,8 +126,8 @@ def _measured(
     from qdq import placement
     from qdq.calibrate import collect, key
     from qdq.checkpoint import Checkpoint, replace_text
-    from qdq.deploy import load_float
     from qdq.footprint import passes
+    from qdq.pipeline import load_float
     from qdq.plan import Plan
     from qdq.shards import collect_shards
     from qdq.surgery import rewritten

@@ -84,9 +84,9 @@ def compare(
     scheme that the target cannot compile is a line with the reason. Variants are not tuned unless --tune says so.
     """
     from qdq.comparison import compare_schemes, entries
-    from qdq.deploy import load_float
     from qdq.files import write_text
-    from qdq.scoring import Task, has_array, labelled
+    from qdq.pipeline import load_float
+    from qdq.scoring import Task, labelled
 
     if output:
         check_output(output, model, data, evaluation, given["recipe"])
@@ -98,8 +98,8 @@ def compare(
         prepared = load_float(model)
 
         def opened(source: str | None, random: int | None, *, scored: bool) -> Samples:
-            if source and task.array and random is None and (scored or has_array(source, task.array)):
-                return labelled(source, prepared, task.array)
+            if source and task.array and random is None:
+                return labelled(source, prepared, task.array, required=scored)
             return samples_of(prepared, recipe, source, random)
 
         calibration = opened(data, random_data, scored=not evaluation)

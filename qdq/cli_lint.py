@@ -66,6 +66,7 @@ def _fix(
     loaded: Model, model: Path, output: Path, target: tuple[str, ...], shape: tuple[str, ...], as_json: bool
 ) -> int:
     """Repair, prove, write, report; returns the exit code."""
+    from qdq.files import finite
     from qdq.graph import save
     from qdq.lint import lint, to_json
     from qdq.recipe import Recipe
@@ -92,9 +93,9 @@ def _fix(
     }
     if as_json:
         changes = [{"rules": list(c.rules), "node": c.node, "what": c.what} for c in done.changes]
+        proof = {k: finite(v) for k, v in proof.items()}
         click.echo(
-            to_json(lint(loaded), changes=changes, left=[f.to_mapping() for f in done.left], proof=_finite(proof)),
-            nl=False,
+            to_json(lint(loaded), changes=changes, left=[f.to_mapping() for f in done.left], proof=proof), nl=False
         )
     else:
         _report(model, output, done, refused, kernels, difference)
@@ -121,7 +122,7 @@ def _difference(model: Path, fixed: Path, repaired: Model, recipe: Recipe) -> Re
     from calib_data import random_samples
     from engines.compare import compare
     from engines.errors import EngineError
-    from qdq.deploy import input_specs
+    from qdq.pipeline import input_specs
 
     sizes: dict[str | tuple[str, int], int] = {
         (s.name, axis): size for s in recipe.shapes for axis, size in enumerate(s.opt)
@@ -163,14 +164,6 @@ def _show(title: str, found: list[Finding]) -> None:
 def _count(found: list[Finding]) -> str:
     errors = sum(f.severity == "error" for f in found)
     return f"{errors} errors, {len(found) - errors} warnings" if found else "nothing found"
-
-
-def _finite(proof: Mapping[str, object]) -> dict[str, object]:
-    """JSON has no infinity: text in its place."""
-    return {
-        k: str(v) if (isinstance(v, float) and v in (float("inf"), float("-inf"))) or v != v else v
-        for k, v in proof.items()
-    }
 
 
 def _check_output(path: Path, model: Path) -> None:

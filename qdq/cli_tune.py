@@ -56,8 +56,8 @@ def tune(
     --data every activation is taken for lopsided, which costs most.
     """
     from qdq.build import shape_ranges
-    from qdq.deploy import accuracy, load_float
     from qdq.errors import InputError
+    from qdq.pipeline import load_float
     from qdq.pricing import Pricer, find_plan, gpus_of
     from qdq.report import Row
 
@@ -76,8 +76,7 @@ def tune(
             raise InputError("--min-sqnr-db needs --data: accuracy is measured on samples.")
         shapes = shape_ranges(prepared, recipe.shapes, samples)
         pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus, cache=cache)
-        measure = None if samples is None else accuracy(prepared, samples, recipe.settings)
-        found = find_plan(prepared, pricer, samples=samples, measure=measure, on_progress=bars)
+        found = find_plan(prepared, pricer, samples=samples, on_progress=bars)
     found.plan.save(output)
     if as_json:
         kernels = [asdict(kernel) for kernel in found.price.kernels]

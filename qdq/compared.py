@@ -7,11 +7,11 @@ Must not print, measure anything or hold sample data.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
+from qdq.files import finite
 from qdq.metrics import METRICS
 from qdq.report import size
 
@@ -82,7 +82,7 @@ class Comparison:
             **{f.name: getattr(self, f.name) for f in fields(self)},
             "task": task,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "rows": [{k: _finite(v) for k, v in asdict(row).items()} for row in self.rows],
+            "rows": [{k: finite(v) for k, v in asdict(row).items()} for row in self.rows],
         }
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
@@ -94,10 +94,6 @@ class Comparison:
             *("multiply-adds in", "SQNR dB", self.task.title, f"predicted us{gpu}"),
         )
         return [head, *map(_cells, self.rows)]
-
-    def problems(self) -> list[str]:
-        """One sentence per scheme that failed."""
-        return [f"{row.scheme}: {_short(row.problem)}" for row in self.rows if row.problem]
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -117,8 +113,3 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _short(text: str) -> str:
     flat = " ".join(text.split())
     return flat if len(flat) <= SHOWN else f"{flat[: SHOWN - 1]}…"
-
-
-def _finite(value: object) -> object:
-    """JSON has no infinity: text in its place."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,7 @@
 """Several quantization schemes of one model side by side: precision, granularity, sizes, accuracy, predicted time.
 
-scheme texts -> `Entry` (a recipe each) -> quantize, finish, save to a temporary folder, compile, audit, price, score ->
-one `Row` each, after those of the float model -> `Comparison`.
+scheme texts -> `Entry` (a recipe each) -> tune, quantize, finish as `deploy` does -> a temporary file -> compile,
+audit, price, score -> one `Row` each, after those of the float model -> `Comparison`.
 A scheme that cannot be written or compiled is a row with the reason. Must not choose a scheme, and leaves no files.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
@@ -22,16 +23,16 @@ from engines.cost import Gpu, predict
 from engines.errors import EngineError, MissingRuntimeError, UnsupportedTargetError, import_runtime
 from qdq import placement
 from qdq.build import OnProgress, compile_engine, shape_ranges
-from qdq.calibrate import CalibrationTable, collect
 from qdq.compared import Comparison, Row
-from qdq.deploy import Quantized, file_bytes, load_float, quantize
+from qdq.deploy import Written, file_bytes, written
 from qdq.errors import InputError
-from qdq.finish import finish, rest_of
+from qdq.finish import rest_of
 from qdq.formats import FORMATS, require_targets
 from qdq.graph import Model, load, save
+from qdq.pipeline import Tables, load_float
 from qdq.plan import Plan, Point
 from qdq.precision import convert
-from qdq.pricing import Pricer, find_plan, gpus_of
+from qdq.pricing import Pricer, gpus_of
 from qdq.recipe import Recipe
 from qdq.report import shares
 from qdq.scheme import SCHEMES, Settings, choose
@@ -133,6 +134,7 @@ def compare_schemes(
         custom_ops=custom_ops,
         on_progress=on_progress,
         reference=Reference(model_path, custom_ops=custom_ops),
+        tables=Tables(model=prepared, samples=fed),
     )
     with tempfile.TemporaryDirectory(prefix="qdq-") as folder, registered(custom_ops):
         rows = bench.float_rows(Path(folder), schemes[0])
@@ -171,22 +173,22 @@ class _Bench:
     custom_ops: Sequence[str]
     on_progress: OnProgress | None
     reference: Reference
-    tables: tuple[CalibrationTable, ...] = ()
+    tables: Tables
     samples: int = 0
 
     def float_rows(self, folder: Path, entry: Entry) -> list[Row]:
         """The float model as it is, in FP16, and in the type of the rest if that is another."""
         plan = placement.plan(self.prepared, Settings())
         rests = list(dict.fromkeys(("fp32", "fp16", rest_of(plan, entry.recipe.rest))))
-        table = self._table(plan, "FP16") if plan.activations else None
+        table = self.tables.of(plan, self._tell("FP16")) if plan.activations else None
         rows = []
         for rest in rests:
             path = folder / f"{rest}.onnx"
             model = convert(self.prepared, rest=rest, table=table).model
             save(model, path)
-            row = Row(scheme=rest.upper(), precision=f"W{REST_BITS[rest]}A{REST_BITS[rest]}", quantized_nodes=0)
-            scored = self.path if rest == "fp32" else path
-            rows.append(self._measured(replace(row, weights_per="-", data_per="-"), path, scored, entry))
+            bits = f"W{REST_BITS[rest]}A{REST_BITS[rest]}"
+            row = Row(scheme=rest.upper(), precision=bits, weights_per="-", data_per="-", quantized_nodes=0)
+            rows.append(self._measured(row, path, self.path if rest == "fp32" else path, entry))
             path.unlink()
         return rows
 
@@ -195,55 +197,36 @@ class _Bench:
         path = folder / "scheme.onnx"
         try:
             require_targets(entry.recipe.settings.formats, self.targets)
-            made = self._quantized(entry)
-            finished = finish(made.model, made.plan, rest=entry.recipe.rest, table=made.table)
-            save(finished.model, path)
+            done = self._written(entry)
+            save(done.finished.model, path)
+        except MissingRuntimeError:
+            raise
         except (InputError, EngineError) as error:
-            if isinstance(error, MissingRuntimeError):
-                raise
             return Row(scheme=entry.text, problem=str(error))
+        made = done.made
         row = Row(
             scheme=entry.text,
             precision=precision(made.plan, rest_of(made.plan, entry.recipe.rest)),
             weights_per=_counted(_weight_kind(p.spec.block, p.spec.axis) for p in made.plan.weights),
             data_per=_counted(_data_kind(p, made.solution.tokens) for p in made.plan.activations),
             quantized_nodes=len(made.plan.quantized_nodes),
-            notes=(*made.solution.notes, *finished.notes),
+            notes=(*done.notes, *made.solution.notes, *done.finished.notes),
         )
         return self._measured(row, path, path, entry)
 
-    def _quantized(self, entry: Entry) -> Quantized:
-        tell = self._tell(entry.text)
+    def _written(self, entry: Entry) -> Written:
+        tell, pricer = self._tell(entry.text), None
         if entry.recipe.tune != "off" and entry.recipe.backend == "rtx" and self.gpus:
             pricer = Pricer(recipe=entry.recipe, shapes=self.shapes, gpus=self.gpus)
-            plan = find_plan(self.prepared, pricer, samples=self.calibration, on_progress=tell).plan
-        else:
-            plan = placement.plan(self.prepared, entry.recipe.settings)
-        table = None if plan.rewrites else self._table(plan, entry.text)
-        return quantize(
-            self.prepared, self.calibration, plan=plan, table=table, custom_ops=self.custom_ops, on_progress=tell
+        return written(
+            self.prepared, self.calibration, entry.recipe, pricer=pricer, tables=self.tables, on_progress=tell
         )
-
-    def _table(self, plan: Plan, label: str) -> CalibrationTable:
-        """A table that holds every tensor of a plan of the prepared model."""
-        needed = {p.tensor for p in plan.activations}
-        held = next((t for t in self.tables if needed <= t.tensors.keys()), None)
-        if held is None:
-            held = collect(
-                self.prepared,
-                plan,
-                self.calibration,
-                custom_ops=self.custom_ops,
-                on_progress=self._tell(label),
-            )
-            self.tables = (*self.tables, held)
-        return held
 
     def _measured(self, row: Row, path: Path, scored: Path, entry: Entry) -> Row:
         """The row with what its file compiles to, and how well it does."""
-        tell, problems = self._tell(row.scheme), []
+        tell, problems = self._tell(row.scheme), list[str]()
         row = replace(row, model_bytes=file_bytes(load(scored)))
-        try:
+        with _noted(problems, "does not compile"):
             audited, us = self._compiled(path, entry.recipe, tell)
             row = replace(
                 row,
@@ -252,18 +235,10 @@ class _Bench:
                 shares=shares(audited),
                 predicted_us=us,
             )
-        except EngineError as error:
-            if isinstance(error, MissingRuntimeError):
-                raise
-            problems.append(f"does not compile: {error}")
-        try:
+        with _noted(problems, "does not run in ONNX Runtime"):
             found = self._score(scored, tell)
             row = replace(row, sqnr_db=found.sqnr_db, value=found.value)
             self.samples = found.samples
-        except EngineError as error:
-            if isinstance(error, MissingRuntimeError):
-                raise
-            problems.append(f"does not run in ONNX Runtime: {error}")
         return replace(row, problem="; ".join(problems))
 
     def _score(self, path: Path, tell: OnProgress) -> Score:
@@ -278,15 +253,15 @@ class _Bench:
         )
 
     def _compiled(self, path: Path, recipe: Recipe, tell: OnProgress) -> tuple[Audit, float | None]:
-        """The audit of the engine for all targets, and the mean predicted time; each GPU has its own kernels."""
+        """The audit of the engine for all targets, and the mean predicted time; each target has its own kernels."""
         engine = compile_engine(path, recipe=recipe, shapes=self.shapes, on_progress=tell)
-        times = []
-        for gpu in self.gpus:
-            table = engine.table
-            if table.targets != (gpu.target,):
-                alone = replace(recipe, targets=(gpu.target,))
-                table = compile_engine(path, recipe=alone, shapes=self.shapes, on_progress=tell).table
-            times.append(predict(path, table, gpu, shapes=self.shapes).total_us)
+        tables = {}
+        for target in dict.fromkeys(gpu.target for gpu in self.gpus):
+            tables[target] = engine.table
+            if engine.table.targets != (target,):
+                alone = replace(recipe, targets=(target,))
+                tables[target] = compile_engine(path, recipe=alone, shapes=self.shapes, on_progress=tell).table
+        times = [predict(path, tables[gpu.target], gpu, shapes=self.shapes).total_us for gpu in self.gpus]
         return audit(path, engine.table, shapes=self.shapes), fmean(times) if times else None
 
     def _tell(self, name: str) -> OnProgress:
@@ -297,6 +272,17 @@ class _Bench:
                 self.on_progress(done, total, f"{name}: {label.lower()}")
 
         return report
+
+
+@contextmanager
+def _noted(problems: list[str], what: str) -> Iterator[None]:
+    """An engine's error inside is noted as a problem; that a runtime is missing is none of the scheme."""
+    try:
+        yield
+    except MissingRuntimeError:
+        raise
+    except EngineError as error:
+        problems.append(f"{what}: {error}")
 
 
 def precision(plan: Plan, rest: str) -> str:

@@ -19,7 +19,7 @@ from onnx import NodeProto
 from qdq import channel_scale, observers
 from qdq.absorb import find
 from qdq.calibrate import Progress
-from qdq.channel_scale import Equalized, can_shift, data_readers
+from qdq.channel_scale import Equalized, data_readers
 from qdq.equalize import cle
 from qdq.graph import Model
 from qdq.nodes import attribute, input_axis
@@ -121,20 +121,20 @@ def choose(
     found = divisors(model, plan)
     points = {p.tensor: p for p in plan.activations if p.tensor in found}
     made = {}
-    for tensor, (channels, rows) in channel_scale.look(model, points, samples, on_progress).items():
+    for tensor, channels in channel_scale.look(model, points, samples, on_progress).items():
         point, info = points[tensor], model.info(tensor)
         s = found[tensor].astype(np.float32)
-        limits = np.stack([channels.low, channels.high])
+        limits = np.stack([channels.limits.low, channels.limits.high])
         # in the tensor's old unit: its calibrated range still says whether FP16 can hold it
         if limits.any():
             s *= np.float32(np.abs(limits / s).max() / np.abs(limits).max())
-        seen = np.concatenate([(rows / s).reshape(-1), (limits / s).reshape(-1)]).astype(np.float32)
+        seen = np.concatenate([(channels.rows / s).reshape(-1), (limits / s).reshape(-1)]).astype(np.float32)
         method = plan.settings.calibrator
         params = observers.choose(
             observers.Histogram.of(seen),
             method="mse" if method == "auto" else method,
             percentile=plan.settings.percentile,
-            shift=point.spec.shift and all(can_shift(model, name, index) for name, index in point.uses),
+            shift=channel_scale.shifts(model, point),
             fmt_name=point.spec.format,
             dtype=info.dtype if info is not None else "float32",
         )

@@ -1,7 +1,7 @@
-"""The main job in the order of its stages, and the steps that several verbs share.
+"""The main job in the order of its stages.
 
-    load_float -> plan -> collect -> solve -> insert             `quantize`: values in, values out
-    Q/DQ model -> engine -> audit, check against the float model  `deploy`: writes OUT, complete or not at all
+    float model, samples -> tuned plan -> Q/DQ model, finished                `written`: what is shipped, no file yet
+    that -> engine -> audit, check against the float model -> OUT             `deploy`: complete or not at all
 Must not print, decide exit codes or hold the arithmetic of a stage.
 """
 
@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from calib_data import DataError, InputSpec, Samples
-from calib_data.sources import PythonFunction
+from calib_data import Samples
 from engines import ort, rtx, trt
 from engines.audit import audit
 from engines.compare import Limits, Report, compare
@@ -25,43 +24,31 @@ from engines.doctor import gpus
 from engines.errors import BuildError, import_runtime, write_atomic
 from engines.layers import LayerTable
 from qdq import placement
-from qdq.autocalib import solve_auto
-from qdq.bias import corrected
 from qdq.build import OnProgress, compile_engine, runs_here, save_engine, shape_ranges
-from qdq.calibrate import CalibrationTable, collect
-from qdq.crossfit import resolved
-from qdq.errors import InputError, ModelError
 from qdq.external import is_external, tensor_bytes
 from qdq.files import folder_beside, move_all
 from qdq.finish import Finished, finish
 from qdq.formats import require_targets
-from qdq.graph import Model, is_quantized, load, save
-from qdq.insert import insert
-from qdq.judge import Judge, Split, ranked
+from qdq.graph import Model, load, save
+from qdq.pipeline import Quantized, Tables, as_samples, load_float, quantize
 from qdq.plan import Plan
-from qdq.prepare import prepare
 from qdq.pricing import Pricer, difference, find_plan, gpus_of
 from qdq.recipe import Recipe
 from qdq.report import DeployReport
-from qdq.scheme import Settings
-from qdq.solve import Solution, solve
 from qdq.spool import kept
-from qdq.surgery import rewritten
-from qdq.tap import registered
-
-Sample = Mapping[str, np.ndarray]
-JUDGED = 8  # calibration samples that a tuned plan is measured on, at most
+from qdq.table import CalibrationTable
+from qdq.tap import Sample, registered
+from qdq.tune import Tuned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quantized:
-    """Every value on the way from a float model to its Q/DQ model."""
+class Written:
+    """A Q/DQ model as it is compiled, how its plan was found (None without tuning), and what to say of that."""
 
-    prepared: Model
-    plan: Plan
-    table: CalibrationTable
-    solution: Solution
-    model: Model
+    made: Quantized
+    finished: Finished
+    tuned: Tuned | None
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,136 +60,46 @@ class Deployed:
     report: DeployReport
 
 
-def load_float(path: Path | str) -> Model:
-    """The model of a file, prepared: what every stage starts from.
-
-    Raises:
-        ModelError: the file is no model, or one that is quantized already.
-    """
-    model = load(path)
-    if is_quantized(model):
-        raise ModelError(
-            f"{path} is quantized already: it holds QuantizeLinear, DequantizeLinear or integer operators. Give the "
-            "float model that it was made from."
-        )
-    return prepare(model)
-
-
-def input_specs(model: Model) -> tuple[InputSpec, ...]:
-    """What a sample of the model must hold.
-
-    Raises:
-        ModelError: an input is no tensor of known rank.
-        DataError: an input has a type that samples cannot have.
-    """
-    for info in model.inputs:
-        if info.shape is None:
-            raise ModelError(
-                f"Input {info.name!r} of the model has no known rank, so no sample can be checked against it. "
-                "Export the model with a rank for every input; dimensions may be dynamic."
-            )
-    return tuple(InputSpec(name=i.name, dtype=i.dtype, shape=i.shape or ()) for i in model.inputs)
-
-
-def as_samples(samples: Iterable[Sample], model: Model) -> Samples:
-    """Samples that are checked as they are read, from those of `calib_data` or from any list of dicts.
-
-    Raises:
-        DataError: an iterator that can be read only once.
-    """
-    if isinstance(samples, Samples):
-        return samples
-    if isinstance(samples, Iterator):
-        raise DataError(
-            "The samples are an iterator, which can be read only once. Give a list, or calib_data's Samples."
-        )
-    held = list(samples)
-    source = PythonFunction(where="samples in memory", function=lambda: held, count=len(held))
-    return Samples(inputs=input_specs(model), source=source, indices=range(len(held)), origin="memory")
-
-
-def quantize(
-    model: Model | Path | str,
-    samples: Iterable[Sample] | None,
+def written(
+    prepared: Model,
+    calibration: Samples,
+    recipe: Recipe,
     *,
-    settings: Settings | None = None,
-    plan: Plan | None = None,
-    table: CalibrationTable | None = None,
-    custom_ops: Sequence[str] = (),
+    pricer: Pricer | None,
+    tables: Tables | None = None,
     on_progress: OnProgress | None = None,
-) -> Quantized:
-    """A float model's Q/DQ model, and every value on the way to it.
+) -> Written:
+    """The model that a recipe asks for, tuned if there is a pricer; in float if as it is written that is faster.
 
     Args:
-        model: a path, or what `load_float` gave.
-        samples: {input name: array} each; read several times. None only with a table; see `Solution.notes` then.
-        settings: how to quantize; None takes those of the plan, or the defaults.
-        plan: in place of a new one; of the settings, only those apply that decide scales and codes.
-        table: in place of a new calibration.
-        custom_ops: libraries of custom operators that ONNX Runtime needs for the model.
+        prepared: what `load_float` gave.
+        calibration: samples to quantize with.
+        recipe: its settings, rest, tuning and `min_sqnr_db` count.
+        pricer: of the recipe.
+        tables: of these samples, in place of a new calibration where nothing is tuned.
         on_progress: told about every step.
 
     Raises:
-        StaleFileError: the plan or the table was made from another model.
-        InputError, ModelError, DataError: see the stages.
+        QdqError, EngineError, DataError: see the stages.
     """
-    prepared = model if isinstance(model, Model) else load_float(model)
-    chosen = plan or placement.plan(prepared, settings or Settings())
-    prepared = rewritten(prepared, chosen)
-    chosen.check(prepared)
-    checked = None if samples is None else as_samples(samples, prepared)
-    if table is None:
-        if checked is None:
-            raise InputError("There is no calibration table and there are no samples to make one from: give samples.")
-        with registered(custom_ops):
-            table = collect(prepared, chosen, checked, on_progress=on_progress)
-    table.check(prepared, chosen)
-    if settings is not None:
-        chosen = replace(chosen, settings=settings)
-    correction = chosen.settings.bias_correction if chosen.quantized_nodes else "off"
 
-    def complete(solution: Solution) -> tuple[Solution, Model]:
-        """What a solution is shipped as."""
-        made = insert(prepared, chosen, solution)
-        if checked is None or correction == "off":
-            return solution, made
-        always = correction == "on"
-        made, said = corrected(
-            prepared, made, chosen, checked, always=always, factors=solution.factors, on_progress=on_progress
-        )
-        return replace(solution, notes=(*solution.notes, said)), made
+    def by(plan: Plan, table: CalibrationTable | None = None) -> tuple[Quantized, Finished]:
+        settings = recipe.settings
+        made = quantize(prepared, calibration, settings=settings, plan=plan, table=table, on_progress=on_progress)
+        return made, finish(made.model, made.plan, rest=recipe.rest, table=made.table)
 
-    auto = chosen.settings.calibrator == "auto"
-    if auto and checked is None:
-        raise InputError("calibrator auto compares models on the samples, and only a table is given: give samples.")
-    with registered(custom_ops):
-        chosen, equalized = resolved(prepared, chosen, checked, on_progress=on_progress)
-        if auto and checked is not None:
-            solution, quantized = solve_auto(
-                prepared, chosen, table, samples=checked, complete=complete, on_progress=on_progress
-            )
-        else:
-            solution, quantized = complete(solve(prepared, chosen, table, samples=checked, on_progress=on_progress))
-    solution = replace(solution, notes=(*chosen.settings.idle, *equalized, *solution.notes))
-    return Quantized(prepared=prepared, plan=chosen, table=table, solution=solution, model=quantized)
-
-
-def accuracy(prepared: Model, samples: Samples, settings: Settings) -> Callable[[Plan], float]:
-    """What `tune` measures a plan by: quantized with all samples, the outputs' SQNR in dB on a few of them.
-
-    Biases are not corrected, which takes long; that is done to the final model where it gains.
-    """
-    settings = replace(settings, bias_correction="off")
-    held: Split | None = None
-
-    def measure(plan: Plan) -> float:
-        nonlocal settings, held
-        made = quantize(prepared, samples, settings=settings, plan=plan)
-        settings = replace(settings, equalize=made.plan.settings.equalize)  # 'auto' is settled by the first plan
-        held = held or Split(samples=samples, fit=(), held=frozenset(ranked(samples)[:JUDGED]))
-        return Judge(prepared, held).sqnr_db(made.model)
-
-    return measure
+    if pricer is None:
+        plan = placement.plan(prepared, recipe.settings)
+        made, finished = by(plan, tables.of(plan, on_progress) if tables else None)
+        return Written(made=made, finished=finished, tuned=None, notes=())
+    tuned = find_plan(prepared, pricer, samples=calibration, on_progress=on_progress)
+    made, finished = by(tuned.plan)
+    built = pricer(finished.model)
+    notes = [f"tuned: {tuned.summary}", difference(tuned, built)]
+    if recipe.tune == "placement" and built.us > tuned.unquantized_us and made.plan.points:
+        made, finished = by(tuned.unquantized)
+        notes.append("so the model is left in float: as it was built it is predicted slower than that")
+    return Written(made=made, finished=finished, tuned=tuned, notes=tuple(filter(None, notes)))
 
 
 def evaluate(
@@ -298,16 +195,11 @@ def deploy(
     stem = model_path.name.removesuffix(".onnx")
     weights = out.absolute().with_name(f".{out.absolute().name}.weights")  # of a large model, if a run is killed
     with folder_beside(out) as folder, registered(custom_ops), kept(weights):
-        tuned, pricer = None, None
+        pricer = None
         if recipe.tune != "off" and recipe.backend == "rtx":
             pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe))
-            measure = accuracy(prepared, calibration, recipe.settings)
-            tuned = find_plan(prepared, pricer, samples=calibration, measure=measure, on_progress=tell)
-        made, finished = _quantized(prepared, calibration, recipe, tuned.plan if tuned else None, tell)
-        built = pricer(finished.model) if pricer else None
-        slower = tuned and built and recipe.tune == "placement" and built.us > tuned.unquantized_us and made.plan.points
-        if tuned and slower:
-            made, finished = _quantized(prepared, calibration, recipe, tuned.unquantized, tell)
+        done = written(prepared, calibration, recipe, pricer=pricer, on_progress=tell)
+        made, finished = done.made, done.finished
         output, engine_path = folder / f"{stem}.{recipe.settings.scheme}.onnx", folder / f"{stem}.engine"
         save(finished.model, output)
         made.plan.save(folder / "plan.json")
@@ -328,11 +220,9 @@ def deploy(
         )
         if evaluated is None:
             notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
-        tuning = [f"tuned: {tuned.summary}", difference(tuned, built)] if tuned and built else []
-        if slower:
-            tuning.append("so the model is left in float: as it was built it is predicted slower than that")
-        if recipe.tune != "off" and not tuned:
-            tuning = ["not tuned: predicted times come from TensorRT-RTX's compiler, and --backend trt has another"]
+        if recipe.tune != "off" and not pricer:
+            why = "predicted times come from TensorRT-RTX's compiler, and --backend trt has another"
+            notes = [*notes, f"not tuned: {why}"]
         label_dice = {
             name: _label_dice(path, judged, labels)
             for name, path in (("float model", model_path), ("quantized model", output))
@@ -345,21 +235,13 @@ def deploy(
             float_file_bytes=file_bytes(load(model_path)),
             int8_file_bytes=file_bytes(load(output)),
             evaluated_on="calibration samples" if evaluated is None else "evaluation samples",
-            notes=tuple(filter(None, [*notes, *tuning, *made.solution.notes, *finished.notes, check.note, reason])),
+            notes=tuple(filter(None, [*notes, *done.notes, *made.solution.notes, *finished.notes, check.note, reason])),
             label_dice=label_dice,
-            tuned=tuned,
+            tuned=done.tuned,
             gpus=tuple(gpu.name for gpu in pricer.gpus) if pricer else (),
         )
         write_atomic(folder / "report.json", report.to_json().encode())
         return Deployed(folder=out, files=move_all(folder, out), report=report)
-
-
-def _quantized(
-    prepared: Model, calibration: Samples, recipe: Recipe, plan: Plan | None, tell: OnProgress
-) -> tuple[Quantized, Finished]:
-    """The model by a plan, and as it is built."""
-    made = quantize(prepared, calibration, settings=recipe.settings, plan=plan, on_progress=tell)
-    return made, finish(made.model, made.plan, rest=recipe.rest, table=made.table)
 
 
 def _float_table(

@@ -11,9 +11,9 @@ from pathlib import Path
 from engines.operands import Graph
 from qdq import placement
 from qdq.build import audit_engine, shape_ranges
-from qdq.deploy import load_float
 from qdq.external import tensor_bytes
 from qdq.graph import Model
+from qdq.pipeline import load_float
 from qdq.plan import Plan
 from qdq.recipe import Recipe
 from qdq.report import count, size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -71,6 +72,11 @@ def read_json(path: str | os.PathLike[str], form: str, what: str) -> Mapping[str
             "by another version."
         )
     return content
+
+
+def finite(value: object) -> object:
+    """A value for JSON, which has no infinity: 'inf', '-inf' or 'nan' in its place."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -113,11 +113,9 @@ def _fold_batch_norm(draft: Draft, before: NodeProto, norm: NodeProto) -> bool:
     if (
         before.op_type not in ("Conv", "ConvTranspose", "Gemm")
         or before.domain
-        or readers.is_output(product)
-        or len(readers.consumers(product)) != 1
+        or readers.only_use(product) is None
         or any(name not in draft.tensors for name in constants)
-        or len(readers.consumers(before.input[1])) != 1
-        or readers.is_output(before.input[1])
+        or readers.only_use(before.input[1]) is None
         or attribute_value(norm, "training_mode", 0)
         or sum(map(bool, norm.output)) != 1
         or (
@@ -147,7 +145,7 @@ def _fold_batch_norm(draft: Draft, before: NodeProto, norm: NodeProto) -> bool:
     if not (np.isfinite(folded.astype(np.float32)).all() and np.isfinite(folded_bias.astype(np.float32)).all()):
         return False  # float16 would overflow
     draft.put(before.input[1], folded)
-    if not bias_name or len(readers.consumers(bias_name)) != 1 or readers.is_output(bias_name):
+    if not bias_name or readers.only_use(bias_name) is None:
         bias_name = draft.unique(f"{before.name}_bias")
     draft.put(bias_name, folded_bias)
     assign(before.input, [before.input[0], before.input[1], bias_name])

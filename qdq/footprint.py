@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qdq.errors import InputError
-from qdq.graph import Model, captured
+from qdq.graph import Model
+from qdq.proto import needed, reads
 
 if TYPE_CHECKING:  # tap stands above
     from qdq.tap import Sample
@@ -159,33 +160,17 @@ def peak(model: Model, sizes: Mapping[str, int], kept: Sequence[str]) -> int:
 
     Nodes that no kept tensor needs are not run.
     """
-    needed = _ancestors(model, kept)
     last: dict[str, int] = {}
-    nodes = [n for n in model.graph.node if needed.intersection(n.output)]
+    nodes = needed(model.graph.node, kept)
     for index, node in enumerate(nodes):
-        last.update(dict.fromkeys((*node.input, *captured(node)), index))
+        last.update(dict.fromkeys(reads(node), index))
     ending: dict[int, list[str]] = {}
     for name, index in last.items():
         if name in sizes and name not in kept:
             ending.setdefault(index, []).append(name)
     live = most = 0
     for index, node in enumerate(nodes):
-        live += sum(sizes[o] for o in node.output if o in needed)
+        live += sum(sizes[o] for o in node.output if o)
         most = max(most, live)
         live -= sum(sizes[name] for name in ending.get(index, ()))
     return most
-
-
-def _ancestors(model: Model, names: Sequence[str]) -> set[str]:
-    """The tensors, and all computed tensors that they depend on."""
-    found: set[str] = set()
-    stack = list(names)
-    while stack:
-        name = stack.pop()
-        node = model.producer(name)
-        if name in found or node is None:
-            continue
-        found.update(output for output in node.output if output)
-        found.add(name)
-        stack += [*node.input, *captured(node)]
-    return found

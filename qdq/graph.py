@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +27,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from qdq.errors import InputError, ModelError
 from qdq.external import External, is_external, move, stream, tensor_array, tensor_bytes, unspooled
+from qdq.proto import all_nodes, all_tensors, captured, reads, without_initializers
 
 IN_FILE_LIMIT = 1_900_000_000  # bytes; protobuf refuses a message of 2 GiB, the nodes need the rest
 PROTOBUF_LIMIT = 2**31 - 1  # bytes
@@ -150,6 +151,11 @@ class Model:
         """Every place that reads a tensor, in the order of the nodes; a graph output is no consumer."""
         return self._consumers.get(tensor, ())
 
+    def only_use(self, tensor: str) -> Use | None:
+        """The one place that reads a tensor; None if there are others or none, or it is an output of the graph."""
+        uses = self.consumers(tensor)
+        return uses[0] if len(uses) == 1 and not self.is_output(tensor) else None
+
     def is_output(self, tensor: str) -> bool:
         """Whether the tensor is an output of the graph."""
         return any(v.name == tensor for v in self.graph.output)
@@ -161,6 +167,24 @@ class Model:
     def info(self, tensor: str) -> TensorInfo | None:
         """Type and shape of a tensor, as far as the file or shape inference knows them."""
         return self._infos.get(tensor)
+
+    def rank(self, tensor: str) -> int | None:
+        """How many axes a tensor has; None where that is not known."""
+        info = self.info(tensor)
+        return None if info is None or info.shape is None else len(info.shape)
+
+    def sizes(self, tensor: str, start: int = 0) -> tuple[int, ...] | None:
+        """The sizes of a tensor from an axis on; None where one of them is dynamic, or the rank is not known."""
+        info = self.info(tensor)
+        if info is None or info.shape is None:
+            return None
+        static = tuple(size for size in info.shape[start:] if isinstance(size, int))
+        return static if len(static) == len(info.shape[start:]) else None
+
+    def names(self) -> set[str]:
+        """What no new node or tensor of the main graph can be called."""
+        used = (name for node in self.graph.node for name in (node.name, *node.output, *reads(node)))
+        return {*self.initializers, *(i.name for i in self.inputs), *used}
 
     def array(self, name: str) -> np.ndarray:
         """The values of an initializer, read from its side file if it has one.
@@ -300,60 +324,6 @@ def is_quantized(model: Model) -> bool:
     return any(_QUANTIZED_OP.search(n.op_type) for n in nodes)
 
 
-def bodies(node: NodeProto) -> Iterator[GraphProto]:
-    """The graphs among a node's attributes (of If, Loop, Scan)."""
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
-def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """Every node of a graph and of the bodies inside it."""
-    for node in graph.node:
-        yield node
-        for body in bodies(node):
-            yield from all_nodes(body)
-
-
-def all_tensors(proto: ModelProto) -> Iterator[TensorProto]:
-    """Every tensor that a model stores: initializers and attributes, bodies and functions included."""
-    yield from _graph_tensors(proto.graph)
-    for function in proto.functions:
-        for node in function.node:
-            yield from _node_tensors(node)
-
-
-def without_initializers(proto: ModelProto) -> ModelProto:
-    """A copy of a model that leaves out the initializers of the main graph, which is nearly all of its bytes."""
-    copy = ModelProto()
-    for field, value in proto.ListFields():
-        if field.name != "graph":
-            _assign(copy, field.name, value)
-    for field, value in proto.graph.ListFields():
-        if field.name != "initializer":
-            _assign(copy.graph, field.name, value)
-    return copy
-
-
-def captured(node: NodeProto) -> frozenset[str]:
-    """Names that the bodies of a node read from the graphs around it."""
-    found: set[str] = set()
-    for body in bodies(node):
-        own = {v.name for v in body.input} | {t.name for t in body.initializer}
-        read = {v.name for v in body.output}
-        for inner in body.node:
-            read |= set(inner.input) | captured(inner)
-            own |= set(inner.output)
-        found |= read - own
-    return frozenset(found - {""})
-
-
-def reads(node: NodeProto) -> list[str]:
-    """Names of the tensors that a node and its bodies read."""
-    return [*filter(None, node.input), *sorted(captured(node))]
-
-
 def dtype_name(data_type: int) -> str:
     """Numpy's name of an ONNX tensor type; "string" for text, "undefined" for none."""
     if data_type in (TensorProto.STRING, TensorProto.UNDEFINED):
@@ -378,23 +348,6 @@ def _read(path: Path) -> bytes:
     if not content:
         raise ModelError(f"Cannot read {path}: it is empty (0 bytes). Copy or export the model again.")
     return content
-
-
-def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        yield from _node_tensors(node)
-
-
-def _node_tensors(node: NodeProto) -> Iterator[TensorProto]:
-    for attribute in node.attribute:
-        if attribute.HasField("t"):
-            yield attribute.t
-        yield from attribute.tensors
-    for body in bodies(node):
-        yield from _graph_tensors(body)
 
 
 def _info(value: ValueInfoProto) -> TensorInfo:
@@ -426,12 +379,3 @@ def _with_side_file(proto: ModelProto, directory: Path, location: str, file: Bin
     for tensor in proto.graph.initializer:
         move(tensor, copy.graph.initializer.add(), directory, location, file)
     return copy
-
-
-def _assign(message: ModelProto | GraphProto, name: str, value: object) -> None:
-    """Set one field of a message to a copy of a value."""
-    target = getattr(message, name)
-    if hasattr(target, "MergeFrom"):
-        target.MergeFrom(value)
-    else:
-        setattr(message, name, value)

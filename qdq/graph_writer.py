@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from qdq.graph import Model, captured
+from qdq.graph import Model
 from qdq.nodes import TRT_DOMAIN, Names
+from qdq.proto import reads
 from qdq.spool import Spool
 
 
@@ -26,8 +27,7 @@ class GraphWriter:
         self._nodes: list[NodeProto] = []
         self._constants: dict[str, TensorProto] = {}
         self._typed: list[tuple[str, int, str]] = []  # tensors of no standard operator: name, type, of whose rank
-        used = {name for n in model.graph.node for name in (*n.input, *n.output, n.name, *captured(n))}
-        self._name = Names(used | set(model.initializers) | {i.name for i in model.inputs}).fresh
+        self._name = Names(model.names()).fresh
 
     def finish(self, opset: int) -> ModelProto:
         """The new model, of that opset at least: unused float weights are dropped, everything else is kept."""
@@ -36,7 +36,7 @@ class GraphWriter:
         graph = proto.graph
         del graph.node[:]
         graph.node.extend(self._nodes)
-        read = {name for n in self._nodes for name in (*n.input, *captured(n))} | {o.name for o in graph.output}
+        read = {name for n in self._nodes for name in reads(n)} | {o.name for o in graph.output}
         kept = [t for t in graph.initializer if t.name in read]
         del graph.initializer[:]
         graph.initializer.extend(kept)
@@ -54,8 +54,7 @@ class GraphWriter:
         if self._typed and all(entry.domain != TRT_DOMAIN for entry in proto.opset_import):
             proto.opset_import.append(helper.make_opsetid(TRT_DOMAIN, 1))
         for name, kind, tensor in self._typed:
-            info = self._model.info(tensor)
-            rank = len(info.shape) if info is not None and info.shape is not None else 0
+            rank = self._model.rank(tensor) or 0
             proto.graph.value_info.append(helper.make_tensor_value_info(name, kind, [None] * rank))
 
     def _constant(self, wanted: str, values: npt.NDArray[np.generic], dtype: str | None = None) -> str:
@@ -93,8 +92,4 @@ class GraphWriter:
 
     def _spatial(self, node: NodeProto) -> tuple[int, ...] | None:
         """The spatial sizes of a Conv's input, None where one of them is dynamic."""
-        info = self._model.info(node.input[0])
-        sizes = (info.shape or ())[2:] if info is not None else ()
-        return (
-            tuple(d for d in sizes if isinstance(d, int)) if sizes and all(isinstance(d, int) for d in sizes) else None
-        )
+        return self._model.sizes(node.input[0], 2) or None

@@ -120,14 +120,14 @@ class _Writer(GraphWriter):
             copy.input[0] = self._activation(data.tensor, params, border)
             copy.input[1] = self._weight(weight, channels)
             if any(pads):
-                _set_ints(copy, "pads", [0] * len(pads))
+                next(a for a in copy.attribute if a.name == "pads").ints[:] = [0] * len(pads)
             self._nodes.append(copy)
             if params.zero_point:
                 self._correct(copy, weight, params)
             return
         if weight is not None and weight.role == "weight":  # weight-only
-            source, rows = self._divided(node.input[0]), self._rows(node, weight)
-            copy.input[0] = source if rows is None else self._padded(node.input[0], source, rows)
+            source = self._divided(node.input[0])
+            copy.input[0] = self._padded(node.input[0], source, self._rows(node, weight))
             copy.input[1] = self._weight(weight, 0)
             self._nodes.append(copy)
             return
@@ -191,7 +191,7 @@ class _Writer(GraphWriter):
             least = self._constant(f"{tensor}_least", np.asarray(LEAST_TOKEN_SCALE), dtype)
             scale = self._append("Max", (size, least), f"{tensor}_token_scale")  # a row of zeros stays zero
             source = self._append("Div", (source, scale), f"{tensor}_Div")
-            source = source if rows is None else self._padded(tensor, source, rows)
+            source = self._padded(tensor, source, rows)
             one, zero = self._scale(tensor, self._solution.activations[tensor])
             codes = self._append("QuantizeLinear", (source, one, zero), f"{tensor}_QuantizeLinear")
             self._made[key] = self._append("DequantizeLinear", (codes, one, zero), f"{tensor}_DequantizeLinear")
@@ -215,7 +215,7 @@ class _Writer(GraphWriter):
         if FORMATS[params.format].scale_format:
             self._made[key] = self._in_blocks(tensor, params, border)
             return self._made[key]
-        source = base = self._divided(tensor) if border is None else self._padded(tensor, self._divided(tensor), border)
+        source = base = self._padded(tensor, self._divided(tensor), border)
         if params.zero_point:
             source = self._append("Sub", (source, self._offset(tensor, params)), f"{base}_Sub")
         scale, zero = self._scale(tensor, params)
@@ -227,7 +227,7 @@ class _Writer(GraphWriter):
         """Case K, data: codes and block scales are computed as the engine runs, the scale of these scales is not."""
         fmt, dtype = FORMATS[params.format], self._dtype(tensor)
         grid = FORMATS[fmt.scale_format]
-        source = self._divided(tensor) if border is None else self._padded(tensor, self._divided(tensor), border)
+        source = self._padded(tensor, self._divided(tensor), border)
         scale = self._constant(f"{tensor}_tensor_scale", params.scale)  # float32 whatever the data are
         codes, scales = self._name(f"{tensor}_codes"), self._name(f"{tensor}_block_codes")
         attributes: dict[str, Any] = {"axis": -1, "block_size": fmt.blocks[0], "scale_type": grid.onnx_type}
@@ -250,16 +250,18 @@ class _Writer(GraphWriter):
         key = (tensor, "divided")
         if key not in self._made:
             convolved = any(u.node.op_type == "Conv" and u.index == 0 for u in self._model.consumers(tensor))
-            info = self._model.info(tensor)
-            rank = len(info.shape) if info is not None and info.shape is not None else 2
+            rank = self._model.rank(tensor) or 2
             shape = (-1, *(1,) * (rank - 2)) if convolved else (-1,)
             factor = self._constant(f"{tensor}_factor", (1 / divisor).reshape(shape), self._dtype(tensor))
             self._made[key] = self._append("Mul", (tensor, factor), f"{tensor}_Mul")
         return self._made[key]
 
-    def _padded(self, tensor: str, source: str, border: _Border | _Rows) -> str:
+    def _padded(self, tensor: str, source: str, border: _Border | _Rows | None) -> str:
+        """A tensor, or `source` that it became, with zeros around it; itself where there are none."""
+        if border is None:
+            return source
         if isinstance(border, _Rows):
-            key = (source, border)
+            key = (source, border, "padded")  # `_activation` has (tensor, border) for its own
             if key not in self._made:
                 pads = self._constant(f"{tensor}_pads", np.array([0, border.missing], dtype=np.int64))
                 axes = self._constant(f"{tensor}_pad_axes", np.array([border.axis], dtype=np.int64))
@@ -397,9 +399,3 @@ def _sums(quantized: QTensor, outputs: int, op_type: str, alpha: float) -> npt.N
         sums.append(values.sum(axis=summed, keepdims=values.ndim > 2 and summed == -2))
     release(quantized.codes)
     return np.concatenate(sums, axis=-1 if op_type == "MatMul" else 0)
-
-
-def _set_ints(node: NodeProto, name: str, values: list[int]) -> None:
-    for entry in node.attribute:
-        if entry.name == name:
-            entry.CopyFrom(helper.make_attribute(name, values))

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from qdq.graph import Model, all_nodes
+from qdq.graph import Model
 from qdq.lint import RULES
+from qdq.nodes import Names
+from qdq.proto import all_nodes
 from qdq.quantizers import View, label
 
 
@@ -37,8 +39,8 @@ class Draft:
         self.changes: list[Change] = []
         self._seen = -1  # number of changes that the view knows
         self._made: dict[tuple[object, ...], list[str]] = {}
-        self._taken = {t.name for t in self.proto.graph.initializer} | {v.name for v in self.proto.graph.input}
-        self._taken |= {o for n in self.proto.graph.node for o in n.output}
+        taken = {t.name for t in self.proto.graph.initializer} | {v.name for v in self.proto.graph.input}
+        self.name = Names(taken | {o for n in self.proto.graph.node for o in n.output}).fresh  # of a new tensor or node
 
     def refresh(self, *, always: bool = False) -> None:
         """Read the model again if a pass has logged a change since the last time."""
@@ -58,15 +60,6 @@ class Draft:
     def log(self, rules: Sequence[str], node: NodeProto, what: str) -> None:
         """Note a repair."""
         self.changes.append(Change(rules=tuple(sorted(rules)), node=label(node), what=what))
-
-    def name(self, hint: str) -> str:
-        """A name that no tensor or node has."""
-        name, count = hint, 1
-        while name in self._taken:
-            count += 1
-            name = f"{hint}_{count}"
-        self._taken.add(name)
-        return name
 
     def init(self, hint: str, array: np.ndarray) -> str:
         """One more initializer; returns its name."""

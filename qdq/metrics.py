@@ -74,15 +74,25 @@ def next_tokens(tokens: Array) -> npt.NDArray[np.int64]:
     return np.concatenate([tokens[..., 1:], np.full_like(tokens[..., :1], -1)], axis=-1).astype(np.int64)
 
 
-class Perplexity:
+class _Mean:
+    """A metric that is a mean over positions, rows or elements."""
+
+    needs_labels: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+    @property
+    def value(self) -> float:
+        """See `Metric.value`."""
+        return self._sum / self._count if self._count else math.nan
+
+
+class Perplexity(_Mean):
     """See the table above."""
 
     higher_is_better: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True
-
-    def __init__(self) -> None:
-        """Nothing added."""
-        self._surprise, self._count = 0.0, 0
 
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:
         """See `Metric.add`."""
@@ -101,37 +111,27 @@ class Perplexity:
                 shifted = rows - rows.max(axis=-1, keepdims=True)
                 logs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
         chosen = np.take_along_axis(logs, np.maximum(truth, 0)[..., None], -1)[..., 0]
-        self._surprise -= float(chosen[counted].sum())
+        self._sum -= float(chosen[counted].sum())
         self._count += int(counted.sum())
 
     @property
     def value(self) -> float:
         """See `Metric.value`."""
-        mean = self._surprise / self._count if self._count else math.nan
+        mean = super().value
         return math.exp(mean) if not mean > 700 else math.inf
 
 
-class Top1:
+class Top1(_Mean):
     """See the table above."""
 
     higher_is_better: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = False
-
-    def __init__(self) -> None:
-        """Nothing added."""
-        self._right = self._count = 0
 
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:
         """See `Metric.add`."""
         best = _by_class(found).argmax(axis=-1)
         truth = _by_class(reference).argmax(axis=-1) if labels is None else _labels(labels, best.shape, "top1")
-        self._right += int(np.count_nonzero(best == truth))
+        self._sum += np.count_nonzero(best == truth)
         self._count += int(np.count_nonzero(truth >= 0))
-
-    @property
-    def value(self) -> float:
-        """See `Metric.value`."""
-        return self._right / self._count if self._count else math.nan
 
 
 class Dice:
@@ -187,15 +187,10 @@ class Dice:
         return float(np.mean(both[seen] / either[seen])) if seen.any() else math.nan
 
 
-class Cosine:
+class Cosine(_Mean):
     """See the table above; 1 where both are zero, 0 where one is."""
 
     higher_is_better: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = False
-
-    def __init__(self) -> None:
-        """Nothing added."""
-        self._sum, self._count = 0.0, 0
 
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:
         """See `Metric.add`."""
@@ -206,11 +201,6 @@ class Cosine:
         cosines = np.where(lengths == 0, equal, (ours * theirs).sum(axis=1) / safe)
         self._sum += float(cosines.sum())
         self._count += len(cosines)
-
-    @property
-    def value(self) -> float:
-        """See `Metric.value`."""
-        return self._sum / self._count if self._count else math.nan
 
 
 class Spearman:
@@ -266,15 +256,15 @@ class Spearman:
         return _spearman(ours, theirs)
 
 
-class MeanAbsoluteError:
+class MeanAbsoluteError(_Mean):
     """See the table above."""
 
     higher_is_better: ClassVar[bool] = False
-    needs_labels: ClassVar[bool] = False
 
     def __init__(self, per: float = 1.0) -> None:
         """Nothing added; `per` as in `metric`."""
-        self._per, self._sum, self._count = per, 0.0, 0
+        super().__init__()
+        self._per = per
 
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:
         """See `Metric.add`."""
@@ -285,7 +275,7 @@ class MeanAbsoluteError:
     @property
     def value(self) -> float:
         """See `Metric.value`."""
-        return self._sum / self._count / self._per if self._count else math.nan
+        return super().value / self._per
 
 
 METRICS: Mapping[str, type[Any]] = MappingProxyType(

@@ -127,7 +127,7 @@ def samples_of(model: Model, recipe: Recipe, data: str | None, random_data: int 
         DataError: see `calib_data.open_samples`.
     """
     from calib_data import open_samples, random_samples
-    from qdq.deploy import input_specs
+    from qdq.pipeline import input_specs
 
     if (data is None) == (random_data is None):
         raise InputError(

@@ -20,8 +20,9 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from qdq.external import MAPPED, External, is_external, is_packed, stream, tensor_array, tensor_bytes
-from qdq.graph import Model, captured, reads, without_initializers
+from qdq.graph import Model
 from qdq.preparation import Draft
+from qdq.proto import needed, reads, without_initializers
 
 PART_BYTES = 1 << 28  # of weights in one part, as floats; a node with more is a part by itself
 OPEN_BYTES = 640 << 20  # of weights in the parts that run at a time on several threads
@@ -92,10 +93,9 @@ class PartedSession:
 
 
 def _cut(model: Model, wanted: Sequence[str]) -> tuple[Part, ...]:
-    nodes = _needed(model, wanted)
     groups: list[list[NodeProto]] = []
     room, held = 0, set[str]()
-    for node in nodes:
+    for node in needed(model.graph.node, wanted):
         new = {name for name in reads(node) if name in model.initializers} - held
         size = sum(map(_working_bytes, map(model.initializers.__getitem__, new)))
         if not groups or size > max(room, 0):
@@ -119,17 +119,6 @@ def _working_bytes(tensor: TensorProto) -> int:
         return 0
     floats = tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
     return tensor_bytes(tensor) + (0 if floats else 4 * math.prod(tensor.dims))
-
-
-def _needed(model: Model, wanted: Sequence[str]) -> list[NodeProto]:
-    """The nodes that wanted tensors depend on, in the order of the graph."""
-    needed = set(wanted)
-    nodes = []
-    for node in reversed(model.graph.node):
-        if needed.intersection(node.output):
-            nodes.append(node)
-            needed.update(node.input, captured(node))
-    return nodes[::-1]
 
 
 def _part(model: Model, shown: Model, nodes: Sequence[NodeProto], index: int, last: Mapping[str, int]) -> Part:

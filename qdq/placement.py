@@ -21,9 +21,10 @@ from onnx import NodeProto
 from qdq.errors import InputError
 from qdq.formats import FORMATS
 from qdq.granularity import best, coarsest
-from qdq.graph import Model, bodies
+from qdq.graph import Model
 from qdq.nodes import attribute, input_axis
 from qdq.plan import Plan, Point, Skip
+from qdq.proto import bodies
 from qdq.scheme import Scheme, Settings, Spec
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
@@ -109,8 +110,10 @@ def weighted(model: Model, node: NodeProto, settings: Settings) -> list[Decision
         return [Veto(rule="weight_only", reason=reason)]
     if spec is None:
         return [Veto(rule="format", reason=f"TensorRT has no convolution of {scheme.weight} data")]
-    if data is not None and FORMATS[data.format].blocks and (lacking := _no_data_blocks(model, node, reason)):
-        return [Veto(rule="format", reason=lacking)]
+    if data is not None and FORMATS[data.format].blocks:
+        lacking = _no_data_blocks(model, node) or (reason if fallback else "")
+        if lacking:
+            return [Veto(rule="format", reason=lacking)]
     wants: list[Decision] = []
     if data is not None:
         wants.append(Want(tensor=node.input[0], index=0, role="activation", spec=data, rule="weighted"))
@@ -142,15 +145,13 @@ def _block(
     return block, "; ".join(reasons)
 
 
-def _no_data_blocks(model: Model, node: NodeProto, misfit: str) -> str:
-    """Why the data of a product cannot be cut into blocks along its sum, "" where they can; `misfit`: see `_block`."""
-    info, weight = model.info(node.input[0]), model.info(node.input[1])
-    ranks = [len(i.shape) if i is not None and i.shape is not None else 0 for i in (info, weight)]
-    if ranks[0] not in (2, 3) or ranks[1] != 2:
+def _no_data_blocks(model: Model, node: NodeProto) -> str:
+    """Why the data of a product cannot be cut into blocks along its sum, "" where its form allows them."""
+    if model.rank(node.input[0]) not in (2, 3) or model.rank(node.input[1]) != 2:
         return "TensorRT quantizes data in blocks for matrices and batches of them only, times one matrix"
     if attribute(node, "transA", 0):
         return "its sum does not run over the last axis of its data, along which blocks lie"
-    return misfit if misfit.startswith("int8 per channel") else ""
+    return ""
 
 
 def _adapted(

@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from qdq.activations import activation_params
 from qdq.errors import InputError, MissingRuntimeError
 from qdq.files import write_text
 from qdq.formats import FORMATS
@@ -23,7 +24,6 @@ from qdq.graph import Model
 from qdq.observers import LIMITS, Histogram, squared_error
 from qdq.plan import Plan
 from qdq.qtensor import QParams
-from qdq.solve import activation_params
 from qdq.table import CalibrationTable
 
 COLOURS = ("#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")

@@ -24,11 +24,13 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 
 from qdq.calibrate import CalibrationTable
 from qdq.external import is_external, is_large, release, tensor_bytes
-from qdq.graph import Model, captured, without_initializers
+from qdq.graph import Model
 from qdq.nodes import Names
 from qdq.plan import Skip
-from qdq.precision_rules import Schema, decide, dequantizes_constant_scale, finfo, fits, saturated
+from qdq.precision_rules import decide, saturated
 from qdq.precision_shift import compensate
+from qdq.precision_types import Schema, dequantizes_constant_scale, finfo, fits
+from qdq.proto import captured, reads, without_initializers
 from qdq.scheme import choose
 from qdq.spool import Spool
 
@@ -111,8 +113,7 @@ class _Writer:
         self._constants: dict[str, TensorProto] = {}
         self._types: dict[str, int] = {}  # of tensors whose type changed or that are new
         self._shapes: dict[str, str] = {}  # new tensor -> the tensor whose shape it has
-        names = {n for node in model.graph.node for n in (node.name, *node.input, *node.output, *captured(node))}
-        self._name = Names(names | set(model.initializers) | {i.name for i in model.inputs}).fresh
+        self._name = Names(model.names()).fresh
         self._outputs = {o.name for o in model.outputs}
         self._demands: dict[str, set[str]] = {}
         self._names: dict[tuple[str, str], str] = {}
@@ -185,11 +186,11 @@ class _Writer:
         return self._names[tensor, dtype]
 
     def _store(self, tensor: str, dtype: str) -> None:
-        values = self._model.array(tensor)
         if dtype == FLOAT:
             self._names[tensor, dtype] = tensor
             self._constants[tensor] = self._model.initializers[tensor]
             return
+        values = self._model.array(tensor)
         name = tensor if FLOAT not in self._demands[tensor] else self._name(f"{tensor}_{dtype}")
         self._names[tensor, dtype] = name
         limit = saturated(self._model, tensor, dtype)
@@ -328,7 +329,7 @@ class _Writer:
         graph = proto.graph
         del graph.node[:], graph.value_info[:]
         graph.node.extend(self._nodes)
-        read = {name for n in self._nodes for name in (*n.input, *captured(n))} | self._outputs
+        read = {name for n in self._nodes for name in reads(n)} | self._outputs
         floats = {name for name in self._model.initializers if self._is_float(name)}
         for name in floats & read - set(self._constants):  # captured, or read by a node that allows float32 only
             self._constants[name] = self._model.initializers[name]

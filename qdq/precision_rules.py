@@ -1,7 +1,7 @@
 """Which nodes must compute in FP32 when the rest of a graph becomes FP16 or BF16, and why.
 
 typed Model (+ CalibrationTable) -> walk in the order of the nodes, three kinds of tensors -> node -> Skip.
-Every operand that `convert` may change is named here too (`Schema`). This module must not change a graph.
+This module must not change a graph.
 
 | kind of tensor | what may happen to it |
 |---|---|
@@ -18,17 +18,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Set
 from functools import cached_property
-from typing import Any
 
-import ml_dtypes
 import numpy as np
-import onnx
 from onnx import NodeProto
 
 from qdq.calibrate import CalibrationTable
-from qdq.graph import Model, TensorInfo, bodies, captured
-from qdq.nodes import FP4_QUANTIZE
+from qdq.graph import Model, TensorInfo
 from qdq.plan import Skip
+from qdq.precision_types import Schema, dequantizes_constant_scale, finfo, fits, has_body
+from qdq.proto import captured
 
 LIMIT = 2.0**15  # half of what float16 holds: samples are not all that the network will see
 TINY = 2.0**-10  # a float16 tensor whose largest value is below has less than bfloat16's 8 bits at 2^-17 and below
@@ -57,39 +55,6 @@ NORMS, MOVES, POINTWISE, SUMS, _BOUNDED, _EXACT = (frozenset(names.split()) for 
 _WHOLE = ("int16", "uint16", "int32", "uint32", "int64", "uint64")
 # Measured: TensorRT-RTX 1.7.1 for SM89 fails with "Could not infer output types for operation: deconv", in 2-D and 3-D.
 _REFUSED = {("bfloat16", "ConvTranspose"): "TensorRT-RTX does not compile it in BF16"}
-_LOW_TYPES = {"float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
-
-
-class Schema:
-    """What the ONNX standard allows at the operands of a graph's nodes."""
-
-    def __init__(self, model: Model, low: str) -> None:
-        """Take the operator sets that the model imports; `low` is 'float16' or 'bfloat16'."""
-        self._low = _LOW_TYPES[low]
-        self._opsets = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.proto.opset_import}
-        self._known: dict[tuple[str, str], onnx.defs.OpSchema | None] = {}
-
-    def of(self, node: NodeProto) -> onnx.defs.OpSchema | None:
-        """The node's schema; None for an operator that onnx does not know."""
-        key = (node.op_type, node.domain)
-        if key not in self._known:
-            try:
-                version = self._opsets.get(node.domain, 1)
-                self._known[key] = onnx.defs.get_schema(node.op_type, version, node.domain)
-            except onnx.defs.SchemaError:
-                self._known[key] = None
-        return self._known[key]
-
-    def lowers(self, node: NodeProto, index: int, *, output: bool = False) -> bool:
-        """Whether float32 at this operand may become the low type."""
-        if node.op_type == FP4_QUANTIZE:  # TensorRT's own: data of any float type, a float32 scale, no float output
-            return index == 0 and not output
-        schema = self.of(node)
-        if schema is None or has_body(node) or (node.op_type == "Resize" and not output and index > 0):
-            return False
-        formals = schema.outputs if output else schema.inputs
-        formal = formals[min(index, len(formals) - 1)].type_str
-        return any(c.type_param_str == formal and self._low in c.allowed_type_strs for c in schema.type_constraints)
 
 
 def decide(model: Model, low: str, table: CalibrationTable | None) -> dict[str, Skip]:
@@ -198,7 +163,7 @@ class _Rules:
         """The rule that keeps a node, and its reason; None for the low type."""
         if has_body(node):
             return "body", "bodies of If, Loop and Scan stay as they are"
-        if self._schema.of(node) is None and node.op_type != FP4_QUANTIZE:
+        if self._schema.of(node) is None:
             return "unknown operator", f"onnx does not know {node.domain or 'ai.onnx'} {node.op_type}"
         infos = [self._model.info(t) for t in (*node.input, *node.output) if t]
         if any(info is None or info.dtype.endswith("_type") for info in infos):
@@ -418,25 +383,3 @@ class _Rules:
 def _elements(info: TensorInfo | None) -> float:
     """Elements of a tensor, 1 for each dynamic dimension: those that are not summed cancel in a ratio."""
     return float(math.prod(d for d in (info.shape if info and info.shape else ()) if isinstance(d, int)))
-
-
-def has_body(node: NodeProto) -> bool:
-    """Whether a node is If, Loop or Scan."""
-    return any(True for _ in bodies(node))
-
-
-def finfo(low: str) -> Any:
-    """Limits of 'float16' or 'bfloat16', with the fields of `numpy.finfo`."""
-    return ml_dtypes.finfo(low)  # type: ignore[no-untyped-call]
-
-
-def fits(scale: np.ndarray, low: str) -> bool:
-    """Whether every scale keeps 8 bits in the low type: 2^-9 relative, half of an INT8 step at code 256."""
-    wanted = np.asarray(scale, dtype=np.float64)
-    stored = wanted.astype(np.dtype(low) if low == "float16" else ml_dtypes.bfloat16).astype(np.float64)
-    return bool((np.isfinite(stored) & (np.abs(stored - wanted) <= wanted * 2.0**-8)).all())
-
-
-def dequantizes_constant_scale(model: Model, node: NodeProto) -> bool:
-    """Whether a node is a DequantizeLinear that can be made in another type by converting its scale."""
-    return node.op_type == "DequantizeLinear" and not node.domain and model.is_constant(node.input[1])

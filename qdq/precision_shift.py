@@ -62,7 +62,7 @@ def compensate(model: Model, low: str, kept: Collection[str]) -> Model:
             draft.split(copy, np.zeros(1), at=2)
         elif node.name in draft.pending:
             draft.split(copy, draft.pending.pop(node.name), at=[model.is_constant(t) for t in node.input].index(True))
-    return model.replace(draft.finish())
+    return draft.finish()
 
 
 def _exact_sum(codes: npt.NDArray[np.generic], axis: tuple[int, ...], *, keepdims: bool = False) -> Floats:
@@ -105,8 +105,7 @@ class _Draft:
         self.pending: dict[str, Floats] = {}
         self._constants: dict[str, npt.NDArray[np.float32]] = {}
         self._renamed: dict[str, str] = {}
-        used = {n for node in model.graph.node for n in (node.name, *node.input, *node.output)}
-        self._name = Names(used | set(model.initializers) | {i.name for i in model.inputs}).fresh
+        self._name = Names(model.names()).fresh
 
     def shifted(self, node: NodeProto, copy: NodeProto, shift: _Shift) -> None:
         """Correct the constant bias of a product, or that of the only Add behind it."""
@@ -118,9 +117,9 @@ class _Draft:
         if bias and self._model.is_constant(bias) and node.op_type != "MatMul":
             self.split(copy, delta, at=2)
             return
-        uses = self._model.consumers(node.output[0])
-        if len(uses) == 1 and uses[0].node.op_type == "Add" and not self._model.is_output(node.output[0]):
-            add = uses[0].node
+        use = self._model.only_use(node.output[0])
+        if use is not None and use.node.op_type == "Add":
+            add = use.node
             if sum(self._model.is_constant(t) for t in add.input) == 1:
                 rank = delta.ndim
                 values = self._model.array(next(t for t in add.input if self._model.is_constant(t)))
@@ -147,14 +146,16 @@ class _Draft:
         if not rest.any():
             return
         if node.op_type == "Conv":
-            rest = rest.reshape(-1, *[1] * (self._rank(node) - 2))
+            rank = self._model.rank(node.input[1])
+            assert rank is not None  # the weight is constant or dequantized from a constant
+            rest = rest.reshape(-1, *[1] * (rank - 2))
         output, name = node.output[0], self._name(f"{node.name}_remainder_Sub")
         node.output[0] = self._name(f"{output}_rounded")
         self._renamed[node.output[0]] = output
         remainder = self._constant(f"{node.name}_remainder", rest)
         self.nodes.append(helper.make_node("Sub", [node.output[0], remainder], [output], name=name))
 
-    def finish(self) -> ModelProto:
+    def finish(self) -> Model:
         """The model with new nodes and constants; all tensors typed."""
         proto = ModelProto()
         proto.CopyFrom(self._model.proto)
@@ -166,12 +167,7 @@ class _Draft:
         for name, source in self._renamed.items():
             graph.value_info.append(known[source])
             graph.value_info[-1].name = name
-        return proto
-
-    def _rank(self, node: NodeProto) -> int:
-        info = self._model.info(node.input[1])
-        assert info is not None and info.shape is not None  # the weight is constant or dequantized from a constant
-        return len(info.shape)
+        return self._model.replace(proto)
 
     def _weight(self, node: NodeProto) -> tuple[str, str, int]:
         """Codes, scale and axis of a product's weight; two empty names where it is not dequantized constants."""

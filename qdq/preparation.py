@@ -19,7 +19,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from qdq.errors import ModelError
 from qdq.external import is_external, is_large, tensor_array, tensor_bytes
-from qdq.graph import Model, TensorInfo, all_nodes, bodies, captured, check, without_initializers
+from qdq.graph import Model, TensorInfo, check
+from qdq.proto import all_nodes, bodies, captured, needed, reads, without_initializers
 from qdq.spool import LEAST, Spool
 
 TARGET_OPSET = 21  # the first with block_size and int4 in Q/DQ; newer is needed for float4 only
@@ -34,6 +35,7 @@ class Draft:
 
     def __init__(self, model: Model) -> None:
         """Take a model apart."""
+        self._source = model
         self.directory: Path = model.directory
         self.tensors: dict[str, TensorProto] = dict(model.initializers)
         self.proto = without_initializers(model.proto)
@@ -78,7 +80,7 @@ class Draft:
         """A tensor name that nothing in the model has yet: `name`, or `name` with a number."""
         inner = [tensor for node in all_nodes(self.graph) for tensor in (*node.input, *node.output)]
         graph = [v.name for v in (*self.graph.input, *self.graph.output)]
-        return _unique(name, {*self.tensors, *inner, *graph})
+        return unique(name, {*self.tensors, *inner, *graph})
 
     def captured_names(self) -> frozenset[str]:
         """Tensors that bodies read from the main graph."""
@@ -121,7 +123,7 @@ class Draft:
         seen = {""}
         for index, node in enumerate(self.graph.node):
             if node.name in seen:
-                node.name = _unique(node.name or f"{node.op_type}_{index}", taken)
+                node.name = unique(node.name or f"{node.op_type}_{index}", taken)
             seen.add(node.name)
             taken.add(node.name)
 
@@ -177,14 +179,10 @@ class Draft:
 
     def drop_unused(self) -> None:
         """Remove nodes and initializers that no output depends on."""
-        needed = set(self.output_names)
-        keep = []
-        for node in reversed(self.graph.node):
-            if needed.intersection(node.output):
-                keep.append(node)
-                needed.update(node.input, captured(node))
-        assign(self.graph.node, keep[::-1])
-        self.tensors = {name: tensor for name, tensor in self.tensors.items() if name in needed}
+        nodes = needed(self.graph.node, self.output_names)
+        read = self.output_names.union(*map(reads, nodes))
+        assign(self.graph.node, nodes)
+        self.tensors = {name: tensor for name, tensor in self.tensors.items() if name in read}
 
     def infer(self) -> bool:
         """Infer types and shapes of all tensors; always True."""
@@ -198,8 +196,9 @@ class Draft:
         self.shown = Model(proto=proto, directory=self.directory, sha256="")
         return True
 
-    def finish(self) -> ModelProto:
-        """The complete model, with inferred types and shapes."""
+    def finish(self) -> Model:
+        """The complete model without what no output depends on, with inferred types and shapes."""
+        self.drop_unused()
         self.infer()
         found = {v.name: v for v in self.shown.graph.value_info}
         made = (name for node in self.graph.node for name in node.output if name not in self.output_names)
@@ -208,7 +207,7 @@ class Draft:
         outputs = [v if v.type.tensor_type.HasField("shape") else inferred[v.name] for v in self.graph.output]
         assign(self.graph.output, outputs)
         self.graph.initializer.extend(self.tensors.values())
-        return self.proto
+        return self._source.replace(self.proto, keeps=self.spool)
 
 
 def assign(field: Any, values: Iterable[Any]) -> None:
@@ -218,7 +217,7 @@ def assign(field: Any, values: Iterable[Any]) -> None:
     field.extend(values)
 
 
-def _unique(name: str, taken: Collection[str]) -> str:
+def unique(name: str, taken: Collection[str]) -> str:
     """`name`, or the first of name_1, name_2, ... that is not taken."""
     candidates = (f"{name}_{i}" for i in itertools.count(1))
     return name if name not in taken else next(c for c in candidates if c not in taken)

@@ -55,8 +55,7 @@ def prepare(model: Model) -> Model:
         draft.drop_unused()
     fold_batch_norms(draft)
     pad_explicitly(draft)
-    draft.drop_unused()
-    return model.replace(draft.finish(), keeps=draft.spool)
+    return draft.finish()
 
 
 def drop_identities(draft: Draft) -> bool:

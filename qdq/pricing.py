@@ -12,7 +12,7 @@ import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,10 +27,11 @@ from qdq.calibrate import Progress
 from qdq.errors import InputError
 from qdq.files import write_text
 from qdq.footprint import cores
-from qdq.graph import Model, save, without_initializers
+from qdq.graph import Model, save
 from qdq.judge import ranked
-from qdq.plan import Plan
+from qdq.pipeline import accuracy
 from qdq.price import Kernel, Price
+from qdq.proto import without_initializers
 from qdq.recipe import Recipe
 from qdq.tap import Sample
 from qdq.tune import Tuned, tune
@@ -169,7 +170,6 @@ def find_plan(
     pricer: Pricer,
     *,
     samples: Iterable[Sample] | None,
-    measure: Callable[[Plan], float] | None = None,
     on_progress: Progress | None = None,
 ) -> Tuned:
     """The plan with the least predicted time.
@@ -177,8 +177,8 @@ def find_plan(
     Args:
         prepared: float model.
         pricer: of the recipe, whose settings, rest, time limit and, with samples, `min_sqnr_db` count.
-        samples: re-iterable; a few, whatever their order, are looked at. None takes every tensor for lopsided.
-        measure: see `tune`.
+        samples: re-iterable; a few, whatever their order, are looked at, and a bound is verified with all of them.
+            None takes every tensor for lopsided.
         on_progress: told about every variant.
 
     Raises:
@@ -193,7 +193,7 @@ def find_plan(
             pricer,
             placement=recipe.tune == "placement",
             min_sqnr_db=recipe.limits.get("min_sqnr_db", -math.inf),
-            measure=measure,
+            measure=None if samples is None else accuracy(prepared, samples, recipe.settings),
             time_limit_s=recipe.time_limit_s,
             on_progress=on_progress,
         )

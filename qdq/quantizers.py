@@ -18,7 +18,8 @@ from google.protobuf.message import DecodeError
 from onnx import NodeProto, TensorProto, helper
 
 from qdq.external import is_external, tensor_bytes
-from qdq.graph import Model, bodies, without_initializers
+from qdq.graph import Model
+from qdq.proto import bodies, without_initializers
 
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Operators through which the compiler moves a quantizer (DequantizeLinear down, QuantizeLinear up).

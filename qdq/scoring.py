@@ -21,11 +21,11 @@ from calib_data.stored_arrays import stored_arrays
 from engines import ort
 from engines.compare import decibels
 from qdq.build import OnProgress
-from qdq.deploy import input_specs
 from qdq.errors import InputError
 from qdq.graph import Model
 from qdq.judge import energies
 from qdq.metrics import METRICS, Array, metric, next_tokens
+from qdq.pipeline import input_specs
 from qdq.scheme import choose
 
 NEXT = "next"
@@ -107,21 +107,27 @@ class Score:
     samples: int
 
 
-def labelled(source: str, model: Model, labels: str) -> Samples:
+def labelled(source: str, model: Model, labels: str, *, required: bool = True) -> Samples:
     """Evaluation samples that hold one array more than the model's inputs, whatever its shape.
 
     Args:
         source: as in `calib_data.open_samples`; in one .npz file the labels' leading axis runs over the samples.
         model: says the inputs.
         labels: name of the array; an input of the model may be its own label.
+        required: False opens samples without such an array as those of the inputs alone.
 
     Raises:
-        DataError: see `calib_data.open_samples`; or the samples hold no such array.
+        DataError: see `calib_data.open_samples`; or the samples hold no such array, and it is required.
     """
     specs = input_specs(model)
     if labels in [spec.name for spec in specs]:
         return open_samples(source, specs)
-    shape, kind = _label_form(source, labels)
+    try:
+        shape, kind = _label_form(source, labels)
+    except DataError:
+        if required:
+            raise
+        return open_samples(source, specs)
     extra = InputSpec(name=labels, dtype="float64" if kind == "f" else "int64", shape=(None,) * len(shape))
     return open_samples(source, (*specs, extra))
 
@@ -137,15 +143,6 @@ def inputs_only(samples: Samples, model: Model) -> Samples:
 
     source = PythonFunction(where=samples.origin, function=read, count=samples.len_or_none())
     return Samples(inputs=specs, source=source, indices=samples.indices, origin=samples.origin)
-
-
-def has_array(source: str, name: str) -> bool:
-    """Whether samples hold an array of this name."""
-    try:
-        _label_form(source, name)
-    except DataError:
-        return False
-    return True
 
 
 def _label_form(source: str, name: str) -> tuple[tuple[int, ...], str]:

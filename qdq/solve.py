@@ -1,7 +1,8 @@
 """Turn measured ranges and float weights into scales and codes.
 
-Plan + CalibrationTable -> QParams per activation; Plan + weights (+ second moments) -> QTensor per weight.
-Each weight is solved by itself. This module must not change the graph; its only look at data is through `gram`.
+Plan + CalibrationTable -> QParams per activation (`activations`), divisors of channels; Plan + weights (+ second
+moments) -> QTensor per weight, each by itself. This module must not change the graph; its only look at data is through
+`gram`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from importlib.metadata import version
 import numpy as np
 import numpy.typing as npt
 
-from qdq import channel_scale, cross_layer, fptq, gram, observers, weight_scale
+from qdq import channel_scale, cross_layer, fptq, gram, weight_scale
 from qdq.absorb import Carrier, carried, factors, scaled
+from qdq.activations import activation_params
 from qdq.calibrate import CalibrationTable, Progress
 from qdq.errors import InputError
 from qdq.external import is_large, tensor_bytes
@@ -22,19 +24,15 @@ from qdq.footprint import Room, cores
 from qdq.formats import FORMATS
 from qdq.graph import Model
 from qdq.nodes import attribute, input_axis
-from qdq.observers import Histogram
 from qdq.placement import WEIGHTED, weight_axis
 from qdq.plan import Plan, Point
-from qdq.qtensor import QParams, QTensor, representable, scale_of_scales
+from qdq.qtensor import QParams, QTensor
 from qdq.scheme import Settings, Spec
 from qdq.spool import Spool, key_of
 from qdq.tap import Sample, overlapped
 from qdq.weights import DATA_FREE, quantize_weight
 
 ROUNDING_BYTES = 1 << 30  # for the weights that are rounded at a time, with their copies
-TIE_RATIO = (
-    2.0  # tied tensors whose ranges differ by more would lose over a bit of resolution: each keeps its own scale
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,69 +276,6 @@ def _balance(
     if candidates:
         notes.append(f"the channels of {len(found)} of {len(candidates)} tensors are balanced for their 4-bit readers")
     return found
-
-
-def activation_params(
-    model: Model, plan: Plan, table: CalibrationTable, methods: Mapping[str, str], notes: list[str] | None = None
-) -> dict[str, QParams]:
-    """Scale and zero point of every activation point.
-
-    Args:
-        model: the prepared float model.
-        plan: its points.
-        table: their histograms.
-        methods: tensor -> calibrator; that of the plan's settings for the others.
-        notes: receives what a person should know.
-
-    Raises:
-        InputError: the settings say auto, and `methods` lacks a tensor.
-    """
-    notes = [] if notes is None else notes
-    if plan.settings.calibrator == "auto" and any(p.tensor not in methods for p in plan.activations):
-        raise InputError("calibrator auto must be resolved first: use qdq.autocalib.solve_auto, or another calibrator.")
-    shared: dict[str, Histogram] = {}
-    for group, members in _groups(plan).items():
-        spans = [table.tensors[m].amax for m in members]
-        if max(spans) <= TIE_RATIO * min(spans):
-            union = table.tensors[members[0]]
-            for member in members[1:]:
-                union = union.merge(table.tensors[member])
-            shared.update(dict.fromkeys(members, union))
-        else:
-            notes.append(
-                f"the {len(members)} tensors tied as {group!r} keep scales of their own: their ranges differ "
-                f"{max(spans) / max(min(spans), 1e-30):.1f} times"
-            )
-    chosen = {}
-    for point in plan.activations:
-        info = model.info(point.tensor)
-        fmt = FORMATS[point.spec.format]
-        if not fmt.integer:  # relative precision: nothing is won by cutting the range
-            span = shared.get(point.tensor, table.tensors[point.tensor]).amax
-            if fmt.scale_format:  # of the block scales, which are computed as the engine runs
-                scale = np.asarray(scale_of_scales((span or 1.0) / fmt.high, fmt), dtype=np.float32)
-                chosen[point.tensor] = QParams(scale=scale, format=fmt.name)
-                continue
-            scale = representable(span / fmt.high if span else 1.0, info.dtype if info is not None else "float32")
-            chosen[point.tensor] = QParams(scale=scale, format=fmt.name)
-            continue
-        chosen[point.tensor] = observers.choose(
-            shared.get(point.tensor, table.tensors[point.tensor]),
-            method=methods.get(point.tensor, plan.settings.calibrator),
-            percentile=plan.settings.percentile,
-            shift=point.spec.shift and all(channel_scale.can_shift(model, name, i) for name, i in point.uses),
-            fmt_name=point.spec.format,
-            dtype=info.dtype if info is not None else "float32",
-        )
-    return chosen
-
-
-def _groups(plan: Plan) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for point in plan.activations:
-        if point.tie is not None:
-            groups.setdefault(point.tie, []).append(point.tensor)
-    return groups
 
 
 def _check_weights(model: Model, plan: Plan) -> None:

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qdq.footprint import cores, default_bytes
-from qdq.graph import Model, reads
+from qdq.graph import Model
 from qdq.parts import excerpt
+from qdq.proto import reads
 from qdq.tap import Sample, Tap, overlapped
 
 SHARE = 4  # of `default_bytes`: one part for what is kept between stages, the others for the stage that runs

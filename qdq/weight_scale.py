@@ -76,8 +76,7 @@ def levelled(
         (input channels,) float32, or None where the weights themselves have no smaller squared error with them.
     """
     divisor = sinq.balanced(np.concatenate(_some(weights))).astype(np.float32)
-    equal = np.eye(divisor.size)
-    error, plain = (_error(weights, blocks, equal, s, fmt) for s in (divisor, np.ones_like(divisor)))
+    error, plain = (_error(weights, blocks, None, s, fmt) for s in (divisor, np.ones_like(divisor)))
     return divisor if error < plain else None
 
 
@@ -89,11 +88,11 @@ def _some(weights: Sequence[npt.NDArray[np.floating]]) -> list[npt.NDArray[np.fl
 def _error(
     weights: Sequence[npt.NDArray[np.floating]],
     blocks: Sequence[int],
-    moment: Floats,
+    moment: Floats | None,
     divisor: npt.NDArray[np.float32],
     fmt: str,
 ) -> float:
-    """Squared error at all outputs for channels divided by `divisor`."""
+    """Squared error at all outputs for channels divided by `divisor`; that of the weights where no moment is given."""
     total = 0.0
     for weight, block in zip(weights, blocks, strict=True):
 
@@ -103,8 +102,11 @@ def _error(
             params = block_params(scaled, axis=1, block=block, fmt=FORMATS[fmt])
             error = from_codes(to_codes(scaled, params), params)
             error -= scaled
-            error /= divisor[part]
-            loss = block_loss(np.ascontiguousarray(error), moment[part, part].astype(np.float32))
+            error = np.ascontiguousarray(error / divisor[part])
+            if moment is None:
+                loss = np.einsum("ij,ij->i", error, error)
+            else:
+                loss = block_loss(error, moment[part, part].astype(np.float32))
             return float(loss.sum(dtype=np.float64))
 
         # One block of some channels at a time stays in the cache. A format that shares a scale among all blocks is

@@ -125,10 +125,8 @@ def _whole(
     rows = moved.reshape(moved.shape[0], -1)
     scale = np.broadcast_to(params.scale.astype(np.float64).reshape(-1, 1), (rows.shape[0], 1))
     low = -fmt.high  # symmetric codes: -128 would need a range that amax / 127 never uses
-    groups = 1 if moments is None else len(moments)
-    parts = zip(
-        np.split(rows, groups), np.split(scale, groups), moments if moments is not None else [None], strict=True
-    )
+    groups = len(moments)
+    parts = zip(np.split(rows, groups), np.split(scale, groups), moments, strict=True)
     codes = np.concatenate([module.round_rows(w, s, h, low=low, high=fmt.high, **how) for w, s, h in parts])
     shaped = np.moveaxis(codes.reshape(moved.shape), 0, outputs)
     return QTensor(codes=np.ascontiguousarray(shaped).astype(fmt.dtype), params=params)

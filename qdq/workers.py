@@ -48,8 +48,12 @@ def price_of(job: Job) -> Price:
         BuildError: the compiler's refusal.
     """
     kernels: list[Kernel] = []
+    tables = {
+        target: compile_engine(job.path, recipe=Recipe(targets=(target,)), shapes=job.shapes).table
+        for target in dict.fromkeys(gpu.target for gpu in job.gpus)
+    }
     for gpu in job.gpus:
-        table = compile_engine(job.path, recipe=Recipe(targets=(gpu.target,)), shapes=job.shapes).table
+        table = tables[gpu.target]
         cost = predict(job.path, table, gpu, shapes=job.shapes)
         for kernel, text in zip(cost.kernels, signatures(table), strict=True):
             us = kernel.us / len(job.gpus)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from models import constant, images, save_samples, segmenter
 from onnx import TensorProto, helper
 
 from engines import ort
-from qdq import comparison
+from qdq import comparison, deploy
 from qdq.cli import main
 from qdq.comparison import entries
 from qdq.errors import InputError
+from qdq.graph import Model
+from qdq.judge import ranked
 from qdq.metrics import metric, next_tokens
+from qdq.price import Price
+from qdq.pricing import FEW, Pricer
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
@@ -211,6 +216,71 @@ def test_a_tuned_scheme_has_the_kernels_that_deploy_would_choose(folder: Path) -
     found = rows("net.onnx", "--data", "data", "--schemes", "int8,int8:tune=rewrites")
     assert found["int8:tune=rewrites"]["predicted_us"] <= found["int8"]["predicted_us"]
     assert found["int8:tune=rewrites"]["quantized_nodes"] == 2
+
+
+class Cheaper(Pricer):
+    """A node less in float costs less; what is built costs more for it if `dear`."""
+
+    dear = False
+
+    def __call__(self, model: Model) -> Price:
+        return Price(us=300.0 - self.many([model])[0].us) if self.dear else self.many([model])[0]
+
+    def many(self, models: Sequence[Model]) -> list[Price]:
+        return [Price(us=100.0 - sum(n.op_type == "DequantizeLinear" for n in m.graph.node)) for m in models]
+
+
+def test_a_tuned_scheme_keeps_the_bound_as_deploy_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "Pricer", Cheaper)
+    monkeypatch.setattr(deploy, "Pricer", Cheaper)
+    found = images(8, seed=7)
+    found[0]["image"] *= 30  # clipped by the average of all, and unknown to the samples that quick scales come from
+    assert 0 not in ranked(found)[:FEW]
+    save_samples(folder / "skewed", found)
+    args = ("net.onnx", "--data", "skewed", "--recipe", "r.yaml")
+    free = "tune: placement\ncalibrator: average\nrest: fp32\n"
+    Path("r.yaml").write_text(free)
+    unbound = rows(*args, "--schemes", "int8")["int8"]
+    assert unbound["quantized_nodes"] == 2 and unbound["sqnr_db"] < 20
+    Path("r.yaml").write_text(f"{free}min_sqnr_db: 20\n")
+    row = rows(*args, "--schemes", "int8")["int8"]
+    assert row["quantized_nodes"] < 2
+    assert row["sqnr_db"] == "inf" or row["sqnr_db"] > 20
+    shipped = CliRunner().invoke(main, ["deploy", *args, "--out", "out"])
+    assert shipped.exit_code == 0, shipped.output
+    check = json.loads(Path("out/report.json").read_text())["check"]
+    assert row["sqnr_db"] == (pytest.approx(check["sqnr_db"]) if check["sqnr_db"] != "inf" else "inf")
+
+
+def test_what_is_written_slower_than_in_float_is_measured_in_float(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "Pricer", Cheaper)
+    args = ("net.onnx", "--data", "data", "--schemes", "int8:tune=placement")
+    assert rows(*args)["int8:tune=placement"]["quantized_nodes"] == 2
+    monkeypatch.setattr(Cheaper, "dear", True)
+    row = rows(*args)["int8:tune=placement"]
+    assert row["quantized_nodes"] == 0 and any("left in float" in note for note in row["notes"])
+
+
+def test_each_target_is_compiled_once_whatever_its_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_engine, predict = comparison.compile_engine, comparison.predict
+    compiled, predicted = [], []
+
+    def compiling(path: Path, **options: Any) -> Any:
+        compiled.append(options["recipe"].targets)
+        return compile_engine(path, **options)
+
+    def predicting(path: Path, table: Any, gpu: Any, **options: Any) -> Any:
+        predicted.append((gpu.name, table.targets))
+        return predict(path, table, gpu, **options)
+
+    monkeypatch.setattr(comparison, "compile_engine", compiling)
+    monkeypatch.setattr(comparison, "predict", predicting)
+    targets, gpus = ("--target", "sm86", "--target", "sm89"), ("--gpu", "a10", "--gpu", "l4", "--gpu", "rtx4090")
+    rows("net.onnx", "--data", "data", "--schemes", "int8", *targets, *gpus)
+    assert compiled[-3:] == [("sm86", "sm89"), ("sm86",), ("sm89",)] and len(compiled) == 9  # with FP32 and FP16
+    assert predicted[-3:] == [("a10", ("sm86",)), ("l4", ("sm89",)), ("rtx4090", ("sm89",))]
 
 
 @pytest.mark.parametrize(

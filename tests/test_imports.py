@@ -19,7 +19,7 @@ FOLDERS = {package.__name__: Path(package.__file__ or "").parent for package in 
 FILES = [(name, path) for name, folder in FOLDERS.items() for path in sorted(folder.rglob("*.py"))]
 
 # Only these modules of qdq may import the two other packages: they join the three. All others know ONNX and numbers.
-JOINING = {"build", "deploy", "explain", "options", "pricing", "terminal", "workers"}
+JOINING = {"build", "deploy", "explain", "options", "pipeline", "pricing", "terminal", "workers"}
 JOINING |= {"tap"}  # the types that ONNX Runtime lacks
 JOINING |= {"cli", "cli_calibrate", "cli_compare", "cli_lint", "cli_tune", "comparison", "scoring"}
 
@@ -28,11 +28,12 @@ LOWEST: dict[str, set[str]] = {
     "errors": set(),
     "formats": {"errors"},
     "external": {"errors"},
-    "graph": {"errors", "external"},
+    "graph": {"errors", "external", "proto"},
     "metrics": {"errors"},
+    "proto": set(),
     "scheme": {"errors", "formats"},
 }
-TOP = {"build", "comparison", "deploy", "explain", "options", "pricing", "scoring", "workers"}
+TOP = {"build", "comparison", "deploy", "explain", "options", "pipeline", "pricing", "scoring", "workers"}
 TOP |= {"cli", "cli_calibrate", "cli_compare", "cli_lint", "cli_tune"}
 
 # What may not be imported when a module is loaded, only inside the functions that need it.

@@ -51,8 +51,7 @@ def layer_norm(
     else:
         nodes += [node("Div", f"{data} s", "w", "divide"), node("Mul", "w g", "z", "times_gain")]
         nodes.append(node("Add", "z b", "y", "plus_shift"))
-    read = {name for n in nodes for name in n.input}
-    return build(nodes, {"x": shape}, {k: v for k, v in tensors.items() if k in read})
+    return build(nodes, {"x": shape}, tensors)
 
 
 def gelu(form: str = "torch", *, output: bool = False, dtype: str = "float32", **changed: float) -> Model:
@@ -98,10 +97,8 @@ def gelu(form: str = "torch", *, output: bool = False, dtype: str = "float32", *
             node("Mul", "x u", "h", "times"),
             node("Mul", "h half", "y", "last"),
         ]
-    read = {name for n in nodes for name in n.input}
     outputs = ("y", "u") if output else ("y",)
-    used = {name: values for name, values in tensors.items() if name in read}
-    return build(nodes, {"z": ("n", 3, 8)}, used, outputs=outputs, dtype=dtype)
+    return build(nodes, {"z": ("n", 3, 8)}, tensors, outputs=outputs, dtype=dtype)
 
 
 def attention(
@@ -141,8 +138,7 @@ def attention(
         "b": np.float32([3]),
         "c": np.float32([0.7]),
     }
-    read = {name for n in nodes for name in n.input}
-    return build(nodes, sizes, {k: v for k, v in tensors.items() if k in read})
+    return build(nodes, sizes, tensors)
 
 
 def windows(count: int = 8, tokens: int = 200) -> Model:
@@ -228,9 +224,8 @@ def grouped(
     count = 1 if options.get("shared") else 6
     sizes = {"q": (count, 2, length, head), "v": (6, 2, length, head)}
     sizes["k"] = (count, 2, length, head) if turned else (count, 2, head, length)
-    read = {name for n in nodes for name in n.input}
     outputs = ("y", "s0") if options.get("output") else ("y",)
-    return build(nodes, sizes, {k: v for k, v in tensors.items() if k in read}, outputs=outputs)
+    return build(nodes, sizes, tensors, outputs=outputs)
 
 
 def mlp(
@@ -263,9 +258,8 @@ def mlp(
     inputs: dict[str, tuple[int | str, ...]] = {"x": shape}
     if inner == "sum":
         inputs["z"] = (*shape[:-1], 16)
-    read = {name for n in nodes for name in n.input}
     outputs = ("y", "a") if output else ("y",)
-    return build(nodes, inputs, {k: v for k, v in tensors.items() if k in read}, outputs=outputs)
+    return build(nodes, inputs, tensors, outputs=outputs)
 
 
 def partition(
@@ -314,6 +308,4 @@ def partition(
         nodes += [node("Reshape", "t rows", "q", "rows"), node("MatMul", "q w", "y")]
     outputs = ("y", "z") if twice else ("y",)
     nodes += [node("Relu", "n", "z")] if twice else []
-    read = {name for n in nodes for name in n.input}
-    used = {name: values for name, values in tensors.items() if name in read}
-    return build(nodes, {"x": (2, 5, 5, channels)}, used, outputs=outputs)
+    return build(nodes, {"x": (2, 5, 5, channels)}, tensors, outputs=outputs)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from qdq import deploy, placement
+from qdq import pipeline, placement
 from qdq.autocalib import METHODS
 from qdq.calibrate import collect
 from qdq.graph import save
@@ -72,8 +72,8 @@ def limited(case: Any, volumes: int | None) -> tuple[Samples, Samples, bool]:
 def row(zoo: Any, case: Any, options: argparse.Namespace) -> Row:
     """Calibrate once, quantize by each calibrator, evaluate."""
     calibration, evaluation, cut = limited(case, options.volumes)
-    prepared = deploy.load_float(case.path)
-    samples = deploy.as_samples(calibration, prepared)
+    prepared = pipeline.load_float(case.path)
+    samples = pipeline.as_samples(calibration, prepared)
     found = Row(model=case.name, samples=(len(calibration), len(evaluation)), limited=cut)
     base = Settings(bias_correction=options.correction)
     plan = placement.plan(prepared, base)
@@ -84,7 +84,7 @@ def row(zoo: Any, case: Any, options: argparse.Namespace) -> Row:
 
     def score(settings: Settings) -> tuple[float, float, tuple[str, ...]]:
         began = time.monotonic()
-        made = deploy.quantize(prepared, samples, settings=settings, table=table)
+        made = pipeline.quantize(prepared, samples, settings=settings, table=table)
         seconds = time.monotonic() - began + calibrated
         with tempfile.TemporaryDirectory() as folder:
             save(made.model, path := Path(folder) / "model.onnx")

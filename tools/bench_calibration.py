@@ -56,10 +56,10 @@ def ours(model: str, volumes: Volumes, on_progress: Callable[[int, int | None, s
     """The table, and from it every scale by mse."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from qdq import placement
+    from qdq.activations import activation_params
     from qdq.calibrate import collect
     from qdq.graph import load
     from qdq.prepare import prepare
-    from qdq.solve import activation_params
 
     prepared = prepare(load(model))
     plan = placement.plan(prepared)

@@ -59,8 +59,8 @@ def samples() -> list[dict[str, np.ndarray]]:
 
 def ours(model: Path, output: Path, scheme: str, rounding: str) -> None:
     """Load, calibrate, quantize and save."""
-    from qdq.deploy import quantize
     from qdq.graph import save
+    from qdq.pipeline import quantize
     from qdq.scheme import Settings
 
     made = quantize(model, samples(), settings=Settings(scheme=scheme, rounding=rounding))

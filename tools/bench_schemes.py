@@ -19,8 +19,8 @@ import numpy as np
 from calib_data import open_samples
 from qdq.compared import Comparison, Row
 from qdq.comparison import compare_schemes, entries
-from qdq.deploy import input_specs, load_float
 from qdq.files import write_text
+from qdq.pipeline import input_specs, load_float
 from qdq.report import size
 from qdq.scoring import Task
 

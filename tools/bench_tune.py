@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from engines.compiler import ShapeRange
-from qdq import deploy
+from qdq import deploy, pipeline
 from qdq.finish import finish
 from qdq.graph import load, save
 from qdq.pricing import Pricer, difference, find_plan, gpus_of
@@ -130,20 +130,20 @@ def modelopt(python: str, case: Case, folder: Path) -> Path | None:
 
 def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path, *, measure: bool) -> Row:
     """One model for one target; without `measure` no accuracy, and the price is that of the search."""
-    prepared = deploy.load_float(case.path)
-    data = deploy.as_samples(case.calibration, prepared)
+    prepared = pipeline.load_float(case.path)
+    data = pipeline.as_samples(case.calibration, prepared)
     shapes: Mapping[str, Any] = {k: ShapeRange.fixed(v.shape) for k, v in case.calibration[0].items()}
     pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe))
     began = time.monotonic()
-    found = find_plan(prepared, pricer, samples=data, measure=deploy.accuracy(prepared, data, recipe.settings))
+    found = find_plan(prepared, pricer, samples=data)
     seconds = time.monotonic() - began
     built, accuracy = found.price, None
     if measure:
-        made = deploy.quantize(prepared, data, settings=recipe.settings, plan=found.plan)
+        made = pipeline.quantize(prepared, data, settings=recipe.settings, plan=found.plan)
         done = finish(made.model, made.plan, rest=recipe.rest, table=made.table)
         save(done.model, folder / "tuned.onnx")
         built = pricer(done.model)
-        held = deploy.as_samples(case.evaluation, prepared)
+        held = pipeline.as_samples(case.evaluation, prepared)
         accuracy = deploy.evaluate(case.path, folder / "tuned.onnx", held, limits={}).sqnr_db
     plain = Workshop(model=prepared, settings=recipe.settings, rests=("fp32",))
     return Row(

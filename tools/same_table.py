@@ -25,8 +25,8 @@ from bench_calibration import export
 from calib_data import open_samples
 from qdq import placement
 from qdq.calibrate import CalibrationTable, collect
-from qdq.deploy import input_specs, load_float
 from qdq.footprint import parse_bytes
+from qdq.pipeline import input_specs, load_float
 from qdq.shards import collect_shards, dask_pool, local_pool
 
 SIZE = 96

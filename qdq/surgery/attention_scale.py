@@ -83,7 +83,6 @@ def _unscaled(model: Model, tensor: str) -> tuple[str, float | None]:
 def _scaled(model: Model, product: NodeProto) -> tuple[NodeProto, float | None]:
     """The node behind a product that scales it, and the scale; the product itself where there is none."""
     tensor = product.output[0]
-    uses = model.consumers(tensor)
-    node = uses[0].node if len(uses) == 1 and not model.is_output(tensor) else None
-    factor = _factor(model, node, tensor)
-    return (product, None) if factor is None or node is None else (node, factor)
+    use = model.only_use(tensor)
+    factor = None if use is None else _factor(model, use.node, tensor)
+    return (product, None) if use is None or factor is None else (use.node, factor)

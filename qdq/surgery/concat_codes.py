@@ -66,10 +66,10 @@ def _quantizer(model: Model, first: NodeProto) -> list[NodeProto]:
             return []
         if steps[-1].op_type == "DequantizeLinear":
             return steps if any(s.op_type == "QuantizeLinear" for s in steps) else []
-        uses = model.consumers(steps[-1].output[0])
-        if len(uses) != 1 or uses[0].index != 0 or model.is_output(steps[-1].output[0]):
+        use = model.only_use(steps[-1].output[0])
+        if use is None or use.index != 0:
             return []
-        steps.append(uses[0].node)
+        steps.append(use.node)
     return []
 
 

@@ -38,5 +38,4 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     fired = tuple(node.name for node in model.graph.node if node.name not in left)
     if not fired:
         return Rewritten(model=model, fired=())
-    draft.drop_unused()
-    return Rewritten(model=model.replace(draft.finish(), keeps=draft.spool), fired=fired)
+    return Rewritten(model=draft.finish(), fired=fired)

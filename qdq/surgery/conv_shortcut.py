@@ -33,8 +33,8 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     """
     edit = Edit(model, only)
     for conv in edit.candidates("Conv"):
-        uses = model.consumers(conv.output[0])
-        add = uses[0].node if len(uses) == 1 and not model.is_output(conv.output[0]) else None
+        use = model.only_use(conv.output[0])
+        add = None if use is None else use.node
         if add is None or add.op_type != "Add" or add.domain or set(add.input) != {conv.input[0], conv.output[0]}:
             continue
         tap = _own_tap(model, conv)

@@ -116,9 +116,8 @@ def _targets(
 ) -> tuple[str, str, list[NodeProto]]:
     """Targets of the two Reshapes: constants, or computed by the nodes returned where a spatial size is dynamic."""
     strides = [len(a.taps) for a in axes]
-    info = model.info(node.input[0])
-    sizes = [d for d in (info.shape or ())[2:] if isinstance(d, int)] if info else []
-    if len(sizes) == len(strides):
+    sizes = model.sizes(node.input[0], 2)
+    if sizes is not None:
         grid = np.array([d + a.before + a.after - a.taps.shape[1] + 1 for d, a in zip(sizes, axes, strict=True)])
         apart = edit.constant(f"{node.name}_apart", np.array([0, *strides, channels, *grid], np.int64))
         return apart, edit.constant(f"{node.name}_joined", np.array([0, channels, *grid * strides], np.int64)), []

@@ -16,7 +16,7 @@ from collections.abc import Collection
 from onnx import NodeProto
 
 from qdq.graph import Model
-from qdq.surgery.polynomial import OPERATORS, agrees, ancestors, polynomial, powers, rank_of
+from qdq.surgery.polynomial import OPERATORS, agrees, ancestors, polynomial, powers
 from qdq.surgery.rewritten import Edit, Rewritten
 
 STAGE, RANK = "float", 3
@@ -65,12 +65,12 @@ def _last(model: Model, curve: NodeProto, argument: str) -> NodeProto | None:
     """The node that makes the GELU, as wide as its argument; None if nothing does."""
     node, dtype = curve, _dtype(model, curve.output[0])
     for _ in range(STEPS):
-        uses = model.consumers(node.output[0])
-        if len(uses) != 1 or uses[0].node.op_type not in OPERATORS or model.is_output(node.output[0]):
+        use = model.only_use(node.output[0])
+        if use is None or use.node.op_type not in OPERATORS:
             return None
-        node = uses[0].node
+        node = use.node
         if agrees(polynomial(model, node.output[0], {argument: "x", curve.output[0]: "t"}), RESULT, dtype):
-            before, after = rank_of(model, argument), rank_of(model, node.output[0])
+            before, after = model.rank(argument), model.rank(node.output[0])
             return node if before == after is not None else None
     return None
 

@@ -65,11 +65,6 @@ def _size(model: Model, tensor: str, axis: int) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _rank(model: Model, tensor: str) -> int:
-    info = model.info(tensor)
-    return len(info.shape) if info is not None and info.shape is not None else 0
-
-
 def _padded(model: Model, edit: Edit, product: NodeProto, axes: dict[int, int], size: int) -> list[NodeProto]:
     """Nodes that pad some operands of a MatMul, each along an axis from `size` to SIZE, and the MatMul on them."""
     copy = NodeProto()
@@ -77,9 +72,9 @@ def _padded(model: Model, edit: Edit, product: NodeProto, axes: dict[int, int], 
     nodes = []
     for index, axis in axes.items():
         source, turn = product.input[index], model.producer(product.input[index])
-        rank = _rank(model, source)
+        rank = model.rank(source) or 0
         order = attribute_value(turn, "perm", []) if turn is not None and turn.op_type == "Transpose" else []
-        if len(model.consumers(source)) > 1 or model.is_output(source) or len(order) != rank:
+        if model.only_use(source) is None or len(order) != rank:
             turn = None
         if turn is not None:
             source, axis = turn.input[0], order[axis]

@@ -19,7 +19,7 @@ from onnx import NodeProto
 
 from qdq.graph import Model
 from qdq.nodes import attribute_value
-from qdq.surgery.polynomial import ONE, OPERATORS, agrees, ancestors, polynomial, powers, rank_of
+from qdq.surgery.polynomial import ONE, OPERATORS, agrees, ancestors, polynomial, powers
 from qdq.surgery.rewritten import Edit, Rewritten
 
 STAGE, RANK = "float", 2
@@ -81,19 +81,17 @@ def _norm(model: Model, root: NodeProto) -> Norm | None:
         return None
     values, first, epsilon = square
     source, means = _centre(model, values, first)
-    info = model.info(source)
-    if not means or info is None or info.shape is None or info.dtype not in ("float32", "float16"):
+    info, sizes = model.info(source), model.sizes(source, first)
+    if not means or info is None or sizes is None or info.dtype not in ("float32", "float16"):
         return None
-    sizes = [d for d in info.shape[first:] if isinstance(d, int)]
-    if first + len(sizes) != len(info.shape):
-        return None
+    rank = first + len(sizes)
     variables = {source: "x", root.output[0]: "s", **dict.fromkeys(means, "m")}
-    found = _result(model, root, variables, -1 if exponent > 0 else 1, len(info.shape))
+    found = _result(model, root, variables, -1 if exponent > 0 else 1, rank)
     if found is None:
         return None
     last, gain, shift = found
     dtype = np.dtype(info.dtype)
-    wide = [None if v is None else _spread(v, len(info.shape), sizes) for v in (gain, shift)]
+    wide = [None if v is None else _spread(v, rank, sizes) for v in (gain, shift)]
     if wide[0] is None or (shift is not None and wide[1] is None):
         return None
     return Norm(
@@ -144,9 +142,8 @@ def _mean(model: Model, tensor: str) -> tuple[str, int] | None:
             return None
         count = 1.0
         if node.op_type == "ReduceSum":
-            info = model.info(node.input[0])
-            sizes = info.shape[axis:] if info is not None and info.shape is not None else ()
-            count = math.prod(d if isinstance(d, int) else math.nan for d in sizes)
+            sizes = model.sizes(node.input[0], axis)
+            count = math.nan if sizes is None else math.prod(sizes)
         exact = agrees(polynomial(model, tensor, {total: "v"}), {powers(v=1): 1 / count})
         return (node.input[0], axis) if exact else None
     return None
@@ -209,14 +206,13 @@ def _furthest(
 ) -> tuple[NodeProto, np.ndarray, np.ndarray | None]:
     """The same, with further factors and summands as long as nothing else reads what lies between."""
     while True:
-        tensor = found[0].output[0]
-        uses = model.consumers(tensor)
-        if len(uses) != 1 or model.is_output(tensor) or uses[0].node.op_type not in OPERATORS:
+        use = model.only_use(found[0].output[0])
+        if use is None or use.node.op_type not in OPERATORS:
             return found
-        further = _affine(model, uses[0].node, variables, sign, rank)
+        further = _affine(model, use.node, variables, sign, rank)
         if further is None:
             return found
-        found = (uses[0].node, *further)
+        found = (use.node, *further)
 
 
 def _affine(
@@ -225,7 +221,7 @@ def _affine(
     """Gain and shift where a node makes d / s * gain + shift, as wide as x."""
     found = polynomial(model, node.output[0], variables)
     data, mean = powers(x=1, s=sign), powers(m=1, s=sign)
-    if found is None or rank_of(model, node.output[0]) != rank or data not in found:
+    if found is None or model.rank(node.output[0]) != rank or data not in found:
         return None
     gain = found[data]
     if found.keys() - {ONE} != {data, mean} or not np.allclose(found[mean], -gain, rtol=1e-6, atol=0):
@@ -233,10 +229,10 @@ def _affine(
     return gain, found.get(ONE)
 
 
-def _spread(values: np.ndarray, rank: int, sizes: list[int]) -> np.ndarray | None:
+def _spread(values: np.ndarray, rank: int, sizes: tuple[int, ...]) -> np.ndarray | None:
     """Values that broadcast to the last axes of a tensor, as large as those; None if they differ along others."""
     whole = values.reshape((1,) * (rank - values.ndim) + values.shape) if values.ndim <= rank else values
     axis = rank - len(sizes)
-    if whole.ndim != rank or any(d not in (1, n) for d, n in zip(whole.shape, [1] * axis + sizes, strict=True)):
+    if whole.ndim != rank or any(d not in (1, n) for d, n in zip(whole.shape, (*[1] * axis, *sizes), strict=True)):
         return None
     return np.broadcast_to(whole.reshape(whole.shape[axis:]), sizes)

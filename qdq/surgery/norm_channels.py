@@ -62,7 +62,7 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
             continue
         channels = model.initializers[norm.input[1]].dims[0]
         missing = -channels % MULTIPLE
-        if not missing or len(model.consumers(conv.output[0])) != 1 or model.is_output(conv.output[0]):
+        if not missing or model.only_use(conv.output[0]) is None:
             continue
         outputs = 0 if conv.op_type == "Conv" else 1
         made[conv.name] = _wider(edit, made.get(conv.name, conv), outputs, missing, bias=True)

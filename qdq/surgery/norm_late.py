@@ -75,7 +75,7 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
 
 def _moves(model: Model, norm: NodeProto) -> list[NodeProto]:
     """The nodes that move rows of a norm, if they end in one tensor that others read; none otherwise."""
-    shape = _static(model, norm.output[0])
+    shape = model.sizes(norm.output[0])
     axis = attribute_value(norm, "axis", -1)
     alike = all(_is_row(model, t) for t in norm.input[1:] if t)
     if not shape or axis not in (-1, len(shape) - 1) or not alike:
@@ -99,15 +99,9 @@ def _is_row(model: Model, tensor: str) -> bool:
     return model.is_constant(tensor) and all(d == 1 for d in model.initializers[tensor].dims[:-1])
 
 
-def _static(model: Model, tensor: str) -> tuple[int, ...]:
-    info = model.info(tensor)
-    sizes = info.shape if info is not None and info.shape is not None else ()
-    return tuple(d for d in sizes if isinstance(d, int)) if all(isinstance(d, int) for d in sizes) else ()
-
-
 def _keeps(model: Model, node: NodeProto, size: int) -> bool:
     """Whether a move leaves each row of `size` along the last axis as it is."""
-    before, after = _static(model, node.input[0]), _static(model, node.output[0])
+    before, after = model.sizes(node.input[0]), model.sizes(node.output[0])
     if not before or not after or before[-1] != size or after[-1] != size:
         return False
     others = [t for t in node.input[1:] if t]
@@ -133,10 +127,10 @@ def _keeps(model: Model, node: NodeProto, size: int) -> bool:
 
 def _mask(model: Model, tensor: str, moves: list[NodeProto]) -> np.ndarray:
     """(..., 1) where the moved rows are rows of the tensor, and not what Pad added."""
-    ones, last = np.ones(_static(model, tensor), np.float32), moves[-1].output[0]
+    ones, last = np.ones(model.sizes(tensor) or (), np.float32), moves[-1].output[0]
     constants = dict.fromkeys(t for node in moves for t in node.input if model.is_constant(t))
     stored = [numpy_helper.from_array(model.array(t), t) for t in constants]
-    ends = [helper.make_tensor_value_info(t, TensorProto.FLOAT, _static(model, t)) for t in (tensor, last)]
+    ends = [helper.make_tensor_value_info(t, TensorProto.FLOAT, model.sizes(t)) for t in (tensor, last)]
     graph = helper.make_graph(moves, "moves", ends[:1], ends[1:], stored)
     proto = helper.make_model(graph, opset_imports=list(model.proto.opset_import))
     (moved,) = ReferenceEvaluator(proto).run(None, {tensor: ones})

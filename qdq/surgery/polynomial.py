@@ -72,12 +72,6 @@ def ancestors(model: Model, tensor: str) -> Iterator[str]:
         front = [t for node in makers if node.op_type in OPERATORS and not node.domain for t in node.input]
 
 
-def rank_of(model: Model, tensor: str) -> int | None:
-    """How many axes a tensor has; None where that is not known."""
-    info = model.info(tensor)
-    return None if info is None or info.shape is None else len(info.shape)
-
-
 def agrees(found: Polynomial | None, wanted: Mapping[Powers, float], dtype: str = "float32") -> bool:
     """Whether a polynomial has these terms and no others, its coefficients equal within the rounding of a float type.
 

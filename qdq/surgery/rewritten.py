@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, helper
 
-from qdq.graph import Model, all_nodes
-from qdq.preparation import Draft, assign
+from qdq.graph import Model
+from qdq.preparation import Draft, assign, unique
+from qdq.proto import all_nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +46,7 @@ class Edit:
 
     def name(self, wanted: str) -> str:
         """A name that no node or tensor of the model has."""
-        name, number = wanted, 1
-        while name in self._taken:
-            name, number = f"{wanted}_{number}", number + 1
+        name = unique(wanted, self._taken)
         self._taken.add(name)
         return name
 
@@ -77,7 +76,4 @@ class Edit:
             return Rewritten(model=self._model, fired=())
         nodes = list(self._draft.graph.node)
         assign(self._draft.graph.node, [new for old in nodes for new in self._by.get(old.name, [old])])
-        self._draft.drop_unused()
-        return Rewritten(
-            model=self._model.replace(self._draft.finish(), keeps=self._draft.spool), fired=tuple(self._fired)
-        )
+        return Rewritten(model=self._draft.finish(), fired=tuple(self._fired))

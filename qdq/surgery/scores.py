@@ -17,7 +17,7 @@ BETWEEN = ("Add", "Sub", "Mul", "Div", "Where", "Reshape", "Cast")  # scale, bia
 
 def alone(model: Model, tensor: str) -> NodeProto | None:
     """The node that makes a tensor that is read once, and is no output of the graph; None for any other tensor."""
-    return model.producer(tensor) if len(model.consumers(tensor)) == 1 and not model.is_output(tensor) else None
+    return None if model.only_use(tensor) is None else model.producer(tensor)
 
 
 def scores(model: Model, tensor: str, between: Collection[str]) -> list[NodeProto]:

@@ -52,7 +52,7 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
         The model and the Softmax nodes fired on.
     """
     edit = Edit(model, only)
-    known: dict[str, tuple[np.ndarray, float] | None] = {}
+    known: dict[str, tuple[np.ndarray, np.floating] | None] = {}
     for softmax in edit.candidates("Softmax"):
         path = scores(model, softmax.input[0], ("Add", "Reshape"))
         for place, add in enumerate(path[:-1]):
@@ -67,11 +67,11 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     return edit.finish()
 
 
-def _groups(mask: np.ndarray) -> tuple[np.ndarray, float] | None:
-    """(..., tokens) the group of each token, and the value between groups; None for any other mask."""
+def _groups(mask: np.ndarray) -> tuple[np.ndarray, np.floating] | None:
+    """(..., tokens) the group of each token, and the mask's value between groups; None for any other mask."""
     if mask.ndim < 2 or mask.shape[-1] != mask.shape[-2] or mask.dtype.kind != "f":
         return None
-    value = float(mask.min(initial=0.0))
+    value = mask.min(initial=0.0)
     same = mask == 0
     if not LOWEST <= value < 0 or not (same | (mask == value)).all():
         return None
@@ -84,15 +84,21 @@ def _groups(mask: np.ndarray) -> tuple[np.ndarray, float] | None:
 
 
 def _multiplied(
-    model: Model, edit: Edit, softmax: NodeProto, path: list[NodeProto], place: int, groups: np.ndarray, value: float
+    model: Model,
+    edit: Edit,
+    softmax: NodeProto,
+    path: list[NodeProto],
+    place: int,
+    groups: np.ndarray,
+    value: np.floating,
 ) -> bool:
     """Take the Add at a place of the path out, and widen the product at its end; False where that cannot be done."""
     add, below, product = path[place], path[place + 1], path[-1]
-    shapes = [_static(model, t) for t in (add.output[0], product.output[0], *product.input)]
+    shapes = [model.sizes(t) for t in (add.output[0], product.output[0], *product.input)]
     if any(shape is None for shape in shapes):
         return False
     added, whole, left, right = (shape or () for shape in shapes)
-    if _static(model, below.output[0]) != added or math.prod(added) != math.prod(whole):
+    if model.sizes(below.output[0]) != added or math.prod(added) != math.prod(whole):
         return False  # the mask, or another summand, is larger than the product
     if added[-2:] != whole[-2:] or not left[:-2] == right[:-2] == whole[:-2]:
         return False
@@ -102,14 +108,13 @@ def _multiplied(
     count = int(groups.max()) + 1
     width = query.spare if query.spare >= count else -(query.size + count) % MULTIPLE + count
     labels = _narrow(np.broadcast_to(groups, added[:-1]).reshape(whole[:-1]))
-    dtype = model.array(next(t for t in add.input if model.is_constant(t))).dtype
     inside = labels[..., None] == np.arange(width)
     outside = np.where(inside | (np.arange(width) >= count), 0, value)
     wide = NodeProto()
     wide.CopyFrom(product)
     new = []
     for index, operand, columns in ((0, query, outside), (1, key, inside.swapaxes(-1, -2))):
-        new += _widened(model, edit, operand, columns.astype(dtype), f"{product.name}_{'ab'[index]}")
+        new += _widened(model, edit, operand, columns.astype(value.dtype), f"{product.name}_{'ab'[index]}")
         wide.input[index] = new[-1].output[0]
     moved = NodeProto()
     moved.CopyFrom(wide if below.name == product.name else below)
@@ -120,19 +125,13 @@ def _multiplied(
     return True
 
 
-def _static(model: Model, tensor: str) -> tuple[int, ...] | None:
-    info = model.info(tensor)
-    sizes = () if info is None or info.shape is None else info.shape
-    return tuple(d for d in sizes if isinstance(d, int)) if sizes and all(isinstance(d, int) for d in sizes) else None
-
-
 def _operand(model: Model, tensor: str, axis: int) -> Operand | None:
     """What makes an operand, past a Transpose and past zeros that are added to it."""
     made, turn = alone(model, tensor), None
     if made is not None and made.op_type == "Transpose" and (order := attribute_value(made, "perm", [])):
         turn, tensor, axis = made, made.input[0], order[axis]
         made = alone(model, tensor)
-    shape = _static(model, tensor)
+    shape = model.sizes(tensor)
     if shape is None:
         return None
     axis %= len(shape)
@@ -166,7 +165,7 @@ def _widened(model: Model, edit: Edit, operand: Operand, columns: np.ndarray, na
     """Nodes that put columns, which are in the layout of the product, behind an operand."""
     order = attribute_value(operand.turn, "perm", []) if operand.turn is not None else list(range(columns.ndim))
     columns = np.ascontiguousarray(columns.transpose(np.argsort(order)))
-    shape = list(_static(model, operand.base) or ())
+    shape = list(model.sizes(operand.base) or ())
     shape[operand.axis] = columns.shape[operand.axis]
     added, target = edit.constant(name, columns), edit.constant(f"{name}_shape", np.array(shape, np.int64))
     spread = edit.node("Expand", [added, target], f"{name}_Expand")

@@ -55,8 +55,11 @@ def weight(made: onnx.ModelProto) -> np.ndarray:
 def test_constants_are_the_same_numbers_from_memory_and_from_a_file(tmp_path: Path) -> None:
     made = model()
     onnx.save(made, tmp_path / "m.onnx")
+    onnx.save(model(), tmp_path / "side.onnx", save_as_external_data=True, location="side.data", size_threshold=0)
+    assert (tmp_path / "side.data").stat().st_size > 0
     x = np.random.default_rng(1).normal(size=(3, 32)).astype(np.float32)
-    for source in (made, made.SerializeToString(), tmp_path / "m.onnx", str(tmp_path / "m.onnx")):
+    files = [tmp_path / "m.onnx", str(tmp_path / "m.onnx"), tmp_path / "side.onnx"]
+    for source in (made, made.SerializeToString(), *files):
         (found,) = ort.run(ort.session(source), [{"x": x}])
         np.testing.assert_allclose(found["y"], x @ weight(made), rtol=1e-5, atol=1e-5)
     assert {t.data_type for t in made.graph.initializer} >= {TensorProto.FLOAT4E2M1}  # the model itself is unchanged

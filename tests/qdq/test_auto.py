@@ -11,18 +11,19 @@ import pytest
 from models import images, segmenter
 
 from qdq import autocalib, placement
+from qdq.activations import activation_params
 from qdq.autocalib import METHODS, pick, solve_auto
 from qdq.calibrate import CalibrationTable, collect
-from qdq.deploy import quantize
 from qdq.errors import InputError
 from qdq.graph import Model
 from qdq.insert import insert
 from qdq.judge import Judge, Split, clearly_less, split
+from qdq.pipeline import quantize
 from qdq.plan import Plan
 from qdq.prepare import prepare
 from qdq.qtensor import QParams, from_codes, to_codes
 from qdq.scheme import Settings
-from qdq.solve import Solution, activation_params, solve
+from qdq.solve import Solution, solve
 
 Sample = dict[str, np.ndarray]
 

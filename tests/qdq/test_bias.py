@@ -13,9 +13,9 @@ from onnx import helper, numpy_helper
 
 from qdq import bias
 from qdq.bias import correct, corrected
-from qdq.deploy import Quantized, quantize
 from qdq.graph import Model
 from qdq.judge import Judge, split
+from qdq.pipeline import Quantized, quantize
 from qdq.prepare import prepare
 from qdq.scheme import Settings
 from qdq.tap import Tap

@@ -13,12 +13,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 import qdq.equalize
 from qdq import channel_scale, placement
+from qdq.activations import activation_params
 from qdq.calibrate import collect
 from qdq.graph import load, save
 from qdq.insert import insert
 from qdq.prepare import prepare
 from qdq.scheme import EQUALIZERS, Settings
-from qdq.solve import activation_params, solve
+from qdq.solve import solve
 
 FORMULAS = [m.name for m in pkgutil.iter_modules(qdq.equalize.__path__)]
 

@@ -226,7 +226,7 @@ def test_merging_refuses_other_models_and_tensors(model: Model, plan: Plan) -> N
 
 def test_sample_hash_is_that_of_calib_data(tmp_path: Path, model: Model) -> None:
     from calib_data import open_samples
-    from qdq.deploy import input_specs
+    from qdq.pipeline import input_specs
 
     samples = images(3)
     np.savez(tmp_path / "s.npz", image=np.concatenate([s["image"] for s in samples]))

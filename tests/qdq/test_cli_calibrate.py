@@ -16,10 +16,10 @@ from qdq import placement
 from qdq.calibrate import collect, key
 from qdq.checkpoint import Checkpoint
 from qdq.cli import main
-from qdq.deploy import load_float, quantize
 from qdq.errors import InputError
 from qdq.footprint import parse_bytes
 from qdq.graph import save
+from qdq.pipeline import load_float, quantize
 from qdq.scheme import Settings
 
 

@@ -11,8 +11,8 @@ from graphs import build, node, normal
 
 from qdq import crossfit, placement
 from qdq.crossfit import CAUTIOUS, STRONG, resolved
-from qdq.deploy import quantize
 from qdq.graph import Model
+from qdq.pipeline import quantize
 from qdq.scheme import Settings
 
 POWERS = np.geomspace(1, 300, 32).astype(np.float32)[np.random.default_rng(4).permutation(32)]

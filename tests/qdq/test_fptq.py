@@ -8,12 +8,12 @@ import pytest
 from graphs import build, node, normal, quantized
 
 from qdq import channel_scale, placement
+from qdq.activations import activation_params
 from qdq.calibrate import collect
 from qdq.errors import InputError
 from qdq.graph import Model
 from qdq.qtensor import from_codes, to_codes
 from qdq.scheme import V0, V1, Settings
-from qdq.solve import activation_params
 
 AUTO = {"scheme": "fptq", "block": 16, "v0": "auto", "v1": "auto"}
 

@@ -16,6 +16,7 @@ from qdq import graph
 from qdq.errors import InputError, ModelError
 from qdq.external import is_external
 from qdq.graph import Model, TensorInfo, load, save
+from qdq.proto import needed
 
 WEIGHT = np.random.default_rng(0).standard_normal((16, 3, 5, 5)).astype(np.float32)  # 4800 bytes
 
@@ -71,6 +72,27 @@ def test_load_answers_questions(tmp_path: Path) -> None:
     assert model.info("h") is None and model.node("relu").op_type == "Relu"
     with pytest.raises(KeyError):
         model.node("none")
+
+
+def test_a_model_knows_ranks_sizes_names_and_only_uses() -> None:
+    model = Model(proto=tiny(), directory=Path(), sha256="")
+    assert [model.rank(t) for t in ("x", "w", "yes", "z", "h")] == [4, 4, 0, None, None]
+    assert [model.sizes(t) for t in ("w", "yes", "x", "z", "h")] == [(16, 3, 5, 5), (), None, None, None]
+    assert [model.sizes(t, 1) for t in ("w", "x")] == [(3, 5, 5), None] and model.sizes("x", 4) == ()
+    only = {tensor: model.only_use(tensor) for tensor in "xhy"}
+    assert only["x"] is not None and (only["x"].node.name, only["x"].index) == ("conv", 0)
+    assert only["h"] is None and only["y"] is None  # read by a body too; read by nobody
+    model.proto.graph.node.append(helper.make_node("Neg", ["y"], ["n"], "neg"))
+    assert Model(proto=model.proto, directory=Path(), sha256="").only_use("y") is None  # an output as well
+    assert model.names() == {"x", "w", "yes", "h", "y", "z", "n", "conv", "relu", "if", "neg"}
+
+
+def test_nodes_that_tensors_need_are_found_through_bodies_and_past_inputs_left_out() -> None:
+    nodes = [helper.make_node("Dropout", ["x"], ["d", ""], "drop"), *tiny().graph.node]
+    nodes.append(helper.make_node("Clip", ["y", "", "w"], ["c"], "clip"))
+    assert [n.name for n in needed(nodes, ["z"])] == ["conv", "if"]
+    assert [n.name for n in needed(nodes, ["c"])] == ["conv", "relu", "clip"]
+    assert needed(nodes, ["x"]) == []
 
 
 def png() -> bytes:

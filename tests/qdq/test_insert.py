@@ -14,7 +14,8 @@ from onnx.reference import ReferenceEvaluator
 
 from engines import rtx
 from engines.audit import Audit, audit
-from qdq.graph import Model, all_nodes
+from qdq.graph import Model
+from qdq.proto import all_nodes
 
 Builder = Callable[[], Model]
 

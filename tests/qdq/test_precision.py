@@ -17,11 +17,12 @@ from onnx.reference import ReferenceEvaluator
 from engines import ort
 from qdq.calibrate import CalibrationTable
 from qdq.errors import InputError
-from qdq.graph import Model, all_nodes
+from qdq.graph import Model
 from qdq.observers import Histogram
 from qdq.precision import Converted, convert
 from qdq.precision_shift import compensate, rounded
 from qdq.prepare import prepare
+from qdq.proto import all_nodes
 
 HALF = 2.0**-11  # relative rounding of float16
 

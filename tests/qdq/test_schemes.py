@@ -19,7 +19,7 @@ from graphs import Made, build, node, normal, quantized
 from engines import ShapeRange, rtx
 from engines.audit import audit
 from engines.compiler import Engine
-from qdq import calibrate, deploy, gram, placement, solve
+from qdq import calibrate, gram, pipeline, placement, solve
 from qdq.errors import InputError
 from qdq.formats import FORMATS, require_targets
 from qdq.graph import Model
@@ -116,6 +116,17 @@ def test_an_axis_that_no_block_divides_is_padded_and_the_plan_says_so() -> None:
     }
     assert "padded with 20 zeros" in "\n".join(made.explain("down"))
     assert Plan.from_mapping(json.loads(made.to_json()), "plan.json") == made
+
+
+@pytest.mark.parametrize("schemes", [("w4a8", "int4"), ("int4", "w4a8")])
+def test_readers_of_one_padded_tensor_get_codes_or_floats_as_each_scheme_says(schemes: tuple[str, str]) -> None:
+    nodes = [node("MatMul", "x a", "y", name="one"), node("MatMul", "x b", "z", name="two")]
+    model = build(nodes, {"x": (5, 120)}, {"a": normal(120, 8), "b": normal(120, 8, seed=1)}, outputs=("y", "z"))
+    overrides = tuple(zip(("one", "two"), schemes, strict=True))
+    written = quantized(model, graphs.samples(model, 4), block=128, scheme="w4a8", overrides=overrides).model
+    for name, scheme in overrides:
+        made_by = written.producer(written.node(name).input[0])
+        assert made_by is not None and made_by.op_type == {"w4a8": "DequantizeLinear", "int4": "Pad"}[scheme]
 
 
 def test_the_block_of_each_weight_follows_its_values() -> None:
@@ -233,7 +244,7 @@ def test_a_setting_without_effect_is_named(values: dict[str, object], said: str)
     (sentence,) = Settings.from_mapping(values).idle
     assert sentence.startswith(said) and "no effect" in sentence
     model = build([node("MatMul", "x w", "y")], {"x": (4, 64)}, {"w": normal(64, 8)})
-    made = deploy.quantize(model, graphs.samples(model, 3), settings=Settings.from_mapping(values))
+    made = pipeline.quantize(model, graphs.samples(model, 3), settings=Settings.from_mapping(values))
     assert sentence in made.solution.notes
 
 
@@ -597,7 +608,7 @@ def test_a_target_without_the_format_is_refused_before_the_compiler_is_asked() -
 def stories() -> tuple[Model, list[graphs.Sample], np.ndarray]:
     if not STORIES.is_dir():
         pytest.skip("the shared models are not here")
-    from qdq.deploy import load_float
+    from qdq.pipeline import load_float
 
     tokens = np.load(STORIES / "sampled_tokens.npz")
     samples = [{"tokens": t[None].astype(np.int64)} for t in tokens["calibration"][:4]]

@@ -17,9 +17,9 @@ from calib_data import Samples, open_samples
 from qdq import placement
 from qdq.calibrate import collect, key
 from qdq.checkpoint import Checkpoint
-from qdq.deploy import input_specs, load_float
 from qdq.errors import InputError, MissingRuntimeError, StaleFileError
 from qdq.graph import Model
+from qdq.pipeline import input_specs, load_float
 from qdq.plan import Plan
 from qdq.shards import Pool, collect_shards, dask_pool, local_pool
 

@@ -15,10 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qdq import external, parts, solve, spool, weights
 from qdq.calibrate import collect
-from qdq.deploy import load_float, quantize
 from qdq.errors import InputError
 from qdq.external import is_spooled
 from qdq.graph import Model, load, save
+from qdq.pipeline import load_float, quantize
 from qdq.qtensor import QTensor
 from qdq.scheme import Settings
 from qdq.tap import Tap

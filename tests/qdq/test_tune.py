@@ -15,7 +15,7 @@ from onnx import TensorProto
 
 from engines.compiler import ShapeRange
 from engines.errors import BuildError, EngineError, MissingRuntimeError, UnsupportedTargetError
-from qdq import deploy
+from qdq import deploy, pipeline, workers
 from qdq.alike import classes
 from qdq.errors import InputError
 from qdq.finish import finish
@@ -218,7 +218,7 @@ def test_a_variant_has_the_outputs_of_the_float_model() -> None:
         noise = work.noise(variant)
         assert noise is not None and 0 < noise < 1e-3
         plan = work.plan_of(variant, "why")
-        made = deploy.quantize(model, data, plan=plan)
+        made = pipeline.quantize(model, data, plan=plan)
         for before, after in zip(run(model, data), run(made.model, data), strict=True):
             np.testing.assert_allclose(after["y"], before["y"], atol=0.05 * np.abs(before["y"]).max())
     assert not any(
@@ -231,7 +231,7 @@ def test_one_scale_for_all_channels_is_one_in_the_file() -> None:
     work = shop(model, rest="fp16")
     node_names = frozenset(work.quantizable(Variant()))
     plan = work.plan_of(Variant(integer=node_names, common=node_names).with_rewrite("hoist", node_names), "")
-    made = deploy.quantize(model, samples(model, 4), plan=plan)
+    made = pipeline.quantize(model, samples(model, 4), plan=plan)
     done = finish(made.model, plan, rest="fp16", table=made.table).model
     weight = next(n for n in done.graph.node if n.op_type == "Conv").input[1]
     dequantize = done.producer(weight)
@@ -251,7 +251,7 @@ def test_a_plan_with_rewrites_goes_through_a_file(tmp_path: Path) -> None:
     read = Plan.load(tmp_path / "plan.json")
     assert read == plan
     data = samples(model, 3)
-    made = deploy.quantize(model, data, plan=read)
+    made = pipeline.quantize(model, data, plan=read)
     done = finish(made.model, read, rest="fp32", table=made.table)
     assert not any(n.op_type == "ConvTranspose" for n in done.model.graph.node)
     for before, after in zip(run(model, data), run(done.model, data), strict=True):
@@ -317,7 +317,7 @@ class TestPricing:
         pricer = self.pricer(model, tune="rewrites")
         data = samples(model, 4)
         found = find_plan(model, pricer, samples=data)
-        made = deploy.quantize(model, data, plan=found.plan)
+        made = pipeline.quantize(model, data, plan=found.plan)
         done = finish(made.model, made.plan, rest="fp16", table=made.table)
         built = pricer(done.model)
         assert difference(found, built) == "" and built.us == found.price.us
@@ -384,6 +384,15 @@ class TestPricing:
         assert pricer(model).us == math.inf
         with pytest.raises(EngineError, match=r"parser|builder"):
             find_plan(model, pricer, samples=None)
+
+    def test_gpus_of_one_target_share_its_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = conv()
+        apart = [self.pricer(model, gpu=[gpu])(model) for gpu in ("l4", "rtx4090")]
+        compiled, seen = workers.compile_engine, []
+        monkeypatch.setattr(workers, "compile_engine", lambda *a, **k: seen.append(a) or compiled(*a, **k))
+        both = self.pricer(model, gpu=["l4", "rtx4090"])(model)
+        assert len(seen) == 1 and apart[0].us != apart[1].us
+        assert both.us == pytest.approx(sum(price.us for price in apart) / 2)
 
     def test_two_targets_are_priced_together(self) -> None:
         model = conv()
