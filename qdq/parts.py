@@ -9,7 +9,6 @@ session costs a millisecond, for no weight is copied. This module must not decid
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from qdq.external import MAPPED, External, is_external, is_packed, stream, tensor_array, tensor_bytes
+from qdq.footprint import Room
 from qdq.graph import Model
 from qdq.preparation import Draft
 from qdq.proto import needed, reads, without_initializers
@@ -67,8 +67,7 @@ class PartedSession:
         self._start = start
         self._parts = _cut(model, wanted)
         self._folder = _any_file(model).parent
-        largest = max((sum(map(_working_bytes, part.weights.values())) for part in self._parts), default=1)
-        self._room = threading.Semaphore(max(1, OPEN_BYTES // max(largest, 1)))
+        self._room = Room(OPEN_BYTES)
         fed = {i.name for i in model.inputs}
         self.inputs = tuple(dict.fromkeys(name for part in self._parts for name in part.inputs if name in fed))
 
@@ -81,7 +80,7 @@ class PartedSession:
         """
         values: dict[str, Array] = {name: sample[name] for name in self.inputs}
         for part in self._parts:
-            with self._room:
+            with self._room.taken(sum(map(_working_bytes, part.weights.values()))):
                 arrays = {name: tensor_array(tensor, self._directory) for name, tensor in part.weights.items()}
                 session, held = self._start(part.proto, arrays, self._folder)
                 found = session.run(list(part.outputs), {name: values[name] for name in part.inputs})

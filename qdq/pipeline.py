@@ -170,12 +170,12 @@ class Tables:
     _held: list[tuple[tuple[Rewrite, ...], CalibrationTable]] = field(default_factory=list)
 
     def of(self, plan: Plan, on_progress: Progress | None = None) -> CalibrationTable:
-        """A table that holds the tensors of a plan, and those of another plan maybe."""
+        """The table of a plan's tensors."""
         rewrites = tuple(r for r in plan.rewrites if r.name in FLOAT_REWRITES)
         needed = {p.tensor for p in plan.activations}
         for done, table in self._held:
             if done == rewrites and needed <= table.tensors.keys():
-                return table
+                return replace(table, tensors={name: h for name, h in table.tensors.items() if name in needed})
         table = collect(rewritten(self.model, plan), plan, self.samples, on_progress=on_progress)
         self._held.append((rewrites, table))
         return table
