@@ -36,7 +36,6 @@ from qdq.pricing import Pricer, difference, find_plan, gpus_of
 from qdq.recipe import Recipe
 from qdq.report import DeployReport
 from qdq.spool import kept
-from qdq.table import CalibrationTable
 from qdq.tap import Sample, registered
 from qdq.tune import Tuned
 
@@ -74,23 +73,23 @@ def written(
     Args:
         prepared: what `load_float` gave.
         calibration: samples to quantize with.
-        recipe: its settings, rest, tuning and `min_sqnr_db` count.
+        recipe: its settings, rest and tuning count, and where placement is tuned its `min_sqnr_db`.
         pricer: of the recipe.
-        tables: of these samples, in place of a new calibration where nothing is tuned.
+        tables: of these samples, in place of a new calibration where they have what is needed.
         on_progress: told about every step.
 
     Raises:
         QdqError, EngineError, DataError: see the stages.
     """
+    known = tables or Tables(model=prepared, samples=calibration)
 
-    def by(plan: Plan, table: CalibrationTable | None = None) -> tuple[Quantized, Finished]:
-        settings = recipe.settings
+    def by(plan: Plan) -> tuple[Quantized, Finished]:
+        settings, table = recipe.settings, known.of(plan, on_progress)
         made = quantize(prepared, calibration, settings=settings, plan=plan, table=table, on_progress=on_progress)
         return made, finish(made.model, made.plan, rest=recipe.rest, table=made.table)
 
     if pricer is None:
-        plan = placement.plan(prepared, recipe.settings)
-        made, finished = by(plan, tables.of(plan, on_progress) if tables else None)
+        made, finished = by(placement.plan(prepared, recipe.settings))
         return Written(made=made, finished=finished, tuned=None, notes=())
     tuned = find_plan(prepared, pricer, samples=calibration, on_progress=on_progress)
     made, finished = by(tuned.plan)

@@ -187,15 +187,15 @@ def accuracy(prepared: Model, samples: Iterable[Sample], settings: Settings) -> 
     Biases are not corrected, which takes long; that is done to the final model where it gains.
     """
     settings = replace(settings, bias_correction="off")
-    checked = as_samples(samples, prepared)
-    tables = Tables(model=prepared, samples=checked)
+    tables: Tables | None = None
     held: Split | None = None
 
     def measure(plan: Plan) -> float:
-        nonlocal settings, held
-        made = quantize(prepared, checked, settings=settings, plan=plan, table=tables.of(plan))
+        nonlocal settings, tables, held
+        tables = tables or Tables(model=prepared, samples=as_samples(samples, prepared))
+        made = quantize(prepared, tables.samples, settings=settings, plan=plan, table=tables.of(plan))
         settings = replace(settings, equalize=made.plan.settings.equalize)  # 'auto' is settled by the first plan
-        held = held or Split(samples=checked, fit=(), held=frozenset(ranked(checked)[:JUDGED]))
+        held = held or Split(samples=tables.samples, fit=(), held=frozenset(ranked(tables.samples)[:JUDGED]))
         return Judge(prepared, held).sqnr_db(made.model)
 
     return measure

@@ -176,7 +176,8 @@ def find_plan(
 
     Args:
         prepared: float model.
-        pricer: of the recipe, whose settings, rest, time limit and, with samples, `min_sqnr_db` count.
+        pricer: of the recipe, whose settings, rest and time limit count, and with samples, where placement is tuned,
+            `min_sqnr_db`.
         samples: re-iterable; a few, whatever their order, are looked at, and a bound is verified with all of them.
             None takes every tensor for lopsided.
         on_progress: told about every variant.

@@ -1,8 +1,10 @@
 """What `--calibrator auto` is worth: SQNR of each calibrator and of auto on samples that no choice has seen.
 
 Every model is calibrated once; each calibrator makes its scales from that one table, and the Q/DQ model (rest FP32) is
-compared with the float model on the evaluation samples in ONNX Runtime. With --bias the default calibrator also
-without, with, and with automatic bias correction. The zoo (models and samples) lies outside the project: `--zoo` is the
+compared with the float model on the evaluation samples in ONNX Runtime. What auto gains on the best single calibrator
+is given with its standard error over the evaluation samples (bootstrap): a few hundred samples do not tell some tenths
+of a dB apart, and the best of five is partly the luckiest of five. With --bias the default calibrator also without,
+with, and with automatic bias correction. The zoo (models and samples) lies outside the project: `--zoo` is the
 folder with zoo.py.
 
     python tools/bench_auto.py --zoo ../shared/tools [--bias] [--volumes N] [--correction off] [--json OUT] [CASE ...]
@@ -42,6 +44,7 @@ class Row:
     samples: tuple[int, int]  # to calibrate and to evaluate on
     limited: bool
     sqnr_db: dict[str, float] = field(default_factory=dict)
+    noise: dict[str, np.ndarray] = field(default_factory=dict)  # of each evaluation sample, by calibrator
     bias_db: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     picked: str = ""
@@ -51,11 +54,21 @@ class Row:
         """Auto less the best single calibrator."""
         return self.sqnr_db["auto"] - max(self.sqnr_db[m] for m in METHODS)
 
+    @property
+    def error_db(self) -> float:
+        """Standard error of `gain_db` over the evaluation samples, which are drawn with replacement."""
+        auto, best = self.noise["auto"], self.noise[max(METHODS, key=self.sqnr_db.__getitem__)]
+        drawn = np.random.default_rng(0).integers(auto.size, size=(2000, auto.size))
+        return float(np.std(10 * np.log10(best[drawn].sum(axis=1) / auto[drawn].sum(axis=1))))
+
     def cells(self) -> list[str]:
         """One line of the table."""
         found = [f"{self.sqnr_db[m]:.2f}" for m in (*METHODS, "auto") if m in self.sqnr_db]
         if found:
-            found += [f"{self.gain_db:+.2f}", f"{self.seconds['auto'] / self.seconds[METHODS[0]]:.1f}"]
+            found += [
+                f"{self.gain_db:+.2f} ± {self.error_db:.2f}",
+                f"{self.seconds['auto'] / self.seconds[METHODS[0]]:.1f}",
+            ]
         found += [f"{self.bias_db[m]:.2f}" for m in CORRECTIONS if m in self.bias_db]
         mark = "*" if self.limited else ""
         return [self.model, f"{self.samples[0]} / {self.samples[1]}{mark}", *found, self.picked]
@@ -69,6 +82,18 @@ def limited(case: Any, volumes: int | None) -> tuple[Samples, Samples, bool]:
     return (*(s[:volumes] if cut else s for s in sets), cut)
 
 
+def noise(expected: list[list[np.ndarray]], found: list[list[np.ndarray]]) -> np.ndarray:
+    """Squared error of each evaluation sample; of each member where the samples are batches."""
+    units = []
+    for wanted, given in zip(expected, found, strict=True):
+        count = wanted[0].shape[0] if len({y.shape[:1] for y in wanted}) == 1 and wanted[0].ndim else 1
+        squares = [
+            np.square(np.float64(y) - z).reshape(count, -1).sum(axis=1) for y, z in zip(wanted, given, strict=True)
+        ]
+        units.append(np.sum(squares, axis=0))
+    return np.concatenate(units)
+
+
 def row(zoo: Any, case: Any, options: argparse.Namespace) -> Row:
     """Calibrate once, quantize by each calibrator, evaluate."""
     calibration, evaluation, cut = limited(case, options.volumes)
@@ -80,21 +105,22 @@ def row(zoo: Any, case: Any, options: argparse.Namespace) -> Row:
     began = time.monotonic()
     table = collect(prepared, plan, samples)
     calibrated = time.monotonic() - began
-    expected = [y for outputs in zoo.run(case.path, evaluation) for y in outputs]
+    expected = zoo.run(case.path, evaluation)
 
-    def score(settings: Settings) -> tuple[float, float, tuple[str, ...]]:
+    def score(settings: Settings) -> tuple[float, np.ndarray, float, tuple[str, ...]]:
         began = time.monotonic()
         made = pipeline.quantize(prepared, samples, settings=settings, table=table)
         seconds = time.monotonic() - began + calibrated
         with tempfile.TemporaryDirectory() as folder:
             save(made.model, path := Path(folder) / "model.onnx")
-            outputs = [y for each in zoo.run(path, evaluation) for y in each]
-        return float(zoo.sqnr_db(expected, outputs)), seconds, made.solution.notes
+            found = zoo.run(path, evaluation)
+        sqnr = zoo.sqnr_db([y for each in expected for y in each], [y for each in found for y in each])
+        return float(sqnr), noise(expected, found), seconds, made.solution.notes
 
     if not options.bias_only:
         for method in (*METHODS, "auto"):
             settings = replace(base, calibrator=method)
-            found.sqnr_db[method], found.seconds[method], notes = score(settings)
+            found.sqnr_db[method], found.noise[method], found.seconds[method], notes = score(settings)
         said = next((n for n in notes if n.startswith(TOOK)), TOOK)
         found.picked = said.removeprefix(TOOK).partition(":")[0]
     if options.bias or options.bias_only:
@@ -103,7 +129,7 @@ def row(zoo: Any, case: Any, options: argparse.Namespace) -> Row:
                 found.bias_db[correction] = found.sqnr_db[METHODS[0]]
                 continue
             settings = replace(base, bias_correction=correction)
-            found.bias_db[correction], found.seconds[f"bias {correction}"], notes = score(settings)
+            found.bias_db[correction], _, found.seconds[f"bias {correction}"], notes = score(settings)
     return found
 
 
@@ -144,7 +170,8 @@ def main() -> None:
 
 def as_mapping(found: Row) -> Mapping[str, object]:
     """The row as plain values."""
-    return vars(found) | {"gain_db": found.gain_db if found.sqnr_db else None}
+    plain = {name: value for name, value in vars(found).items() if name != "noise"}
+    return plain | ({"gain_db": found.gain_db, "error_db": found.error_db} if found.sqnr_db else {})
 
 
 if __name__ == "__main__":
