@@ -56,8 +56,10 @@ class Row:
 
     @property
     def error_db(self) -> float:
-        """Standard error of `gain_db` over the evaluation samples, which are drawn with replacement."""
+        """Standard error of `gain_db` over the evaluation samples, drawn with replacement; NaN for one sample."""
         auto, best = self.noise["auto"], self.noise[max(METHODS, key=self.sqnr_db.__getitem__)]
+        if auto.size < 2:
+            return float("nan")
         drawn = np.random.default_rng(0).integers(auto.size, size=(2000, auto.size))
         return float(np.std(10 * np.log10(best[drawn].sum(axis=1) / auto[drawn].sum(axis=1))))
 
