@@ -58,7 +58,7 @@ def activation_params(
             )
     chosen = {}
     for point in plan.activations:
-        info = model.info(point.tensor)
+        dtype = model.dtype(point.tensor)
         fmt = FORMATS[point.spec.format]
         if not fmt.integer:  # relative precision: nothing is won by cutting the range
             span = shared.get(point.tensor, table.tensors[point.tensor]).amax
@@ -66,7 +66,7 @@ def activation_params(
                 scale = np.asarray(scale_of_scales((span or 1.0) / fmt.high, fmt), dtype=np.float32)
                 chosen[point.tensor] = QParams(scale=scale, format=fmt.name)
                 continue
-            scale = representable(span / fmt.high if span else 1.0, info.dtype if info is not None else "float32")
+            scale = representable(span / fmt.high if span else 1.0, dtype)
             chosen[point.tensor] = QParams(scale=scale, format=fmt.name)
             continue
         chosen[point.tensor] = observers.choose(
@@ -75,7 +75,7 @@ def activation_params(
             percentile=plan.settings.percentile,
             shift=shifts(model, point),
             fmt_name=point.spec.format,
-            dtype=info.dtype if info is not None else "float32",
+            dtype=dtype,
         )
     return chosen
 

@@ -207,9 +207,7 @@ class _Probe:
         key = ("error", tensor, float(params.scale), params.zero_point)
         if key not in self._made:
             fmt = FORMATS[params.format]
-            info = self._base.info(tensor)
-            dtype = _numpy(info.dtype if info is not None else "float32")
-            scale = self._constant(np.asarray(params.scale).astype(dtype))
+            scale = self._constant(np.asarray(params.scale).astype(self._base.dtype(tensor)))
             zero = self._constant(np.asarray(params.zero_point, dtype=fmt.dtype))
             codes = self._add("QuantizeLinear", tensor, scale, zero)
             self._made[key] = self._add("Sub", tensor, self._add("DequantizeLinear", codes, scale, zero))
@@ -241,9 +239,3 @@ class _Probe:
         name = self._name()
         self._proto.graph.initializer.append(numpy_helper.from_array(values, name))
         return name
-
-
-def _numpy(name: str) -> np.dtype[np.generic]:
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)

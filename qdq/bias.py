@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, numpy_helper
 
 from qdq.calibrate import Progress
 from qdq.footprint import cores
@@ -252,7 +252,7 @@ def _shifted(model: Model, shifts: Mapping[str, Floats]) -> Model:
         while len(node.input) <= index:
             node.input.append("")
         old = model.array(node.input[index]) if node.input[index] else None
-        dtype = old.dtype if old is not None else _dtype(model, model.node(name).output[0])
+        dtype = old.dtype if old is not None else np.dtype(model.dtype(model.node(name).output[0]))
         values = shift
         if old is not None:  # its leading axes count: they may give the result more of them than the product has
             values = (old.astype(np.float64).reshape(-1) + shift).reshape(*(1,) * (old.ndim - 1), -1)
@@ -264,9 +264,3 @@ def _shifted(model: Model, shifts: Mapping[str, Floats]) -> Model:
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
     return model.replace(proto)
-
-
-def _dtype(model: Model, tensor: str) -> np.dtype[np.generic]:
-    info = model.info(tensor)
-    name = info.dtype if info is not None else "float32"
-    return helper.tensor_dtype_to_np_dtype(getattr(TensorProto, {"float32": "FLOAT"}.get(name, name.upper())))

@@ -86,8 +86,7 @@ def _can_shift(model: Model, name: str, index: int) -> bool:
     stored in float16, which may not hold it.
     """
     node = model.node(name)
-    info = model.info(node.input[index])
-    if info is not None and info.dtype == "float16":
+    if model.dtype(node.input[index]) == "float16":
         return False
     if node.op_type != "Conv":
         return True
@@ -161,7 +160,6 @@ def choose(
     seen = look(model, points, samples, on_progress)
     found: dict[str, Equalized] = {}
     for tensor, weights in readers.items():
-        info = model.info(tensor)
         rows, limits = seen[tensor].rows, seen[tensor].limits
         if rows.shape[1] < 2:
             continue
@@ -181,7 +179,7 @@ def choose(
             if high - low <= 0:
                 continue
             scale, zero_point = asymmetric(low, high, fmt) if shifted else (max(-low, high) / fmt.high, 0)
-            stored = representable(scale, info.dtype if info is not None else "float32")
+            stored = representable(scale, model.dtype(tensor))
             divided = QParams(scale=stored, zero_point=zero_point, format=fmt.name)
             equalized = _noise(rows, matrices, read, s, divided, limit)
             gain_db = 10 * np.log10(plain / equalized) if equalized > 0 and plain > 0 else 0.0

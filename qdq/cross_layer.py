@@ -122,7 +122,6 @@ def choose(
     points = {p.tensor: p for p in plan.activations if p.tensor in found}
     made = {}
     for tensor, channels in channel_scale.look(model, points, samples, on_progress).items():
-        point, info = points[tensor], model.info(tensor)
         s = found[tensor].astype(np.float32)
         limits = np.stack([channels.limits.low, channels.limits.high])
         # in the tensor's old unit: its calibrated range still says whether FP16 can hold it
@@ -134,9 +133,9 @@ def choose(
             observers.Histogram.of(seen),
             method="mse" if method == "auto" else method,
             percentile=plan.settings.percentile,
-            shift=channel_scale.shifts(model, point),
-            fmt_name=point.spec.format,
-            dtype=info.dtype if info is not None else "float32",
+            shift=channel_scale.shifts(model, points[tensor]),
+            fmt_name=points[tensor].spec.format,
+            dtype=model.dtype(tensor),
         )
         made[tensor] = Equalized(scale=s, params=params, gain_db=0.0)
     return made

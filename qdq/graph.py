@@ -168,6 +168,11 @@ class Model:
         """Type and shape of a tensor, as far as the file or shape inference knows them."""
         return self._infos.get(tensor)
 
+    def dtype(self, tensor: str) -> str:
+        """The type of a tensor as NumPy and ml_dtypes name it; "float32" where it is not known."""
+        info = self.info(tensor)
+        return "float32" if info is None else info.dtype
+
     def rank(self, tensor: str) -> int | None:
         """How many axes a tensor has; None where that is not known."""
         info = self.info(tensor)

@@ -83,10 +83,6 @@ class GraphWriter:
             return numpy_helper.to_array(self._constants[name]).astype(np.float64)
         return self._model.array(name).astype(np.float64) if self._model.is_constant(name) else None
 
-    def _dtype(self, tensor: str) -> str:
-        info = self._model.info(tensor)
-        return info.dtype if info is not None else "float32"
-
     def _shape(self, weight: str) -> tuple[int, ...]:
         return tuple(self._model.initializers[weight].dims)
 

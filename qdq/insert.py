@@ -181,7 +181,7 @@ class _Writer(GraphWriter):
         rows = self._rows(node, weight)
         key = (tensor, rows, "token")
         if key not in self._made:
-            fmt, dtype = FORMATS[self._solution.activations[tensor].format], self._dtype(tensor)
+            fmt, dtype = FORMATS[self._solution.activations[tensor].format], self._model.dtype(tensor)
             source = self._divided(tensor)
             size = self._append("Abs", (source,), f"{tensor}_Abs")
             axes = self._constant(f"{tensor}_axes", np.array([-1], dtype=np.int64))
@@ -225,7 +225,7 @@ class _Writer(GraphWriter):
 
     def _in_blocks(self, tensor: str, params: QParams, border: _Border | _Rows | None) -> str:
         """Case K, data: codes and block scales are computed as the engine runs, the scale of these scales is not."""
-        fmt, dtype = FORMATS[params.format], self._dtype(tensor)
+        fmt, dtype = FORMATS[params.format], self._model.dtype(tensor)
         grid = FORMATS[fmt.scale_format]
         source = self._padded(tensor, self._divided(tensor), border)
         scale = self._constant(f"{tensor}_tensor_scale", params.scale)  # float32 whatever the data are
@@ -252,7 +252,7 @@ class _Writer(GraphWriter):
             convolved = any(u.node.op_type == "Conv" and u.index == 0 for u in self._model.consumers(tensor))
             rank = self._model.rank(tensor) or 2
             shape = (-1, *(1,) * (rank - 2)) if convolved else (-1,)
-            factor = self._constant(f"{tensor}_factor", (1 / divisor).reshape(shape), self._dtype(tensor))
+            factor = self._constant(f"{tensor}_factor", (1 / divisor).reshape(shape), self._model.dtype(tensor))
             self._made[key] = self._append("Mul", (tensor, factor), f"{tensor}_Mul")
         return self._made[key]
 
@@ -297,7 +297,7 @@ class _Writer(GraphWriter):
         key = (tensor, "scale")
         if key not in self._made:
             zero = np.zeros((), dtype=FORMATS[params.format].dtype)
-            self._made[key] = self._constant(f"{tensor}_scale", params.scale, self._dtype(tensor))
+            self._made[key] = self._constant(f"{tensor}_scale", params.scale, self._model.dtype(tensor))
             self._made[tensor, "zero"] = self._constant(f"{tensor}_zero_point", zero)
         return self._made[key], self._made[tensor, "zero"]
 
@@ -305,7 +305,7 @@ class _Writer(GraphWriter):
         key = (tensor, "offset")
         if key not in self._made:
             offset = np.asarray(params.offset, dtype=np.float32)
-            self._made[key] = self._constant(f"{tensor}_offset", offset, self._dtype(tensor))
+            self._made[key] = self._constant(f"{tensor}_offset", offset, self._model.dtype(tensor))
         return self._made[key]
 
     def _weight(self, point: Point, channels: int, *, flip: bool = False) -> str:
@@ -324,7 +324,7 @@ class _Writer(GraphWriter):
                 values, axis = values.T, 1 - axis
                 scales = scales.T if scales.ndim == values.ndim else scales
             codes = self._codes(f"{point.tensor}_quantized", np.ascontiguousarray(values))
-            dtype = self._dtype(point.tensor)
+            dtype = self._model.dtype(point.tensor)
             extra = {"block_size": params.block} if params.block else {}
             inputs = [codes, *self._weight_scale(point.tensor, scales, values.dtype, dtype, params)]
             made = self._append("DequantizeLinear", inputs, f"{point.tensor}_DequantizeLinear", axis=axis, **extra)
@@ -359,7 +359,7 @@ class _Writer(GraphWriter):
         """Add c * sum(W) behind a node whose data operand was shifted by c; into its bias where that is constant."""
         quantized = self._solution.weights[point.tensor, point.spec.axis]
         rank = quantized.codes.ndim
-        dtype = self._dtype(point.tensor)
+        dtype = self._model.dtype(point.tensor)
         alpha = next((a.f for a in node.attribute if a.name == "alpha"), 1.0) if node.op_type == "Gemm" else 1.0
         correction = np.asarray(params.offset * _sums(quantized, weight_axis(node, rank), node.op_type, alpha))
         bias = node.input[2] if len(node.input) > 2 else ""

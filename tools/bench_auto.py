@@ -55,11 +55,11 @@ class Row:
         return self.sqnr_db["auto"] - max(self.sqnr_db[m] for m in METHODS)
 
     @property
-    def error_db(self) -> float:
-        """Standard error of `gain_db` over the evaluation samples, drawn with replacement; NaN for one sample."""
+    def error_db(self) -> float | None:
+        """Standard error of `gain_db` over the evaluation samples, drawn with replacement; None for one sample."""
         auto, best = self.noise["auto"], self.noise[max(METHODS, key=self.sqnr_db.__getitem__)]
         if auto.size < 2:
-            return float("nan")
+            return None
         drawn = np.random.default_rng(0).integers(auto.size, size=(2000, auto.size))
         return float(np.std(10 * np.log10(best[drawn].sum(axis=1) / auto[drawn].sum(axis=1))))
 
@@ -68,7 +68,7 @@ class Row:
         found = [f"{self.sqnr_db[m]:.2f}" for m in (*METHODS, "auto") if m in self.sqnr_db]
         if found:
             found += [
-                f"{self.gain_db:+.2f} ± {self.error_db:.2f}",
+                f"{self.gain_db:+.2f}" + ("" if self.error_db is None else f" ± {self.error_db:.2f}"),
                 f"{self.seconds['auto'] / self.seconds[METHODS[0]]:.1f}",
             ]
         found += [f"{self.bias_db[m]:.2f}" for m in CORRECTIONS if m in self.bias_db]
@@ -115,9 +115,9 @@ def row(zoo: Any, case: Any, options: argparse.Namespace) -> Row:
         seconds = time.monotonic() - began + calibrated
         with tempfile.TemporaryDirectory() as folder:
             save(made.model, path := Path(folder) / "model.onnx")
-            found = zoo.run(path, evaluation)
-        sqnr = zoo.sqnr_db([y for each in expected for y in each], [y for each in found for y in each])
-        return float(sqnr), noise(expected, found), seconds, made.solution.notes
+            given = zoo.run(path, evaluation)
+        sqnr = zoo.sqnr_db([y for each in expected for y in each], [y for each in given for y in each])
+        return float(sqnr), noise(expected, given), seconds, made.solution.notes
 
     if not options.bias_only:
         for method in (*METHODS, "auto"):

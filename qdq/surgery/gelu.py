@@ -54,7 +54,7 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
 
 def _argument(model: Model, curve: NodeProto) -> str | None:
     """The tensor whose GELU a curve is part of; None for none."""
-    dtype = _dtype(model, curve.input[0])
+    dtype = model.dtype(curve.input[0])
     for tensor in ancestors(model, curve.input[0]):
         if agrees(polynomial(model, curve.input[0], {tensor: "x"}), ARGUMENTS[curve.op_type], dtype):
             return tensor
@@ -63,7 +63,7 @@ def _argument(model: Model, curve: NodeProto) -> str | None:
 
 def _last(model: Model, curve: NodeProto, argument: str) -> NodeProto | None:
     """The node that makes the GELU, as wide as its argument; None if nothing does."""
-    node, dtype = curve, _dtype(model, curve.output[0])
+    node, dtype = curve, model.dtype(curve.output[0])
     for _ in range(STEPS):
         use = model.only_use(node.output[0])
         if use is None or use.node.op_type not in OPERATORS:
@@ -73,8 +73,3 @@ def _last(model: Model, curve: NodeProto, argument: str) -> NodeProto | None:
             before, after = model.rank(argument), model.rank(node.output[0])
             return node if before == after is not None else None
     return None
-
-
-def _dtype(model: Model, tensor: str) -> str:
-    info = model.info(tensor)
-    return "float32" if info is None else info.dtype

@@ -74,11 +74,12 @@ def test_load_answers_questions(tmp_path: Path) -> None:
         model.node("none")
 
 
-def test_a_model_knows_ranks_sizes_names_and_only_uses() -> None:
+def test_a_model_knows_types_ranks_sizes_names_and_only_uses() -> None:
     model = Model(proto=tiny(), directory=Path(), sha256="")
     assert [model.rank(t) for t in ("x", "w", "yes", "z", "h")] == [4, 4, 0, None, None]
     assert [model.sizes(t) for t in ("w", "yes", "x", "z", "h")] == [(16, 3, 5, 5), (), None, None, None]
     assert [model.sizes(t, 1) for t in ("w", "x")] == [(3, 5, 5), None] and model.sizes("x", 4) == ()
+    assert [model.dtype(t) for t in ("x", "yes", "h")] == ["float32", "bool", "float32"]  # h is not known
     only = {tensor: model.only_use(tensor) for tensor in "xhy"}
     assert only["x"] is not None and (only["x"].node.name, only["x"].index) == ("conv", 0)
     assert only["h"] is None and only["y"] is None  # read by a body too; read by nobody
