@@ -8,13 +8,13 @@ Runtimes are imported inside the functions that need them, so that `import engin
 
 from __future__ import annotations
 
-from engines.audit import Audit, NodeAudit
-from engines.compare import Limits, OutputReport, Report
-from engines.compiler import Engine, ShapeRange
-from engines.doctor import Finding, diagnose
-from engines.errors import BuildError, EngineError, MissingRuntimeError, UnsupportedTargetError
-from engines.layers import Layer, LayerTable, TensorInfo
-from engines.manifest import Manifest, sha256_file, sha256_model, sha256_samples
+from engines.backends.compiler import Engine, ShapeRange
+from engines.backends.doctor import Finding, diagnose
+from engines.backends.layers import Layer, LayerTable, TensorInfo
+from engines.core.errors import BuildError, EngineError, MissingRuntimeError, UnsupportedTargetError
+from engines.verify.audit import Audit, NodeAudit
+from engines.verify.compare import Limits, OutputReport, Report
+from engines.verify.manifest import Manifest, sha256_file, sha256_model, sha256_samples
 
 __all__ = [
     "Audit",

@@ -4,8 +4,8 @@
     made = quantize("unet.onnx", samples, settings=Settings(calibrator="entropy"))
     save(made.model, "unet.int8.onnx")
 
-Every name is imported at its first use, so that `import qdq` stays light. Functions that share the name of their
-module are imported from there: `from qdq.deploy import deploy`, `from qdq.placement import plan`.
+Every name is imported at its first use, so that `import qdq` stays light. The folders stand in the
+order of the pipeline; other functions are imported from their file: `from qdq.deploy.deploy import deploy`.
 """
 
 from __future__ import annotations
@@ -14,41 +14,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qdq.calibrate import CalibrationTable, collect
-    from qdq.deploy import Deployed, evaluate
-    from qdq.errors import InputError, MissingRuntimeError, ModelError, QdqError, StaleFileError
-    from qdq.graph import Model, load, save
-    from qdq.pipeline import Quantized, load_float, quantize
-    from qdq.plan import Plan, Point, Skip
-    from qdq.recipe import Recipe
-    from qdq.report import DeployReport
-    from qdq.scheme import Settings, Spec
-    from qdq.solve import Solution
+    from qdq.assemble.quantize import Quantized, quantize
+    from qdq.build.recipe import Recipe
+    from qdq.core.errors import InputError, MissingRuntimeError, ModelError, QdqError, StaleFileError
+    from qdq.deploy.check import evaluate
+    from qdq.deploy.deploy import Deployed
+    from qdq.deploy.report import DeployReport
+    from qdq.measure.collect import collect
+    from qdq.measure.table import CalibrationTable
+    from qdq.model.model import Model
+    from qdq.model.storage import load, save
+    from qdq.passes.prepare import load_float
+    from qdq.plan.plan import Plan, Point, Skip
+    from qdq.plan.settings import Settings
+    from qdq.plan.spec import Spec
+    from qdq.solve.solve import Solution
 
 _HOME = {
-    "CalibrationTable": "calibrate",
-    "collect": "calibrate",
-    "Deployed": "deploy",
-    "evaluate": "deploy",
-    "InputError": "errors",
-    "MissingRuntimeError": "errors",
-    "ModelError": "errors",
-    "QdqError": "errors",
-    "StaleFileError": "errors",
-    "Model": "graph",
-    "load": "graph",
-    "save": "graph",
-    "Quantized": "pipeline",
-    "load_float": "pipeline",
-    "quantize": "pipeline",
-    "Plan": "plan",
-    "Point": "plan",
-    "Skip": "plan",
-    "Recipe": "recipe",
-    "DeployReport": "report",
-    "Settings": "scheme",
-    "Spec": "scheme",
-    "Solution": "solve",
+    "CalibrationTable": "measure.table",
+    "collect": "measure.collect",
+    "Deployed": "deploy.deploy",
+    "evaluate": "deploy.check",
+    "InputError": "core.errors",
+    "MissingRuntimeError": "core.errors",
+    "ModelError": "core.errors",
+    "QdqError": "core.errors",
+    "StaleFileError": "core.errors",
+    "Model": "model.model",
+    "load": "model.storage",
+    "save": "model.storage",
+    "Quantized": "assemble.quantize",
+    "load_float": "passes.prepare",
+    "quantize": "assemble.quantize",
+    "Plan": "plan.plan",
+    "Point": "plan.plan",
+    "Skip": "plan.plan",
+    "Recipe": "build.recipe",
+    "DeployReport": "deploy.report",
+    "Settings": "plan.settings",
+    "Spec": "plan.spec",
+    "Solution": "solve.solve",
 }
 
 __all__ = [

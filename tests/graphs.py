@@ -16,17 +16,19 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from engines import ort
-from qdq import calibrate, insert, placement, solve
-from qdq.calibrate import CalibrationTable
-from qdq.formats import FORMATS
-from qdq.graph import Model
-from qdq.nodes import input_axis
-from qdq.placement import weight_axis
-from qdq.plan import Plan, Point
-from qdq.prepare import prepare
-from qdq.scheme import Settings
-from qdq.solve import Solution
+from engines.backends import ort
+from qdq.assemble import insert
+from qdq.core.formats import FORMATS
+from qdq.measure import collect
+from qdq.measure.table import CalibrationTable
+from qdq.model.model import Model
+from qdq.model.nodes import input_axis, weight_axis
+from qdq.passes.prepare import prepare
+from qdq.plan import placement
+from qdq.plan.plan import Plan, Point
+from qdq.plan.settings import Settings
+from qdq.solve import solve
+from qdq.solve.solve import Solution
 
 Sample = dict[str, np.ndarray]
 ELEMENT = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
@@ -179,7 +181,7 @@ class Made:
 def quantized(model: Model, data: Sequence[Sample], **settings: Any) -> Made:
     """Plan, calibrate, solve and insert."""
     plan = placement.plan(model, Settings(**settings))
-    table = calibrate.collect(model, plan, data)
+    table = collect.collect(model, plan, data)
     solution = solve.solve(model, plan, table, samples=data)
     made = insert.insert(model, plan, solution)
     onnx.checker.check_model(made.proto, full_check=True)

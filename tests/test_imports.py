@@ -1,92 +1,81 @@
-"""Imports go one way, and what a user imports first is light."""
+"""Imports go one way, folders stay small, and what a user imports first is light."""
 
 from __future__ import annotations
 
-import ast
 import os
 import subprocess
 import sys
-from graphlib import TopologicalSorter
-from pathlib import Path
 
+import imports as layers
 import pytest
 
-import calib_data
-import engines
 import qdq
 
-FOLDERS = {package.__name__: Path(package.__file__ or "").parent for package in (qdq, engines, calib_data)}
-FILES = [(name, path) for name, folder in FOLDERS.items() for path in sorted(folder.rglob("*.py"))]
+FILES = layers.modules()
+GRAPH = layers.file_graph()
+FOLDERS = layers.folder_graph(GRAPH)
 
-# Only these modules of qdq may import the two other packages: they join the three. All others know ONNX and numbers.
-JOINING = {"build", "deploy", "explain", "options", "pipeline", "pricing", "terminal", "workers"}
-JOINING |= {"tap"}  # the types that ONNX Runtime lacks
-JOINING |= {"cli", "cli_calibrate", "cli_compare", "cli_lint", "cli_tune", "comparison", "scoring"}
+# The folders of qdq in the order of the pipeline: each imports only those before it.
+PIPELINE = ("core", "model", "passes", "plan", "measure", "solve", "assemble", "build", "tune", "lint", "deploy", "cli")
 
-# The foundation knows nothing above it, and nothing below the top knows the top.
-LOWEST: dict[str, set[str]] = {
-    "errors": set(),
-    "formats": {"errors"},
-    "external": {"errors"},
-    "graph": {"errors", "external", "proto"},
-    "metrics": {"errors"},
-    "proto": set(),
-    "scheme": {"errors", "formats"},
+# The parts of engines that a folder of qdq may import: what is left out imports `engines.core` alone, or nothing.
+ENGINES = {
+    "core": set(),
+    "build": {"core", "backends", "cost", "verify"},
+    "deploy": {"core", "backends", "cost", "verify"},
+    "cli": {"core", "backends", "cost", "verify"},
 }
-TOP = {"build", "comparison", "deploy", "explain", "options", "pipeline", "pricing", "scoring", "workers"}
-TOP |= {"cli", "cli_calibrate", "cli_compare", "cli_lint", "cli_tune"}
 
 # What may not be imported when a module is loaded, only inside the functions that need it.
 RUNTIMES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "polygraphy", "torch"}
 
 
-def imported(path: Path, *, at_load: bool) -> set[str]:
-    """Dotted names that a file imports; `at_load` leaves out those inside functions and under TYPE_CHECKING."""
-    found: set[str] = set()
-
-    def visit(node: ast.AST) -> None:
-        if at_load and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            return
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            return
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
-    visit(ast.parse(path.read_text(encoding="utf-8")))
-    return found
+def test_no_circles_for_types_either() -> None:
+    assert layers.circle(GRAPH) == []
+    assert layers.circle(FOLDERS) == []
 
 
-@pytest.mark.parametrize(("package", "path"), FILES, ids=[f"{n}/{p.name}" for n, p in FILES])
-def test_packages_import_in_one_direction(package: str, path: Path) -> None:
-    roots = {name.partition(".")[0] for name in imported(path, at_load=False)}
-    if package != "qdq":
-        assert not roots & (FOLDERS.keys() - {package})
-    elif path.stem not in JOINING:
-        assert not roots & {"engines", "calib_data"}
+def test_a_circle_is_found() -> None:
+    assert layers.circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})
 
 
-@pytest.mark.parametrize(("package", "path"), FILES, ids=[f"{n}/{p.name}" for n, p in FILES])
-def test_no_module_loads_a_runtime_at_import(package: str, path: Path) -> None:
-    assert not {name.partition(".")[0] for name in imported(path, at_load=True)} & RUNTIMES
+def test_at_most_eleven_levels_of_folders() -> None:
+    assert max(layers.levels(FOLDERS).values()) <= 11
 
 
-def test_modules_of_qdq_stand_in_layers() -> None:
-    uses: dict[str, set[str]] = {}
-    for path in sorted(FOLDERS["qdq"].rglob("*.py")):
-        module = path.relative_to(FOLDERS["qdq"]).parts[0].removesuffix(".py")
-        names = [name.split(".") for name in imported(path, at_load=True)]
-        uses.setdefault(module, set()).update(parts[1] for parts in names if parts[0] == "qdq")
-        uses[module].discard(module)
-    tuple(TopologicalSorter(uses).static_order())  # raises CycleError
-    for low, allowed in LOWEST.items():
-        assert uses[low] <= allowed, low
-    for module in uses.keys() - TOP:
-        assert not uses[module] & TOP, module
+def test_packages_import_in_one_direction() -> None:
+    for module, used in GRAPH.items():
+        package = module.partition(".")[0]
+        if package != "qdq":
+            assert {m.partition(".")[0] for m in used} <= {package}, module
+
+
+def test_the_folders_of_qdq_stand_in_the_order_of_the_pipeline() -> None:
+    assert {name.partition(".")[2] for name in FOLDERS if name.startswith("qdq.")} == set(PIPELINE)
+    for place, name in enumerate(PIPELINE):
+        used = {f.partition(".")[2] for f in FOLDERS[f"qdq.{name}"] if f.startswith("qdq.")}
+        assert used <= set(PIPELINE[:place]), name
+        engines = {f.partition(".")[2] for f in FOLDERS[f"qdq.{name}"] if f.startswith("engines.")}
+        assert engines <= ENGINES.get(name, {"core"}), name
+    assert "qdq.deploy" not in FOLDERS["qdq.lint"] and FOLDERS["qdq.lint"] <= {"engines.core", "qdq.core", "qdq.model"}
+
+
+def test_folders_and_files_stay_small() -> None:
+    count = layers.entries()
+    assert count["qdq"] <= 13
+    assert {name: n for name, n in count.items() if n > 12 and name != "qdq"} == {}
+    assert {name: n for name, n in layers.lines().items() if n > 400} == {}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_no_module_loads_a_runtime_at_import(module: str) -> None:
+    assert not {i.name.partition(".")[0] for i in layers.imports(FILES[module]) if i.at_load} & RUNTIMES
+
+
+@pytest.mark.parametrize("module", [m for m, path in FILES.items() if path.name == "__init__.py"])
+def test_a_folder_says_what_it_is(module: str) -> None:
+    text = FILES[module].read_text(encoding="utf-8")
+    assert text.startswith('"""') and (module.count(".") != 1 or "ust not" in text or "annot" in text), module
 
 
 def run(code: str) -> str:
@@ -103,7 +92,7 @@ def test_import_qdq_is_light() -> None:
 
 def test_help_is_light() -> None:
     code = (
-        "import sys; from click.testing import CliRunner; from qdq.cli import main;"
+        "import sys; from click.testing import CliRunner; from qdq.cli.main import main;"
         "assert CliRunner().invoke(main, ['--help']).exit_code == 0; print(*sys.modules)"
     )
     assert not set(run(code).split()) & (RUNTIMES | {"numpy", "onnx", "rich"})

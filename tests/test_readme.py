@@ -12,13 +12,14 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from models import images, save_samples, segmenter
+from places import ROOT
 
-from qdq.cli import main
+from qdq.cli.main import main
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
 
-ROOT = Path(__file__).resolve().parents[1]
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CUBE = (1, 1, 16, 16, 16)
 LOADER = """

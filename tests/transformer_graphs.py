@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from graphs import build, node, normal
 
-from qdq.graph import Model
+from qdq.model.model import Model
 
 
 def layer_norm(

@@ -25,11 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from qdq import pipeline, placement
-from qdq.autocalib import METHODS
-from qdq.calibrate import collect
-from qdq.graph import save
-from qdq.scheme import Settings
+from qdq.assemble import quantize
+from qdq.assemble.choose_calibrator import METHODS
+from qdq.measure.collect import collect
+from qdq.measure.inference import inputs
+from qdq.model.storage import save
+from qdq.passes import prepare
+from qdq.plan import placement
+from qdq.plan.settings import Settings
 
 Samples = list[dict[str, np.ndarray]]
 CORRECTIONS = ("off", "on", "auto")
@@ -99,8 +102,8 @@ def noise(expected: list[list[np.ndarray]], found: list[list[np.ndarray]]) -> np
 def row(zoo: Any, case: Any, options: argparse.Namespace) -> Row:
     """Calibrate once, quantize by each calibrator, evaluate."""
     calibration, evaluation, cut = limited(case, options.volumes)
-    prepared = pipeline.load_float(case.path)
-    samples = pipeline.as_samples(calibration, prepared)
+    prepared = prepare.load_float(case.path)
+    samples = inputs.as_samples(calibration, prepared)
     found = Row(model=case.name, samples=(len(calibration), len(evaluation)), limited=cut)
     base = Settings(bias_correction=options.correction)
     plan = placement.plan(prepared, base)
@@ -111,7 +114,7 @@ def row(zoo: Any, case: Any, options: argparse.Namespace) -> Row:
 
     def score(settings: Settings) -> tuple[float, np.ndarray, float, tuple[str, ...]]:
         began = time.monotonic()
-        made = pipeline.quantize(prepared, samples, settings=settings, table=table)
+        made = quantize.quantize(prepared, samples, settings=settings, table=table)
         seconds = time.monotonic() - began + calibrated
         with tempfile.TemporaryDirectory() as folder:
             save(made.model, path := Path(folder) / "model.onnx")

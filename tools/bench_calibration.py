@@ -55,11 +55,11 @@ def plain(model: str, volumes: Volumes) -> None:
 def ours(model: str, volumes: Volumes, on_progress: Callable[[int, int | None, str], None] | None = None) -> None:
     """The table, and from it every scale by mse."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from qdq import placement
-    from qdq.activations import activation_params
-    from qdq.calibrate import collect
-    from qdq.graph import load
-    from qdq.prepare import prepare
+    from qdq.measure.collect import collect
+    from qdq.model.storage import load
+    from qdq.passes.prepare import prepare
+    from qdq.plan import placement
+    from qdq.solve.activations import activation_params
 
     prepared = prepare(load(model))
     plan = placement.plan(prepared)

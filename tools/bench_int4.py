@@ -16,15 +16,16 @@ from pathlib import Path
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from qdq.calibrate import CalibrationTable
-from qdq.graph import Model
-from qdq.insert import insert
-from qdq.placement import plan
-from qdq.prepare import prepare
-from qdq.scheme import Settings, Spec
-from qdq.solve import solve
-from qdq.weight_scale import balanced
-from qdq.weights import quantize_weight
+from qdq.assemble.insert import insert
+from qdq.measure.table import CalibrationTable
+from qdq.model.model import Model
+from qdq.passes.prepare import prepare
+from qdq.plan.placement import plan
+from qdq.plan.settings import Settings
+from qdq.plan.spec import Spec
+from qdq.solve.equalize.weight_only import balanced
+from qdq.solve.solve import solve
+from qdq.solve.weights import quantize_weight
 
 BLOCK = 128
 

@@ -59,9 +59,9 @@ def samples() -> list[dict[str, np.ndarray]]:
 
 def ours(model: Path, output: Path, scheme: str, rounding: str) -> None:
     """Load, calibrate, quantize and save."""
-    from qdq.graph import save
-    from qdq.pipeline import quantize
-    from qdq.scheme import Settings
+    from qdq.assemble.quantize import quantize
+    from qdq.model.storage import save
+    from qdq.plan.settings import Settings
 
     made = quantize(model, samples(), settings=Settings(scheme=scheme, rounding=rounding))
     save(made.model, output)

@@ -28,14 +28,14 @@ import onnxruntime
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engines import rtx
-from engines.audit import audit
-from engines.compare import compare
-from engines.compiler import ShapeRange
-from engines.errors import BuildError
-from qdq.graph import load, save
-from qdq.lint import lint
-from qdq.repair import repair
+from engines.backends import rtx
+from engines.backends.compiler import ShapeRange
+from engines.core.errors import BuildError
+from engines.verify.audit import audit
+from engines.verify.compare import compare
+from qdq.lint.lint import lint
+from qdq.lint.repair.repair import repair
+from qdq.model.storage import load, save
 
 SHARED = Path(os.environ.get("QDQ_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 VARIANTS = {

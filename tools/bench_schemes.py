@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from calib_data import open_samples
-from qdq.compared import Comparison, Row
-from qdq.comparison import compare_schemes, entries
-from qdq.files import write_text
-from qdq.pipeline import input_specs, load_float
-from qdq.report import size
-from qdq.scoring import Task
+from qdq.core.files import write_text
+from qdq.deploy.compare.compare import compare_schemes, entries
+from qdq.deploy.compare.result import Comparison, Row
+from qdq.deploy.compare.task import Task
+from qdq.deploy.report import size
+from qdq.measure.inference.inputs import input_specs
+from qdq.passes.prepare import load_float
 
 # Granularity with plain rounding first, as the literature has it; then what each scheme does by itself.
 PLAIN = "rounding=nearest:equalize=none:bias_correction=off"

@@ -24,14 +24,19 @@ from typing import Any
 
 import numpy as np
 
-from engines.compiler import ShapeRange
-from qdq import deploy, pipeline
-from qdq.finish import finish
-from qdq.graph import load, save
-from qdq.pricing import Pricer, difference, find_plan, gpus_of
-from qdq.recipe import Recipe
-from qdq.scheme import Settings
-from qdq.variant import Variant, Workshop
+from engines.backends.compiler import ShapeRange
+from qdq.assemble import quantize
+from qdq.assemble.finish import finish
+from qdq.build.pricer import Pricer, gpus_of
+from qdq.build.recipe import Recipe
+from qdq.deploy import check
+from qdq.measure.inference import inputs
+from qdq.model.storage import load, save
+from qdq.passes import prepare
+from qdq.plan.settings import Settings
+from qdq.tune.find_plan import difference, find_plan
+from qdq.tune.variant import Variant
+from qdq.tune.workshop import Workshop
 
 Samples = list[dict[str, np.ndarray]]
 HEADER = ("model", "target", "FP32", "FP16", "untuned", "Model Optimizer", "tuned", "of FP16", "SQNR", "INT8", "s")
@@ -130,8 +135,8 @@ def modelopt(python: str, case: Case, folder: Path) -> Path | None:
 
 def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path, *, measure: bool) -> Row:
     """One model for one target; without `measure` no accuracy, and the price is that of the search."""
-    prepared = pipeline.load_float(case.path)
-    data = pipeline.as_samples(case.calibration, prepared)
+    prepared = prepare.load_float(case.path)
+    data = inputs.as_samples(case.calibration, prepared)
     shapes: Mapping[str, Any] = {k: ShapeRange.fixed(v.shape) for k, v in case.calibration[0].items()}
     pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe))
     began = time.monotonic()
@@ -139,12 +144,12 @@ def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path, *, measure:
     seconds = time.monotonic() - began
     built, accuracy = found.price, None
     if measure:
-        made = pipeline.quantize(prepared, data, settings=recipe.settings, plan=found.plan)
+        made = quantize.quantize(prepared, data, settings=recipe.settings, plan=found.plan)
         done = finish(made.model, made.plan, rest=recipe.rest, table=made.table)
         save(done.model, folder / "tuned.onnx")
         built = pricer(done.model)
-        held = pipeline.as_samples(case.evaluation, prepared)
-        accuracy = deploy.evaluate(case.path, folder / "tuned.onnx", held, limits={}).sqnr_db
+        held = inputs.as_samples(case.evaluation, prepared)
+        accuracy = check.evaluate(case.path, folder / "tuned.onnx", held, limits={}).sqnr_db
     plain = Workshop(model=prepared, settings=recipe.settings, rests=("fp32",))
     return Row(
         model=case.name,

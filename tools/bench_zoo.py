@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from engines import ShapeRange, rtx
-from engines.audit import audit
-from engines.errors import EngineError
-from qdq.deploy import deploy
-from qdq.recipe import Recipe
+from engines import ShapeRange
+from engines.backends import rtx
+from engines.core.errors import EngineError
+from engines.verify.audit import audit
+from qdq.build.recipe import Recipe
+from qdq.deploy.deploy import deploy
 
 HARTREE_PER_KCAL = 0.00159362
 

@@ -24,10 +24,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engines import doctor, ort, rtx, trt
-from engines.compare import Limits, compare
-from engines.compiler import Engine, ShapeRange
-from engines.errors import EngineError, MissingRuntimeError
+from engines.backends import doctor, ort, rtx, trt
+from engines.backends.compiler import Engine, ShapeRange
+from engines.core.errors import EngineError, MissingRuntimeError
+from engines.verify.compare import Limits, compare
 
 WARM_UP = 20
 

@@ -23,11 +23,13 @@ import numpy as np
 from bench_calibration import export
 
 from calib_data import open_samples
-from qdq import placement
-from qdq.calibrate import CalibrationTable, collect
-from qdq.footprint import parse_bytes
-from qdq.pipeline import input_specs, load_float
-from qdq.shards import collect_shards, dask_pool, local_pool
+from qdq.core.resources import parse_bytes
+from qdq.measure.collect import collect
+from qdq.measure.inference.inputs import input_specs
+from qdq.measure.shards import collect_shards, dask_pool, local_pool
+from qdq.measure.table import CalibrationTable
+from qdq.passes.prepare import load_float
+from qdq.plan import placement
 
 SIZE = 96
 

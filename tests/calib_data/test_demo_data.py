@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from calib_data import InputSpec, open_samples
-from qdq.demo import demo_labels, demo_model, demo_samples
+from qdq.deploy.demo import demo_labels, demo_model, demo_samples
 
 FOLDER = demo_model().parent
 

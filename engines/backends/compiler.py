@@ -1,0 +1,218 @@
+"""What compiling with TensorRT and with TensorRT-RTX have in common: parse, configure, build, read the errors.
+
+model -> `compile_model(module, ...)` -> `Compiled` (bytes, log lines) -> the backend makes an `Engine`.
+Always strongly typed and DETAILED. Must not set a precision: the ONNX graph carries it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx
+
+from engines.backends.layers import LayerTable
+from engines.core.errors import BuildError
+from engines.core.files import write_atomic
+from engines.core.load import load_graph
+
+OnProgress = Callable[[float, str], None]
+
+_KEPT = ("LayerType: ", "Total Weights Memory", "Total Activation Memory")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShapeRange:
+    """The smallest, the usual and the largest shape of one input; all of one rank."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Refuses ranges that no shape fits."""
+        same_rank = len(self.min) == len(self.opt) == len(self.max)
+        if not same_rank or any(not 0 <= a <= b <= c for a, b, c in zip(self.min, self.opt, self.max, strict=True)):
+            raise BuildError(
+                f"The shapes min {self.min}, opt {self.opt}, max {self.max} are no range: "
+                "they need one rank, and min <= opt <= max in every dimension."
+            )
+
+    @classmethod
+    def fixed(cls, shape: Sequence[int]) -> ShapeRange:
+        """The range that holds one shape."""
+        return cls(min=tuple(shape), opt=tuple(shape), max=tuple(shape))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """A serialized engine and the table of its layers."""
+
+    data: bytes = field(repr=False)
+    table: LayerTable
+
+    def save(self, path: Path | str) -> None:
+        """Writes the engine, and its table beside it as `<path>.json`; each is complete or absent."""
+        path = Path(path)
+        write_atomic(path.with_name(path.name + ".json"), self.table.to_json().encode())
+        write_atomic(path, self.data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """What the builder gave: the engine's bytes and the log lines about layers and memory."""
+
+    data: bytes
+    lines: tuple[str, ...]
+
+
+def _logger(trt: ModuleType) -> Any:
+    """A logger that keeps the lines about layers, and the errors."""
+
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.lines: list[str] = []
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message.strip())
+            elif any(word in message for word in _KEPT):
+                self.lines += [line for line in message.split("\n") if any(word in line for word in _KEPT)]
+
+    return Log()
+
+
+def _monitor(trt: ModuleType, on_progress: OnProgress) -> Any:
+    """A progress monitor: the fraction of the outermost phase, refined by the phases inside it."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.done: dict[str, float] = {}
+            self.steps: dict[str, int] = {}
+            self.reported = 0.0
+            self.error: BaseException | None = None
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.done[phase_name], self.steps[phase_name] = 0, max(num_steps, 1)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self.done[phase_name] = min(step + 1, self.steps[phase_name])
+            fraction, width = 0.0, 1.0
+            for name in self.done:  # phases nest, so this goes from the outermost inwards
+                width /= self.steps[name]
+                fraction += self.done[name] * width
+            if fraction >= self.reported + 0.01 and self.error is None:
+                self.reported = min(fraction, 1.0)
+                try:
+                    on_progress(self.reported, phase_name)
+                except BaseException as error:  # an exception must not cross the compiler's C++ frames
+                    self.error = error
+            return self.error is None
+
+        def phase_finish(self, phase_name: str) -> None:
+            del self.done[phase_name], self.steps[phase_name]
+
+    return Monitor()
+
+
+def _parse(parser: Any, model: Path | str | onnx.ModelProto) -> None:
+    """Parses the model, or raises the parser's own errors with the nodes they are about."""
+    if isinstance(model, onnx.ModelProto):
+        ok = parser.parse(model.SerializeToString())
+    else:
+        ok = parser.parse_from_file(str(model))
+    if ok:
+        return
+    errors = [parser.get_error(i) for i in range(parser.num_errors)]
+    parts = [f"{e.desc()} (node {e.node_name() or '?'}, {e.node_operator() or '?'})" for e in errors]
+    nodes = tuple(dict.fromkeys(e.node_name() for e in errors if e.node_name()))
+    raise BuildError("The ONNX parser refused the model: " + "; ".join(parts or ["no reason given"]), nodes=nodes)
+
+
+def _profile(builder: Any, config: Any, network: Any, shapes: Mapping[str, ShapeRange]) -> None:
+    """One optimization profile for the inputs with dynamic dimensions.
+
+    Raises:
+        BuildError: an unknown input name, a dynamic input without a range, or a range against a fixed dimension.
+    """
+    tensors = {t.name: t for t in (network.get_input(i) for i in range(network.num_inputs))}
+    if unknown := sorted(set(shapes) - set(tensors)):
+        raise BuildError(f"No input is named {', '.join(unknown)}; the model's inputs are {', '.join(tensors)}.")
+    profile = builder.create_optimization_profile()
+    dynamic = False
+    for name, tensor in tensors.items():
+        declared = tuple(tensor.shape)
+        if name in shapes:
+            given = shapes[name]
+            for shape in (given.min, given.opt, given.max):
+                fits = len(shape) == len(declared) and all(d in (-1, s) for d, s in zip(declared, shape, strict=True))
+                if not fits:
+                    raise BuildError(f"Shape {shape} does not fit input {name}, declared {declared} (-1 is dynamic).")
+        if -1 not in declared:
+            continue
+        if name not in shapes:
+            raise BuildError(
+                f"Input {name} has dynamic dimensions {declared} and no shapes were given. "
+                f"Give the smallest, usual and largest shape: --shape {name}:min:opt:max."
+            )
+        dynamic = True
+        if tensor.is_shape_tensor:
+            profile.set_shape_input(name, given.min, given.opt, given.max)
+        else:
+            profile.set_shape(name, given.min, given.opt, given.max)
+    if dynamic:
+        config.add_optimization_profile(profile)
+
+
+def compile_model(
+    trt: ModuleType,
+    model: Path | str | onnx.ModelProto,
+    *,
+    shapes: Mapping[str, ShapeRange],
+    configure: Callable[[Any], None],
+    on_progress: OnProgress | None = None,
+) -> Compiled:
+    """Compiles with the `tensorrt` or the `tensorrt_rtx` module.
+
+    Args:
+        trt: the runtime's module.
+        model: a path (external data is found beside it) or a model without external data.
+        shapes: range of every input with dynamic dimensions.
+        configure: sets what the backend needs on the builder config.
+        on_progress: called with a fraction in 0..1 and the compiler's name of the phase.
+
+    Returns:
+        The engine's bytes and log lines.
+
+    Raises:
+        BuildError: parse or build error, with the compiler's message.
+    """
+    log = _logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    _parse(parser, model)
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    _profile(builder, config, network, shapes)
+    configure(config)
+    monitor = _monitor(trt, on_progress) if on_progress else None
+    if monitor:
+        config.progress_monitor = monitor
+    plan = builder.build_serialized_network(network, config)
+    if monitor and monitor.error:
+        raise monitor.error
+    if plan is None:
+        graph = load_graph(model).graph
+        text = " | ".join(log.errors) or "the builder gave no reason"
+        nodes = tuple(n.name for n in graph.node if n.name and n.name in text)
+        raise BuildError(f"The engine builder failed: {text}", nodes=nodes)
+    if on_progress:
+        on_progress(1.0, "Engine built")
+    return Compiled(data=bytes(plan), lines=tuple(log.lines))

@@ -1,0 +1,343 @@
+"""The layers of a compiled engine as one table, whatever compiler made it.
+
+TensorRT-RTX's verbose build log, or TensorRT's engine inspector JSON (10.x and 11.x), becomes a `LayerTable`;
+the table is saved as JSON beside the engine, and `audit` reads it.
+Must not guess: text that it cannot read is an error, never an empty table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from engines.core.errors import BuildError, EngineError
+
+FORMAT_VERSION = 1
+
+BITS = {
+    "float32": 32,
+    "float16": 16,
+    "bfloat16": 16,
+    "int8": 8,
+    "uint8": 8,
+    "fp8": 8,
+    "bool": 8,
+    "int4": 4,
+    "fp4": 4,
+    "int32": 32,
+    "int64": 64,
+}
+
+SYNCHRONIZATION = ("signal", "wait")  # events between streams: layers of the log, no kernels
+
+# Names seen in RTX 1.7 logs, in inspector JSON ("Row major linear FP32") and in trt.DataType.
+DTYPES = {
+    "float": "float32",
+    "fp32": "float32",
+    "float32": "float32",
+    "half": "float16",
+    "fp16": "float16",
+    "float16": "float16",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "int8": "int8",
+    "uint8": "uint8",
+    "e8m0": "uint8",
+    "fp8": "fp8",
+    "fp8e4m3": "fp8",
+    "int4": "int4",
+    "fp4": "fp4",
+    "fp4e2m1": "fp4",
+    "int32": "int32",
+    "int64": "int64",
+    "bool": "bool",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """One tensor of a kernel. A dimension that only the run decides is -1."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes of the tensor without padding; None where a dimension is decided at run time."""
+        if any(d < 0 for d in self.shape):
+            return None
+        return (math.prod(self.shape) * BITS[self.dtype] + 7) // 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One kernel: what it reads, what it writes, and the ONNX nodes it comes from.
+
+    `kind` is the compiler's own word: correlation, deconv, gemm, kgen, runtime_fusion, CaskConvolution, ...
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[TensorInfo, ...]
+    constants: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    tactic: str
+    onnx_nodes: tuple[str, ...]
+
+    @property
+    def bytes_moved(self) -> int | None:
+        """Bytes read and written once each; None where a shape is decided at run time."""
+        sizes = [t.nbytes for t in (*self.inputs, *self.constants, *self.outputs)]
+        known = [s for s in sizes if s is not None]
+        return sum(known) if len(known) == len(sizes) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTable:
+    """Every kernel of one engine, in order, and the sizes the compiler reports."""
+
+    layers: tuple[Layer, ...]
+    backend: str
+    version: str
+    targets: tuple[str, ...]
+    engine_bytes: int
+    weight_bytes: int
+    activation_bytes: int
+
+    @property
+    def kernels(self) -> int:
+        """Number of kernels launched per inference; waiting for another stream launches none."""
+        return sum(layer.kind not in SYNCHRONIZATION for layer in self.layers)
+
+    @property
+    def bytes_moved(self) -> int | None:
+        """Sum over kernels of inputs + constants + outputs; None for an engine with dynamic shapes.
+
+        Compile with min = opt = max to know it.
+        """
+        sizes = [layer.bytes_moved for layer in self.layers]
+        known = [s for s in sizes if s is not None]
+        return sum(known) if len(known) == len(sizes) else None
+
+    def to_json(self) -> str:
+        """JSON text with a format version."""
+        return json.dumps({"format": "layer-table", "format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> LayerTable:
+        """The table that `to_json` wrote.
+
+        Raises:
+            EngineError: not such a file, or another format version.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format") != "layer-table" or data.pop("format_version") != FORMAT_VERSION:
+                raise KeyError("format_version")
+            rows = [
+                Layer(
+                    name=row["name"],
+                    kind=row["kind"],
+                    tactic=row["tactic"],
+                    onnx_nodes=tuple(row["onnx_nodes"]),
+                    **{k: tuple(_tensor(**t) for t in row[k]) for k in ("inputs", "constants", "outputs")},
+                )
+                for row in data.pop("layers")
+            ]
+            return cls(layers=tuple(rows), targets=tuple(data.pop("targets")), **data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EngineError(
+                f"Not a layer table of format version {FORMAT_VERSION} ({error!r}). Build the engine again."
+            ) from error
+
+
+def _tensor(name: str, dtype: str, shape: Sequence[int]) -> TensorInfo:
+    """A TensorInfo whose shape is a tuple."""
+    return TensorInfo(name=name, dtype=dtype, shape=tuple(shape))
+
+
+def dtype_name(text: str) -> str:
+    """The normalised data type named in a compiler's text.
+
+    >>> dtype_name("Thirty-two wide channel vectorized row major Int8 format")
+    'int8'
+
+    Raises:
+        BuildError: no known data type in it.
+    """
+    for word in re.findall(r"[a-z0-9]+", text.lower()):
+        if word in DTYPES:
+            return DTYPES[word]
+    raise BuildError(f"The compiler's layer dump names the data type {text!r}, which this version does not know.")
+
+
+def onnx_node_names(metadata: str) -> tuple[str, ...]:
+    """The node names in '[ONNX Layer: a]<separator>[ONNX Layer: b]'; the separator is \\x1f (RTX), \\x1e or nothing."""
+    parts = re.split(r"\][\x1e\x1f]?\[", metadata.strip().removeprefix("[").removesuffix("]"))
+    return tuple(p.removeprefix("ONNX Layer: ") for p in parts if p.startswith("ONNX Layer: "))
+
+
+_LINE = re.compile(
+    r"\s*Name: (?P<name>.*), LayerType: (?P<kind>\S+), Inputs: (?P<inputs>.*?)(?:, Constants: (?P<constants>.*?))?"
+    r", Outputs: (?P<outputs>.*?), TacticName: (?P<tactic>.*), StreamId: \d+(?:, EventId: \d+)?"
+    r"(?:, Metadata: (?P<metadata>.*))?$"
+)
+_TENSOR = re.compile(r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[-\d, ]*)\],.*?Datatype: (?P<dtype>\w+)")
+
+
+def _log_tensors(text: str | None, line: str) -> tuple[TensorInfo, ...]:
+    """The tensors in one bracketed list of a log line."""
+    matches = list(_TENSOR.finditer(text or ""))
+    if len(matches) != (text or "").count("{ Name: "):
+        raise BuildError(f"Cannot read a tensor in the compiler's layer dump: {line[:300]}")
+    return tuple(
+        TensorInfo(
+            name=m["name"], dtype=dtype_name(m["dtype"]), shape=tuple(int(d) for d in m["dims"].split(",") if d.strip())
+        )
+        for m in matches
+    )
+
+
+def _memory(lines: Iterable[str], label: str) -> int:
+    """Sum of the byte counts that the log reports under a label."""
+    return sum(int(m[1]) for line in lines if (m := re.search(rf"{label}: (\d+) bytes", line)))
+
+
+def table_from_rtx_log(
+    lines: Iterable[str], *, version: str, targets: Sequence[str], engine_bytes: int, backend: str = "rtx"
+) -> LayerTable:
+    """The table in TensorRT-RTX's verbose build log.
+
+    Args:
+        lines: log lines of one build with `profiling_verbosity` DETAILED.
+        version: of the compiler.
+        targets: normalised names, like 'sm89'.
+        engine_bytes: size of the serialized engine.
+        backend: name kept in the table.
+
+    Returns:
+        A table with at least one layer.
+
+    Raises:
+        BuildError: no layer line, or one that cannot be read. The log is not an API: a new version can do this.
+
+    Source: observed with tensorrt_rtx 1.7.1.116.
+    """
+    lines = list(lines)
+    layers = []
+    for line in lines:
+        if "LayerType: " not in line:
+            continue
+        if not (m := _LINE.match(line)):
+            raise BuildError(f"Cannot read this line of the compiler's layer dump (version {version}): {line[:300]}")
+        layers.append(
+            Layer(
+                name=m["name"],
+                kind=m["kind"],
+                inputs=_log_tensors(m["inputs"], line),
+                constants=_log_tensors(m["constants"], line),
+                outputs=_log_tensors(m["outputs"], line),
+                tactic=m["tactic"].strip(),
+                onnx_nodes=onnx_node_names(m["metadata"] or ""),
+            )
+        )
+    if not layers:
+        raise BuildError(
+            f"The build log of {backend} {version} has no 'LayerType:' line, so what it compiled cannot be audited. "
+            "This happens with a compiler version whose log differs; 1.7.1 is known to work."
+        )
+    return LayerTable(
+        layers=tuple(layers),
+        backend=backend,
+        version=version,
+        targets=tuple(targets),
+        engine_bytes=engine_bytes,
+        weight_bytes=_memory(lines, "Total Weights Memory"),
+        activation_bytes=_memory(lines, "Total Activation Memory"),
+    )
+
+
+def _json_tensors(rows: Any) -> tuple[TensorInfo, ...]:
+    """The tensors of one inspector list; 10.x joins 'Format/Datatype', 11.x splits it."""
+    out = []
+    for row in rows or ():
+        key = next((k for k in ("Datatype", "DataType", "Format/Datatype", "Format/DataType") if k in row), None)
+        if key is None:
+            raise BuildError(f"The engine inspector gives no data type for tensor {row.get('Name')!r}: {sorted(row)}")
+        out.append(_tensor(row.get("Name", ""), dtype_name(row[key]), row.get("Dimensions", ())))
+    return tuple(out)
+
+
+def _json_weights(row: Mapping[str, Any]) -> tuple[TensorInfo, ...]:
+    """The constants of a layer: a list of tensors, or TensorRT's own Weights and Bias counts."""
+    counts = [
+        _tensor(k, dtype_name(w["Type"]), (w["Count"],))
+        for k in ("Weights", "Bias")
+        if isinstance(w := row.get(k), Mapping) and w.get("Count")
+    ]
+    return (*_json_tensors(row.get("Constants")), *counts)
+
+
+def table_from_inspector(
+    text: str,
+    *,
+    backend: str,
+    version: str,
+    targets: Sequence[str],
+    engine_bytes: int,
+    weight_bytes: int = 0,
+    activation_bytes: int = 0,
+) -> LayerTable:
+    """The table in the engine inspector's JSON, in the dialect of TensorRT 10.x or 11.x.
+
+    Args:
+        text: `EngineInspector.get_engine_information(JSON)` of an engine built with DETAILED verbosity.
+        backend: 'trt' or 'rtx'.
+        version: of the runtime.
+        targets: normalised names of the GPU the engine is for.
+        engine_bytes: size of the serialized engine.
+        weight_bytes: of the engine; 0 takes the sum of the layers' constants.
+        activation_bytes: device memory of one execution context.
+
+    Returns:
+        A table with at least one layer.
+
+    Raises:
+        BuildError: not JSON, no layers, or layers that are bare names (not built with DETAILED verbosity).
+
+    Source: TensorRT issues 4020 and 3737 (10.x text), "Migrating from TensorRT 10.x to 11.x" (11.x keys).
+    """
+    try:
+        rows = json.loads(text)["Layers"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BuildError(
+            f"The engine inspector of {backend} {version} gave no JSON with 'Layers' ({error!r})."
+        ) from error
+    if not rows or not all(isinstance(row, Mapping) and "LayerType" in row for row in rows):
+        raise BuildError("The engine inspector gives layer names only: build with profiling_verbosity DETAILED.")
+    layers = tuple(
+        Layer(
+            name=row.get("Name", ""),
+            kind=row["LayerType"],
+            inputs=_json_tensors(row.get("Inputs")),
+            constants=_json_weights(row),
+            outputs=_json_tensors(row.get("Outputs")),
+            tactic=row.get("TacticName", ""),
+            onnx_nodes=onnx_node_names(row.get("Metadata", "")),
+        )
+        for row in rows
+    )
+    return LayerTable(
+        layers=layers,
+        backend=backend,
+        version=version,
+        targets=tuple(targets),
+        engine_bytes=engine_bytes,
+        weight_bytes=weight_bytes or sum(t.nbytes or 0 for layer in layers for t in layer.constants),
+        activation_bytes=activation_bytes,
+    )

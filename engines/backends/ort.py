@@ -1,0 +1,141 @@
+"""ONNX Runtime: the reference, and the stand-in for an engine where no GPU can run it.
+
+model -> `session` (Q/DQ kept apart) -> `run` over samples, or a Polygraphy `runner` for `compare`.
+Must not let ONNX Runtime fuse Q/DQ into its own integer kernels: their arithmetic is not TensorRT's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+
+from engines.core.errors import EngineError, import_runtime
+from engines.core.fp4 import holds_fp4, runnable
+
+Sample = Mapping[str, np.ndarray]
+
+# ONNX Runtime 1.31.1 takes away a Relu in front of a QuantizeLinear to FP8, as if its zero point were the lowest code.
+WRONG_REWRITES = ["ReluQuantRewrite"]
+
+
+def session(
+    model: Path | str | onnx.ModelProto | bytes,
+    *,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    custom_ops: Sequence[Path | str] = (),
+    threads: int = 0,
+) -> Any:
+    """An `onnxruntime.InferenceSession` that computes Q and DQ as the ONNX standard says.
+
+    Args:
+        model: a path, serialized bytes, or a model without external data.
+        providers: ONNX Runtime's own names, by preference.
+        custom_ops: shared libraries of custom operators to register.
+        threads: inside one operator; 0 lets ONNX Runtime choose, 1 makes the order of sums the same on every machine.
+
+    Raises:
+        EngineError: ONNX Runtime refuses the model or a library; holds its message.
+        MissingRuntimeError: onnxruntime is not installed.
+
+    Source: session option `session.disable_quant_qdq`, onnxruntime_session_options_config_keys.h.
+    """
+    ort = import_runtime("onnxruntime")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if isinstance(model, onnx.ModelProto):
+        source: str | bytes = runnable(model).SerializeToString()
+    else:
+        source = model if isinstance(model, bytes) else str(model)
+    where = str(model) if isinstance(model, Path | str) else "the model"
+    refusals: tuple[type[Exception], ...] = (RuntimeError, ValueError, *failures())
+    try:
+        for library in custom_ops:
+            options.register_custom_ops_library(str(library))
+        settled = {"providers": list(providers), "disabled_optimizers": WRONG_REWRITES}
+        try:
+            return ort.InferenceSession(source, options, **settled)
+        except refusals:
+            if (stand_in := _without_fp4(source)) is None:
+                raise
+            return ort.InferenceSession(stand_in.SerializeToString(), options, **settled)
+    except refusals as error:
+        raise EngineError(f"ONNX Runtime cannot load {where}: {error}") from error
+
+
+def _without_fp4(source: str | bytes) -> onnx.ModelProto | None:
+    """What stands for a refused model that holds FP4; None for any other, and for what is no model."""
+    try:
+        if isinstance(source, bytes):
+            model = onnx.load_from_string(source)
+        else:
+            model = onnx.load(source, load_external_data=False)
+        if not holds_fp4(model):
+            return None
+        if isinstance(source, str):
+            onnx.load_external_data_for_model(model, str(Path(source).parent))
+    except (OSError, ValueError, DecodeError):
+        return None
+    return runnable(model)
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """ONNX Runtime's exception types; they share no base but Exception."""
+    state = import_runtime("onnxruntime").capi.onnxruntime_pybind11_state
+    return tuple(t for t in vars(state).values() if isinstance(t, type) and issubclass(t, Exception))
+
+
+def check_sample(sample: Sample, names: Iterable[str]) -> None:
+    """Refuses a sample whose names are not exactly the model's inputs.
+
+    Raises:
+        EngineError: names both lists.
+    """
+    names = list(names)
+    if set(sample) != set(names):
+        raise EngineError(f"A sample holds {sorted(sample)}, but the model's inputs are {sorted(names)}.")
+
+
+def run(model: Any, samples: Iterable[Sample]) -> Iterator[dict[str, np.ndarray]]:
+    """Runs a model on samples, one at a time.
+
+    Args:
+        model: what `session` takes, or a session.
+        samples: {input name: array}.
+
+    Yields:
+        {output name: array} for each sample.
+
+    Raises:
+        EngineError: wrong input names, or ONNX Runtime's own message.
+    """
+    opened = model if hasattr(model, "get_inputs") else session(model)
+    inputs = [i.name for i in opened.get_inputs()]
+    outputs = [o.name for o in opened.get_outputs()]
+    refusals: tuple[type[Exception], ...] = (RuntimeError, ValueError, *failures())
+    for sample in samples:
+        check_sample(sample, inputs)
+        try:
+            arrays = opened.run(outputs, dict(sample))
+        except refusals as error:
+            raise EngineError(f"ONNX Runtime failed on a sample: {error}") from error
+        yield dict(zip(outputs, arrays, strict=True))
+
+
+def runner(model: Any, *, name: str = "onnxrt", **options: Any) -> Any:
+    """A Polygraphy `OnnxrtRunner`.
+
+    Args:
+        model: what `session` takes, or a session.
+        name: shown in reports.
+        **options: of `session`.
+    """
+    polygraphy = import_runtime("polygraphy.backend.onnxrt")
+    opened = model if hasattr(model, "get_inputs") else session(model, **options)
+    return polygraphy.OnnxrtRunner(opened, name=name)

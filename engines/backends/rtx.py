@@ -1,0 +1,168 @@
+"""TensorRT-RTX: engines compiled ahead of time, on the CPU, for named GPU generations. The default backend.
+
+model -> types checked against targets -> compiled -> layer lines of the verbose log -> `Engine` with its `LayerTable`.
+Must not need a GPU or a driver, and must not build without targets (such an engine may lack kernels for a GPU).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx
+from onnx import TensorProto
+
+from engines.backends.compiler import Engine, OnProgress, ShapeRange, compile_model
+from engines.backends.layers import table_from_rtx_log
+from engines.core.errors import BuildError, UnsupportedTargetError, import_runtime
+from engines.core.load import load_graph
+
+TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """A data type that only newer GPUs have."""
+
+    dtype: str
+    elem_types: tuple[int, ...]
+    minimum_sm: int
+    gpus: str
+
+
+# Source: measured with tensorrt_rtx 1.7.1.116 (sm75, 86, 89, 120 built; sm80 and sm121 by generation).
+GATES = (
+    Gate(dtype="int4", elem_types=(TensorProto.INT4,), minimum_sm=80, gpus="Ampere or newer"),
+    Gate(
+        dtype="fp8",
+        elem_types=(TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2),
+        minimum_sm=89,
+        gpus="Ada, Blackwell",
+    ),
+    Gate(dtype="fp4", elem_types=(TensorProto.FLOAT4E2M1,), minimum_sm=120, gpus="Blackwell"),
+)
+
+
+def normalise_target(target: str) -> str:
+    """The name of a target in the form 'sm89'.
+
+    >>> normalise_target("8.9"), normalise_target("SM_120")
+    ('sm89', 'sm120')
+
+    Raises:
+        UnsupportedTargetError: not one of `TARGETS`.
+    """
+    match = re.fullmatch(r"(?:sm[_ ]?)?(\d+)\.?(\d)", target.strip().lower())
+    name = f"sm{match[1]}{match[2]}" if match else target
+    if name not in TARGETS:
+        raise UnsupportedTargetError(
+            f"TensorRT-RTX has no target {target!r}; it compiles for {', '.join(TARGETS)}. "
+            "Data-centre GPUs such as sm90 and sm100 need TensorRT (--backend trt) on that GPU."
+        )
+    return name
+
+
+def _elem_types(graph: onnx.GraphProto) -> set[int]:
+    """Every tensor element type that a graph or a graph inside it stores or casts to."""
+    found = {i.data_type for i in graph.initializer}
+    found |= {v.type.tensor_type.elem_type for v in (*graph.input, *graph.output, *graph.value_info)}
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name in ("to", "output_dtype", "dtype"):
+                found.add(attribute.i)
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                found.add(attribute.t.data_type)
+            for inner in [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs:
+                found |= _elem_types(inner)
+    return found
+
+
+def check_targets(model: onnx.ModelProto, targets: Sequence[str]) -> tuple[str, ...]:
+    """Refuses a data type that one of the targets lacks, before the compiler is asked.
+
+    Args:
+        model: external data is not needed.
+        targets: in any spelling.
+
+    Returns:
+        Normalised targets, each once, in the order given.
+
+    Raises:
+        UnsupportedTargetError: no target, an unknown one, or one without a data type that the model holds.
+    """
+    names = tuple(dict.fromkeys(normalise_target(t) for t in targets))
+    if not names:
+        raise UnsupportedTargetError(f"No target given. Name at least one of {', '.join(TARGETS)}.")
+    found = _elem_types(model.graph)
+    for gate in GATES:
+        lacking = [t for t in names if int(t[2:]) < gate.minimum_sm]
+        if lacking and found & set(gate.elem_types):
+            raise UnsupportedTargetError(
+                f"The model holds {gate.dtype} tensors, which {', '.join(lacking)} cannot compile: {gate.dtype} needs "
+                f"sm{gate.minimum_sm} or newer ({gate.gpus}). Drop that target or quantize to int8."
+            )
+    return names
+
+
+def _forget_failure(trt: ModuleType) -> None:
+    """Compiles y = relu(x) and throws it away.
+
+    After a failed build, tensorrt_rtx 1.7.1.116 compiles the next graph of the process for the targets of the failed
+    one: sm86 after a failed sm75 got Turing's float kernels, without a word. One more build clears it (measured).
+    """
+    value = onnx.helper.make_tensor_value_info
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    ends = [value(name, TensorProto.FLOAT, [4]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([node], "forget", ends[:1], ends[1:])
+    tiny = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    compile_model(trt, tiny, shapes={}, configure=lambda config: None)
+
+
+def build(
+    model: Path | str | onnx.ModelProto,
+    *,
+    targets: Sequence[str] = ("sm89",),
+    shapes: Mapping[str, ShapeRange] | None = None,
+    on_progress: OnProgress | None = None,
+) -> Engine:
+    """Compiles one engine that runs on every target. Needs no GPU.
+
+    Args:
+        model: a path, or a model without external data.
+        targets: such as 'sm89', '8.9' or 'SM120'. The compiler chooses one plan for all of them, so one old target
+            can cost every other its integer kernels (sm75 has no INT8 convolution).
+        shapes: the range of each input with dynamic dimensions. The table knows sizes only where min = opt = max.
+        on_progress: called with a fraction in 0..1 and the name of the phase.
+
+    Returns:
+        The engine and its layer table.
+
+    Raises:
+        UnsupportedTargetError: unknown target, or a data type that a target lacks.
+        BuildError: the parser's or the builder's own message.
+        MissingRuntimeError: tensorrt_rtx is not installed.
+    """
+    proto = load_graph(model)
+    names = check_targets(proto, targets)
+    if proto is model and any(i.data_location == TensorProto.EXTERNAL for i in proto.graph.initializer):
+        raise BuildError("The model keeps weights in external files: give its path, not the loaded model.")
+    trt = import_runtime("tensorrt_rtx")
+
+    def configure(config: Any) -> None:
+        config.num_compute_capabilities = len(names)
+        for index, name in enumerate(names):
+            config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index)
+
+    try:
+        compiled = compile_model(trt, model, shapes=shapes or {}, configure=configure, on_progress=on_progress)
+    except BuildError:
+        _forget_failure(trt)
+        raise
+    table = table_from_rtx_log(
+        compiled.lines, version=trt.__version__, targets=names, engine_bytes=len(compiled.data), backend="rtx"
+    )
+    return Engine(data=compiled.data, table=table)

@@ -1,0 +1,137 @@
+"""TensorRT 10.16 and 11.x on an NVIDIA GPU: compile for the GPU of this machine, and run engines.
+
+model -> compiled (strongly typed, timing cache) -> inspector JSON -> `Engine` with its `LayerTable`; `runner` runs it.
+Must not set precision flags or a calibrator: TensorRT 11 has none, and the Q/DQ nodes say it all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from engines.backends.compiler import Engine, OnProgress, ShapeRange, compile_model
+from engines.backends.doctor import gpus
+from engines.backends.layers import LayerTable, table_from_inspector
+from engines.core.errors import BuildError, EngineError, MissingRuntimeError, import_runtime
+from engines.core.files import write_atomic
+from engines.core.load import load_graph
+
+
+def _gpu_target() -> str:
+    """The first GPU's name in the form 'sm90'.
+
+    Raises:
+        MissingRuntimeError: there is none.
+    """
+    found = gpus()
+    if not found:
+        raise MissingRuntimeError(
+            "TensorRT needs an NVIDIA GPU and its driver, and none was found here. Build for TensorRT-RTX instead "
+            "(--backend rtx), which needs neither."
+        )
+    return found[0].target
+
+
+def build(
+    model: Path | str | onnx.ModelProto,
+    *,
+    shapes: Mapping[str, ShapeRange] | None = None,
+    timing_cache: Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> Engine:
+    """Compiles an engine for the GPU of this machine.
+
+    Args:
+        model: a path, or a model without external data.
+        shapes: the range of each input with dynamic dimensions.
+        timing_cache: read if it exists, then written: the next build chooses the same kernels, faster.
+        on_progress: called with a fraction in 0..1 and the name of the phase.
+
+    Returns:
+        The engine and the table of its layers.
+
+    Raises:
+        BuildError: the parser's or the builder's own message.
+        MissingRuntimeError: no tensorrt, or no GPU.
+    """
+    target = _gpu_target()
+    load_graph(model)
+    trt = import_runtime("tensorrt")
+    caches: list[Any] = []
+
+    def configure(config: Any) -> None:
+        if timing_cache is not None:
+            cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.exists() else b"")
+            config.set_timing_cache(cache, False)
+            caches.append((config, cache))
+
+    compiled = compile_model(trt, model, shapes=shapes or {}, configure=configure, on_progress=on_progress)
+    for config, _ in caches:
+        write_atomic(timing_cache or Path(), bytes(config.get_timing_cache().serialize()))
+    return Engine(data=compiled.data, table=inspect(trt, compiled.data, target=target, backend="trt"))
+
+
+def inspect(trt: Any, data: bytes, *, target: str, backend: str) -> LayerTable:
+    """The layer table of a serialized engine, read through the engine inspector; needs the GPU.
+
+    Args:
+        trt: the `tensorrt` or the `tensorrt_rtx` module.
+        data: the engine.
+        target: of the GPU, like 'sm90'.
+        backend: 'trt' or 'rtx'.
+
+    Raises:
+        BuildError: the engine does not belong to this version or this GPU, or was built without DETAILED verbosity.
+    """
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    engine = runtime.deserialize_cuda_engine(data)
+    if engine is None:
+        raise BuildError(f"{backend} {trt.__version__} cannot load the engine on this GPU ({target}): build it here.")
+    inspector = engine.create_engine_inspector()
+    return table_from_inspector(
+        inspector.get_engine_information(trt.LayerInformationFormat.JSON),
+        backend=backend,
+        version=trt.__version__,
+        targets=(target,),
+        engine_bytes=len(data),
+        weight_bytes=int(engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE)),
+        activation_bytes=int(engine.device_memory_size_v2),
+    )
+
+
+def runner(engine: Path | str | bytes, *, rtx: bool = False, name: str = "engine") -> Any:
+    """A Polygraphy `TrtRunner` of a built engine.
+
+    Args:
+        engine: path or bytes.
+        rtx: the engine is TensorRT-RTX's. One process runs one kind: Polygraphy reads the choice once, at import.
+        name: shown in reports.
+
+    Raises:
+        EngineError: the file cannot be read, or this process has chosen the other kind.
+        MissingRuntimeError: no GPU, or a package is missing.
+    """
+    _gpu_target()
+    if rtx:
+        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
+    if bool(import_runtime("polygraphy.config").USE_TENSORRT_RTX) != rtx:
+        raise EngineError(
+            "Polygraphy was imported for the other kind of engine, and a process can run only one. "
+            f"Start again with POLYGRAPHY_USE_TENSORRT_RTX={int(rtx)}."
+        )
+    import_runtime("tensorrt_rtx" if rtx else "tensorrt")
+    backend = import_runtime("polygraphy.backend.trt")
+    data = engine if isinstance(engine, bytes) else _read(Path(engine))
+    return backend.TrtRunner(backend.EngineFromBytes(data), name=name)
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of an engine file."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise EngineError(f"Cannot read engine {path}: {error.strerror}.") from error

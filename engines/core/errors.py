@@ -1,0 +1,68 @@
+"""The errors of this package, and the one function that imports a runtime.
+
+EngineError                   exit code 2: bad input
+|-- BuildError                the parser or the builder refused; carries its own message
+|-- UnsupportedTargetError    a target, or a data type that a target lacks
+`-- MissingRuntimeError       exit code 3: a package, a driver or a GPU is missing
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+EXTRAS = {
+    "onnxruntime": "cpu",
+    "tensorrt_rtx": "cpu",
+    "tensorrt": "gpu",
+    "polygraphy": "cpu",
+}
+
+
+class EngineError(Exception):
+    """Anything this package refuses, in one paragraph: what, where, got, needed, fix."""
+
+    exit_code = 2
+
+
+class BuildError(EngineError):
+    """The ONNX parser or the engine builder refused the model.
+
+    `nodes` holds the ONNX node names the message is about, where the runtime gave them.
+    """
+
+    def __init__(self, message: str, *, nodes: tuple[str, ...] = ()) -> None:
+        """The message, and the ONNX nodes it is about."""
+        super().__init__(message)
+        self.nodes = nodes
+
+
+class UnsupportedTargetError(EngineError):
+    """A compute capability that the compiler has no name for, or that lacks a data type of the model."""
+
+
+class MissingRuntimeError(EngineError):
+    """A runtime package, its libraries or a GPU is missing."""
+
+    exit_code = 3
+
+
+def import_runtime(name: str) -> ModuleType:
+    """Imports an optional runtime package.
+
+    Args:
+        name: import name, a key of `EXTRAS`.
+
+    Returns:
+        The module.
+
+    Raises:
+        MissingRuntimeError: the package or one of its libraries is missing; says which extra to install.
+    """
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        extra = EXTRAS[name.partition(".")[0]]
+        raise MissingRuntimeError(
+            f"Cannot import {name} ({error}). It is an optional runtime: pip install 'qdq[{extra}]'."
+        ) from error

@@ -1,0 +1,1 @@
+"""Predicted times of compiled layers on GPUs that are not here. Must not compile."""

@@ -1,0 +1,1 @@
+"""Proofs of an engine: what each node runs in, how close its outputs are, what it was made from. Must not compile."""

@@ -1,0 +1,251 @@
+"""What really ran: for every weighted node, the type it asks for and the type its kernel consumes.
+
+Q/DQ model -> requested type and multiply-adds per node; LayerTable -> the kernel of each node; both -> `Audit`.
+Must not trust that a model builds: a badly quantized layer builds too, and runs in float.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import onnx
+
+from engines.backends.compiler import ShapeRange
+from engines.backends.layers import BITS, Layer, LayerTable
+from engines.core.load import load_graph
+from engines.core.operands import Graph, Operand
+
+LOW = ("int8", "fp8", "int4", "fp4")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeAudit:
+    """One node that multiplies and adds.
+
+    `requested` is '' (float), a low-precision type, or 'weight-only <type>' / 'activation-only <type>'.
+    `consumed` is the type both operands have where the kernel multiplies them; 'unknown' without a kernel.
+    `cause` is '' unless the node was missed or is suspect.
+    """
+
+    node: str
+    op_type: str
+    macs: int
+    requested: str
+    consumed: str
+    kernel: str
+    cause: str
+
+    @property
+    def missed(self) -> bool:
+        """Asked for a low-precision product and ran in another type (weight-only asks for none)."""
+        return bool(self.requested) and not self.requested.startswith("weight-only") and self.consumed != self.requested
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Audit:
+    """The nodes of one model and the totals of one engine. `bytes_moved` is None with dynamic shapes."""
+
+    nodes: tuple[NodeAudit, ...]
+    kernels: int
+    bytes_moved: int | None
+    weight_bytes: int
+    activation_bytes: int
+    engine_bytes: int
+    targets: tuple[str, ...]
+    backend: str
+    version: str
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one inference."""
+        return sum(n.macs for n in self.nodes)
+
+    def share(self, *dtypes: str) -> float:
+        """Fraction of all multiply-adds whose kernel consumes one of these types; 0 for a model without any."""
+        return sum(n.macs for n in self.nodes if n.consumed in dtypes) / max(self.macs, 1)
+
+    @property
+    def int8_share(self) -> float:
+        """Fraction of all multiply-adds that run in INT8."""
+        return self.share("int8")
+
+    @property
+    def low_precision_share(self) -> float:
+        """Fraction of all multiply-adds that run in INT8, FP8, INT4 or FP4."""
+        return self.share(*LOW)
+
+    @property
+    def missed(self) -> tuple[NodeAudit, ...]:
+        """Nodes that asked for low precision and did not get it, each with a likely cause."""
+        return tuple(n for n in self.nodes if n.missed)
+
+    @property
+    def suspect(self) -> tuple[NodeAudit, ...]:
+        """Nodes that run as asked, in a form the compiler is known to get wrong."""
+        return tuple(n for n in self.nodes if n.cause and not n.missed)
+
+    def to_json(self) -> str:
+        """JSON text with the totals, every node, and the names of the missed ones."""
+        totals = {k: getattr(self, k) for k in ("macs", "int8_share", "low_precision_share")}
+        rows = asdict(self)
+        names = {"missed": [n.node for n in self.missed], "suspect": [n.node for n in self.suspect]}
+        return json.dumps({"format": "audit", "format_version": 1, **totals, **names, **rows}, indent=1) + "\n"
+
+
+def audit(
+    model: Path | str | onnx.ModelProto, table: LayerTable, *, shapes: Mapping[str, ShapeRange] | None = None
+) -> Audit:
+    """Compares what the Q/DQ nodes of a model ask for with what its engine does.
+
+    Args:
+        model: the model the engine was built from; external data is not needed.
+        table: the engine's layers.
+        shapes: the range of each dynamic input; multiply-adds are counted at `opt`,
+            and 1 stands for any other dimension.
+
+    Returns:
+        One row per Conv, ConvTranspose, Gemm, MatMul and two-operand Einsum that depends on an input.
+
+    Raises:
+        BuildError: the file is not ONNX.
+    """
+    rows = []
+    for graph, node in Graph.read(load_graph(model), {k: v.opt for k, v in (shapes or {}).items()}).products():
+        operands = [graph.operand(name) for name in node.input[:2]]
+        asked = requested(operands)
+        if asked.startswith("activation-only") and graph.shared(operands):
+            asked = ""  # the tensor is quantized for another consumer: nothing was asked here
+        name = node.name or f"node_of_{node.output[0]}"  # what the parser calls a node without a name
+        kernel = compute_kernel(table.layers, name)
+        consumed = consumed_dtype(kernel) if kernel else "unknown"
+        row = NodeAudit(
+            node=name,
+            op_type=node.op_type,
+            macs=graph.macs(node),
+            requested=asked,
+            consumed=consumed,
+            kernel=kernel.name if kernel else "",
+            cause="",
+        )
+        rows.append(replace(row, cause=_cause(row, node, operands, graph, table)))
+    return Audit(
+        nodes=tuple(rows),
+        kernels=table.kernels,
+        bytes_moved=table.bytes_moved,
+        weight_bytes=table.weight_bytes,
+        activation_bytes=table.activation_bytes,
+        engine_bytes=table.engine_bytes,
+        targets=table.targets,
+        backend=table.backend,
+        version=table.version,
+    )
+
+
+def requested(operands: Sequence[Operand]) -> str:
+    """The type that the Q/DQ nodes before a product ask for.
+
+    Args:
+        operands: the two factors.
+
+    Returns:
+        '' for float, the wider of two types, or 'weight-only <type>' / 'activation-only <type>' where one is float.
+    """
+    types = [o.dtype for o in operands if o.dtype]
+    if len(types) == len(operands):
+        return max(types, key=lambda t: BITS[t])
+    for o in operands:
+        if o.dtype:
+            return f"{'weight' if o.constant else 'activation'}-only {o.dtype}"
+    return ""
+
+
+def compute_kernel(layers: Sequence[Layer], node: str) -> Layer | None:
+    """The kernel that multiplies for a node, among the several that name it.
+
+    | kernel | rank |
+    |---|---|
+    | correlation, deconv, gemm, Cask convolution or gemm | 0 |
+    | runtime_fusion, fused attention (`_gemm_mha_v2`): a product inside a fusion | 1 |
+    | kgen with a product in its name (a matrix with one row is `Mul..Sum`) | 2 |
+    | any other: padding, scaling or requantizing before or after the product | 3, and the one that reads most |
+
+    Source: layer dumps of tensorrt_rtx 1.7.1 (the first two ranks never name a node that they do not compute).
+    """
+
+    def rank(layer: Layer) -> int:
+        kind = layer.kind.lower()
+        if re.search(r"correlation|conv|gemm|matrix", kind):
+            return 0
+        if "fusion" in kind or "gemm" in layer.name.lower() or "myelin" in kind:
+            return 1
+        return 2 if re.search(r"Mul\w*Sum|Fc|Gemm|Corr|Deco", layer.name) else 3
+
+    named = [la for la in layers if node in la.onnx_nodes]
+    if not any(rank(la) < 2 for la in named):  # metadata is missing on some kernels, the name is not
+        named += [la for la in layers if not la.onnx_nodes and rank(la) < 2 and _in_name(node, la.name)]
+    return min(named, key=lambda la: (rank(la), -_elements(la)), default=None)
+
+
+def _in_name(node: str, kernel: str) -> bool:
+    """Whether a kernel's name ('/wk/MatMul+/wq/MatMul_myl0_1') lists a node."""
+    return re.sub(r"_myl\d+_\d+$", "", kernel) == node or node in re.split(
+        r" ?\+ ?", re.sub(r"_myl\d+_\d+$", "", kernel)
+    )
+
+
+def _elements(layer: Layer) -> int:
+    """Elements read, with 1 for a dimension that only the run decides."""
+    return sum(math.prod(max(d, 1) for d in t.shape) for t in (*layer.inputs, *layer.constants))
+
+
+def consumed_dtype(kernel: Layer) -> str:
+    """The type in which a kernel multiplies.
+
+    It is the first input's type where a second operand (input or constant) has it too; otherwise, and where a fusion
+    casts before it multiplies ('CastMul..Fc'), the widest floating type in reach.
+    """
+    first, *others = (*kernel.inputs, *kernel.constants)
+    product = re.search(r"Fc|Corr|Deco|Gemm|Sum", kernel.name)
+    casts = product is not None and "Cast" in kernel.name[: product.start()]
+    if not casts and (not others or any(t.dtype == first.dtype for t in others)):
+        return first.dtype
+    floats = [t.dtype for t in (*kernel.outputs, first, *others) if t.dtype not in LOW and "float" in t.dtype]
+    return floats[0] if casts and floats else max([first.dtype, *floats], key=lambda t: BITS[t])
+
+
+def _cause(row: NodeAudit, node: onnx.NodeProto, operands: Sequence[Operand], graph: Graph, table: LayerTable) -> str:
+    """Why a node was missed, the most specific reason first; or why its result is suspect; or ''."""
+    weights = [o for o in operands if o.constant and o.dtype]
+    data = [o for o in operands if not o.constant and o.dtype]
+    if not row.missed:
+        if row.consumed in LOW and any(o.blocked for o in weights) and row.consumed != "fp4":
+            return "block scales on a low-precision product: the sum over blocks cannot be rescaled afterwards"
+        if row.consumed in LOW and any(o.unsigned for o in operands):
+            return "unsigned codes are read as int8, so the range is halved: use INT8 codes with zero point 0"
+        return ""
+    if row.consumed == "unknown":
+        return "no kernel names this node: it was folded away or fused under another name"
+    if node.op_type == "ConvTranspose":
+        return "a transposed convolution never runs in low precision here: write it as a convolution, or leave it float"
+    if row.requested.startswith("activation-only"):
+        return "only one operand is quantized: the other is float"
+    if any(o.dynamic for o in operands):
+        return "a scale is computed at run time: scales must be initializers"
+    if any(o.per_axis for o in data):
+        return "the activation has per-channel scales: activations need one scale"
+    if any(o.blocked for o in weights):
+        return f"block scales on a {node.op_type}: only weight-only MatMul and Gemm can use them"
+    if any(o.per_axis and o.axis is not None and o.axis != graph.output_axis(node) for o in weights):
+        axis = next(o.axis for o in weights if o.per_axis)
+        needed = graph.output_axis(node)
+        return f"the weight is quantized along axis {axis}; {node.op_type} needs axis {needed}, its output channels"
+    if len({o.dtype for o in operands}) > 1:
+        return "the operands have different types: " + " and ".join(o.dtype for o in operands)
+    if "sm75" in table.targets and node.op_type == "Conv":
+        return "sm75 has no low-precision convolution, and one plan serves all targets: build for sm75 apart"
+    return "unknown: see the kernel in the layer table"

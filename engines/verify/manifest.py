@@ -1,0 +1,144 @@
+"""What an engine was made from: hashes, versions, options and targets, so that a result can be reproduced.
+
+Files and samples -> sha256 -> `Manifest` -> JSON beside the engine.
+Must not hold a path of the machine or any sample data: only hashes of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx.external_data_helper import uses_external_data
+
+from engines.core.errors import EngineError
+from engines.core.load import load_graph
+
+PACKAGES = (
+    "qdq",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "polygraphy",
+    "tensorrt-rtx-cu13",
+    "tensorrt-cu13",
+)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that shape a result; reads metadata, imports nothing."""
+    from importlib import metadata  # takes 20 ms
+
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Hashes are hexadecimal sha256; None where the job had no such thing."""
+
+    model: str
+    output: str
+    samples: str | None = None
+    plan: str | None = None
+    table: str | None = None
+    engine: str | None = None
+    targets: tuple[str, ...] = ()
+    options: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=package_versions)
+
+    def to_json(self) -> str:
+        """JSON text with sorted keys: the same manifest gives the same bytes."""
+        return json.dumps({"format": "manifest", "format_version": 1, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """The manifest that `to_json` wrote.
+
+        Raises:
+            EngineError: not such a file, or another format version.
+        """
+        try:
+            data: dict[str, Any] = json.loads(text)
+            if data.pop("format") != "manifest" or data.pop("format_version") != 1:
+                raise KeyError("format_version")
+            return cls(targets=tuple(data.pop("targets")), **data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EngineError(f"Not a manifest of format version 1 ({error!r}).") from error
+
+
+def sha256_file(path: Path | str) -> str:
+    """The sha256 of a file, read in pieces.
+
+    Raises:
+        EngineError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise EngineError(f"Cannot read {path}: {error.strerror}.") from error
+
+
+def _external_files(graph: onnx.GraphProto) -> set[str]:
+    """Locations of external data in a graph and in the graphs inside it."""
+    tensors = [*graph.initializer]
+    found: set[str] = set()
+    for node in graph.node:
+        for attribute in node.attribute:
+            tensors += [attribute.t, *attribute.tensors]
+            for inner in (attribute.g, *attribute.graphs):
+                found |= _external_files(inner) if inner.node else set()
+    for tensor in tensors:
+        if uses_external_data(tensor):
+            found |= {entry.value for entry in tensor.external_data if entry.key == "location"}
+    return found
+
+
+def sha256_model(path: Path | str) -> str:
+    """The sha256 of an ONNX file and its external data.
+
+    Without external data it equals `sha256_file`. With it: the sha256 of the lines '<sha256> <location>' of the
+    model file (location empty) and of each data file, sorted by location. A copy elsewhere has the same hash.
+
+    Raises:
+        EngineError: a file cannot be read, or a data file lies outside the model's folder.
+    """
+    path = Path(path)
+    lines = [f"{sha256_file(path)} "]
+    folder = path.resolve().parent
+    for location in sorted(_external_files(load_graph(path).graph)):
+        if not (folder / location).resolve().is_relative_to(folder):
+            raise EngineError(f"External data {location!r} of {path} lies outside the model's folder: move it inside.")
+        lines.append(f"{sha256_file(folder / location)} {location}")
+    if len(lines) == 1:
+        return lines[0].strip()
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def sha256_samples(samples: Iterable[Mapping[str, np.ndarray]]) -> str:
+    """The sha256 of samples in their order: names, types, shapes and values.
+
+    Args:
+        samples: {input name: array}; consumed one at a time.
+    """
+    digest = hashlib.sha256()
+    for sample in samples:
+        for name in sorted(sample):
+            array = np.asarray(sample[name])
+            digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+            digest.update(array.tobytes())
+        digest.update(b"\1")
+    return digest.hexdigest()

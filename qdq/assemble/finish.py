@@ -1,0 +1,47 @@
+"""The last passes over a Q/DQ model before it is compiled: the float type of the rest, and the plan's rewrites.
+
+Q/DQ model -> `precision.convert` -> the rewrites of the quantized stage that the plan names -> the model to build.
+It must not decide anything: `tune` did.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from qdq.assemble.precision.convert import convert
+from qdq.measure.table import CalibrationTable
+from qdq.model.model import Model
+from qdq.passes.rewrites import rewritten
+from qdq.plan.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The model to build, and what was done to it, one sentence each."""
+
+    model: Model
+    notes: tuple[str, ...]
+
+
+def rest_of(plan: Plan, asked: str) -> str:
+    """The float type of what a plan leaves unquantized: 'fp16', 'bf16' or 'fp32'; `asked` may be 'auto'."""
+    return asked if asked != "auto" else plan.rest or "fp16"
+
+
+def finish(model: Model, plan: Plan, *, rest: str, table: CalibrationTable | None) -> Finished:
+    """Give everything unquantized its float type, and do what the plan says is to be done to the Q/DQ model.
+
+    Args:
+        model: with Q/DQ, all float tensors float32.
+        plan: that it was quantized by.
+        rest: 'fp16', 'bf16', 'fp32', or 'auto' for the plan's.
+        table: calibrated ranges; tensors that could overflow stay FP32.
+    """
+    converted = convert(model, rest=rest_of(plan, rest), table=table)
+    notes = []
+    if converted.kept:
+        rules = Counter(skip.rule for skip in converted.kept)
+        why = ", ".join(f"{count} by rule {rule!r}" for rule, count in sorted(rules.items()))
+        notes.append(f"{len(converted.kept)} nodes stay FP32: {why}")
+    return Finished(model=rewritten(converted.model, plan.rewrites, stage="quantized"), notes=tuple(notes))

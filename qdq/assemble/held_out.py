@@ -1,0 +1,164 @@
+"""How well quantized models do on some of the calibration samples.
+
+samples -> ranked by hash -> those to fit on and those to judge by -> SQNR of the candidates, each sample run once in
+float for all of them. Which samples are taken depends on the samples alone, not on their order. Only calibration
+samples are seen here, never those that a report is made on. This module must not change a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qdq.core.resources import cores
+from qdq.measure.inference.samples import Sample, counted, overlapped, sample_sha256
+from qdq.measure.inference.session import Tap
+from qdq.model.model import Model
+
+MOST_FIT = 8  # samples that corrections are fitted on, at most
+AT_ONCE = 2  # candidates compared in one go: each session keeps the memory of its activations
+MOST_HELD = 32  # samples that candidates are compared on, at most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """Some of the samples, by index: `fit` to make something from, by hash, and `held` to judge it by.
+
+    `split` gives two that have none in common, unless there is one sample only.
+    """
+
+    samples: Iterable[Sample]
+    fit: tuple[int, ...]
+    held: frozenset[int]
+
+    def fitting(self) -> Iterator[Sample]:
+        """Read the samples to fit."""
+        return (sample for index, sample in enumerate(self.samples) if index in self.fit)
+
+    def holding(self) -> Iterator[Sample]:
+        """Read the samples to judge by."""
+        return (sample for index, sample in enumerate(self.samples) if index in self.held)
+
+
+def ranked(samples: Iterable[Sample]) -> tuple[int, ...]:
+    """The samples' indices, smallest hash first: the first of them are a choice that does not depend on their order.
+
+    Args:
+        samples: read once.
+
+    Raises:
+        InputError: there are none.
+    """
+    return tuple(index for _, index in sorted((sample_sha256(sample), index) for index, sample in counted(samples)))
+
+
+def split(samples: Iterable[Sample]) -> Split:
+    """Hold out a quarter of the samples, those with the smallest hashes.
+
+    Args:
+        samples: re-iterable.
+
+    Raises:
+        InputError: there are none.
+    """
+    order = ranked(samples)
+    count = min(MOST_HELD, -(-len(order) // 4))
+    held, fit = order[:count], order[count : count + MOST_FIT]
+    return Split(samples=samples, fit=fit or held, held=frozenset(held))
+
+
+class Judge:
+    """Compares models with the float model on some samples; the float outputs are computed anew at each call."""
+
+    def __init__(self, model: Model, held: Split) -> None:
+        """Open the float model.
+
+        Args:
+            model: the prepared float model.
+            held: the samples.
+        """
+        self._outputs = [o.name for o in model.outputs if not model.is_constant(o.name)]
+        self._float, self._held = Tap(model, self._outputs, threads=1), held
+
+    def sqnr_db(self, candidate: Model) -> float:
+        """Signal to quantization noise ratio over all outputs and samples; see `sqnrs_db`."""
+        return self.sqnrs_db([candidate])[0]
+
+    def sqnrs_db(self, candidates: Sequence[Model]) -> list[float]:
+        """Signal to quantization noise ratio of each model, over all outputs and samples.
+
+        10 log10(sum y^2 / sum (y - candidate's y)^2); infinite if they are equal, -infinite if the candidate's are not
+        finite.
+        """
+        signals, noises = self.energies(candidates)
+        return [decibels(signals, each) for each in noises]
+
+    def energies(self, candidates: Sequence[Model]) -> tuple[list[float], list[list[float]]]:
+        """Of each sample the energy of the float outputs; of each model that of its error, sample by sample.
+
+        Infinite where a candidate's outputs are not finite. The samples are in the order in which they are read.
+        """
+        if len(candidates) > AT_ONCE:
+            signals, some = self.energies(candidates[:AT_ONCE])
+            return signals, some + self.energies(candidates[AT_ONCE:])[1]
+        taps = [Tap(candidate, self._outputs, threads=1) for candidate in candidates]
+
+        def compare(sample: Sample) -> list[float]:
+            expected = self._float(sample)
+            both = [energies(expected, tap(sample)) for tap in taps]
+            return [both[0][0], *(noise for _, noise in both)]
+
+        each = list(overlapped(compare, self._held.holding(), cores()))
+        found, *noises = ([*values] for values in zip(*each, strict=True))
+        return found, noises
+
+
+def energies(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> tuple[float, float]:
+    """Of one sample: sum y^2 and sum (y - found)^2 over all outputs y, in float64; infinite if not finite."""
+    signals, noises = [], []
+    for name, output in expected.items():
+        y = output.astype(np.float64)
+        signals.append(float(np.sum(y**2)))
+        noises.append(float(np.sum((y - found[name]) ** 2)))
+    return _sum(signals), _sum(noises)
+
+
+def decibels(signals: Sequence[float], noises: Sequence[float]) -> float:
+    """10 log10 of the ratio of the sums; infinite without noise, -infinite where a noise is not finite."""
+    return _decibels(_sum(signals), _sum(noises))
+
+
+def clearly_less(after: Sequence[float], before: Sequence[float], *, least_db: float, certainty: float) -> bool:
+    """Whether the sum of some noises is less than that of others by more than chance.
+
+    Sample by sample the differences are compared: their sum must be over `certainty` of its standard errors, so that a
+    few samples that speak for one candidate do not decide; one sample alone proves nothing.
+
+    Args:
+        after: of each sample the noise of the candidate.
+        before: of each sample the noise of what it would replace.
+        least_db: by which the sum must fall at least.
+        certainty: standard errors over the samples; with 0 the sum alone decides.
+    """
+    if not math.isfinite(_sum(before)):
+        return math.isfinite(_sum(after))
+    if not math.isfinite(_sum(after)) or _sum(after) > _sum(before) * 10 ** (-least_db / 10):
+        return False
+    if not certainty or len(after) < 2:
+        return not certainty
+    gains = np.sort(np.subtract(before, after))  # sorted, so that the samples' order does not touch the last bits
+    return bool(gains.sum() > certainty * gains.std(ddof=1) * math.sqrt(gains.size))
+
+
+def _sum(values: Sequence[float]) -> float:
+    """Their sum whatever their order; infinite if one is not finite."""
+    return math.fsum(values) if all(map(math.isfinite, values)) else math.inf
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if not math.isfinite(noise):
+        return -math.inf
+    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)

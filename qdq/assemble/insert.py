@@ -1,0 +1,400 @@
+"""Write Q/DQ nodes, integer weights and shift corrections into a graph.
+
+Model + Plan + Solution -> Model: each activation point gets QuantizeLinear and DequantizeLinear in front of its
+consumers, each weight becomes codes behind a DequantizeLinear. It must not choose anything.
+
+| case | in front of the operand | behind the node |
+|---|---|---|
+| any, equalized | first Mul by 1 / channel scales, unless carriers hold them (`absorb`) | nothing: the codes of W do |
+| A symmetric | Q, DQ | nothing |
+| B shifted, no padding | Sub c, Q, DQ | bias += c * sum(W) |
+| C shifted, padded Conv | Pad with 0, Sub c, Q, DQ; the Conv's own pads become 0 | bias += c * sum(W) |
+| E Conv, channels per group no multiple of 4 | as C, the Pad adds zero channels, the weight zero codes | as A to C |
+| F as E, with several groups | Reshape to (N, groups, channels, ...) before the Pad and back behind it | as A to C |
+| D shifted, shortcut of an Add | Sub c, Q, DQ, Add c | nothing |
+| G weight-only | nothing | nothing |
+| H blocks that do not divide the reduction axis | first Pad with zeros; the weight has zero codes there | as A to G |
+| I one scale per token | Div by s = max abs over the last axis / 127, Q and DQ of scale 1 | Mul by s, then the bias |
+| J two-level weight (instead of codes and DQ) | DQ of the blocks, Q and DQ of INT8 per channel | as A to I |
+| K NVFP4, weight and data | data: first TRT_FP4DynamicQuantize; DQ of the block scales, DQ of the blocks | nothing |
+
+TensorRT reads zero point 0 only; c = -zero_point * scale makes the same codes as a zero point would, and 0 keeps an
+exact code. On TensorRT-RTX Pad, Sub and Q fuse into the kernel that produced the tensor (measured: the same number of
+kernels, 0 to 3 % more bytes in 2-D and up to 12 % on small 3-D tensors). Case E: its INT8 convolutions read channels in
+fours; left to itself the compiler concatenates a constant of zeros as large as the tensor, stored in the engine (the
+weights of a 5-channel 3-D network grew 320 times; SM89). Case F needs static spatial sizes, else nothing is added.
+Case I runs as three kernels with an integer product in between, and case J stores 4-bit weights that one kernel unpacks
+to INT8 (measured). Blocks are never put in front of an integer product without case J: TensorRT-RTX then multiplies the
+block scales in behind the sum over all blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import NodeProto, helper
+
+from qdq.core.formats import FORMATS
+from qdq.core.qtensor import QParams, QTensor
+from qdq.model.external import release
+from qdq.model.model import Model
+from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, attribute, ints, weight_axis
+from qdq.model.writer import GraphWriter
+from qdq.plan.plan import Plan, Point
+from qdq.solve.equalize.carriers import Operand
+from qdq.solve.solve import Solution
+
+CHANNEL_MULTIPLE = 4
+SUMMED = 1 << 22  # weights whose values are summed at a time
+LEAST_TOKEN_SCALE = 2.0**-14  # FP16's smallest normal number: a smaller scale would lose digits, or be zero
+
+
+def insert(model: Model, plan: Plan, solution: Solution) -> Model:
+    """Make the quantized model.
+
+    Args:
+        model: the prepared float model.
+        plan: its points.
+        solution: parameters of every point.
+
+    Returns:
+        The Q/DQ model; tensor names of the float model stay, new ones are `<tensor>_QuantizeLinear`, `<tensor>_scale`
+        and so on. The same arguments give the same bytes.
+    """
+    writer = _Writer(model, solution)
+    operands = {(name, index): point for point in plan.points for name, index in point.uses}
+    for node in model.graph.node:
+        writer.node(node, operands)
+    params = (*solution.activations.values(), *(w.params for w in solution.weights.values()))
+    opset = max((FORMATS[p.format].minimum_opset for p in params), default=0)
+    return model.replace(writer.finish(opset), keeps=solution.spool)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Border:
+    """What is added around a tensor: zeros before and after each spatial axis, zero channels behind each group."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    channels: int
+    groups: int
+    spatial: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """Zeros behind one axis of the data of a product, which fill up the last block of its weight."""
+
+    axis: int
+    missing: int
+
+
+class _Writer(GraphWriter):
+    """The cases of the table, node after node."""
+
+    def __init__(self, model: Model, solution: Solution) -> None:
+        super().__init__(model, solution.spool)
+        self._solution = solution
+        self._made: dict[tuple[object, ...], str] = {}
+        self._carried: dict[str, list[tuple[str, Operand]]] = {}
+        for tensor, carrier in solution.carriers.items():
+            for operand in carrier.operands:
+                self._carried.setdefault(operand.node, []).append((tensor, operand))
+
+    def node(self, node: NodeProto, operands: dict[tuple[str, int], Point]) -> None:
+        """Append one node of the float model, rewired where the plan says so."""
+        data, weight = operands.get((node.name, 0)), operands.get((node.name, 1))
+        copy = self._carrying(node, weight)
+        if weight is not None and weight.role == "weight" and data is not None:
+            if data.tensor in self._solution.tokens:
+                self._per_token(copy, weight, data.tensor)
+                return
+            params = self._solution.activations[data.tensor]
+            channels = self._missing_channels(node)
+            pads = ints(node, "pads", []) if node.op_type == "Conv" and (params.zero_point or channels) else []
+            border = self._border(node, pads, channels) if node.op_type == "Conv" else self._rows(node, weight)
+            copy.input[0] = self._activation(data.tensor, params, border)
+            copy.input[1] = self._weight(weight, channels)
+            if any(pads):
+                next(a for a in copy.attribute if a.name == "pads").ints[:] = [0] * len(pads)
+            self._nodes.append(copy)
+            if params.zero_point:
+                self._correct(copy, weight, params)
+            return
+        if weight is not None and weight.role == "weight":  # weight-only
+            source = self._divided(node.input[0])
+            copy.input[0] = self._padded(node.input[0], source, self._rows(node, weight))
+            copy.input[1] = self._weight(weight, 0)
+            self._nodes.append(copy)
+            return
+        for index in range(len(node.input)):
+            point = operands.get((node.name, index))
+            if point is not None:
+                copy.input[index] = self._shortcut(point.tensor)
+        self._nodes.append(copy)
+
+    def _carrying(self, node: NodeProto, weight: Point | None) -> NodeProto:
+        """A copy of a node whose constants hold the factors of a tensor made from its output."""
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        for tensor, operand in self._carried.get(node.name, ()):
+            if weight is not None and weight.role == "weight" and operand.index == 1:
+                continue  # its codes hold them
+            values = self._model.array(node.input[operand.index])
+            values = operand.times(values, 1 / self._solution.divisors[tensor].astype(np.float64))
+            write = self._codes if values.ndim > 1 and operand.index == 1 else self._constant
+            copy.input[operand.index] = write(f"{node.input[operand.index]}_divided", values)
+        return copy
+
+    def _missing_channels(self, node: NodeProto) -> int:
+        """Zero channels that bring each group of a Conv's input to a multiple of CHANNEL_MULTIPLE."""
+        if node.op_type != "Conv" or (attribute(node, "group", 1) > 1 and self._spatial(node) is None):
+            return 0
+        return int(-self._shape(node.input[1])[1] % CHANNEL_MULTIPLE)
+
+    def _border(self, node: NodeProto, pads: list[int], channels: int) -> _Border | None:
+        """What is padded in front of a node; None for nothing."""
+        if not any(pads) and not channels:
+            return None
+        rank = len(self._shape(node.input[1])) - 2
+        pads = pads or [0] * 2 * rank
+        groups = attribute(node, "group", 1) if channels else 1
+        spatial = (self._spatial(node) or ()) if groups > 1 else ()
+        return _Border(
+            before=tuple(pads[:rank]), after=tuple(pads[rank:]), channels=channels, groups=groups, spatial=spatial
+        )
+
+    def _rows(self, node: NodeProto, weight: Point) -> _Rows | None:
+        """Case H: what the last block of a product's weight lacks."""
+        params = self._solution.weights[weight.tensor, weight.spec.axis].params
+        if params.block is None or params.length is None or not (missing := -params.length % params.block):
+            return None
+        return _Rows(axis=-2 if attribute(node, "transA", 0) else -1, missing=missing)
+
+    def _per_token(self, node: NodeProto, weight: Point, tensor: str) -> None:
+        """Case I: x W = s (round(x / s) W) for the scale s of each row of x; a Gemm becomes the MatMul that it is."""
+        flip = bool(attribute(node, "transB", 0))
+        rows = self._rows(node, weight)
+        key = (tensor, rows, "token")
+        if key not in self._made:
+            fmt, dtype = FORMATS[self._solution.activations[tensor].format], self._model.dtype(tensor)
+            source = self._divided(tensor)
+            size = self._append("Abs", (source,), f"{tensor}_Abs")
+            axes = self._constant(f"{tensor}_axes", np.array([-1], dtype=np.int64))
+            size = self._append("ReduceMax", (size, axes), f"{tensor}_ReduceMax", keepdims=1)
+            step = self._constant(f"{tensor}_step", np.asarray(1 / fmt.high), dtype)
+            size = self._append("Mul", (size, step), f"{tensor}_token_Mul")
+            least = self._constant(f"{tensor}_least", np.asarray(LEAST_TOKEN_SCALE), dtype)
+            scale = self._append("Max", (size, least), f"{tensor}_token_scale")  # a row of zeros stays zero
+            source = self._append("Div", (source, scale), f"{tensor}_Div")
+            source = self._padded(tensor, source, rows)
+            one, zero = self._scale(tensor, self._solution.activations[tensor])
+            codes = self._append("QuantizeLinear", (source, one, zero), f"{tensor}_QuantizeLinear")
+            self._made[key] = self._append("DequantizeLinear", (codes, one, zero), f"{tensor}_DequantizeLinear")
+            self._made[*key, "scale"] = scale
+        output, bias = node.output[0], node.input[2] if len(node.input) > 2 else ""
+        product = self._name(f"{output}_per_token")
+        inputs = [self._made[key], self._weight(weight, 0, flip=flip)]
+        self._nodes.append(helper.make_node("MatMul", inputs, [product], name=node.name))
+        name = self._name(f"{node.name}_token_Mul")
+        scaled = self._name(f"{output}_scaled") if bias else output
+        self._nodes.append(helper.make_node("Mul", [product, self._made[*key, "scale"]], [scaled], name=name))
+        if bias:
+            name = self._name(f"{node.name}_token_Add")
+            self._nodes.append(helper.make_node("Add", [scaled, bias], [output], name=name))
+
+    def _activation(self, tensor: str, params: QParams, border: _Border | _Rows | None) -> str:
+        """Cases A, B, C, E, F and H: the dequantized tensor, made once per tensor and border."""
+        key = (tensor, border)
+        if key in self._made:
+            return self._made[key]
+        if FORMATS[params.format].scale_format:
+            self._made[key] = self._in_blocks(tensor, params, border)
+            return self._made[key]
+        source = base = self._padded(tensor, self._divided(tensor), border)
+        if params.zero_point:
+            source = self._append("Sub", (source, self._offset(tensor, params)), f"{base}_Sub")
+        scale, zero = self._scale(tensor, params)
+        codes = self._append("QuantizeLinear", (source, scale, zero), f"{base}_QuantizeLinear")
+        self._made[key] = self._append("DequantizeLinear", (codes, scale, zero), f"{base}_DequantizeLinear")
+        return self._made[key]
+
+    def _in_blocks(self, tensor: str, params: QParams, border: _Border | _Rows | None) -> str:
+        """Case K, data: codes and block scales are computed as the engine runs, the scale of these scales is not."""
+        fmt, dtype = FORMATS[params.format], self._model.dtype(tensor)
+        grid = FORMATS[fmt.scale_format]
+        source = self._padded(tensor, self._divided(tensor), border)
+        scale = self._constant(f"{tensor}_tensor_scale", params.scale)  # float32 whatever the data are
+        codes, scales = self._name(f"{tensor}_codes"), self._name(f"{tensor}_block_codes")
+        attributes: dict[str, Any] = {"axis": -1, "block_size": fmt.blocks[0], "scale_type": grid.onnx_type}
+        name = self._name(f"{tensor}_{FP4_QUANTIZE}")
+        made = helper.make_node(FP4_QUANTIZE, [source, scale], [codes, scales], name, domain=TRT_DOMAIN, **attributes)
+        self._nodes.append(made)
+        self._typed += [(codes, fmt.onnx_type, tensor), (scales, grid.onnx_type, tensor)]
+        if dtype != "float32":
+            scale = self._constant(f"{tensor}_{dtype}_scale", params.scale, dtype)
+        real = self._append("DequantizeLinear", (scales, scale), f"{scales}_DequantizeLinear")
+        return self._append(
+            "DequantizeLinear", (codes, real), f"{codes}_DequantizeLinear", axis=-1, block_size=fmt.blocks[0]
+        )
+
+    def _divided(self, tensor: str) -> str:
+        """The tensor with its channels divided, made once; the tensor itself where nothing is to be divided."""
+        divisor = self._solution.divisors.get(tensor)
+        if divisor is None or tensor in self._solution.carriers:
+            return tensor
+        key = (tensor, "divided")
+        if key not in self._made:
+            convolved = any(u.node.op_type == "Conv" and u.index == 0 for u in self._model.consumers(tensor))
+            rank = self._model.rank(tensor) or 2
+            shape = (-1, *(1,) * (rank - 2)) if convolved else (-1,)
+            factor = self._constant(f"{tensor}_factor", (1 / divisor).reshape(shape), self._model.dtype(tensor))
+            self._made[key] = self._append("Mul", (tensor, factor), f"{tensor}_Mul")
+        return self._made[key]
+
+    def _padded(self, tensor: str, source: str, border: _Border | _Rows | None) -> str:
+        """A tensor, or `source` that it became, with zeros around it; itself where there are none."""
+        if border is None:
+            return source
+        if isinstance(border, _Rows):
+            key = (source, border, "padded")  # `_activation` has (tensor, border) for its own
+            if key not in self._made:
+                pads = self._constant(f"{tensor}_pads", np.array([0, border.missing], dtype=np.int64))
+                axes = self._constant(f"{tensor}_pad_axes", np.array([border.axis], dtype=np.int64))
+                self._made[key] = self._append("Pad", (source, pads, "", axes), f"{tensor}_Pad")
+            return self._made[key]
+        front = [0] if border.groups == 1 else [0, 0]
+        amounts = [*front, 0, *border.before, *front, border.channels, *border.after]
+        pads = self._constant(f"{tensor}_pads", np.array(amounts, dtype=np.int64))
+        if border.groups == 1:
+            return self._append("Pad", (source, pads), f"{tensor}_Pad")
+        info = self._model.info(tensor)
+        assert info is not None and info.shape is not None and isinstance(info.shape[1], int)
+        each = info.shape[1] // border.groups
+        apart = np.array([0, border.groups, each, *border.spatial], dtype=np.int64)
+        sizes = [b + s + a for b, s, a in zip(border.before, border.spatial, border.after, strict=True)]
+        joined = np.array([0, border.groups * (each + border.channels), *sizes], dtype=np.int64)
+        source = self._append("Reshape", (source, self._constant(f"{tensor}_groups", apart)), f"{tensor}_Reshape")
+        source = self._append("Pad", (source, pads), f"{tensor}_Pad")
+        return self._append("Reshape", (source, self._constant(f"{tensor}_joined", joined)), f"{source}_Reshape")
+
+    def _shortcut(self, tensor: str) -> str:
+        """Case D: the dequantized tensor with the shift taken back."""
+        params = self._solution.activations[tensor]
+        value = self._activation(tensor, params, None)
+        if not params.zero_point:
+            return value
+        key = (tensor, "unshifted")
+        if key not in self._made:
+            self._made[key] = self._append("Add", (value, self._offset(tensor, params)), f"{tensor}_unshifted")
+        return self._made[key]
+
+    def _scale(self, tensor: str, params: QParams) -> tuple[str, str]:
+        key = (tensor, "scale")
+        if key not in self._made:
+            zero = np.zeros((), dtype=FORMATS[params.format].dtype)
+            self._made[key] = self._constant(f"{tensor}_scale", params.scale, self._model.dtype(tensor))
+            self._made[tensor, "zero"] = self._constant(f"{tensor}_zero_point", zero)
+        return self._made[key], self._made[tensor, "zero"]
+
+    def _offset(self, tensor: str, params: QParams) -> str:
+        key = (tensor, "offset")
+        if key not in self._made:
+            offset = np.asarray(params.offset, dtype=np.float32)
+            self._made[key] = self._constant(f"{tensor}_offset", offset, self._model.dtype(tensor))
+        return self._made[key]
+
+    def _weight(self, point: Point, channels: int, *, flip: bool = False) -> str:
+        """Codes behind a DequantizeLinear, made once per weight, axis and number of added input channels.
+
+        With `flip` a matrix is written transposed.
+        """
+        key = (point.tensor, "weight", point.spec.axis, channels, flip)
+        if key not in self._made:
+            quantized = self._solution.weights[point.tensor, point.spec.axis]
+            params, via = quantized.params, quantized.via
+            values, scales, axis = quantized.codes, params.scale, params.axis or 0
+            if channels:
+                values = np.pad(values, [(0, channels if i == 1 else 0) for i in range(values.ndim)])
+            if flip:
+                values, axis = values.T, 1 - axis
+                scales = scales.T if scales.ndim == values.ndim else scales
+            codes = self._codes(f"{point.tensor}_quantized", np.ascontiguousarray(values))
+            dtype = self._model.dtype(point.tensor)
+            extra = {"block_size": params.block} if params.block else {}
+            inputs = [codes, *self._weight_scale(point.tensor, scales, values.dtype, dtype, params)]
+            made = self._append("DequantizeLinear", inputs, f"{point.tensor}_DequantizeLinear", axis=axis, **extra)
+            if via is not None:
+                assert via.axis is not None
+                axis = 1 - via.axis if flip else via.axis
+                scale = self._constant(f"{point.tensor}_channel_scale", via.scale, dtype)
+                zeros = np.zeros(via.scale.shape, dtype=FORMATS[via.format].dtype)
+                zero = self._constant(f"{point.tensor}_channel_zero_point", zeros)
+                made = self._append("QuantizeLinear", (made, scale, zero), f"{point.tensor}_QuantizeLinear", axis=axis)
+                made = self._append("DequantizeLinear", (made, scale, zero), f"{made}_DequantizeLinear", axis=axis)
+            self._made[key] = made
+        return self._made[key]
+
+    def _weight_scale(
+        self, tensor: str, scale: npt.NDArray[np.float32], codes: np.dtype[np.generic], dtype: str, params: QParams
+    ) -> list[str]:
+        """Scale and zero point of a weight's codes; a blocked format needs no zero point, for its type is that of the
+        codes."""
+        if params.second is not None:
+            grid = FORMATS[FORMATS[params.format].scale_format]
+            stored = (scale / np.float32(params.second)).astype(grid.dtype)
+            second = self._constant(f"{tensor}_tensor_scale", np.asarray(params.second), dtype)
+            inputs = (self._codes(f"{tensor}_block_codes", np.ascontiguousarray(stored)), second)
+            return [self._append("DequantizeLinear", inputs, f"{tensor}_block_scale")]
+        if params.block is None:
+            zeros = np.zeros(scale.shape, dtype=codes)
+            return [self._constant(f"{tensor}_scale", scale, dtype), self._constant(f"{tensor}_zero_point", zeros)]
+        return [self._constant(f"{tensor}_scale", np.ascontiguousarray(scale), dtype)]
+
+    def _correct(self, node: NodeProto, point: Point, params: QParams) -> None:
+        """Add c * sum(W) behind a node whose data operand was shifted by c; into its bias where that is constant."""
+        quantized = self._solution.weights[point.tensor, point.spec.axis]
+        rank = quantized.codes.ndim
+        dtype = self._model.dtype(point.tensor)
+        alpha = next((a.f for a in node.attribute if a.name == "alpha"), 1.0) if node.op_type == "Gemm" else 1.0
+        correction = np.asarray(params.offset * _sums(quantized, weight_axis(node, rank), node.op_type, alpha))
+        bias = node.input[2] if len(node.input) > 2 else ""
+        beta = next((a.f for a in node.attribute if a.name == "beta"), 1.0)
+        if node.op_type != "MatMul" and not bias and beta == 1.0:
+            merged: npt.NDArray[np.float64] | None = correction
+        elif node.op_type != "MatMul" and (old := self._stored(bias)) is not None and beta == 1.0:
+            merged = old + correction if old.ndim <= 1 or old.shape[:-1] == (1,) * (old.ndim - 1) else None
+        else:
+            merged = None
+        if merged is not None:
+            name = self._constant(f"{node.name}_bias", merged, dtype)
+            if len(node.input) > 2:
+                node.input[2] = name
+            else:
+                node.input.append(name)
+            return
+        if node.op_type == "Conv":
+            correction = correction.reshape(-1, *(1,) * (rank - 2))
+        output = node.output[0]
+        node.output[0] = self._name(f"{output}_uncorrected")
+        constant = self._constant(f"{node.name}_correction", np.asarray(correction), dtype)
+        name = self._name(f"{node.name}_correction_Add")
+        self._nodes.append(helper.make_node("Add", [node.output[0], constant], [output], name=name))
+
+
+def _sums(quantized: QTensor, outputs: int, op_type: str, alpha: float) -> npt.NDArray[np.float64]:
+    """Sum of a weight per output channel, float64: some channels at a time, for the values take eight bytes each."""
+    shape = quantized.codes.shape
+    summed = -2 if op_type == "MatMul" else tuple(i for i in range(len(shape)) if i != outputs)
+    step = max(1, SUMMED * shape[outputs] // max(quantized.codes.size, 1))
+    sums = []
+    for start in range(0, shape[outputs], step):
+        values = quantized.part(outputs, slice(start, start + step)).values().astype(np.float64)
+        if op_type == "Gemm":
+            values = values * alpha
+        sums.append(values.sum(axis=summed, keepdims=values.ndim > 2 and summed == -2))
+    release(quantized.codes)
+    return np.concatenate(sums, axis=-1 if op_type == "MatMul" else 0)

@@ -1,0 +1,363 @@
+"""Make the float part of a graph FP16 or BF16, for the strongly typed world in which the file decides every type.
+
+Model -> tensors typed -> `precision_rules.decide`: nodes that stay FP32, each with its reason -> demands: the types in
+which each tensor is read -> nodes and constants written once per demanded type, Casts only where the types meet.
+It must not change codes, scales beyond rounding, node names, or the type of inputs and outputs unless asked.
+
+| tensor | in two types |
+|---|---|
+| constant | stored once per type that is read |
+| DequantizeLinear of a constant scale, Cast of a non-float32 tensor | the node is written once per type |
+| any other | written in the type of its node; one Cast behind it serves all readers of the other type |
+
+Q keeps the type of what it reads, so no Cast comes between a tensor and its quantizer, nor between DQ and its reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+from qdq.assemble.precision.rules import decide, saturated
+from qdq.assemble.precision.shift import compensate
+from qdq.assemble.precision.types import Schema, dequantizes_constant_scale, finfo, fits
+from qdq.core.choices import choose
+from qdq.measure.table import CalibrationTable
+from qdq.model.external import is_external, is_large, release, tensor_bytes
+from qdq.model.model import Model
+from qdq.model.nodes import Names, captured, reads, without_initializers
+from qdq.model.weight_store import Spool
+from qdq.plan.plan import Skip
+
+RESTS: Mapping[str, str] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+BFLOAT16_OPSET = 22  # the first in which Conv, pooling, InstanceNormalization and others take bfloat16 (onnx.defs)
+FLOAT = "float32"
+_DTYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
+_ANY_TYPE = ("Shape", "Size", "Cast")  # read a float in either type with the same result
+_SMALL = 4096  # bytes; shape inference sees larger constants by type and shape only
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Converted:
+    """A model in the new type, and the nodes that compute in FP32 with the rule and the reason of each."""
+
+    model: Model
+    kept: tuple[Skip, ...]
+
+
+def convert(
+    model: Model, *, rest: str = "fp16", keep_io: bool = True, table: CalibrationTable | None = None
+) -> Converted:
+    """Make every float32 tensor FP16 or BF16, except what must stay FP32.
+
+    Args:
+        model: prepared; with or without Q/DQ from `insert`.
+        rest: 'fp16', 'bf16' or 'fp32' (nothing changes).
+        keep_io: inputs and outputs stay float32; else they take the new type too.
+        table: calibrated ranges; a tensor beyond half of FP16's range stays FP32, one within is trusted to fit.
+
+    Returns:
+        The model and its FP32 nodes. BF16 raises the opset to 22, in which Conv has it. Scales of weights that FP16
+        cannot hold are raised to its smallest normal number and the codes of that channel rounded anew.
+
+    Raises:
+        InputError: an unknown `rest`.
+    """
+    low = RESTS[choose(rest, tuple(RESTS), "type for the rest")]
+    if low == FLOAT:
+        return Converted(model=model, kept=())
+    proto = _typed(model, BFLOAT16_OPSET if low == "bfloat16" else 0)
+    typed = model.replace(proto)
+    kept = decide(typed, low, table)
+    typed = compensate(typed, low, kept)
+    writer = _Writer(typed, low, frozenset(kept), keep_io)
+    order = (kept[node.name] for node in typed.graph.node if node.name in kept)
+    return Converted(model=model.replace(writer.write(), keeps=writer.spool), kept=tuple(order))
+
+
+def _typed(model: Model, opset: int) -> ModelProto:
+    """A copy with the type of every tensor inferred, and at least the given opset (only types were added to 22)."""
+    light = without_initializers(model.proto)
+    for entry in light.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            entry.version = max(entry.version, opset)
+    for tensor in model.graph.initializer:
+        if tensor_bytes(tensor) > _SMALL or is_external(tensor):
+            light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            light.graph.initializer.append(tensor)
+    inferred = onnx.shape_inference.infer_shapes(light, data_prop=True)
+    proto = ModelProto()
+    proto.CopyFrom(model.proto)
+    del proto.graph.value_info[:], proto.opset_import[:]
+    proto.graph.value_info.extend(inferred.graph.value_info)
+    proto.opset_import.extend(light.opset_import)
+    return proto
+
+
+class _Writer:
+    """Writes the new graph in two walks: who reads which tensor in which type, then the nodes."""
+
+    def __init__(self, model: Model, low: str, kept: frozenset[str], keep_io: bool) -> None:
+        self._model, self._low, self._kept, self._keep_io = model, low, kept, keep_io
+        self._schema = Schema(model, low)
+        self.spool = Spool() if is_large(model.graph.initializer) else None
+        self._elem = TensorProto.FLOAT16 if low == "float16" else TensorProto.BFLOAT16
+        self._alias = self._find_aliases()
+        self._nodes: list[NodeProto] = []
+        self._constants: dict[str, TensorProto] = {}
+        self._types: dict[str, int] = {}  # of tensors whose type changed or that are new
+        self._shapes: dict[str, str] = {}  # new tensor -> the tensor whose shape it has
+        self._name = Names(model.names()).fresh
+        self._outputs = {o.name for o in model.outputs}
+        self._demands: dict[str, set[str]] = {}
+        self._names: dict[tuple[str, str], str] = {}
+        self._raised: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def write(self) -> ModelProto:
+        """The new graph; its large new tensors lie in `spool`."""
+        self._collect()
+        for info in self._model.inputs:
+            if self._is_float(info.name):
+                self._provide(info.name, FLOAT if self._keep_io else self._low, info.name)
+        for node in self._model.graph.node:
+            self._node(node)
+        return self._finish()
+
+    def _is_float(self, tensor: str) -> bool:
+        info = self._model.info(tensor)
+        return bool(tensor) and info is not None and info.dtype == FLOAT
+
+    def _find_aliases(self) -> dict[str, str]:
+        """Tensors of the low type that a Cast of the model makes from float32: they are the float32 one from now on."""
+        outputs = {o.name for o in self._model.outputs}
+        inner = {name for node in self._model.graph.node for name in captured(node)}
+        found = {}
+        for node in self._model.graph.node:
+            info = self._model.info(node.output[0]) if node.op_type == "Cast" else None
+            same = info is not None and info.dtype == self._low and self._is_float(node.input[0])
+            if same and node.output[0] not in outputs | inner:
+                found[node.output[0]] = node.input[0]
+        return found
+
+    def _wanted(self, node: NodeProto, index: int) -> str:
+        """The type in which a node reads its float operand."""
+        return self._low if node.name not in self._kept and self._schema.lowers(node, index) else FLOAT
+
+    def _made(self, node: NodeProto, index: int) -> str:
+        """The type in which a node makes its float output."""
+        return self._low if node.name not in self._kept and self._schema.lowers(node, index, output=True) else FLOAT
+
+    def _collect(self) -> None:
+        demand = self._demand
+        for node in self._model.graph.node:
+            for index, tensor in enumerate(node.input):
+                if tensor in self._alias:
+                    demand(self._alias[tensor], self._low)
+                elif self._is_float(tensor) and node.op_type not in _ANY_TYPE and not (self._free(node) and index == 1):
+                    demand(tensor, self._wanted(node, index))
+            for tensor in filter(self._is_float, captured(node)):
+                demand(tensor, FLOAT)
+        for tensor in filter(self._is_float, self._outputs):
+            demand(tensor, FLOAT if self._keep_io or self._model.is_constant(tensor) else self._low)
+        for node in self._model.graph.node:
+            if dequantizes_constant_scale(self._model, node) and self._is_float(node.output[0]):
+                for dtype in self._demands.get(node.output[0], set()):
+                    demand(node.input[1], dtype)
+
+    def _demand(self, tensor: str, dtype: str) -> None:
+        self._demands.setdefault(tensor, set()).add(dtype)
+
+    def _free(self, node: NodeProto) -> bool:
+        """Whether a node can be written once per demanded type: DQ with a constant scale, Cast from another type."""
+        if node.op_type == "Cast":
+            return self._is_float(node.output[0]) and not self._is_float(node.input[0])
+        return dequantizes_constant_scale(self._model, node) and self._is_float(node.output[0])
+
+    def _read(self, tensor: str, dtype: str) -> str:
+        """The name of a float tensor in a type; constants are stored when first read."""
+        if (tensor, dtype) not in self._names:
+            self._store(tensor, dtype)
+        return self._names[tensor, dtype]
+
+    def _store(self, tensor: str, dtype: str) -> None:
+        if dtype == FLOAT:
+            self._names[tensor, dtype] = tensor
+            self._constants[tensor] = self._model.initializers[tensor]
+            return
+        values = self._model.array(tensor)
+        name = tensor if FLOAT not in self._demands[tensor] else self._name(f"{tensor}_{dtype}")
+        self._names[tensor, dtype] = name
+        limit = saturated(self._model, tensor, dtype)
+        if limit is not None:
+            values = np.where(np.isinf(values), values, np.clip(values, -limit, limit))
+        self._constants[name] = self._tensor(name, values)
+        release(values)
+
+    def _tensor(self, name: str, values: np.ndarray) -> TensorProto:
+        dtype = helper.tensor_dtype_to_np_dtype(self._elem)
+        with np.errstate(over="ignore"):  # beyond the range only where no node computes with it
+            typed = np.asarray(values).astype(dtype)
+        if self.spool is None:
+            return numpy_helper.from_array(typed, name)
+        return self.spool.tensor(name, typed)
+
+    def _provide(self, tensor: str, dtype: str, name: str) -> None:
+        """Note that `name` holds a float tensor in a type, and cast it for readers of the other type."""
+        self._names[tensor, dtype] = name
+        self._note(name, dtype, tensor)
+        for other in sorted(self._demands.get(tensor, set()) - {dtype}):
+            fixed = tensor in self._outputs and name != tensor
+            cast = tensor if fixed or (other == FLOAT and name != tensor) else self._name(f"{tensor}_Cast")
+            self._names[tensor, other] = cast
+            self._note(cast, other, tensor)
+            label = cast if cast != tensor else self._name(f"{tensor}_Cast")
+            self._nodes.append(helper.make_node("Cast", [name], [cast], name=label, to=self._code(other)))
+
+    def _note(self, name: str, dtype: str, like: str) -> None:
+        self._types[name] = self._code(dtype)
+        self._shapes[name] = like
+
+    def _code(self, dtype: str) -> int:
+        return TensorProto.FLOAT if dtype == FLOAT else self._elem
+
+    def _node(self, node: NodeProto) -> None:
+        """Write one node: once, once per demanded type, or not at all where it became a Cast to the same type."""
+        if node.output[0] in self._alias:
+            return
+        if not any(self._is_float(t) or t in self._alias for t in (*node.input, *node.output)):
+            self._nodes.append(node)
+        elif self._free(node):
+            for dtype in sorted(self._demands.get(node.output[0], set()), reverse=True):  # float32 before float16
+                self._free_node(node, dtype)
+        else:
+            self._plain_node(node)
+
+    def _free_node(self, node: NodeProto, dtype: str) -> None:
+        tensor = node.output[0]
+        info = self._model.info(node.input[0])
+        if node.op_type == "Cast" and info is not None and info.dtype == dtype and tensor not in self._outputs:
+            source = node.input[0]
+            self._names[tensor, dtype] = self._read(self._alias[source], dtype) if source in self._alias else source
+            return
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        alone = len(self._demands[tensor]) == 1
+        main = alone or dtype == (FLOAT if self._keep_io or tensor not in self._outputs else self._low)
+        copy.output[0] = tensor if main else self._name(f"{tensor}_{dtype}")
+        copy.name = node.name if main else self._name(f"{node.name}_{dtype}")
+        if node.op_type == "Cast" or any(a.name == "output_dtype" for a in node.attribute):
+            _retype(copy, self._code(dtype))
+        if node.op_type == "DequantizeLinear":
+            self._scale(copy, dtype)
+        self._nodes.append(copy)
+        self._names[tensor, dtype] = copy.output[0]
+        self._note(copy.output[0], dtype, tensor)
+
+    def _scale(self, node: NodeProto, dtype: str) -> None:
+        """Give a DequantizeLinear its scale in a type, and weight codes that fit a raised scale."""
+        codes, scale = node.input[0], node.input[1]
+        if dtype != FLOAT and self._model.is_constant(codes) and not fits(self._model.array(scale), self._low):
+            node.input[0], node.input[1] = self._rescaled(node)
+        else:
+            node.input[1] = self._read(scale, dtype)
+
+    def _rescaled(self, node: NodeProto) -> tuple[str, str]:
+        """Codes and scale of a weight some of whose scales vanish: these become the smallest normal number."""
+        key = (node.input[0], node.input[1])
+        if key in self._raised:
+            return self._raised[key]
+        scale, codes = self._model.array(node.input[1]).astype(np.float64), self._model.array(node.input[0])
+        lost = ~np.array([fits(np.asarray(s), self._low) for s in scale.ravel()]).reshape(scale.shape)
+        raised = np.where(lost, np.maximum(scale, float(finfo(self._low).smallest_normal)), scale)
+        ratio = scale / raised
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1) % max(codes.ndim, 1)
+        if scale.ndim == 1:
+            ratio = ratio.reshape([-1 if i == axis else 1 for i in range(codes.ndim)])
+        elif scale.ndim == codes.ndim > 0:  # blocks
+            ratio = np.repeat(ratio, codes.shape[axis] // scale.shape[axis], axis=axis)
+        names = self._name(f"{node.input[0]}_{self._low}"), self._name(f"{node.input[1]}_{self._low}")
+        scaled = codes.astype(np.float64) * ratio
+        kind = TensorProto.DataType.Name(self._model.initializers[node.input[0]].data_type)
+        rounded = (np.rint(scaled) if kind.startswith(("INT", "UINT")) else scaled).astype(codes.dtype)
+        self._constants[names[0]] = numpy_helper.from_array(rounded, names[0])
+        self._constants[names[1]] = self._tensor(names[1], raised)
+        self._raised[key] = names
+        return names
+
+    def _plain_node(self, node: NodeProto) -> None:
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        for index, tensor in enumerate(node.input):
+            if tensor in self._alias:
+                copy.input[index] = self._read(self._alias[tensor], self._low)
+            elif self._is_float(tensor):
+                dtype = self._wanted(node, index)
+                if node.op_type in _ANY_TYPE:
+                    dtype = next((d for d in (self._low, FLOAT) if (tensor, d) in self._names), FLOAT)
+                copy.input[index] = self._read(tensor, dtype)
+        made = [(i, t) for i, t in enumerate(node.output) if self._is_float(t)]
+        if any(self._made(node, i) == self._low for i, _ in made):
+            _retype(copy, self._elem)
+            self._fill_value(copy)
+        self._nodes.append(copy)
+        for index, tensor in made:
+            dtype = self._made(node, index)
+            fixed = FLOAT if self._keep_io else self._low
+            reserved = tensor in self._outputs and dtype != fixed
+            inner = FLOAT in self._demands.get(tensor, set()) and dtype == self._low and self._is_captured(tensor)
+            if reserved or inner:
+                copy.output[index] = self._name(f"{tensor}_{dtype}")
+            self._provide(tensor, dtype, copy.output[index])
+
+    def _is_captured(self, tensor: str) -> bool:
+        return any(use.index < 0 for use in self._model.consumers(tensor))
+
+    def _fill_value(self, node: NodeProto) -> None:
+        """The value of ConstantOfShape in the new type."""
+        for entry in node.attribute:
+            if node.op_type == "ConstantOfShape" and entry.name == "value" and entry.t.data_type == TensorProto.FLOAT:
+                entry.t.CopyFrom(self._tensor(entry.t.name, numpy_helper.to_array(entry.t)))
+
+    def _finish(self) -> ModelProto:
+        proto = without_initializers(self._model.proto)
+        graph = proto.graph
+        del graph.node[:], graph.value_info[:]
+        graph.node.extend(self._nodes)
+        read = {name for n in self._nodes for name in reads(n)} | self._outputs
+        floats = {name for name in self._model.initializers if self._is_float(name)}
+        for name in floats & read - set(self._constants):  # captured, or read by a node that allows float32 only
+            self._constants[name] = self._model.initializers[name]
+        for tensor in self._model.graph.initializer:
+            if tensor.name in read and tensor.name not in floats:
+                graph.initializer.append(tensor)
+        graph.initializer.extend(self._constants[name] for name in sorted(self._constants) if name in read)
+        for value in (*graph.input, *graph.output):
+            self._change(value)
+        ends = {v.name for v in (*graph.input, *graph.output)}
+        old = {v.name: v for v in (*self._model.graph.value_info, *self._model.graph.output, *self._model.graph.input)}
+        for name in dict.fromkeys(t for n in self._nodes for t in n.output if t and t not in ends):
+            source = old.get(self._shapes.get(name, name))
+            if source is not None:
+                graph.value_info.append(source)
+                graph.value_info[-1].name = name
+                self._change(graph.value_info[-1])
+        return proto
+
+    def _change(self, value: ValueInfoProto) -> None:
+        if value.name in self._types:
+            value.type.tensor_type.elem_type = self._types[value.name]
+
+
+def _retype(node: NodeProto, elem: int) -> None:
+    """Write another type where a node names the type of its float output."""
+    for entry in node.attribute:
+        if entry.name in _DTYPE_ATTRIBUTES and entry.i == TensorProto.FLOAT:
+            entry.i = elem
+    absent = {"RandomNormal", "RandomUniform"} if not any(a.name == "dtype" for a in node.attribute) else set()
+    if node.op_type in absent:
+        node.attribute.append(helper.make_attribute("dtype", elem))

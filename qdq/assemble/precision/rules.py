@@ -1,0 +1,385 @@
+"""Which nodes must compute in FP32 when the rest of a graph becomes FP16 or BF16, and why.
+
+typed Model (+ CalibrationTable) -> walk in the order of the nodes, three kinds of tensors -> node -> Skip.
+This module must not change a graph.
+
+| kind of tensor | what may happen to it |
+|---|---|
+| ordinary | it is stored in the low type |
+| wide | it may overflow or lose what matters (squares, sums, exponentials, positions): its readers compute in FP32 |
+| statistic | one value for many (mean, deviation): the step that applies it computes in FP32, its result is ordinary |
+
+A measured range beats the rules. A product (Conv, Gemm, MatMul) makes ordinary values again, unless what it reads was
+measured to be wide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Set
+from functools import cached_property
+
+import numpy as np
+from onnx import NodeProto
+
+from qdq.assemble.precision.types import Schema, dequantizes_constant_scale, finfo, fits, has_body
+from qdq.measure.table import CalibrationTable
+from qdq.model.model import Model, TensorInfo
+from qdq.model.nodes import captured
+from qdq.plan.plan import Skip
+
+LIMIT = 2.0**15  # half of what float16 holds: samples are not all that the network will see
+TINY = 2.0**-10  # a float16 tensor whose largest value is below has less than bfloat16's 8 bits at 2^-17 and below
+ORDINARY, WIDE, STATISTIC = "ordinary", "wide", "statistic"
+
+PRODUCTS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "DeformConv"))
+_OPERATORS = {
+    "norms": """
+        BatchNormalization InstanceNormalization LayerNormalization GroupNormalization RMSNormalization LpNormalization
+        MeanVarianceNormalization LRN
+    """,
+    "moves": """
+        Reshape Transpose Flatten Squeeze Unsqueeze Slice Split Concat Pad Expand Tile Identity Gather GatherElements
+        GatherND DepthToSpace SpaceToDepth ReverseSequence Compress Trilu MaxPool GlobalMaxPool ReduceMax ReduceMin Max
+        Min Where Relu Abs Neg Clip ScatterND ScatterElements Dropout
+    """,
+    "pointwise": """
+        Add Sub Mul Div Sqrt Reciprocal Exp Log Pow Erf Tanh Sigmoid HardSigmoid HardSwish LeakyRelu PRelu Elu Selu Celu
+        Gelu Mish Softplus Softsign ThresholdedRelu Floor Ceil Round Sign Mod Sum Mean Sin Cos Tan Atan IsNaN IsInf
+    """,
+    "sums": "ReduceSum ReduceMean ReduceSumSquare ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceProd CumSum",
+    "bounded": "Tanh Sigmoid HardSigmoid Erf Softsign Softmax LogSoftmax Hardmax Sin Cos Atan Sign Log",
+    "exact": "Sin Cos Tan Floor Ceil Round Mod Equal Less LessOrEqual Greater GreaterOrEqual GridSample",
+}
+NORMS, MOVES, POINTWISE, SUMS, _BOUNDED, _EXACT = (frozenset(names.split()) for names in _OPERATORS.values())
+_WHOLE = ("int16", "uint16", "int32", "uint32", "int64", "uint64")
+# Measured: TensorRT-RTX 1.7.1 for SM89 fails with "Could not infer output types for operation: deconv", in 2-D and 3-D.
+_REFUSED = {("bfloat16", "ConvTranspose"): "TensorRT-RTX does not compile it in BF16"}
+
+
+def decide(model: Model, low: str, table: CalibrationTable | None) -> dict[str, Skip]:
+    """The nodes that keep computing in FP32.
+
+    Args:
+        model: prepared, with or without Q/DQ, all tensors typed.
+        low: 'float16' or 'bfloat16'.
+        table: ranges of some of its tensors; None decides by rules alone.
+
+    Returns:
+        Node name -> Skip. Nodes without any float32 operand are not in it.
+    """
+    rules = _Rules(model, low, table)
+    for node in model.graph.node:
+        rules.visit(node)
+    rules.keep_islands()
+    return rules.kept
+
+
+def saturated(model: Model, name: str, low: str) -> float | None:
+    """The magnitude at which a constant's larger values are cut, None where nothing is cut.
+
+    Bounds of Clip, Max and Min end at the largest value of the type. A mask that only Softmax will see (added, or put
+    in by Where) ends at LIMIT, so that adding a score does not overflow; exp of it is 0 as before.
+    """
+    uses = model.consumers(name)
+    if all(u.node.op_type in ("Clip", "Max", "Min") for u in uses):
+        return float(finfo(low).max)
+    if all(u.node.op_type in ("Where", "Add", "Sub", "Mul", *MOVES) and _masks(model, u.node) for u in uses):
+        return LIMIT
+    return None
+
+
+def _masks(model: Model, node: NodeProto) -> bool:
+    """Whether everything that is computed from a node ends in Softmax, through additions and moves."""
+    front, seen = [node], set()
+    while front:
+        node = front.pop()
+        for tensor in node.output:
+            if model.is_output(tensor) or not model.consumers(tensor):
+                return False
+            for use in model.consumers(tensor):
+                if use.node.op_type in ("Softmax", "LogSoftmax") or use.node.name in seen:
+                    continue
+                if use.node.op_type not in ("Add", "Mul", *MOVES):
+                    return False
+                seen.add(use.node.name)
+                front.append(use.node)
+    return True
+
+
+class _Rules:
+    """One walk over the graph: `kind` of each float32 tensor, `kept` nodes."""
+
+    def __init__(self, model: Model, low: str, table: CalibrationTable | None) -> None:
+        self._model, self._low = model, low
+        self._schema = Schema(model, low)
+        self._info = finfo(low)
+        self._table = table.tensors if table is not None else {}
+        self._kind: dict[str, str] = {}
+        self._why: dict[str, str] = {}  # of wide tensors
+        self._measured: set[str] = set()  # wide by measurement
+        self._power: dict[str, tuple[str, int]] = {}  # tensor -> the tensor it is a multiple of a power of
+        self.kept: dict[str, Skip] = {}
+
+    def visit(self, node: NodeProto) -> None:
+        """Decide about one node whose inputs are known."""
+        floats = [t for t in node.input if self._is_float(t)] + [t for t in captured(node) if self._is_float(t)]
+        made = [t for t in node.output if self._is_float(t)]
+        if not floats and not made:
+            return
+        fp32 = self._rule(node, floats, made)
+        if fp32 is not None:
+            self.kept[node.name] = Skip(node=node.name, op_type=node.op_type, rule=fp32[0], reason=fp32[1])
+        for tensor in made:
+            self._classify(node, tensor, floats)
+
+    def keep_islands(self) -> None:
+        """Keep light nodes whose neighbours on all sides compute in FP32: casts there and back would cost more."""
+        light = {
+            n.name
+            for n in self._model.graph.node
+            if n.op_type in MOVES | POINTWISE and n.name not in self.kept and self._touches_float(n)
+        }
+        changed = True
+        while changed:
+            leaves = {name for name in light if not self._surrounded(self._model.node(name), light)}
+            light -= leaves
+            changed = bool(leaves)
+        for name in light:
+            reason = "its neighbours compute in FP32: casts there and back would cost more"
+            self.kept[name] = Skip(node=name, op_type=self._model.node(name).op_type, rule="island", reason=reason)
+
+    def _is_float(self, tensor: str) -> bool:
+        info = self._model.info(tensor)
+        return bool(tensor) and info is not None and info.dtype == "float32"
+
+    def _touches_float(self, node: NodeProto) -> bool:
+        return any(self._is_float(t) for t in (*node.input, *node.output))
+
+    def _constant(self, tensor: str) -> bool:
+        return self._model.is_constant(tensor)
+
+    def _rule(self, node: NodeProto, floats: list[str], made: list[str]) -> tuple[str, str] | None:
+        """The rule that keeps a node, and its reason; None for the low type."""
+        if has_body(node):
+            return "body", "bodies of If, Loop and Scan stay as they are"
+        if self._schema.of(node) is None:
+            return "unknown operator", f"onnx does not know {node.domain or 'ai.onnx'} {node.op_type}"
+        infos = [self._model.info(t) for t in (*node.input, *node.output) if t]
+        if any(info is None or info.dtype.endswith("_type") for info in infos):
+            return "unknown type", "a value at it is no tensor, or its type cannot be inferred"
+        operands = [self._schema.lowers(node, i) for i, t in enumerate(node.input) if self._is_float(t)]
+        operands += [self._schema.lowers(node, i, output=True) for i, t in enumerate(node.output) if self._is_float(t)]
+        if not any(operands):
+            return "schema", f"ONNX defines {node.op_type} for float32 only"
+        if (self._low, node.op_type) in _REFUSED:
+            return "compiler", _REFUSED[self._low, node.op_type]
+        if node.op_type in ("Cast", "DequantizeLinear") and not made:
+            return None
+        if node.name in self._positions:
+            whole = 2 ** (self._info.nmant + 1)
+            return "positions", f"it computes positions, and {self._low} holds all whole numbers only up to {whole}"
+        if node.op_type == "DequantizeLinear" and self._bad_scale(node):
+            return "scale", f"{self._low} cannot hold its scale"
+        wide = [t for t in floats if self._kind.get(t) == WIDE]
+        if wide and node.op_type != "DequantizeLinear":
+            return "wide", f"it reads {wide[0]!r}: {self._why[wide[0]]}"
+        if self._shifts(node):
+            return "shift", f"codes lie around its offset, where {self._low} resolves a small part of a step too little"
+        if node.op_type == "QuantizeLinear" and self._bad_scale(node):
+            return "scale", f"{self._low} cannot hold its scale"
+        for tensor in made:
+            if measured := self._range(tensor):
+                return "range", f"it makes {tensor!r}: {measured}"
+        if node.op_type not in PRODUCTS and any(self._kind.get(t) == STATISTIC for t in floats):
+            return "statistic", "it applies a mean or deviation, a step of a normalization"
+        if node.op_type in SUMS:
+            return "sum", f"it sums many values, and the sum of ordinary values may exceed {self._info.max:.0f}"
+        if node.op_type == "Exp" or (node.op_type == "Pow" and not self._tame_power(node)) or self._degree(node) > 1:
+            known = [self._range(t) for t in made]
+            if not (known and all(k is not None for k in known)):
+                return "power", f"powers and exponentials of ordinary values exceed {self._info.max:.0f}"
+        return self._constant_rule(node)
+
+    def _constant_rule(self, node: NodeProto) -> tuple[str, str] | None:
+        """Keep a node whose constant operand overflows or vanishes in the low type."""
+        for tensor in node.input:
+            if not self._is_float(tensor) or not self._constant(tensor) or node.op_type == "QuantizeLinear":
+                continue
+            values = self._model.array(tensor)
+            largest = max(float(values.max()), -float(values.min())) if values.size else 0.0  # without a copy
+            if not math.isfinite(largest):
+                finite = np.abs(values[np.isfinite(values)])
+                largest = float(finite.max()) if finite.size else 0.0
+            if largest > float(self._info.max) and saturated(self._model, tensor, self._low) is None:
+                return "constant", f"its constant {tensor!r} of {largest:.3g} exceeds {self._info.max}"
+            if 0 < largest < float(self._info.smallest_normal):
+                return "constant", f"its constant {tensor!r} of {largest:.3g} vanishes in {self._low}"
+        return None
+
+    def _range(self, tensor: str) -> str | None:
+        """Why a measured tensor is wide, '' if it is ordinary; None where nothing was measured."""
+        if tensor not in self._table:
+            return None
+        amax = self._table[tensor].amax
+        if self._low == "float16" and amax > LIMIT:
+            return f"it reached {amax:.4g} on the samples, float16 ends at 65504"
+        if self._low == "float16" and 0 < amax < TINY:
+            return f"it stayed below {amax:.2g} on the samples, where float16 has few bits"
+        return ""
+
+    def _classify(self, node: NodeProto, tensor: str, floats: list[str]) -> None:
+        measured = self._range(tensor)
+        data = [t for t in floats if not self._constant(t)]
+        kinds = {self._kind.get(t, ORDINARY) for t in data}
+        skip = self.kept.get(node.name)
+        self._kind[tensor] = ORDINARY
+        self._track_power(node, tensor, data)
+        if dequantizes_constant_scale(self._model, node):
+            reach = 128 * float(np.max(self._model.array(node.input[1])))
+            if self._low == "float16" and reach > LIMIT:
+                self._mark(tensor, f"its codes reach {reach:.4g}, float16 ends at 65504", measured=True)
+            elif skip is not None:
+                self._mark(tensor, skip.reason)
+        elif measured is not None:
+            if measured:
+                self._mark(tensor, measured, measured=self._table[tensor].amax > LIMIT)
+        elif skip is None or skip.rule in ("body", "unknown operator", "unknown type"):
+            if node.op_type in MOVES and kinds == {STATISTIC}:
+                self._kind[tensor] = STATISTIC
+        elif skip.rule == "positions":
+            if node.op_type not in ("Sin", "Cos", "Tan", "GridSample"):
+                self._mark(tensor, "positions need whole numbers")
+        elif node.op_type in ("Sqrt", "Reciprocal") or (node.op_type == "ReduceMean" and WIDE not in kinds):
+            self._kind[tensor] = STATISTIC
+        elif node.op_type == "Div" and self._kind.get(node.input[1]) in (WIDE, STATISTIC):
+            self._kind[tensor] = STATISTIC if self._constant(node.input[0]) else ORDINARY
+        elif node.op_type in _BOUNDED | NORMS:
+            pass
+        elif self._averages(node):
+            self._kind[tensor] = STATISTIC
+        elif node.op_type in SUMS or skip.rule in ("power", "constant"):
+            self._mark(tensor, skip.reason)
+        elif node.op_type in PRODUCTS or WIDE not in kinds:
+            wide = [t for t in data if t in self._measured]
+            if wide:
+                self._mark(tensor, self._why[wide[0]], measured=True)
+            elif kinds == {STATISTIC} and node.op_type not in PRODUCTS:
+                self._kind[tensor] = STATISTIC
+        else:
+            source = next(t for t in data if self._kind.get(t) == WIDE)
+            self._mark(tensor, self._why[source], measured=source in self._measured)
+
+    def _mark(self, tensor: str, why: str, *, measured: bool = False) -> None:
+        """Call a tensor wide."""
+        self._kind[tensor], self._why[tensor] = WIDE, why
+        if measured:
+            self._measured.add(tensor)
+
+    def _bad_scale(self, node: NodeProto) -> bool:
+        """Whether an activation's constant scale is lost in the low type; weights are rescaled instead."""
+        scale = node.input[1]
+        if not self._constant(scale) or (node.op_type == "DequantizeLinear" and self._constant(node.input[0])):
+            return False
+        return not fits(self._model.array(scale), self._low)
+
+    def _tame_power(self, node: NodeProto) -> bool:
+        """Whether Pow has a constant exponent between -1 and 1, like a square root."""
+        return self._constant(node.input[1]) and bool((np.abs(self._model.array(node.input[1])) <= 1).all())
+
+    def _degree(self, node: NodeProto) -> int:
+        """Above 1 where Mul multiplies multiples of powers of one tensor: x * x, x * (0.04 * x)."""
+        if node.op_type != "Mul" or any(self._constant(t) for t in node.input):
+            return 1
+        (left, a), (right, b) = (self._power.get(t, (t, 1)) for t in node.input)
+        return a + b if left == right else 1
+
+    def _shifts(self, node: NodeProto) -> bool:
+        """Whether a node is the Sub of a constant before Q, or that Q: the shift of `insert`."""
+        sub = self._model.producer(node.input[0]) if node.op_type == "QuantizeLinear" else node
+        if sub is None or sub.op_type != "Sub" or not self._constant(sub.input[1]):
+            return False
+        return all(u.node.op_type == "QuantizeLinear" and u.index == 0 for u in self._model.consumers(sub.output[0]))
+
+    def _averages(self, node: NodeProto) -> bool:
+        """Whether a node makes the mean of ordinary values from their ReduceSum: times 1 / n, or divided by n."""
+        if node.op_type not in ("Mul", "Div") or len(node.input) != 2:
+            return False
+        values = [t for t in node.input if not self._constant(t)]
+        producer = self._model.producer(values[0]) if len(values) == 1 else None
+        factors = [self._model.array(t) for t in node.input if self._constant(t)]
+        if producer is None or producer.op_type != "ReduceSum" or len(factors) != 1 or not factors[0].all():
+            return False
+        if self._kind.get(producer.input[0]) == WIDE:
+            return False
+        before, after = (self._model.info(t) for t in (producer.input[0], producer.output[0]))
+        count = _elements(before) / _elements(after)
+        factor = factors[0] if node.op_type == "Mul" else 1 / factors[0]
+        return bool((np.abs(factor) * count <= 1.01).all())
+
+    def _track_power(self, node: NodeProto, tensor: str, data: list[str]) -> None:
+        if node.op_type in ("Mul", "Div", "Neg", "Abs", "Reshape", "Transpose", "Identity") and len(set(data)) == 1:
+            root, degree = self._power.get(data[0], (data[0], 1))
+            self._power[tensor] = (root, degree * (2 if len(data) == 2 else 1))
+        elif self._degree(node) > 1:
+            self._power[tensor] = (self._power.get(node.input[0], (node.input[0], 1))[0], self._degree(node))
+
+    def _surrounded(self, node: NodeProto, light: Set[str]) -> bool:
+        """Whether no float neighbour of a light node computes in the low type, except other light nodes."""
+        for tensor in node.input:
+            producer = self._model.producer(tensor) if self._is_float(tensor) else None
+            if producer is not None and not self._free(producer) and producer.name not in self.kept.keys() | light:
+                return False
+        for tensor in filter(self._is_float, node.output):
+            for use in self._model.consumers(tensor):
+                if use.node.name not in self.kept.keys() | light and use.node.op_type not in ("Shape", "Cast"):
+                    return False
+        return True
+
+    def _free(self, producer: NodeProto) -> bool:
+        """Whether a tensor can be made in either type at no cost: dequantized constants, casts."""
+        return producer.op_type == "Cast" or dequantizes_constant_scale(self._model, producer)
+
+    @cached_property
+    def _positions(self) -> frozenset[str]:
+        """Nodes between a whole number (Cast, Range, CumSum) and where its exact value matters (Sin, Floor, ==)."""
+        sources = {n.name for n in self._model.graph.node if self._makes_whole(n)}
+        ends = {n.name for n in self._model.graph.node if n.op_type in _EXACT or self._ends_whole(n)}
+        return frozenset(self._spread(sources, self._readers) & self._spread(ends, self._makers))
+
+    def _readers(self, node: NodeProto) -> Iterable[NodeProto]:
+        return (u.node for t in node.output for u in self._model.consumers(t) if u.index >= 0)
+
+    def _makers(self, node: NodeProto) -> Iterable[NodeProto]:
+        return filter(None, map(self._model.producer, node.input))
+
+    def _makes_whole(self, node: NodeProto) -> bool:
+        if not any(self._is_float(t) for t in node.output):
+            return False
+        info = self._model.info(node.input[0]) if node.input else None
+        return node.op_type == "Range" or (node.op_type == "Cast" and info is not None and info.dtype in _WHOLE)
+
+    def _ends_whole(self, node: NodeProto) -> bool:
+        info = self._model.info(node.output[0]) if node.op_type == "Cast" else None
+        return info is not None and info.dtype in _WHOLE
+
+    def _spread(self, start: set[str], near: Callable[[NodeProto], Iterable[NodeProto]]) -> set[str]:
+        """Nodes reached from `start` through moves, pointwise operators and outer products."""
+        found, front = set(start), [self._model.node(name) for name in start]
+        while front:
+            for node in near(front.pop()):
+                passes = node.op_type in MOVES | POINTWISE | _EXACT | {"Cast", "Range", "CumSum"} or self._outer(node)
+                if node.name not in found and passes and self._touches_float(node):
+                    found.add(node.name)
+                    front.append(node)
+        return found
+
+    def _outer(self, node: NodeProto) -> bool:
+        """Whether a MatMul multiplies without summing: positions times frequencies."""
+        info = self._model.info(node.input[1]) if node.op_type == "MatMul" else None
+        return info is not None and info.shape is not None and len(info.shape) > 1 and info.shape[-2] == 1
+
+
+def _elements(info: TensorInfo | None) -> float:
+    """Elements of a tensor, 1 for each dynamic dimension: those that are not summed cancel in a ratio."""
+    return float(math.prod(d for d in (info.shape if info and info.shape else ()) if isinstance(d, int)))

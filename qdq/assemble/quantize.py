@@ -1,0 +1,107 @@
+"""From a float model and samples to its Q/DQ model, in the order of the stages: values in, values out.
+
+load_float -> plan -> `Tables`, collect -> solve -> insert -> `Quantized`; `accuracy` is what `tune` measures a plan by.
+Must not write files, compile, or hold the arithmetic of a stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qdq.assemble.bias import corrected
+from qdq.assemble.choose_calibrator import solve_auto
+from qdq.assemble.choose_equalization import resolved
+from qdq.assemble.insert import insert
+from qdq.core.errors import InputError
+from qdq.core.progress import Progress
+from qdq.measure.collect import collect
+from qdq.measure.inference.inputs import as_samples
+from qdq.measure.inference.samples import Sample
+from qdq.measure.inference.session import registered
+from qdq.measure.table import CalibrationTable
+from qdq.model.model import Model
+from qdq.passes.prepare import load_float
+from qdq.passes.rewrites import rewritten
+from qdq.plan import placement
+from qdq.plan.plan import Plan
+from qdq.plan.settings import Settings
+from qdq.solve.solve import Solution, solve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """Every value on the way from a float model to its Q/DQ model."""
+
+    prepared: Model
+    plan: Plan
+    table: CalibrationTable
+    solution: Solution
+    model: Model
+
+
+def quantize(
+    model: Model | Path | str,
+    samples: Iterable[Sample] | None,
+    *,
+    settings: Settings | None = None,
+    plan: Plan | None = None,
+    table: CalibrationTable | None = None,
+    custom_ops: Sequence[str] = (),
+    on_progress: Progress | None = None,
+) -> Quantized:
+    """A float model's Q/DQ model, and every value on the way to it.
+
+    Args:
+        model: a path, or what `load_float` gave.
+        samples: {input name: array} each; read several times. None only with a table; see `Solution.notes` then.
+        settings: how to quantize; None takes those of the plan, or the defaults.
+        plan: in place of a new one; of the settings, only those apply that decide scales and codes.
+        table: in place of a new calibration.
+        custom_ops: libraries of custom operators that ONNX Runtime needs for the model.
+        on_progress: told about every step.
+
+    Raises:
+        StaleFileError: the plan or the table was made from another model.
+        InputError, ModelError, DataError: see the stages.
+    """
+    prepared = model if isinstance(model, Model) else load_float(model)
+    chosen = plan or placement.plan(prepared, settings or Settings())
+    prepared = rewritten(prepared, chosen.rewrites)
+    chosen.check(prepared)
+    checked = None if samples is None else as_samples(samples, prepared)
+    if table is None:
+        if checked is None:
+            raise InputError("There is no calibration table and there are no samples to make one from: give samples.")
+        with registered(custom_ops):
+            table = collect(prepared, chosen, checked, on_progress=on_progress)
+    table.check(prepared, chosen)
+    if settings is not None:
+        chosen = replace(chosen, settings=settings)
+    correction = chosen.settings.bias_correction if chosen.quantized_nodes else "off"
+
+    def complete(solution: Solution) -> tuple[Solution, Model]:
+        """What a solution is shipped as."""
+        made = insert(prepared, chosen, solution)
+        if checked is None or correction == "off":
+            return solution, made
+        always = correction == "on"
+        made, said = corrected(
+            prepared, made, chosen, checked, always=always, factors=solution.factors, on_progress=on_progress
+        )
+        return replace(solution, notes=(*solution.notes, said)), made
+
+    auto = chosen.settings.calibrator == "auto"
+    if auto and checked is None:
+        raise InputError("calibrator auto compares models on the samples, and only a table is given: give samples.")
+    with registered(custom_ops):
+        chosen, equalized = resolved(prepared, chosen, checked, on_progress=on_progress)
+        if auto and checked is not None:
+            solution, quantized = solve_auto(
+                prepared, chosen, table, samples=checked, complete=complete, on_progress=on_progress
+            )
+        else:
+            solution, quantized = complete(solve(prepared, chosen, table, samples=checked, on_progress=on_progress))
+    solution = replace(solution, notes=(*chosen.settings.idle, *equalized, *solution.notes))
+    return Quantized(prepared=prepared, plan=chosen, table=table, solution=solution, model=quantized)

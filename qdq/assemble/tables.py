@@ -1,0 +1,40 @@
+"""Calibration tables of one model, kept for plans that need no other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from qdq.core.progress import Progress
+from qdq.measure.collect import collect
+from qdq.measure.inference.samples import Sample
+from qdq.measure.table import CalibrationTable
+from qdq.model.model import Model
+from qdq.passes.rewrites import FLOAT_REWRITES, rewritten
+from qdq.passes.rewrites.edit import Rewrite
+from qdq.plan.plan import Plan
+
+
+@dataclass(slots=True, kw_only=True)
+class Tables:
+    """Calibration tables of one model: a plan whose tensors another has measured after the same rewrites needs no more.
+
+    Attributes:
+        model: prepared.
+        samples: re-iterable.
+    """
+
+    model: Model
+    samples: Iterable[Sample]
+    _held: list[tuple[tuple[Rewrite, ...], CalibrationTable]] = field(default_factory=list)
+
+    def of(self, plan: Plan, on_progress: Progress | None = None) -> CalibrationTable:
+        """The table of a plan's tensors."""
+        rewrites = tuple(r for r in plan.rewrites if r.name in FLOAT_REWRITES)
+        needed = {p.tensor for p in plan.activations}
+        for done, table in self._held:
+            if done == rewrites and needed <= table.tensors.keys():
+                return replace(table, tensors={name: h for name, h in table.tensors.items() if name in needed})
+        table = collect(rewritten(self.model, plan.rewrites), plan, self.samples, on_progress=on_progress)
+        self._held.append((rewrites, table))
+        return table

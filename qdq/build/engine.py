@@ -1,0 +1,238 @@
+"""From an ONNX file to an engine with its papers, and back: what an engine on disk was made from and what it does.
+
+recipe + shapes -> engine -> X.engine, X.engine.json (layers), X.engine.manifest.json -> audited later, without a GPU.
+Must not quantize: it takes any ONNX file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engines.backends import rtx, trt
+from engines.backends.compiler import Engine, ShapeRange
+from engines.backends.doctor import gpus
+from engines.backends.layers import LayerTable
+from engines.core.files import write_atomic
+from engines.cost.gpus import gpu_named
+from engines.cost.predict import Cost, predict
+from engines.verify.audit import Audit, audit
+from engines.verify.manifest import Manifest, sha256_file, sha256_model
+from qdq.build.recipe import Recipe, ShapeOption
+from qdq.core.choices import choose
+from qdq.core.errors import InputError, MissingRuntimeError, StaleFileError
+from qdq.model.storage import load
+from qdq.plan.settings import Settings
+
+if TYPE_CHECKING:
+    from calib_data import Samples
+    from qdq.core.progress import Progress
+    from qdq.model.model import Model
+
+SHAPE_KEY = "shape."
+
+
+def shape_ranges(model: Model, options: Sequence[ShapeOption], samples: Samples | None) -> dict[str, ShapeRange]:
+    """The shapes to compile each input for: as the user says, else as the samples have them.
+
+    Raises:
+        InputError: an option for an unknown input, or one that does not fit the input.
+        DataError: a sample does not fit the model.
+    """
+    declared = {info.name: info.shape or () for info in model.inputs}
+    given = {}
+    for option in options:
+        shape = declared[choose(option.name, tuple(declared), "input")]
+        fits = len(shape) == len(option.opt) and all(
+            not isinstance(size, int) or low == high == size
+            for size, low, high in zip(shape, option.min, option.max, strict=True)
+        )
+        if not fits:
+            raise InputError(
+                f"--shape {option} does not fit input {option.name!r}, which the model declares as {list(shape)}: it "
+                "needs that rank and those fixed sizes."
+            )
+        given[option.name] = ShapeRange(min=option.min, opt=option.opt, max=option.max)
+    if samples is not None and set(declared) - set(given):
+        seen = samples.shapes().items()
+        given = {name: ShapeRange(min=s.min, opt=s.opt, max=s.max) for name, s in seen} | given
+    return given
+
+
+def compile_engine(
+    path: Path | str,
+    *,
+    recipe: Recipe,
+    shapes: Mapping[str, ShapeRange],
+    timing_cache: Path | None = None,
+    on_progress: Progress | None = None,
+    label: str = "Compile",
+) -> Engine:
+    """The engine of an ONNX file, by the recipe's backend.
+
+    Raises:
+        EngineError: see `engines.rtx.build` and `engines.trt.build`.
+    """
+
+    def report(fraction: float, _phase: str) -> None:
+        if on_progress:
+            on_progress(int(fraction * 100), 100, label)
+
+    report(0, "")
+    if recipe.backend == "trt":
+        return trt.build(path, shapes=shapes, timing_cache=timing_cache, on_progress=report)
+    return rtx.build(path, targets=recipe.targets, shapes=shapes, on_progress=report)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """How a Q/DQ model came to be, for the manifest of its engine.
+
+    Attributes:
+        model: sha256 of the float model.
+        samples: sha256 of the calibration samples together, None where they are not known.
+        plan: sha256 of the plan.
+        table: sha256 of the calibration table.
+        settings: how it was quantized.
+    """
+
+    model: str
+    samples: str | None
+    plan: str
+    table: str
+    settings: Settings
+
+
+def save_engine(
+    engine: Engine,
+    path: Path,
+    compiled: Path,
+    *,
+    recipe: Recipe,
+    shapes: Mapping[str, ShapeRange],
+    made_from: Provenance | None = None,
+) -> None:
+    """Write an engine, its layers (`<path>.json`) and its manifest (`<path>.manifest.json`).
+
+    Args:
+        engine: what to write.
+        path: the engine's file.
+        compiled: the ONNX file it was compiled from.
+        recipe: that it was compiled by.
+        shapes: that it was compiled for.
+        made_from: how the ONNX file came to be, where that is known.
+    """
+    engine.save(path)
+    options: dict[str, str | int | float | bool | None] = {"backend": recipe.backend}
+    options |= {f"{SHAPE_KEY}{name}": _text(shape) for name, shape in sorted(shapes.items())}
+    output = sha256_model(compiled)
+    if made_from:
+        settings = made_from.settings.to_mapping()
+        options |= {k: v if isinstance(v, str | int | float) else json.dumps(v) for k, v in settings.items()}
+    manifest = Manifest(
+        model=made_from.model if made_from else output,
+        output=output,
+        samples=made_from.samples if made_from else None,
+        plan=made_from.plan if made_from else None,
+        table=made_from.table if made_from else None,
+        engine=sha256_file(path),
+        targets=engine.table.targets,
+        options=options,
+    )
+    write_atomic(_manifest_path(path), manifest.to_json().encode())
+
+
+def audit_model(path: Path, recipe: Recipe, on_progress: Progress | None = None) -> Audit:
+    """Compile an ONNX file and say what each of its nodes runs in; nothing is written.
+
+    Raises:
+        EngineError: see `compile_engine`.
+    """
+    shapes = shape_ranges(load(path), recipe.shapes, None)
+    engine = compile_engine(path, recipe=recipe, shapes=shapes, on_progress=on_progress)
+    return audit(path, engine.table, shapes=shapes)
+
+
+def price(path: Path, recipe: Recipe, gpu: str, on_progress: Progress | None = None) -> Cost:
+    """Compile an ONNX file for a GPU at the usual shapes and predict the time of each kernel; nothing is written.
+
+    Raises:
+        EngineError: an unknown GPU; see `compile_engine`.
+    """
+    chosen = gpu_named(gpu)
+    ranges = shape_ranges(load(path), recipe.shapes, None)
+    shapes = {name: ShapeRange.fixed(shape.opt) for name, shape in ranges.items()}
+    recipe = replace(recipe, targets=(chosen.target,), backend="rtx")
+    engine = compile_engine(path, recipe=recipe, shapes=shapes, on_progress=on_progress)
+    return predict(path, engine.table, chosen, shapes=shapes)
+
+
+def audit_engine(path: Path) -> Audit:
+    """Say what each node runs in, from the papers of an engine; needs no GPU.
+
+    Raises:
+        InputError: a paper is missing, or the ONNX file that the engine was compiled from is not in its folder.
+        EngineError: a paper is damaged.
+    """
+    table = LayerTable.from_json(_read(path.with_name(path.name + ".json"), path))
+    manifest = Manifest.from_json(_read(_manifest_path(path), path))
+    if sha256_file(path) != manifest.engine:
+        raise StaleFileError(f"{_manifest_path(path)} belongs to another engine than {path}: build the engine again.")
+    for candidate in sorted(path.absolute().parent.glob("*.onnx")):
+        if sha256_model(candidate) == manifest.output:
+            shapes = {}
+            for key, value in manifest.options.items():
+                if key.startswith(SHAPE_KEY):
+                    option = ShapeOption.parse(f"{key.removeprefix(SHAPE_KEY)}:{value}")
+                    shapes[option.name] = ShapeRange(min=option.min, opt=option.opt, max=option.max)
+            return audit(candidate, table, shapes=shapes)
+    raise InputError(
+        f"No .onnx file beside {path} is the one it was compiled from (sha256 {manifest.output[:12]}…), and only that "
+        "says what its nodes asked for. Put it there, or audit the ONNX file itself."
+    )
+
+
+def engine_backend(path: Path) -> str:
+    """The backend of an engine that a GPU of this machine can run.
+
+    Raises:
+        InputError: the engine or its layer table is missing.
+        MissingRuntimeError: there is no such GPU.
+    """
+    table = LayerTable.from_json(_read(path.with_name(path.name + ".json"), path))
+    if not runs_here(table.targets):
+        raise MissingRuntimeError(
+            f"No GPU here can run {path}, which is for {', '.join(table.targets)}. Give the Q/DQ model in its place "
+            "(the .onnx file it was compiled from), or do this on a machine with such a GPU."
+        )
+    return table.backend
+
+
+def runs_here(targets: Sequence[str]) -> bool:
+    """Whether a GPU of this machine is one of the targets of an engine."""
+    return any(gpu.target in targets for gpu in gpus())
+
+
+def _manifest_path(engine: Path) -> Path:
+    return engine.with_name(engine.name + ".manifest.json")
+
+
+def _text(shape: ShapeRange) -> str:
+    """The shapes of an option, without the name."""
+    return str(ShapeOption(name="", min=shape.min, opt=shape.opt, max=shape.max)).removeprefix(":")
+
+
+def _read(path: Path, engine: Path) -> str:
+    """A paper of an engine."""
+    if not engine.is_file():
+        raise InputError(f"Cannot read {engine}: there is no such file. Give an .onnx file or an engine.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"Cannot read {path}, which belongs to the engine {engine}: {error}. An engine that qdq built has "
+            "it; build it again, or give the .onnx file."
+        ) from error

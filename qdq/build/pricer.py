@@ -1,0 +1,176 @@
+"""The judge of `tune`: a model compiled for each target, its kernels priced by a roofline, equal graphs only once.
+
+Model -> structure hash -> known price, or temporary file -> engine's layers -> predicted microseconds -> Price
+A structure is the graph without the values of weights, on which no kernel depends. It must not search.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from onnx import TensorProto
+
+from engines.backends.compiler import ShapeRange
+from engines.backends.rtx import normalise_target
+from engines.core.errors import BuildError, UnsupportedTargetError, import_runtime
+from engines.cost.gpus import GPUS, Gpu, gpu_named
+from qdq.build.cost import Kernel, Price
+from qdq.build.processes import Job, Workers, price_of
+from qdq.build.recipe import Recipe
+from qdq.core.errors import InputError
+from qdq.core.files import write_text
+from qdq.core.resources import cores
+from qdq.model.model import Model
+from qdq.model.nodes import without_initializers
+from qdq.model.storage import save
+
+# The GPU that stands for a target where none is named: the fastest in the table of that generation.
+USUAL = {"sm75": "t4", "sm80": "a100", "sm86": "a10", "sm89": "rtx4090", "sm120": "rtx5090"}
+FORMAT = "qdq.price/1"
+MOST_WORKERS = 4  # compilers at a time: each needs some hundred MB
+SLOW_S = 0.2  # a compile that takes longer is worth a process
+SMALL = 64  # elements up to which a constant may be an argument, such as a shape or an axis
+
+
+@dataclass(slots=True)
+class Pricer:
+    """Prices models for the targets of a recipe; `us` is the mean over the targets.
+
+    Attributes:
+        recipe: its targets and backend.
+        shapes: of each input; the usual one is priced.
+        gpus: one per target.
+        cache: folder of known prices, or None to know those of this process only.
+        failure: the compiler's last refusal.
+    """
+
+    recipe: Recipe
+    shapes: Mapping[str, ShapeRange]
+    gpus: Sequence[Gpu]
+    cache: Path | None = None
+    failure: BuildError | None = None
+    _known: dict[str, Price] = field(default_factory=dict)
+    _workers: Workers | None = None
+    _slow: bool = False
+
+    def __call__(self, model: Model) -> Price:
+        """The price of a model; infinite where it does not compile."""
+        return self.many([model])[0]
+
+    def many(self, models: Sequence[Model]) -> list[Price]:
+        """The price of each model, `width` at a time."""
+        keys = [self._key(model) for model in models]
+        unknown = {key: model for key, model in zip(keys, models, strict=True) if not self._stored(key)}
+        with tempfile.TemporaryDirectory(prefix="qdq-") as name:
+            found = self._compiled([self._job(model, Path(name) / key) for key, model in unknown.items()])
+        for key, price in zip(unknown, found, strict=True):
+            self._known[key] = price
+            if self.cache is not None and math.isfinite(price.us):  # a refusal may be of the machine, not of the model
+                self.cache.mkdir(parents=True, exist_ok=True)
+                write_text(self.cache / f"{key}.json", json.dumps({"format": FORMAT, **asdict(price)}))
+        return [self._known[key] for key in keys]
+
+    @property
+    def width(self) -> int:
+        """How many models are best priced at a time."""
+        return self._workers.count if self._workers and self._slow else 1
+
+    @contextmanager
+    def parallel(self) -> Iterator[None]:
+        """Inside, models that take long to compile are compiled in processes of their own, one per core."""
+        self._workers = Workers(min(cores(), MOST_WORKERS))
+        try:
+            yield
+        finally:
+            self._workers.close()
+            self._workers = None
+
+    def _stored(self, key: str) -> bool:
+        if key not in self._known and self.cache is not None and (price := _read(self.cache / f"{key}.json")):
+            self._known[key] = price
+        return key in self._known
+
+    def _job(self, model: Model, folder: Path) -> Job:
+        folder.mkdir()
+        save(model, folder / "model.onnx")
+        fixed = {name: ShapeRange.fixed(shape.opt) for name, shape in self.shapes.items()}
+        return Job(path=folder / "model.onnx", gpus=tuple(self.gpus), shapes=fixed)
+
+    def _compiled(self, jobs: Sequence[Job]) -> list[Price]:
+        found: list[Price] = []
+        if self._workers and self._slow:
+            answers = self._workers(jobs)
+        else:
+            began = time.monotonic()
+            answers = [_here(job) for job in jobs]
+            self._slow = self._slow or time.monotonic() - began > SLOW_S * max(len(jobs), 1)
+        for answer in answers:
+            if isinstance(answer, BuildError):
+                self.failure = answer
+            found.append(answer if isinstance(answer, Price) else Price(us=math.inf))
+        return found
+
+    def _key(self, model: Model) -> str:
+        """SHA-256 of the structure and of everything else that a price depends on."""
+        proto = without_initializers(model.proto)
+        for tensor in model.graph.initializer:
+            weight = math.prod(tensor.dims) > SMALL or tensor.data_type in (TensorProto.INT8, TensorProto.FLOAT8E4M3FN)
+            light = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            proto.graph.initializer.append(light if weight else tensor)
+        version = import_runtime("tensorrt_rtx").__version__
+        made = [version, [repr(g) for g in self.gpus], sorted((n, repr(s)) for n, s in self.shapes.items())]
+        return hashlib.sha256(proto.SerializeToString(deterministic=True) + repr(made).encode()).hexdigest()
+
+
+def gpus_of(recipe: Recipe) -> tuple[Gpu, ...]:
+    """A GPU per target of a recipe: those it names, else the usual one of that generation.
+
+    Raises:
+        EngineError: an unknown GPU.
+        InputError: a GPU that is not of any target.
+        UnsupportedTargetError: no GPU of a target is known.
+    """
+    named = [gpu_named(gpu) if isinstance(gpu, str) else Gpu.from_mapping(gpu) for gpu in recipe.gpus]
+    targets = tuple(dict.fromkeys(normalise_target(t) if recipe.backend == "rtx" else t for t in recipe.targets))
+    for gpu in named:
+        if gpu.target not in targets:
+            raise InputError(
+                f"GPU {gpu.name} is {gpu.target}, the engine is for {', '.join(targets)}: add --target {gpu.target}."
+            )
+    found: list[Gpu] = []
+    for target in targets:
+        mine = [gpu for gpu in named if gpu.target == target]
+        if not mine and target not in USUAL:
+            raise UnsupportedTargetError(
+                f"No GPU of target {target} is known to predict times for; there are {', '.join(GPUS)}. Give the "
+                "numbers of one as `gpu` in a recipe, or do not tune."
+            )
+        found += mine or [GPUS[USUAL[target]]]
+    return tuple(found)
+
+
+def _here(job: Job) -> Price | BuildError:
+    try:
+        return price_of(job)
+    except BuildError as error:
+        return error
+
+
+def _read(path: Path) -> Price | None:
+    """A stored price; None where there is no file, or one of another format, or a damaged one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            return None
+        kernels = tuple(Kernel(**{**k, "nodes": tuple(k["nodes"])}) for k in content["kernels"])
+        return Price(us=float(content["us"]), kernels=kernels)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

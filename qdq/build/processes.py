@@ -1,0 +1,174 @@
+"""Compilers in processes of their own: several models at once, and one that brings such a compiler down harms no other.
+
+Job (an ONNX file, GPUs, shapes) -> a free worker -> Price, or the compiler's refusal
+A worker is started when there is work for it, and ends with this process. It must not search, nor keep prices.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import BinaryIO
+
+from engines.backends.compiler import ShapeRange
+from engines.backends.layers import SYNCHRONIZATION, LayerTable
+from engines.core.errors import BuildError, EngineError, MissingRuntimeError, import_runtime
+from engines.cost.gpus import Gpu
+from engines.cost.predict import predict
+from qdq.build.cost import Kernel, Price
+from qdq.build.engine import compile_engine
+from qdq.build.recipe import Recipe
+
+_READY = b"ready"
+_START = "import sys; sys.path[:] = {path!r}; from qdq.build.processes import serve; serve({answers})"
+TRIES = 2  # of a job whose worker died: it may have been killed for another's memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """An ONNX file to compile for each GPU, at fixed shapes."""
+
+    path: Path
+    gpus: tuple[Gpu, ...]
+    shapes: Mapping[str, ShapeRange]
+
+
+def price_of(job: Job) -> Price:
+    """Compile and price in this process; microseconds are the mean over the GPUs.
+
+    Raises:
+        BuildError: the compiler's refusal.
+    """
+    kernels: list[Kernel] = []
+    tables = {
+        target: compile_engine(job.path, recipe=Recipe(targets=(target,)), shapes=job.shapes).table
+        for target in dict.fromkeys(gpu.target for gpu in job.gpus)
+    }
+    for gpu in job.gpus:
+        table = tables[gpu.target]
+        cost = predict(job.path, table, gpu, shapes=job.shapes)
+        for kernel, text in zip(cost.kernels, signatures(table), strict=True):
+            us = kernel.us / len(job.gpus)
+            kernels.append(Kernel(us=us, macs=kernel.macs, bytes=kernel.bytes, nodes=kernel.onnx_nodes, signature=text))
+    return Price(us=math.fsum(k.us for k in kernels), kernels=tuple(kernels))
+
+
+def signatures(table: LayerTable) -> tuple[str, ...]:
+    """What each kernel is, without the compiler's numbering: kind, types and shapes in and out, ONNX nodes."""
+    found = []
+    for layer in table.layers:
+        if layer.kind in SYNCHRONIZATION:
+            continue
+        reads, writes = (
+            " ".join(sorted(f"{t.dtype}{list(t.shape)}" for t in tensors)) for tensors in (layer.inputs, layer.outputs)
+        )
+        found.append(f"{layer.kind} {reads} -> {writes} | {' '.join(sorted(layer.onnx_nodes))}")
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    """A process, which takes jobs from its standard input, and the pipe that its answers come from."""
+
+    process: subprocess.Popen[bytes]
+    answers: BinaryIO
+
+    def ask(self, job: Job) -> Price | BuildError:
+        """The answer to a job."""
+        assert self.process.stdin
+        pickle.dump(job, self.process.stdin)
+        self.process.stdin.flush()
+        answer = pickle.load(self.answers)
+        return answer if isinstance(answer, Price) else BuildError(answer[0], nodes=answer[1])
+
+    def end(self) -> int:
+        """Its exit code, once its input has ended."""
+        self.process.communicate()
+        self.answers.close()
+        return self.process.returncode
+
+
+class Workers:
+    """A number of processes, each with a compiler; `close` ends them."""
+
+    def __init__(self, count: int) -> None:
+        """Start none yet."""
+        self.count = count
+        self._threads = ThreadPoolExecutor(count)
+        self._free: SimpleQueue[_Worker | None] = SimpleQueue()
+        for _ in range(count):
+            self._free.put(None)
+
+    def __call__(self, jobs: Sequence[Job]) -> list[Price | BuildError]:
+        """The price of each, or why it has none; of a worker that died, that."""
+        return list(self._threads.map(self._one, jobs))
+
+    def _one(self, job: Job) -> Price | BuildError:
+        worker = self._free.get()
+        try:
+            for _ in range(TRIES):
+                worker = worker or _started()
+                try:
+                    return worker.ask(job)
+                except (EOFError, OSError, pickle.UnpicklingError):
+                    code, worker = worker.end(), None
+            return BuildError(f"The compiler's process died with exit code {code} on this model.")
+        finally:
+            self._free.put(worker)
+
+    def close(self) -> None:
+        """End the processes; what is being compiled is waited for."""
+        self._threads.shutdown(cancel_futures=True)
+        for _ in range(self.count):
+            if worker := self._free.get():
+                worker.end()
+
+
+def _started() -> _Worker:
+    """A worker that is ready. Not by `multiprocessing`, which would import the user's program again.
+
+    Raises:
+        MissingRuntimeError: it does not start.
+    """
+    source, answers = os.pipe()
+    command = [sys.executable, "-c", _START.format(path=sys.path, answers=answers)]
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=(answers,))
+    except OSError as error:
+        os.close(source)
+        raise MissingRuntimeError(f"Cannot start a compiler's process ({sys.executable}): {error}.") from error
+    finally:
+        os.close(answers)
+    worker = _Worker(process, os.fdopen(source, "rb"))
+    if worker.answers.read(len(_READY)) != _READY:
+        raise MissingRuntimeError(f"A compiler's process ended with exit code {worker.end()} before it was ready.")
+    return worker
+
+
+def serve(answers: int) -> None:
+    """What a worker does: jobs from standard input, prices to a pipe, until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    out = os.fdopen(answers, "wb")
+    import_runtime("tensorrt_rtx")
+    out.write(_READY)
+    out.flush()
+    while True:
+        try:
+            job = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer: Price | tuple[str, tuple[str, ...]] = price_of(job)
+        except EngineError as error:
+            answer = str(error), getattr(error, "nodes", ())
+        pickle.dump(answer, out)
+        out.flush()

@@ -1,0 +1,1 @@
+"""The command line: one function a verb. Must not hold the logic of a stage."""

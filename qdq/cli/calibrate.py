@@ -1,0 +1,189 @@
+"""The verb `calibrate`: in one process, in many, on a cluster; killed and continued; merged; drawn.
+
+options -> plan, samples, checkpoint -> `calibrate.collect` or `shards.collect_shards` -> table.json, pictures.
+Must not measure anything itself.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qdq.cli.options import (
+    PATH,
+    check_output,
+    custom_ops_option,
+    data_options,
+    output_option,
+    recipe_of,
+    samples_of,
+    settings_options,
+    shape_option,
+)
+from qdq.cli.terminal import Bars, note
+from qdq.core.errors import InputError
+
+if TYPE_CHECKING:
+    from calib_data import InputSpec, Samples
+    from qdq.build.recipe import Recipe
+    from qdq.measure.shards import Pool
+    from qdq.measure.table import CalibrationTable
+    from qdq.model.model import Model
+    from qdq.plan.plan import Plan
+
+
+@click.command()
+@click.argument("files", nargs=-1, type=PATH, metavar="MODEL | --merge TABLE...")
+@data_options
+@click.option("--plan", "plan_file", type=PATH, help="plan.json in place of a new plan.")
+@output_option("table.json")
+@click.option("--merge", is_flag=True, help="Make one table of several, given in place of MODEL.")
+@click.option("--memory", metavar="SIZE", help="For activations, as 2G: more passes over the samples where too little.")
+@click.option("--workers", type=int, metavar="N", help="Processes of this machine; default: one.")
+@click.option("--cluster", metavar="tcp://HOST:PORT", help="Scheduler of a Dask cluster whose workers do it.")
+@click.option("--provider", default="cpu", show_default=True, help="ONNX Runtime runs on cpu or cuda.")
+@custom_ops_option
+@click.option("--plot", "plot_folder", type=PATH, metavar="DIR", help="Draw each tensor's histogram and thresholds.")
+@settings_options
+@shape_option
+def calibrate(
+    files: tuple[Path, ...],
+    data: str | None,
+    random_data: int | None,
+    plan_file: Path | None,
+    output: Path,
+    merge: bool,
+    memory: str | None,
+    workers: int | None,
+    cluster: str | None,
+    provider: str,
+    custom_ops: tuple[str, ...],
+    plot_folder: Path | None,
+    **given: Any,
+) -> None:
+    """Measure the ranges of the tensors that a plan quantizes.
+
+    Killed at any moment, the same command goes on where it was. `--merge A.json B.json -o C.json` unites tables of
+    different samples.
+    """
+    check_output(output, *files, data, plan_file, given["recipe"])
+    if merge:
+        table = _merged(files)
+        table.save(output)
+    elif len(files) != 1:
+        raise InputError(f"{len(files)} files are given: `qdq calibrate` takes one model, or tables with --merge.")
+    else:
+        from qdq.core.resources import parse_bytes
+
+        options: dict[str, Any] = {
+            "provider": provider,
+            "custom_ops": tuple(os.path.abspath(path) for path in custom_ops),
+            "memory": parse_bytes(memory) if memory else None,
+        }
+        prepared, plan, table = _measured(
+            files[0], data, random_data, plan_file, output, recipe_of(given), _pool(workers, cluster), options
+        )
+    click.echo(f"{len(table.tensors)} tensors measured on {table.count} samples: {output}")
+    if table.repeated:
+        note(f"{table.repeated} samples are equal to others and count as often as they are there.")
+    if plot_folder is not None and not merge:
+        from qdq.deploy.plots import draw
+
+        click.echo(f"Histograms and thresholds: {draw(prepared, plan, table, plot_folder)}")
+
+
+def _pool(workers: int | None, cluster: str | None) -> Pool | None:
+    """Where to run; None for this process.
+
+    Raises:
+        InputError: both are given, or see `shards`.
+    """
+    from qdq.measure.shards import dask_pool, local_pool
+
+    if workers is not None and cluster is not None:
+        raise InputError("Both --workers and --cluster are given: choose one.")
+    if cluster is not None:
+        return dask_pool(cluster)
+    return None if workers is None else local_pool(workers)
+
+
+def _measured(
+    model: Path,
+    data: str | None,
+    random_data: int | None,
+    plan_file: Path | None,
+    output: Path,
+    recipe: Recipe,
+    pool: Pool | None,
+    options: dict[str, Any],
+) -> tuple[Model, Plan, CalibrationTable]:
+    """Measure and write the table, going on from a checkpoint beside it."""
+    from qdq.measure.checkpoint import Checkpoint, replace_text
+    from qdq.measure.collect import collect, key
+    from qdq.measure.inference.memory import passes
+    from qdq.measure.shards import collect_shards
+    from qdq.passes.prepare import load_float
+    from qdq.passes.rewrites import rewritten
+    from qdq.plan import placement
+    from qdq.plan.plan import Plan
+
+    with Bars() as bars:
+        bars(0, None, "Prepare")
+        prepared = load_float(model)
+        samples = samples_of(prepared, recipe, data, random_data)
+        plan = Plan.load(plan_file) if plan_file else placement.plan(prepared, recipe.settings)
+        prepared = rewritten(prepared, plan.rewrites)
+        made_of = key(prepared, plan, provider=options["provider"], custom_ops=options["custom_ops"])
+        checkpoint = Checkpoint.beside(output, made_of)
+        if checkpoint.path.exists():
+            note(f"Going on with the unfinished calibration in {checkpoint.path}.")
+        names = list(dict.fromkeys(p.tensor for p in plan.activations))
+        layout = passes(prepared, names, next(iter(samples)), memory=options["memory"])
+        if len(layout.groups) > 1:
+            note(
+                f"{len(names)} tensors do not fit the memory at once: {len(layout.groups)} passes over the samples, of "
+                f"at most {layout.bytes_each / 1e6:.0f} MB of activations."
+            )
+        if pool is None:
+            table = collect(prepared, plan, samples, checkpoint=checkpoint, on_progress=bars, **options)
+        else:
+            where = None if data is None else os.path.abspath(data)
+            source = partial(_open, where, samples.inputs) if where else partial(replace, samples)
+            table = collect_shards(
+                model,
+                plan,
+                source,
+                pool,
+                total=samples.len_or_none(),
+                checkpoint=checkpoint,
+                on_progress=bars,
+                **options,
+            )
+    replace_text(output, table.to_json())
+    checkpoint.remove()
+    return prepared, plan, table
+
+
+def _open(data: str, inputs: tuple[InputSpec, ...]) -> Samples:
+    """In a worker: the samples."""
+    from calib_data import open_samples
+
+    return open_samples(data, inputs)
+
+
+def _merged(files: tuple[Path, ...]) -> CalibrationTable:
+    """The union of some tables.
+
+    Raises:
+        InputError: fewer than two.
+    """
+    from qdq.measure.table import CalibrationTable, merged
+
+    if len(files) < 2:
+        raise InputError("--merge needs two tables or more: qdq calibrate --merge a.json b.json -o all.json")
+    return merged([CalibrationTable.load(path) for path in files], [str(path) for path in files])

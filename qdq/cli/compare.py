@@ -1,0 +1,125 @@
+"""`qdq compare`: the table of schemes that the literature shows, measured on one model.
+
+options -> entries, a task, samples -> qdq.comparison -> a table or JSON, and report.json.
+What is heavy is imported inside the verb.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qdq.cli.options import (
+    PATH,
+    RANDOM_NOTE,
+    check_output,
+    compile_options,
+    custom_ops_option,
+    data_options,
+    json_option,
+    model_argument,
+    recipe_option,
+    recipe_values,
+    rest_option,
+    samples_of,
+    tune_options,
+)
+from qdq.cli.terminal import Bars, note, show_rows
+
+if TYPE_CHECKING:
+    from calib_data import Samples
+
+DEFAULT_SCHEMES = ("int8,int8-weight,int4,w4a8,fptq",)
+
+
+@click.command()
+@model_argument
+@data_options
+@click.option("--eval", "evaluation", help="Samples to score on, in the forms of --data; default: those of --data.")
+@click.option(
+    "--schemes",
+    multiple=True,
+    default=DEFAULT_SCHEMES,
+    show_default=True,
+    help="Schemes, with commas between; each may have options of its own, as in int4:block=32:rounding=nearest.",
+)
+@click.option("--metric", default="cosine", help="perplexity, top1, cosine (default), spearman, dice or mae.")
+@click.option(
+    "--labels",
+    default="",
+    metavar="ARRAY",
+    help="Array of the evaluation samples with the truth; next: the following tokens. Default: the float model.",
+)
+@click.option("--score-output", default="", metavar="NAME", help="Output that the metric is of; default: the first.")
+@click.option("--unit", default="", help="Of mae: the name of its unit, such as kcal/mol.")
+@click.option("--per", type=float, default=1.0, help="Of mae: how much of the output makes one unit.")
+@click.option("-o", "--output", type=PATH, help="Where to write report.json.")
+@rest_option
+@tune_options
+@compile_options
+@recipe_option
+@custom_ops_option
+@json_option
+def compare(
+    model: Path,
+    data: str | None,
+    random_data: int | None,
+    evaluation: str | None,
+    schemes: tuple[str, ...],
+    metric: str,
+    labels: str,
+    score_output: str,
+    unit: str,
+    per: float,
+    output: Path | None,
+    custom_ops: tuple[str, ...],
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Measure several schemes: sizes, accuracy on your task, predicted time. One line each.
+
+    Every scheme is quantized with the same samples, compiled for the target and scored on the evaluation samples. A
+    scheme that the target cannot compile is a line with the reason. Variants are not tuned unless --tune says so.
+    """
+    from qdq.core.files import write_text
+    from qdq.deploy.compare.compare import compare_schemes, entries
+    from qdq.deploy.compare.score import labelled
+    from qdq.deploy.compare.task import Task
+    from qdq.passes.prepare import load_float
+
+    if output:
+        check_output(output, model, data, evaluation, given["recipe"])
+    task = Task(metric=metric, labels=labels, output=score_output, unit=unit, per=per)
+    asked = entries(",".join(schemes).split(","), recipe_values(given, base={"tune": "off"}))
+    recipe = asked[0].recipe
+    with Bars() as bars:
+        bars(0, None, "Prepare")
+        prepared = load_float(model)
+
+        def opened(source: str | None, random: int | None, *, scored: bool) -> Samples:
+            if source and task.array and random is None:
+                return labelled(source, prepared, task.array, required=scored)
+            return samples_of(prepared, recipe, source, random)
+
+        calibration = opened(data, random_data, scored=not evaluation)
+        held = opened(evaluation, None, scored=True) if evaluation else None
+        made = compare_schemes(
+            model,
+            calibration,
+            schemes=asked,
+            task=task,
+            evaluation=held,
+            prepared=prepared,
+            custom_ops=custom_ops,
+            on_progress=bars,
+        )
+    if output:
+        write_text(output, made.to_json())
+    if as_json:
+        click.echo(made.to_json(), nl=False)
+        return
+    show_rows(f"{model.name} for {', '.join(made.targets)}, {made.samples} {made.evaluated_on}", made.table())
+    for text in (*made.notes, *([RANDOM_NOTE] if random_data else [])):
+        note(text)

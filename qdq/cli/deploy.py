@@ -1,0 +1,112 @@
+"""The whole job as a verb: deploy, and the demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qdq.cli.options import (
+    PATH,
+    RANDOM_NOTE,
+    compile_options,
+    custom_ops_option,
+    data_options,
+    json_option,
+    limit_options,
+    model_argument,
+    recipe_of,
+    rest_option,
+    samples_of,
+    settings_options,
+    tune_options,
+)
+from qdq.cli.terminal import Bars, note, show_rows
+
+
+@click.command()
+@model_argument
+@data_options
+@click.option("--out", type=PATH, required=True, help="Folder for the results.")
+@click.option("--eval", "evaluation", help="Samples to check on, in the forms of --data; default: those of --data.")
+@settings_options
+@rest_option
+@tune_options
+@compile_options
+@limit_options
+@custom_ops_option
+@json_option
+def deploy(
+    model: Path,
+    data: str | None,
+    random_data: int | None,
+    out: Path,
+    evaluation: str | None,
+    custom_ops: tuple[str, ...],
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Do it all: tune, calibrate, quantize, build, audit and check."""
+    from qdq.deploy.deploy import deploy as deployed
+
+    recipe = recipe_of(given)
+    with Bars() as bars:
+        done = deployed(
+            model,
+            lambda prepared: samples_of(prepared, recipe, data, random_data),
+            out,
+            recipe=recipe,
+            evaluation=(lambda prepared: samples_of(prepared, recipe, evaluation, None)) if evaluation else None,
+            custom_ops=custom_ops,
+            on_progress=bars,
+            notes=[] if random_data is None else [RANDOM_NOTE],
+        )
+    _show_deployed(done, model.name, as_json)
+    finish_with(done.report.check.failures)
+
+
+def _show_deployed(done: Any, name: str, as_json: bool) -> None:
+    from qdq.deploy.report import audit_lines
+
+    if as_json:
+        click.echo(done.report.to_json(), nl=False)
+        return
+    show_rows(f"{name} for {', '.join(done.report.audit.targets)}", done.report.rows())
+    for line in (*audit_lines(done.report.audit), *done.report.notes):
+        note(line)
+    click.echo(f"Results: {done.folder.resolve()}")
+
+
+def finish_with(failures: list[str]) -> None:
+    """Name the limits that failed, and end with 1 if there are any."""
+    for failure in failures:
+        click.echo(f"Failed: {failure}", err=True)
+    if failures:
+        click.get_current_context().exit(1)
+
+
+@click.command()
+@click.option("--out", type=PATH, default=Path("qdq-demo"), show_default=True, help="Folder for the results.")
+@rest_option
+@tune_options
+@compile_options
+@json_option
+def demo(out: Path, as_json: bool, **given: Any) -> None:
+    """Deploy the 3-D brain segmentation network and the brain volume that the package ships."""
+    from qdq.deploy.demo import demo_labels, demo_model, demo_samples
+    from qdq.deploy.deploy import deploy as deployed
+
+    calibration, evaluation = demo_samples()
+    with Bars() as bars:
+        done = deployed(
+            demo_model(),
+            calibration,
+            out,
+            recipe=recipe_of(given, base={"tune": "rewrites"}),  # so small a network is no faster in INT8
+            evaluation=evaluation,
+            labels=demo_labels(),
+            on_progress=bars,
+        )
+    _show_deployed(done, "Demo: grey and white matter", as_json)
+    finish_with(done.report.check.failures)

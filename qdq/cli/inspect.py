@@ -1,0 +1,48 @@
+"""What is known without a run: explain, doctor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qdq.cli.options import (
+    PATH,
+    json_option,
+    recipe_of,
+    settings_options,
+    shape_option,
+)
+from qdq.cli.terminal import show_rows
+
+
+@click.command()
+@click.argument("source", type=PATH, metavar="MODEL|PLAN.json")
+@click.argument("node")
+@click.option("--engine", type=PATH, help="An engine of this model: also say which kernel runs the node.")
+@settings_options
+@shape_option
+@json_option
+def explain(source: Path, node: str, engine: Path | None, as_json: bool, **given: Any) -> None:
+    """Say whether and why a node is quantized, by which rule, and what it costs."""
+    from qdq.deploy.explain import explain as explained
+
+    lines = explained(source, node, recipe_of(given), engine=engine)
+    click.echo(json.dumps({"node": node, "lines": lines}, indent=1) if as_json else "\n".join(lines))
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Say which runtimes and GPUs are here, and what will and will not work."""
+    from dataclasses import asdict
+
+    from engines.backends.doctor import diagnose
+
+    findings = diagnose()
+    if as_json:
+        click.echo(json.dumps([asdict(f) for f in findings], indent=1))
+    else:
+        show_rows("This machine", [("ok" if f.ok else "--", f.name, f.detail, f.fix) for f in findings])

@@ -1,0 +1,177 @@
+"""`qdq lint MODEL [--fix -o OUT.onnx]`: what TensorRT will not take of a Q/DQ model, and the repaired model with proof.
+
+MODEL -> findings -> with --fix: repaired -> compiled for the targets, and compared with MODEL in ONNX Runtime -> OUT.
+OUT is written only where the repaired model compiles. Exit codes: 0 clean, or repaired and clean; 1 errors are left, or
+it does not compile; 2 bad input; 3 a runtime is missing. Registered by `cli`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qdq.cli.terminal import Bars, note, show_rows
+from qdq.core.errors import InputError
+
+if TYPE_CHECKING:
+    from engines.verify.compare import Report
+    from qdq.build.recipe import Recipe
+    from qdq.lint.lint import Finding
+    from qdq.lint.repair.repair import Repaired
+    from qdq.model.model import Model
+
+PROOF_SAMPLES = 4
+PATH = click.Path(path_type=Path)
+
+
+@click.command("lint")
+@click.argument("model", type=PATH)
+@click.option("--fix", is_flag=True, help="Repair what needs no data, prove it, and write the model.")
+@click.option("-o", "--output", type=PATH, help="Where to write the repaired model.")
+@click.option("--target", multiple=True, help="GPU generation to prove it for, such as sm89 (default); repeatable.")
+@click.option("--shape", multiple=True, metavar="NAME:MIN:OPT:MAX", help="Shapes of a dynamic input; or NAME:SHAPE.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON to standard output.")
+def lint_command(
+    model: Path, fix: bool, output: Path | None, target: tuple[str, ...], shape: tuple[str, ...], as_json: bool
+) -> None:
+    """Find what TensorRT refuses in a Q/DQ model, or would run in float, and repair it."""
+    from qdq.lint.lint import lint, to_json
+    from qdq.model.storage import load
+
+    if fix != (output is not None):
+        raise InputError(
+            "--fix needs -o OUT.onnx: the model given is never changed."
+            if fix
+            else "-o writes a repaired model: give --fix too."
+        )
+    loaded = load(model)
+    if not fix:
+        found = lint(loaded)
+        if as_json:
+            click.echo(to_json(found), nl=False)
+        else:
+            _show(f"{model.name}: {_count(found)}", found)
+        raise SystemExit(int(any(f.severity == "error" for f in found)))
+    assert output is not None
+    _check_output(output, model)
+    raise SystemExit(_fix(loaded, model, output, target, shape, as_json))
+
+
+def _fix(
+    loaded: Model, model: Path, output: Path, target: tuple[str, ...], shape: tuple[str, ...], as_json: bool
+) -> int:
+    """Repair, prove, write, report; returns the exit code."""
+    from qdq.build.recipe import Recipe
+    from qdq.core.files import finite
+    from qdq.lint.lint import lint, to_json
+    from qdq.lint.repair.repair import repair
+    from qdq.model.storage import save
+
+    given: Mapping[str, object] = {k: list(v) for k, v in (("target", target), ("shape", shape)) if v}
+    recipe = Recipe.from_mapping(given)
+    done = repair(loaded)
+    with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.") as folder, Bars() as bars:
+        draft = Path(folder) / output.name
+        save(done.model, draft)
+        refused, kernels = _compile(done.model, draft, recipe, bars)
+        difference = _difference(model, draft, done.model, recipe)
+        if not refused:
+            save(done.model, output)
+    errors = any(f.severity == "error" for f in done.left)
+    proof = {
+        "compiles": not refused,
+        "compiler": refused,
+        "kernels": kernels,
+        "sqnr_db": None if isinstance(difference, str) else difference.sqnr_db,
+        "max_abs_error": None if isinstance(difference, str) else max(o.max_abs_error for o in difference.outputs),
+        "not_compared": difference if isinstance(difference, str) else "",
+    }
+    if as_json:
+        changes = [{"rules": list(c.rules), "node": c.node, "what": c.what} for c in done.changes]
+        proof = {k: finite(v) for k, v in proof.items()}
+        click.echo(
+            to_json(lint(loaded), changes=changes, left=[f.to_mapping() for f in done.left], proof=proof), nl=False
+        )
+    else:
+        _report(model, output, done, refused, kernels, difference)
+    return int(errors or bool(refused))
+
+
+def _compile(model: Model, path: Path, recipe: Recipe, bars: Bars) -> tuple[str, int]:
+    """The compiler's refusal ('' for none) and the number of kernels; never asked about what crashes it."""
+    from engines.core.errors import BuildError
+    from qdq.build.engine import compile_engine, shape_ranges
+    from qdq.lint.lint import lint
+
+    if any(f.effect == "crash" for f in lint(model)):
+        return "not tried: a computed scale ends the compiler's process", 0
+    try:
+        engine = compile_engine(path, recipe=recipe, shapes=shape_ranges(model, recipe.shapes, None), on_progress=bars)
+    except BuildError as error:
+        return str(error), 0
+    return "", int(engine.table.kernels)
+
+
+def _difference(model: Path, fixed: Path, repaired: Model, recipe: Recipe) -> Report | str:
+    """The repaired model's outputs against those of the model given, on random data; or why not."""
+    from calib_data import random_samples
+    from engines.core.errors import EngineError
+    from engines.verify.compare import compare
+    from qdq.measure.inference.inputs import input_specs
+
+    sizes: dict[str | tuple[str, int], int] = {
+        (s.name, axis): size for s in recipe.shapes for axis, size in enumerate(s.opt)
+    }
+    samples = random_samples(input_specs(repaired), PROOF_SAMPLES, seed=0, sizes=sizes)
+    try:
+        return compare(str(model), str(fixed), samples, names=("model given", "repaired model"))
+    except EngineError as error:
+        return str(error)
+
+
+def _report(model: Path, output: Path, done: Repaired, refused: str, kernels: int, difference: Report | str) -> None:
+    show_rows(
+        f"{model.name}: {len(done.changes)} repairs", [(", ".join(c.rules), c.node, c.what) for c in done.changes]
+    )
+    if done.left:
+        _show(f"Left: {_count(list(done.left))}", list(done.left))
+    if refused:
+        note(f"Not written, it does not compile: {refused}")
+    else:
+        click.echo(f"Compiles to {kernels} kernels: {output}")
+    if isinstance(difference, str):
+        note(f"Not compared with {model.name}: {' '.join(difference.split())[:300]}")
+    else:
+        worst = max(o.max_abs_error for o in difference.outputs)
+        click.echo(
+            f"Against {model.name} in ONNX Runtime, {difference.samples} random samples: {difference.sqnr_db:.1f} dB, "
+            f"largest difference {worst:.3g}"
+        )
+
+
+def _show(title: str, found: list[Finding]) -> None:
+    show_rows(title, [(f.severity, f.rule, f.node, f.message) for f in found])
+    meaning = {f.rule: (f.rule, f.effect, f"TensorRT: {f.tensorrt}", f.remedy) for f in found}
+    if meaning:
+        show_rows("What that means", meaning.values())
+
+
+def _count(found: list[Finding]) -> str:
+    errors = sum(f.severity == "error" for f in found)
+    return f"{errors} errors, {len(found) - errors} warnings" if found else "nothing found"
+
+
+def _check_output(path: Path, model: Path) -> None:
+    """Refuse early what would fail after the work, or replace the model given."""
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(
+            f"Cannot write {path}: its folder does not exist or is not writable, or it is a folder itself."
+        )
+    if path.exists() and path.samefile(model):
+        raise InputError(f"Cannot write {path}: it is the model given, which is never changed. Choose another name.")

@@ -1,0 +1,51 @@
+"""The command line: every verb is one stage, and starts from the file of the stage before it.
+
+arguments -> recipe (file, then options) -> functions of qdq, engines and calib_data -> files, a table or JSON.
+Modules that load a runtime are imported inside the verbs. Exit codes: 0 done and passed, 1 a limit failed,
+2 bad input, 3 a needed runtime is missing.
+"""
+
+from __future__ import annotations
+
+import click
+
+from qdq.cli.calibrate import calibrate
+from qdq.cli.compare import compare
+from qdq.cli.deploy import demo, deploy
+from qdq.cli.inspect import doctor, explain
+from qdq.cli.lint import lint_command
+from qdq.cli.stages import audit, build, check, plan, quantize
+from qdq.cli.terminal import Verbs
+from qdq.cli.tune import tune
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="qdq", message="%(prog)s %(version)s")
+def main() -> None:
+    """An ONNX model and real samples become a verified INT8 TensorRT engine, without a GPU.
+
+    `qdq demo` shows it; `qdq deploy MODEL --data DATA --out DIR` does it all; the other verbs are its stages.
+
+    Exit codes: 0 done and passed, 1 a limit failed, 2 bad input, 3 a needed runtime is missing.
+    """
+
+
+for verb in (
+    plan,
+    tune,
+    calibrate,
+    quantize,
+    build,
+    audit,
+    check,
+    deploy,
+    compare,
+    explain,
+    lint_command,
+    doctor,
+    demo,
+):
+    main.add_command(verb)
+
+if __name__ == "__main__":
+    main()

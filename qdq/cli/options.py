@@ -1,0 +1,163 @@
+"""The options that several verbs share, and what they mean: a recipe, samples, a place to write.
+
+option decorators -> click's parsed values -> `recipe_of`, `samples_of`, `check_output`.
+Must stay light, like `cli`: what is heavy is imported inside the functions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from qdq.cli.terminal import note
+from qdq.core.errors import InputError
+
+if TYPE_CHECKING:
+    from calib_data import Samples
+    from qdq.build.recipe import Recipe
+    from qdq.model.model import Model
+
+F = TypeVar("F", bound=Callable[..., Any])
+PATH = click.Path(path_type=Path)
+RANDOM_NOTE = "Random data: the figures say that the model compiles and runs, nothing about its accuracy."
+
+
+def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, shown in this order."""
+    return lambda function: reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
+
+
+recipe_option = click.option("--recipe", type=PATH, help="YAML file; its keys are the options with underscores.")
+settings_options = _options(
+    click.option(
+        "--scheme", help="int8 (default), int8-smooth, int8-weight, int4, w4a8, fptq, fp8, nvfp4 or nvfp4-weight."
+    ),
+    click.option("--calibrator", help="Activation ranges: mse (default), percentile, entropy, max, average or auto."),
+    click.option("--percentile", type=float, help="Of the percentile calibrator, default 99.99."),
+    click.option("--rounding", help="Weights: gptq, descent, awq, clip, hqq or nearest; default: the scheme's."),
+    click.option(
+        "--equalize",
+        help="Channel balancing: smoothquant, smooth, lae, dgq, cle, awq, sinq, auto or none; default likewise.",
+    ),
+    click.option("--block", help="INT4 weights that share a scale: auto (default), 128, 64, 32, 16, channel, tensor."),
+    click.option("--block-loss-db", type=float, help="Of --block auto: coarsest block by SQNR lost to blocks of 16."),
+    click.option("--v0", help="Of fptq: largest magnitude for one scale, default 15; auto equalizes whatever gains."),
+    click.option("--v1", help="Of fptq: beyond it one scale per token, default 150; auto says so by the error."),
+    click.option("--bias-correction", help="auto (default, where held-out samples gain), on or off."),
+    click.option("--shift/--no-shift", default=None, help="Shift lopsided activations to use all codes (default on)."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Node names to leave in float; repeatable."),
+    recipe_option,
+)
+rest_option = click.option(
+    "--rest", help="Float type of what is not quantized: auto (default: fp16, or fp32 if tuned so), fp16, bf16, fp32."
+)
+tune_options = _options(
+    click.option(
+        "--tune",
+        help="Choose by compiled results: placement (default: rewrites, and what is quantized at all), rewrites (INT8 "
+        "wherever it is possible), or off.",
+    ),
+    click.option("--time-limit", type=float, metavar="SECONDS", help="For that choice, default 110."),
+    click.option(
+        "--gpu", multiple=True, help="Predict times for t4, a10, a100, l4, rtx4090 or rtx5090; default: one per target."
+    ),
+)
+shape_option = click.option(
+    "--shape",
+    multiple=True,
+    metavar="NAME:MIN:OPT:MAX",
+    help="Shapes of a dynamic input, each like 1x1x64x64x64; or NAME:SHAPE. Default: those of the samples.",
+)
+compile_options = _options(
+    click.option("--target", multiple=True, help="GPU generation, such as sm89 (default) or 8.6; repeatable."),
+    click.option("--backend", help="rtx (default, needs no GPU) or trt (needs this machine's GPU)."),
+    shape_option,
+)
+data_options = _options(
+    click.option("--data", help="Samples: a folder of .npz/.npy, one .npz/.npy file, or module.py:function."),
+    click.option("--random-data", type=int, metavar="N", help="N random samples in place of --data."),
+)
+limit_options = _options(
+    click.option("--min-sqnr-db", type=float, help="Least signal to noise ratio of each output, in dB."),
+    click.option("--min-cosine", type=float, help="Least cosine similarity of each output."),
+    click.option("--min-dice", type=float, help="Least Dice of each class of each segmentation."),
+    click.option("--min-top1", type=float, help="Least agreement of the argmax."),
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON to standard output.")
+model_argument = click.argument("model", type=PATH)
+
+
+custom_ops_option = click.option(
+    "--custom-ops", multiple=True, metavar="LIB", help="ONNX Runtime library of custom operators; repeatable."
+)
+
+
+def output_option(what: str, *, required: bool = True) -> Callable[[F], F]:
+    """Where the result goes."""
+    return click.option("-o", "--output", type=PATH, required=required, help=f"Where to write {what}.")
+
+
+def recipe_values(given: Mapping[str, Any], base: Mapping[str, object] | None = None) -> dict[str, object]:
+    """Keys of a verb's recipe: `base`, then its recipe file, then the options given."""
+    from qdq.build.recipe import read_recipe
+
+    options = {k: v for k, v in given.items() if k != "recipe" and v is not None and v != ()}
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+    read = read_recipe(given["recipe"]) if given.get("recipe") else {}
+    return {**(base or {}), **read, **options}
+
+
+def recipe_of(given: Mapping[str, Any], base: Mapping[str, object] | None = None) -> Recipe:
+    """The recipe of a verb, from its `recipe_values`."""
+    from qdq.build.recipe import Recipe
+
+    return Recipe.from_mapping(recipe_values(given, base))
+
+
+def samples_of(model: Model, recipe: Recipe, data: str | None, random_data: int | None) -> Samples:
+    """The samples that the options name.
+
+    Raises:
+        InputError: none, or both kinds.
+        DataError: see `calib_data.open_samples`.
+    """
+    from calib_data import open_samples, random_samples
+    from qdq.measure.inference.inputs import input_specs
+
+    if (data is None) == (random_data is None):
+        raise InputError(
+            "No data: give --data DATA, a folder or file with real inputs of the model. Random data needs an explicit "
+            "--random-data N, and calibrates nothing real."
+            if data is None
+            else "Both --data and --random-data are given: choose one."
+        )
+    specs = input_specs(model)
+    if data is not None:
+        return open_samples(data, specs)
+    note(RANDOM_NOTE)
+    sizes: dict[str | tuple[str, int], int] = {
+        (shape.name, axis): size for shape in recipe.shapes for axis, size in enumerate(shape.opt)
+    }
+    return random_samples(specs, random_data or 0, seed=0, sizes=sizes)
+
+
+def check_output(path: Path, *inputs: Path | str | None) -> None:
+    """Refuse early what would fail after the work, or would replace a file that is being read.
+
+    Raises:
+        InputError: says which.
+    """
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "it is a folder" if path.is_dir() else "its folder does not exist or is not writable"
+        raise InputError(f"Cannot write {path}: {what}. Choose a file name in a folder that is writable.")
+    for other in inputs:
+        if other is not None and path.exists() and Path(other).exists() and path.samefile(other):
+            raise InputError(
+                f"Cannot write {path}: it is an input of this command, which is never changed. Choose another name."
+            )

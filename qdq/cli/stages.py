@@ -1,0 +1,241 @@
+"""The stages as verbs: plan, quantize, build, audit, check. Each starts from the files of the one before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qdq.cli.deploy import finish_with
+from qdq.cli.options import (
+    PATH,
+    check_output,
+    compile_options,
+    custom_ops_option,
+    data_options,
+    json_option,
+    limit_options,
+    model_argument,
+    output_option,
+    recipe_of,
+    recipe_option,
+    samples_of,
+    settings_options,
+    shape_option,
+)
+from qdq.cli.terminal import Bars, note, show_rows
+from qdq.core.errors import InputError
+
+if TYPE_CHECKING:
+    from qdq.build.recipe import Recipe
+    from qdq.plan.settings import Settings
+
+
+@click.command()
+@model_argument
+@output_option("plan.json", required=False)
+@settings_options
+@json_option
+def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
+    """Decide what is quantized, and say why the rest is not."""
+    from qdq.deploy.report import plan_rows
+    from qdq.passes.prepare import load_float
+    from qdq.plan import placement
+
+    if output:
+        check_output(output, model, given["recipe"])
+    recipe = recipe_of(given)
+    made = placement.plan(load_float(model), recipe.settings)
+    if output:
+        made.save(output)
+    if as_json:
+        click.echo(made.to_json(), nl=False)
+    else:
+        show_rows(f"Plan of {model.name}" + (f" in {output}" if output else ""), plan_rows(made))
+
+
+@click.command()
+@model_argument
+@data_options
+@click.option("--plan", "plan_file", type=PATH, help="plan.json in place of a new plan.")
+@click.option("--table", "table_file", type=PATH, help="table.json in place of a new calibration.")
+@output_option("the Q/DQ model")
+@click.option(
+    "--rest",
+    help="Float type of what is not quantized: auto (as tuned, else fp16), fp16, bf16, fp32; default: tuned, or fp32.",
+)
+@custom_ops_option
+@settings_options
+@shape_option
+def quantize(
+    model: Path,
+    data: str | None,
+    random_data: int | None,
+    plan_file: Path | None,
+    table_file: Path | None,
+    output: Path,
+    custom_ops: tuple[str, ...],
+    **given: Any,
+) -> None:
+    """Write the Q/DQ model. Of a large model, weights that a killed run finished are taken up."""
+    from qdq.assemble.finish import finish
+    from qdq.assemble.quantize import quantize
+    from qdq.measure.table import CalibrationTable
+    from qdq.model.storage import save
+    from qdq.model.weight_store import kept
+    from qdq.passes.prepare import load_float
+    from qdq.plan.plan import Plan
+
+    check_output(output, model, data, plan_file, table_file, given["recipe"])
+    with Bars() as bars:
+        bars(0, None, "Prepare")
+        chosen = Plan.load(plan_file) if plan_file else None
+        rest = "auto" if chosen and chosen.rest else "fp32"
+        recipe = recipe_of(given, base={"rest": rest} | (chosen.settings.to_mapping() if chosen else {}))
+        if chosen and _places(recipe.settings) != _places(chosen.settings):
+            raise InputError(
+                f"The plan {plan_file} already says what is quantized, which --scheme, --block, --shift and --exclude "
+                "cannot change. Edit the plan, or make another with `qdq plan`."
+            )
+        prepared = load_float(model)
+        table = CalibrationTable.load(table_file) if table_file else None
+        if table is not None and data is None and random_data is None:
+            samples = None
+        else:
+            samples = samples_of(prepared, recipe, data, random_data)
+        with kept(output.with_name(f".{output.name}.weights")):
+            made = quantize(
+                prepared,
+                samples,
+                settings=recipe.settings,
+                plan=chosen,
+                table=table,
+                custom_ops=custom_ops,
+                on_progress=bars,
+            )
+            done = finish(made.model, made.plan, rest=recipe.rest, table=made.table)
+            save(done.model, output)
+    for text in (*made.solution.notes, *done.notes):
+        note(text)
+    click.echo(f"{len(made.plan.quantized_nodes)} nodes in {made.plan.operands}: {output}")
+
+
+def _places(settings: Settings) -> tuple[object, ...]:
+    """The settings that decide where quantizers go; the others decide scales and codes."""
+    blocks = (settings.block, settings.block_loss_db)
+    return (settings.scheme, settings.shift, settings.exclude, settings.overrides, *blocks)
+
+
+@click.command()
+@model_argument
+@output_option("the engine; its layers and manifest go beside it")
+@compile_options
+@click.option("--timing-cache", type=PATH, help="Of --backend trt: read if it exists, then written.")
+@recipe_option
+def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) -> None:
+    """Compile an engine from an ONNX model, quantized or not."""
+    from qdq.build.engine import compile_engine, save_engine, shape_ranges
+    from qdq.model.storage import load
+
+    check_output(output, model, given["recipe"])
+    recipe = recipe_of(given)
+    with Bars() as bars:
+        shapes = shape_ranges(load(model), recipe.shapes, None)
+        engine = compile_engine(model, recipe=recipe, shapes=shapes, timing_cache=timing_cache, on_progress=bars)
+        save_engine(engine, output, model, recipe=recipe, shapes=shapes)
+    click.echo(f"{engine.table.kernels} kernels for {', '.join(engine.table.targets)}: {output}")
+
+
+@click.command()
+@model_argument
+@compile_options
+@click.option("--gpu", help="Also predict the time of each kernel: t4, a10, a100, l4, rtx4090 or rtx5090.")
+@recipe_option
+@json_option
+def audit(model: Path, gpu: str | None, as_json: bool, **given: Any) -> None:
+    """Say what each node really runs in: of a Q/DQ model, which is compiled for it, or of an engine."""
+    from qdq.build.engine import audit_engine, audit_model
+    from qdq.deploy.report import audit_lines, audit_rows
+
+    recipe = recipe_of(given)
+    if gpu:
+        _show_price(model, recipe, gpu, as_json)
+        return
+    with Bars() as bars:
+        result = audit_model(model, recipe, bars) if model.suffix == ".onnx" else audit_engine(model)
+    if as_json:
+        click.echo(result.to_json(), nl=False)
+        return
+    show_rows(f"Audit of {model.name}", audit_rows(result))
+    for line in audit_lines(result):
+        note(line)
+
+
+def _show_price(model: Path, recipe: Recipe, gpu: str, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from engines.cost.predict import HEADERS, rows
+    from qdq.build.engine import price
+
+    with Bars() as bars:
+        cost = price(model, recipe, gpu, bars)
+    if as_json:
+        kernels = [asdict(k) for k in cost.kernels]
+        click.echo(json.dumps({"gpu": cost.gpu.name, "predicted_us": cost.total_us, "kernels": kernels}, indent=1))
+        return
+    show_rows(f"{model.name} on {cost.gpu.name}: {cost.total_us:.1f} us predicted", [HEADERS, *rows(cost)])
+
+
+@click.command()
+@click.argument("float_model", type=PATH, metavar="FLOAT.onnx")
+@click.argument("candidate", type=PATH, metavar="Q.onnx|ENGINE")
+@data_options
+@limit_options
+@click.option("-o", "--output", type=PATH, help="Where to write report.json.")
+@custom_ops_option
+@shape_option
+@recipe_option
+@json_option
+def check(
+    float_model: Path,
+    candidate: Path,
+    data: str | None,
+    random_data: int | None,
+    output: Path | None,
+    custom_ops: tuple[str, ...],
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Compare a quantized model, or an engine on a GPU, with the float model; limits decide the exit code."""
+    from qdq.build.engine import engine_backend
+    from qdq.deploy.check import evaluate
+    from qdq.deploy.report import check_rows
+    from qdq.model.storage import load
+
+    if output:
+        check_output(output, float_model, candidate, data, given["recipe"])
+    recipe = recipe_of(given)
+    reference = load(float_model)
+    samples = samples_of(reference, recipe, data, random_data)
+    backend = None if candidate.suffix == ".onnx" else engine_backend(candidate)
+    with Bars() as bars:
+        report = evaluate(
+            float_model,
+            candidate,
+            samples,
+            limits=recipe.limits,
+            engine_backend=backend,
+            custom_ops=custom_ops,
+            on_progress=bars,
+        )
+    if output:
+        report.save(output)
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+    else:
+        show_rows(f"{candidate.name} against {float_model.name}, {report.samples} samples", check_rows(report))
+        if report.note:
+            note(report.note)
+    finish_with(report.failures)

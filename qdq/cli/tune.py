@@ -1,0 +1,93 @@
+"""`qdq tune`: the plan that the compiler's result is predicted fastest for.
+
+options -> recipe, samples if given -> qdq.pricing -> plan.json, a short table.
+What is heavy is imported inside the verb.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qdq.cli.options import (
+    PATH,
+    check_output,
+    compile_options,
+    data_options,
+    json_option,
+    model_argument,
+    output_option,
+    recipe_of,
+    rest_option,
+    samples_of,
+    settings_options,
+    tune_options,
+)
+from qdq.cli.terminal import Bars, show_rows
+
+
+@click.command()
+@model_argument
+@data_options
+@output_option("plan.json")
+@click.option("--min-sqnr-db", type=float, help="Least signal to noise ratio of the outputs, in dB; needs --data.")
+@click.option("--cache", type=PATH, help="Folder that keeps the price of every graph compiled, for the next time.")
+@tune_options
+@rest_option
+@settings_options
+@compile_options
+@json_option
+def tune(
+    model: Path,
+    data: str | None,
+    random_data: int | None,
+    output: Path,
+    cache: Path | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Choose by compiled results what is quantized, and which exact rewrites are made.
+
+    The plan is never predicted slower than the model in float, nor than quantized wherever it is possible. Without
+    --data every activation is taken for lopsided, which costs most.
+    """
+    from qdq.build.engine import shape_ranges
+    from qdq.build.pricer import Pricer, gpus_of
+    from qdq.core.errors import InputError
+    from qdq.deploy.report import Row
+    from qdq.passes.prepare import load_float
+    from qdq.tune.find_plan import find_plan
+
+    check_output(output, model, data, given["recipe"])
+    recipe = recipe_of(given)
+    if recipe.backend != "rtx":
+        raise InputError("tune prices what TensorRT-RTX compiles: it needs --backend rtx, which needs no GPU.")
+    gpus = gpus_of(recipe)
+    with Bars() as bars:
+        bars(0, None, "Prepare")
+        prepared = load_float(model)
+        samples = None
+        if data is not None or random_data is not None:
+            samples = samples_of(prepared, recipe, data, random_data)
+        elif "min_sqnr_db" in recipe.limits:
+            raise InputError("--min-sqnr-db needs --data: accuracy is measured on samples.")
+        shapes = shape_ranges(prepared, recipe.shapes, samples)
+        pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus, cache=cache)
+        found = find_plan(prepared, pricer, samples=samples, on_progress=bars)
+    found.plan.save(output)
+    if as_json:
+        kernels = [asdict(kernel) for kernel in found.price.kernels]
+        content = {"gpus": [gpu.name for gpu in gpus], **found.to_mapping(), "kernels": kernels}
+        click.echo(json.dumps(content, indent=1))
+        return
+    names = ", ".join(gpu.name for gpu in gpus)
+    rows = [
+        Row(f"predicted on {names}", found.times),
+        Row("choice", found.summary),
+        *(Row("kept", step) for step in found.steps),
+    ]
+    show_rows(f"Tuned plan of {model.name} in {output}", rows)

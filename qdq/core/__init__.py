@@ -1,0 +1,1 @@
+"""Words, files and arithmetic under every stage. Must not know ONNX models."""

@@ -1,0 +1,26 @@
+"""One of some names, or an error that names the nearest."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from qdq.core.errors import InputError
+
+
+def choose(value: str, allowed: Sequence[str], what: str) -> str:
+    """Return `value` if it is one of `allowed`.
+
+    Args:
+        value: what the user gave.
+        allowed: the names that exist.
+        what: the option's name, for the message.
+
+    Raises:
+        InputError: the name is unknown; the message names the nearest one.
+    """
+    if value in allowed:
+        return value
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise InputError(f"Unknown {what} {value!r}: it must be one of {', '.join(allowed)}.{hint}")

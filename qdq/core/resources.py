@@ -1,0 +1,74 @@
+"""Cores, and memory that is shared by what runs at a time."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qdq.core.errors import InputError
+
+DEFAULT_BYTES = 4 << 30  # for the activations of all samples that run at a time, or half of the free memory if less
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as 800M, 2G, 1.5GiB.
+
+    Raises:
+        InputError: it is no size.
+
+    >>> parse_bytes("2 GiB"), parse_bytes("0.5k")
+    (2147483648, 500)
+    """
+    body = text.strip().lower().removesuffix("b")
+    number = body.rstrip("kmgi ")
+    unit = body[len(number) :].strip()
+    try:
+        size = float(number) * _UNITS[unit]
+        if not 1 <= size < math.inf:
+            raise ValueError
+        return int(size)
+    except (ValueError, KeyError):
+        raise InputError(f"--memory is {text!r}: it must be a size such as 800M, 2G or 1.5GiB.") from None
+
+
+def default_bytes() -> int:
+    """DEFAULT_BYTES, or half of the memory that is free now where that is less and known."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return DEFAULT_BYTES
+    free = {name: int(rest.split()[0]) << 10 for name, _, rest in (line.partition(":") for line in lines)}
+    return min(DEFAULT_BYTES, free.get("MemAvailable", 2 * DEFAULT_BYTES) // 2)
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Room:
+    """Memory that threads share: whoever needs more than is left waits."""
+
+    def __init__(self, total: int) -> None:
+        """Bytes in all."""
+        self._total = self._left = total
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        """Hold some bytes; who needs more than there are in all works alone."""
+        size = min(size, self._total)
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= size)
+            self._left -= size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += size
+                self._changed.notify_all()

@@ -1,0 +1,1 @@
+"""The whole job and its report. Must not hold the arithmetic of a stage."""

@@ -1,0 +1,62 @@
+"""The float model beside a candidate on samples: what `check` and `deploy` report. Must not compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from calib_data import Samples
+from engines.backends import ort, trt
+from engines.backends.doctor import gpus
+from engines.verify.compare import Limits, Report, compare
+from qdq.core.progress import Progress
+from qdq.measure.inference.samples import Sample
+
+
+def evaluate(
+    float_path: Path | str,
+    candidate: Path,
+    samples: Samples,
+    *,
+    limits: Mapping[str, float],
+    engine_backend: str | None = None,
+    custom_ops: Sequence[str] = (),
+    on_progress: Progress | None = None,
+) -> Report:
+    """The candidate's outputs against those of the float model as the user gave it.
+
+    Args:
+        float_path: the float model.
+        candidate: a Q/DQ model, which stands for its engine; or an engine.
+        samples: to compare on.
+        limits: keys of `qdq.recipe.LIMITS`.
+        engine_backend: 'rtx' or 'trt' where the candidate is an engine.
+        custom_ops: libraries of custom operators that ONNX Runtime needs for the models.
+        on_progress: told after each sample.
+    """
+    total = samples.len_or_none()
+
+    def counted() -> Iterator[Sample]:
+        for done, sample in enumerate(samples):
+            if on_progress:
+                on_progress(done, total, "Check")
+            yield sample
+        if on_progress and total is not None:
+            on_progress(total, total, "Check")
+
+    def opened(path: Path | str) -> Any:
+        return ort.session(str(path), custom_ops=custom_ops) if custom_ops else str(path)
+
+    report = compare(
+        opened(float_path),
+        trt.runner(candidate, rtx=engine_backend == "rtx", name="engine") if engine_backend else opened(candidate),
+        counted(),
+        limits=Limits(**limits),
+        stood_for_engine=engine_backend is None,
+        names=("float model", "engine" if engine_backend else "Q/DQ model"),
+    )
+    if report.stood_for_engine and gpus():
+        return replace(report, note="the Q/DQ model in ONNX Runtime stood for the engine, which was not run")
+    return report

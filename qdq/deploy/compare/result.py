@@ -1,0 +1,115 @@
+"""What `qdq compare` reports: a row per scheme, report.json for machines, and a table for people.
+
+measured figures -> `Row` -> `Comparison` -> JSON, or rows of cells that the command line prints.
+Must not print, measure anything or hold sample data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING
+
+from qdq.core.files import finite
+from qdq.deploy.compare.metrics import METRICS
+from qdq.deploy.report import size
+
+if TYPE_CHECKING:
+    from qdq.deploy.compare.task import Task
+
+FORMAT = "qdq.compare/1"
+SHOWN = 160  # characters of a reason in the table; the JSON has it all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What was measured of one scheme; None where the step before failed, and `problem` says how.
+
+    Attributes:
+        scheme: as asked for, or FP32, FP16, BF16 for the float model.
+        precision: bits of weights and data of the quantized products, as in W4A8.
+        weights_per: what shares a scale in the weights, with the number of weights where there are several kinds.
+        data_per: likewise in the activations; '-' where they are float.
+        quantized_nodes: number of nodes with a quantized weight.
+        model_bytes: of the ONNX file with its external data.
+        weight_bytes: of the constants in the engine, as its compiler says.
+        kernels: launched per inference.
+        shares: type that kernels consume -> fraction of the multiply-adds.
+        sqnr_db: signal to quantization noise of all outputs against the float model's.
+        value: of the metric.
+        predicted_us: mean over the GPUs, a roofline.
+        problem: '' if nothing failed.
+        notes: what a reader must know, one sentence each.
+    """
+
+    scheme: str
+    precision: str = ""
+    weights_per: str = ""
+    data_per: str = ""
+    quantized_nodes: int | None = None
+    model_bytes: int | None = None
+    weight_bytes: int | None = None
+    kernels: int | None = None
+    shares: Mapping[str, float] | None = None
+    sqnr_db: float | None = None
+    value: float | None = None
+    predicted_us: float | None = None
+    problem: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """All rows, and what they are of."""
+
+    model: str
+    model_sha256: str
+    task: Task
+    samples: int
+    evaluated_on: str
+    targets: tuple[str, ...]
+    gpus: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Valid JSON text; numbers that are not finite become 'inf', '-inf' and 'nan'."""
+        task = {**asdict(self.task), "higher_is_better": METRICS[self.task.metric].higher_is_better}
+        content = {
+            "format": FORMAT,
+            **{f.name: getattr(self, f.name) for f in fields(self)},
+            "task": task,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "rows": [{k: finite(v) for k, v in asdict(row).items()} for row in self.rows],
+        }
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Rows of cells for the terminal, the head first."""
+        gpu = f" on {', '.join(self.gpus)}" if self.gpus else ""
+        head = (
+            *("scheme", "precision", "weights per", "data per", "nodes", "model", "engine weights"),
+            *("multiply-adds in", "SQNR dB", self.task.title, f"predicted us{gpu}"),
+        )
+        return [head, *map(_cells, self.rows)]
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """One line of the table."""
+    return (
+        *(row.scheme, row.precision, row.weights_per, row.data_per),
+        "" if row.quantized_nodes is None else str(row.quantized_nodes),
+        "" if row.model_bytes is None else size(row.model_bytes),
+        "" if row.weight_bytes is None else size(row.weight_bytes),
+        ", ".join(f"{kind} {share:.0%}" for kind, share in (row.shares or {}).items() if share >= 0.005),
+        "" if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
+        "" if row.value is None else f"{row.value:.4f}" if abs(row.value) < 1e4 else f"{row.value:.3g}",
+        _short(row.problem) if row.problem else "" if row.predicted_us is None else f"{row.predicted_us:.1f}",
+    )
+
+
+def _short(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= SHOWN else f"{flat[: SHOWN - 1]}…"

@@ -1,0 +1,179 @@
+"""What a model is asked to do well (`Task`), the samples with their labels, and a candidate's score on them.
+
+folder of .npz with labels -> `labelled` -> Samples that also hold the labels -> `score`: reference and candidate run in
+ONNX Runtime sample by sample -> SQNR of all outputs, and the task's metric of one. `inputs_only` is what models get.
+Must not keep more outputs than `KEPT_BYTES`, and must not know how a candidate was made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calib_data import DataError, InputSpec, Samples, open_samples
+from calib_data.sources import PythonFunction
+from calib_data.stored_arrays import stored_arrays
+from engines.backends import ort
+from engines.verify.compare import decibels
+from qdq.assemble.held_out import energies
+from qdq.core.choices import choose
+from qdq.core.errors import InputError
+from qdq.core.progress import Progress
+from qdq.deploy.compare.metrics import Array, metric, next_tokens
+from qdq.deploy.compare.task import Task
+from qdq.measure.inference.inputs import input_specs
+from qdq.model.model import Model
+
+KEPT_BYTES = 1 << 28  # of the reference's outputs; beyond, it runs again for every candidate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """SQNR over all outputs in dB, the metric's value, and how many samples were seen."""
+
+    sqnr_db: float
+    value: float
+    samples: int
+
+
+def labelled(source: str, model: Model, labels: str, *, required: bool = True) -> Samples:
+    """Evaluation samples that hold one array more than the model's inputs, whatever its shape.
+
+    Args:
+        source: as in `calib_data.open_samples`; in one .npz file the labels' leading axis runs over the samples.
+        model: says the inputs.
+        labels: name of the array; an input of the model may be its own label.
+        required: False opens samples without such an array as those of the inputs alone.
+
+    Raises:
+        DataError: see `calib_data.open_samples`; or the samples hold no such array, and it is required.
+    """
+    specs = input_specs(model)
+    if labels in [spec.name for spec in specs]:
+        return open_samples(source, specs)
+    try:
+        shape, kind = _label_form(source, labels)
+    except DataError:
+        if required:
+            raise
+        return open_samples(source, specs)
+    extra = InputSpec(name=labels, dtype="float64" if kind == "f" else "int64", shape=(None,) * len(shape))
+    return open_samples(source, (*specs, extra))
+
+
+def inputs_only(samples: Samples, model: Model) -> Samples:
+    """The same samples without labels."""
+    specs = input_specs(model)
+    if len(samples.inputs) == len(specs):
+        return samples
+
+    def read() -> Iterator[dict[str, Array]]:
+        return ({spec.name: sample[spec.name] for spec in specs} for sample in samples)
+
+    source = PythonFunction(where=samples.origin, function=read, count=samples.len_or_none())
+    return Samples(inputs=specs, source=source, indices=samples.indices, origin=samples.origin)
+
+
+def _label_form(source: str, name: str) -> tuple[tuple[int, ...], str]:
+    """Shape of the labels of one sample, and NumPy's kind of their type."""
+    path = Path(source)
+    if path.is_dir() or (path.is_file() and path.suffix == ".npz"):
+        files = [path] if path.is_file() else sorted(p for p in path.glob("*.npz") if not p.name.startswith("."))
+        stored = stored_arrays(files[0]) if files else {}
+        if name in stored:
+            shape = stored[name].shape
+            return (shape[1:] if path.is_file() else shape), stored[name].dtype.kind
+        there = ", ".join(sorted(stored))
+    elif ".py:" in source:
+        module, _, function = source.rpartition(":")
+        first = next(iter(PythonFunction.open(Path(module), function).read(range(1))), None)
+        if first is not None and name in first.arrays:
+            return first.arrays[name].shape, first.arrays[name].dtype.kind
+        there = ", ".join(sorted(first.arrays)) if first is not None else ""
+    else:
+        there = ""
+    raise DataError(
+        f"No labels {name!r} in {source}: its samples hold {there or 'no named arrays'}. Save them beside the inputs, "
+        "numpy.savez(path, **inputs, labels=labels), or leave out --labels to compare with the float model."
+    )
+
+
+class Reference:
+    """The float model's outputs for each sample, kept from the first candidate on as far as `KEPT_BYTES` allow."""
+
+    def __init__(self, path: Path | str, *, custom_ops: Sequence[str] = ()) -> None:
+        """Of a model's file; `custom_ops` are libraries for ONNX Runtime."""
+        self._path, self._custom_ops = path, custom_ops
+        self._session: Any = None
+        self._kept: dict[int, dict[str, Array]] = {}
+        self._bytes = 0
+
+    def outputs(self, index: int, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """The outputs for the sample of an index.
+
+        Raises:
+            EngineError: ONNX Runtime refuses the model or the sample.
+        """
+        if index in self._kept:
+            return self._kept[index]
+        if self._session is None:
+            self._session = ort.session(str(self._path), custom_ops=self._custom_ops)
+        found = next(ort.run(self._session, [inputs]))
+        self._bytes += sum(array.nbytes for array in found.values())
+        if self._bytes <= KEPT_BYTES:
+            self._kept[index] = found
+        return found
+
+
+def score(
+    reference: Reference,
+    candidate: Path | str,
+    samples: Samples,
+    task: Task,
+    *,
+    model: Model,
+    custom_ops: Sequence[str] = (),
+    on_progress: Progress | None = None,
+) -> Score:
+    """Run a model on every sample and compare it with the float model.
+
+    Args:
+        reference: of the float model, for these samples.
+        candidate: a float or Q/DQ model's file with the same inputs and outputs.
+        samples: with the task's labels, in the same order each time.
+        task: what is measured.
+        model: the float model, loaded: says inputs and outputs.
+        custom_ops: libraries of custom operators for ONNX Runtime.
+        on_progress: told after each sample.
+
+    Raises:
+        InputError: the task does not fit the model or the labels.
+        EngineError: ONNX Runtime refuses a model or a sample.
+    """
+    outputs = [o.name for o in model.outputs]
+    of = choose(task.output, outputs, "output") if task.output else outputs[0]
+    names = [i.name for i in model.inputs]
+    tokens, total = task.source(model), samples.len_or_none()
+    if task.array and task.array not in [spec.name for spec in samples.inputs]:
+        raise InputError(
+            f"The samples to score on hold no array {task.array!r} with labels, only {', '.join(names)}. Give --eval "
+            "with real samples that have it, or leave out --labels."
+        )
+    session = ort.session(str(candidate), custom_ops=custom_ops)
+    counting = metric(task.metric, per=task.per)
+    signal = noise = 0.0
+    done = 0
+    for done, sample in enumerate(samples, 1):
+        inputs = {name: sample[name] for name in names}
+        found, expected = next(ort.run(session, [inputs])), reference.outputs(done, inputs)
+        seen = energies({name: expected[name] for name in outputs}, found)
+        signal, noise = signal + seen[0], noise + seen[1]
+        labels = next_tokens(sample[tokens]) if tokens else sample[task.array] if task.array else None
+        counting.add(found[of], expected[of], labels)
+        if on_progress:
+            on_progress(done, total, "score")
+    sqnr = decibels(signal, noise) if math.isfinite(signal + noise) else -math.inf
+    return Score(sqnr_db=sqnr, value=counting.value, samples=done)

@@ -1,0 +1,81 @@
+"""What a comparison scores: a metric, its unit, and labels beside the samples. Must not run a model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from qdq.core.choices import choose
+from qdq.core.errors import InputError
+from qdq.deploy.compare.metrics import METRICS
+from qdq.model.model import Model
+
+NEXT = "next"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is measured of an output.
+
+    Attributes:
+        metric: a name in `qdq.metrics.METRICS`.
+        labels: the array of the evaluation samples that holds the truth; 'next' or 'next:INPUT' for the tokens that
+            follow those of an integer input; '' to compare with the float model.
+        output: name of the output; '' for the first.
+        unit: of 'mae', for reports.
+        per: of 'mae': how much of the output makes one unit.
+
+    Raises:
+        InputError: an unknown metric, a unit that is not above zero, or perplexity without labels.
+    """
+
+    metric: str = "cosine"
+    labels: str = ""
+    output: str = ""
+    unit: str = ""
+    per: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Validate; perplexity is of the next token unless there are labels."""
+        choose(self.metric, tuple(METRICS), "metric")
+        if not (math.isfinite(self.per) and self.per > 0):
+            raise InputError(
+                f"per is {self.per!r}: it must be a number above 0, such as 0.00159362 Hartree in a kcal/mol."
+            )
+        if self.metric != "mae" and (self.unit or self.per != 1.0):
+            raise InputError(f"--unit and --per belong to the metric mae, but the metric is {self.metric}.")
+        if METRICS[self.metric].needs_labels and not self.labels:
+            object.__setattr__(self, "labels", NEXT)
+
+    @property
+    def array(self) -> str:
+        """The name of the label array; '' without one."""
+        return "" if self.labels.partition(":")[0] == NEXT else self.labels
+
+    @property
+    def title(self) -> str:
+        """For the head of a column."""
+        against = "" if self.labels else " to float"
+        return f"{self.metric}{against}{', ' + self.unit if self.unit else ''}"
+
+    def source(self, model: Model) -> str:
+        """The input whose next tokens are the labels; '' where that is not so.
+
+        Raises:
+            InputError: no such input, or several to choose from.
+        """
+        kind, _, name = self.labels.partition(":")
+        if kind != NEXT:
+            return ""
+        tokens = [i.name for i in model.inputs if np.dtype(i.dtype).kind in "iu"]
+        if name:
+            return choose(name, tokens, "integer input")
+        if len(tokens) != 1:
+            raise InputError(
+                f"The next token is of the only integer input, but the model has {len(tokens)}"
+                f"{': ' + ', '.join(tokens) if tokens else ''}. Give --labels next:INPUT, or the name of an array of "
+                "labels in the evaluation samples."
+            )
+        return tokens[0]

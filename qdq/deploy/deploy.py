@@ -1,0 +1,180 @@
+"""The main job in the order of its stages.
+
+    float model, samples -> tuned plan -> Q/DQ model, finished                `written`: what is shipped, no file yet
+    that -> engine -> audit, check against the float model -> OUT             `deploy`: complete or not at all
+Must not print, decide exit codes or hold the arithmetic of a stage.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from calib_data import Samples
+from engines.backends import ort, rtx
+from engines.backends.compiler import ShapeRange
+from engines.backends.layers import LayerTable
+from engines.core.errors import BuildError, import_runtime
+from engines.core.files import write_atomic
+from engines.verify.audit import audit
+from qdq.build.engine import compile_engine, runs_here, save_engine, shape_ranges
+from qdq.build.pricer import Pricer, gpus_of
+from qdq.build.recipe import Recipe
+from qdq.core.files import folder_beside, move_all
+from qdq.core.formats import require_targets
+from qdq.core.progress import Progress
+from qdq.deploy.check import evaluate
+from qdq.deploy.report import DeployReport
+from qdq.deploy.shipped import file_bytes, provenance, written
+from qdq.measure.inference.inputs import as_samples
+from qdq.measure.inference.samples import Sample
+from qdq.measure.inference.session import registered
+from qdq.model.model import Model
+from qdq.model.storage import load, save
+from qdq.model.weight_store import kept
+from qdq.passes.prepare import load_float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployed:
+    """What `deploy` left in `folder`, and how it turned out."""
+
+    folder: Path
+    files: tuple[str, ...]
+    report: DeployReport
+
+
+def deploy(
+    model_path: Path | str,
+    samples: Iterable[Sample] | Callable[[Model], Samples],
+    out: Path | str,
+    *,
+    recipe: Recipe | None = None,
+    evaluation: Iterable[Sample] | Callable[[Model], Samples] | None = None,
+    labels: Sequence[np.ndarray] = (),
+    custom_ops: Sequence[str] = (),
+    on_progress: Progress | None = None,
+    notes: Sequence[str] = (),
+) -> Deployed:
+    """A float model and samples become a checked engine, with all that led to it, in one folder.
+
+    `out` receives <stem>.<scheme>.onnx, <stem>.engine with its layers (.json) and manifest (.manifest.json), plan.json,
+    table.json and report.json: all of them, or after an error none. A missed limit is no error.
+
+    Args:
+        model_path: a float ONNX file; it is not changed.
+        samples: to calibrate with; or a function that opens them for the model.
+        out: a folder, made if need be; files of these names in it are replaced.
+        recipe: settings, targets, shapes and limits.
+        evaluation: to check on; None takes the calibration samples, and the report says so.
+        labels: true classes of the evaluation samples, each shaped like the argmax over axis 1 of the first output;
+            the report then says how well both models find them.
+        custom_ops: libraries of custom operators that ONNX Runtime needs for the model; the compiler must know them by
+            itself.
+        on_progress: told about every step.
+        notes: to add to the report.
+
+    Raises:
+        QdqError, EngineError, DataError: see the stages.
+    """
+    recipe, out, model_path = recipe or Recipe(), Path(out), Path(model_path)
+    tell = on_progress or (lambda done, total, label: None)
+    tell(0, None, "Prepare")
+    prepared = load_float(model_path)
+    calibration, evaluated = (
+        None if s is None else s(prepared) if callable(s) else as_samples(s, prepared) for s in (samples, evaluation)
+    )
+    assert calibration is not None
+    shapes = shape_ranges(prepared, recipe.shapes, calibration)
+    _require_runtimes(prepared, recipe)
+    stem = model_path.name.removesuffix(".onnx")
+    weights = out.absolute().with_name(f".{out.absolute().name}.weights")  # of a large model, if a run is killed
+    with folder_beside(out) as folder, registered(custom_ops), kept(weights):
+        pricer = None
+        if recipe.tune != "off" and recipe.backend == "rtx":
+            pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe))
+        done = written(prepared, calibration, recipe, pricer=pricer, on_progress=tell)
+        made, finished = done.made, done.finished
+        output, engine_path = folder / f"{stem}.{recipe.settings.scheme}.onnx", folder / f"{stem}.engine"
+        save(finished.model, output)
+        made.plan.save(folder / "plan.json")
+        made.table.save(folder / "table.json")
+        engine = compile_engine(output, recipe=recipe, shapes=shapes, on_progress=tell)
+        save_engine(engine, engine_path, output, recipe=recipe, shapes=shapes, made_from=provenance(made))
+        float_table, reason = _float_table(prepared, folder, recipe, shapes, tell)
+        judged = calibration if evaluated is None else evaluated
+        on_engine = recipe.backend if runs_here(engine.table.targets) else None
+        check = evaluate(
+            model_path,
+            engine_path if on_engine else output,
+            judged,
+            limits=recipe.limits,
+            engine_backend=on_engine,
+            custom_ops=custom_ops,
+            on_progress=tell,
+        )
+        if evaluated is None:
+            notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
+        if recipe.tune != "off" and not pricer:
+            why = "predicted times come from TensorRT-RTX's compiler, and --backend trt has another"
+            notes = [*notes, f"not tuned: {why}"]
+        label_dice = {
+            name: _label_dice(path, judged, labels)
+            for name, path in (("float model", model_path), ("quantized model", output))
+            if labels
+        }
+        report = DeployReport(
+            check=check,
+            audit=audit(output, engine.table, shapes=shapes),
+            float_table=float_table,
+            float_file_bytes=file_bytes(load(model_path)),
+            int8_file_bytes=file_bytes(load(output)),
+            evaluated_on="calibration samples" if evaluated is None else "evaluation samples",
+            notes=tuple(filter(None, [*notes, *done.notes, *made.solution.notes, *finished.notes, check.note, reason])),
+            label_dice=label_dice,
+            tuned=done.tuned,
+            gpus=tuple(gpu.name for gpu in pricer.gpus) if pricer else (),
+        )
+        write_atomic(folder / "report.json", report.to_json().encode())
+        return Deployed(folder=out, files=move_all(folder, out), report=report)
+
+
+def _float_table(
+    prepared: Model, folder: Path, recipe: Recipe, shapes: Mapping[str, ShapeRange], tell: Progress
+) -> tuple[LayerTable | None, str]:
+    """The layers of the float model compiled likewise, or None and why it does not compile."""
+    place = folder / "float"
+    place.mkdir()
+    try:
+        save(prepared, place / "float.onnx")
+        return compile_engine(
+            place / "float.onnx", recipe=recipe, shapes=shapes, on_progress=tell, label="Compile FP32"
+        ).table, ""
+    except BuildError as error:
+        return None, f"The float model does not compile, so there are no sizes to compare with: {error}"
+    finally:
+        shutil.rmtree(place)
+
+
+def _label_dice(path: Path, samples: Iterable[Sample], labels: Sequence[np.ndarray]) -> dict[int, float]:
+    """Dice of each class that the labels hold, over all samples: 2 |both| / (|predicted| + |labelled|)."""
+    classes = [int(k) for k in np.unique(np.concatenate([np.unique(label) for label in labels]))]
+    both, either = np.zeros(len(classes)), np.zeros(len(classes))
+    for outputs, label in zip(ort.run(str(path), samples), labels, strict=True):
+        found = next(iter(outputs.values())).argmax(1)
+        for row, k in enumerate(classes):
+            both[row] += np.sum((found == k) & (label == k))
+            either[row] += np.sum(found == k) + np.sum(label == k)
+    return {k: float(2 * b / e) for k, b, e in zip(classes, both, either, strict=True)}
+
+
+def _require_runtimes(model: Model, recipe: Recipe) -> None:
+    """Refuse early what would fail after a long calibration: an unknown target, a missing runtime."""
+    for name in ("onnxruntime", "polygraphy", "tensorrt" if recipe.backend == "trt" else "tensorrt_rtx"):
+        import_runtime(name)
+    if recipe.backend == "rtx":
+        require_targets(recipe.settings.formats, rtx.check_targets(model.proto, recipe.targets))

@@ -1,0 +1,67 @@
+"""Why one node is quantized or not, what it costs, and what the compiler made of it.
+
+plan.json, or a model that is planned anew -> the plan's own words + multiply-adds and weight bytes + the audit's row.
+Must not decide anything: it reads what the stages decided.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engines.core.operands import Graph
+from qdq.build.engine import audit_engine, shape_ranges
+from qdq.build.recipe import Recipe
+from qdq.deploy.report import count, size
+from qdq.model.external import tensor_bytes
+from qdq.model.model import Model
+from qdq.passes.prepare import load_float
+from qdq.plan import placement
+from qdq.plan.plan import Plan
+
+
+def explain(source: Path, node: str, recipe: Recipe, *, engine: Path | None = None) -> list[str]:
+    """A few lines about one node.
+
+    Args:
+        source: a float model, or a plan (.json), which knows no costs.
+        node: its name in the prepared model.
+        recipe: settings to plan with, and shapes to count at; 1 stands for any other dynamic dimension.
+        engine: of this model, to say which kernel runs the node.
+
+    Returns:
+        Lines for a person.
+
+    Raises:
+        InputError: no such node; names the nearest.
+    """
+    if source.suffix == ".json":
+        lines = Plan.load(source).explain(node)
+    else:
+        model = load_float(source)
+        lines = placement.plan(model, recipe.settings).explain(node) + _cost(model, node, recipe)
+    if engine is not None:
+        rows = [row for row in audit_engine(engine).nodes if row.node == node]
+        lines += [
+            f"  compiled: runs in {row.consumed}, kernel {row.kernel!r}" + (f": {row.cause}" if row.cause else "")
+            for row in rows
+        ] or ["  compiled: no product of its own; see the layer table for the kernel it is fused into"]
+    return lines
+
+
+def _cost(model: Model, name: str, recipe: Recipe) -> list[str]:
+    """Multiply-adds and weight bytes of a node, with its share of the whole model's."""
+    usual = {n: s.opt for n, s in shape_ranges(model, recipe.shapes, None).items()}
+    products = {n.name: graph.macs(n) for graph, n in Graph.read(model.proto, usual).products()}
+    constants = [model.initializers[t] for t in model.node(name).input if t in model.initializers]
+    weights, total = sum(map(tensor_bytes, constants)), sum(products.values())
+    lines = []
+    if products.get(name):
+        open_dims = any(not isinstance(d, int) for i in model.inputs if i.name not in usual for d in i.shape or ())
+        at = ", at 1 for every dynamic dimension (see --shape)" if open_dims else ""
+        share = products[name] / total
+        lines.append(f"  cost: {count(products[name])} multiply-adds, {share:.1%} of the model's{at}")
+    elif name in products:
+        lines.append("  cost: unknown, for its shape is dynamic: give --shape NAME:SHAPE")
+    if weights:
+        lines.append(f"  weights: {size(weights)} in float")
+    return lines

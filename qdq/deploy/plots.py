@@ -1,0 +1,145 @@
+"""Pictures of a calibration table: each tensor's histogram with the range that each calibrator would choose.
+
+table + plan -> one PNG per tensor and index.html, sorted by quantization error, the worst first.
+Matplotlib is loaded only here. This module must not choose anything that ends up in a model.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from qdq.core.errors import InputError, MissingRuntimeError
+from qdq.core.files import write_text
+from qdq.core.formats import FORMATS
+from qdq.core.qtensor import QParams
+from qdq.measure.calibrators import LIMITS, squared_error
+from qdq.measure.histogram import Histogram
+from qdq.measure.table import CalibrationTable
+from qdq.model.model import Model
+from qdq.plan.plan import Plan
+from qdq.solve.activations import activation_params
+
+COLOURS = ("#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
+STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+BARS = 256  # bins are joined to about so many bars
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Calibration</title><style>
+body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222 }}
+table {{ border-collapse: collapse; width: 100% }}
+th, td {{ padding: .35em .8em; text-align: right; border-bottom: 1px solid #ddd; vertical-align: middle }}
+th:first-child, td:first-child {{ text-align: left; overflow-wrap: anywhere }}
+td.best {{ font-weight: 600 }} img {{ width: 16em; display: block }}
+</style></head><body>
+<h1>Calibration of {count} samples</h1>
+<p>Signal to quantization noise of each tensor in dB, by calibrator, the worst first; the best of a row is bold. The
+error at the model's outputs is another matter: <code>qdq check</code> measures it.</p>
+<table><tr><th>tensor</th><th>low</th><th>high</th>{heads}<th>histogram</th></tr>
+{rows}
+</table></body></html>
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Drawn:
+    """One tensor: its parameters and signal to noise ratio by calibrator."""
+
+    tensor: str
+    hist: Histogram
+    params: dict[str, QParams]
+    sqnr_db: dict[str, float]
+
+
+def draw(model: Model, plan: Plan, table: CalibrationTable, folder: Path) -> Path:
+    """Write the pictures and their page.
+
+    Args:
+        model: the prepared float model.
+        plan: its points.
+        table: their histograms.
+        folder: made if need be; files of the same names are replaced.
+
+    Returns:
+        The page.
+
+    Raises:
+        MissingRuntimeError: matplotlib is not installed.
+        InputError: the folder is not writable.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingRuntimeError(
+            "--plot needs matplotlib, which is not installed. Install it with: pip install 'qdq[plot]'"
+        ) from None
+    chosen = {m: activation_params(model, plan, table, dict.fromkeys(table.tensors, m)) for m in LIMITS}
+    drawn = []
+    for tensor in dict.fromkeys(p.tensor for p in plan.activations):
+        params = {m: chosen[m][tensor] for m in LIMITS}
+        hist = table.tensors[tensor]
+        drawn.append(
+            _Drawn(tensor=tensor, hist=hist, params=params, sqnr_db={m: _sqnr_db(hist, p) for m, p in params.items()})
+        )
+    drawn.sort(key=lambda d: (max(d.sqnr_db.values()), d.tensor))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for index, one in enumerate(drawn):
+            picture = f"{index:03}-{re.sub(r'[^A-Za-z0-9._-]+', '_', one.tensor).strip('_')[:80]}.png"
+            figure = Figure(figsize=(8, 3.6), layout="constrained")
+            _draw(figure, one)
+            figure.savefig(folder / picture, dpi=110)
+            rows.append(_row(one, picture))
+    except OSError as error:
+        raise InputError(f"Cannot write pictures to {folder}: {error.strerror}. Choose a writable folder.") from None
+    heads = "".join(f"<th>{m}</th>" for m in LIMITS)
+    write_text(folder / "index.html", _PAGE.format(count=table.count, heads=heads, rows="\n".join(rows)))
+    return folder / "index.html"
+
+
+def _sqnr_db(hist: Histogram, params: QParams) -> float:
+    """10 log10(sum x^2 / sum (x - x')^2), each value at its bin's centre."""
+    noise = squared_error(hist, float(params.scale), params.zero_point, FORMATS[params.format])
+    signal = float(np.sum(hist.centres**2 * hist.counts))
+    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+
+
+def _draw(figure: Any, one: _Drawn) -> None:
+    axes = figure.add_subplot()
+    used = np.flatnonzero(one.hist.counts)
+    first, last = int(used[0]), int(used[-1]) + 1
+    step = max(1, (last - first) // BARS)
+    starts = np.arange(first, last, step)
+    width = 2.0 ** (one.hist.exponent or 0)
+    edges = (np.append(starts, starts[-1] + step) - one.hist.counts.size // 2) * width
+    axes.stairs(np.add.reduceat(one.hist.counts[:last], starts), edges, fill=True, color="#9db4c8", label="values")
+    for (method, params), colour, style in zip(one.params.items(), COLOURS, STYLES, strict=True):
+        fmt = FORMATS[params.format]
+        ends = [(code - params.zero_point) * float(params.scale) for code in (fmt.low, fmt.high)]
+        label = f"{method}  {one.sqnr_db[method]:.1f} dB"
+        for end, text in zip(ends, (label, None), strict=True):
+            axes.axvline(end, color=colour, linestyle=style, linewidth=1.4, label=text)
+    axes.set_yscale("log")
+    axes.set_title(one.tensor if len(one.tensor) < 90 else f"…{one.tensor[-88:]}", fontsize=9, parse_math=False)
+    axes.set_xlabel("value")
+    axes.set_ylabel("count per bar")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _row(one: _Drawn, picture: str) -> str:
+    best = max(one.sqnr_db.values())
+    cells = "".join(
+        f'<td class="best">{v:.1f}</td>' if v == best else f"<td>{v:.1f}</td>" for v in one.sqnr_db.values()
+    )
+    image = f'<a href="{quote(picture)}"><img src="{quote(picture)}" alt="histogram" loading="lazy"></a>'
+    limits = f"<td>{one.hist.low:.4g}</td><td>{one.hist.high:.4g}</td>"
+    return f"<tr><td>{html.escape(one.tensor)}</td>{limits}{cells}<td>{image}</td></tr>"

@@ -1,0 +1,208 @@
+"""What `deploy` reports: report.json for machines, and short tables for people.
+
+Audit + Report + sizes -> `DeployReport` -> JSON, or rows of (what, value) that the command line prints.
+Must not print, measure anything or hold sample data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from engines.backends.layers import LayerTable
+    from engines.verify.audit import Audit
+    from engines.verify.compare import OutputReport, Report
+    from qdq.plan.plan import Plan
+    from qdq.tune.tuned import Tuned
+
+FORMAT = "qdq.report/1"
+SHOWN = 12  # rows of a long list that the terminal shows; the JSON has all
+
+
+class Row(NamedTuple):
+    """One line of a table of two columns."""
+
+    what: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeployReport:
+    """What an engine is worth: how close it is to the float model, and what it saves.
+
+    Attributes:
+        check: outputs of the engine, or of the Q/DQ model in its place, against the float model.
+        audit: what each weighted node asked for and got.
+        float_table: layers of the float model compiled for the same targets; None where it does not compile.
+        float_file_bytes: size of the float model with its external data.
+        int8_file_bytes: size of the Q/DQ model likewise.
+        evaluated_on: which samples `check` used.
+        notes: one sentence each: what a reader must know to judge the figures.
+        tuned: how the plan was chosen by compiled results; None where it was not.
+        gpus: that its times are predicted for.
+        label_dice: Dice of each class against true labels, for 'float model' and 'quantized model'; only in the demo.
+    """
+
+    check: Report
+    audit: Audit
+    float_table: LayerTable | None
+    float_file_bytes: int
+    int8_file_bytes: int
+    evaluated_on: str
+    notes: tuple[str, ...] = ()
+    label_dice: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    tuned: Tuned | None = None
+    gpus: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every limit was kept."""
+        return self.check.passed
+
+    def to_json(self) -> str:
+        """The content of report.json; the parts have the formats of `engines`."""
+        before = self.float_table
+        content = {
+            "format": FORMAT,
+            "passed": self.passed,
+            "evaluated_on": self.evaluated_on,
+            "notes": self.notes,
+            "float_file_bytes": self.float_file_bytes,
+            "int8_file_bytes": self.int8_file_bytes,
+            "float_engine": before
+            and {
+                "kernels": before.kernels,
+                "bytes_moved": before.bytes_moved,
+                "weight_bytes": before.weight_bytes,
+                "activation_bytes": before.activation_bytes,
+                "engine_bytes": before.engine_bytes,
+            },
+            **({"label_dice": self.label_dice} if self.label_dice else {}),
+            **({"tuning": {"gpus": self.gpus, **self.tuned.to_mapping()}} if self.tuned else {}),
+            "check": json.loads(self.check.to_json()),
+            "audit": json.loads(self.audit.to_json()),
+        }
+        return json.dumps(content, indent=1, allow_nan=False, default=dict) + "\n"
+
+    def rows(self) -> list[Row]:
+        """The short table."""
+        before, now = self.float_table, self.audit
+        rows = [
+            Row("model file", _against(self.int8_file_bytes, self.float_file_bytes)),
+            Row("weights in the engine", _against(now.weight_bytes, before.weight_bytes if before else None)),
+            Row("multiply-adds, as compiled", _types(now)),
+            Row("bytes moved per inference", _against(now.bytes_moved, before.bytes_moved if before else None)),
+            Row("kernels", f"{now.kernels}" + (f" (FP32: {before.kernels})" if before else "")),
+            *([Row(f"predicted on {', '.join(self.gpus)}", self.tuned.times)] if self.tuned else []),
+            *check_rows(self.check),
+        ]
+        for name, dice in self.label_dice.items():
+            rows.append(Row(f"Dice of the {name} against the atlas", _per_class(dice)))
+        return [*rows, Row("compared on", f"{self.check.samples} {self.evaluated_on}")]
+
+
+def check_rows(report: Report) -> list[Row]:
+    """The outputs of a comparison, one row each, with classes where there are any."""
+    rows = []
+    for output in report.outputs:
+        of = f" of {output.name}" if len(report.outputs) > 1 else ""
+        rows.append(Row(f"SQNR{of} against the float model", f"{output.sqnr_db:.1f} dB, {_details(output)}"))
+        if output.dice:
+            rows.append(Row(f"Dice{of} against the float model", _per_class(output.dice)))
+    return rows
+
+
+def audit_rows(audit: Audit) -> list[Row]:
+    """The totals of an audit."""
+    return [
+        Row("engine", f"{audit.backend} {audit.version} for {', '.join(audit.targets)}, {size(audit.engine_bytes)}"),
+        Row("multiply-adds, as compiled", _types(audit)),
+        Row("kernels", str(audit.kernels)),
+        Row("bytes moved per inference", size(audit.bytes_moved)),
+        Row("weights in the engine", size(audit.weight_bytes)),
+        Row("activation memory", size(audit.activation_bytes)),
+    ]
+
+
+def audit_lines(audit: Audit) -> list[str]:
+    """One sentence per node that did not get what it asked for, or is suspect."""
+    lines = [
+        f"{n.node} ({n.op_type}) asked for {n.requested} and runs in {n.consumed}: {n.cause}" for n in audit.missed
+    ]
+    lines += [f"{n.node} ({n.op_type}) is suspect: {n.cause}" for n in audit.suspect]
+    return _shortened(lines)
+
+
+def plan_rows(plan: Plan) -> list[Row]:
+    """How many nodes a plan quantizes, and why the others stay in float."""
+    reasons: dict[str, list[str]] = {}
+    for skip in plan.skips:
+        reasons.setdefault(skip.reason, []).append(skip.op_type)
+    ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))
+    return [
+        Row(f"nodes in {plan.operands}", str(len(plan.quantized_nodes))),
+        *(Row(f"in float: {', '.join(sorted(set(ops))[:4])}", f"{len(ops)}: {why}") for why, ops in ordered[:SHOWN]),
+    ]
+
+
+def shares(audit: Audit) -> dict[str, float]:
+    """The types that kernels multiply in, each with its fraction of the multiply-adds, the largest first."""
+    kinds = {node.consumed: audit.share(node.consumed) for node in audit.nodes}
+    return dict(sorted(kinds.items(), key=lambda item: -item[1]))
+
+
+def size(nbytes: int | None) -> str:
+    """Bytes for people.
+
+    >>> size(1536), size(None)
+    ('1.5 KiB', 'unknown (dynamic shapes)')
+    """
+    if nbytes is None:
+        return "unknown (dynamic shapes)"
+    power = min(int(math.log2(max(nbytes, 1)) // 10), 4)
+    return f"{nbytes} B" if power == 0 else f"{nbytes / 1024**power:.1f} {('', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def count(number: int) -> str:
+    """A large number for people.
+
+    >>> count(1_230_000)
+    '1.23 M'
+    """
+    for unit, text in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g} {text}"
+    return str(number)
+
+
+def _types(audit: Audit) -> str:
+    parts = ", ".join(f"{share:.1%} in {kind}" for kind, share in shares(audit).items())
+    return f"{parts or 'none'}, of {count(audit.macs)}"
+
+
+def _against(now: int | None, before: int | None) -> str:
+    """A size and what part it is of the float model's."""
+    if now is None or not before:
+        return size(now)
+    return f"{size(now)}, {now / before:.2f} of FP32 ({size(before)})"
+
+
+def _details(output: OutputReport) -> str:
+    parts = [f"cosine {output.cosine:.6f}", f"largest error {output.max_abs_error:.3g}"]
+    if output.top1 is not None:
+        parts.append(f"argmax agrees {output.top1:.2%}")
+    return ", ".join(parts)
+
+
+def _per_class(dice: Mapping[int, float]) -> str:
+    if len(dice) > SHOWN:
+        return f"worst of {len(dice)} classes {min(dice.values()):.4f}"
+    return ", ".join(f"class {k} {v:.4f}" for k, v in dice.items())
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"... and {len(lines) - SHOWN} more; --json lists all"]

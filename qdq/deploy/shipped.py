@@ -1,0 +1,90 @@
+"""The Q/DQ model that is shipped, as `deploy` and `compare` build it. Must not compile the result."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from calib_data import Samples
+from qdq.assemble.finish import Finished, finish
+from qdq.assemble.quantize import Quantized, quantize
+from qdq.assemble.tables import Tables
+from qdq.build.engine import Provenance
+from qdq.build.pricer import Pricer
+from qdq.build.recipe import Recipe
+from qdq.core.progress import Progress
+from qdq.model.external import is_external, tensor_bytes
+from qdq.model.model import Model
+from qdq.plan import placement
+from qdq.plan.plan import Plan
+from qdq.tune.find_plan import difference, find_plan
+from qdq.tune.tuned import Tuned
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A Q/DQ model as it is compiled, how its plan was found (None without tuning), and what to say of that."""
+
+    made: Quantized
+    finished: Finished
+    tuned: Tuned | None
+    notes: tuple[str, ...]
+
+
+def written(
+    prepared: Model,
+    calibration: Samples,
+    recipe: Recipe,
+    *,
+    pricer: Pricer | None,
+    tables: Tables | None = None,
+    on_progress: Progress | None = None,
+) -> Written:
+    """The model that a recipe asks for, tuned if there is a pricer; in float if as it is written that is faster.
+
+    Args:
+        prepared: what `load_float` gave.
+        calibration: samples to quantize with.
+        recipe: its settings, rest and tuning count, and where placement is tuned its `min_sqnr_db`.
+        pricer: of the recipe.
+        tables: of these samples, in place of a new calibration where they have what is needed.
+        on_progress: told about every step.
+
+    Raises:
+        QdqError, EngineError, DataError: see the stages.
+    """
+    known = tables or Tables(model=prepared, samples=calibration)
+
+    def by(plan: Plan) -> tuple[Quantized, Finished]:
+        settings, table = recipe.settings, known.of(plan, on_progress)
+        made = quantize(prepared, calibration, settings=settings, plan=plan, table=table, on_progress=on_progress)
+        return made, finish(made.model, made.plan, rest=recipe.rest, table=made.table)
+
+    if pricer is None:
+        made, finished = by(placement.plan(prepared, recipe.settings))
+        return Written(made=made, finished=finished, tuned=None, notes=())
+    tuned = find_plan(prepared, pricer, samples=calibration, on_progress=on_progress)
+    made, finished = by(tuned.plan)
+    built = pricer(finished.model)
+    notes = [f"tuned: {tuned.summary}", difference(tuned, built)]
+    if recipe.tune == "placement" and built.us > tuned.unquantized_us and made.plan.points:
+        made, finished = by(tuned.unquantized)
+        notes.append("so the model is left in float: as it was built it is predicted slower than that")
+    return Written(made=made, finished=finished, tuned=tuned, notes=tuple(filter(None, notes)))
+
+
+def file_bytes(model: Model) -> int:
+    """Size of a model's file and its external data."""
+    tensors = model.graph.initializer
+    return int(model.proto.ByteSize()) + sum(tensor_bytes(t) for t in tensors if is_external(t))
+
+
+def provenance(made: Quantized) -> Provenance:
+    """What the manifest of an engine says of the Q/DQ model it was compiled from."""
+    return Provenance(
+        model=made.prepared.sha256,
+        samples=made.table.samples_sha256 or None,
+        plan=made.plan.sha256,
+        table=hashlib.sha256(made.table.to_json().encode()).hexdigest(),
+        settings=made.plan.settings,
+    )

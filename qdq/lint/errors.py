@@ -1,0 +1,365 @@
+"""Rules for what TensorRT refuses, crashes on, or computes differently from the ONNX standard.
+
+The table in `lint` lists them. This module must not change a model.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from onnx import TensorProto
+
+from qdq.lint.rule import (
+    ACCEPTED,
+    EIGHT_BIT,
+    FP8,
+    REFUSED_OPERATORS,
+    Found,
+    Rule,
+    bad_rank,
+    computed,
+    feeds_convolution,
+    made_dynamically,
+    rule,
+    smallest,
+    some,
+    type_name,
+    weighted,
+    zero_name,
+)
+from qdq.lint.view import FLOAT_TYPES, Product, Quantizer, View, attribute, label
+from qdq.model.model import dtype_name
+
+RULES: list[Rule] = []
+
+
+@rule(
+    RULES,
+    "operator",
+    "refused",
+    "Plugin not found, are the plugin name, version, and namespace correct? / false (node / input tensor A must "
+    "be FP16",
+    "Export with QuantizeLinear and DequantizeLinear around float operators (ONNX Runtime: "
+    "quant_format=QuantFormat.QDQ; for dynamic quantization: quantize_static).",
+)
+def _operator(view: View) -> Found:
+    for node in view.nodes:
+        if REFUSED_OPERATORS.match(node.op_type):
+            yield node, f"{node.op_type} works on integers; TensorRT has no such operator."
+
+
+@rule(
+    RULES,
+    "int32-bias",
+    "refused",
+    "input has type Int32 but must have type FP8, FP4, Int4, Int8, or UInt8",
+    "Keep the bias in float (ONNX Runtime: extra_options QuantizeBias=False).",
+)
+def _int32_bias(view: View) -> Found:
+    for q in view.heads:
+        if q.dtype == TensorProto.INT32 and not q.is_q:
+            yield q.node, "INT32 codes are dequantized; only 8-bit and 4-bit codes can be."
+
+
+@rule(
+    RULES,
+    "asymmetric",
+    "refused",
+    "Non-zero zero point is not supported. Please set kENABLE_UINT8_AND_ASYMMETRIC_QUANTIZATION_DLA (stored "
+    "UINT8: Found unsupported input type of UINT8)",
+    "Quantize symmetrically: INT8, zero point 0 (ONNX Runtime: ActivationSymmetric=True, WeightSymmetric=True).",
+)
+def _asymmetric(view: View) -> Found:
+    for q in view.heads:
+        if q.zero is not None and q.dtype not in (*FP8, TensorProto.INT32) and np.any(q.zero.astype(np.float64)):
+            yield q.node, f"The {type_name(q)} zero point is {some(q.zero)}; TensorRT reads zero point 0 only."
+
+
+@rule(
+    RULES,
+    "unsigned",
+    "wrong",
+    "builds with a warning and reads the codes as INT8, so 128..255 are lost",
+    "Use INT8 codes with zero point 0 and a scale of largest value / 127.",
+)
+def _unsigned(view: View) -> Found:
+    for q in view.heads:
+        if _unsigned_zero(q) and not q.stored and (not q.is_q or q.zero is not None):
+            yield q.node, "Quantized to UINT8 with zero point 0."
+
+
+@rule(
+    RULES, "unsigned-codes", "refused", "Found unsupported input type of UINT8", "Store INT8 codes with zero point 0."
+)
+def _unsigned_codes(view: View) -> Found:
+    for q in view.heads:
+        if _unsigned_zero(q) and q.stored and not q.is_q:
+            yield q.node, "The stored codes are UINT8, with zero point 0."
+
+
+@rule(RULES, "no-zero-point", "wrong", "builds without a word and takes INT8", "Give an INT8 zero point of 0.")
+def _no_zero_point(view: View) -> Found:
+    for q in view.heads:
+        if q.is_q and not zero_name(q.node) and not attribute(q.node, "output_dtype"):
+            yield q.node, "Neither zero point nor output_dtype: ONNX means UINT8, TensorRT takes INT8."
+
+
+@rule(
+    RULES,
+    "code-type",
+    "refused",
+    "Failed to import initializer / CHECK(dtype == W.type()) failed",
+    "Use INT8 (activations and weights), or INT4 in blocks for weights of MatMul only.",
+)
+def _code_type(view: View) -> Found:
+    for q in view.heads:
+        if q.dtype == TensorProto.INT4 and q.is_q and not q.stored:
+            yield q.node, "An activation is quantized to INT4."
+        elif q.dtype and q.dtype not in (*ACCEPTED, TensorProto.INT32):
+            yield q.node, f"The codes are {type_name(q)}."
+
+
+@rule(
+    RULES,
+    "output-dtype",
+    "refused",
+    "Mismatch between attribute output_dtype and zero-point data type / TensorRT only allows FP8, INT8, INT4, "
+    "and FP4 quantization",
+    "Drop output_dtype and give an INT8 zero point.",
+)
+def _output_dtype(view: View) -> Found:
+    for q in view.heads:
+        said = attribute(q.node, "output_dtype") if q.is_q else None
+        if said and (said != q.dtype or (said == TensorProto.UINT8 and not zero_name(q.node))):
+            yield (
+                q.node,
+                f"output_dtype is {dtype_name(said).upper()}, the zero point is "
+                f"{type_name(q) if zero_name(q.node) else 'absent'}.",
+            )
+
+
+@rule(
+    RULES,
+    "computed-zero-point",
+    "refused",
+    "has `zero_point` which is not an initializer",
+    "Quantize statically: scale and zero point as initializers.",
+)
+def _computed_zero_point(view: View) -> Found:
+    for q in view.heads:
+        if q.computed_zero and not made_dynamically(view, q.node.input[2]):
+            yield q.node, f"The zero point {q.node.input[2]!r} depends on an input."
+
+
+@rule(
+    RULES,
+    "computed-scale",
+    "crash",
+    "tensorrt_rtx 1.7.1 ends the process (SIGSEGV); for the scale of a weight, CHECK(is_constant()) failed",
+    "Quantize statically: scales as initializers.",
+)
+def _computed_scale(view: View) -> Found:
+    for q in view.heads:
+        if computed(view, q) and feeds_convolution(view, q):
+            yield q.node, f"The scale {q.node.input[1]!r} depends on an input."
+
+
+@rule(
+    RULES,
+    "scale-value",
+    "refused",
+    "Scale coefficients must all be positive",
+    "Any positive scale represents a dead channel (its codes are 0); for others calibrate again.",
+)
+def _scale_value(view: View) -> Found:
+    for q in view.heads:
+        if q.scale is not None and not np.all(q.scale > 0) and q.dtype != TensorProto.INT32:
+            yield (
+                q.node,
+                f"{int(np.sum(~(q.scale > 0)))} of {q.scale.size} scales are not positive: "
+                f"{some(q.scale[~(q.scale > 0)])}.",
+            )
+
+
+@rule(
+    RULES,
+    "scale-range",
+    "wrong",
+    "multiplies by the reciprocal, held in the scale's type: it overflows and 0 becomes NaN",
+    "Raise the scale to the smallest normal number of its type; an infinite one must be calibrated again.",
+)
+def _scale_range(view: View) -> Found:
+    for q in view.heads:
+        if q.scale is not None and q.dtype != TensorProto.INT32:
+            small = (q.scale > 0) & (q.scale.astype(np.float64) < smallest(q.scale))
+            if np.any(small) or np.any(np.isposinf(q.scale.astype(np.float64))):
+                yield (
+                    q.node,
+                    f"A scale is {some(q.scale[small | np.isinf(q.scale)])}, outside the normal numbers of "
+                    f"{q.scale.dtype}.",
+                )
+
+
+@rule(
+    RULES,
+    "scale-type",
+    "refused",
+    "IConvolutionLayer `input` and `kernel` must be of same type / IMatrixMultiplyLayer must have same input types",
+    "Store the scale in the float type of the other operand.",
+)
+def _scale_type(view: View) -> Found:
+    for product in view.products:
+        types = [o.elem for o in product.operands]
+        if set(types) <= {TensorProto.DOUBLE, TensorProto.FLOAT} or not all(t in FLOAT_TYPES for t in types):
+            continue
+        if types[0] != types[1]:
+            for odd in mistyped(view, product):
+                yield (
+                    odd.node,
+                    f"It dequantizes to {dtype_name(view.output_type(odd))}, the other operand of "
+                    f"{label(product.node)} is another float type.",
+                )
+
+
+@rule(
+    RULES,
+    "scale-shape",
+    "refused",
+    "The number of scales is not equal to the number of output channels / The quantization axis must index a "
+    "dimension of the input / Invalid rank for the scale tensor",
+    "Give one scale, or one per channel of the axis.",
+)
+def _scale_shape(view: View) -> Found:
+    for q in view.heads:
+        if q.scale is None or q.shape is None or q.dtype == TensorProto.INT32:
+            continue
+        if q.blocked and q.scale.ndim != len(q.shape):
+            yield q.node, f"The scale has rank {q.scale.ndim}, the tensor rank {len(q.shape)}."
+        elif (q.vector or q.blocked) and not 0 <= q.axis < len(q.shape):
+            yield q.node, f"Axis {q.axis} does not exist in a tensor of rank {len(q.shape)}."
+        elif q.vector and q.shape[q.axis] not in (None, q.scale.size):
+            yield q.node, f"{q.scale.size} scales on axis {q.axis}, which has {q.shape[q.axis]} elements."
+
+
+@rule(
+    RULES,
+    "zero-point-shape",
+    "refused",
+    "The scale and zero point must have the same volume",
+    "Give the zero point the shape of the scale.",
+)
+def _zero_point_shape(view: View) -> Found:
+    for q in view.heads:
+        if q.zero is not None and q.scale is not None and q.zero.size != q.scale.size and q.dtype != TensorProto.INT32:
+            yield q.node, f"{q.zero.size} zero points for {q.scale.size} scales."
+
+
+@rule(
+    RULES,
+    "block-shape",
+    "refused",
+    "The quantization axis must divide into whole blocks / only the quantization axis may be blocked / The "
+    "blocking dimension must be the last or second to last dimension",
+    "Use whole blocks along one of the last two axes.",
+)
+def _block_shape(view: View) -> Found:
+    for q in view.heads:
+        if (
+            not q.blocked
+            or q.scale is None
+            or q.shape is None
+            or q.scale.ndim != len(q.shape)
+            or not 0 <= q.axis < len(q.shape)
+        ):
+            continue
+        size, blocks = q.shape[q.axis], q.scale.shape[q.axis]
+        others = [d for i, d in enumerate(q.shape) if i != q.axis]
+        given = [d for i, d in enumerate(q.scale.shape) if i != q.axis]
+        if any(a not in (None, b) for a, b in zip(others, given, strict=True)):
+            yield q.node, f"The scale {list(q.scale.shape)} is blocked on more than axis {q.axis} of {list(q.shape)}."
+        elif size and (not blocks or size % blocks):
+            yield q.node, f"Axis {q.axis} of {size} elements has {blocks} blocks."
+        elif q.axis < len(q.shape) - 2:
+            yield q.node, f"The blocks lie along axis {q.axis} of {len(q.shape)}."
+
+
+@rule(
+    RULES,
+    "odd-codes",
+    "refused",
+    "4-bit quantization requies an even number of elements",
+    "Pad the tensor, or store it as INT8.",
+)
+def _odd_codes(view: View) -> Found:
+    for q in view.heads:
+        if q.dtype in (TensorProto.INT4, TensorProto.FLOAT4E2M1) and q.shape and all(q.shape):
+            count = math.prod(d or 1 for d in q.shape)
+            if count % 2:
+                yield q.node, f"{count} codes of 4 bits."
+
+
+@rule(
+    RULES,
+    "scalar-codes",
+    "refused",
+    "is only allowed before DQ or PLUGIN_V2 or kPLUGIN_V3 node",
+    "Keep a constant of one element in float.",
+)
+def _scalar_codes(view: View) -> Found:
+    for q in view.heads:
+        if not q.is_q and q.stored and q.shape == () and q.dtype in EIGHT_BIT:
+            yield q.node, "The stored codes are a scalar (rank 0)."
+
+
+@rule(
+    RULES,
+    "mixed-types",
+    "refused",
+    "CHECK(opndA->type() == opndB->type()) failed. Input and filter have to be the same type",
+    "Quantize both operands to one type.",
+)
+def _mixed_types(view: View) -> Found:
+    for product in view.products:
+        a, b = (o.dtype for o in product.operands)
+        if a in ACCEPTED and b in ACCEPTED and (a in FP8) != (b in FP8):
+            yield product.node, f"One operand is {dtype_name(a).upper()}, the other {dtype_name(b).upper()}."
+
+
+@rule(
+    RULES,
+    "block-product",
+    "wrong",
+    "builds and multiplies integers, then scales the sum over all blocks once: block scales are lost",
+    "One scale per output channel, or leave the activation in float.",
+)
+def _block_product(view: View) -> Found:
+    for product, weight in weighted(view):
+        if (
+            weight.dq is not None
+            and weight.dq.blocked
+            and not bad_rank(weight.dq)
+            and product.data.dq is not None
+            and weight.dq.dtype != TensorProto.FLOAT4E2M1
+        ):
+            yield weight.dq.node, f"A weight of {label(product.node)} in blocks, whose other operand is quantized too."
+
+
+def mistyped(view: View, product: Product) -> list[Quantizer]:
+    """The DQs of a product whose float type is not that of the tensor they stand for."""
+    a, b = product.operands
+    found = []
+    for mine, other in ((a, b), (b, a)):
+        if mine.dq is None:
+            continue
+        stands_for = view.elem(mine.dq.source.node.input[0]) if mine.dq.source else 0
+        if other.dq is not None and not stands_for:
+            stands_for = view.elem(other.dq.source.node.input[0]) if other.dq.source else 0
+        if view.output_type(mine.dq) != (stands_for or other.elem):
+            found.append(mine.dq)
+    return found
+
+
+def _unsigned_zero(q: Quantizer) -> bool:
+    zero = q.zero is not None and bool(np.any(q.zero))
+    return q.dtype == TensorProto.UINT8 and not zero and not q.computed_zero

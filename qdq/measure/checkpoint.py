@@ -1,0 +1,111 @@
+"""A calibration that is killed at any moment goes on where it was.
+
+tables so far -> checkpoint file (replaced whole, every few seconds) -> the same command reads it -> final table.
+The file names what it belongs to; anything else is refused. A leftover temporary file has a fixed name and is replaced
+by the next run. This module must not measure anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from qdq.core.errors import InputError, StaleFileError
+from qdq.core.files import read_json
+from qdq.measure.table import CalibrationTable
+
+FORMAT = "qdq.checkpoint/1"
+EVERY_S = 2.0
+SHARE = 20  # writing takes at most one part in 20 of the time
+
+
+class Checkpoint:
+    """The file beside the table that is being made.
+
+    Attributes:
+        path: of the file.
+        key: what the calibration depends on: hashes of model and plan, and the settings, as plain values.
+            The samples are in the tables, one by one.
+        state: what `write` was given with the tables, after `load`.
+    """
+
+    def __init__(self, path: Path, key: Mapping[str, object], *, every_s: float = EVERY_S) -> None:
+        """Name the file; nothing is read or written yet."""
+        self.path, self.key = path, dict(key)
+        self.state: dict[str, Any] = {}
+        self._every_s = every_s
+        self._due = time.monotonic() + every_s
+
+    @classmethod
+    def beside(cls, table: Path, key: Mapping[str, object]) -> Checkpoint:
+        """The checkpoint of a table file: `.<name>.checkpoint` in the same folder."""
+        return cls(table.with_name(f".{table.name}.checkpoint"), key)
+
+    def load(self) -> tuple[CalibrationTable, ...]:
+        """What an earlier run left, () if nothing: complete tables of some tensors, the last one perhaps incomplete.
+
+        Raises:
+            StaleFileError: the file belongs to another calibration; says in what they differ.
+            InputError: the file is not a checkpoint.
+        """
+        if not self.path.exists():
+            return ()
+        content = read_json(self.path, FORMAT, "checkpoint")
+        key, parts = content.get("key"), content.get("parts")
+        if not isinstance(key, dict) or not isinstance(parts, list):
+            raise InputError(f"Cannot use the checkpoint {self.path}: it is damaged. Delete it.")
+        if odd := [name for name in {**key, **self.key} if key.get(name) != self.key.get(name)]:
+            raise StaleFileError(
+                f"An unfinished calibration lies in {self.path}, of another {', '.join(odd)}. Repeat the command that "
+                "began it, delete that file to begin anew, or write the table elsewhere."
+            )
+        state = content.get("state")
+        self.state = dict(state) if isinstance(state, dict) else {}
+        return tuple(CalibrationTable.from_mapping(part, str(self.path)) for part in parts)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to write."""
+        return time.monotonic() >= self._due
+
+    def write(self, parts: Sequence[CalibrationTable], state: Mapping[str, object] | None = None) -> None:
+        """Keep these tables, of which the last one may be incomplete, and plain values that say more.
+
+        Raises:
+            InputError: the folder is not writable.
+        """
+        began = time.monotonic()
+        head = json.dumps({"format": FORMAT, "key": self.key, "state": dict(state or {})})[:-1]
+        replace_text(self.path, f'{head}, "parts": [\n' + ",\n".join(p.to_json() for p in parts) + "]}\n")
+        ended = time.monotonic()
+        self._due = ended + max(self._every_s, SHARE * (ended - began))
+
+    def remove(self) -> None:
+        """The calibration is complete and its table is written."""
+        for path in (self.path, _temporary(self.path)):
+            with suppress(FileNotFoundError):
+                path.unlink()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; after a kill, what is left over is replaced by the next call.
+
+    Raises:
+        InputError: the folder is missing or not writable.
+    """
+    try:
+        _temporary(path).write_text(text, encoding="utf-8")
+        os.replace(_temporary(path), path)
+    except OSError as error:
+        raise InputError(
+            f"Cannot write {path}: {error.strerror or error}. Choose a folder that exists and is writable."
+        ) from None
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name.lstrip('.')}.part")

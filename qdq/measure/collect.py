@@ -1,0 +1,272 @@
+"""Measure the ranges of the tensors that a plan quantizes.
+
+Model + Plan + samples -> one Histogram per activation point -> CalibrationTable -> table.json.
+Each sample runs on one thread and several samples run at a time, so a table is bit-identical for every order of the
+same samples, number of cores and split among processes, and no more than those few samples are in memory. Where the
+model's inputs share an open leading dimension, a batch counts as the samples it holds: the table is the same for every
+batch size. This module must not choose scales.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from qdq.core.errors import InputError, StaleFileError
+from qdq.core.progress import Progress
+from qdq.measure.checkpoint import Checkpoint
+from qdq.measure.histogram import BINS, Histogram
+from qdq.measure.inference.memory import passes
+from qdq.measure.inference.samples import Sample, counted, length, overlapped, sample_sha256
+from qdq.measure.inference.session import Tap
+from qdq.measure.table import CalibrationTable, merged, samples_digest
+from qdq.model.model import Model
+from qdq.plan.plan import Plan
+
+__all__ = ["CalibrationTable", "Progress", "collect", "key"]
+
+
+def collect(
+    model: Model,
+    plan: Plan,
+    samples: Iterable[Sample],
+    *,
+    provider: str = "cpu",
+    custom_ops: Sequence[str] = (),
+    memory: int | None = None,
+    threads: int | None = None,
+    checkpoint: Checkpoint | None = None,
+    shard: tuple[int, int] = (0, 1),
+    on_progress: Progress | None = None,
+) -> CalibrationTable:
+    """Run the float model on every sample and count the values of the plan's activation points.
+
+    Args:
+        model: the prepared model that the plan was made for.
+        plan: names the tensors.
+        samples: input name -> array, or a batch of samples; shapes may differ. Read one at a time; several times where
+            the tensors do not fit the budget, else once (and the first sample twice); once more where a checkpoint is
+            there to go on from.
+        provider: ONNX Runtime provider, "cpu" or "cuda".
+        custom_ops: ONNX Runtime custom operator libraries.
+        memory: bytes for activations; see `footprint.passes`.
+        threads: samples at a time at most; None for one per core, as far as the budget allows.
+        checkpoint: to go on from and to write to; the caller removes it once the table is written. The samples must
+            then be re-iterable.
+        shard: (i, n) where these samples are every n-th of all from the i-th on, so that messages count them right.
+        on_progress: called with (samples done, samples in all or None, text); the text names the pass if there are
+            several.
+
+    Returns:
+        The table, independent of the samples' order.
+
+    Raises:
+        InputError: no samples, samples that differ between passes, or a tensor that is empty, NaN or infinite inside
+            the model.
+        StaleFileError: the plan or the checkpoint belongs to something else.
+    """
+    plan.check(model)
+    names = list(dict.fromkeys(p.tensor for p in plan.activations))
+    parts = checkpoint.load() if checkpoint else ()
+    known = {name for part in parts for name in part.tensors}
+    first, samples = _first(samples)
+    check_same(parts, model, samples)
+    layout = passes(model, [n for n in names if n not in known] or names, first, memory=memory, threads=threads)
+    groups = [tuple(part.tensors) for part in parts] + [g for g in layout.groups if not known.issuperset(g) or not g]
+    tables: list[CalibrationTable] = []
+    for number, group in enumerate(groups):
+        start = parts[number] if number < len(parts) else _empty(model)
+        if number + 1 < len(parts):  # only the last one that a checkpoint holds may be incomplete
+            tables.append(start)
+            continue
+        found = _one_pass(
+            model,
+            Tap(model, group, provider=provider, custom_ops=custom_ops, threads=1),
+            samples,
+            start,
+            threads=layout.threads,
+            label=f"calibrating, pass {number + 1} of {len(groups)}" if len(groups) > 1 else "calibrating",
+            before=tables,
+            checkpoint=checkpoint,
+            shard=shard,
+            on_progress=on_progress,
+        )
+        if tables and tables[0].samples != found.samples:
+            raise InputError(
+                "The samples differ from one reading to the next, but calibration needs several passes over the same "
+                "ones. Let the source yield the same samples each time (seed its random numbers), or raise --memory."
+            )
+        tables.append(found)
+    return replace(
+        tables[0],
+        samples_sha256=samples_digest(tables[0].samples),
+        tensors={name: h for table in tables for name, h in table.tensors.items()},
+    )
+
+
+def _one_pass(
+    model: Model,
+    tap: Tap,
+    samples: Iterable[Sample],
+    start: CalibrationTable,
+    *,
+    threads: int,
+    label: str,
+    before: Sequence[CalibrationTable],
+    checkpoint: Checkpoint | None,
+    shard: tuple[int, int],
+    on_progress: Progress | None,
+) -> CalibrationTable:
+    """The table of one group of tensors; samples that `start` holds are not run again."""
+    total = length(samples)
+    table, held = start, Counter(start.samples)
+    lock = threading.Lock()
+    batch = batch_dimension(model)
+
+    def look(numbered: tuple[int, Sample]) -> CalibrationTable | None:
+        index, sample = numbered
+        digests = Counter(_digests(sample, batch))
+        with lock:
+            if known := digests & held:
+                held.subtract(known)
+        if known == digests:
+            return None
+        if known:
+            raise StaleFileError(
+                "The unfinished calibration holds some samples of a batch but not all: the batches are others now. "
+                "Give the samples in the same batches, or delete its checkpoint to begin anew."
+            )
+        tensors = {}
+        values = tap(sample)
+        while values:
+            name, array = values.popitem()
+            try:
+                tensors[name] = Histogram.of(*_by_sample(model, name, array, batch, digests.total()))
+            except ValueError as error:
+                where = f"Sample {shard[0] + index * shard[1]} makes tensor {name!r} of the float model hold {error}"
+                raise InputError(
+                    f"{where}: calibration needs finite values. Check the sample and how it was normalised, or exclude "
+                    "the nodes that read the tensor."
+                ) from None
+        return replace(start, count=digests.total(), tensors=tensors, samples=tuple(sorted(digests.elements())))
+
+    for done, seen in enumerate(overlapped(look, counted(samples), threads), 1):
+        if seen is not None:
+            table = merged([table, seen]) if table.count else seen
+            if checkpoint is not None and checkpoint.due:
+                checkpoint.write([*before, table])
+        if on_progress is not None:
+            on_progress(done, total, label)
+    if held.total():
+        raise StaleFileError(
+            "The samples differ from one reading to the next, so the unfinished calibration cannot be continued: let "
+            "the source yield the same samples each time (seed its random numbers), and delete its checkpoint."
+        )
+    return table
+
+
+def check_same(parts: Sequence[CalibrationTable], model: Model, samples: Iterable[Sample]) -> str:
+    """Refuse to go on with tables of samples that are not among those given; reads the samples if there are tables.
+
+    Args:
+        parts: what a checkpoint holds; of several, all but the last are complete.
+        model: says what one sample is.
+        samples: re-iterable.
+
+    Returns:
+        The digest of the samples given, "" if there are no tables.
+
+    Raises:
+        StaleFileError: says how many are missing.
+    """
+    if not parts:
+        return ""
+    batch = batch_dimension(model)
+    given = Counter(digest for sample in samples for digest in _digests(sample, batch))
+    for index, part in enumerate(parts):
+        held = Counter(part.samples)
+        if foreign := (held - given).total():
+            raise StaleFileError(
+                f"The unfinished calibration holds {foreign} samples that are not among those given now. Delete its "
+                "checkpoint to begin anew."
+            )
+        if index + 1 < len(parts) and held != given:
+            raise StaleFileError(
+                f"The unfinished calibration has passes over {held.total()} samples, but {given.total()} are given "
+                "now. Delete its checkpoint to begin anew."
+            )
+    return samples_digest(given.elements())
+
+
+def batch_dimension(model: Model) -> str | None:
+    """The name of the open leading dimension that all inputs share: a sample then holds as many as its size says."""
+    shapes = [fed.shape for fed in model.inputs]
+    names = {shape[0] if shape else None for shape in shapes}
+    name = names.pop() if len(names) == 1 else None
+    return name if isinstance(name, str) else None
+
+
+def _digests(sample: Sample, batch: str | None) -> Iterator[str]:
+    """The hash of each sample of a batch, as it has by itself."""
+    sizes = {np.shape(array)[0] for array in sample.values()} if batch else {1}
+    count = sizes.pop() if len(sizes) == 1 else 1
+    if count < 2:
+        yield sample_sha256(sample)
+    else:
+        for index in range(count):
+            yield sample_sha256({name: array[index : index + 1] for name, array in sample.items()})
+
+
+def _by_sample(
+    model: Model, tensor: str, array: npt.NDArray[np.floating], batch: str | None, count: int
+) -> tuple[npt.NDArray[np.floating], int]:
+    """A tensor with the samples one after the other in C order, and how many they are.
+
+    Where no axis is the batch's alone, a Reshape has joined it with others behind it: C order already.
+    """
+    info = model.info(tensor)
+    axes = [i for i, dim in enumerate((info.shape if info is not None else None) or ()) if dim == batch]
+    if count > 1 and len(axes) == 1 and array.shape[axes[0]] == count:
+        return np.moveaxis(array, axes[0], 0), count
+    return array, count if array.size % count == 0 else 1
+
+
+def _empty(model: Model) -> CalibrationTable:
+    return CalibrationTable(model_sha256=model.sha256, samples_sha256="", count=0, tensors={})
+
+
+def _first(samples: Iterable[Sample]) -> tuple[Sample, Iterable[Sample]]:
+    """The first sample, and all of them.
+
+    Raises:
+        InputError: there is none.
+    """
+    iterator = iter(samples)
+    _, first = next(counted(iterator))
+    return first, itertools.chain([first], iterator) if iterator is samples else samples
+
+
+def key(model: Model, plan: Plan, *, provider: str = "cpu", custom_ops: Sequence[str] = ()) -> dict[str, object]:
+    """What a table depends on, but for the samples, which a table names one by one: for a `Checkpoint`."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    runtimes = {}
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            runtimes[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "model": model.sha256,
+        "plan": plan.sha256,
+        "provider": provider,
+        "custom operators": sorted(map(str, custom_ops)),
+        "bins": BINS,
+        "runtime": runtimes,
+    }

@@ -1,0 +1,1 @@
+"""The float model in ONNX Runtime: whole, in parts, in stages, within a memory budget."""

@@ -1,0 +1,206 @@
+"""Run a float model in ONNX Runtime and see the tensors inside it.
+
+Model + tensor names -> Tap -> for each sample a mapping of tensor name to array; `overlapped` runs several at a time.
+A model with much external data is run in `parts`, so that its weights are never in memory together.
+A session runs each sample on `threads` threads: with one, a value depends on the sample alone, whatever the machine's
+cores or the samples beside it (on more, ONNX Runtime splits small products differently and the last bits change).
+This module must not keep a sample or an activation, and must not write files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import ModelProto, helper
+
+from engines.core.fp4 import holds_fp4, runnable
+from qdq.core.errors import InputError, MissingRuntimeError
+from qdq.measure.inference.partitioned import PartedSession
+from qdq.measure.inference.samples import Sample
+from qdq.model.external import is_large
+from qdq.model.model import Model
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+_LIBRARIES: ContextVar[tuple[str, ...]] = ContextVar("custom operator libraries", default=())
+
+
+@contextmanager
+def registered(libraries: Sequence[str]) -> Iterator[None]:
+    """Every Tap made inside, by whichever stage, registers these custom operator libraries.
+
+    Args:
+        libraries: paths of ONNX Runtime custom operator libraries.
+    """
+    token = _LIBRARIES.set((*_LIBRARIES.get(), *map(str, libraries)))
+    try:
+        yield
+    finally:
+        _LIBRARIES.reset(token)
+
+
+class Tap:
+    """An ONNX Runtime session of a model whose outputs are the wanted tensors, and nothing else.
+
+    Invariants: tensors that are graph inputs come from the sample itself; only what the wanted tensors need is
+    computed; may be called from several threads at once.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tensors: Iterable[str],
+        *,
+        provider: str = "cpu",
+        custom_ops: Sequence[str] = (),
+        threads: int = 0,
+    ) -> None:
+        """Create the session.
+
+        Args:
+            model: prepared float model.
+            tensors: names of float tensors in it.
+            provider: "cpu" or "cuda".
+            custom_ops: paths of ONNX Runtime custom operator libraries, besides those of `registered`.
+            threads: inside one operator; 0 lets ONNX Runtime choose.
+
+        Raises:
+            MissingRuntimeError: onnxruntime or the provider is missing.
+            InputError: onnxruntime refuses the model or a library.
+        """
+        try:
+            import onnxruntime as ort
+        except ImportError:
+            raise MissingRuntimeError(
+                "Calibration runs the float model in ONNX Runtime, which is not installed. Install it with: "
+                "pip install 'qdq[cpu]'"
+            ) from None
+        if provider not in PROVIDERS:
+            raise InputError(f"Unknown provider {provider!r}: it must be one of {', '.join(PROVIDERS)}.")
+        if PROVIDERS[provider] not in ort.get_available_providers():
+            raise MissingRuntimeError(
+                f"ONNX Runtime {ort.__version__} here has no {PROVIDERS[provider]}; it has "
+                f"{', '.join(ort.get_available_providers())}. Install it with: pip install 'qdq[gpu]', or use the CPU."
+            )
+        fed = {i.name for i in model.inputs}
+        self._given = [t for t in dict.fromkeys(tensors) if t in fed]
+        self._computed = [t for t in dict.fromkeys(tensors) if t not in fed]
+        self._failures = _failures(ort)
+        self._session: Any = None
+        if not self._computed:
+            return
+        fp4 = holds_fp4(model.proto)
+        libraries = dict.fromkeys([*_LIBRARIES.get(), *map(str, custom_ops)])
+
+        def start(proto: bytes, weights: Mapping[str, npt.NDArray[Any]], folder: Path) -> tuple[Any, object]:
+            options = self._options(ort, libraries, threads)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+            if fp4:
+                proto = runnable(ModelProto.FromString(proto), folder).SerializeToString()
+            given = [_value(ort, array) for array in weights.values()]  # not copied: they live as long as the session
+            for name, value in zip(weights, given, strict=True):
+                options.add_initializer(name, value)
+            if weights:  # else every weight would be copied, to be packed for the product and to an arena that grows
+                options.add_session_config_entry("session.disable_prepacking", "1")
+                options.enable_cpu_mem_arena = False
+                # Optimizers read a weight from the file that the graph names, not the values given here.
+                options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            session = ort.InferenceSession(
+                proto,
+                options,
+                providers=[PROVIDERS[provider]],
+                disabled_optimizers=["ReluQuantRewrite"],  # wrong for FP8 in ONNX Runtime 1.31.1: drops the Relu
+            )
+            return session, given
+
+        if provider == "cpu" and is_large(model.graph.initializer):
+            self._session = PartedSession(model, self._computed, start)
+            self._inputs = list(self._session.inputs)
+            return
+        try:
+            self._session, _ = start(_with_outputs(model, self._computed).SerializeToString(), {}, model.directory)
+        except self._failures as error:
+            raise _refused(error) from None
+        used = ", ".join(self._session.get_providers())
+        if PROVIDERS[provider] not in used:  # its libraries do not load: ONNX Runtime only prints that and goes on
+            raise MissingRuntimeError(
+                f"ONNX Runtime {ort.__version__} could not start {PROVIDERS[provider]} and would use {used}. "
+                "Install the CUDA and cuDNN libraries it was built for (`qdq doctor` says more), or use the CPU."
+            )
+        self._inputs = [i.name for i in self._session.get_inputs()]
+
+    def _options(self, ort: Any, libraries: Iterable[str], threads: int) -> Any:
+        """What every session has."""
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # Q/DQ as the standard computes them
+        for library in libraries:
+            try:
+                options.register_custom_ops_library(str(library))
+            except self._failures as error:
+                raise InputError(
+                    f"ONNX Runtime cannot load the custom operators of {library}: {' '.join(str(error).split())[:300]} "
+                    "Give a shared library that exports RegisterCustomOps and was built for this system."
+                ) from None
+        return options
+
+    def __call__(self, sample: Sample) -> dict[str, npt.NDArray[np.floating]]:
+        """Run one sample.
+
+        Args:
+            sample: input name -> array, as the model's inputs demand.
+
+        Returns:
+            Wanted tensor name -> array in the tensor's own float type.
+
+        Raises:
+            InputError: onnxruntime cannot run the model on the sample.
+        """
+        seen: dict[str, npt.NDArray[np.floating]] = {t: np.asarray(sample[t]) for t in self._given}
+        if self._session is not None:
+            try:
+                values = self._session.run(self._computed, {name: sample[name] for name in self._inputs})
+            except self._failures as error:
+                raise _refused(error) from None
+            seen.update(zip(self._computed, values, strict=True))
+        return seen
+
+
+def _value(ort: Any, array: npt.NDArray[Any]) -> Any:
+    """An OrtValue on the memory of an array, which numpy may know as a type that ONNX Runtime's binding does not."""
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    if array.dtype.kind == "V" or array.dtype.num > np.dtype(np.float16).num:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(f"u{array.dtype.itemsize}"), kind)
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _failures(ort: Any) -> tuple[type[Exception], ...]:
+    """What a session raises: ONNX Runtime's exceptions share no base but Exception."""
+    own = vars(ort.capi.onnxruntime_pybind11_state).values()
+    return (RuntimeError, ValueError, *(t for t in own if isinstance(t, type) and issubclass(t, Exception)))
+
+
+def _refused(error: Exception) -> InputError:
+    return InputError(
+        f"ONNX Runtime cannot run the float model: {' '.join(str(error).split())[:500]} Check that the model runs by "
+        "itself on these samples."
+    )
+
+
+def _with_outputs(model: Model, tensors: Sequence[str]) -> ModelProto:
+    """A shallow model whose outputs are the tensors; ONNX Runtime prunes what they do not need."""
+    proto = ModelProto()
+    proto.CopyFrom(model.proto)
+    outputs = list(proto.graph.output)
+    del proto.graph.output[:]
+    known = {o.name: o for o in outputs}
+    for tensor in tensors:
+        proto.graph.output.append(known.get(tensor) or helper.make_empty_tensor_value_info(tensor))
+    return proto

@@ -1,0 +1,200 @@
+"""Run a model in stages on a few samples: each computes some wanted tensors from what the stages before have left.
+
+Model + wanted tensors of each stage -> the nodes of each -> `run` one after the other -> the wanted tensors per sample.
+Between stages the constants may change, and a tensor that is kept may be moved (`add`): so a model whose layers are
+corrected one after the other is run once in all, not once per layer. Of each sample only the tensors that later stages
+read are kept, in memory up to a limit and beyond it in files. This module must not know what is corrected.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from qdq.core.resources import cores, default_bytes
+from qdq.measure.inference.partitioned import excerpt
+from qdq.measure.inference.samples import Sample, overlapped
+from qdq.measure.inference.session import Tap
+from qdq.model.model import Model
+from qdq.model.nodes import reads
+
+SHARE = 4  # of `default_bytes`: one part for what is kept between stages, the others for the stage that runs
+_TYPES = frozenset(np.dtype(code).name for code in "efdbBhHiIqQ?")  # what a tensor that is kept may be
+
+Array = npt.NDArray[Any]
+R = TypeVar("R")
+
+
+class Stages:
+    """A model cut into stages, and what is kept of each sample between them. A context manager: it may hold files."""
+
+    def __init__(
+        self,
+        model: Model,
+        wanted: Sequence[Collection[str]],
+        samples: Iterable[Sample],
+        *,
+        memory: int | None = None,
+    ) -> None:
+        """Cut the model up and take the samples' inputs over; nothing is run yet.
+
+        Args:
+            model: constants apart, the one that `run` is given.
+            wanted: computed tensors of each stage; none depends on one of a later stage.
+            samples: few, for all that is needed of them is kept; read once.
+            memory: bytes that are kept in memory at most; None for a share of `footprint.default_bytes`.
+        """
+        self._wanted = [frozenset(names) for names in wanted]
+        self._fixed = _fixed(model)
+        self._groups = _groups(model, self._wanted, self._fixed)
+        self._last: dict[str, int] = {}  # tensor -> the last stage that reads it
+        nodes = model.graph.node
+        for stage, group in enumerate(self._groups):
+            self._last.update((n, stage) for index in group for n in reads(nodes[index]))
+        self._next = 0  # the stage to run
+        self._files = ExitStack()
+        self._kept = _Kept(default_bytes() // SHARE if memory is None else memory, self._files)
+        fed = [i.name for i in model.inputs if i.name in self._last]
+        self._samples = 0
+        for number, sample in enumerate(samples):
+            self._kept.put(number, {name: np.asarray(sample[name]) for name in fed})
+            self._samples = number + 1
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the files."""
+        self._files.close()
+
+    def run(self, model: Model, look: Callable[[Mapping[str, Array]], R]) -> list[R]:
+        """Run the next stage on every sample.
+
+        Args:
+            model: as at the start; its constants may be others.
+            look: called with the wanted tensors of each sample, on its own thread; what it returns is returned.
+        """
+        stage, self._next = self._next, self._next + 1
+        group = [model.graph.node[index] for index in self._groups[stage]]
+        made = {name for node in group for name in node.output if name}
+        left = {name for name in made - self._fixed if self._last.get(name, -1) > stage}
+        used = {name for node in group for name in reads(node)}
+        inputs = sorted(used - made - model.initializers.keys())
+        types = {name: self._kept.get(0, name).dtype for name in inputs}
+        part = excerpt(model, group, types)
+        part.graph.initializer.extend(model.initializers[name] for name in sorted(used & model.initializers.keys()))
+        tap = Tap(model.replace(part), [*self._wanted[stage], *sorted(left - self._wanted[stage])], threads=1)
+        ended = [name for name in inputs if self._last[name] <= stage]
+
+        def one(number: int) -> R:
+            found = tap({name: self._kept.get(number, name) for name in inputs})
+            self._kept.drop(number, ended)
+            self._kept.put(number, {name: found[name] for name in left})
+            return look({name: found[name] for name in self._wanted[stage]})
+
+        return list(overlapped(one, range(self._samples), cores()))
+
+    def add(self, tensor: str, values: Array, *, axis: int) -> None:
+        """Add something to a tensor that later stages read; of no effect on one that they do not.
+
+        Args:
+            tensor: computed by a stage that was run.
+            values: (channels,) to add along `axis`.
+            axis: of the tensor's channels.
+        """
+        if self._last.get(tensor, -1) >= self._next:
+            for number in range(self._samples):
+                old = self._kept.get(number, tensor)
+                wide = np.float64 if old.dtype == np.float64 else np.float32
+                shape = [-1 if i == axis % old.ndim else 1 for i in range(old.ndim)]
+                moved = (old + values.astype(wide).reshape(shape)).astype(old.dtype, copy=False)
+                self._kept.drop(number, [tensor])
+                self._kept.put(number, {tensor: moved})
+
+
+def can_stage(model: Model) -> bool:
+    """Whether every tensor that could be kept between stages has a type that numpy and ONNX Runtime both know."""
+    infos = (model.info(name) for node in model.graph.node for name in (*node.input, *node.output) if name)
+    constants = model.initializers
+    return all(info is None or info.name in constants or info.dtype in _TYPES for info in infos)
+
+
+def _fixed(model: Model) -> frozenset[str]:
+    """Constants, and what is computed of constants alone: each stage does that anew, so that it need not be kept."""
+    fixed: set[str] = set(model.initializers)
+    for node in model.graph.node:
+        if (read := reads(node)) and fixed.issuperset(read):
+            fixed.update(name for name in node.output if name)
+    return frozenset(fixed)
+
+
+def _groups(model: Model, wanted: Sequence[Collection[str]], fixed: Collection[str]) -> list[list[int]]:
+    """The indices of each stage's nodes, in the order of the graph; only those of `fixed` tensors are in several."""
+    nodes = model.graph.node
+    producer = {name: index for index, node in enumerate(nodes) for name in node.output if name}
+    made: set[int] = set()
+    groups = []
+    for names in wanted:
+        group: set[int] = set()
+        stack = list(names)
+        while stack:
+            index = producer.get(stack.pop())
+            if index is None or index in made or index in group:
+                continue
+            group.add(index)
+            stack.extend(reads(nodes[index]))
+        groups.append(sorted(group))
+        made.update(index for index in group if not set(nodes[index].output).issubset(fixed))
+    return groups
+
+
+class _Kept:
+    """Tensors of each sample; may be used from several threads at once."""
+
+    def __init__(self, room: int, files: ExitStack) -> None:
+        self._room, self._files = room, files
+        self._folder: Path | None = None
+        self._count = 0
+        self._lock = threading.Lock()
+        self._values: dict[tuple[int, str], Array] = {}
+        self._paths: dict[tuple[int, str], Path] = {}
+
+    def put(self, sample: int, values: Mapping[str, Array]) -> None:
+        for name, array in values.items():
+            with self._lock:
+                fits = array.nbytes <= self._room
+                self._room -= array.nbytes if fits else 0
+            self._values[sample, name] = array if fits else self._mapped((sample, name), array)
+
+    def get(self, sample: int, name: str) -> Array:
+        return self._values[sample, name]
+
+    def drop(self, sample: int, names: Iterable[str]) -> None:
+        for name in names:
+            array, path = self._values.pop((sample, name)), self._paths.pop((sample, name), None)
+            if path is not None:
+                path.unlink()
+            else:
+                with self._lock:
+                    self._room += array.nbytes
+
+    def _mapped(self, key: tuple[int, str], array: Array) -> Array:
+        with self._lock:
+            if self._folder is None:
+                self._folder = Path(self._files.enter_context(tempfile.TemporaryDirectory(prefix="qdq-")))
+            path = self._folder / str(self._count)
+            self._count += 1
+            self._paths[key] = path
+        np.ascontiguousarray(array).tofile(path)
+        return np.memmap(path, array.dtype, mode="r", shape=array.shape)

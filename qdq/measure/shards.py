@@ -1,0 +1,248 @@
+"""Calibrate on many processes or machines: every shard of the samples gives a table, and tables merge exactly.
+
+model file + plan + source of samples -> shards -> any `concurrent.futures.Executor` -> merged table, as on one process.
+A shard whose worker died is tried again, on a new pool where the pool broke. This module must not know how samples are
+stored; Dask is imported only to connect to a cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+from qdq.core.errors import InputError, MissingRuntimeError, StaleFileError
+from qdq.core.progress import Progress
+from qdq.core.resources import cores
+from qdq.measure.checkpoint import Checkpoint
+from qdq.measure.collect import check_same, collect
+from qdq.measure.inference.samples import Sample
+from qdq.measure.table import CalibrationTable, merged
+from qdq.model.model import Model
+from qdq.model.storage import load
+from qdq.passes.prepare import prepare
+from qdq.passes.rewrites import rewritten
+from qdq.plan.plan import Plan
+
+PER_WORKER = 4  # shards per worker: the more, the less a dead worker or a kill of the whole run costs
+CONNECT_S = 10.0  # to wait for a Dask scheduler
+TRIES = 4  # rounds in which workers died and no shard was done, before giving up
+
+
+class Sharded(Protocol):
+    """Samples that can be split, as `calib_data.Samples`."""
+
+    def shard(self, i: int, n: int) -> Iterable[Sample]:
+        """Every n-th sample from the i-th on; the n shards together are all samples, each once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Where the shards run.
+
+    Attributes:
+        open: opens an executor; called again where the last one broke.
+        workers: how many shards run at a time.
+        threads: samples at a time in each.
+        lost: what the executor raises for a worker that died, besides BrokenExecutor.
+    """
+
+    open: Callable[[], AbstractContextManager[Executor]]
+    workers: int
+    threads: int
+    lost: tuple[type[BaseException], ...] = ()
+
+
+def local_pool(workers: int) -> Pool:
+    """Processes of this machine, which share its cores.
+
+    Raises:
+        InputError: not at least one.
+    """
+    if workers < 1:
+        raise InputError(f"--workers is {workers}: it must be at least 1.")
+
+    def start() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))  # fork would copy ONNX Runtime's locks
+
+    return Pool(open=start, workers=workers, threads=max(1, cores() // workers))
+
+
+def dask_pool(address: str) -> Pool:
+    """The workers of a Dask cluster; they need qdq, and the samples under the same paths.
+
+    Args:
+        address: of the scheduler, such as tcp://host:8786.
+
+    Raises:
+        MissingRuntimeError: Dask is not installed.
+        InputError: no scheduler answers there, or it has no workers.
+    """
+    try:
+        distributed: Any = import_module("distributed")
+    except ImportError:
+        raise MissingRuntimeError(
+            "--cluster needs Dask, which is not installed. Install it with: pip install 'qdq[distributed]'"
+        ) from None
+
+    @contextmanager
+    def connect() -> Iterator[Executor]:
+        client = distributed.Client(address, set_as_default=False)
+        with client, client.get_executor(pure=False) as executor:
+            yield executor
+
+    try:
+        with distributed.Client(address, timeout=CONNECT_S, set_as_default=False) as client:
+            workers = sum(client.nthreads().values())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"No Dask scheduler answers at {address}: {' '.join(str(error).split())[:200]} Start one with "
+            "`dask scheduler`, and give its address as tcp://HOST:8786."
+        ) from None
+    if not workers:
+        raise InputError(f"The Dask cluster at {address} has no workers. Start some with `dask worker {address}`.")
+    return Pool(open=connect, workers=workers, threads=1, lost=(distributed.scheduler.KilledWorker,))
+
+
+def collect_shards(
+    model_path: Path | str,
+    plan: Plan,
+    source: Callable[[], Sharded],
+    pool: Pool,
+    *,
+    total: int | None,
+    provider: str = "cpu",
+    custom_ops: Sequence[str] = (),
+    memory: int | None = None,
+    checkpoint: Checkpoint | None = None,
+    on_progress: Progress | None = None,
+) -> CalibrationTable:
+    """The table of `calibrate.collect`, from many workers.
+
+    Args:
+        model_path: the float model's file; each worker reads and prepares it.
+        plan: made for it.
+        source: opens the samples anew in each worker; must be picklable (a function of a module, `functools.partial`).
+        pool: where.
+        total: how many samples there are; None where only reading them tells.
+        provider: see `collect`.
+        custom_ops: see `collect`.
+        memory: bytes for activations of each worker; see `collect`.
+        checkpoint: receives every shard that is done.
+        on_progress: called with (shards done, shards, text).
+
+    Returns:
+        The same table, bit by bit.
+
+    Raises:
+        InputError: as `collect`, or shards whose workers died TRIES times in a row.
+        StaleFileError: as `collect`, or a checkpoint of a calibration without workers.
+    """
+    parts = checkpoint.load() if checkpoint else ()
+    state = checkpoint.state if checkpoint else {}
+    if parts and "shards" not in state:
+        raise StaleFileError(
+            "The unfinished calibration here was begun without workers: repeat that command, or delete its checkpoint."
+        )
+    prepared = rewritten(_prepared(Path(model_path)), plan.rewrites) if parts else None
+    given = check_same(parts, prepared, source().shard(0, 1)) if prepared is not None else ""
+    count = int(state.get("shards", min(total or pool.workers * PER_WORKER, pool.workers * PER_WORKER)))
+    done = set(state.get("done", ()))
+    table = parts[0] if parts else None
+    job = _Job(
+        model_path=Path(model_path).absolute(),
+        plan=plan,
+        source=source,
+        provider=provider,
+        custom_ops=tuple(custom_ops),
+        memory=memory,
+        threads=pool.threads,
+    )
+    barren = 0  # rounds in a row in which workers died and no shard was done
+    while left := [i for i in range(count) if i not in done]:
+        barren += 1
+        for index, shard in _round(job, left, count, pool):
+            table = merged([table, shard]) if table and shard.count else table or shard
+            done.add(index)
+            barren = 0
+            if checkpoint is not None:
+                checkpoint.write([table], {"shards": count, "done": sorted(done)})
+            if on_progress is not None:
+                on_progress(len(done), count, "calibrating, shards")
+        if barren == TRIES:
+            raise InputError(
+                f"The workers of {len(left)} shards of samples died {TRIES} times in a row. Look at the workers' logs: "
+                "mostly the memory of their machine is too small; lower --memory or use fewer workers."
+            )
+    assert table is not None
+    if not table.count:
+        raise InputError("There are no samples: calibration needs at least one.")
+    if given not in ("", table.samples_sha256):
+        raise StaleFileError(
+            "The samples changed their order while the calibration was interrupted, so that some were counted twice. "
+            "Delete its checkpoint and begin anew."
+        )
+    return table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What every worker is told."""
+
+    model_path: Path
+    plan: Plan
+    source: Callable[[], Sharded]
+    provider: str
+    custom_ops: tuple[str, ...]
+    memory: int | None
+    threads: int
+
+
+def _round(job: _Job, left: Sequence[int], count: int, pool: Pool) -> Iterator[tuple[int, CalibrationTable]]:
+    """Run shards, yielding each with its table; ends without those whose worker died."""
+    futures: dict[Future[CalibrationTable], int] = {}
+    lost: tuple[type[BaseException], ...] = (BrokenExecutor, CancelledError, *pool.lost)
+    with pool.open() as executor:
+        try:
+            for i in left:
+                futures[executor.submit(_measure, job, i, count)] = i
+        except BrokenExecutor:
+            pass  # a worker died already
+        try:
+            for future in as_completed(futures):
+                try:
+                    yield futures[future], future.result()
+                except lost:
+                    continue
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def _measure(job: _Job, index: int, count: int) -> CalibrationTable:
+    """In the worker: the table of one shard, without any tensor where there are fewer samples than shards."""
+    model = rewritten(_prepared(job.model_path), job.plan.rewrites)
+    shard = job.source().shard(index, count)
+    if next(iter(shard), None) is None:
+        return CalibrationTable(model_sha256=model.sha256, samples_sha256="", count=0, tensors={})
+    return collect(
+        model,
+        job.plan,
+        shard,
+        provider=job.provider,
+        custom_ops=job.custom_ops,
+        memory=job.memory,
+        threads=job.threads,
+        shard=(index, count),
+    )
+
+
+@lru_cache(maxsize=1)
+def _prepared(path: Path) -> Model:
+    return prepare(load(path))

@@ -1,0 +1,197 @@
+"""The calibration table: one histogram per measured tensor, and which samples are in it. A file that merges exactly.
+
+calibrate, shards -> CalibrationTable -> merged -> table.json -> solve.
+It holds counts and hashes, no sample data. This module must not run a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import numpy as np
+
+from qdq.core.errors import InputError, StaleFileError
+from qdq.core.files import read_json, write_text
+from qdq.measure.histogram import BINS, Histogram
+from qdq.model.model import Model
+from qdq.plan.plan import Plan
+
+FORMAT = "qdq.table/2"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationTable:
+    """The histograms of a plan's activation points over some samples.
+
+    Invariants: depends on the multiset of samples alone, not on their order, batching or split; so does its file.
+
+    Attributes:
+        model_sha256: of the user's model.
+        samples_sha256: of all samples, see `samples_digest`; "" where unknown.
+        count: how many samples.
+        tensors: tensor name -> histogram.
+        samples: the SHA-256 of each sample, sorted; () where unknown.
+    """
+
+    model_sha256: str
+    samples_sha256: str
+    count: int
+    tensors: Mapping[str, Histogram]
+    samples: tuple[str, ...] = ()
+
+    @property
+    def repeated(self) -> int:
+        """How many samples are in the table more than once."""
+        return len(self.samples) - len(set(self.samples))
+
+    def to_json(self) -> str:
+        """The table as JSON, one tensor a line; the same table gives the same text."""
+        head = {
+            "format": FORMAT,
+            "model_sha256": self.model_sha256,
+            "samples_sha256": self.samples_sha256,
+            "count": self.count,
+            "samples": list(self.samples),
+        }
+        lines = [json.dumps(_entry(name, self.tensors[name]), ensure_ascii=False) for name in sorted(self.tensors)]
+        return json.dumps(head, indent=1)[:-2] + ',\n "tensors": [\n' + ",\n".join(lines) + "\n]}\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write table.json; it appears whole or not at all."""
+        write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CalibrationTable:
+        """Read a table.
+
+        Raises:
+            InputError: missing, not JSON, another format version, or an entry that makes no sense.
+        """
+        return cls.from_mapping(read_json(path, FORMAT, "table"), str(path))
+
+    @classmethod
+    def from_mapping(cls, content: Mapping[str, object], where: str) -> CalibrationTable:
+        """Build a table from parsed JSON.
+
+        Args:
+            content: the parsed file.
+            where: its name, for messages.
+
+        Raises:
+            InputError: an entry that makes no sense.
+        """
+        try:
+            return cls(
+                model_sha256=str(content["model_sha256"]),
+                samples_sha256=str(content["samples_sha256"]),
+                count=int(content["count"]),  # type: ignore[call-overload]
+                tensors=dict(_histogram(entry) for entry in content["tensors"]),  # type: ignore[attr-defined]
+                samples=tuple(map(str, content.get("samples", ()))),  # type: ignore[call-overload]
+            )
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            raise InputError(
+                f"Cannot use the table {where}: {type(error).__name__} {error} in its entries. Make it again with "
+                "`qdq calibrate`."
+            ) from None
+
+    def check(self, model: Model, plan: Plan) -> None:
+        """Refuse a table that does not fit.
+
+        Raises:
+            StaleFileError: it was made from another model, or lacks a tensor that the plan quantizes.
+        """
+        if self.model_sha256 != model.sha256:
+            raise StaleFileError(
+                f"The calibration table was made from another model: it says sha256 {self.model_sha256[:12]}…, this "
+                f"model has {model.sha256[:12]}…. Make a table for this model with `qdq calibrate`."
+            )
+        missing = [p.tensor for p in plan.activations if p.tensor not in self.tensors]
+        if missing:
+            raise StaleFileError(
+                f"The calibration table lacks {len(missing)} tensors that the plan quantizes, {missing[0]!r} for one: "
+                "it was made with another plan. Make it again with `qdq calibrate --plan`."
+            )
+
+
+def samples_digest(samples: Iterable[str]) -> str:
+    """SHA-256 over the sorted SHA-256 of each sample, as `calib_data.Samples.sha256` has it; "" for none."""
+    digests = [bytes.fromhex(sample) for sample in sorted(samples)]
+    return hashlib.sha256(b"".join(digests)).hexdigest() if digests else ""
+
+
+def merged(tables: Sequence[CalibrationTable], names: Sequence[str] = ()) -> CalibrationTable:
+    """The table of all samples of some tables: the same as if they had been measured together.
+
+    Args:
+        tables: of the same model and tensors; at least one.
+        names: what to call each in messages.
+
+    Raises:
+        StaleFileError: two of them are of different models or measured different tensors.
+    """
+    first = tables[0]
+    for index, table in enumerate(tables[1:], 1):
+        which = f"{names[0]} and {names[index]}" if names else f"Tables 1 and {index + 1}"
+        if table.model_sha256 != first.model_sha256:
+            raise StaleFileError(
+                f"{which} cannot be merged: they were made from different models (sha256 {first.model_sha256[:12]}… "
+                f"and {table.model_sha256[:12]}…). Merge tables of one model only."
+            )
+        if odd := sorted(first.tensors.keys() ^ table.tensors.keys()):
+            raise StaleFileError(
+                f"{which} cannot be merged: {odd[0]!r} and {len(odd) - 1} more tensors are in one of them only, so "
+                "they were made with different plans. Make both with the same plan."
+            )
+    known = all(len(t.samples) == t.count for t in tables)
+    samples = tuple(sorted(s for t in tables for s in t.samples)) if known else ()
+    tensors = dict(first.tensors)
+    for table in tables[1:]:
+        tensors = {name: h.merge(table.tensors[name]) for name, h in tensors.items()}
+    return replace(
+        first,
+        samples_sha256=samples_digest(samples),
+        count=sum(t.count for t in tables),
+        tensors=tensors,
+        samples=samples,
+    )
+
+
+def _entry(name: str, h: Histogram) -> dict[str, object]:
+    used = np.flatnonzero(h.counts)
+    first, last = int(used[0]), int(used[-1])
+    return {
+        "tensor": name,
+        "low": h.low,
+        "high": h.high,
+        "exponent": h.exponent,
+        "samples": h.samples,
+        "peaks": str(h.peaks),
+        "first_bin": first - BINS,
+        "counts": h.counts[first : last + 1].tolist(),
+    }
+
+
+def _histogram(entry: Mapping[str, object]) -> tuple[str, Histogram]:
+    counts = np.zeros(2 * BINS, dtype=np.int64)
+    found = np.asarray(entry["counts"], dtype=np.int64)
+    first = int(entry["first_bin"]) + BINS  # type: ignore[call-overload]
+    if not 0 <= first < first + found.size <= 2 * BINS:
+        raise ValueError(f"bins of {entry['tensor']!r}")
+    counts[first : first + found.size] = found
+    low, high, exponent = float(entry["low"]), float(entry["high"]), entry["exponent"]  # type: ignore[arg-type]
+    if not found.any() or found.min() < 0:
+        raise ValueError(f"counts of {entry['tensor']!r}")
+    if not -np.inf < low <= 0 <= high < np.inf:
+        raise ValueError(f"range of {entry['tensor']!r}")
+    if (exponent is not None and not isinstance(exponent, int)) or (exponent is None) != (low == high):
+        raise ValueError(f"exponent of {entry['tensor']!r}")
+    samples, peaks = int(entry["samples"]), Fraction(str(entry["peaks"]))  # type: ignore[call-overload]
+    if samples < 1 or not 0 <= peaks <= samples * Fraction(max(-low, high)):
+        raise ValueError(f"samples of {entry['tensor']!r}")
+    hist = Histogram(exponent=exponent, counts=counts, low=low, high=high, samples=samples, peaks=peaks)
+    return str(entry["tensor"]), hist

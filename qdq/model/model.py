@@ -1,0 +1,218 @@
+"""One ONNX model as a value: load and check it, ask questions about it, save it.
+
+    load(path) -> Model        checked; tensor data in side files stays there and is read one tensor at a time
+    Model -> pass -> Model     a pass copies the proto, changes the copy and ends with model.replace(copy)
+    save(model, path)          to a temporary name that is then renamed; side file where the source had one
+
+It must not change a graph, modify a user's file, or hold all external weights in memory at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+
+from qdq.model.external import tensor_array
+from qdq.model.nodes import captured, reads
+
+_QUANTIZED_OP = re.compile(r"[Qq]uantize|^QLinear|^Q(Attention|Gemm|Ordered)|(Conv|MatMul)Integer|NBits")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """Name, type and shape of a tensor.
+
+    `dtype` is numpy's name ("float32", "bfloat16", "int4"), "string", or the ONNX kind of a value that is no tensor
+    ("sequence_type"). `shape` is None when the rank is unknown; a dimension is a size, a symbol's name, or None.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """One place that reads a tensor: `node.input[index]`; index -1 means inside a body (If, Loop, Scan) of the node."""
+
+    node: NodeProto
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """An ONNX model that is never changed in place: the indexes below are built once from `proto`.
+
+    `proto` holds no external tensor data; `directory` is the folder that such data lies in, unless it is in a spool.
+    `sha256` is of the file and the external data as the user gave them, and stays the same through all passes.
+    `keeps` are what must live as long as the model: the spools of its tensors.
+    """
+
+    proto: ModelProto
+    directory: Path
+    sha256: str
+    keeps: tuple[object, ...] = ()
+
+    def replace(self, proto: ModelProto, *, keeps: object = None) -> Model:
+        """The same user's model with another graph.
+
+        Args:
+            proto: the changed copy; its external tensors still lie in `directory`, or in a spool.
+            keeps: the spool of tensors that are new in it, if any.
+
+        Returns:
+            A new Model with the same directory and sha256.
+        """
+        return replace(self, proto=proto, keeps=self.keeps if keeps in (None, *self.keeps) else (*self.keeps, keeps))
+
+    @property
+    def graph(self) -> GraphProto:
+        """The main graph."""
+        return self.proto.graph
+
+    @cached_property
+    def opset(self) -> int:
+        """The version of the default operator set, 0 if it is not imported."""
+        return max((o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx")), default=0)
+
+    @cached_property
+    def initializers(self) -> Mapping[str, TensorProto]:
+        """The initializers of the main graph by name; `array` gives their values."""
+        return {t.name: t for t in self.graph.initializer}
+
+    @cached_property
+    def inputs(self) -> tuple[TensorInfo, ...]:
+        """What the caller must feed: graph inputs that are not initializers."""
+        return tuple(_info(v) for v in self.graph.input if v.name not in self.initializers)
+
+    @cached_property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        """The graph's outputs."""
+        return tuple(_info(v) for v in self.graph.output)
+
+    @cached_property
+    def _infos(self) -> Mapping[str, TensorInfo]:
+        found = {
+            t.name: TensorInfo(name=t.name, dtype=dtype_name(t.data_type), shape=tuple(t.dims))
+            for t in self.graph.initializer
+        }
+        for value in (*self.graph.value_info, *self.graph.output, *self.graph.input):
+            found.setdefault(value.name, _info(value))
+        return found
+
+    @cached_property
+    def _producers(self) -> Mapping[str, NodeProto]:
+        return {name: node for node in self.graph.node for name in node.output if name}
+
+    @cached_property
+    def _consumers(self) -> Mapping[str, tuple[Use, ...]]:
+        found: dict[str, list[Use]] = {}
+        for node in self.graph.node:
+            for index, name in enumerate(node.input):
+                if name:
+                    found.setdefault(name, []).append(Use(node=node, index=index))
+            for name in sorted(captured(node)):
+                found.setdefault(name, []).append(Use(node=node, index=-1))
+        return {name: tuple(uses) for name, uses in found.items()}
+
+    @cached_property
+    def _nodes(self) -> Mapping[str, NodeProto]:
+        return {node.name: node for node in self.graph.node}
+
+    def node(self, name: str) -> NodeProto:
+        """The node of that name; names are unique once the model is prepared.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return self._nodes[name]
+
+    def producer(self, tensor: str) -> NodeProto | None:
+        """The node that computes a tensor; None for inputs and initializers."""
+        return self._producers.get(tensor)
+
+    def consumers(self, tensor: str) -> tuple[Use, ...]:
+        """Every place that reads a tensor, in the order of the nodes; a graph output is no consumer."""
+        return self._consumers.get(tensor, ())
+
+    def only_use(self, tensor: str) -> Use | None:
+        """The one place that reads a tensor; None if there are others or none, or it is an output of the graph."""
+        uses = self.consumers(tensor)
+        return uses[0] if len(uses) == 1 and not self.is_output(tensor) else None
+
+    def is_output(self, tensor: str) -> bool:
+        """Whether the tensor is an output of the graph."""
+        return any(v.name == tensor for v in self.graph.output)
+
+    def is_constant(self, name: str) -> bool:
+        """Whether the tensor is an initializer."""
+        return name in self.initializers
+
+    def info(self, tensor: str) -> TensorInfo | None:
+        """Type and shape of a tensor, as far as the file or shape inference knows them."""
+        return self._infos.get(tensor)
+
+    def dtype(self, tensor: str) -> str:
+        """The type of a tensor as NumPy and ml_dtypes name it; "float32" where it is not known."""
+        info = self.info(tensor)
+        return "float32" if info is None else info.dtype
+
+    def rank(self, tensor: str) -> int | None:
+        """How many axes a tensor has; None where that is not known."""
+        info = self.info(tensor)
+        return None if info is None or info.shape is None else len(info.shape)
+
+    def sizes(self, tensor: str, start: int = 0) -> tuple[int, ...] | None:
+        """The sizes of a tensor from an axis on; None where one of them is dynamic, or the rank is not known."""
+        info = self.info(tensor)
+        if info is None or info.shape is None:
+            return None
+        static = tuple(size for size in info.shape[start:] if isinstance(size, int))
+        return static if len(static) == len(info.shape[start:]) else None
+
+    def names(self) -> set[str]:
+        """What no new node or tensor of the main graph can be called."""
+        used = (name for node in self.graph.node for name in (node.name, *node.output, *reads(node)))
+        return {*self.initializers, *(i.name for i in self.inputs), *used}
+
+    def array(self, name: str) -> np.ndarray:
+        """The values of an initializer, read from its side file if it has one.
+
+        Args:
+            name: an initializer.
+
+        Returns:
+            The array in the tensor's own type and shape; it may be read-only.
+
+        Raises:
+            ModelError: the side file is gone, too short or outside the folder.
+        """
+        return tensor_array(self.initializers[name], self.directory)
+
+
+def dtype_name(data_type: int) -> str:
+    """Numpy's name of an ONNX tensor type; "string" for text, "undefined" for none."""
+    if data_type in (TensorProto.STRING, TensorProto.UNDEFINED):
+        return str(TensorProto.DataType.Name(data_type)).lower()
+    return str(onnx.helper.tensor_dtype_to_np_dtype(data_type).name)
+
+
+def _info(value: ValueInfoProto) -> TensorInfo:
+    kind = value.type.WhichOneof("value")
+    if kind != "tensor_type":
+        return TensorInfo(name=value.name, dtype=str(kind or "undefined"), shape=None)
+    tensor = value.type.tensor_type
+    shape = None
+    if tensor.HasField("shape"):
+        shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
+    return TensorInfo(name=value.name, dtype=dtype_name(tensor.elem_type), shape=shape)
+
+
+PROTOBUF_LIMIT = 2**31 - 1  # bytes

@@ -1,0 +1,183 @@
+"""Models and files: load, check, save whole or not at all, external data beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import ModelProto
+
+from qdq.core.errors import InputError, ModelError
+from qdq.model.external import External, is_external, move, stream, tensor_bytes, unspooled
+from qdq.model.model import _QUANTIZED_OP, PROTOBUF_LIMIT, Model
+from qdq.model.nodes import all_nodes, all_tensors, without_initializers
+
+IN_FILE_LIMIT = 1_900_000_000  # bytes; protobuf refuses a message of 2 GiB, the nodes need the rest
+
+
+def load(path: str | os.PathLike[str]) -> Model:
+    """Read an ONNX file and check it; external tensor data is checked and hashed but not kept.
+
+    Args:
+        path: the .onnx file.
+
+    Returns:
+        The Model; its sha256 is over the bytes of the file, then of each external tensor in the order of the file.
+
+    Raises:
+        ModelError: the file is missing, a folder, empty, truncated, not ONNX, has no nodes or breaks the standard, or
+            external data is missing, too short or outside the model's folder.
+    """
+    path = Path(path)
+    content = _read(path)
+    proto = ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except DecodeError:
+        raise ModelError(
+            f"Cannot read {path}: its {len(content)} bytes are not a complete ONNX model (protobuf cannot parse them). "
+            "The file is truncated or of another format; copy or export it again."
+        ) from None
+    if not proto.HasField("graph") or not proto.graph.node:
+        raise ModelError(
+            f"Cannot use {path}: it holds no nodes, so it is not an ONNX model or an empty one. "
+            "Give the .onnx file of a network."
+        )
+    directory = path.absolute().parent
+    digest = hashlib.sha256(content)
+    del content
+    for tensor in filter(is_external, all_tensors(proto)):
+        unspooled(tensor)
+        for chunk in stream(tensor, directory):
+            digest.update(chunk)
+    try:
+        check(proto)
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise ModelError(
+            f"Cannot use {path}: it is not a valid ONNX model, or only a part of one. The checker of onnx "
+            f"{onnx.__version__} says: {' '.join(str(error).split())[:600]} Export the model again."
+        ) from None
+    return Model(proto=proto, directory=directory, sha256=digest.hexdigest())
+
+
+def check(proto: ModelProto) -> None:
+    """Check a model against the standard, tensor by tensor, so that the weights are never copied at once.
+
+    An output without a shape passes, as in ONNX Runtime. External data is not looked at.
+
+    Raises:
+        onnx.checker.ValidationError: the model breaks the standard.
+    """
+    skeleton = without_initializers(proto)
+    listed = {v.name for v in proto.graph.input}
+    for tensor in proto.graph.initializer:
+        if not is_external(tensor):
+            onnx.checker.check_tensor(tensor)
+        if tensor.name not in listed:
+            info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            skeleton.graph.input.append(info)
+    for value in skeleton.graph.output:
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()
+    onnx.checker.check_model(skeleton)
+
+
+def save(
+    model: Model | ModelProto, path: str | os.PathLike[str], directory: str | os.PathLike[str] | None = None
+) -> None:
+    """Write a model; the same model always gives the same bytes.
+
+    Tensors go to `<name>.data` beside the file, one at a time, if the source had external data or if all of them
+    exceed 1.9 GB. Both files appear by a rename when they are complete.
+
+    Args:
+        model: what to write; it is not changed.
+        path: the .onnx file to write; an existing one is replaced.
+        directory: where the external data of a bare ModelProto lies.
+
+    Raises:
+        InputError: the place cannot be written, or the side file would replace the source's own.
+        ModelError: external data of the source can no longer be read.
+    """
+    path = Path(path)
+    if isinstance(model, Model):
+        proto, source = model.proto, Path(directory or model.directory)
+    else:
+        proto, source = model, Path(directory or path.absolute().parent)
+    tensors = list(all_tensors(proto))
+    external = [t for t in tensors if is_external(t)]
+    side = path.with_name(path.name + ".data")
+    for tensor in external:
+        if side.exists() and side.samefile(External.of(tensor, source).path):
+            raise InputError(
+                f"Cannot write {path}: its side file {side.name} would replace the data that tensor {tensor.name!r} of "
+                "the source model is read from. Choose another file name or folder."
+            )
+    pending: list[tuple[Path, Path]] = []
+    try:
+        if external or sum(map(tensor_bytes, tensors)) > IN_FILE_LIMIT:
+            with _temporary(side, pending) as file:
+                proto = _with_side_file(proto, source, side.name, file)
+        with _temporary(path, pending) as file:
+            file.write(proto.SerializeToString(deterministic=True))
+        for temporary, final in pending:
+            temporary.replace(final)
+    except OSError as error:
+        raise InputError(
+            f"Cannot write {path}: {error.strerror or error}. Choose a folder that exists, is writable and has room."
+        ) from None
+    finally:
+        for temporary, _ in pending:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def is_quantized(model: Model) -> bool:
+    """Whether the model already holds quantized operators, in any graph or function of it."""
+    nodes = [*all_nodes(model.graph), *(n for f in model.proto.functions for n in f.node)]
+    return any(_QUANTIZED_OP.search(n.op_type) for n in nodes)
+
+
+def _read(path: Path) -> bytes:
+    fix = "Give the path of an .onnx file."
+    if path.is_dir():
+        raise ModelError(f"Cannot read {path}: it is a folder, not a model. {fix}")
+    try:
+        size = path.stat().st_size
+        if size > PROTOBUF_LIMIT:
+            raise ModelError(
+                f"Cannot read {path}: {size} bytes, but an ONNX file ends at 2 GiB. "
+                "Export the model with its weights as external data."
+            )
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"Cannot read {path}: {error.strerror or error}. {fix}") from None
+    if not content:
+        raise ModelError(f"Cannot read {path}: it is empty (0 bytes). Copy or export the model again.")
+    return content
+
+
+def _temporary(final: Path, pending: list[tuple[Path, Path]]) -> BinaryIO:
+    """An open new file beside `final`, noted in `pending`; its permissions are those of any new file of the user."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.absolute().parent)
+    pending.append((Path(name), final))
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(name, 0o666 & ~mask)
+    return os.fdopen(descriptor, "wb")
+
+
+def _with_side_file(proto: ModelProto, directory: Path, location: str, file: BinaryIO) -> ModelProto:
+    """A copy of a model whose larger tensors lie in `file`, streamed one at a time."""
+    copy = without_initializers(proto)
+    for tensor in all_tensors(copy):
+        move(tensor, tensor, directory, location, file)
+    for tensor in proto.graph.initializer:
+        move(tensor, copy.graph.initializer.add(), directory, location, file)
+    return copy

@@ -1,0 +1,1 @@
+"""Exact changes of a graph: the outputs stay the same. Must not decide whether one pays."""

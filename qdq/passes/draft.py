@@ -1,0 +1,238 @@
+"""A float model on its way to the prepared form: its nodes, tensors and inferred shapes while passes change them.
+
+    Draft(model) -> passes of `prepare` and `fold` change nodes and tensors, `infer` after each round -> finish()
+It must not change the user's proto or tensors, or decide which passes run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx.version_converter
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from qdq.core.errors import ModelError
+from qdq.model.external import is_external, is_large, tensor_array, tensor_bytes
+from qdq.model.model import Model, TensorInfo
+from qdq.model.nodes import all_nodes, bodies, captured, needed, reads, without_initializers
+from qdq.model.storage import check
+from qdq.model.weight_store import LEAST, Spool
+
+TARGET_OPSET = 21  # the first with block_size and int4 in Q/DQ; newer is needed for float4 only
+SMALL = 4096  # bytes; larger tensors are shown to onnx's converter and shape inference by type and shape only
+
+
+class Draft:
+    """The model in the making: nodes in `proto`, initializers in `tensors`, shapes in `shown` after `infer`.
+
+    The user's tensors are shared, never changed: a new value is a new TensorProto.
+    """
+
+    def __init__(self, model: Model) -> None:
+        """Take a model apart."""
+        self._source = model
+        self.directory: Path = model.directory
+        self.tensors: dict[str, TensorProto] = dict(model.initializers)
+        self.proto = without_initializers(model.proto)
+        self.shown = model
+        self.spool: Spool | None = None  # of new tensors of a large model
+        self._large = is_large(self.tensors.values())
+        self.inputs = [v for v in model.graph.input if v.name not in self.tensors]
+        self.outputs = list(model.graph.output)
+        assign(self.graph.input, self.inputs)
+        self.proto.ir_version = max(self.proto.ir_version, 4)  # from 4 on an initializer need not be an input
+        for node in all_nodes(self.graph):
+            if node.domain == "ai.onnx":  # the long name of the default domain
+                node.domain = ""
+
+    @property
+    def graph(self) -> onnx.GraphProto:
+        """The nodes, without initializers."""
+        return self.proto.graph
+
+    @property
+    def output_names(self) -> frozenset[str]:
+        """The model's outputs."""
+        return frozenset(v.name for v in self.graph.output)
+
+    def array(self, name: str) -> np.ndarray:
+        """The values of an initializer."""
+        return tensor_array(self.tensors[name], self.directory)
+
+    def put(self, name: str, values: np.ndarray) -> None:
+        """Make or replace an initializer."""
+        if self._large and values.nbytes >= LEAST:
+            self.spool = self.spool or Spool()
+            self.tensors[name] = self.spool.tensor(name, values)
+        else:
+            self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name)
+
+    def info(self, name: str) -> TensorInfo | None:
+        """Type and shape as last inferred."""
+        return self.shown.info(name)
+
+    def unique(self, name: str) -> str:
+        """A tensor name that nothing in the model has yet: `name`, or `name` with a number."""
+        inner = [tensor for node in all_nodes(self.graph) for tensor in (*node.input, *node.output)]
+        graph = [v.name for v in (*self.graph.input, *self.graph.output)]
+        return unique(name, {*self.tensors, *inner, *graph})
+
+    def captured_names(self) -> frozenset[str]:
+        """Tensors that bodies read from the main graph."""
+        return frozenset().union(*(captured(node) for node in self.graph.node))
+
+    def light(self) -> ModelProto:
+        """The model without the weights: small tensors are initializers, larger ones stand as inputs."""
+        proto = ModelProto()
+        proto.CopyFrom(self.proto)
+        # a shape written before somebody made an input dynamic would pass for static; inference finds all but these
+        foreign = {name for node in self.graph.node if node.domain for name in node.output}
+        assign(proto.graph.value_info, [v for v in self.graph.value_info if v.name in foreign])
+        for name, tensor in self.tensors.items():
+            if tensor_bytes(tensor) > SMALL:
+                proto.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+            elif is_external(tensor):
+                proto.graph.initializer.append(numpy_helper.from_array(self.array(name), name))
+            else:
+                proto.graph.initializer.append(tensor)
+        return proto
+
+    def absorb(self, light: ModelProto) -> None:
+        """Take back a light model that a tool of onnx has changed."""
+        for tensor in light.graph.initializer:
+            if tensor.name not in self.tensors:
+                self.tensors[tensor.name] = tensor
+        self.proto = without_initializers(light)
+        assign(self.graph.input, self.inputs)
+        assign(self.graph.output, self.outputs)
+
+    def inline_functions(self) -> None:
+        """Replace calls of the model's own functions by their nodes."""
+        if self.proto.functions:
+            self.absorb(onnx.inliner.inline_local_functions(self.light(), convert_version=True))
+
+    def name_nodes(self) -> None:
+        """Give every node a unique name: the user's where it is one, else <OpType>_<index>."""
+        inside = {n.name for node in self.graph.node for g in bodies(node) for n in all_nodes(g)}
+        taken = inside | {node.name for node in self.graph.node}
+        seen = {""}
+        for index, node in enumerate(self.graph.node):
+            if node.name in seen:
+                node.name = unique(node.name or f"{node.op_type}_{index}", taken)
+            seen.add(node.name)
+            taken.add(node.name)
+
+    def raise_opset(self) -> None:
+        """Convert to opset 21 with onnx's converter; weights are not given to it."""
+        opset = self.shown.opset
+        if 0 < opset < TARGET_OPSET:
+            try:
+                light = onnx.version_converter.convert_version(self.light(), TARGET_OPSET)
+                check(light)
+            except (RuntimeError, ValueError, IndexError, onnx.checker.ValidationError) as error:
+                raise ModelError(
+                    f"Cannot raise this model from opset {opset} to {TARGET_OPSET}: the converter of onnx "
+                    f"{onnx.__version__} says: {' '.join(str(error).split())[:500]} "
+                    "Export the model again with opset 17 or newer."
+                ) from None
+            self.absorb(light)
+            if opset < 11:
+                self.keep_old_resize()
+        used = {node.domain for node in all_nodes(self.graph)} | {f.domain for f in self.proto.functions}
+        versions = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in self.proto.opset_import}
+        assign(
+            self.proto.opset_import,
+            [helper.make_opsetid(domain, version) for domain, version in versions.items() if domain in used],
+        )
+        self.proto.ir_version = max(10, helper.find_min_ir_version_for(self.proto.opset_import, ignore_unknown=True))
+
+    def keep_old_resize(self) -> None:
+        """Write out how Upsample and Resize placed samples before opset 11; the converter leaves the newer defaults.
+
+        The standard of opset 10 leaves it open; measured with ONNX Runtime 1.31: asymmetric, and nearest takes the
+        floor to enlarge and the ceiling to shrink. Not measured: nearest that enlarges one axis and shrinks another.
+        """
+        for node in all_nodes(self.graph):
+            if node.op_type == "Resize" and not node.domain:
+                scales = self.array(node.input[2]) if node.input[2] in self.tensors else np.ones(1)
+                nearest = "ceil" if (scales < 1).any() and (scales <= 1).all() else "floor"
+                kept = [a for a in node.attribute if a.name == "mode"]
+                values = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": nearest}
+                assign(node.attribute, [*kept, *(helper.make_attribute(k, v) for k, v in values.items())])
+
+    def lift_constants(self) -> None:
+        """Turn Constant nodes into initializers; text, sparse values and outputs of the model stay nodes."""
+        keep = []
+        for node in self.graph.node:
+            tensor = _constant(node) if node.op_type == "Constant" and not node.domain else None
+            if tensor is None or node.output[0] in self.output_names:
+                keep.append(node)
+            else:
+                tensor.name = node.output[0]
+                self.tensors[tensor.name] = tensor
+        assign(self.graph.node, keep)
+
+    def drop_unused(self) -> None:
+        """Remove nodes and initializers that no output depends on."""
+        nodes = needed(self.graph.node, self.output_names)
+        read = self.output_names.union(*map(reads, nodes))
+        assign(self.graph.node, nodes)
+        self.tensors = {name: tensor for name, tensor in self.tensors.items() if name in read}
+
+    def infer(self) -> bool:
+        """Infer types and shapes of all tensors; always True."""
+        try:
+            proto = onnx.shape_inference.infer_shapes(self.light(), data_prop=True)
+        except (RuntimeError, onnx.checker.ValidationError) as error:
+            raise ModelError(
+                f"Cannot infer the shapes of this model: onnx {onnx.__version__} says: "
+                f"{' '.join(str(error).split())[:500]} Export the model again."
+            ) from None
+        self.shown = Model(proto=proto, directory=self.directory, sha256="")
+        return True
+
+    def finish(self) -> Model:
+        """The complete model without what no output depends on, with inferred types and shapes."""
+        self.drop_unused()
+        self.infer()
+        found = {v.name: v for v in self.shown.graph.value_info}
+        made = (name for node in self.graph.node for name in node.output if name not in self.output_names)
+        assign(self.graph.value_info, [found[name] for name in made if name in found])
+        inferred = {v.name: v for v in self.shown.graph.output}
+        outputs = [v if v.type.tensor_type.HasField("shape") else inferred[v.name] for v in self.graph.output]
+        assign(self.graph.output, outputs)
+        self.graph.initializer.extend(self.tensors.values())
+        return self._source.replace(self.proto, keeps=self.spool)
+
+
+def assign(field: Any, values: Iterable[Any]) -> None:
+    """Replace the contents of a repeated protobuf field."""
+    values = list(values)
+    del field[:]
+    field.extend(values)
+
+
+def unique(name: str, taken: Collection[str]) -> str:
+    """`name`, or the first of name_1, name_2, ... that is not taken."""
+    candidates = (f"{name}_{i}" for i in itertools.count(1))
+    return name if name not in taken else next(c for c in candidates if c not in taken)
+
+
+def _constant(node: NodeProto) -> TensorProto | None:
+    """A copy of the value of a Constant node; None for text and sparse values."""
+    attribute = node.attribute[0]
+    if attribute.name == "value":
+        tensor = TensorProto()
+        tensor.CopyFrom(attribute.t)
+        return tensor
+    if attribute.name in ("value_int", "value_ints"):
+        return numpy_helper.from_array(np.array(helper.get_attribute_value(attribute), np.int64))
+    if attribute.name in ("value_float", "value_floats"):
+        return numpy_helper.from_array(np.array(helper.get_attribute_value(attribute), np.float32))
+    return None

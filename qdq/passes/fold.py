@@ -1,0 +1,274 @@
+"""Compute what does not depend on the inputs: constants, shape arithmetic, BatchNormalization.
+
+    fold_shapes, fold_constants   nodes of a Draft -> initializers; True if something changed, then infer and repeat
+    fold_batch_norms              BatchNormalization -> weight and bias of the Conv, ConvTranspose or Gemm before it
+
+It must not change results beyond float rounding, make a large tensor from small ones, or make a dynamic size static.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+
+import numpy as np
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper
+from onnx.reference import ReferenceEvaluator
+
+from qdq.model.external import tensor_bytes
+from qdq.model.model import TensorInfo
+from qdq.model.nodes import attribute_value
+from qdq.passes.draft import Draft, assign
+
+GROWTH_LIMIT = 1 << 20  # bytes; folding may make no tensor above this and above the node's own inputs
+SHAPE_ELEMENTS = 64  # a longer integer tensor is no shape
+
+_Dims = np.ndarray  # an object array: a size is an int, the name of a dynamic dimension, or None (unknown)
+_FOLDABLE = """
+    Abs Add And Cast CastLike Ceil Clip Concat ConstantOfShape Cos CumSum Div Equal Erf Exp Expand Flatten Floor Gather
+    GatherElements GatherND Gemm Greater GreaterOrEqual Less LessOrEqual Log MatMul Max Mean Min Mod Mul Neg NonZero
+    Not Or Pad Pow Range Reciprocal ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape
+    ScatterElements ScatterND Shape Sigmoid Sin Size Slice Split Sqrt Squeeze Sub Tanh Tile Transpose Trilu Unsqueeze
+    Where Xor
+"""
+_FOLDABLE_OPS = frozenset(_FOLDABLE.split())
+
+
+def fold_shapes(draft: Draft) -> bool:
+    """Make initializers of shape arithmetic whose elements are all static, wherever the other sizes are dynamic.
+
+    Shape of (N, 3, H, W) -> Gather 1 is the constant 3. In the target of a Reshape a dynamic size that stands where
+    the input has it becomes 0 (copy), and a single other one -1.
+    """
+    known: dict[str, _Dims] = {}
+    keep: list[NodeProto] = []
+    for node in draft.graph.node:
+        dims = _dims(draft, node, known)
+        if dims is not None and len(dims.ravel()) <= SHAPE_ELEMENTS:
+            known[node.output[0]] = dims
+        info = draft.info(node.output[0]) if node.output else None
+        static = dims is not None and all(isinstance(d, int) for d in dims.ravel())
+        if static and info is not None and info.dtype in ("int64", "int32") and info.name not in draft.output_names:
+            draft.put(info.name, np.asarray(dims).astype(info.dtype))
+        else:
+            keep.append(node)
+    changed = len(keep) < len(draft.graph.node)
+    for node in keep:
+        target = _reshape_target(draft, node, known)
+        if target is not None:
+            node.input[1] = draft.unique(f"{node.name}_shape")
+            draft.put(node.input[1], target)
+            changed = True
+    assign(draft.graph.node, keep)
+    return changed
+
+
+def fold_constants(draft: Draft, limit: int = GROWTH_LIMIT, only: Collection[str] | None = None) -> bool:
+    """Compute nodes whose inputs are all constant.
+
+    Args:
+        draft: receives the initializers.
+        limit: bytes; no tensor is made above this and above its node's own inputs.
+        only: names of the nodes that may be computed; None for all.
+
+    Returns:
+        Whether something was computed: infer shapes and call again.
+    """
+    keep = []
+    for node in draft.graph.node:
+        results = _evaluate(draft, node, limit) if only is None or node.name in only else None
+        if results is None:
+            keep.append(node)
+        for name, values in (results or {}).items():
+            draft.put(name, values)
+    changed = len(keep) < len(draft.graph.node)
+    assign(draft.graph.node, keep)
+    return changed
+
+
+def fold_batch_norms(draft: Draft) -> None:
+    """Fold BatchNormalization (inference) into the Conv, ConvTranspose or Gemm before it.
+
+    s = scale / sqrt(var + epsilon);  weight *= s per output channel;  bias = (bias - mean) * s + shift.
+    The product must have no other reader and its weights no other use; the arithmetic is in float64.
+    """
+    keep = []
+    made: dict[str, NodeProto] = {}
+    for node in draft.graph.node:
+        before = made.get(node.input[0]) if node.op_type == "BatchNormalization" and not node.domain else None
+        if before is not None and _fold_batch_norm(draft, before, node):
+            before.output[0] = node.output[0]
+            made[node.output[0]] = before
+            continue
+        keep.append(node)
+        made.update(dict.fromkeys(node.output, node))
+    assign(draft.graph.node, keep)
+
+
+def _fold_batch_norm(draft: Draft, before: NodeProto, norm: NodeProto) -> bool:
+    """Fold one BatchNormalization into the node before it, if the conditions hold; True if done."""
+    product = norm.input[0]
+    constants = [name for name in (*before.input[1:], *norm.input[1:]) if name]
+    readers = draft.shown
+    if (
+        before.op_type not in ("Conv", "ConvTranspose", "Gemm")
+        or before.domain
+        or readers.only_use(product) is None
+        or any(name not in draft.tensors for name in constants)
+        or readers.only_use(before.input[1]) is None
+        or attribute_value(norm, "training_mode", 0)
+        or sum(map(bool, norm.output)) != 1
+        or (
+            before.op_type == "Gemm"
+            and (attribute_value(before, "beta", 1.0) != 1.0 or attribute_value(before, "transA", 0))
+        )
+    ):
+        return False
+    scale, shift, mean, variance = (draft.array(name).astype(np.float64) for name in norm.input[1:5])
+    factor = scale / np.sqrt(variance + attribute_value(norm, "epsilon", 1e-5))
+    weight = draft.array(before.input[1])
+    bias_name = before.input[2] if len(before.input) > 2 else ""
+    bias = draft.array(bias_name).astype(np.float64) if bias_name else np.zeros(1)
+    if bias.size not in (1, factor.size) or bias.shape[-1:] not in ((), (1,), factor.shape):
+        return False  # a Gemm whose C differs from row to row
+    wide = weight.astype(np.float64)
+    if before.op_type == "ConvTranspose":  # (C, M / group, ...): output channel g * (M / group) + m
+        groups = attribute_value(before, "group", 1)
+        wide = wide.reshape(groups, -1, *weight.shape[1:])
+        wide = wide * factor.reshape(groups, 1, weight.shape[1], *[1] * (weight.ndim - 2))
+    elif before.op_type == "Conv" or attribute_value(before, "transB", 0):
+        wide = wide * factor.reshape(-1, *[1] * (weight.ndim - 1))
+    else:
+        wide = wide * factor
+    folded = wide.reshape(weight.shape).astype(weight.dtype)
+    folded_bias = ((bias.ravel() - mean) * factor + shift).astype(weight.dtype)
+    if not (np.isfinite(folded.astype(np.float32)).all() and np.isfinite(folded_bias.astype(np.float32)).all()):
+        return False  # float16 would overflow
+    draft.put(before.input[1], folded)
+    if not bias_name or readers.only_use(bias_name) is None:
+        bias_name = draft.unique(f"{before.name}_bias")
+    draft.put(bias_name, folded_bias)
+    assign(before.input, [before.input[0], before.input[1], bias_name])
+    return True
+
+
+def _evaluate(draft: Draft, node: NodeProto, limit: int) -> Mapping[str, np.ndarray] | None:
+    """The outputs of a node whose inputs are all constant, by name; None if it is to stay."""
+    inputs = [name for name in node.input if name]
+    outputs = [name for name in node.output if name]
+    if (
+        node.domain
+        or node.op_type not in _FOLDABLE_OPS
+        or any(name not in draft.tensors for name in inputs)
+        or draft.output_names.intersection(outputs)
+    ):
+        return None
+    infos = [draft.info(name) for name in outputs]
+    limit = max(limit, sum(tensor_bytes(draft.tensors[name]) for name in inputs))
+    if node.op_type != "NonZero" and any(info is None or _bytes(info) > limit for info in infos):
+        return None
+    arrays = {name: draft.array(name) for name in inputs}
+    if node.op_type == "Div" and any(a.dtype.kind == "i" and (a < 0).any() for a in arrays.values()):
+        return None  # ONNX truncates towards zero, onnx's reference rounds down
+    feeds, fetches = ([ValueInfoProto(name=name) for name in names] for names in (arrays, outputs))
+    graph = helper.make_graph([node], "fold", feeds, fetches)
+    model = helper.make_model(graph, opset_imports=list(draft.proto.opset_import))
+    try:
+        results = ReferenceEvaluator(model).run(None, arrays)
+    except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError):
+        return None  # what it would do is the runtime's to say
+    return {
+        name: np.asarray(values).astype(info.dtype if info else np.int64, copy=False)
+        for name, info, values in zip(outputs, infos, results, strict=True)
+    }
+
+
+def _bytes(info: TensorInfo) -> float:
+    """Size of a tensor of that type and shape, infinite if a dimension is dynamic."""
+    if info.shape is None or any(not isinstance(d, int) for d in info.shape) or info.dtype in ("string", "undefined"):
+        return math.inf
+    return math.prod(d for d in info.shape if isinstance(d, int)) * np.dtype(info.dtype).itemsize
+
+
+def _dims(draft: Draft, node: NodeProto, known: Mapping[str, _Dims]) -> _Dims | None:
+    """The elements of a node's output as far as they are static, if the node is shape arithmetic."""
+    if node.domain or not node.input:
+        return None
+
+    def read(index: int) -> _Dims | None:
+        name = node.input[index] if index < len(node.input) else ""
+        if name in known:
+            return known[name]
+        tensor = draft.tensors.get(name)
+        integer = tensor is not None and tensor.data_type in (TensorProto.INT64, TensorProto.INT32)
+        if tensor is None or not integer or math.prod(tensor.dims) > SHAPE_ELEMENTS:
+            return None
+        return draft.array(name).astype(object)
+
+    def constant(index: int, default: list[int]) -> list[int] | None:
+        if index >= len(node.input) or not node.input[index]:
+            return default
+        return [int(v) for v in draft.array(node.input[index]).ravel()] if node.input[index] in draft.tensors else None
+
+    if node.op_type == "Shape":
+        info = draft.info(node.input[0])
+        if info is None or info.shape is None:
+            return None
+        dims = np.array(info.shape, object)
+        return dims[attribute_value(node, "start", 0) : attribute_value(node, "end", None)]
+    values = read(0)
+    if node.op_type == "Concat":
+        parts = [read(i) if read(i) is not None else _unknown(draft.info(name)) for i, name in enumerate(node.input)]
+        whole = [p for p in parts if p is not None and p.ndim == 1]
+        return np.concatenate(whole) if len(whole) == len(parts) else None
+    if values is None:
+        return None
+    if node.op_type == "Cast" and attribute_value(node, "to", 0) in (TensorProto.INT64, TensorProto.INT32):
+        return values
+    if node.op_type == "Unsqueeze" and values.ndim == 0:
+        return values.reshape(1)
+    if node.op_type == "Squeeze" and values.shape == (1,):
+        return values.reshape(())
+    if node.op_type == "Gather" and values.ndim == 1 and node.input[1] in draft.tensors:
+        index = draft.array(node.input[1])
+        inside = index.size <= SHAPE_ELEMENTS and ((-values.size <= index) & (index < values.size)).all()
+        return np.asarray(values[index], object) if inside else None
+    if node.op_type == "Slice" and values.ndim == 1:
+        starts, ends, steps = constant(1, []), constant(2, []), constant(4, [1])
+        return values[starts[0] : ends[0] : steps[0]] if starts and ends and steps and steps[0] > 0 else None
+    if node.op_type in _ARITHMETIC and (other := read(1)) is not None:
+        if node.op_type == "Div" and any(isinstance(v, int) and v < 0 for v in (*values.ravel(), *other.ravel())):
+            return None
+        if node.op_type == "Div" and 0 in other.ravel():
+            return None
+        operation = _ARITHMETIC[node.op_type]
+        pairs = np.frompyfunc(lambda a, b: operation(a, b) if isinstance(a, int) and isinstance(b, int) else None, 2, 1)
+        return np.asarray(pairs(values, other), object)
+    return None
+
+
+_ARITHMETIC = {"Add": int.__add__, "Sub": int.__sub__, "Mul": int.__mul__, "Div": int.__floordiv__}
+
+
+def _reshape_target(draft: Draft, node: NodeProto, known: Mapping[str, _Dims]) -> np.ndarray | None:
+    """The computed target of a Reshape as a constant; None if it needs more than one size that only the run knows."""
+    if node.op_type != "Reshape" or node.domain or node.input[1] not in known or attribute_value(node, "allowzero", 0):
+        return None
+    info = draft.info(node.input[0])
+    source = info.shape if info and info.shape else ()
+    target = list(known[node.input[1]])
+    for axis, size in enumerate(target):
+        if isinstance(size, str) and axis < len(source) and source[axis] == size:
+            target[axis] = 0
+    free = [axis for axis, size in enumerate(target) if not isinstance(size, int)]
+    if len(free) > 1 or (free and -1 in target):
+        return None
+    return np.array([-1 if axis in free else size for axis, size in enumerate(target)], np.int64)
+
+
+def _unknown(info: TensorInfo | None) -> _Dims | None:
+    """Dynamic elements for a short integer vector of known length."""
+    if info is None or info.dtype != "int64" or info.shape is None or len(info.shape) != 1:
+        return None
+    length = info.shape[0]
+    return np.full(length, None, object) if isinstance(length, int) and length <= SHAPE_ELEMENTS else None

@@ -1,0 +1,83 @@
+"""Exact rewrites: other operators, the same outputs up to float rounding, a better compiled result.
+
+One file per rewrite, found by itself: `STAGE` ("float": on the prepared model; "quantized": on the Q/DQ model), `RANK`
+(small ones first) and `rewrite(model, only=None) -> Rewritten`. A rewrite is pure, deterministic and idempotent.
+It must not decide whether it pays: the compiled result does, so each can be limited to some nodes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Protocol
+
+from qdq.core.choices import choose
+from qdq.core.errors import InputError
+from qdq.model.model import Model
+from qdq.passes.rewrites.edit import Rewrite, Rewritten
+
+__all__ = ["FLOAT_REWRITES", "QUANTIZED_REWRITES", "Rewriter", "Rewritten", "applied", "rewritten"]
+
+
+class Rewriter(Protocol):
+    """One rewrite: the model, and the names of the nodes it may fire on (None: all)."""
+
+    def __call__(self, model: Model, only: Collection[str] | None = None) -> Rewritten:
+        """Rewrite a model."""
+
+
+def _found(stage: str) -> Mapping[str, Rewriter]:
+    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(__path__, f"{__name__}.")]
+    found = {m.__name__.rpartition(".")[2]: m for m in modules if getattr(m, "STAGE", None) == stage}
+    return {name: found[name].rewrite for name in sorted(found, key=lambda name: (found[name].RANK, name))}
+
+
+FLOAT_REWRITES = _found("float")
+QUANTIZED_REWRITES = _found("quantized")
+
+
+def applied(
+    model: Model, wanted: Iterable[tuple[str, str]], *, stage: str = "float"
+) -> tuple[Model, tuple[Rewrite, ...]]:
+    """A model after the rewrites of one stage, in the order of their ranks, and what they fired on.
+
+    Args:
+        model: prepared; for the stage "quantized" the Q/DQ model, its float type settled.
+        wanted: (rewrite, node) pairs; those of the other stage, and nodes that a rewrite does not fit, are left aside.
+        stage: "float" or "quantized".
+    """
+    pairs, fired = set(wanted), []
+    for name, rewrite in (FLOAT_REWRITES if stage == "float" else QUANTIZED_REWRITES).items():
+        nodes = {node for other, node in pairs if other == name}
+        if nodes and (done := rewrite(model, nodes)).fired:
+            fired.append(Rewrite(name=name, nodes=done.fired))
+            model = done.model
+    return model, tuple(fired)
+
+
+def rewritten(model: Model, rewrites: Sequence[Rewrite], *, stage: str = "float") -> Model:
+    """The model that a plan's points and skips name: the prepared one with the plan's rewrites.
+
+    Args:
+        model: prepared; for the stage "quantized" the Q/DQ model, its float type settled.
+        rewrites: a plan's; those of that stage are done. On a Q/DQ model they fire where its scales allow it.
+        stage: "float" or "quantized".
+
+    Raises:
+        InputError: an edited plan names a rewrite or a node that does not exist, or a node that it does not fit.
+    """
+    for planned in rewrites:
+        choose(planned.name, (*FLOAT_REWRITES, *QUANTIZED_REWRITES), "rewrite")
+    done, fired = applied(model, ((r.name, node) for r in rewrites for node in r.nodes), stage=stage)
+    names = {node.name for node in model.graph.node}
+    for planned in rewrites:
+        if planned.name not in (FLOAT_REWRITES if stage == "float" else QUANTIZED_REWRITES):
+            continue
+        fits = {node for r in fired if r.name == planned.name for node in r.nodes} if stage == "float" else names
+        if lost := sorted(set(planned.nodes) - fits):
+            raise InputError(
+                f"The plan rewrites {lost[0]!r} by {planned.name!r}, which does not fit that node. Remove it from the "
+                "plan, or make the plan again."
+            )
+    return done

@@ -1,0 +1,88 @@
+"""The scale of attention in one place: on Q, before the product.
+
+    Softmax((Q a) (K b) c + mask)  ->  Softmax((Q abc) K + mask)        also Q K / sqrt(d), as written by hand
+
+PyTorch's exporters scale Q and K by the fourth root of the head size each, and some models the scores. TensorRT-RTX
+1.7.1 takes a scaled Q into the fused attention kernel, or the kernel before it, in every form of mask; a scaled K or
+scaled scores not in all (measured, SM89). No score becomes larger on the way. It must not touch a scale that is no
+single number, or one on the far side of a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from onnx import NodeProto
+
+from qdq.model.model import Model
+from qdq.passes.rewrites.attention.scores import BETWEEN, alone, scores
+from qdq.passes.rewrites.edit import Edit, Rewritten
+
+STAGE, RANK = "float", 32
+
+
+def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
+    """Scale Q alone.
+
+    Args:
+        model: prepared float model, static or dynamic sizes.
+        only: names of the Softmax nodes whose attention may be changed; None for all.
+
+    Returns:
+        The model and the Softmax nodes fired on; scales that are on Q alone already stay.
+    """
+    edit = Edit(model, only)
+    for softmax in edit.candidates("Softmax"):
+        path = scores(model, softmax.input[0], BETWEEN)
+        if not path:
+            continue
+        product = path[-1]
+        query, left = _unscaled(model, product.input[0])
+        key, right = _unscaled(model, product.input[1])
+        last, behind = _scaled(model, product)
+        if right is None and behind is None:
+            continue
+        info = model.info(query)
+        if info is None or info.dtype not in ("float32", "float16"):
+            continue
+        factor = np.prod([f for f in (left, right, behind) if f is not None])
+        scale = edit.constant(f"{product.name}_scale", np.asarray(factor, info.dtype))
+        mul = edit.node("Mul", [query, scale], f"{product.name}_Mul")
+        copy = NodeProto()
+        copy.CopyFrom(product)
+        copy.input[:] = [mul.output[0], key]
+        copy.output[0] = last.output[0]
+        edit.replace(product, [mul, copy], softmax)
+        if last.name != product.name:
+            edit.replace(last, [], softmax)
+    return edit.finish()
+
+
+def _factor(model: Model, node: NodeProto | None, tensor: str) -> float | None:
+    """The number that a node multiplies a tensor with; None for any other node."""
+    if node is None or node.domain or node.op_type not in ("Mul", "Div") or node.input[0] == node.input[1]:
+        return None
+    other = node.input[1] if node.input[0] == tensor else node.input[0]
+    if not model.is_constant(other) or (node.op_type == "Div" and node.input[0] != tensor):
+        return None
+    values = model.array(other)
+    if values.size != 1 or values.ndim > 1 or not np.isfinite(values).all() or not values.all():
+        return None
+    return float(values.item()) if node.op_type == "Mul" else 1 / float(values.item())
+
+
+def _unscaled(model: Model, tensor: str) -> tuple[str, float | None]:
+    """An operand before its scale, and the scale."""
+    node = alone(model, tensor)
+    computed = [t for t in node.input if not model.is_constant(t)] if node is not None else []
+    factor = _factor(model, node, computed[0]) if len(computed) == 1 else None
+    return (tensor, None) if factor is None else (computed[0], factor)
+
+
+def _scaled(model: Model, product: NodeProto) -> tuple[NodeProto, float | None]:
+    """The node behind a product that scales it, and the scale; the product itself where there is none."""
+    tensor = product.output[0]
+    use = model.only_use(tensor)
+    factor = None if use is None else _factor(model, use.node, tensor)
+    return (product, None) if use is None or factor is None else (use.node, factor)

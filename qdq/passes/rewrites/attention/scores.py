@@ -1,0 +1,41 @@
+"""Where the scores of attention come from: what the rewrites of attention share.
+
+Softmax's operand -> `scores`: back through scale, bias and mask -> the product of Q and K.
+It must not decide what a rewrite does there, or change a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from onnx import NodeProto
+
+from qdq.model.model import Model
+
+BETWEEN = ("Add", "Sub", "Mul", "Div", "Where", "Reshape", "Cast")  # scale, bias and mask
+
+
+def alone(model: Model, tensor: str) -> NodeProto | None:
+    """The node that makes a tensor that is read once, and is no output of the graph; None for any other tensor."""
+    return None if model.only_use(tensor) is None else model.producer(tensor)
+
+
+def scores(model: Model, tensor: str, between: Collection[str]) -> list[NodeProto]:
+    """The nodes from the one that makes a tensor back to the product of two computed tensors that it comes from.
+
+    Args:
+        model: prepared float model.
+        tensor: what Softmax reads.
+        between: types of the nodes that may lie between; each result on the way is read once.
+
+    Returns:
+        The nodes, the last first and the MatMul at the end; none where there is no such product.
+    """
+    node = alone(model, tensor)
+    if node is None or node.domain:
+        return []
+    if node.op_type == "MatMul":
+        return [] if any(model.is_constant(t) for t in node.input) else [node]
+    operands = node.input if node.op_type in between else ()
+    below = next((path for t in operands if (path := scores(model, t, between))), [])
+    return [node, *below] if below else []

@@ -1,0 +1,1 @@
+"""Exact rewrites of layers and of what lies between them."""

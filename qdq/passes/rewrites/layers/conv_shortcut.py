@@ -1,0 +1,72 @@
+"""A shortcut around one convolution: added to its weights.
+
+    Add(Conv(x, W, b), x)  ->  Conv(x, W + I, b)      I is 1 where an output channel meets its own input at the centre
+
+Saves reading x a second time. Fires where the output of the Conv has the shape of its input and nothing else reads it;
+any rank, groups, dilation and odd padding. Where the Conv is to be quantized, W + I has channels that the 1 dominates:
+the codes of W become coarse. It must not touch an Add of anything but the convolution's own input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from onnx import NodeProto
+
+from qdq.model.model import Model
+from qdq.model.nodes import attribute_value
+from qdq.passes.rewrites.edit import Edit, Rewritten
+
+STAGE, RANK = "float", 18
+
+
+def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
+    """Fold shortcuts around single convolutions.
+
+    Args:
+        model: prepared float model, static or dynamic sizes.
+        only: names of the Conv nodes that may be changed; None for all.
+
+    Returns:
+        The model and the Conv nodes fired on; each makes the output of its Add.
+    """
+    edit = Edit(model, only)
+    for conv in edit.candidates("Conv"):
+        use = model.only_use(conv.output[0])
+        add = None if use is None else use.node
+        if add is None or add.op_type != "Add" or add.domain or set(add.input) != {conv.input[0], conv.output[0]}:
+            continue
+        tap = _own_tap(model, conv)
+        if tap is None:
+            continue
+        weight = model.array(conv.input[1]).copy()
+        channels = np.arange(weight.shape[0])
+        weight[(channels, channels % weight.shape[1], *tap)] += 1
+        inner = NodeProto()
+        inner.CopyFrom(conv)
+        inner.input[1] = edit.constant(f"{conv.input[1]}_shortcut", weight)
+        inner.output[0] = add.output[0]
+        edit.replace(conv, [])
+        edit.replace(add, [inner], conv)
+    return edit.finish()
+
+
+def _own_tap(model: Model, conv: NodeProto) -> tuple[int, ...] | None:
+    """The kernel position at which every output reads the input of its own place; None where there is none."""
+    if any(not model.is_constant(t) for t in conv.input[1:] if t):
+        return None
+    outputs, inputs, *kernel = model.initializers[conv.input[1]].dims
+    ones = [1] * len(kernel)
+    dilations = attribute_value(conv, "dilations", ones)
+    pads = attribute_value(conv, "pads", [0] * 2 * len(kernel))
+    begins, ends = pads[: len(kernel)], pads[len(kernel) :]
+    automatic = attribute_value(conv, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")
+    if automatic or attribute_value(conv, "strides", ones) != ones:
+        return None
+    if inputs * attribute_value(conv, "group", 1) != outputs or any(
+        b % d for b, d in zip(begins, dilations, strict=True)
+    ):
+        return None
+    same = all(b + e == d * (k - 1) for b, e, d, k in zip(begins, ends, dilations, kernel, strict=True))
+    return tuple(b // d for b, d in zip(begins, dilations, strict=True)) if same else None

@@ -1,0 +1,238 @@
+"""LayerNormalization written out, as exporters before opset 17 write it: the operator.
+
+    (x - m) / s * gain + shift  m = mean(x), s = sqrt(mean((x - m)^2) + epsilon)  ->  LayerNormalization(x, gain, shift)
+
+In any order of operands; without gain or shift; as x * (gain / s) + (shift - m * gain / s). Over the last axes. The
+operator computes its statistics in FP32 and reads and writes FP16; the written form stays FP32 as a whole, for squares
+overflow FP16, and what else reads the result reads FP32 (TensorRT-RTX 1.7.1, SM89: BERT, where the norm is read by the
+next shortcut too). It must not touch statistics over other axes, or an epsilon added to s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import NodeProto
+
+from qdq.model.model import Model
+from qdq.model.nodes import attribute_value
+from qdq.passes.rewrites.edit import Edit, Rewritten
+from qdq.passes.rewrites.polynomial import ONE, OPERATORS, agrees, ancestors, polynomial, powers
+
+STAGE, RANK = "float", 2
+
+ROOTS = ("Sqrt", "Pow")
+STEPS = 6  # operators from the standard deviation to the result, at most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """A normalization over the last axes of a tensor.
+
+    Attributes:
+        source: the tensor x.
+        axes: how many axes, at the end, the means run over.
+        epsilon: above 0.
+        gain: as large as those axes, in the type of x.
+        shift: likewise; None where there is none.
+        last: the node that makes the result.
+    """
+
+    source: str
+    axes: int
+    epsilon: float
+    gain: np.ndarray
+    shift: np.ndarray | None
+    last: NodeProto
+
+
+def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
+    """Put LayerNormalization in the place of what is written out.
+
+    Args:
+        model: prepared float model; the normalized axes are static.
+        only: names of the Sqrt or Pow nodes whose normalization may be changed; None for all.
+
+    Returns:
+        The model and the Sqrt or Pow nodes fired on.
+    """
+    edit = Edit(model, only)
+    for root in edit.candidates(*ROOTS):
+        norm = _norm(model, root)
+        if norm is None:
+            continue
+        inputs = [norm.source, edit.constant(f"{root.name}_gain", norm.gain)]
+        if norm.shift is not None:
+            inputs.append(edit.constant(f"{root.name}_shift", norm.shift))
+        name = f"{root.name}_LayerNormalization"
+        node = edit.node("LayerNormalization", inputs, name, norm.last.output[0], axis=-norm.axes, epsilon=norm.epsilon)
+        edit.replace(norm.last, [node], root)
+    return edit.finish()
+
+
+def _norm(model: Model, root: NodeProto) -> Norm | None:
+    """The normalization whose standard deviation a node makes; None if it makes that of none."""
+    exponent = _exponent(model, root)
+    square = None if exponent is None else _mean_square(model, root.input[0])
+    if exponent is None or square is None:
+        return None
+    values, first, epsilon = square
+    source, means = _centre(model, values, first)
+    info, sizes = model.info(source), model.sizes(source, first)
+    if not means or info is None or sizes is None or info.dtype not in ("float32", "float16"):
+        return None
+    rank = first + len(sizes)
+    variables = {source: "x", root.output[0]: "s", **dict.fromkeys(means, "m")}
+    found = _result(model, root, variables, -1 if exponent > 0 else 1, rank)
+    if found is None:
+        return None
+    last, gain, shift = found
+    dtype = np.dtype(info.dtype)
+    wide = [None if v is None else _spread(v, rank, sizes) for v in (gain, shift)]
+    if wide[0] is None or (shift is not None and wide[1] is None):
+        return None
+    return Norm(
+        source=source,
+        axes=len(sizes),
+        epsilon=epsilon,
+        gain=wide[0].astype(dtype),
+        shift=None if wide[1] is None else wide[1].astype(dtype),
+        last=last,
+    )
+
+
+def _exponent(model: Model, root: NodeProto) -> float | None:
+    """0.5 or -0.5; None for any other node."""
+    if root.op_type == "Sqrt":
+        return 0.5
+    if root.op_type != "Pow" or not model.is_constant(root.input[1]):
+        return None
+    exponent = model.array(root.input[1])
+    return float(exponent.item()) if exponent.size == 1 and abs(exponent.item()) == 0.5 else None
+
+
+def _mean_square(model: Model, tensor: str) -> tuple[str, int, float] | None:
+    """The values d, the first axis and epsilon where a tensor is mean(d^2) + epsilon over the last axes."""
+    for mean in ancestors(model, tensor):
+        below = _mean(model, mean)
+        found = polynomial(model, tensor, {mean: "v"}) if below else None
+        if below is None or found is None or found.keys() != {powers(v=1), ONE}:
+            continue
+        epsilon = found[ONE]
+        if epsilon.size != 1 or epsilon.item() <= 0 or not agrees({powers(v=1): found[powers(v=1)]}, {powers(v=1): 1}):
+            continue
+        square, axis = below
+        for values in ancestors(model, square):
+            if agrees(polynomial(model, square, {values: "d"}), {powers(d=2): 1}):
+                return values, axis, float(epsilon.item())
+    return None
+
+
+def _mean(model: Model, tensor: str) -> tuple[str, int] | None:
+    """The source and the first axis where a tensor is a mean over the last axes, which stay with size 1."""
+    for total in ancestors(model, tensor):
+        node = model.producer(total)
+        if node is None or node.domain or node.op_type not in ("ReduceMean", "ReduceSum"):
+            continue
+        axis = _first_axis(model, node)
+        if axis is None:
+            return None
+        count = 1.0
+        if node.op_type == "ReduceSum":
+            sizes = model.sizes(node.input[0], axis)
+            count = math.nan if sizes is None else math.prod(sizes)
+        exact = agrees(polynomial(model, tensor, {total: "v"}), {powers(v=1): 1 / count})
+        return (node.input[0], axis) if exact else None
+    return None
+
+
+def _first_axis(model: Model, node: NodeProto) -> int | None:
+    """The first of the axes that a reduction runs over, if they are the last ones, kept and not empty."""
+    info = model.info(node.input[0])
+    if (
+        info is None
+        or not info.shape
+        or not attribute_value(node, "keepdims", 1)
+        or len(node.input) < 2
+        or not model.is_constant(node.input[1])
+    ):
+        return None
+    rank = len(info.shape)
+    axes = sorted(int(a) % rank for a in model.array(node.input[1]).ravel())
+    if not axes or axes != list(range(axes[0], rank)):
+        return None
+    return None if 0 in info.shape[axes[0] :] else axes[0]
+
+
+def _centre(model: Model, values: str, axis: int) -> tuple[str, tuple[str, ...]]:
+    """The tensor x and all tensors that are its mean, where values are x - mean(x); else no means."""
+    for mean in ancestors(model, values):
+        below = _mean(model, mean)
+        if below is None or below[1] != axis:
+            continue
+        source = below[0]
+        if agrees(polynomial(model, values, {source: "x", mean: "m"}), {powers(x=1): 1, powers(m=1): -1}):
+            made = (use.node.output[0] for use in model.consumers(source))
+            same = (t for t in made if t != mean and _mean(model, t) == below)
+            return source, (mean, *dict.fromkeys(same))
+    return values, ()
+
+
+def _result(
+    model: Model, root: NodeProto, variables: Mapping[str, str], sign: int, rank: int
+) -> tuple[NodeProto, np.ndarray, np.ndarray | None] | None:
+    """The last node that makes d / s * gain + shift, with gain and shift."""
+    front, seen = [root.output[0]], set[str]()
+    for _ in range(STEPS):
+        nodes = [u.node for t in front for u in model.consumers(t) if u.node.op_type in OPERATORS and not u.node.domain]
+        for node in nodes:
+            found = _affine(model, node, variables, sign, rank)
+            if found is not None:
+                return _furthest(model, (node, *found), variables, sign, rank)
+        seen.update(front)
+        front = [node.output[0] for node in nodes if node.output[0] not in seen]
+    return None
+
+
+def _furthest(
+    model: Model,
+    found: tuple[NodeProto, np.ndarray, np.ndarray | None],
+    variables: Mapping[str, str],
+    sign: int,
+    rank: int,
+) -> tuple[NodeProto, np.ndarray, np.ndarray | None]:
+    """The same, with further factors and summands as long as nothing else reads what lies between."""
+    while True:
+        use = model.only_use(found[0].output[0])
+        if use is None or use.node.op_type not in OPERATORS:
+            return found
+        further = _affine(model, use.node, variables, sign, rank)
+        if further is None:
+            return found
+        found = (use.node, *further)
+
+
+def _affine(
+    model: Model, node: NodeProto, variables: Mapping[str, str], sign: int, rank: int
+) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """Gain and shift where a node makes d / s * gain + shift, as wide as x."""
+    found = polynomial(model, node.output[0], variables)
+    data, mean = powers(x=1, s=sign), powers(m=1, s=sign)
+    if found is None or model.rank(node.output[0]) != rank or data not in found:
+        return None
+    gain = found[data]
+    if found.keys() - {ONE} != {data, mean} or not np.allclose(found[mean], -gain, rtol=1e-6, atol=0):
+        return None
+    return gain, found.get(ONE)
+
+
+def _spread(values: np.ndarray, rank: int, sizes: tuple[int, ...]) -> np.ndarray | None:
+    """Values that broadcast to the last axes of a tensor, as large as those; None if they differ along others."""
+    whole = values.reshape((1,) * (rank - values.ndim) + values.shape) if values.ndim <= rank else values
+    axis = rank - len(sizes)
+    if whole.ndim != rank or any(d not in (1, n) for d, n in zip(whole.shape, (*[1] * axis, *sizes), strict=True)):
+        return None
+    return np.broadcast_to(whole.reshape(whole.shape[axis:]), sizes)

@@ -1,0 +1,120 @@
+"""Channels before InstanceNormalization brought to a multiple of 8, from which the compiler normalizes in one kernel.
+
+    InstanceNormalization(Conv(x, W))  ->  Slice(InstanceNormalization(Conv(x, W with zero channels)))      14 -> 16
+
+Where the count is no multiple of 8, TensorRT-RTX 1.7.1 computes the norm in FP32 by three kernels that read and write
+the tensor each (measured, SM89). Where only pointwise operators lie between the norm and the convolutions that read
+it, those take the wide tensor, with zero weights for what was added; else it is cut to size, and the cut fuses with
+what follows. Conv and ConvTranspose of one group, a bias constant. It must not touch a tensor that others read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from onnx import NodeProto
+
+from qdq.model.model import Model
+from qdq.model.nodes import attribute_value
+from qdq.passes.rewrites.edit import Edit, Rewritten
+
+STAGE, RANK = "float", 15
+
+MULTIPLE = 8
+# finite at 0, where the added channels are
+FINITE = {
+    "Relu",
+    "LeakyRelu",
+    "PRelu",
+    "Elu",
+    "Selu",
+    "Sigmoid",
+    "Tanh",
+    "Erf",
+    "Gelu",
+    "HardSwish",
+    "Clip",
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Neg",
+    "Abs",
+}
+
+
+def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
+    """Add zero channels between a convolution and its InstanceNormalization.
+
+    Args:
+        model: prepared float model.
+        only: names of the InstanceNormalization nodes that may be changed; None for all.
+
+    Returns:
+        The model and the InstanceNormalization nodes fired on.
+    """
+    edit = Edit(model, only)
+    made: dict[str, NodeProto] = {}  # the newest form of a node: two norms may widen the two ends of one Conv
+    for norm in edit.candidates("InstanceNormalization"):
+        conv = model.producer(norm.input[0])
+        if conv is None or not _convolves(model, conv) or not all(model.is_constant(t) for t in norm.input[1:]):
+            continue
+        channels = model.initializers[norm.input[1]].dims[0]
+        missing = -channels % MULTIPLE
+        if not missing or model.only_use(conv.output[0]) is None:
+            continue
+        outputs = 0 if conv.op_type == "Conv" else 1
+        made[conv.name] = _wider(edit, made.get(conv.name, conv), outputs, missing, bias=True)
+        edit.replace(conv, [made[conv.name]], norm)
+        wide = _wider(edit, norm, 0, missing, bias=True)
+        readers = _readers(model, norm.output[0])
+        for reader in readers or ():
+            inputs = 1 if reader.op_type == "Conv" else 0
+            made[reader.name] = _wider(edit, made.get(reader.name, reader), inputs, missing, bias=False)
+            edit.replace(reader, [made[reader.name]], norm)
+        if readers is not None:
+            edit.replace(norm, [wide])
+            continue
+        wide.output[0] = edit.name(f"{norm.output[0]}_wide")
+        bounds = {"start": 0, "end": channels, "axis": 1}
+        cut = [edit.constant(f"{norm.name}_{key}", np.array([value], np.int64)) for key, value in bounds.items()]
+        edit.replace(norm, [wide, edit.node("Slice", [wide.output[0], *cut], f"{norm.name}_Slice", norm.output[0])])
+    return edit.finish()
+
+
+def _convolves(model: Model, node: NodeProto) -> bool:
+    """Whether a node is a convolution of one group whose weight and bias are constant."""
+    constant = all(model.is_constant(t) for t in node.input[1:])
+    return node.op_type in ("Conv", "ConvTranspose") and constant and attribute_value(node, "group", 1) == 1
+
+
+def _readers(model: Model, tensor: str) -> list[NodeProto] | None:
+    """The convolutions that alone read a tensor, directly or through pointwise nodes; None if anything else does."""
+    wide, between, ends = {tensor}, set[str](), dict[str, NodeProto]()
+    for node in model.graph.node:
+        if not wide.intersection(node.input) or node.domain:
+            continue
+        others = [t for t in node.input if t not in wide]
+        single = all(model.is_constant(t) and np.prod(model.initializers[t].dims) == 1 for t in others)
+        divides = node.op_type == "Div" and node.input[1] in wide  # 0 / 0
+        if node.op_type in FINITE and single and not divides:
+            between.add(node.name)
+            wide.update(node.output)
+        elif _convolves(model, node):
+            ends[node.name] = node
+    uses = [use for t in wide for use in model.consumers(t)]
+    closed = all(use.node.name in between or (use.node.name in ends and use.index == 0) for use in uses)
+    return list(ends.values()) if ends and closed and not any(map(model.is_output, wide)) else None
+
+
+def _wider(edit: Edit, node: NodeProto, axis: int, missing: int, *, bias: bool) -> NodeProto:
+    """The node with zeros added to its constants: along `axis` of the first; at the end of the others, if `bias`."""
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    for index, name in enumerate(node.input[1:], 1):
+        values = edit.array(name)
+        if index == 1 or bias:
+            amounts = [(0, missing if i == (axis if index == 1 else 0) else 0) for i in range(values.ndim)]
+            copy.input[index] = edit.constant(f"{name}_wide", np.pad(values, amounts))
+    return copy

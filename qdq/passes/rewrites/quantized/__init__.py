@@ -1,0 +1,1 @@
+"""Exact rewrites of a Q/DQ model, which depend on its scales."""

@@ -1,0 +1,69 @@
+"""One weight scale per convolution for the compiler, one per channel for the accuracy.
+
+    Conv(x, DQ(W, s_c), b)  ->  Add(Mul(Conv(x, DQ(W, s)), s_c / s), b)      s = min s_c
+
+An INT8 convolution with per-channel scales writes FP32 in an FP16 graph, one with a single scale writes FP16
+(TensorRT-RTX 1.7.1, SM89); Mul and Add fuse with what follows, unless that is a normalization. s is the smallest
+scale, so that the unscaled output is nowhere larger than the scaled one: FP16 does not overflow where it did not
+before. Codes are unchanged. It must not touch other operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from onnx import NodeProto
+
+from qdq.model.model import Model
+from qdq.passes.rewrites.edit import Edit, Rewritten
+from qdq.passes.rewrites.quantized.weight_scales import LARGEST_RATIO, channel_scales, common_scale, dequantized
+
+STAGE, RANK = "quantized", 10
+
+
+def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
+    """Move the per-channel scales of quantized Conv weights behind the convolution.
+
+    Args:
+        model: Q/DQ model, in any float type; after `precision.convert` for an FP16 one, so that types are settled.
+        only: names of the Conv nodes that may be changed; None for all.
+
+    Returns:
+        The model and the Conv nodes fired on. A Conv whose scales are more than `LARGEST_RATIO` apart stays as it is.
+    """
+    edit = Edit(model, only)
+    made: dict[tuple[str, str], NodeProto] = {}
+    for conv in edit.candidates("Conv"):
+        dequantize = model.producer(conv.input[1])
+        bias = conv.input[2] if len(conv.input) > 2 else ""
+        scales = None if dequantize is None else channel_scales(model, dequantize)
+        if dequantize is None or scales is None or (bias and not model.is_constant(bias)):
+            continue
+        wide, common = scales.astype(np.float64), common_scale(scales)
+        if wide.max() > LARGEST_RATIO * wide.min():
+            continue
+        nodes = dequantized(model, edit, made, dequantize, common)
+        codes, key = dequantize.input[0], (dequantize.input[0], dequantize.input[1])
+        inner = NodeProto()
+        inner.CopyFrom(conv)
+        inner.input[1] = made[key].output[0]
+        nodes.append(inner)
+        if wide.max() > common or wide.min() < common:
+            nodes += _scaled(model, edit, inner, (wide / common).astype(scales.dtype), model.array(codes).ndim)
+        edit.replace(conv, nodes)
+    return edit.finish()
+
+
+def _scaled(model: Model, edit: Edit, conv: NodeProto, ratios: np.ndarray, rank: int) -> list[NodeProto]:
+    """The Mul and Add behind a Conv, which loses its bias to them; the last makes the old output."""
+    output, bias = conv.output[0], conv.input[2] if len(conv.input) > 2 else ""
+    along = (-1, *(1,) * (rank - 2))
+    del conv.input[2:]
+    conv.output[0] = edit.name(f"{output}_unscaled")
+    factors = edit.constant(f"{conv.name}_ratios", ratios.reshape(along))
+    mul = edit.node("Mul", [conv.output[0], factors], f"{conv.name}_Mul", "" if bias else output)
+    if not bias:
+        return [mul]
+    added = edit.constant(f"{conv.name}_added", model.array(bias).reshape(along))
+    return [mul, edit.node("Add", [mul.output[0], added], f"{conv.name}_Add", output)]

@@ -1,0 +1,60 @@
+"""Per-channel scales of quantized Conv weights and the one scale that can stand for them: what two rewrites share.
+
+DequantizeLinear(codes, s_c)  ->  s_c as values, s = their minimum, DequantizeLinear(codes, s)
+It must not decide where the ratios s_c / s go, or change a code.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import NodeProto, TensorProto
+
+from qdq.model.model import Model
+from qdq.model.nodes import attribute_value
+from qdq.passes.rewrites.edit import Edit
+
+LARGEST_RATIO = 1024.0  # the unscaled output is up to this much smaller; FP16 is precise from 6e-5 on
+CODES = (TensorProto.INT8, TensorProto.FLOAT8E4M3FN)
+
+
+def channel_scales(model: Model, dequantize: NodeProto) -> np.ndarray | None:
+    """The scales of symmetric weight codes along axis 0; None for any other node."""
+    if dequantize.op_type != "DequantizeLinear" or any(not model.is_constant(t) for t in dequantize.input):
+        return None
+    codes, scale, *zero = dequantize.input
+    if model.initializers[codes].data_type not in CODES or (zero and np.any(model.array(zero[0]).astype(np.float32))):
+        return None
+    scales = model.array(scale)
+    if scales.ndim != 1 or attribute_value(dequantize, "axis", 1) != 0:
+        return None
+    return scales
+
+
+def common_scale(scales: np.ndarray) -> float:
+    """The smallest scale, so that nothing becomes larger; in FP16 a normal number.
+
+    A subnormal scale loses digits, and TensorRT works with its reciprocal, which FP16 cannot hold.
+    """
+    smallest = float(scales.astype(np.float64).min())
+    return max(smallest, float(np.finfo(np.float16).tiny)) if scales.dtype == np.float16 else smallest
+
+
+def dequantized(
+    model: Model, edit: Edit, made: dict[tuple[str, str], NodeProto], dequantize: NodeProto, common: float
+) -> list[NodeProto]:
+    """The new nodes that dequantize the same codes with one scale; none if `made` already holds that one.
+
+    Args:
+        model: the codes and their float type.
+        edit: takes the constants.
+        made: (codes, scales) -> the new DequantizeLinear; receives it.
+        dequantize: per channel.
+        common: the scale.
+    """
+    codes, scale = dequantize.input[:2]
+    if (codes, scale) in made:
+        return []
+    smallest = edit.constant(f"{codes}_smallest_scale", np.asarray(common, model.array(scale).dtype))
+    zero = edit.constant(f"{codes}_zero", np.zeros((), model.array(codes).dtype))
+    made[codes, scale] = edit.node("DequantizeLinear", (codes, smallest, zero), f"{codes}_DequantizeLinear")
+    return [made[codes, scale]]

@@ -1,0 +1,297 @@
+"""The plan: which tensors are quantized how, and why every other node stays in float. A file a person can edit.
+
+placement.plan or tune -> Plan -> plan.json -> read back, checked against the model.
+A plan names nodes and tensors of the prepared model. This module must not decide anything.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from qdq.core.errors import InputError, StaleFileError
+from qdq.core.files import read_json, write_text
+from qdq.core.formats import FORMATS
+from qdq.model.model import Model
+from qdq.passes.rewrites.edit import Rewrite
+from qdq.plan.settings import Settings
+from qdq.plan.spec import Spec
+
+FORMAT = "qdq.plan/1"
+ROLES = ("activation", "weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One tensor that is quantized.
+
+    Attributes:
+        tensor: its name in the prepared model.
+        role: "activation" or "weight".
+        spec: format and granularity.
+        consumers: the operands that read the quantized tensor, each "node:input index".
+        rule: the rule that wants it.
+        tie: points with the same name here share scale and zero point as far as their ranges are alike.
+        reason: why the spec is not the one that the settings ask for, "" where it is.
+    """
+
+    tensor: str
+    role: str
+    spec: Spec
+    consumers: tuple[str, ...]
+    rule: str
+    tie: str | None = None
+    reason: str = ""
+
+    @property
+    def uses(self) -> tuple[tuple[str, int], ...]:
+        """The consumers as (node name, input index)."""
+        return tuple((name, int(index)) for name, _, index in (c.rpartition(":") for c in self.consumers))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skip:
+    """One node that stays in float, the rule that says so and the reason for a person."""
+
+    node: str
+    op_type: str
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is to be quantized in one model.
+
+    Invariants: every node of the model is the consumer of a weight point or has a Skip.
+
+    Attributes:
+        model_sha256: of the user's model file, as `graph.load` computes it.
+        settings: what the plan was made with.
+        points: quantized tensors.
+        skips: nodes left in float.
+        rewrites: done to the prepared model before points and skips are looked up in it, or to the Q/DQ model.
+        rest: float type of what is not quantized, as tuned; None leaves it to who writes the model.
+    """
+
+    model_sha256: str
+    settings: Settings
+    points: tuple[Point, ...]
+    skips: tuple[Skip, ...]
+    rewrites: tuple[Rewrite, ...] = ()
+    rest: str | None = None
+
+    @property
+    def activations(self) -> tuple[Point, ...]:
+        """The points whose range must be measured."""
+        return tuple(p for p in self.points if p.role == "activation")
+
+    @property
+    def weights(self) -> tuple[Point, ...]:
+        """The points whose values are constant."""
+        return tuple(p for p in self.points if p.role == "weight")
+
+    @property
+    def quantized_nodes(self) -> tuple[str, ...]:
+        """Names of the nodes whose weight is quantized, in the order of the points."""
+        return tuple(dict.fromkeys(name for p in self.weights for name, _ in p.uses))
+
+    @property
+    def operands(self) -> str:
+        """What the quantized nodes hold and read, as in 'INT8', 'INT4 weights' or 'INT4 weights, INT8 data'."""
+        weights, data = (
+            " and ".join(sorted({p.spec.format.upper() for p in points})) for points in (self.weights, self.activations)
+        )
+        if not weights or weights == data:
+            return weights or "low precision"
+        return f"{weights} weights" + (f", {data} data" if data else "")
+
+    @property
+    def sha256(self) -> str:
+        """Of the plan's JSON text."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The plan as indented JSON; the same plan gives the same text."""
+        points = []
+        for p in self.points:
+            spec = {k: v for k, v in asdict(p.spec).items() if v is not None and v is not False}  # axis 0 stays
+            entry: dict[str, object] = {
+                "tensor": p.tensor,
+                "role": p.role,
+                **spec,
+                "consumers": list(p.consumers),
+                "rule": p.rule,
+            }
+            points.append(entry | {k: v for k, v in (("tie", p.tie), ("reason", p.reason)) if v})
+        rewrites = [{"rewrite": r.name, "nodes": list(r.nodes)} for r in self.rewrites]
+        content = {
+            "format": FORMAT,
+            "model_sha256": self.model_sha256,
+            "settings": self.settings.to_mapping(),
+            **({"rest": self.rest} if self.rest else {}),
+            **({"rewrites": rewrites} if rewrites else {}),
+            "points": points,
+            "skips": [asdict(s) for s in self.skips],
+        }
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write plan.json; it appears whole or not at all."""
+        write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan.
+
+        Raises:
+            InputError: missing, not JSON, another format version, or an entry that makes no sense.
+        """
+        return cls.from_mapping(read_json(path, FORMAT, "plan"), Path(path).name)
+
+    @classmethod
+    def from_mapping(cls, content: Mapping[str, object], where: str) -> Plan:
+        """Build a plan from parsed JSON.
+
+        Args:
+            content: the parsed file.
+            where: the file's name, for messages.
+
+        Raises:
+            InputError: an entry that makes no sense.
+        """
+        try:
+            points = tuple(_point(entry) for entry in content["points"])  # type: ignore[attr-defined]
+            skips = tuple(Skip(**entry) for entry in content["skips"])  # type: ignore[attr-defined]
+            return cls(
+                model_sha256=str(content["model_sha256"]),
+                settings=Settings.from_mapping(content["settings"]),  # type: ignore[arg-type]
+                rest=None if content.get("rest") is None else str(content["rest"]),
+                points=points,
+                skips=skips,
+                rewrites=tuple(
+                    Rewrite(name=str(entry["rewrite"]), nodes=tuple(map(str, entry["nodes"])))
+                    for entry in content.get("rewrites", ())  # type: ignore[attr-defined]
+                ),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"Cannot use the plan {where}: {type(error).__name__} {error} in its entries. Restore the entry, or "
+                "make the plan again with `qdq plan`."
+            ) from None
+
+    def check(self, model: Model) -> None:
+        """Refuse a plan that does not fit a prepared model.
+
+        Raises:
+            StaleFileError: it was made from another model.
+            InputError: an edited entry names what the model lacks, or quantizes one operand of a node only.
+        """
+        if self.model_sha256 != model.sha256:
+            raise StaleFileError(
+                f"The plan was made from another model: it says sha256 {self.model_sha256[:12]}…, this model has "
+                f"{model.sha256[:12]}…. Make a plan for this model with `qdq plan`."
+            )
+        names = {n.name for n in model.graph.node}
+        for point in self.points:
+            for node, index in point.uses:
+                if (
+                    node not in names
+                    or index >= len(model.node(node).input)
+                    or model.node(node).input[index] != point.tensor
+                ):
+                    near = difflib.get_close_matches(node, names, n=1)
+                    hint = f" Did you mean node {near[0]!r}?" if near and near[0] != node else ""
+                    raise InputError(
+                        f"The plan quantizes {point.tensor!r} for operand {index} of node {node!r}, but the model "
+                        f"has no such operand.{hint}"
+                    )
+            if (point.role == "weight") != model.is_constant(point.tensor):
+                raise InputError(
+                    f"The plan calls {point.tensor!r} {point.role}, but in the model it is "
+                    f"{'constant' if model.is_constant(point.tensor) else 'computed'}."
+                )
+            if point.role == "activation" and point.spec.axis is not None:
+                raise InputError(
+                    f"The plan quantizes the activation {point.tensor!r} along axis {point.spec.axis}: activations "
+                    "have one scale. Remove the axis."
+                )
+        data = {name for p in self.activations for name, index in p.uses if index == 0}
+        float_data = {name for p in self.weights if p.spec.weight_only for name, _ in p.uses}
+        alone = set(self.quantized_nodes) - data - float_data
+        if alone:
+            raise InputError(
+                f"The plan quantizes the weight but not the data of {', '.join(sorted(alone)[:3])}; an integer "
+                "kernel needs both. Remove the weight's point, restore the data's, or set weight_only."
+            )
+        if both := sorted(float_data & data):
+            raise InputError(
+                f"The plan quantizes the data of {', '.join(both[:3])}, whose weight is weight_only: its product is in "
+                "float. Remove the data's consumer, or weight_only."
+            )
+
+    def explain(self, node: str) -> list[str]:
+        """Say in a few lines what happens to a node and why.
+
+        Raises:
+            InputError: no such node; names the nearest.
+        """
+        mine = [p for p in self.points if any(name == node for name, _ in p.uses)]
+        skip = next((s for s in self.skips if s.node == node), None)
+        if not mine and skip is None:
+            names = [*self.quantized_nodes, *(s.node for s in self.skips)]
+            near = difflib.get_close_matches(node, names, n=3, cutoff=0.3)
+            raise InputError(f"The plan has no node {node!r}." + (f" Near names: {', '.join(near)}." if near else ""))
+        lines = []
+        if node in self.quantized_nodes:
+            lines.append(f"{node}: quantized")
+        for p in mine:
+            grain = _grain(p.spec)
+            shared = f", shared with {len(p.consumers) - 1} other operands" if len(p.consumers) > 1 else ""
+            tied = f", tied with the group {p.tie!r}" if p.tie else ""
+            why = f": {p.reason}" if p.reason else ""
+            lines.append(f"  {p.role} {p.tensor!r}: {p.spec.format} {grain}, rule {p.rule!r}{shared}{tied}{why}")
+        if skip is not None:
+            lines.append(f"{node} ({skip.op_type}): float, rule {skip.rule!r}: {skip.reason}")
+        return lines
+
+
+def _grain(spec: Spec) -> str:
+    """The granularity of a spec in words."""
+    if spec.token:
+        return "per token" if spec.token == "always" else "per tensor or per token, as its range says"
+    if spec.axis is None:
+        blocks = FORMATS[spec.format].blocks if FORMATS[spec.format].scale_format else ()
+        return f"in blocks of {blocks[0]}, scaled as the engine runs" if blocks else "per tensor"
+    if spec.block is None:
+        return f"per channel on axis {spec.axis}" + (", weight only" if spec.weight_only else "")
+    read = f", read as {spec.via} per channel" if spec.via else ", weight only" if spec.weight_only else ""
+    return f"in blocks of {spec.block} along axis {spec.axis}{read}"
+
+
+def _point(entry: Mapping[str, object]) -> Point:
+    specified = {field.name for field in fields(Spec)}
+    known = {"tensor", "role", "consumers", "rule", "tie", "reason"} | specified
+    unknown = set(entry) - known
+    if unknown or entry["role"] not in ROLES:
+        raise ValueError(f"unknown {', '.join(sorted(unknown)) or entry['role']!r}")
+    spec = Spec(**{k: entry[k] for k in specified & entry.keys()})  # type: ignore[arg-type]
+    consumers = tuple(str(c) for c in entry["consumers"])  # type: ignore[attr-defined]
+    tie = entry.get("tie")
+    point = Point(
+        tensor=str(entry["tensor"]),
+        role=str(entry["role"]),
+        spec=spec,
+        consumers=consumers,
+        rule=str(entry["rule"]),
+        tie=None if tie is None else str(tie),
+        reason=str(entry.get("reason", "")),
+    )
+    if not point.uses or any(index < 0 for _, index in point.uses):
+        raise ValueError(f"consumers of {point.tensor!r}: at least one, each 'node:input index'")
+    return point

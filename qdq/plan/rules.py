@@ -1,0 +1,275 @@
+"""Rules of placement: what one node says about the quantization of its tensors, without data.
+
+A rule sees a model, a node and the settings, and returns decisions: Want, Veto, Tie. Rules do not see each other.
+Sources: NVIDIA's placement advice and what TensorRT-RTX 1.7.1 compiled from about 90 small graphs (SM89).
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from onnx import NodeProto
+
+from qdq.core.errors import InputError
+from qdq.core.formats import FORMATS
+from qdq.model.model import Model
+from qdq.model.nodes import WEIGHTED, attribute, bodies, input_axis, weight_axis
+from qdq.plan.block_length import best, coarsest
+from qdq.plan.scheme import Scheme
+from qdq.plan.settings import Settings
+from qdq.plan.spec import Spec
+
+MOST_PADDING = 1 / 8  # zeros added to fill the last block, as a share of the real elements
+FLOATS = ("float32", "float16", "bfloat16")
+
+# Why an operator without weights stays in float. The compiler fuses what it can into the kernels of its neighbours.
+_FLOAT_OPS = {
+    "BatchNormalization InstanceNormalization LayerNormalization GroupNormalization RMSNormalization LRN "
+    "SimplifiedLayerNormalization LpNormalization MeanVarianceNormalization": "normalization stays in float: its "
+    "statistics need the range, and no integer kernel exists for it",
+    "Softmax LogSoftmax": "softmax stays in float: INT8 around it breaks the fused attention kernel",
+    "AveragePool GlobalAveragePool": "average pooling runs in float on TensorRT-RTX even if its input is quantized",
+    "MaxPool GlobalMaxPool Resize Upsample Concat Split Slice Reshape Transpose Flatten Squeeze Unsqueeze Pad Expand "
+    "Tile DepthToSpace SpaceToDepth Identity Gather GatherElements GatherND ScatterND Where": "it moves or picks "
+    "values; a quantizer behind it is hoisted above it by the compiler",
+    "Shape Size Cast ConstantOfShape Range NonZero Constant OneHot TopK ArgMax ArgMin EyeLike": "it handles shapes, "
+    "indices or types, not data",
+    "LSTM GRU RNN": "recurrent operators have no INT8 kernel in TensorRT",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Want:
+    """A rule wants the tensor at one operand of the node quantized."""
+
+    tensor: str
+    index: int
+    role: str
+    spec: Spec
+    rule: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Veto:
+    """A rule forbids quantizers on the node's operands."""
+
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tie:
+    """A rule asks for one scale for several tensors, as far as they are quantized at all."""
+
+    tensors: tuple[str, ...]
+    rule: str
+
+
+Decision = Want | Veto | Tie
+Rule = Callable[[Model, NodeProto, Settings], list[Decision]]
+
+
+def weighted(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Want what the node's scheme says of the data and the constant weight of Conv, Gemm and MatMul."""
+    if node.op_type not in WEIGHTED or len(node.input) < 2 or not model.is_constant(node.input[1]):
+        return []
+    weight = model.info(node.input[1])
+    if weight is None or weight.shape is None or len(weight.shape) < 2 or 0 in weight.shape:
+        return []
+    scheme, convolution = settings.scheme_of(node.name), node.op_type == "Conv"
+    outputs, inputs = weight_axis(node, len(weight.shape)), input_axis(node, len(weight.shape))
+    block, reason, fallback = None, "", False
+    if FORMATS[scheme.weight].blocks and not convolution and settings.block not in ("channel", "tensor"):
+        block, reason = _block(model, node, settings, scheme, weight.shape)
+        fallback = block is None
+    data = settings.activation(scheme, convolution=convolution)
+    spec = (
+        Spec(format="int8", axis=outputs, weight_only=scheme.data is None)
+        if fallback
+        else settings.weight(scheme, outputs=outputs, inputs=inputs, block=block, convolution=convolution)
+    )
+    if spec is None and scheme.data is None:
+        reason = f"{scheme.name} is for weights alone, and a convolution would dequantize its weight in an extra kernel"
+        return [Veto(rule="weight_only", reason=reason)]
+    if spec is None:
+        return [Veto(rule="format", reason=f"TensorRT has no convolution of {scheme.weight} data")]
+    if data is not None and FORMATS[data.format].blocks:
+        lacking = _no_data_blocks(model, node) or (reason if fallback else "")
+        if lacking:
+            return [Veto(rule="format", reason=lacking)]
+    wants: list[Decision] = []
+    if data is not None:
+        wants.append(Want(tensor=node.input[0], index=0, role="activation", spec=data, rule="weighted"))
+    return [*wants, Want(tensor=node.input[1], index=1, role="weight", spec=spec, rule="weighted", reason=reason)]
+
+
+def _block(
+    model: Model, node: NodeProto, settings: Settings, scheme: Scheme, shape: Sequence[int | str | None]
+) -> tuple[int | None, str]:
+    """Elements per block, and why they are not as many as asked for; None and the reason where no block fits."""
+    blocks = FORMATS[scheme.weight].blocks
+    size = shape[input_axis(node, len(shape))]
+    if scheme.via and len(shape) > 2:
+        return None, f"int8 per channel: {scheme.weight} blocks that are read as {scheme.via} need a matrix"
+    fitting = [b for b in blocks if isinstance(size, int) and _fitting(size, b)]
+    if not fitting or not isinstance(size, int):
+        return None, f"int8 per channel: its {size} inputs do not fill blocks of {min(blocks)}"
+    block = fitting[0]
+    if len(blocks) == 1:
+        reasons = []
+    elif settings.block == "auto":
+        block, reason = _adapted(model.array(node.input[1]), input_axis(node, len(shape)), fitting, settings, scheme)
+        reasons = [reason]
+    else:
+        block = max((b for b in fitting if b <= int(settings.block)), default=min(fitting))
+        reasons = [] if block == settings.block else [f"blocks of {settings.block} do not divide its {size} inputs"]
+    if missing := -size % block:
+        reasons.append(f"padded with {missing} zeros")
+    return block, "; ".join(reasons)
+
+
+def _no_data_blocks(model: Model, node: NodeProto) -> str:
+    """Why the data of a product cannot be cut into blocks along its sum, "" where its form allows them."""
+    if model.rank(node.input[0]) not in (2, 3) or model.rank(node.input[1]) != 2:
+        return "TensorRT quantizes data in blocks for matrices and batches of them only, times one matrix"
+    if attribute(node, "transA", 0):
+        return "its sum does not run over the last axis of its data, along which blocks lie"
+    return ""
+
+
+def _adapted(
+    weight: npt.NDArray[np.floating], axis: int, blocks: Sequence[int], settings: Settings, scheme: Scheme
+) -> tuple[int, str]:
+    """The block that suits the values of a weight, and why."""
+    fmt, loss = FORMATS[scheme.weight], settings.block_loss_db
+    if loss is not None:
+        return coarsest(weight, axis, blocks, fmt, loss), f"the coarsest block within {loss:g} dB of {min(blocks)}"
+    return best(weight, axis, blocks, fmt), "the block of least error per bit that it saves against INT8"
+
+
+def _fitting(size: int, block: int) -> bool:
+    """Whether an axis is whole blocks, or nearly: what is added is at most an eighth."""
+    return -size % block <= MOST_PADDING * size
+
+
+def residual(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Want the shortcut of a residual Add read from the tensor its convolution reads: INT8 traffic, one fused kernel.
+
+    The shortcut is an input of the Add that a weighted operator reads too; the Add's other input is computed.
+    """
+    if node.op_type != "Add" or any(model.is_constant(t) for t in node.input):
+        return []
+    wants: list[Decision] = []
+    for index, tensor in enumerate(node.input):
+        uses = [u.node for u in model.consumers(tensor) if u.index == 0 and u.node.op_type == "Conv"]
+        other = model.producer(node.input[1 - index])
+        if any(model.is_constant(n.input[1]) for n in uses) and other is not None and other.op_type == "Conv":
+            spec = Spec(format="int8", shift=settings.shift)  # stands for the one that the convolution's scheme wants
+            wants.append(Want(tensor=tensor, index=index, role="shortcut", spec=spec, rule="residual"))
+    return wants[:1]
+
+
+def concat(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Tie the output of a Concat with its inputs, so that a branch that is quantized anyway need not be rescaled."""
+    return [Tie(tensors=(node.output[0], *node.input), rule="concat")] if node.op_type == "Concat" else []
+
+
+def transposed(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Veto ConvTranspose: TensorRT-RTX never runs it in INT8, a quantizer on it only adds kernels."""
+    if node.op_type != "ConvTranspose":
+        return []
+    reason = "TensorRT-RTX has no INT8 kernel for ConvTranspose (measured on SM86 and SM89)"
+    return [Veto(rule="transposed", reason=reason)]
+
+
+def operands(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Veto products whose operands cannot be quantized: no constant weight on the right, or not a float type."""
+    if node.op_type not in WEIGHTED or len(node.input) < 2:
+        return []
+    data, weight = (model.is_constant(t) for t in node.input[:2])
+    if data:
+        reason = "its left operand is the constant one; INT8 kernels want the weight on the right"
+    elif not weight and node.op_type == "MatMul":
+        reason = "a product of two computed tensors (attention): INT8 there breaks the fused attention kernel"
+    elif not weight:
+        reason = "its weight is computed, so its scale is not known before the engine runs"
+    else:
+        info = model.info(node.input[1])
+        if info is not None and info.dtype not in FLOATS:
+            reason = f"its weight is {info.dtype}; quantizers read float32, float16 or bfloat16"
+        elif info is not None and info.shape is not None and len(info.shape) < 2:
+            reason = "its weight is a vector: a product bound by memory, not by arithmetic"
+        elif info is not None and info.shape is not None and 0 in info.shape:
+            reason = "its weight is empty"
+        else:
+            return []
+    return [Veto(rule="operands", reason=reason)]
+
+
+def excluded(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Veto what the user excluded by name."""
+    for pattern in settings.exclude:
+        if fnmatch.fnmatchcase(node.name, pattern):
+            return [Veto(rule="excluded", reason=f"excluded by the pattern {pattern!r}")]
+    return []
+
+
+def containers(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Veto bodies of If, Loop and Scan, and say how many weighted operators that leaves in float."""
+    inner = [n for body in bodies(node) for n in body.node]
+    if not inner:
+        return []
+    count = sum(n.op_type in (*WEIGHTED, "ConvTranspose") for n in inner)
+    reason = (
+        f"the {len(inner)} nodes in its body stay in float, {count} of them weighted: values inside a body cannot be "
+        "observed from outside"
+    )
+    return [Veto(rule="containers", reason=reason)]
+
+
+def foreign(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Veto operators of other domains than ONNX's own, whatever their names: what they compute is not known here."""
+    if node.domain in ("", "ai.onnx"):
+        return []
+    reason = f"a custom operator (domain {node.domain!r}): what it computes is unknown, and a plugin runs it in float"
+    return [Veto(rule="foreign", reason=reason)]
+
+
+RULES: tuple[Rule, ...] = (weighted, residual, concat, transposed, operands, excluded, containers, foreign)
+
+
+def why_float(op_type: str) -> tuple[str, str]:
+    """Rule name and reason why an operator that no rule wants stays in float."""
+    for ops, reason in _FLOAT_OPS.items():
+        if op_type in ops.split():
+            return "no_weight", reason
+    return "no_weight", "it has no weights; the compiler fuses pointwise operators into the kernel before or after them"
+
+
+def check_exclude(model: Model, patterns: tuple[str, ...], what: str = "exclude") -> None:
+    """Refuse patterns that match no node; `what` is the setting's name for the message.
+
+    Raises:
+        InputError: names the pattern and the nearest node names.
+    """
+    names = [n.name for n in model.graph.node]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
+            near = difflib.get_close_matches(pattern.strip("*"), names, n=3, cutoff=0.3)
+            hint = f" Near names: {', '.join(near)}." if near else ""
+            raise InputError(
+                f"The {what} pattern {pattern!r} matches none of the model's {len(names)} nodes. Patterns are "
+                f"matched against whole node names, case-sensitively; use * for any text.{hint}"
+            )
+
+
+def check_patterns(model: Model, settings: Settings) -> None:
+    """Refuse exclude and override patterns that match no node; raises as `check_exclude` does."""
+    check_exclude(model, settings.exclude)
+    check_exclude(model, tuple(pattern for pattern, _ in settings.overrides), "override")

@@ -1,0 +1,233 @@
+"""How tensors are to be quantized: `Spec` for one tensor, `Settings` for a whole run.
+
+recipe or options -> Settings (validated here, trusted everywhere else) -> placement, calibration, solve.
+This module must not look at a model.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import ItemsView, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+
+from qdq.core.choices import choose
+from qdq.core.errors import InputError
+from qdq.core.formats import FORMATS
+from qdq.plan.scheme import SCHEMES, Scheme
+from qdq.plan.spec import Spec
+
+CALIBRATORS: tuple[str, ...] = ("mse", "percentile", "entropy", "max", "average", "auto")
+EQUALIZERS: tuple[str, ...] = ("smoothquant", "smooth", "lae", "dgq", "cle", "awq", "sinq", "auto", "none")
+BIAS_CORRECTIONS: tuple[str, ...] = ("auto", "on", "off")
+ROUNDINGS: tuple[str, ...] = ("gptq", "descent", "awq", "clip", "hqq", "nearest")
+BLOCKS: tuple[int | str, ...] = (*FORMATS["int4"].blocks, "auto", "channel", "tensor")
+V0, V1 = 15.0, 150.0  # of FPTQ's paper
+LEAST_DAMPING = 1e-4  # inputs that depend on each other leave a matrix that has no inverse otherwise
+
+
+def _number(value: object) -> object:
+    """The number that a text stands for; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that decides how a model is quantized, apart from the model and the samples.
+
+    Attributes:
+        scheme: which operands get which format, a name in SCHEMES.
+        calibrator: how an activation's range is chosen from its histogram.
+        percentile: percent of the values that the `percentile` calibrator keeps inside the range.
+        rounding: how weights are rounded to codes; "" takes the scheme's default.
+        equalize: the formula by which input channels of a layer are balanced where that pays, or "none"; "auto" takes
+            the strong one where held-out samples gain by it (`crossfit`); "" takes the scheme's default. Weight-only
+            blocks are balanced as AWQ does, unless it is "none" or "sinq".
+        shift: allow `Spec.shift` for activations.
+        exclude: glob patterns of node names that stay in float; each must match at least one node.
+        bias_correction: shift biases so that quantization does not move means; "auto" where held-out samples gain.
+        block: weights that share a scale along the reduction axis, for formats that have blocks; "auto" takes for
+            each weight the one whose scales are worth their bits (`granularity.best`); "channel", "tensor": the whole.
+        block_loss_db: of block "auto": take the coarsest block that has at most so much less SQNR than the finest.
+        damping: of rounding by second moments: the share of their mean diagonal that is added to the diagonal.
+        act_order: GPTQ rounds the inputs of largest second moment first; else in their order.
+        moment_inputs: weights of up to so many inputs per output are rounded by second moments, the others without
+            data: a matrix takes 8 bytes times its square, and rounding several times that.
+        v0: of FPTQ's rule: tensors whose largest magnitude is at most this have one scale; "auto" equalizes every one
+            that gains.
+        v1: those above v0 and at most this are equalized first; those above v1 have one scale per token; "auto" gives
+            it to those whose error counts beside that of the weights.
+        overrides: node name pattern -> scheme for those nodes; the first that matches counts.
+
+    Raises:
+        InputError: an unknown name or a value outside its range.
+    """
+
+    scheme: str = "int8"
+    calibrator: str = "mse"
+    percentile: float = 99.99
+    rounding: str = ""
+    equalize: str = ""
+    shift: bool = True
+    exclude: tuple[str, ...] = ()
+    bias_correction: str = "auto"
+    block: int | str = "auto"
+    block_loss_db: float | None = None
+    damping: float = 0.01
+    act_order: bool = True
+    moment_inputs: int = 2304
+    v0: float | str = V0
+    v1: float | str = V1
+    overrides: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Validate each field."""
+        row = SCHEMES[choose(self.scheme, tuple(SCHEMES), "scheme")]
+        for name in ("rounding", "equalize"):
+            if getattr(self, name) == "":
+                object.__setattr__(self, name, getattr(row, name))
+        choose(self.calibrator, CALIBRATORS, "calibrator")
+        choose(self.rounding, ROUNDINGS, "rounding")
+        choose(self.bias_correction, BIAS_CORRECTIONS, "bias_correction")
+        choose(self.equalize, EQUALIZERS, "equalization")
+        if (
+            isinstance(self.percentile, bool)
+            or not isinstance(self.percentile, int | float)
+            or not 50 < self.percentile <= 100
+        ):
+            raise InputError(
+                f"percentile is {self.percentile!r}: it must be a number above 50 and at most 100, such as 99.99."
+            )
+        if not isinstance(self.shift, bool):
+            raise InputError(f"shift is {self.shift!r}: it must be true or false.")
+        if not isinstance(self.exclude, list | tuple) or not all(isinstance(p, str) and p for p in self.exclude):
+            raise InputError(
+                f"exclude is {self.exclude!r}: it must be a list of node name patterns, such as ['*/head/*']."
+            )
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        block = int(self.block) if isinstance(self.block, str) and self.block.isdigit() else self.block
+        if isinstance(block, bool) or block not in BLOCKS:
+            raise InputError(f"block is {self.block!r}: it must be one of {', '.join(map(str, BLOCKS))}.")
+        object.__setattr__(self, "block", block)
+        for name in ("v0", "v1"):  # text where the command line gives them
+            object.__setattr__(self, name, _number(getattr(self, name)))
+        floor = 0.0 if isinstance(self.v0, str) else self.v0
+        for name, low in (("block_loss_db", 0.0), ("damping", LEAST_DAMPING), ("v0", 0.0), ("v1", floor)):
+            value, chosen = getattr(self, name), name in ("v0", "v1")
+            if (value is None and name == "block_loss_db") or (value == "auto" and chosen):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < float("inf"):
+                least = ("v0" if name == "v1" else f"{low:g}") + (", or auto" if chosen else "")
+                raise InputError(f"{name} is {value!r}: it must be a number of at least {least}.")
+        if not isinstance(self.act_order, bool):
+            raise InputError(f"act_order is {self.act_order!r}: it must be true or false.")
+        if type(self.moment_inputs) is not int or self.moment_inputs < 0:
+            raise InputError(f"moment_inputs is {self.moment_inputs!r}: it must be a whole number, such as 4096.")
+        pairs = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
+        if not isinstance(pairs, list | tuple | ItemsView) or not all(
+            isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(t, str) and t for t in pair)
+            for pair in pairs
+        ):
+            raise InputError(
+                f"overrides is {self.overrides!r}: it must map node name patterns to schemes, such as "
+                "{'*/mlp/*': int4}."
+            )
+        object.__setattr__(self, "overrides", tuple((pattern, scheme) for pattern, scheme in pairs))
+        rows = [
+            SCHEMES[choose(name, tuple(SCHEMES), "scheme")] for name in (self.scheme, *dict(self.overrides).values())
+        ]
+        if self.block in ("channel", "tensor") and any(row.via or FORMATS[row.weight].scale_format for row in rows):
+            raise InputError(
+                f"block is {self.block!r}, but {self.scheme} multiplies 4-bit weights through blocks: choose "
+                f"{', '.join(map(str, FORMATS['int4'].blocks))} or auto, or the weight-only scheme int4."
+            )
+
+    @property
+    def quick(self) -> Settings:
+        """The same, as far as it needs no comparison of models and no second moments."""
+        return replace(self, calibrator="mse" if self.calibrator == "auto" else self.calibrator, rounding="nearest")
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """What was set and means nothing to the schemes, a sentence each."""
+        rows = [SCHEMES[self.scheme], *(SCHEMES[scheme] for _, scheme in self.overrides)]
+        lengths = {block for row in rows for block in FORMATS[row.weight].blocks}
+        blocked = any(FORMATS[row.weight].blocks for row in rows)
+        alone = any(FORMATS[row.weight].blocks and row.data is None for row in rows)
+        integers = any(FORMATS[row.weight].integer for row in rows)
+        balanced = any("int8" in (row.data, row.convolution) for row in rows)
+        found = []
+        if self.block not in ("auto", *lengths) and len(lengths) < 2:
+            found.append(f"block {self.block}")
+        if self.rounding in ("clip", "hqq", "awq") and not blocked:
+            found.append(f"rounding {self.rounding}, which is for blocks,")
+        if self.rounding != "nearest" and not integers and not blocked:
+            found.append(f"rounding {self.rounding}")
+        if self.equalize in ("awq", "sinq") and not alone:
+            found.append(f"equalize {self.equalize}, which is for weight-only blocks,")
+        if self.equalize not in ("awq", "sinq", "none") and not balanced and not alone:
+            found.append(f"equalize {self.equalize}")
+        return tuple(f"{what} has no effect with scheme {self.scheme}" for what in found)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, object]) -> Settings:
+        """Build settings from a recipe's keys.
+
+        Raises:
+            InputError: a key that is no setting, or a bad value.
+        """
+        names = [f.name for f in fields(cls)]
+        for key in values:
+            choose(str(key), names, "setting")
+        return cls(**values)  # type: ignore[arg-type]  # __post_init__ checks every value's type
+
+    def to_mapping(self) -> dict[str, object]:
+        """The settings as plain values, ready for JSON or YAML."""
+        return {**asdict(self), "exclude": list(self.exclude), "overrides": dict(self.overrides)}
+
+    def scheme_of(self, node: str) -> Scheme:
+        """The scheme of a node by its name."""
+        return SCHEMES[next((s for pattern, s in self.overrides if fnmatch.fnmatchcase(node, pattern)), self.scheme)]
+
+    @property
+    def formats(self) -> frozenset[str]:
+        """Every format that a model quantized so may hold: `formats.require_targets` says which GPUs have them."""
+        rows = [SCHEMES[self.scheme], *(SCHEMES[scheme] for _, scheme in self.overrides)]
+        return frozenset(f for row in rows for f in (row.data, row.weight, row.via, row.convolution) if f is not None)
+
+    def activation(self, scheme: Scheme, *, convolution: bool = False) -> Spec | None:
+        """How a scheme quantizes the data operand of a weighted operator; None leaves it float."""
+        fmt = scheme.convolution if convolution else scheme.data
+        if fmt is None:
+            return None
+        shift = self.shift and FORMATS[fmt].integer
+        return Spec(format=fmt, shift=shift, token=None if convolution else scheme.token)
+
+    def weight(
+        self, scheme: Scheme, *, outputs: int, inputs: int, block: int | None, convolution: bool = False
+    ) -> Spec | None:
+        """How a scheme quantizes a weight; None leaves it float.
+
+        Args:
+            scheme: of the node.
+            outputs: the axis of the output channels.
+            inputs: the axis that the product sums over.
+            block: elements of `inputs` that share a scale; None for one scale per output channel, or per tensor.
+            convolution: whether the node is a Conv.
+        """
+        fmt = scheme.convolution if convolution else scheme.weight
+        if fmt is None:
+            return None
+        alone = scheme.data is None and not convolution
+        if not FORMATS[fmt].integer and not FORMATS[fmt].blocks:
+            # One scale loses nothing where codes are floating-point numbers, and behind a product per-channel scales
+            # cost a kernel; behind a convolution the rewrite `hoist` moves them.
+            return Spec(format=fmt, axis=outputs if convolution else None, weight_only=alone)
+        if not FORMATS[fmt].blocks:
+            return Spec(format=fmt, axis=outputs, weight_only=alone)
+        if block is None:
+            whole = self.block == "tensor"
+            return Spec(format=fmt, axis=None if whole else outputs, weight_only=alone)
+        return Spec(format=fmt, axis=inputs, block=block, via=scheme.via, weight_only=alone)

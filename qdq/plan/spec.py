@@ -1,0 +1,66 @@
+"""`Spec`: how one tensor is quantized. Must not look at a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qdq.core.choices import choose
+from qdq.core.errors import InputError
+from qdq.core.formats import FORMATS
+
+TOKENS: tuple[str, ...] = ("always", "fptq")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """How one tensor is quantized.
+
+    Attributes:
+        format: a name in `qdq.formats.FORMATS`.
+        axis: None for one scale per tensor, else the axis that has one scale per index, or per block of indices.
+        shift: the tensor may be moved by a constant before it is quantized, so that an asymmetric range uses all codes.
+        block: indices of `axis` that share a scale; None for one.
+        via: of a blocked weight: the format, with one scale per output channel, that its values are made exact in
+            before the product reads them. Without it no quantized data may meet the blocks: block scales cannot be
+            applied behind the sum over blocks.
+        weight_only: the product reads the weight as floats, and its data are not quantized.
+        token: of an activation: 'always' for one scale per token, computed as the engine runs; 'fptq' for whatever
+            FPTQ's rule says of its range.
+    """
+
+    format: str
+    axis: int | None = None
+    shift: bool = False
+    block: int | None = None
+    via: str | None = None
+    weight_only: bool = False
+    token: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown format, what is no axis, shift or block, and blocks that no product can read."""
+        choose(self.format, tuple(FORMATS), "format")
+        if not (self.axis is None or type(self.axis) is int) or not isinstance(self.shift, bool):
+            raise InputError(f"axis is {self.axis!r}, shift {self.shift!r}: needed are an integer or none, and a flag.")
+        if not isinstance(self.weight_only, bool):
+            raise InputError(f"weight_only is {self.weight_only!r}: it must be true or false.")
+        if self.token is not None:
+            choose(self.token, TOKENS, "token")
+        fmt = FORMATS[self.format]
+        if self.block is not None and (self.block not in fmt.blocks or self.axis is None):
+            allowed = ", ".join(map(str, fmt.blocks)) or "no blocks at all"
+            raise InputError(
+                f"block is {self.block!r} along axis {self.axis!r}: {self.format} has {allowed}, along an axis."
+            )
+        if self.via is not None and (
+            FORMATS[choose(self.via, tuple(FORMATS), "via")].bits <= fmt.bits or not fmt.blocks or not fmt.integer
+        ):
+            raise InputError(
+                f"via is {self.via!r}: it must have more bits than {self.format}, which must have blocks of integers."
+            )
+        if self.via is not None and (self.block is None or self.weight_only):
+            raise InputError("via makes blocks readable for an integer product: it needs a block, and no weight_only.")
+        if self.block is not None and fmt.integer and not self.via and not self.weight_only:
+            raise InputError(
+                f"A weight of {self.format} blocks is read by an integer product: TensorRT multiplies such block "
+                "scales in behind the sum, which is wrong. Set via to int8, or weight_only with float data."
+            )

@@ -1,0 +1,1 @@
+"""Ranges into scales, weights into codes. Must not write a graph."""

@@ -1,0 +1,88 @@
+"""The scale and zero point of each tensor between nodes, from its measured histogram and a calibrator.
+
+Plan + CalibrationTable + calibrator per tensor -> QParams per activation point. Tied tensors share a histogram where
+their ranges are alike; formats with an exponent take the whole range, which costs them nothing.
+It must not read samples, nor know what becomes of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from qdq.core.errors import InputError
+from qdq.core.formats import FORMATS
+from qdq.core.qtensor import QParams, representable, scale_of_scales
+from qdq.measure import calibrators
+from qdq.measure.histogram import Histogram
+from qdq.measure.table import CalibrationTable
+from qdq.model.model import Model
+from qdq.plan.plan import Plan
+from qdq.solve.shift import shifts
+
+# Tied tensors whose ranges differ by more would lose over a bit of resolution: each keeps its own scale.
+TIE_RATIO = 2.0
+
+
+def activation_params(
+    model: Model, plan: Plan, table: CalibrationTable, methods: Mapping[str, str], notes: list[str] | None = None
+) -> dict[str, QParams]:
+    """Scale and zero point of every activation point.
+
+    Args:
+        model: the prepared float model.
+        plan: its points.
+        table: their histograms.
+        methods: tensor -> calibrator; that of the plan's settings for the others.
+        notes: receives what a person should know.
+
+    Raises:
+        InputError: the settings say auto, and `methods` lacks a tensor.
+    """
+    notes = [] if notes is None else notes
+    if plan.settings.calibrator == "auto" and any(p.tensor not in methods for p in plan.activations):
+        raise InputError("calibrator auto must be resolved first: use qdq.autocalib.solve_auto, or another calibrator.")
+    shared: dict[str, Histogram] = {}
+    for group, members in _groups(plan).items():
+        spans = [table.tensors[m].amax for m in members]
+        if max(spans) <= TIE_RATIO * min(spans):
+            union = table.tensors[members[0]]
+            for member in members[1:]:
+                union = union.merge(table.tensors[member])
+            shared.update(dict.fromkeys(members, union))
+        else:
+            notes.append(
+                f"the {len(members)} tensors tied as {group!r} keep scales of their own: their ranges differ "
+                f"{max(spans) / max(min(spans), 1e-30):.1f} times"
+            )
+    chosen = {}
+    for point in plan.activations:
+        dtype = model.dtype(point.tensor)
+        fmt = FORMATS[point.spec.format]
+        if not fmt.integer:  # relative precision: nothing is won by cutting the range
+            span = shared.get(point.tensor, table.tensors[point.tensor]).amax
+            if fmt.scale_format:  # of the block scales, which are computed as the engine runs
+                scale = np.asarray(scale_of_scales((span or 1.0) / fmt.high, fmt), dtype=np.float32)
+                chosen[point.tensor] = QParams(scale=scale, format=fmt.name)
+                continue
+            scale = representable(span / fmt.high if span else 1.0, dtype)
+            chosen[point.tensor] = QParams(scale=scale, format=fmt.name)
+            continue
+        chosen[point.tensor] = calibrators.choose(
+            shared.get(point.tensor, table.tensors[point.tensor]),
+            method=methods.get(point.tensor, plan.settings.calibrator),
+            percentile=plan.settings.percentile,
+            shift=shifts(model, point),
+            fmt_name=point.spec.format,
+            dtype=dtype,
+        )
+    return chosen
+
+
+def _groups(plan: Plan) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for point in plan.activations:
+        if point.tie is not None:
+            groups.setdefault(point.tie, []).append(point.tensor)
+    return groups

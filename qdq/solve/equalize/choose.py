@@ -1,0 +1,188 @@
+"""Equalization: divide the channels of a quantized tensor by constants and multiply them into the weights that read it.
+
+Model + Plan + parameters + samples -> per tensor (channel scales, new parameters) where that is predicted to pay.
+The float outputs stay equal. `insert` writes the division as one Mul in front of the quantizer, which the compiler
+fuses into the kernel there. This module must not change the graph; the formulas are in `qdq.equalize`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qdq.core.arrays import Floats
+from qdq.core.formats import FORMATS
+from qdq.core.progress import Progress
+from qdq.core.qtensor import CHUNK, QParams, from_codes, representable, to_codes
+from qdq.core.resources import cores
+from qdq.measure.calibrators import asymmetric
+from qdq.measure.inference.samples import Sample, overlapped
+from qdq.model.model import Model
+from qdq.model.nodes import input_axis
+from qdq.plan.plan import Plan, Point
+from qdq.plan.spec import Spec
+from qdq.solve.equalize.channels import Equalized, candidates, look
+from qdq.solve.shift import shifts
+
+HEADROOM = 1.25  # range of an equalized tensor over its calibrated one: equalized channels all lie near the limit
+MINIMUM_GAIN_DB = 3.0  # predicted; below it the estimate is not trusted and the tensor is left alone
+
+
+def choose(
+    model: Model,
+    plan: Plan,
+    params: Mapping[str, QParams],
+    samples: Iterable[Sample],
+    *,
+    formula: str,
+    on_progress: Progress | None = None,
+) -> dict[str, Equalized]:
+    """Decide which tensors to equalize.
+
+    For each candidate the noise at its consumers' outputs is predicted with and without channel scales: the rounding
+    and clipping error of sampled channel vectors weighted by the squared weights that read them, plus the weights' own
+    rounding error at the mean power of the inputs.
+
+    Args:
+        model: the prepared float model.
+        plan: its points.
+        params: activation tensor -> parameters without equalization.
+        samples: re-iterable calibration samples; at most `gram.MAX_SAMPLES` of them are run.
+        formula: a file name in `qdq.equalize`.
+        on_progress: called with (samples done, samples in all or None, text).
+
+    Returns:
+        Tensor -> scales and parameters, for those with a predicted gain of at least MINIMUM_GAIN_DB.
+    """
+    module: Any = importlib.import_module(f"qdq.solve.equalize.formulas.{formula}")
+    readers = candidates(model, plan)
+    points = {p.tensor: p for p in plan.activations if p.tensor in readers}
+    seen = look(model, points, samples, on_progress)
+    found: dict[str, Equalized] = {}
+    for tensor, weights in readers.items():
+        rows, limits = seen[tensor].rows, seen[tensor].limits
+        if rows.shape[1] < 2:
+            continue
+        matrices = [_by_input(model, points[tensor], weight) for weight in weights]
+        sizes = [_sizes(m) for m in matrices]
+        wmax, read = np.max([most for most, _ in sizes], axis=0), np.sum([power for _, power in sizes], axis=0)
+        amax = np.maximum(-limits.low, limits.high)
+        fmt = FORMATS[points[tensor].spec.format]
+        shifted = shifts(model, points[tensor])
+        limit = _limit(plan, weights, fmt.high)
+        plain = _noise(rows, matrices, read, np.ones_like(amax), params[tensor], limit)
+        tried = module.candidates(amax, wmax) if hasattr(module, "candidates") else [module.scales(amax, wmax)]
+        least = getattr(module, "MINIMUM_GAIN_DB", MINIMUM_GAIN_DB)
+        for s in (t.astype(np.float32).astype(np.float64) for t in tried):
+            low = HEADROOM * min(float((limits.low / s).min()), 0.0)
+            high = HEADROOM * max(float((limits.high / s).max()), 0.0)
+            if high - low <= 0:
+                continue
+            scale, zero_point = asymmetric(low, high, fmt) if shifted else (max(-low, high) / fmt.high, 0)
+            stored = representable(scale, model.dtype(tensor))
+            divided = QParams(scale=stored, zero_point=zero_point, format=fmt.name)
+            equalized = _noise(rows, matrices, read, s, divided, limit)
+            gain_db = 10 * np.log10(plain / equalized) if equalized > 0 and plain > 0 else 0.0
+            if gain_db >= least and (tensor not in found or gain_db > found[tensor].gain_db):
+                found[tensor] = Equalized(scale=s.astype(np.float32), params=divided, gain_db=float(gain_db))
+    return found
+
+
+def _data_errors(rows: Floats, s: Floats, params: QParams) -> Floats:
+    """(vectors, channels) squared errors of channels divided by s and quantized, in their own unit."""
+    divided = rows / s
+    error = (from_codes(to_codes(divided, params), params).astype(np.float64) - divided) * s
+    return np.asarray(error**2)
+
+
+def _weight_error(matrix: npt.NDArray[np.floating], spec: Spec, power: Floats, s: Floats) -> float:
+    """Error power of a product by its weight's codes, half a step each way at most, for inputs of some power."""
+    block = spec.block or matrix.shape[0]
+    starts = np.arange(0, matrix.shape[0], block)
+    powers = np.add.reduceat(power, starts)
+    total = 0.0
+    step = max(1, CHUNK // max(matrix.shape[0], 1))
+    for start in range(0, matrix.shape[1], step):
+        scaled = np.abs(matrix[:, start : start + step, 0].astype(np.float64)) * s[:, None]
+        steps = np.maximum.reduceat(scaled, starts, axis=0) / FORMATS[spec.format].high
+        total += float((steps**2).sum(axis=1) @ powers) / 12
+    return total
+
+
+def _limit(plan: Plan, weights: list[str], otherwise: int) -> int:
+    """The largest code of the coarsest of some weights."""
+    return min((FORMATS[p.spec.format].high for p in plan.weights if p.tensor in weights), default=otherwise)
+
+
+def _by_input(model: Model, point: Point, weight: str) -> npt.NDArray[np.floating]:
+    """(input channels, output channels, taps) of a weight, as a view where that is possible."""
+    node = next(model.node(name) for name, _ in point.uses if model.node(name).input[1] == weight)
+    values = model.array(weight)
+    moved = np.moveaxis(values, input_axis(node, values.ndim), 0)
+    if node.op_type == "Conv":
+        return np.asarray(moved.reshape(moved.shape[0], moved.shape[1], -1))
+    return np.asarray(np.moveaxis(moved, -1, 1).reshape(moved.shape[0], moved.shape[-1], -1))
+
+
+def _pieces(matrix: npt.NDArray[np.floating]) -> list[tuple[slice, slice]]:
+    """Parts of the input and output channels, each of about CHUNK weights, that cut the longer way in memory."""
+    inputs, outputs, taps = matrix.shape
+    if matrix.strides[0] >= matrix.strides[1]:
+        step = max(1, CHUNK // max(outputs * taps, 1))
+        return [(slice(i, i + step), slice(None)) for i in range(0, inputs, step)]
+    step = max(1, CHUNK // max(inputs * taps, 1))
+    return [(slice(None), slice(i, i + step)) for i in range(0, outputs, step)]
+
+
+def _sizes(matrix: npt.NDArray[np.floating]) -> tuple[Floats, Floats]:
+    """(input channels,) each: the largest magnitude and the sum of squares of the weights that read a channel."""
+    most, power = np.zeros(matrix.shape[0]), np.zeros(matrix.shape[0])
+
+    def look(piece: tuple[slice, slice]) -> tuple[Floats, Floats]:
+        wide = matrix[piece].astype(np.float64)
+        largest = np.maximum(wide.max(axis=(1, 2)), -wide.min(axis=(1, 2)))
+        return largest, np.square(wide, out=wide).sum(axis=(1, 2))
+
+    pieces = _pieces(matrix)
+    for piece, (largest, squares) in zip(pieces, overlapped(look, pieces, cores()), strict=True):
+        np.maximum(most[piece[0]], largest, out=most[piece[0]])
+        power[piece[0]] += squares
+    return most, power
+
+
+def _peaks(matrix: npt.NDArray[np.floating], s: Floats) -> Floats:
+    """(output channels,) the largest magnitude of the weights of each, multiplied by the channel scales."""
+    most = np.zeros(matrix.shape[1])
+    factor = s.astype(np.float32)[:, None, None]
+
+    def look(piece: tuple[slice, slice]) -> Floats:
+        scaled = np.asarray(matrix[piece] * factor[piece[0]], dtype=np.float32)
+        return np.asarray(np.maximum(scaled.max(axis=(0, 2)), -scaled.min(axis=(0, 2))), dtype=np.float64)
+
+    pieces = _pieces(matrix)
+    for piece, largest in zip(pieces, overlapped(look, pieces, cores()), strict=True):
+        np.maximum(most[piece[1]], largest, out=most[piece[1]])
+    return most
+
+
+def _noise(
+    rows: Floats,
+    matrices: list[npt.NDArray[np.floating]],
+    read: Floats,
+    s: Floats,
+    params: QParams,
+    limit: int,
+) -> float:
+    """Predicted error power at the consumers' outputs per position, for channels divided by s.
+
+    `read` is the sum of squares of the weights that read each channel.
+    """
+    data = float(_data_errors(rows, s, params).mean(axis=0) @ read)
+    power = float(((rows / s) ** 2).mean(axis=0).sum())
+    weights = math.fsum(float(((_peaks(m, s) / limit) ** 2).sum()) / 12 * m.shape[2] for m in matrices)
+    return data + weights * power

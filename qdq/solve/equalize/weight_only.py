@@ -1,0 +1,117 @@
+"""Channel scales for weight-only blocks: AWQ's, which multiply the weights that meet large inputs, or SINQ's.
+
+weights that read one tensor + second moments of it -> the exponent of `qdq.equalize.awq` with the least error at the
+outputs of all of them -> divisors of the tensor's channels, or nothing where no exponent beats none. `levelled` takes
+those of `qdq.equalize.sinq` from the weights alone where they have a smaller error so.
+It must not run a model or change a graph.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from qdq.core.formats import FORMATS
+from qdq.core.qtensor import block_params, from_codes, to_codes
+from qdq.core.resources import cores
+from qdq.solve.equalize.formulas import awq, sinq
+from qdq.solve.rounding.awq import block_loss
+
+ROWS = 1024  # output channels of a weight looked at while searching, spread over all of them
+
+Floats = npt.NDArray[np.float64]
+
+
+def balanced(
+    weights: Sequence[npt.NDArray[np.floating]], blocks: Sequence[int], moment: Floats, *, fmt: str
+) -> npt.NDArray[np.float32] | None:
+    """Divisors of the channels of one tensor.
+
+    Args:
+        weights: (output channels, input channels) each, all that read the tensor.
+        blocks: of each weight.
+        moment: (input channels, input channels) second moment of the tensor.
+        fmt: the weights' format.
+
+    Returns:
+        (input channels,) float32, or None where the error is least without. The error is that of nearest codes, over
+        all output channels, each block's by itself: rounding errors of different blocks have nothing in common, and
+        only 1 / blocks of the products is left.
+    """
+    typical = np.sqrt(np.maximum(np.diag(moment), 0))
+    found: npt.NDArray[np.float32] | None = None
+    least = np.inf
+    some = _some(weights)
+    for s in awq.candidates(typical, typical):
+        divisor = s.astype(np.float32)
+        error = _error(some, blocks, moment, divisor, fmt)
+        if error < least:
+            least, found = error, divisor
+    ones = np.ones(moment.shape[0], dtype=np.float32)
+    if found is None or np.array_equal(found, ones):
+        return None
+    if any(len(s) < len(w) for s, w in zip(some, weights, strict=True)) and _error(
+        weights, blocks, moment, found, fmt
+    ) >= _error(weights, blocks, moment, ones, fmt):
+        return None
+    return found
+
+
+def levelled(
+    weights: Sequence[npt.NDArray[np.floating]], blocks: Sequence[int], *, fmt: str
+) -> npt.NDArray[np.float32] | None:
+    """Divisors of the channels of one tensor by SINQ.
+
+    Args:
+        weights: (output channels, input channels) each, all that read the tensor.
+        blocks: of each weight.
+        fmt: the weights' format.
+
+    Returns:
+        (input channels,) float32, or None where the weights themselves have no smaller squared error with them.
+    """
+    divisor = sinq.balanced(np.concatenate(_some(weights))).astype(np.float32)
+    error, plain = (_error(weights, blocks, None, s, fmt) for s in (divisor, np.ones_like(divisor)))
+    return divisor if error < plain else None
+
+
+def _some(weights: Sequence[npt.NDArray[np.floating]]) -> list[npt.NDArray[np.floating]]:
+    """About ROWS output channels of each weight."""
+    return [w[:: max(1, -(-w.shape[0] // ROWS))] for w in weights]
+
+
+def _error(
+    weights: Sequence[npt.NDArray[np.floating]],
+    blocks: Sequence[int],
+    moment: Floats | None,
+    divisor: npt.NDArray[np.float32],
+    fmt: str,
+) -> float:
+    """Squared error at all outputs for channels divided by `divisor`; that of the weights where no moment is given."""
+    total = 0.0
+    for weight, block in zip(weights, blocks, strict=True):
+
+        def lost(piece: tuple[int, int], weight: npt.NDArray[np.floating] = weight, block: int = block) -> float:
+            rows, part = slice(piece[0], piece[0] + ROWS), slice(piece[1], piece[1] + block)
+            scaled = np.ascontiguousarray(weight[rows, part] * divisor[part], dtype=np.float32)
+            params = block_params(scaled, axis=1, block=block, fmt=FORMATS[fmt])
+            error = from_codes(to_codes(scaled, params), params)
+            error -= scaled
+            error = np.ascontiguousarray(error / divisor[part])
+            if moment is None:
+                loss = np.einsum("ij,ij->i", error, error)
+            else:
+                loss = block_loss(error, moment[part, part].astype(np.float32))
+            return float(loss.sum(dtype=np.float64))
+
+        # One block of some channels at a time stays in the cache. A format that shares a scale among all blocks is
+        # judged with one per piece: that moves the grid of its scales by less than half a step.
+        pieces = itertools.product(range(0, weight.shape[0], ROWS), range(0, weight.shape[1], block))
+        with ThreadPoolExecutor(cores()) as pool:
+            total += math.fsum(pool.map(lost, pieces))
+    return total

@@ -1,0 +1,90 @@
+"""AWQ's clipping: block scales that minimise the error at the layer's output, each block by itself.
+
+Lin et al., AWQ, arXiv 2306.00978: per output channel and block the largest magnitude is lowered while
+||x_g (w_g - q(w_g))||^2 falls. The other half of AWQ, scaling the input channels, is `qdq.equalize.awq`. Here the norm
+is taken exactly from the second moments of the block's inputs.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from qdq.core.resources import cores
+from qdq.solve.rounding import clip, nearest
+from qdq.solve.rounding.clip import RATIOS
+from qdq.solve.rounding.nearest import Kind
+from qdq.solve.rounding.nearest import round_rows as round_rows
+
+ROWS = 1024  # output channels worked on at a time, in each of the threads
+
+SMALL = 16  # rows
+
+Floats = npt.NDArray[np.float32]
+
+
+def block_loss(error: Floats, moment: Floats) -> Floats:
+    """Per row e M e^T for the errors of one block.
+
+    Sixteen rows at a time: a product that small stays on the calling thread, for the threads are taken by blocks.
+
+    Args:
+        error: (rows, block) float32, contiguous.
+        moment: (block, block) float32.
+
+    Returns:
+        (rows,) float32.
+    """
+    rows, block = error.shape
+    whole = rows // SMALL * SMALL
+    read = np.empty_like(error)
+    np.matmul(error[:whole].reshape(-1, SMALL, block), moment, out=read[:whole].reshape(-1, SMALL, block))
+    np.matmul(error[whole:], moment, out=read[whole:])
+    return np.asarray(np.einsum("ij,ij->i", read, error))
+
+
+def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, high: int, kind: Kind = None) -> Floats:
+    """Scales of least output error of each block over every other of RATIOS; without data those of least weight error.
+
+    Args:
+        view: (rows, blocks, block, 1).
+        H: (columns, columns) second moment of the inputs, or None.
+        low: smallest code.
+        high: largest code.
+        kind: as of `nearest.snap`.
+
+    Returns:
+        (rows, blocks, 1, 1) float32, zero where a block holds zeros only.
+    """
+    if H is None or not H.any():
+        return clip.block_scales(view, None, low=low, high=high, kind=kind)
+    rows, blocks, block, _ = view.shape
+    whole = nearest.block_scales(view, None, low=low, high=high)
+    best = whole.copy()
+    moments = [H[k : k + block, k : k + block].astype(np.float32) for k in range(0, blocks * block, block)]
+
+    def work(b: int) -> None:
+        for start in range(0, rows, ROWS):
+            part = slice(start, start + ROWS)
+            x = np.ascontiguousarray(view[part, b, :, 0], dtype=np.float32)
+            scale, chosen = whole[part, b, :, 0], best[part, b, :, 0]
+            safe = np.where(scale > 0, scale, 1)
+            least = np.full(scale.shape, np.inf, dtype=np.float32)
+            error = np.empty_like(x)
+            for ratio in RATIOS[::2]:
+                trial = safe * ratio
+                np.divide(x, trial, out=error)
+                nearest.snap(error, low, high, kind, out=error)
+                error *= trial
+                error -= x
+                loss = block_loss(error, moments[b])[:, None]
+                better = (loss < least) & (scale > 0)
+                least[better] = loss[better]
+                chosen[better] = trial[better]
+
+    with ThreadPoolExecutor(cores()) as pool:
+        for _ in pool.map(work, range(blocks)):
+            pass
+    return best

@@ -1,0 +1,143 @@
+"""Coordinate descent on codes and block scales, from where GPTQ ends: each step lowers the layer's output error.
+
+QuantEase, Behdin et al., arXiv 2309.01885: with H the second moment of the inputs and E = W - Q the error, the best
+change of column j alone is (E H)_j / H_jj, rounded; columns are visited in turn until none changes. Between sweeps the
+scale of every block moves to its least squares value for the codes it has.
+
+H is damped as in GPTQ: few samples say nothing of many directions, in which the weight error itself must stay small.
+Letters as in `qdq.rounding.gptq`: W (rows, columns), H (columns, columns), objective per row E H E^T.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from qdq.solve.rounding import gptq, nearest
+from qdq.solve.rounding.gptq import block_scales as block_scales
+from qdq.solve.rounding.nearest import Kind
+
+SWEEPS = 12  # most codes are settled after four
+
+Floats = npt.NDArray[np.float64]
+
+
+def round_rows(
+    W: Floats,
+    scale: Floats,
+    H: Floats | None,
+    *,
+    low: int,
+    high: int,
+    kind: Kind = None,
+    damping: float = gptq.DAMP,
+    act_order: bool = True,
+) -> Floats:
+    """Codes that no change of one weight improves; no row is worse than with GPTQ.
+
+    Args:
+        W: (rows, columns) float64.
+        scale: (rows, 1) or (rows, columns) float64, positive.
+        H: (columns, columns) float64, symmetric, positive semidefinite; None or all zero means nothing is known.
+        low: smallest code.
+        high: largest code.
+        kind: as of `nearest.snap`.
+        damping: as of GPTQ.
+        act_order: of GPTQ, which it starts from.
+
+    Returns:
+        (rows, columns) float64, integers in [low, high].
+    """
+    codes = gptq.round_rows(W, scale, H, low=low, high=high, kind=kind, damping=damping, act_order=act_order)
+    if H is None or not H.any():
+        return codes
+    return settle(W, codes, scale, H, low=low, high=high, kind=kind, damping=damping)
+
+
+def settle(
+    W: Floats,
+    codes: Floats,
+    scale: Floats,
+    H: Floats,
+    *,
+    low: int,
+    high: int,
+    kind: Kind = None,
+    damping: float = gptq.DAMP,
+) -> Floats:
+    """Codes that no change of one weight improves, found from others; no row gets worse."""
+    start, codes = codes, codes.copy()
+    step = np.broadcast_to(scale, W.shape)
+    damped = gptq.damped(H, damping)
+    for _ in range(SWEEPS):
+        if not _sweep(W, codes, step, damped, low, high, kind):
+            break
+    better = gptq.loss(W - codes * step, H) < gptq.loss(W - start * step, H)
+    return np.where(better[:, None], codes, start)
+
+
+def refine(
+    W: Floats, codes: Floats, scales: Floats, H: Floats, *, low: int, high: int, damping: float = gptq.DAMP
+) -> tuple[Floats, Floats]:
+    """Better scales for the blocks, and the codes that go with them.
+
+    Args:
+        W: (rows, columns) float64.
+        codes: (rows, columns) to start from.
+        scales: (rows, blocks) to start from, positive.
+        H: (columns, columns) float64.
+        low: smallest code.
+        high: largest code.
+        damping: as of GPTQ.
+
+    Returns:
+        Codes, integers in [low, high], and (rows, blocks) scales, positive.
+    """
+    codes, scales = codes.copy(), scales.copy()
+    block = W.shape[1] // scales.shape[1]
+    H = gptq.damped(H, damping)
+    for _ in range(SWEEPS):
+        _refit(W, codes, scales, H)
+        if not _sweep(W, codes, np.repeat(scales, block, axis=1), H, low, high):
+            break
+    return codes, scales
+
+
+def _sweep(W: Floats, codes: Floats, step: Floats, H: Floats, low: int, high: int, kind: Kind = None) -> bool:
+    """Visit every column once; whether a code changed. Other columns than a block's own learn of it block by block."""
+    pull = ((W - codes * step) @ H).T.copy()  # (columns, rows), as the three below: one column is read at a time
+    held, steps = codes.T.copy(), step.T.copy()
+    changed = False
+    for start in range(0, H.shape[0], gptq.BLOCK):
+        part = slice(start, min(start + gptq.BLOCK, H.shape[0]))
+        near, square = pull[part].copy(), H[part, part]
+        moves = np.zeros_like(near)
+        for i, j in enumerate(range(part.start, part.stop)):
+            if H[j, j] <= 0:
+                continue
+            wanted = nearest.snap(held[j] + near[i] / (H[j, j] * steps[j]), low, high, kind)
+            moves[i] = (wanted - held[j]) * steps[j]
+            if moves[i].any():
+                near[i + 1 :] -= np.outer(square[i + 1 :, i], moves[i])
+                held[j] = wanted
+        if moves.any():
+            changed = True
+            pull -= H[:, part] @ moves
+    codes[...] = held.T
+    return changed
+
+
+def _refit(W: Floats, codes: Floats, scales: Floats, H: Floats) -> None:
+    """Move each block's scale to its least squares value given all other blocks, in turn."""
+    blocks = scales.shape[1]
+    block = W.shape[1] // blocks
+    error = W - codes * np.repeat(scales, block, axis=1)
+    for b in range(blocks):
+        part = slice(b * block, (b + 1) * block)
+        q = codes[:, part]
+        energy = np.einsum("ij,ij->i", q @ H[part, part], q)
+        along = np.einsum("ij,ij->i", error @ H[:, part], q)
+        found = scales[:, b] + np.divide(along, energy, out=np.zeros_like(along), where=energy > 0)
+        found = np.where(found > 0, found, scales[:, b])
+        error[:, part] -= q * (found - scales[:, b])[:, None]
+        scales[:, b] = found

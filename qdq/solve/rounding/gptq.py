@@ -1,0 +1,107 @@
+"""GPTQ: round column by column and let the columns not yet rounded make up for the error.
+
+Letters of Frantar et al., GPTQ, arXiv 2210.17323, algorithm 1: W (rows, columns), H = X X^T over calibration inputs,
+objective per row (W - Q) H (W - Q)^T. Columns go in the order of falling H diagonal (act-order of the authors' code).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from qdq.solve.rounding import clip, nearest
+from qdq.solve.rounding.nearest import Kind
+
+DAMP = 0.01  # of the mean diagonal, as in the paper's code
+BLOCK = 128  # columns whose updates to the later ones are applied at once
+
+Floats = npt.NDArray[np.float64]
+
+
+def damped(H: Floats, damping: float = DAMP) -> Floats:
+    """H with a share of its mean diagonal added to the diagonal."""
+    found = H.copy()
+    np.fill_diagonal(found, np.diag(H) + damping * np.mean(np.diag(H)))
+    return found
+
+
+def loss(E: Floats, H: Floats) -> Floats:
+    """Per row E H E^T: the squared output error that a weight error E causes; (rows,) float64."""
+    return np.asarray(np.einsum("ij,ij->i", E @ H, E))
+
+
+def block_scales(
+    view: npt.NDArray[np.float32], H: Floats | None, *, low: int, high: int, kind: Kind = None
+) -> npt.NDArray[np.float32]:
+    """Scales of blocks before any weight is rounded (the authors' static groups), so that columns may go in any order.
+
+    Args:
+        view: (rows, blocks, block, 1).
+        H: (columns, columns); its diagonal weighs the squared errors; None weighs them alike.
+        low: smallest code.
+        high: largest code.
+        kind: as of `nearest.snap`.
+
+    Returns:
+        (rows, blocks, 1, 1) float32, zero where a block holds zeros only.
+    """
+    known = H is not None and H.any()
+    importance = np.diag(H).reshape(view.shape[1:3]).astype(np.float32) if H is not None and known else None
+    return clip.searched(view, importance, low=low, high=high, kind=kind)
+
+
+def round_rows(
+    W: Floats,
+    scale: Floats,
+    H: Floats | None,
+    *,
+    low: int,
+    high: int,
+    kind: Kind = None,
+    damping: float = DAMP,
+    act_order: bool = True,
+) -> Floats:
+    """Codes that keep the layer's output error on the calibration inputs small; no row is worse than nearest.
+
+    Args:
+        W: (rows, columns) float64.
+        scale: (rows, 1) or (rows, columns) float64, positive.
+        H: (columns, columns) float64, symmetric, positive semidefinite; None or all zero means nothing is known.
+        low: smallest code.
+        high: largest code.
+        kind: as of `nearest.snap`.
+        damping: share of H's mean diagonal that is added to the diagonal.
+        act_order: columns of falling H diagonal; else in the order they lie in.
+
+    Returns:
+        (rows, columns) float64, integers in [low, high].
+    """
+    plain = nearest.round_rows(W, scale, H, low=low, high=high, kind=kind)
+    if H is None or not H.any():
+        return plain
+    order = np.argsort(-np.diag(H), kind="stable") if act_order else np.arange(H.shape[0])
+    codes = np.empty_like(plain)
+    ordered = scale if scale.shape[1] == 1 else scale[:, order]
+    codes[:, order] = _sweep(W[:, order], ordered, damped(H[np.ix_(order, order)], damping), low, high, kind)
+    better = loss(W - codes * scale, H) < loss(W - plain * scale, H)
+    return np.where(better[:, None], codes, plain)
+
+
+def _sweep(W: Floats, scale: Floats, H: Floats, low: int, high: int, kind: Kind) -> Floats:
+    """Algorithm 1 on columns that are already in order, with H damped."""
+    columns = H.shape[0]
+    # The upper Cholesky factor of the inverse: row j tells how the error of column j is spread over the later columns.
+    inverse = np.linalg.inv(H)
+    U = np.linalg.cholesky((inverse + inverse.T) / 2).T
+    left = W.copy()
+    codes = np.empty_like(W)
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        errors = np.empty((W.shape[0], stop - start))
+        for j in range(start, stop):
+            step = scale[:, j] if scale.shape[1] > 1 else scale[:, 0]
+            codes[:, j] = nearest.snap(left[:, j] / step, low, high, kind)
+            errors[:, j - start] = (left[:, j] - codes[:, j] * step) / U[j, j]
+            left[:, j:stop] -= np.outer(errors[:, j - start], U[j, j:stop])
+        left[:, stop:] -= errors @ U[start:stop, stop:]
+    return codes

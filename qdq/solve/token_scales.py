@@ -1,0 +1,121 @@
+"""FPTQ's rule: a tensor has one scale, or one after its channels are equalized, or one per token.
+
+ranges, v0, v1 -> `classes`: up to v0 one scale, up to v1 equalized, beyond per token (Li et al., arXiv 2308.15987).
+With v0 'auto' equalization is tried everywhere, and kept where it is predicted to gain. With v1 'auto' a tensor gets
+one scale per token only where the error of one scale, seen at the outputs of its readers, is not small against that of
+their weights' own few bits (`by_error`): per token costs kernels, and what is lost in the weights' noise is not worth
+them. It must not change a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qdq.core.progress import Progress
+from qdq.core.qtensor import QParams
+from qdq.measure.inference.samples import Sample
+from qdq.measure.table import CalibrationTable
+from qdq.model.model import Model
+from qdq.model.nodes import attribute, attribute_value
+from qdq.plan.plan import Plan, Point
+from qdq.plan.settings import V0, V1
+from qdq.solve.equalize import predicted_error
+
+MOST_SHARE = 0.25  # of the weights' noise: with so much more of the data's the outputs lose 1 dB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Classes:
+    """What FPTQ's rule says.
+
+    Attributes:
+        tokens: tensors with one scale per token.
+        compressed: tensors to equalize; None where the rule is about none, and the settings say it of all.
+        notes: what a person should know.
+    """
+
+    tokens: tuple[str, ...]
+    compressed: tuple[str, ...] | None
+    notes: tuple[str, ...]
+
+
+def classes(model: Model, plan: Plan, table: CalibrationTable, *, data: bool) -> Classes:
+    """Each tensor's class by its range.
+
+    Args:
+        model: the prepared float model.
+        plan: its points; `Spec.token` says which tensors the rule is about.
+        table: their ranges.
+        data: whether there are samples; without them 'auto' is the paper's number.
+    """
+    asked = [p for p in plan.activations if p.spec.token]
+    if not asked:
+        return Classes(tokens=(), compressed=None, notes=())
+    v0, v1 = plan.settings.v0, plan.settings.v1
+    notes = []
+    if "auto" in (v0, v1) and not data:
+        notes.append(f"v0 and v1 cannot be chosen without samples: auto stands for {V0:g} and {V1:g}")
+    least = (0.0 if data else V0) if v0 == "auto" else float(v0)
+    most = (float("inf") if data else V1) if v1 == "auto" else float(v1)
+    tokens, compressed = [], [p.tensor for p in plan.activations if not p.spec.token]
+    given_up = 0
+    for point in asked:
+        span = table.tensors[point.tensor].amax
+        if point.spec.token == "always" or span > most:
+            if can_have_tokens(model, point):
+                tokens.append(point.tensor)
+                continue
+            given_up += 1
+        if point.spec.token == "fptq" and span > least:
+            compressed.append(point.tensor)
+    if given_up:
+        notes.append(
+            f"{given_up} tensors keep one scale although their range asks for one per token: a reader is no MatMul, "
+            "and no Gemm without transA, alpha and beta"
+        )
+    return Classes(tokens=tuple(tokens), compressed=tuple(compressed), notes=tuple(notes))
+
+
+def can_have_tokens(model: Model, point: Point) -> bool:
+    """Whether all readers can take data with one scale per row: the scales come back as a factor behind each."""
+    for name, index in point.uses:
+        node = model.node(name)
+        plain = all(attribute_value(node, a, 1.0) == 1.0 for a in ("alpha", "beta"))
+        gemm = node.op_type == "Gemm" and plain and not attribute(node, "transA", 0)
+        if index != 0 or not (node.op_type == "MatMul" or gemm):
+            return False
+    return True
+
+
+def by_error(
+    model: Model,
+    plan: Plan,
+    params: Mapping[str, QParams],
+    divisors: Mapping[str, npt.NDArray[np.float32]],
+    samples: Iterable[Sample],
+    *,
+    on_progress: Progress | None = None,
+) -> tuple[str, ...]:
+    """The tensors that get one scale per token because one for all would be worse, and felt.
+
+    Args:
+        model: the prepared float model.
+        plan: its points; nothing is chosen unless v1 is 'auto'.
+        params: of the tensors that have one scale so far.
+        divisors: of those that are equalized.
+        samples: re-iterable calibration samples.
+        on_progress: called with (samples done, samples in all or None, text).
+    """
+    asked = {
+        p.tensor: p
+        for p in plan.activations
+        if p.spec.token == "fptq" and p.tensor in params and can_have_tokens(model, p)
+    }
+    if plan.settings.v1 != "auto" or not asked:
+        return ()
+    found = predicted_error.errors(model, plan, asked, params, divisors, samples, on_progress=on_progress)
+    return tuple(t for t, e in found.items() if e.data > MOST_SHARE * e.weights and e.tokens < e.data)

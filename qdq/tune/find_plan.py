@@ -1,0 +1,108 @@
+"""A tuned plan: quick ranges, the search, and the accuracy that an error bound is verified by."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from engines.core.errors import BuildError
+from qdq.assemble.held_out import Judge, Split, ranked
+from qdq.assemble.quantize import quantize
+from qdq.assemble.tables import Tables
+from qdq.build.cost import Price
+from qdq.build.pricer import Pricer
+from qdq.core.progress import Progress
+from qdq.measure.inference.inputs import as_samples
+from qdq.measure.inference.samples import Sample
+from qdq.model.model import Model
+from qdq.plan.plan import Plan
+from qdq.plan.settings import Settings
+from qdq.tune.search import tune
+from qdq.tune.tuned import Tuned
+from qdq.tune.workshop import Workshop
+
+JUDGED = 8  # calibration samples that a tuned plan is measured on, at most
+
+
+def accuracy(prepared: Model, samples: Iterable[Sample], settings: Settings) -> Callable[[Plan], float]:
+    """What `tune` measures a plan by: quantized with all samples, the outputs' SQNR in dB on a few of them.
+
+    Biases are not corrected, which takes long; that is done to the final model where it gains.
+    """
+    settings = replace(settings, bias_correction="off")
+    tables: Tables | None = None
+    held: Split | None = None
+
+    def measure(plan: Plan) -> float:
+        nonlocal settings, tables, held
+        tables = tables or Tables(model=prepared, samples=as_samples(samples, prepared))
+        made = quantize(prepared, tables.samples, settings=settings, plan=plan, table=tables.of(plan))
+        settings = replace(settings, equalize=made.plan.settings.equalize)  # 'auto' is settled by the first plan
+        held = held or Split(samples=tables.samples, fit=(), held=frozenset(ranked(tables.samples)[:JUDGED]))
+        return Judge(prepared, held).sqnr_db(made.model)
+
+    return measure
+
+
+FEW = 2  # samples that give the quick ranges and the accuracy of variants
+EITHER = ("fp16", "fp32")  # what the rest may be if nobody says, the usual one first
+
+
+def find_plan(
+    prepared: Model,
+    pricer: Pricer,
+    *,
+    samples: Iterable[Sample] | None,
+    on_progress: Progress | None = None,
+) -> Tuned:
+    """The plan with the least predicted time.
+
+    Args:
+        prepared: float model.
+        pricer: of the recipe, whose settings, rest and time limit count, and with samples, where placement is tuned,
+            `min_sqnr_db`.
+        samples: re-iterable; a few, whatever their order, are looked at, and a bound is verified with all of them.
+            None takes every tensor for lopsided.
+        on_progress: told about every variant.
+
+    Raises:
+        BuildError: no way to write the model compiles.
+    """
+    recipe = pricer.recipe
+    few = None if samples is None else _few(samples)
+    rests = EITHER if recipe.rest == "auto" else (recipe.rest,)
+    with pricer.parallel():
+        found = tune(
+            Workshop(model=prepared, settings=recipe.settings, rests=rests, samples=few),
+            pricer,
+            placement=recipe.tune == "placement",
+            min_sqnr_db=recipe.limits.get("min_sqnr_db", -math.inf),
+            measure=None if samples is None else accuracy(prepared, samples, recipe.settings),
+            time_limit_s=recipe.time_limit_s,
+            on_progress=on_progress,
+        )
+    if math.isinf(found.price.us):
+        raise pricer.failure or BuildError("No way to write the model compiles.")
+    return found
+
+
+def difference(found: Tuned, built: Price) -> str:
+    """How the kernels that were built differ from those that were tuned, in a sentence; "" where they do not."""
+    wanted, got = (Counter(k.signature for k in price.kernels) for price in (found.price, built))
+    lost, new = list((wanted - got).elements()), list((got - wanted).elements())
+    if not lost and not new:
+        return ""
+    first = f"; the first that was built otherwise: {(new or lost)[0]}"
+    return (
+        f"{len(new)} of {len(built.kernels)} kernels are not those that were tuned: {built.us:.1f} us predicted, "
+        f"{found.price.us:.1f} when tuned{first}"
+    )
+
+
+def _few(samples: Iterable[Sample]) -> tuple[Sample, ...]:
+    """A choice of samples, and an order of them, that the order of all does not matter for."""
+    chosen = ranked(samples)[:FEW]
+    by_index = {index: sample for index, sample in enumerate(samples) if index in chosen}
+    return tuple(by_index[index] for index in chosen)

@@ -1,0 +1,368 @@
+"""Search the way to write a model that the compiler's result is predicted fastest for, with the compiler as judge.
+
+Workshop -> starting points (rest type alone; all quantized; with rewrites) -> the best -> moves on classes of alike
+nodes, dearest first, each kept if the predicted time falls -> Tuned: a Plan, its price, and what it was compared with.
+The price is never above that of any variant looked at, so never above the float model's or the untuned plan's.
+It must not know an engine: a `Judge` compiles and prices.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice
+
+from qdq.build.cost import Judge, Price
+from qdq.core.progress import Progress
+from qdq.passes.rewrites import FLOAT_REWRITES, QUANTIZED_REWRITES
+from qdq.plan.plan import Plan
+from qdq.tune.moves import Move, finer_codes, into_float, into_integer, possible, times_of
+from qdq.tune.tuned import Tuned
+from qdq.tune.variant import Variant
+from qdq.tune.workshop import Workshop
+
+LEAST_GAIN = 0.001  # of the time: less is no reason to leave a node in float, or to rewrite
+COARSER_GAIN = 0.004  # of the time: less is no reason for coarser codes
+COARSER, FREE = ("common", "centred"), ("int8", "int8 rewritten", "shared", "channels", "shifted")
+MARGIN_DB = 1.5  # asked for beyond the bound at first: quick scales, and one sample
+RESERVE_DB = 0.5  # above the bound on calibration samples: others have less (DynUNet, 4 crops: by 0.3 and 0.8 dB)
+SPARE_DB = 0.8  # aimed at above the bound, once quick and calibrated scales have been compared
+SLACK_DB = 1.2  # above the bound: less is not worth another search
+ROUNDS = 3  # of quantizing as it will be and searching on
+FIRST = 0.7  # of the time for the search before the first round
+SHARES = (1.0, 0.5, 0.25)  # of the products quantized, most multiply-adds per byte first: starting points
+
+
+def tune(
+    workshop: Workshop,
+    judge: Judge,
+    *,
+    placement: bool = True,
+    min_sqnr_db: float = -math.inf,
+    measure: Callable[[Plan], float] | None = None,
+    time_limit_s: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
+    on_progress: Progress | None = None,
+) -> Tuned:
+    """Find the variant with the least predicted time.
+
+    Args:
+        workshop: writes the variants.
+        judge: compiles and prices them.
+        placement: also choose which nodes are quantized; False quantizes all that the rules want.
+        min_sqnr_db: of the workshop's samples; where the fastest variant has less, what costs least time for the noise
+            that it takes away is given up until it has as much. Needs samples; means nothing without `placement`.
+        measure: quantizes by a plan as it will be shipped, and says the SQNR in dB. What is given up is then adjusted
+            by how far quick scales are from it; what does not keep the bound by this measure is not returned.
+        time_limit_s: seconds after which no further variant is compiled, apart from those to compare with: nothing
+            quantized, and everything.
+        clock: seconds.
+        on_progress: called with (variants done, None, text).
+
+    Returns:
+        The best variant and what it was compared with.
+    """
+    bounded = placement and min_sqnr_db > -math.inf and workshop.samples is not None
+    verified = measure if bounded else None
+    first = time_limit_s * (FIRST if verified else 1)
+    search = _Search(workshop, judge, placement, clock() + first, clock, on_progress)
+    if bounded:
+        search.most = 10 ** (-(min_sqnr_db + MARGIN_DB) / 10)
+    search.start()
+    search.bound()
+    search.descend()
+    if verified:
+        search.verify(min_sqnr_db, verified, time_limit_s * (1 - FIRST) / (ROUNDS - 1))
+    return search.result()
+
+
+@dataclass(slots=True)
+class _Search:
+    """The best so far, and every price known."""
+
+    workshop: Workshop
+    judge: Judge
+    placement: bool
+    deadline: float
+    clock: Callable[[], float]
+    on_progress: Progress | None
+    best: Variant = field(default_factory=Variant)
+    prices: dict[Variant, Price] = field(default_factory=dict)
+    steps: list[str] = field(default_factory=list)
+    complete: bool = True
+    plain: float = math.inf
+    untuned: float = math.inf
+    most: float = math.inf
+
+    def price(self, variant: Variant) -> Price:
+        """Compile a variant, once."""
+        if variant not in self.prices:
+            self.learn([variant])
+        return self.prices[variant]
+
+    def learn(self, variants: Sequence[Variant]) -> None:
+        """Compile variants at the same time."""
+        if self.on_progress:
+            self.on_progress(len(self.prices), None, "Tune")
+        found = self.judge.many([self.workshop.model_of(v) for v in variants])
+        self.prices |= dict(zip(variants, found, strict=True))
+
+    def ahead(self, variants: Iterable[Variant]) -> Iterator[Variant]:
+        """The same variants, as many at a time compiled as the judge can; ends when the time is up."""
+        left = iter(variants)
+        while not self.late() and (some := list(islice(left, self.judge.width))):
+            unknown = [v for v in dict.fromkeys(some) if v not in self.prices]
+            if len(unknown) > 1:
+                self.learn(unknown)
+            yield from some
+
+    def start(self) -> None:
+        """Compile the starting points and stand on the best."""
+        shop = self.workshop
+        everything = self.hoisted(Variant(integer=frozenset(shop.quantizable(Variant()))))
+        self.untuned = self.price(everything).us
+        self.plain = self.price(Variant()).us
+        first = self.best = Variant() if self.placement else everything
+        self.keep(everything, "quantized wherever it is possible")
+        for rest in shop.rests[1:]:
+            if self.late():
+                return
+            move = Move(kind="rest", nodes=(rest,))
+            self.keep(move.of(first), str(move))
+        rewritten = replace(first, rest=self.best.rest)
+        for _ in self.ahead(self.together(rewritten)):
+            pass
+        for name in FLOAT_REWRITES:
+            if self.late():
+                return
+            if fits := shop.fits(name, rewritten):
+                candidate = self.requantized(rewritten.with_rewrite(name, fits))
+                rewritten = min((rewritten, candidate), key=self.us)
+        self.keep(rewritten, "rewrites of the float model")
+        if self.placement:
+            for start in self.ahead(self.shares(rewritten)):
+                self.keep(start, "quantized where products are many for their bytes")
+
+    def together(self, variant: Variant) -> Iterator[Variant]:
+        """With the first rewrite, the first two, and so on: what is looked at next if each is kept."""
+        for name in FLOAT_REWRITES if self.judge.width > 1 else ():
+            if fits := self.workshop.fits(name, variant):
+                variant = self.requantized(variant.with_rewrite(name, fits))
+                yield variant
+
+    def late(self) -> bool:
+        """Whether the time is up."""
+        self.complete = self.complete and self.clock() <= self.deadline
+        return not self.complete
+
+    def requantized(self, variant: Variant) -> Variant:
+        """With all quantized where that is not searched: a rewrite may make nodes that can be quantized."""
+        if self.placement:
+            return variant
+        return self.hoisted(replace(variant, integer=frozenset(self.workshop.quantizable(variant))))
+
+    def us(self, variant: Variant) -> float:
+        """Its predicted microseconds."""
+        return self.price(variant).us
+
+    def hoisted(self, variant: Variant) -> Variant:
+        """The same with each rewrite of the quantized stage that makes it better."""
+        for name in QUANTIZED_REWRITES:
+            if fits := self.workshop.fits(name, variant):
+                variant = min((variant, variant.with_rewrite(name, fits)), key=self.us)
+        return variant
+
+    def shares(self, variant: Variant) -> Iterator[Variant]:
+        """Variants with a part of the products quantized, with and without rewrites that make more quantizable."""
+        shop = self.workshop
+        for name in FLOAT_REWRITES:
+            fits = shop.fits(name, variant)
+            wider = variant.with_rewrite(name, fits) if fits else variant
+            if len(shop.quantizable(wider)) > len(shop.quantizable(variant)):
+                yield from self.parts(wider)
+        yield from self.parts(variant)
+
+    def parts(self, variant: Variant) -> Iterator[Variant]:
+        """Variants with a share of the products quantized."""
+        worth: dict[str, float] = {}
+        for kernel in self.price(variant).kernels:
+            for node in kernel.nodes:
+                worth[node] = max(worth.get(node, 0.0), kernel.macs / max(kernel.bytes, 1))
+        order = sorted(self.workshop.quantizable(variant), key=lambda node: -worth.get(node, 0.0))
+        model = self.workshop.base(variant).model
+        convolutions = [node for node in order if model.node(node).op_type == "Conv"]
+        chosen = [order[: round(share * len(order))] for share in SHARES]
+        chosen += [convolutions] if 0 < len(convolutions) < len(order) else []
+        for nodes in chosen:
+            part = replace(variant, integer=frozenset(nodes))
+            full = self.with_all(part)
+            exact = {node for name, node in full.rewrites if name == "norm_scale"}  # these have one scale already
+            level = frozenset(self.workshop.levelled(part)) & part.integer - exact
+            for centred in (frozenset(self.workshop.lopsided(part)), frozenset[str]()):
+                yield replace(full, common=level, centred=centred)
+                yield replace(full, centred=centred)
+            yield part
+
+    def with_all(self, variant: Variant) -> Variant:
+        """The same with all rewrites of the quantized stage."""
+        for name in QUANTIZED_REWRITES:
+            variant = variant.with_rewrite(name, self.workshop.fits(name, variant))
+        return variant
+
+    def keep(self, variant: Variant, what: str, least: float = 0.0) -> bool:
+        """Compile a variant and stand on it if it is better by a share of the time."""
+        before, after = self.us(self.best), self.us(variant)
+        if not after < before * (1 - least) or not self.accurate(variant):
+            return False
+        self.steps.append(f"{what}: {before:.1f} -> {after:.1f} us")
+        self.best = variant
+        return True
+
+    def descend(self) -> None:
+        """Try every move on the best variant, dearest nodes first, until none is left that gains."""
+        failed: set[tuple[Variant, Move]] = set()
+        gained = True
+        while gained:
+            gained, moves = False, self.steps_on()
+            while moves:
+                stands = self.best
+                moves = [m for m in moves if m.of(stands) != stands and (stands, m) not in failed]
+                for tried, _ in enumerate(self.ahead(m.of(stands) for m in moves)):
+                    if self.keep_move(moves[tried]):
+                        gained, moves = True, moves[tried + 1 :]
+                        break
+                    failed.add((stands, moves[tried]))
+                else:
+                    break
+            if self.late():
+                return
+
+    def steps_on(self) -> list[Move]:
+        """All moves from the best variant, dearest nodes first."""
+        return possible(self.workshop, self.best, self.price(self.best), placement=self.placement)
+
+    def keep_move(self, move: Move) -> bool:
+        """Make a move if it gains enough for what it is."""
+        least = COARSER_GAIN if move.kind in COARSER else 0.0 if move.kind in FREE else LEAST_GAIN
+        return self.keep(move.of(self.best), str(move), least)
+
+    def accurate(self, variant: Variant) -> bool:
+        """Whether it keeps the bound, if there is one."""
+        return self.most == math.inf or not variant.integer or (self.workshop.noise(variant) or 0.0) <= self.most
+
+    def bound(self) -> None:
+        """Where there is a bound: the best of what can be afforded from either side."""
+        if self.most < math.inf:
+            self.rescue()
+            self.afford()
+
+    def afford(self) -> None:
+        """From nothing quantized: the classes of nodes that gain most time for their noise, within the bound."""
+        base = self.floating()
+        alone = {move: move.of(base) for move in into_integer(self.workshop, base)}
+        gains = {}
+        for move, variant in zip(alone, self.ahead(alone.values()), strict=False):
+            if (gain := self.us(base) - self.us(variant)) > 0:
+                gains[move] = gain / max(self.workshop.noise(variant) or 0.0, 1e-300)
+        variant, prefixes = base, []
+        for move in sorted(gains, key=lambda m: -gains[m]):
+            if self.accurate(candidate := move.of(variant)):
+                variant = candidate
+                prefixes.append(variant)
+        for prefix in self.ahead(prefixes):
+            self.keep(prefix, "quantized where it gains most for its noise")
+
+    def rescue(self) -> None:
+        """Where the fastest variant known breaks the bound: make it finer, then less quantized, until it keeps it."""
+        fastest = min(self.prices, key=self.us)
+        if fastest == self.best or not fastest.integer or self.late():
+            return
+        finer, left = finer_codes(self.workshop, fastest), into_float(self.workshop, fastest)
+        times = times_of([*finer, *left], self.workshop.base(fastest).model, self.price(fastest))
+        finer.sort(key=lambda m: times[m])
+        refined = self.fewest(fastest, finer)
+        if refined is None:  # not enough: also leave nodes in float, where that takes most noise away for its time
+            worth = {}
+            for move in left:
+                if not self.late():
+                    alone = replace(fastest, integer=frozenset(move.nodes))
+                    worth[move] = (self.workshop.noise(alone) or 0.0) / max(
+                        times[move], LEAST_GAIN * self.us(self.best)
+                    )
+            refined = self.fewest(fastest, [*finer, *sorted(worth, key=lambda m: -worth[m])])
+        if refined is not None:
+            self.keep(refined, "finer and fewer codes, for the bound")
+
+    def verify(self, bound_db: float, measure: Callable[[Plan], float], seconds: float) -> None:
+        """Measure the best variant, and search on with what that says of quick scales, until it just keeps the bound.
+
+        Args:
+            bound_db: to keep.
+            measure: SQNR in dB of a plan.
+            seconds: for each search.
+        """
+        kept, complete = self.floating(), self.complete
+        measured: set[Variant] = set()
+        for left in reversed(range(ROUNDS)):
+            if not self.best.integer:
+                break
+            measured.add(self.best)
+            real, noise = measure(self.plan("")), self.workshop.noise(self.best)
+            quick = -10 * math.log10(noise) if noise else math.inf
+            self.steps.append(f"measured {real:.1f} dB with calibrated scales, {quick:.1f} dB with quick ones")
+            enough = real >= bound_db + RESERVE_DB
+            kept = min(kept, self.best, key=self.us) if enough else kept
+            if not left or (enough and real < bound_db + SLACK_DB) or math.inf in (real, quick):
+                break
+            self.most = 10 ** (-(bound_db + SPARE_DB + quick - real) / 10)
+            self.best = self.best if self.accurate(self.best) else self.floating()
+            self.deadline, self.complete = self.clock() + seconds, True
+            self.bound()
+            self.descend()
+            complete = complete and self.complete
+            if self.best in measured:
+                break
+        self.best, self.complete = kept, complete
+
+    def fewest(self, variant: Variant, moves: list[Move]) -> Variant | None:
+        """A variant after the fewest of the moves, in order, that keep the bound; None if all do not."""
+        after = list(accumulate(moves, lambda v, move: move.of(v), initial=variant))
+        if not moves or not self.accurate(after[-1]):
+            return None
+        low, high = 1, len(moves)
+        while low < high:  # noise falls with each move, more or less
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.accurate(after[middle]) else (middle + 1, high)
+        return after[low]
+
+    def floating(self) -> Variant:
+        """The fastest variant known with nothing quantized."""
+        return min((v for v in self.prices if not v.integer), key=self.us)
+
+    def plan(self, why: str) -> Plan:
+        """The best variant as a plan; `why` other nodes are left in float."""
+        return self.workshop.plan_of(self.best, why)
+
+    def result(self) -> Tuned:
+        """The best variant as a plan."""
+        price, operands = self.price(self.best), self.workshop.base(Variant()).plan.operands
+        floating = self.floating()
+        why = (
+            f"{operands} does not pay here: with the choice made, the model is predicted to take {price.us:.1f} us; "
+            f"{self.untuned:.1f} with it wherever it is possible, {self.plain:.1f} without any"
+        )
+        return Tuned(
+            variant=self.best,
+            plan=self.plan(why),
+            unquantized=self.workshop.plan_of(floating, why),
+            unquantized_us=self.us(floating),
+            operands=operands,
+            price=price,
+            plain=self.plain,
+            untuned=self.untuned,
+            tried=len(self.prices),
+            complete=self.complete,
+            steps=tuple(self.steps),
+        )

@@ -1,0 +1,273 @@
+"""One way to write a float model for the compiler: exact rewrites, the nodes in INT8, the float type of the rest.
+
+prepared model + Variant -> float rewrites -> plan, restricted -> quick scales and codes -> Q/DQ -> rest -> rewrites
+Which kernels are compiled does not depend on scales and codes, so quick ones stand for the calibrated ones: ranges of a
+few samples (whether a tensor is shifted, or overflows FP16, does depend on ranges) and weights rounded to nearest.
+It must not decide which variant is good.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from qdq.assemble.held_out import energies
+from qdq.assemble.insert import insert
+from qdq.assemble.precision.convert import convert
+from qdq.measure.collect import collect
+from qdq.measure.histogram import Histogram
+from qdq.measure.inference.samples import Sample
+from qdq.measure.inference.session import Tap
+from qdq.measure.table import CalibrationTable
+from qdq.model.model import Model
+from qdq.passes.rewrites import FLOAT_REWRITES, QUANTIZED_REWRITES, applied
+from qdq.passes.rewrites.edit import Rewrite
+from qdq.plan import placement, rules
+from qdq.plan.plan import Plan, Skip
+from qdq.plan.settings import Settings
+from qdq.solve.solve import Solution, solve
+from qdq.tune.variant import Variant
+
+TUNED = "tuned"  # the rule of the skips that `restricted` adds
+KEPT = 8  # rewritten models in memory
+MOST_LOSS_DB = 3.0  # more noise of a weight by one scale than by one per channel: as much as its input's adds anyway
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """A model after float rewrites, and everything that may be quantized in it."""
+
+    model: Model
+    fired: tuple[Rewrite, ...]
+    plan: Plan
+    table: CalibrationTable
+    solution: Solution
+
+
+@dataclass(slots=True)
+class Workshop:
+    """Writes variants of one model; what several of them share is made once.
+
+    Attributes:
+        model: prepared float model.
+        settings: of the plan; calibrator, rounding and equalization do not matter here.
+        rests: of 'fp16', 'bf16' and 'fp32' those that the rest may have; the first is the usual one.
+        samples: a few, re-iterable, for the ranges; None assumes that every tensor is lopsided.
+    """
+
+    model: Model
+    settings: Settings
+    rests: tuple[str, ...]
+    samples: Sequence[Sample] | None = None
+    _bases: dict[frozenset[tuple[str, str]], Base] = field(default_factory=dict)
+    _models: dict[frozenset[tuple[str, str]], tuple[Model, tuple[Rewrite, ...]]] = field(default_factory=dict)
+    _histograms: dict[str, Histogram] = field(default_factory=dict)
+    _noises: dict[Variant, float] = field(default_factory=dict)
+    _outputs: dict[str, np.ndarray] = field(default_factory=dict)
+    _last: tuple[Variant, Model] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse patterns that match nothing: after rewrites they may, as given they may not.
+
+        Raises:
+            InputError: names the pattern.
+        """
+        rules.check_patterns(self.model, self.settings)
+
+    def base(self, variant: Variant) -> Base:
+        """The float part of a variant."""
+        key = _float_part(variant).rewrites
+        if key not in self._bases:
+            model, fired = self._rewritten(key)
+            full = placement.plan(model, self._settings_for(model))
+            table = self._table(model, full)
+            solution = solve(model, _quick(full), table)
+            self._bases[key] = Base(model=model, fired=fired, plan=full, table=table, solution=solution)
+        return self._bases[key]
+
+    def _rewritten(self, pairs: frozenset[tuple[str, str]]) -> tuple[Model, tuple[Rewrite, ...]]:
+        """The model after float rewrites; what it was before the last of them is kept, for others to start from."""
+        last = next((name for name in reversed(list(FLOAT_REWRITES)) if any(name == other for other, _ in pairs)), None)
+        if last is None:
+            return self.model, ()
+        if pairs not in self._models:
+            own = {pair for pair in pairs if pair[0] == last}
+            before, done = self._rewritten(pairs - own)
+            model, fired = applied(before, own)
+            while len(self._models) >= KEPT:
+                self._models.pop(next(iter(self._models)))
+            self._models[pairs] = model, (*done, *fired)
+        return self._models[pairs]
+
+    def quantizable(self, variant: Variant) -> tuple[str, ...]:
+        """The weighted nodes that the rules would quantize after the variant's rewrites."""
+        return self.base(variant).plan.quantized_nodes
+
+    def levelled(self, variant: Variant) -> tuple[str, ...]:
+        """The quantizable nodes whose weight may have one scale: its noise grows by `MOST_LOSS_DB` at most."""
+        base = self.base(variant)
+        spread: dict[str, float] = {}
+        for point in base.plan.weights:
+            if point.spec.axis is not None and point.spec.block is None:
+                scale = base.solution.weights[point.tensor, point.spec.axis].params.scale.astype(np.float64)
+                loss = 10 * np.log10(scale.max() ** 2 / np.mean(scale**2))
+                spread |= {node: max(spread.get(node, 0.0), float(loss)) for node, _ in point.uses}
+        return tuple(node for node, loss in spread.items() if loss <= MOST_LOSS_DB)
+
+    def lopsided(self, variant: Variant) -> tuple[str, ...]:
+        """The quantizable nodes whose input is shifted."""
+        base = self.base(variant)
+        shifted = [p for p in base.plan.activations if base.solution.activations[p.tensor].zero_point]
+        return tuple(dict.fromkeys(node for p in shifted for node, index in p.uses if index == 0))
+
+    def shortcuts(self, variant: Variant) -> tuple[str, ...]:
+        """The shortcut operands that the rules would quantize."""
+        return _shortcuts(self.base(variant).plan)
+
+    def model_of(self, variant: Variant) -> Model:
+        """The whole model as it would be compiled, with quick scales and codes."""
+        return self._finished(variant)[0]
+
+    def noise(self, variant: Variant) -> float | None:
+        """Noise over signal of all outputs, with quick scales and codes; None without samples.
+
+        sum (y - float y)^2 / sum (float y)^2 of the first sample, with the rest in float32. Calibration, second
+        moments and bias correction do better than this.
+        """
+        if not self.samples:
+            return None
+        outputs = [o.name for o in self.model.outputs if not self.model.is_constant(o.name)]
+        if not self._outputs:
+            tap = Tap(self.model, outputs)
+            self._outputs = dict(tap(self.samples[0]))
+        key = replace(_float_part(variant), rest="")
+        if key not in self._noises:
+            base = self.base(variant)
+            plan = restricted(base.model, base.plan, variant, "")
+            tap = Tap(insert(base.model, plan, solve(base.model, _quick(plan), base.table)), outputs)
+            signal, noise = energies(self._outputs, tap(self.samples[0]))
+            self._noises[key] = noise / max(signal, 1e-300) if math.isfinite(noise) else math.inf
+        return self._noises[key]
+
+    def fits(self, name: str, variant: Variant) -> tuple[str, ...]:
+        """The nodes that a rewrite would fire on, had it all it could."""
+        if name in FLOAT_REWRITES:
+            rewrites = frozenset(pair for pair in variant.rewrites if pair[0] != name)
+            return FLOAT_REWRITES[name](self.base(replace(variant, rewrites=rewrites)).model).fired
+        return QUANTIZED_REWRITES[name](self._typed(variant)).fired
+
+    def plan_of(self, variant: Variant, why: str) -> Plan:
+        """The plan of a variant; `why` is the reason of every node that the rules would quantize and it does not."""
+        base = self.base(variant)
+        plan = restricted(base.model, base.plan, variant, why)
+        rewrites = (*base.fired, *self._finished(variant)[1])
+        return replace(plan, rewrites=rewrites, rest=variant.rest or self.rests[0])
+
+    def _finished(self, variant: Variant) -> tuple[Model, tuple[Rewrite, ...]]:
+        """The whole model, and the rewrites of the quantized stage that fired."""
+        wanted = ((name, node) for name, node in variant.rewrites if node in variant.integer)
+        return applied(self._typed(variant), wanted, stage="quantized")
+
+    def _typed(self, variant: Variant) -> Model:
+        """The model before the rewrites of the quantized stage; the last one is kept, for several are tried on it."""
+        key = _float_part(variant)
+        if self._last is None or self._last[0] != key:
+            base = self.base(variant)
+            plan = restricted(base.model, base.plan, variant, "")
+            model = insert(base.model, plan, _adapted(base.solution, plan)) if plan.points else base.model
+            self._last = key, convert(model, rest=variant.rest or self.rests[0], table=base.table).model
+        return self._last[1]
+
+    def _settings_for(self, model: Model) -> Settings:
+        """The settings without patterns that match no node any more: the rewrites took those nodes away."""
+        names = [node.name for node in model.graph.node]
+
+        def lives(pattern: str) -> bool:
+            return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+        kept = self.settings
+        return replace(
+            kept,
+            exclude=tuple(p for p in kept.exclude if lives(p)),
+            overrides=tuple((p, scheme) for p, scheme in kept.overrides if lives(p)),
+        )
+
+    def _table(self, model: Model, plan: Plan) -> CalibrationTable:
+        names = list(dict.fromkeys(p.tensor for p in plan.activations))
+        if missing := [name for name in names if name not in self._histograms]:
+            if self.samples is None:
+                assumed = Histogram.of(np.linspace(0, 1, 257, dtype=np.float32))
+                self._histograms |= dict.fromkeys(missing, assumed)
+            else:
+                self._histograms |= collect(model, plan, self.samples).tensors
+        tensors = {name: self._histograms[name] for name in names}
+        return CalibrationTable(model_sha256=model.sha256, samples_sha256="", count=0, tensors=tensors)
+
+
+def _float_part(variant: Variant) -> Variant:
+    """The same without rewrites of the quantized stage."""
+    return replace(variant, rewrites=frozenset(pair for pair in variant.rewrites if pair[0] in FLOAT_REWRITES))
+
+
+def _shortcuts(plan: Plan) -> tuple[str, ...]:
+    weighted = set(plan.quantized_nodes)
+    return tuple(c for p in plan.activations for c in p.consumers if c.rpartition(":")[0] not in weighted)
+
+
+def _quick(plan: Plan) -> Plan:
+    """The plan with settings that need no samples."""
+    return replace(plan, settings=plan.settings.quick)
+
+
+def _adapted(solution: Solution, plan: Plan) -> Solution:
+    """Quick scales of a restricted plan: no codes are right, but there are as many scales, and zero points 0."""
+    activations, weights = dict(solution.activations), dict(solution.weights)
+    for point in plan.points:
+        if point.role == "activation" and not point.spec.shift:
+            activations[point.tensor] = replace(activations[point.tensor], zero_point=0)
+        elif point.role == "weight" and (point.tensor, point.spec.axis) not in weights:
+            old = next(q for (tensor, _), q in weights.items() if tensor == point.tensor)
+            largest = np.asarray(old.params.scale.max())
+            one = replace(old, params=replace(old.params, scale=largest, axis=None))
+            weights[point.tensor, point.spec.axis] = one
+    return replace(solution, activations=activations, weights=weights)
+
+
+def restricted(model: Model, plan: Plan, variant: Variant, why: str) -> Plan:
+    """A plan that quantizes no more than a variant does.
+
+    Args:
+        model: that the plan is for.
+        plan: of everything.
+        variant: its `integer`, `common` and `raw`.
+        why: the reason of the weighted nodes that are left out.
+
+    Returns:
+        The plan with a Skip of rule 'tuned' for each weighted node that is left out. A shortcut stays only where a
+        weighted node reads its tensor too.
+    """
+    shortcuts = set(_shortcuts(plan)) - variant.raw
+    points = []
+    for point in plan.points:
+        kept = {name for name, _ in point.uses} & variant.integer
+        if not kept:
+            continue
+        consumers = tuple(c for c in point.consumers if c.rpartition(":")[0] in kept or c in shortcuts)
+        if point.role == "weight":
+            spec = replace(point.spec, axis=None) if kept <= variant.common else point.spec
+        else:
+            spec = replace(point.spec, shift=False) if kept & variant.centred else point.spec
+        points.append(replace(point, consumers=consumers, spec=spec))
+    ties = Counter(point.tie for point in points)
+    points = [replace(p, tie=None) if ties[p.tie] == 1 else p for p in points]
+    skips = [
+        Skip(node=node, op_type=model.node(node).op_type, rule=TUNED, reason=why)
+        for node in plan.quantized_nodes
+        if node not in variant.integer
+    ]
+    return replace(plan, points=tuple(points), skips=(*plan.skips, *skips))

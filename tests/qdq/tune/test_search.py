@@ -1,0 +1,444 @@
+"""The tuner: the best variant is found, never above what it is compared with, and built as it was tuned."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from graphs import build, conv, node, normal, residual, run, samples
+from onnx import TensorProto
+
+from engines.backends.compiler import ShapeRange
+from engines.core.errors import BuildError, EngineError, MissingRuntimeError, UnsupportedTargetError
+from qdq.assemble import quantize
+from qdq.assemble.finish import finish
+from qdq.build import engine, processes
+from qdq.build.cost import Kernel, Price
+from qdq.build.pricer import MOST_WORKERS, Pricer, gpus_of
+from qdq.build.processes import Job, Workers
+from qdq.build.recipe import Recipe, read_recipe
+from qdq.core.errors import InputError
+from qdq.core.resources import cores
+from qdq.deploy import deploy
+from qdq.model.model import Model
+from qdq.model.storage import load, save
+from qdq.passes.rewrites import rewritten
+from qdq.passes.rewrites.edit import Rewrite
+from qdq.plan.plan import Plan
+from qdq.plan.settings import Settings
+from qdq.tune.equivalence import classes
+from qdq.tune.find_plan import FEW, _few, difference, find_plan
+from qdq.tune.search import tune
+from qdq.tune.variant import Variant
+from qdq.tune.workshop import TUNED, Workshop
+
+
+def chain(*, blocks: int = 3, alike: bool = False) -> Model:
+    """x -> (Conv -> Relu) `blocks` times -> y, of 8, 12, 16, ... channels, or all of 8."""
+    tensors, nodes, last, width = {}, [], "x", 8
+    for i in range(blocks):
+        wide = 8 if alike else 8 + 4 * i
+        tensors[f"w{i}"] = normal(wide, width, 3, 3, seed=i)
+        nodes += [node("Conv", f"{last} w{i}", f"a{i}", f"conv_{i}", pads=[1] * 4)]
+        nodes += [node("Relu", f"a{i}", "y" if i == blocks - 1 else f"r{i}", f"relu_{i}")]
+        last, width = f"r{i}", wide
+    return build(nodes, {"x": (1, 8, 8, 8)}, tensors)
+
+
+def transposed() -> Model:
+    """x -> ConvTranspose -> Relu -> y."""
+    nodes = [node("ConvTranspose", "x w", "a", "up", strides=[2, 2]), node("Relu", "a", "y")]
+    return build(nodes, {"x": (1, 8, 5, 5)}, {"w": normal(8, 4, 2, 2)})
+
+
+def shop(model: Model, *, data: bool = True, rest: str = "fp32", **settings: object) -> Workshop:
+    """A workshop with two samples, or none; `rest` may be several types with spaces between."""
+    few = samples(model, 2) if data else None
+    return Workshop(model=model, settings=Settings(**settings), rests=tuple(rest.split()), samples=few)  # type: ignore[arg-type]
+
+
+class Each:
+    """A judge by a function of one model."""
+
+    width = 1
+
+    def __init__(self, price: Callable[[Model], Price]) -> None:
+        self.price = price
+
+    def many(self, models: Sequence[Model]) -> list[Price]:
+        return [self.price(model) for model in models]
+
+
+def priced(**us: float) -> Each:
+    """A judge: each node of the name costs 10 us, in INT8 as much as given; a Mul or Pad 1 us."""
+
+    def judge(model: Model) -> Price:
+        kernels = []
+        for each in model.graph.node:
+            source = model.producer(each.input[0])
+            quantized = source is not None and source.op_type == "DequantizeLinear"
+            cost = 0.0
+            if each.op_type in ("Conv", "ConvTranspose"):
+                cost = us.get(each.name, 10.0) if quantized else 10.0
+            elif each.op_type in ("Mul", "Pad"):
+                cost = 1.0
+            kernels.append(Kernel(us=cost, macs=100, bytes=10, nodes=(each.name,), signature=each.op_type))
+        return Price(us=math.fsum(k.us for k in kernels), kernels=tuple(kernels))
+
+    return Each(judge)
+
+
+def test_nodes_that_gain_are_quantized_and_the_others_say_why() -> None:
+    found = tune(shop(chain()), priced(conv_0=20.0, conv_1=2.0, conv_2=30.0))
+    assert found.variant.integer == {"conv_1"}
+    assert found.price.us <= found.plain == 30.0 and found.price.us < found.untuned and found.complete
+    assert found.plan.quantized_nodes == ("conv_1",)
+    skipped = {s.node: s.reason for s in found.plan.skips if s.rule == TUNED}
+    assert skipped.keys() == {"conv_0", "conv_2"} and "INT8 does not pay" in skipped["conv_0"]
+    assert "1 nodes in INT8" in found.summary
+
+
+def test_the_result_is_the_least_of_all_variants() -> None:
+    costs = {"conv_0": 7.0, "conv_1": 14.0, "conv_2": 9.5}
+    work = shop(chain(), data=False, shift=False)
+    judge = priced(**costs)
+    every = [Variant(integer=frozenset(s)) for n in range(4) for s in itertools.combinations(costs, n)]
+    assert tune(work, judge).price.us == min(judge.price(work.model_of(v)).us for v in every)
+
+
+def test_a_node_whose_name_ends_like_an_operand_is_a_node() -> None:
+    nodes = [node("Conv", "x v", "a", "first"), node("Conv", "a w", "y", "conv:0")]
+    model = build(nodes, {"x": (1, 8, 8, 8)}, {"v": normal(8, 8, 3, 3), "w": normal(8, 8, 1, 1)})
+    found = tune(shop(model), priced(**{"first": 99.0, "conv:0": 2.0}))
+    assert found.variant.integer == {"conv:0"} and found.price.us < found.plain
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="matches none"):
+        shop(chain(), exclude=("conv_9",))
+    with pytest.raises(InputError, match="override pattern 'conv_9'"):
+        shop(chain(), overrides={"conv_9": "int8-weight"})
+
+
+def test_int8_is_kept_nowhere_if_it_pays_nowhere() -> None:
+    found = tune(shop(chain()), priced(conv_0=20.0, conv_1=20.0, conv_2=20.0))
+    assert not found.plan.points and found.price.us == found.plain
+    assert "INT8 does not pay anywhere" in found.summary
+
+
+def test_the_rest_has_the_type_that_is_faster(tmp_path: Path) -> None:
+    def judge(model: Model) -> Price:
+        half = any(t.data_type == TensorProto.FLOAT16 for t in model.graph.initializer)
+        convs = [n.name for n in model.graph.node if n.op_type == "Conv"]
+        kernels = [Kernel(us=9.0 if half else 5.0, macs=1, bytes=1, nodes=(n,), signature="") for n in convs]
+        return Price(us=math.fsum(k.us for k in kernels), kernels=tuple(kernels))
+
+    model = chain()
+    found = tune(shop(model, rest="fp16 fp32"), Each(judge))
+    assert found.plan.rest == "fp32" and found.price.us == 15 and found.plain == 27
+    found.plan.save(tmp_path / "plan.json")
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan == found.plan
+    assert tune(shop(model, rest="fp16"), Each(judge)).plan.rest == "fp16"
+    for asked, half in (("auto", False), ("fp32", False), ("fp16", True)):
+        made = finish(model, plan, rest=asked, table=None).model
+        assert any(t.data_type == TensorProto.FLOAT16 for t in made.graph.initializer) == half
+
+
+def test_without_placement_everything_stays_quantized() -> None:
+    work = shop(chain())
+    found = tune(work, priced(conv_0=20.0, conv_1=20.0, conv_2=20.0), placement=False)
+    assert set(found.plan.quantized_nodes) == {"conv_0", "conv_1", "conv_2"}
+    assert not found.variant.common and not found.variant.centred  # these cost accuracy
+    bounded = tune(work, priced(conv_0=20.0, conv_1=20.0, conv_2=20.0), placement=False, min_sqnr_db=90)
+    assert bounded.plan == found.plan  # a bound is for the choice of nodes
+
+
+def test_a_time_limit_ends_the_search_with_the_better_of_two() -> None:
+    found = tune(shop(chain()), priced(conv_1=2.0), time_limit_s=0, clock=itertools.count().__next__)
+    assert not found.complete and found.tried <= 3 and found.price.us <= found.plain
+    assert "time limit" in found.summary
+
+
+def test_accuracy_is_bought_back_with_the_cheapest_nodes() -> None:
+    work = shop(chain())
+    judge = priced(conv_0=1.0, conv_1=9.0, conv_2=1.0)
+    fast = tune(work, judge)
+    noise = work.noise(fast.variant)
+    assert noise is not None
+    bound = -10 * math.log10(noise) + 3
+    bounded = tune(work, judge, min_sqnr_db=bound)
+    after = work.noise(bounded.variant)
+    assert after is not None and -10 * math.log10(after) >= bound
+    assert fast.price.us < bounded.price.us <= fast.plain
+    assert not tune(work, judge, min_sqnr_db=400).plan.points
+
+
+def test_a_bound_is_kept_as_measured_and_not_overdone() -> None:
+    work = shop(chain(blocks=5))
+    judge = priced(**{f"conv_{i}": 4.0 - 0.5 * i for i in range(5)})
+    quick = -10 * math.log10(work.noise(Variant(integer=frozenset(work.quantizable(Variant())))) or 1)
+    for offset in (-4.0, 4.0):  # calibrated scales are worse, or better, than quick ones
+        measured: list[float] = []
+
+        def measure(plan: Plan, offset: float = offset, measured: list[float] = measured) -> float:
+            noise = work.noise(Variant(integer=frozenset(plan.quantized_nodes)))
+            measured.append(math.inf if not noise else offset - 10 * math.log10(noise))
+            return measured[-1]
+
+        bound = quick + offset + (1.5 if offset < 0 else 0)
+        found = tune(work, judge, min_sqnr_db=bound, measure=measure)
+        assert len(measured) > 1
+        assert measured[0] < bound if offset < 0 else measured[0] > bound + 2
+        assert not found.plan.points or measure(found.plan) >= bound
+        alone = tune(work, judge, min_sqnr_db=bound)
+        assert found.price.us > alone.price.us if offset < 0 else found.price.us < alone.price.us
+        assert any("calibrated" in step for step in found.steps)
+
+
+def test_alike_nodes_are_one_class() -> None:
+    found = classes(chain(blocks=8, alike=True))
+    inner = {found[f"conv_{i}"] for i in range(2, 6)}
+    assert len(inner) == 1 and found["conv_0"] not in inner and found["conv_7"] not in inner
+    assert len({classes(chain(blocks=3))[f"conv_{i}"] for i in range(3)}) == 3
+
+
+def test_a_variant_has_the_outputs_of_the_float_model() -> None:
+    model = residual()
+    work = shop(model)
+    data = samples(model, 2)
+    full = Variant(integer=frozenset(work.quantizable(Variant())))
+    operand = work.shortcuts(full)[0]
+    for variant in (
+        full,
+        Variant(integer=full.integer, common=full.integer),
+        Variant(integer=full.integer, centred=full.integer),
+        Variant(integer=full.integer, raw=frozenset({operand})),
+        full.with_rewrite("hoist", full.integer),
+    ):
+        noise = work.noise(variant)
+        assert noise is not None and 0 < noise < 1e-3
+        plan = work.plan_of(variant, "why")
+        made = quantize.quantize(model, data, plan=plan)
+        for before, after in zip(run(model, data), run(made.model, data), strict=True):
+            np.testing.assert_allclose(after["y"], before["y"], atol=0.05 * np.abs(before["y"]).max())
+    assert not any(
+        operand in p.consumers for p in work.plan_of(Variant(integer=full.integer, raw=frozenset({operand})), "").points
+    )
+
+
+def test_one_scale_for_all_channels_is_one_in_the_file() -> None:
+    model = conv()
+    work = shop(model, rest="fp16")
+    node_names = frozenset(work.quantizable(Variant()))
+    plan = work.plan_of(Variant(integer=node_names, common=node_names).with_rewrite("hoist", node_names), "")
+    made = quantize.quantize(model, samples(model, 4), plan=plan)
+    done = finish(made.model, plan, rest="fp16", table=made.table).model
+    weight = next(n for n in done.graph.node if n.op_type == "Conv").input[1]
+    dequantize = done.producer(weight)
+    assert dequantize is not None and done.array(dequantize.input[1]).ndim == 0
+    assert not any(n.op_type == "Mul" for n in done.graph.node)
+
+
+def test_a_plan_with_rewrites_goes_through_a_file(tmp_path: Path) -> None:
+    model = transposed()
+    work = shop(model, rest="fp16")
+    variant = Variant().with_rewrite("conv_transpose", ["up"])
+    names = frozenset(work.quantizable(variant))
+    assert names == {"up"} and not work.quantizable(Variant())
+    plan = work.plan_of(Variant(rewrites=variant.rewrites, integer=names).with_rewrite("hoist", names), "")
+    assert plan.rewrites == (Rewrite(name="conv_transpose", nodes=("up",)), Rewrite(name="hoist", nodes=("up",)))
+    plan.save(tmp_path / "plan.json")
+    read = Plan.load(tmp_path / "plan.json")
+    assert read == plan
+    data = samples(model, 3)
+    made = quantize.quantize(model, data, plan=read)
+    done = finish(made.model, read, rest="fp32", table=made.table)
+    assert not any(n.op_type == "ConvTranspose" for n in done.model.graph.node)
+    for before, after in zip(run(model, data), run(done.model, data), strict=True):
+        np.testing.assert_allclose(after["y"], before["y"], atol=0.05 * np.abs(before["y"]).max())
+
+
+@pytest.mark.parametrize(("name", "nodes", "message"), [("hoistt", ("up",), "hoist"), ("norm_bias", ("up",), "'up'")])
+def test_an_edited_rewrite_that_does_not_fit_is_refused(name: str, nodes: tuple[str, ...], message: str) -> None:
+    model = transposed()
+    plan = Plan(
+        model_sha256=model.sha256,
+        settings=Settings(),
+        points=(),
+        skips=(),
+        rewrites=(Rewrite(name=name, nodes=nodes),),
+    )
+    with pytest.raises(InputError, match=message):
+        rewritten(model, plan.rewrites)
+
+
+class Contrary(Pricer):
+    """While searching, cheaper the more is quantized; what is built costs the more then."""
+
+    def __call__(self, model: Model) -> Price:
+        return Price(us=100.0 + _dequantized(model))
+
+    def many(self, models: Sequence[Model]) -> list[Price]:
+        return [Price(us=100.0 - _dequantized(model)) for model in models]
+
+
+def _dequantized(model: Model) -> int:
+    return sum(n.op_type == "DequantizeLinear" for n in model.graph.node)
+
+
+def test_what_is_built_slower_than_in_float_is_left_in_float(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
+    model = chain(blocks=2)
+    save(model, tmp_path / "net.onnx")
+    data = samples(model, 3)
+    monkeypatch.setattr(deploy, "Pricer", Contrary)
+    made = deploy.deploy(tmp_path / "net.onnx", data, tmp_path / "out", recipe=Recipe())
+    assert any("left in float" in note for note in made.report.notes)
+    assert not Plan.load(tmp_path / "out" / "plan.json").points
+    built = load(tmp_path / "out" / "net.int8.onnx")
+    assert not _dequantized(built)
+
+
+class TestPricing:
+    """With the real compiler."""
+
+    @pytest.fixture(autouse=True)
+    def _compiler(self) -> None:
+        pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
+
+    def pricer(self, model: Model, cache: Path | None = None, **recipe: object) -> Pricer:
+        """A pricer for fixed shapes."""
+        made = Recipe.from_mapping(recipe)
+        shapes = {i.name: ShapeRange.fixed([int(d) for d in i.shape or ()]) for i in model.inputs}
+        return Pricer(recipe=made, shapes=shapes, gpus=gpus_of(made), cache=cache)
+
+    def test_what_is_built_is_what_was_tuned(self) -> None:
+        model = chain(blocks=2)
+        pricer = self.pricer(model, tune="rewrites")
+        data = samples(model, 4)
+        found = find_plan(model, pricer, samples=data)
+        made = quantize.quantize(model, data, plan=found.plan)
+        done = finish(made.model, made.plan, rest="fp16", table=made.table)
+        built = pricer(done.model)
+        assert difference(found, built) == "" and built.us == found.price.us
+        other = pricer(finish(made.model, made.plan, rest="fp32", table=made.table).model)
+        assert f"{other.us:.1f} us predicted" in difference(found, other)
+
+    def test_equal_structures_are_compiled_once_and_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first, second = conv(values=normal(8, 4, 3, 3)), conv(values=normal(8, 4, 3, 3, seed=5))
+        cache = tmp_path / "prices"
+        price = self.pricer(first, cache)(first)
+        assert price.us > 0 and price.kernels
+        (stored,) = cache.iterdir()
+        monkeypatch.setattr("qdq.build.processes.compile_engine", lambda *_, **__: pytest.fail("compiled again"))
+        assert self.pricer(second, cache)(second) == price
+        monkeypatch.undo()
+        stored.write_text("{")  # damaged: compiled again, and mended
+        assert self.pricer(first, cache)(first) == price
+        assert json.loads(stored.read_text())["us"] == price.us
+        wide = conv((16, 4, 3, 3))
+        assert self.pricer(wide, cache)(wide) != price
+
+    def test_processes_price_as_this_one_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        det = build([node("NonZero", "x", "i"), node("Det", "x", "y")], {"x": (1, 4, 4)}, outputs=("y",))
+        models = [conv(), conv((16, 4, 3, 3)), conv((12, 4, 3, 3))]
+        expected = self.pricer(models[0]).many(models)
+        monkeypatch.setattr("qdq.build.pricer.SLOW_S", 0.0)
+        pricer = self.pricer(models[0])
+        with pricer.parallel():
+            assert pricer.width == 1 and pricer(models[0]) == expected[0] and pricer.width == min(cores(), MOST_WORKERS)
+            monkeypatch.setattr("qdq.build.pricer.price_of", lambda job: pytest.fail("compiled here"))
+            assert pricer.many(models) == expected
+        refused = self.pricer(det)
+        with refused.parallel():
+            refused._slow = True
+            assert refused(det).us == math.inf and "parser" in str(refused.failure)
+
+    def test_a_compiler_that_dies_takes_no_other_along(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        save(conv(), tmp_path / "good.onnx")
+        shapes = {"x": ShapeRange.fixed([int(d) for d in conv().inputs[0].shape or ()])}
+        good = Job(path=tmp_path / "good.onnx", gpus=gpus_of(Recipe()), shapes=shapes)
+        workers = Workers(1)
+        first = workers([good])[0]
+        worker = workers._free.get()
+        assert worker is not None
+        worker.process.kill()  # as for want of memory: tried again
+        workers._free.put(worker)
+        assert workers([good]) == [first] and isinstance(first, Price)
+        monkeypatch.setattr("qdq.build.processes._START", "import os; os.write({answers}, b'ready'); os._exit(3)")
+        lethal = Workers(1)
+        (dead,) = lethal([good])
+        lethal.close()
+        assert isinstance(dead, BuildError) and "exit code 3" in str(dead)
+        monkeypatch.setattr("qdq.build.processes._START", "pass")
+        with pytest.raises(MissingRuntimeError, match="before it was ready"):
+            Workers(1)([good])
+        monkeypatch.setattr("sys.executable", str(tmp_path / "none"))
+        with pytest.raises(MissingRuntimeError, match="Cannot start"):
+            Workers(1)([good])
+        workers.close()
+
+    def test_a_model_that_does_not_compile_costs_everything(self) -> None:
+        model = build([node("NonZero", "x", "i"), node("Det", "x", "y")], {"x": (1, 4, 4)}, outputs=("y",))
+        pricer = self.pricer(model)
+        assert pricer(model).us == math.inf
+        with pytest.raises(EngineError, match=r"parser|builder"):
+            find_plan(model, pricer, samples=None)
+
+    def test_gpus_of_one_target_share_its_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = conv()
+        apart = [self.pricer(model, gpu=[gpu])(model) for gpu in ("l4", "rtx4090")]
+        compiled, seen = engine.compile_engine, []
+        monkeypatch.setattr(processes, "compile_engine", lambda *a, **k: seen.append(a) or compiled(*a, **k))
+        both = self.pricer(model, gpu=["l4", "rtx4090"])(model)
+        assert len(seen) == 1 and apart[0].us != apart[1].us
+        assert both.us == pytest.approx(sum(price.us for price in apart) / 2)
+
+    def test_two_targets_are_priced_together(self) -> None:
+        model = conv()
+        both, one = (self.pricer(model, target=t)(model) for t in (["sm86", "sm89"], ["sm86"]))
+        assert len(both.kernels) > len(one.kernels) and both.us != one.us
+
+
+def test_gpus_of_a_recipe() -> None:
+    assert [g.name for g in gpus_of(Recipe(targets=("8.6", "sm120")))] == ["a10", "rtx5090"]
+    own = {"name": "edge", "target": "sm89", "bandwidth_gb_s": 200, "tera_ops": {"float32": 10, "float16": 40}}
+    assert gpus_of(Recipe.from_mapping({"gpu": [own]}))[0].bandwidth_gb_s == 200
+    assert gpus_of(Recipe.from_mapping({"gpu": "l4"}))[0].name == "l4"
+    with pytest.raises(InputError, match="--target sm86"):
+        gpus_of(Recipe.from_mapping({"gpu": "a10"}))
+    with pytest.raises(UnsupportedTargetError, match="sm121"):
+        gpus_of(Recipe(targets=("sm121",)))
+
+
+def test_the_samples_looked_at_do_not_depend_on_their_order() -> None:
+    model = chain()
+    data = samples(model, 5)
+    forth, back = _few(data), _few(data[::-1])
+    assert [s["x"].tobytes() for s in forth] == [s["x"].tobytes() for s in back] and len(forth) == FEW
+
+
+def test_off_in_yaml_is_the_word(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("tune: off\nbias_correction: on\n")
+    recipe = Recipe.from_mapping(read_recipe(tmp_path / "recipe.yaml"))
+    assert recipe.tune == "off" and recipe.settings.bias_correction == "on"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tune": "all"}, "placement"),
+        ({"time_limit": -1}, "seconds"),
+        ({"time_limit": "x"}, "seconds"),
+        ({"min_sqnr_db": -4000}, "from -300 to 300"),
+    ],
+)
+def test_bad_recipes_are_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Recipe.from_mapping(given)
