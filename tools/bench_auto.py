@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from results import record
 
 from qdq.assemble import quantize
 from qdq.assemble.choose_calibrator import METHODS
@@ -180,4 +181,4 @@ def as_mapping(found: Row) -> Mapping[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)

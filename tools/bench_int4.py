@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+from results import record
 
 from qdq.assemble.insert import insert
 from qdq.measure.table import CalibrationTable
@@ -120,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)

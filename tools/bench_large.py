@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto, helper
+from results import record
 
 NARROW, WIDE = 4096, 16384
 SAMPLES, ROWS = 4, 16
@@ -155,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)

@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 import onnx.version_converter
 import onnxruntime
+from results import record
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -145,4 +146,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    record(main)

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from results import record
 
 from calib_data import open_samples
 from qdq.core.files import write_text
@@ -116,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from results import record
 
 from engines.backends.compiler import ShapeRange
 from qdq.assemble import quantize
@@ -208,4 +209,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)

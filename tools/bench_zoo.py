@@ -15,11 +15,13 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from results import record
 
 from engines import ShapeRange
 from engines.backends import rtx
@@ -93,6 +95,25 @@ def peer(python: str, zoo_folder: Path, tool: str, case: str, out: Path) -> str:
     return "" if done.returncode == 0 and out.exists() else "fails: " + (done.stderr.strip().splitlines() or ["?"])[-1]
 
 
+def table(rows: Mapping[str, Mapping[str, Row]]) -> Iterator[str]:
+    """The rows in Markdown; "float" is said of a peer that quantized nothing."""
+    peers = {"ort": "ONNX Runtime", "modelopt": "Model Optimizer"}
+    heads = ("model", *peers.values(), "qdq", "INT8 share", "engine weights of FP32", "bytes moved of FP32")
+    yield f"| {' | '.join(heads)} |"
+    yield "|" + "---|" * len(heads)
+    for case, row in rows.items():
+        ours = row["qdq"]
+        cells = [case]
+        for name in (*peers, "qdq"):
+            made = row.get(name)
+            if made is None or made.sqnr_db is None:
+                cells.append("fails" if made else "-")
+            else:
+                cells.append("float" if made.int8_share == 0 else f"{made.sqnr_db:.1f}")
+        figures = (ours.int8_share, ours.weight_ratio, ours.bytes_ratio)
+        yield f"| {' | '.join((*cells, *('-' if v is None else f'{v:.3f}' for v in figures)))} |"
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,7 +148,8 @@ def main() -> None:
                     problem = peer(python, options.zoo.resolve(), name, case.name, out)
                     row[name] = Row(problem=problem) if problem else score(zoo, case, out, options.target)
         for name, result in row.items():
-            print(f"{case.name:15s} {name:9s} {result}", flush=True)
+            print(f"{case.name:15s} {name:9s} {result}", file=sys.stderr, flush=True)
+    print("\n".join(table(rows)) + "\n")
     ours = [r["qdq"].sqnr_db or 0 for r in rows.values()]
     best = [
         max(
@@ -144,4 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from bench_calibration import export
+from results import record
 
 from calib_data import open_samples
 from qdq.core.resources import parse_bytes
@@ -102,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)
