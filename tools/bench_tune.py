@@ -37,7 +37,7 @@ from qdq.passes import prepare
 from qdq.plan.settings import Settings
 from qdq.tune.find_plan import difference, find_plan
 from qdq.tune.variant import Variant
-from qdq.tune.workshop import Workshop
+from qdq.tune.variant_builder import VariantBuilder
 
 Samples = list[dict[str, np.ndarray]]
 HEADER = ("model", "target", "FP32", "FP16", "untuned", "Model Optimizer", "tuned", "of FP16", "SQNR", "INT8", "s")
@@ -151,7 +151,7 @@ def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path, *, measure:
         built = pricer(done.model)
         held = inputs.as_samples(case.evaluation, prepared)
         accuracy = check.evaluate(case.path, folder / "tuned.onnx", held, limits={}).sqnr_db
-    plain = Workshop(model=prepared, settings=recipe.settings, rests=("fp32",))
+    plain = VariantBuilder(model=prepared, settings=recipe.settings, rests=("fp32",))
     return Row(
         model=case.name,
         target=recipe.targets[0],

@@ -21,7 +21,7 @@ from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
 from qdq.tune.search import tune
 from qdq.tune.tuned import Tuned
-from qdq.tune.workshop import Workshop
+from qdq.tune.variant_builder import VariantBuilder
 
 JUDGED = 8  # calibration samples that a tuned plan is measured on, at most
 
@@ -64,7 +64,7 @@ def find_plan(
         pricer: of the recipe, whose settings, rest and time limit count, and with samples, where placement is tuned,
             `min_sqnr_db`.
         samples: re-iterable; a few, whatever their order, are looked at, and a bound is verified with all of them.
-            None takes every tensor for lopsided.
+            None assumes that every activation is asymmetric, the most expensive case.
         on_progress: told about every variant.
 
     Raises:
@@ -75,7 +75,7 @@ def find_plan(
     rests = EITHER if recipe.rest == "auto" else (recipe.rest,)
     with pricer.parallel():
         found = tune(
-            Workshop(model=prepared, settings=recipe.settings, rests=rests, samples=few),
+            VariantBuilder(model=prepared, settings=recipe.settings, rests=rests, samples=few),
             pricer,
             placement=recipe.tune == "placement",
             min_sqnr_db=recipe.limits.get("min_sqnr_db", -math.inf),

@@ -2,39 +2,66 @@
 
 Variant + Price -> moves, dearest nodes first; Move + Variant -> Variant. It must not decide which are made.
 
-| move | on a class of nodes |
-|---|---|
-| int8, float | quantized, with and without the rewrites of the Q/DQ model; left in the type of the rest |
-| a rewrite of `qdq.surgery` | done or not |
-| common, channels | weights have one scale, or one per channel |
-| centred, shifted | a lopsided input keeps its zero point 0, or is shifted so that it uses all codes |
-| raw, shared | a shortcut reads the float tensor, or the quantized one |
-| rest | what is not quantized has another float type |
+A move is a row of KINDS, a rewrite of `qdq.passes.rewrites` (done, or undone by 'no <rewrite>'), 'int8 rewritten'
+(quantized, with the rewrites of the Q/DQ model that fit), or 'unquantized type' (the float type of all other nodes).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 from qdq.build.cost import Price
 from qdq.model.model import Model
 from qdq.passes.rewrites import FLOAT_REWRITES, QUANTIZED_REWRITES
 from qdq.tune.equivalence import classes, grouped
 from qdq.tune.variant import Variant
-from qdq.tune.workshop import Workshop
+from qdq.tune.variant_builder import VariantBuilder
 
-SHORTCUTS = ("raw", "shared")
 WORTH = 0.01  # of the time: a class of nodes whose kernels take less together is left as it starts
+LEAST_GAIN = 0.001  # of the time: less is no reason to leave a node in float, or to rewrite
+COARSER_GAIN = 0.004  # of the time: less is no reason for coarser codes
+REWRITTEN, TYPE = "int8 rewritten", "unquantized type"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What a move does to a variant.
+
+    Attributes:
+        field: the set of nodes of `Variant` that it changes.
+        adds: its nodes become members of that set, else they leave it.
+        least_gain: the share of the time that it must gain to be kept.
+    """
+
+    field: str
+    adds: bool
+    least_gain: float
+
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "int8": Kind(field="quantized", adds=True, least_gain=0.0),
+        "float": Kind(field="quantized", adds=False, least_gain=LEAST_GAIN),
+        "one weight scale": Kind(field="per_tensor", adds=True, least_gain=COARSER_GAIN),
+        "a weight scale per channel": Kind(field="per_tensor", adds=False, least_gain=0.0),
+        "zero point 0": Kind(field="unshifted", adds=True, least_gain=COARSER_GAIN),  # though the range is asymmetric
+        "shifted input": Kind(field="unshifted", adds=False, least_gain=0.0),  # so that it uses all codes
+        "float shortcut": Kind(field="float_shortcuts", adds=True, least_gain=LEAST_GAIN),
+        "quantized shortcut": Kind(field="float_shortcuts", adds=False, least_gain=0.0),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """A change of a variant; `kind` as in the table above, or a rewrite's name, with 'no ' for undone.
+    """A change of a variant; `kind` as the module says.
 
     Attributes:
-        nodes: that it is about; for 'rest' a type, "" the usual one.
+        nodes: that it is about: of a shortcut "node:index", of 'unquantized type' the type, "" for the usual one.
     """
 
     kind: str
@@ -42,91 +69,91 @@ class Move:
 
     @property
     def touched(self) -> tuple[str, ...]:
-        """The nodes that it is about: shortcuts are named by operand; a type is of the whole model."""
-        if self.kind == "rest":
+        """The nodes that it is about; a type is of the whole model."""
+        if self.kind == TYPE:
             return ()
-        return tuple(n.rpartition(":")[0] for n in self.nodes) if self.kind in SHORTCUTS else self.nodes
+        shortcut = self.kind in KINDS and KINDS[self.kind].field == "float_shortcuts"
+        return tuple(n.rpartition(":")[0] for n in self.nodes) if shortcut else self.nodes
+
+    @property
+    def least_gain(self) -> float:
+        """The share of the time that it must gain to be kept."""
+        return KINDS[self.kind].least_gain if self.kind in KINDS else 0.0 if self.kind == REWRITTEN else LEAST_GAIN
 
     def of(self, v: Variant) -> Variant:
         """The changed variant."""
-        if self.kind in SHORTCUTS:
-            return replace(v, raw=v.raw | set(self.nodes) if self.kind == "raw" else v.raw - set(self.nodes))
-        if self.kind == "rest":
+        if self.kind == TYPE:
             return replace(v, rest=self.nodes[0])
-        if self.kind == "common":
-            return replace(v, common=v.common | set(self.nodes))
-        if self.kind == "channels":
-            return replace(v, common=v.common - set(self.nodes))
-        if self.kind == "centred":
-            return replace(v, centred=v.centred | set(self.nodes))
-        if self.kind == "shifted":
-            return replace(v, centred=v.centred - set(self.nodes))
-        if self.kind in ("int8", "int8 rewritten"):
-            for name in QUANTIZED_REWRITES if self.kind != "int8" else ():  # they fire where they fit
+        if self.kind == REWRITTEN:
+            for name in QUANTIZED_REWRITES:  # they fire where they fit
                 v = v.with_rewrite(name, self.nodes)
-            return replace(v, integer=v.integer | set(self.nodes))
-        if self.kind == "float":
-            return replace(v, integer=v.integer - set(self.nodes))
+        if kind := KINDS.get("int8" if self.kind == REWRITTEN else self.kind):
+            held: frozenset[str] = getattr(v, kind.field)
+            changed: dict[str, Any] = {kind.field: held.union(self.nodes) if kind.adds else held.difference(self.nodes)}
+            return replace(v, **changed)
         if self.kind.startswith("no "):
             return v.without_rewrite(self.kind.removeprefix("no "), self.nodes)
         return v.with_rewrite(self.kind, self.nodes)
 
     def __str__(self) -> str:
         """Like 'int8 on /conv1 and 3 alike'."""
-        if self.kind == "rest":
-            return f"the rest in {self.nodes[0] or 'its usual type'}"
+        if self.kind == TYPE:
+            return f"what is not quantized in {self.nodes[0] or 'its usual type'}"
         more = f" and {len(self.nodes) - 1} alike" if len(self.nodes) > 1 else ""
         return f"{self.kind} on {self.nodes[0]}{more}"
 
 
-def possible(shop: Workshop, variant: Variant, price: Price, *, placement: bool) -> list[Move]:
+def possible(builder: VariantBuilder, variant: Variant, price: Price, *, placement: bool) -> list[Move]:
     """All moves from a variant of that price; without `placement` only those that keep what is quantized."""
-    model = shop.base(variant).model
+    model = builder.base(variant).model
     alike = classes(model)
     found: list[Move] = []
-    for nodes in grouped(shop.quantizable(variant), alike) if placement else ():
-        inside = variant.integer.issuperset(nodes)
-        found += [Move(kind=kind, nodes=nodes) for kind in (("float",) if inside else ("int8 rewritten", "int8"))]
-        if not inside and variant.integer.intersection(nodes):
+    for nodes in grouped(builder.quantizable(variant), alike) if placement else ():
+        inside = variant.quantized.issuperset(nodes)
+        found += [Move(kind=kind, nodes=nodes) for kind in (("float",) if inside else (REWRITTEN, "int8"))]
+        if not inside and variant.quantized.intersection(nodes):
             found.append(Move(kind="float", nodes=nodes))
-    for name in (*FLOAT_REWRITES, *(QUANTIZED_REWRITES if variant.integer else ())):
+    for name in (*FLOAT_REWRITES, *(QUANTIZED_REWRITES if variant.quantized else ())):
         done = {node for other, node in variant.rewrites if other == name}
-        for nodes in grouped(shop.fits(name, variant), alike):
+        for nodes in grouped(builder.fits(name, variant), alike):
             found.append(Move(kind=f"no {name}" if done.issuperset(nodes) else name, nodes=nodes))
     if placement:  # these cost accuracy
-        for nodes in grouped((n for n in shop.levelled(variant) if n in variant.integer), alike):
-            found.append(Move(kind="channels" if variant.common.issuperset(nodes) else "common", nodes=nodes))
-        for nodes in grouped((n for n in shop.lopsided(variant) if n in variant.integer), alike):
-            found.append(Move(kind="shifted" if variant.centred.issuperset(nodes) else "centred", nodes=nodes))
-    for operand in shop.shortcuts(variant):
-        found.append(Move(kind="shared" if operand in variant.raw else "raw", nodes=(operand,)))
+        for nodes in grouped((n for n in builder.fit_for_one_scale(variant) if n in variant.quantized), alike):
+            whole = variant.per_tensor.issuperset(nodes)
+            found.append(Move(kind="a weight scale per channel" if whole else "one weight scale", nodes=nodes))
+        for nodes in grouped((n for n in builder.asymmetric(variant) if n in variant.quantized), alike):
+            unshifted = variant.unshifted.issuperset(nodes)
+            found.append(Move(kind="shifted input" if unshifted else "zero point 0", nodes=nodes))
+    for operand in builder.shortcuts(variant):
+        shared = operand in variant.float_shortcuts
+        found.append(Move(kind="quantized shortcut" if shared else "float shortcut", nodes=(operand,)))
     times = times_of(found, model, price)
     worth = sorted((m for m in found if times[m] >= WORTH * price.us), key=lambda m: -times[m])
-    types = [Move(kind="rest", nodes=(rest,)) for rest in ("", *shop.rests[1:]) if rest != variant.rest]
+    types = [Move(kind=TYPE, nodes=(rest,)) for rest in ("", *builder.rests[1:]) if rest != variant.rest]
     return [*worth, *types]
 
 
-def finer_codes(shop: Workshop, variant: Variant) -> list[Move]:
+def finer_codes(builder: VariantBuilder, variant: Variant) -> list[Move]:
     """The moves from a variant to finer codes."""
-    alike = classes(shop.base(variant).model)
-    kinds = (("shifted", variant.centred), ("channels", variant.common))
+    alike = classes(builder.base(variant).model)
+    kinds = (("shifted input", variant.unshifted), ("a weight scale per channel", variant.per_tensor))
     return [
         Move(kind=kind, nodes=group)
         for kind, nodes in kinds
-        for group in grouped(sorted(nodes & variant.integer), alike)
+        for group in grouped(sorted(nodes & variant.quantized), alike)
     ]
 
 
-def into_integer(shop: Workshop, variant: Variant) -> list[Move]:
+def into_quantized(builder: VariantBuilder, variant: Variant) -> list[Move]:
     """The moves from a variant that quantize more, with the rewrites that fit."""
-    alike = classes(shop.base(variant).model)
-    return [Move(kind="int8 rewritten", nodes=group) for group in grouped(shop.quantizable(variant), alike)]
+    alike = classes(builder.base(variant).model)
+    return [Move(kind=REWRITTEN, nodes=group) for group in grouped(builder.quantizable(variant), alike)]
 
 
-def into_float(shop: Workshop, variant: Variant) -> list[Move]:
+def into_float(builder: VariantBuilder, variant: Variant) -> list[Move]:
     """The moves from a variant that quantize less."""
-    alike = classes(shop.base(variant).model)
-    return [Move(kind="float", nodes=group) for group in grouped(sorted(variant.integer), alike)]
+    alike = classes(builder.base(variant).model)
+    return [Move(kind="float", nodes=group) for group in grouped(sorted(variant.quantized), alike)]
 
 
 def times_of(moves: Iterable[Move], model: Model, price: Price) -> dict[Move, float]:

@@ -1,6 +1,6 @@
-"""Search the way to write a model that the compiler's result is predicted fastest for, with the compiler as judge.
+"""Find the variant of a model that is predicted to run fastest once compiled.
 
-Workshop -> starting points (rest type alone; all quantized; with rewrites) -> the best -> moves on classes of alike
+VariantBuilder -> starting points (float types; all quantized; with rewrites) -> the best -> moves on classes of alike
 nodes, dearest first, each kept if the predicted time falls -> Tuned: a Plan, its price, and what it was compared with.
 The price is never above that of any variant looked at, so never above the float model's or the untuned plan's.
 It must not know an engine: a `Judge` compiles and prices.
@@ -18,14 +18,11 @@ from qdq.build.cost import Judge, Price
 from qdq.core.progress import Progress
 from qdq.passes.rewrites import FLOAT_REWRITES, QUANTIZED_REWRITES
 from qdq.plan.plan import Plan
-from qdq.tune.moves import Move, finer_codes, into_float, into_integer, possible, times_of
+from qdq.tune.moves import LEAST_GAIN, TYPE, Move, finer_codes, into_float, into_quantized, possible, times_of
 from qdq.tune.tuned import Tuned
 from qdq.tune.variant import Variant
-from qdq.tune.workshop import Workshop
+from qdq.tune.variant_builder import VariantBuilder
 
-LEAST_GAIN = 0.001  # of the time: less is no reason to leave a node in float, or to rewrite
-COARSER_GAIN = 0.004  # of the time: less is no reason for coarser codes
-COARSER, FREE = ("common", "centred"), ("int8", "int8 rewritten", "shared", "channels", "shifted")
 MARGIN_DB = 1.5  # asked for beyond the bound at first: quick scales, and one sample
 RESERVE_DB = 0.5  # above the bound on calibration samples: others have less (DynUNet, 4 crops: by 0.3 and 0.8 dB)
 SPARE_DB = 0.8  # aimed at above the bound, once quick and calibrated scales have been compared
@@ -36,7 +33,7 @@ SHARES = (1.0, 0.5, 0.25)  # of the products quantized, most multiply-adds per b
 
 
 def tune(
-    workshop: Workshop,
+    builder: VariantBuilder,
     judge: Judge,
     *,
     placement: bool = True,
@@ -49,10 +46,10 @@ def tune(
     """Find the variant with the least predicted time.
 
     Args:
-        workshop: writes the variants.
+        builder: writes the variants.
         judge: compiles and prices them.
         placement: also choose which nodes are quantized; False quantizes all that the rules want.
-        min_sqnr_db: of the workshop's samples; where the fastest variant has less, what costs least time for the noise
+        min_sqnr_db: of the builder's samples; where the fastest variant has less, what costs least time for the noise
             that it takes away is given up until it has as much. Needs samples; means nothing without `placement`.
         measure: quantizes by a plan as it will be shipped, and says the SQNR in dB. What is given up is then adjusted
             by how far quick scales are from it; what does not keep the bound by this measure is not returned.
@@ -64,10 +61,10 @@ def tune(
     Returns:
         The best variant and what it was compared with.
     """
-    bounded = placement and min_sqnr_db > -math.inf and workshop.samples is not None
+    bounded = placement and min_sqnr_db > -math.inf and builder.samples is not None
     verified = measure if bounded else None
     first = time_limit_s * (FIRST if verified else 1)
-    search = _Search(workshop, judge, placement, clock() + first, clock, on_progress)
+    search = _Search(builder, judge, placement, clock() + first, clock, on_progress)
     if bounded:
         search.most = 10 ** (-(min_sqnr_db + MARGIN_DB) / 10)
     search.start()
@@ -82,7 +79,7 @@ def tune(
 class _Search:
     """The best so far, and every price known."""
 
-    workshop: Workshop
+    builder: VariantBuilder
     judge: Judge
     placement: bool
     deadline: float
@@ -106,7 +103,7 @@ class _Search:
         """Compile variants at the same time."""
         if self.on_progress:
             self.on_progress(len(self.prices), None, "Tune")
-        found = self.judge.many([self.workshop.model_of(v) for v in variants])
+        found = self.judge.many([self.builder.model_of(v) for v in variants])
         self.prices |= dict(zip(variants, found, strict=True))
 
     def ahead(self, variants: Iterable[Variant]) -> Iterator[Variant]:
@@ -120,16 +117,16 @@ class _Search:
 
     def start(self) -> None:
         """Compile the starting points and stand on the best."""
-        shop = self.workshop
-        everything = self.hoisted(Variant(integer=frozenset(shop.quantizable(Variant()))))
+        builder = self.builder
+        everything = self.hoisted(Variant(quantized=frozenset(builder.quantizable(Variant()))))
         self.untuned = self.price(everything).us
         self.plain = self.price(Variant()).us
         first = self.best = Variant() if self.placement else everything
         self.keep(everything, "quantized wherever it is possible")
-        for rest in shop.rests[1:]:
+        for rest in builder.rests[1:]:
             if self.late():
                 return
-            move = Move(kind="rest", nodes=(rest,))
+            move = Move(kind=TYPE, nodes=(rest,))
             self.keep(move.of(first), str(move))
         rewritten = replace(first, rest=self.best.rest)
         for _ in self.ahead(self.together(rewritten)):
@@ -137,7 +134,7 @@ class _Search:
         for name in FLOAT_REWRITES:
             if self.late():
                 return
-            if fits := shop.fits(name, rewritten):
+            if fits := builder.fits(name, rewritten):
                 candidate = self.requantized(rewritten.with_rewrite(name, fits))
                 rewritten = min((rewritten, candidate), key=self.us)
         self.keep(rewritten, "rewrites of the float model")
@@ -148,7 +145,7 @@ class _Search:
     def together(self, variant: Variant) -> Iterator[Variant]:
         """With the first rewrite, the first two, and so on: what is looked at next if each is kept."""
         for name in FLOAT_REWRITES if self.judge.width > 1 else ():
-            if fits := self.workshop.fits(name, variant):
+            if fits := self.builder.fits(name, variant):
                 variant = self.requantized(variant.with_rewrite(name, fits))
                 yield variant
 
@@ -161,7 +158,7 @@ class _Search:
         """With all quantized where that is not searched: a rewrite may make nodes that can be quantized."""
         if self.placement:
             return variant
-        return self.hoisted(replace(variant, integer=frozenset(self.workshop.quantizable(variant))))
+        return self.hoisted(replace(variant, quantized=frozenset(self.builder.quantizable(variant))))
 
     def us(self, variant: Variant) -> float:
         """Its predicted microseconds."""
@@ -170,17 +167,17 @@ class _Search:
     def hoisted(self, variant: Variant) -> Variant:
         """The same with each rewrite of the quantized stage that makes it better."""
         for name in QUANTIZED_REWRITES:
-            if fits := self.workshop.fits(name, variant):
+            if fits := self.builder.fits(name, variant):
                 variant = min((variant, variant.with_rewrite(name, fits)), key=self.us)
         return variant
 
     def shares(self, variant: Variant) -> Iterator[Variant]:
         """Variants with a part of the products quantized, with and without rewrites that make more quantizable."""
-        shop = self.workshop
+        builder = self.builder
         for name in FLOAT_REWRITES:
-            fits = shop.fits(name, variant)
+            fits = builder.fits(name, variant)
             wider = variant.with_rewrite(name, fits) if fits else variant
-            if len(shop.quantizable(wider)) > len(shop.quantizable(variant)):
+            if len(builder.quantizable(wider)) > len(builder.quantizable(variant)):
                 yield from self.parts(wider)
         yield from self.parts(variant)
 
@@ -190,25 +187,25 @@ class _Search:
         for kernel in self.price(variant).kernels:
             for node in kernel.nodes:
                 worth[node] = max(worth.get(node, 0.0), kernel.macs / max(kernel.bytes, 1))
-        order = sorted(self.workshop.quantizable(variant), key=lambda node: -worth.get(node, 0.0))
-        model = self.workshop.base(variant).model
+        order = sorted(self.builder.quantizable(variant), key=lambda node: -worth.get(node, 0.0))
+        model = self.builder.base(variant).model
         convolutions = [node for node in order if model.node(node).op_type == "Conv"]
         chosen = [order[: round(share * len(order))] for share in SHARES]
         chosen += [convolutions] if 0 < len(convolutions) < len(order) else []
         for nodes in chosen:
-            part = replace(variant, integer=frozenset(nodes))
+            part = replace(variant, quantized=frozenset(nodes))
             full = self.with_all(part)
             exact = {node for name, node in full.rewrites if name == "norm_scale"}  # these have one scale already
-            level = frozenset(self.workshop.levelled(part)) & part.integer - exact
-            for centred in (frozenset(self.workshop.lopsided(part)), frozenset[str]()):
-                yield replace(full, common=level, centred=centred)
-                yield replace(full, centred=centred)
+            level = frozenset(self.builder.fit_for_one_scale(part)) & part.quantized - exact
+            for unshifted in (frozenset(self.builder.asymmetric(part)), frozenset[str]()):
+                yield replace(full, per_tensor=level, unshifted=unshifted)
+                yield replace(full, unshifted=unshifted)
             yield part
 
     def with_all(self, variant: Variant) -> Variant:
         """The same with all rewrites of the quantized stage."""
         for name in QUANTIZED_REWRITES:
-            variant = variant.with_rewrite(name, self.workshop.fits(name, variant))
+            variant = variant.with_rewrite(name, self.builder.fits(name, variant))
         return variant
 
     def keep(self, variant: Variant, what: str, least: float = 0.0) -> bool:
@@ -241,16 +238,15 @@ class _Search:
 
     def steps_on(self) -> list[Move]:
         """All moves from the best variant, dearest nodes first."""
-        return possible(self.workshop, self.best, self.price(self.best), placement=self.placement)
+        return possible(self.builder, self.best, self.price(self.best), placement=self.placement)
 
     def keep_move(self, move: Move) -> bool:
         """Make a move if it gains enough for what it is."""
-        least = COARSER_GAIN if move.kind in COARSER else 0.0 if move.kind in FREE else LEAST_GAIN
-        return self.keep(move.of(self.best), str(move), least)
+        return self.keep(move.of(self.best), str(move), move.least_gain)
 
     def accurate(self, variant: Variant) -> bool:
         """Whether it keeps the bound, if there is one."""
-        return self.most == math.inf or not variant.integer or (self.workshop.noise(variant) or 0.0) <= self.most
+        return self.most == math.inf or not variant.quantized or (self.builder.noise(variant) or 0.0) <= self.most
 
     def bound(self) -> None:
         """Where there is a bound: the best of what can be afforded from either side."""
@@ -261,11 +257,11 @@ class _Search:
     def afford(self) -> None:
         """From nothing quantized: the classes of nodes that gain most time for their noise, within the bound."""
         base = self.floating()
-        alone = {move: move.of(base) for move in into_integer(self.workshop, base)}
+        alone = {move: move.of(base) for move in into_quantized(self.builder, base)}
         gains = {}
         for move, variant in zip(alone, self.ahead(alone.values()), strict=False):
             if (gain := self.us(base) - self.us(variant)) > 0:
-                gains[move] = gain / max(self.workshop.noise(variant) or 0.0, 1e-300)
+                gains[move] = gain / max(self.builder.noise(variant) or 0.0, 1e-300)
         variant, prefixes = base, []
         for move in sorted(gains, key=lambda m: -gains[m]):
             if self.accurate(candidate := move.of(variant)):
@@ -277,20 +273,18 @@ class _Search:
     def rescue(self) -> None:
         """Where the fastest variant known breaks the bound: make it finer, then less quantized, until it keeps it."""
         fastest = min(self.prices, key=self.us)
-        if fastest == self.best or not fastest.integer or self.late():
+        if fastest == self.best or not fastest.quantized or self.late():
             return
-        finer, left = finer_codes(self.workshop, fastest), into_float(self.workshop, fastest)
-        times = times_of([*finer, *left], self.workshop.base(fastest).model, self.price(fastest))
+        finer, left = finer_codes(self.builder, fastest), into_float(self.builder, fastest)
+        times = times_of([*finer, *left], self.builder.base(fastest).model, self.price(fastest))
         finer.sort(key=lambda m: times[m])
         refined = self.fewest(fastest, finer)
         if refined is None:  # not enough: also leave nodes in float, where that takes most noise away for its time
             worth = {}
             for move in left:
                 if not self.late():
-                    alone = replace(fastest, integer=frozenset(move.nodes))
-                    worth[move] = (self.workshop.noise(alone) or 0.0) / max(
-                        times[move], LEAST_GAIN * self.us(self.best)
-                    )
+                    alone = replace(fastest, quantized=frozenset(move.nodes))
+                    worth[move] = (self.builder.noise(alone) or 0.0) / max(times[move], LEAST_GAIN * self.us(self.best))
             refined = self.fewest(fastest, [*finer, *sorted(worth, key=lambda m: -worth[m])])
         if refined is not None:
             self.keep(refined, "finer and fewer codes, for the bound")
@@ -306,10 +300,10 @@ class _Search:
         kept, complete = self.floating(), self.complete
         measured: set[Variant] = set()
         for left in reversed(range(ROUNDS)):
-            if not self.best.integer:
+            if not self.best.quantized:
                 break
             measured.add(self.best)
-            real, noise = measure(self.plan("")), self.workshop.noise(self.best)
+            real, noise = measure(self.plan("")), self.builder.noise(self.best)
             quick = -10 * math.log10(noise) if noise else math.inf
             self.steps.append(f"measured {real:.1f} dB with calibrated scales, {quick:.1f} dB with quick ones")
             enough = real >= bound_db + RESERVE_DB
@@ -339,15 +333,15 @@ class _Search:
 
     def floating(self) -> Variant:
         """The fastest variant known with nothing quantized."""
-        return min((v for v in self.prices if not v.integer), key=self.us)
+        return min((v for v in self.prices if not v.quantized), key=self.us)
 
     def plan(self, why: str) -> Plan:
         """The best variant as a plan; `why` other nodes are left in float."""
-        return self.workshop.plan_of(self.best, why)
+        return self.builder.plan_of(self.best, why)
 
     def result(self) -> Tuned:
         """The best variant as a plan."""
-        price, operands = self.price(self.best), self.workshop.base(Variant()).plan.operands
+        price, operands = self.price(self.best), self.builder.base(Variant()).plan.operands
         floating = self.floating()
         why = (
             f"{operands} does not pay here: with the choice made, the model is predicted to take {price.us:.1f} us; "
@@ -356,7 +350,7 @@ class _Search:
         return Tuned(
             variant=self.best,
             plan=self.plan(why),
-            unquantized=self.workshop.plan_of(floating, why),
+            unquantized=self.builder.plan_of(floating, why),
             unquantized_us=self.us(floating),
             operands=operands,
             price=price,

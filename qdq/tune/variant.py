@@ -11,19 +11,19 @@ class Variant:
     """Choices about one model; names that do not exist after its rewrites mean nothing.
 
     Attributes:
-        rewrites: (rewrite, node) pairs; those of the quantized stage apply to nodes in `integer` only.
-        integer: weighted nodes that are quantized.
-        common: nodes whose weight has one scale for all channels, if they are in `integer`.
-        centred: nodes whose input is not shifted, though its range is lopsided: fewer codes, less to pad and subtract.
-        raw: shortcut operands, "node:index", that read the float tensor although a quantized one exists.
-        rest: the float type of what is not quantized, if another than the workshop's first.
+        rewrites: (rewrite, node) pairs; those of the quantized stage apply to nodes in `quantized` only.
+        quantized: weighted nodes that are quantized.
+        per_tensor: nodes whose weight has one scale for all channels, if they are in `quantized`.
+        unshifted: nodes whose input is not shifted, though its range is asymmetric: fewer codes, less to compute.
+        float_shortcuts: shortcut operands, "node:index", that read the float tensor although a quantized one exists.
+        rest: the float type of what is not quantized, if another than the builder's first.
     """
 
     rewrites: frozenset[tuple[str, str]] = frozenset()
-    integer: frozenset[str] = frozenset()
-    common: frozenset[str] = frozenset()
-    centred: frozenset[str] = frozenset()
-    raw: frozenset[str] = frozenset()
+    quantized: frozenset[str] = frozenset()
+    per_tensor: frozenset[str] = frozenset()
+    unshifted: frozenset[str] = frozenset()
+    float_shortcuts: frozenset[str] = frozenset()
     rest: str = ""
 
     def with_rewrite(self, name: str, nodes: Iterable[str]) -> Variant:

@@ -16,7 +16,7 @@ from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
 from qdq.tune import find_plan
 from qdq.tune.variant import Variant
-from qdq.tune.workshop import Workshop
+from qdq.tune.variant_builder import VariantBuilder
 
 
 @pytest.fixture
@@ -61,19 +61,19 @@ def test_a_plan_is_measured_by_the_table_of_one_that_has_its_tensors(model: Mode
 
 def test_tables_of_other_float_rewrites_are_apart(model: Model, measured: list[list[str]]) -> None:
     data = samples(model, 4)
-    work = Workshop(model=model, settings=Settings(), rests=("fp32",), samples=data[:2])
+    work = VariantBuilder(model=model, settings=Settings(), rests=("fp32",), samples=data[:2])
     tables = tables_module.Tables(model=model, samples=data)
     both = frozenset({"first", "second"})
-    plain = tables.of(work.plan_of(Variant(integer=both), ""))
-    hoisted = tables.of(work.plan_of(Variant(integer=both).with_rewrite("hoist", both), ""))
+    plain = tables.of(work.plan_of(Variant(quantized=both), ""))
+    hoisted = tables.of(work.plan_of(Variant(quantized=both).with_rewrite("hoist", both), ""))
     assert len(measured) == 1 and hoisted.tensors.keys() == plain.tensors.keys()  # hoisting is done to the Q/DQ model
     variant = Variant().with_rewrite("conv_transpose", ["up"])
-    plan = work.plan_of(Variant(rewrites=variant.rewrites, integer=both), "")
+    plan = work.plan_of(Variant(rewrites=variant.rewrites, quantized=both), "")
     assert {p.tensor for p in plan.activations} <= plain.tensors.keys() and plan.rewrites
     rewritten = tables.of(plan)
     again = tables.of(plan)
     assert len(measured) == 2 and all(again.tensors[name] is h for name, h in rewritten.tensors.items())
-    fewer = tables.of(work.plan_of(Variant(integer=frozenset({"first"})), ""))
+    fewer = tables.of(work.plan_of(Variant(quantized=frozenset({"first"})), ""))
     assert len(measured) == 2 and fewer.tensors.keys() < plain.tensors.keys()
     for name, histogram in rewritten.tensors.items():
         np.testing.assert_allclose(histogram.amax, plain.tensors[name].amax, rtol=1e-5)

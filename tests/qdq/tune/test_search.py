@@ -35,7 +35,7 @@ from qdq.tune.equivalence import classes
 from qdq.tune.find_plan import FEW, _few, difference, find_plan
 from qdq.tune.search import tune
 from qdq.tune.variant import Variant
-from qdq.tune.workshop import TUNED, Workshop
+from qdq.tune.variant_builder import TUNED, VariantBuilder
 
 
 def chain(*, blocks: int = 3, alike: bool = False) -> Model:
@@ -56,10 +56,10 @@ def transposed() -> Model:
     return build(nodes, {"x": (1, 8, 5, 5)}, {"w": normal(8, 4, 2, 2)})
 
 
-def shop(model: Model, *, data: bool = True, rest: str = "fp32", **settings: object) -> Workshop:
-    """A workshop with two samples, or none; `rest` may be several types with spaces between."""
+def builder(model: Model, *, data: bool = True, rest: str = "fp32", **settings: object) -> VariantBuilder:
+    """A builder with two samples, or none; `rest` may be several types with spaces between."""
     few = samples(model, 2) if data else None
-    return Workshop(model=model, settings=Settings(**settings), rests=tuple(rest.split()), samples=few)  # type: ignore[arg-type]
+    return VariantBuilder(model=model, settings=Settings(**settings), rests=tuple(rest.split()), samples=few)  # type: ignore[arg-type]
 
 
 class Each:
@@ -94,8 +94,8 @@ def priced(**us: float) -> Each:
 
 
 def test_nodes_that_gain_are_quantized_and_the_others_say_why() -> None:
-    found = tune(shop(chain()), priced(conv_0=20.0, conv_1=2.0, conv_2=30.0))
-    assert found.variant.integer == {"conv_1"}
+    found = tune(builder(chain()), priced(conv_0=20.0, conv_1=2.0, conv_2=30.0))
+    assert found.variant.quantized == {"conv_1"}
     assert found.price.us <= found.plain == 30.0 and found.price.us < found.untuned and found.complete
     assert found.plan.quantized_nodes == ("conv_1",)
     skipped = {s.node: s.reason for s in found.plan.skips if s.rule == TUNED}
@@ -105,28 +105,28 @@ def test_nodes_that_gain_are_quantized_and_the_others_say_why() -> None:
 
 def test_the_result_is_the_least_of_all_variants() -> None:
     costs = {"conv_0": 7.0, "conv_1": 14.0, "conv_2": 9.5}
-    work = shop(chain(), data=False, shift=False)
+    work = builder(chain(), data=False, shift=False)
     judge = priced(**costs)
-    every = [Variant(integer=frozenset(s)) for n in range(4) for s in itertools.combinations(costs, n)]
+    every = [Variant(quantized=frozenset(s)) for n in range(4) for s in itertools.combinations(costs, n)]
     assert tune(work, judge).price.us == min(judge.price(work.model_of(v)).us for v in every)
 
 
 def test_a_node_whose_name_ends_like_an_operand_is_a_node() -> None:
     nodes = [node("Conv", "x v", "a", "first"), node("Conv", "a w", "y", "conv:0")]
     model = build(nodes, {"x": (1, 8, 8, 8)}, {"v": normal(8, 8, 3, 3), "w": normal(8, 8, 1, 1)})
-    found = tune(shop(model), priced(**{"first": 99.0, "conv:0": 2.0}))
-    assert found.variant.integer == {"conv:0"} and found.price.us < found.plain
+    found = tune(builder(model), priced(**{"first": 99.0, "conv:0": 2.0}))
+    assert found.variant.quantized == {"conv:0"} and found.price.us < found.plain
 
 
 def test_a_pattern_that_matches_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="matches none"):
-        shop(chain(), exclude=("conv_9",))
+        builder(chain(), exclude=("conv_9",))
     with pytest.raises(InputError, match="override pattern 'conv_9'"):
-        shop(chain(), overrides={"conv_9": "int8-weight"})
+        builder(chain(), overrides={"conv_9": "int8-weight"})
 
 
 def test_int8_is_kept_nowhere_if_it_pays_nowhere() -> None:
-    found = tune(shop(chain()), priced(conv_0=20.0, conv_1=20.0, conv_2=20.0))
+    found = tune(builder(chain()), priced(conv_0=20.0, conv_1=20.0, conv_2=20.0))
     assert not found.plan.points and found.price.us == found.plain
     assert "INT8 does not pay anywhere" in found.summary
 
@@ -139,34 +139,34 @@ def test_the_rest_has_the_type_that_is_faster(tmp_path: Path) -> None:
         return Price(us=math.fsum(k.us for k in kernels), kernels=tuple(kernels))
 
     model = chain()
-    found = tune(shop(model, rest="fp16 fp32"), Each(judge))
+    found = tune(builder(model, rest="fp16 fp32"), Each(judge))
     assert found.plan.rest == "fp32" and found.price.us == 15 and found.plain == 27
     found.plan.save(tmp_path / "plan.json")
     plan = Plan.load(tmp_path / "plan.json")
     assert plan == found.plan
-    assert tune(shop(model, rest="fp16"), Each(judge)).plan.rest == "fp16"
+    assert tune(builder(model, rest="fp16"), Each(judge)).plan.rest == "fp16"
     for asked, half in (("auto", False), ("fp32", False), ("fp16", True)):
         made = finish(model, plan, rest=asked, table=None).model
         assert any(t.data_type == TensorProto.FLOAT16 for t in made.graph.initializer) == half
 
 
 def test_without_placement_everything_stays_quantized() -> None:
-    work = shop(chain())
+    work = builder(chain())
     found = tune(work, priced(conv_0=20.0, conv_1=20.0, conv_2=20.0), placement=False)
     assert set(found.plan.quantized_nodes) == {"conv_0", "conv_1", "conv_2"}
-    assert not found.variant.common and not found.variant.centred  # these cost accuracy
+    assert not found.variant.per_tensor and not found.variant.unshifted  # these cost accuracy
     bounded = tune(work, priced(conv_0=20.0, conv_1=20.0, conv_2=20.0), placement=False, min_sqnr_db=90)
     assert bounded.plan == found.plan  # a bound is for the choice of nodes
 
 
 def test_a_time_limit_ends_the_search_with_the_better_of_two() -> None:
-    found = tune(shop(chain()), priced(conv_1=2.0), time_limit_s=0, clock=itertools.count().__next__)
+    found = tune(builder(chain()), priced(conv_1=2.0), time_limit_s=0, clock=itertools.count().__next__)
     assert not found.complete and found.tried <= 3 and found.price.us <= found.plain
     assert "time limit" in found.summary
 
 
 def test_accuracy_is_bought_back_with_the_cheapest_nodes() -> None:
-    work = shop(chain())
+    work = builder(chain())
     judge = priced(conv_0=1.0, conv_1=9.0, conv_2=1.0)
     fast = tune(work, judge)
     noise = work.noise(fast.variant)
@@ -180,14 +180,14 @@ def test_accuracy_is_bought_back_with_the_cheapest_nodes() -> None:
 
 
 def test_a_bound_is_kept_as_measured_and_not_overdone() -> None:
-    work = shop(chain(blocks=5))
+    work = builder(chain(blocks=5))
     judge = priced(**{f"conv_{i}": 4.0 - 0.5 * i for i in range(5)})
-    quick = -10 * math.log10(work.noise(Variant(integer=frozenset(work.quantizable(Variant())))) or 1)
+    quick = -10 * math.log10(work.noise(Variant(quantized=frozenset(work.quantizable(Variant())))) or 1)
     for offset in (-4.0, 4.0):  # calibrated scales are worse, or better, than quick ones
         measured: list[float] = []
 
         def measure(plan: Plan, offset: float = offset, measured: list[float] = measured) -> float:
-            noise = work.noise(Variant(integer=frozenset(plan.quantized_nodes)))
+            noise = work.noise(Variant(quantized=frozenset(plan.quantized_nodes)))
             measured.append(math.inf if not noise else offset - 10 * math.log10(noise))
             return measured[-1]
 
@@ -210,16 +210,16 @@ def test_alike_nodes_are_one_class() -> None:
 
 def test_a_variant_has_the_outputs_of_the_float_model() -> None:
     model = residual()
-    work = shop(model)
+    work = builder(model)
     data = samples(model, 2)
-    full = Variant(integer=frozenset(work.quantizable(Variant())))
+    full = Variant(quantized=frozenset(work.quantizable(Variant())))
     operand = work.shortcuts(full)[0]
     for variant in (
         full,
-        Variant(integer=full.integer, common=full.integer),
-        Variant(integer=full.integer, centred=full.integer),
-        Variant(integer=full.integer, raw=frozenset({operand})),
-        full.with_rewrite("hoist", full.integer),
+        Variant(quantized=full.quantized, per_tensor=full.quantized),
+        Variant(quantized=full.quantized, unshifted=full.quantized),
+        Variant(quantized=full.quantized, float_shortcuts=frozenset({operand})),
+        full.with_rewrite("hoist", full.quantized),
     ):
         noise = work.noise(variant)
         assert noise is not None and 0 < noise < 1e-3
@@ -228,15 +228,16 @@ def test_a_variant_has_the_outputs_of_the_float_model() -> None:
         for before, after in zip(run(model, data), run(made.model, data), strict=True):
             np.testing.assert_allclose(after["y"], before["y"], atol=0.05 * np.abs(before["y"]).max())
     assert not any(
-        operand in p.consumers for p in work.plan_of(Variant(integer=full.integer, raw=frozenset({operand})), "").points
+        operand in p.consumers
+        for p in work.plan_of(Variant(quantized=full.quantized, float_shortcuts=frozenset({operand})), "").points
     )
 
 
 def test_one_scale_for_all_channels_is_one_in_the_file() -> None:
     model = conv()
-    work = shop(model, rest="fp16")
+    work = builder(model, rest="fp16")
     node_names = frozenset(work.quantizable(Variant()))
-    plan = work.plan_of(Variant(integer=node_names, common=node_names).with_rewrite("hoist", node_names), "")
+    plan = work.plan_of(Variant(quantized=node_names, per_tensor=node_names).with_rewrite("hoist", node_names), "")
     made = quantize.quantize(model, samples(model, 4), plan=plan)
     done = finish(made.model, plan, rest="fp16", table=made.table).model
     weight = next(n for n in done.graph.node if n.op_type == "Conv").input[1]
@@ -247,11 +248,11 @@ def test_one_scale_for_all_channels_is_one_in_the_file() -> None:
 
 def test_a_plan_with_rewrites_goes_through_a_file(tmp_path: Path) -> None:
     model = transposed()
-    work = shop(model, rest="fp16")
+    work = builder(model, rest="fp16")
     variant = Variant().with_rewrite("conv_transpose", ["up"])
     names = frozenset(work.quantizable(variant))
     assert names == {"up"} and not work.quantizable(Variant())
-    plan = work.plan_of(Variant(rewrites=variant.rewrites, integer=names).with_rewrite("hoist", names), "")
+    plan = work.plan_of(Variant(rewrites=variant.rewrites, quantized=names).with_rewrite("hoist", names), "")
     assert plan.rewrites == (Rewrite(name="conv_transpose", nodes=("up",)), Rewrite(name="hoist", nodes=("up",)))
     plan.save(tmp_path / "plan.json")
     read = Plan.load(tmp_path / "plan.json")

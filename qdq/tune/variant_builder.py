@@ -50,14 +50,15 @@ class Base:
 
 
 @dataclass(slots=True)
-class Workshop:
+class VariantBuilder:
     """Writes variants of one model; what several of them share is made once.
 
     Attributes:
         model: prepared float model.
         settings: of the plan; calibrator, rounding and equalization do not matter here.
         rests: of 'fp16', 'bf16' and 'fp32' those that the rest may have; the first is the usual one.
-        samples: a few, re-iterable, for the ranges; None assumes that every tensor is lopsided.
+        samples: a few, re-iterable, for the ranges; None assumes that every activation is asymmetric,
+            the most expensive case.
     """
 
     model: Model
@@ -108,7 +109,7 @@ class Workshop:
         """The weighted nodes that the rules would quantize after the variant's rewrites."""
         return self.base(variant).plan.quantized_nodes
 
-    def levelled(self, variant: Variant) -> tuple[str, ...]:
+    def fit_for_one_scale(self, variant: Variant) -> tuple[str, ...]:
         """The quantizable nodes whose weight may have one scale: its noise grows by `MOST_LOSS_DB` at most."""
         base = self.base(variant)
         spread: dict[str, float] = {}
@@ -119,7 +120,7 @@ class Workshop:
                 spread |= {node: max(spread.get(node, 0.0), float(loss)) for node, _ in point.uses}
         return tuple(node for node, loss in spread.items() if loss <= MOST_LOSS_DB)
 
-    def lopsided(self, variant: Variant) -> tuple[str, ...]:
+    def asymmetric(self, variant: Variant) -> tuple[str, ...]:
         """The quantizable nodes whose input is shifted."""
         base = self.base(variant)
         shifted = [p for p in base.plan.activations if base.solution.activations[p.tensor].zero_point]
@@ -170,7 +171,7 @@ class Workshop:
 
     def _finished(self, variant: Variant) -> tuple[Model, tuple[Rewrite, ...]]:
         """The whole model, and the rewrites of the quantized stage that fired."""
-        wanted = ((name, node) for name, node in variant.rewrites if node in variant.integer)
+        wanted = ((name, node) for name, node in variant.rewrites if node in variant.quantized)
         return applied(self._typed(variant), wanted, stage="quantized")
 
     def _typed(self, variant: Variant) -> Model:
@@ -244,30 +245,30 @@ def restricted(model: Model, plan: Plan, variant: Variant, why: str) -> Plan:
     Args:
         model: that the plan is for.
         plan: of everything.
-        variant: its `integer`, `common` and `raw`.
+        variant: its `quantized`, `per_tensor` and `float_shortcuts`.
         why: the reason of the weighted nodes that are left out.
 
     Returns:
         The plan with a Skip of rule 'tuned' for each weighted node that is left out. A shortcut stays only where a
         weighted node reads its tensor too.
     """
-    shortcuts = set(_shortcuts(plan)) - variant.raw
+    shortcuts = set(_shortcuts(plan)) - variant.float_shortcuts
     points = []
     for point in plan.points:
-        kept = {name for name, _ in point.uses} & variant.integer
+        kept = {name for name, _ in point.uses} & variant.quantized
         if not kept:
             continue
         consumers = tuple(c for c in point.consumers if c.rpartition(":")[0] in kept or c in shortcuts)
         if point.role == "weight":
-            spec = replace(point.spec, axis=None) if kept <= variant.common else point.spec
+            spec = replace(point.spec, axis=None) if kept <= variant.per_tensor else point.spec
         else:
-            spec = replace(point.spec, shift=False) if kept & variant.centred else point.spec
+            spec = replace(point.spec, shift=False) if kept & variant.unshifted else point.spec
         points.append(replace(point, consumers=consumers, spec=spec))
     ties = Counter(point.tie for point in points)
     points = [replace(p, tie=None) if ties[p.tie] == 1 else p for p in points]
     skips = [
         Skip(node=node, op_type=model.node(node).op_type, rule=TUNED, reason=why)
         for node in plan.quantized_nodes
-        if node not in variant.integer
+        if node not in variant.quantized
     ]
     return replace(plan, points=tuple(points), skips=(*plan.skips, *skips))
