@@ -1,0 +1,135 @@
+"""Files that we write as JSON: declared models, checked when they are read, each with its JSON Schema.
+
+values -> `Document` -> `to_json` -> file -> `from_json` -> the same value, or one sentence that says where and what is wrong.
+Must not know what any file means.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self
+
+import msgspec
+
+# A number of a report that may be infinite or no number: JSON has neither, so 'inf', '-inf' or 'nan' is written.
+Measured = Annotated[float, msgspec.Meta(extra_json_schema={"x-not-finite": ["inf", "-inf", "nan"]})]
+
+
+class DocumentError(ValueError):
+    """A file is not what it should be; the message is a clause that a caller puts behind its name."""
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A value inside a document. A field that is missing, of another type, or not known is refused."""
+
+
+class Document(Part, frozen=True, kw_only=True):
+    """A whole file.
+
+    Attributes:
+        FORMAT: the value of the file's key "format": what it is, and the version of its form.
+        MAKE: the command that makes such a file.
+        COMPUTED: properties that are written for readers, and left out when the file is read.
+    """
+
+    FORMAT: ClassVar[str]
+    MAKE: ClassVar[str]
+    COMPUTED: ClassVar[tuple[str, ...]] = ()
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The file's content as plain values; numbers that are not finite as text."""
+        computed = {name: msgspec.to_builtins(getattr(self, name)) for name in self.COMPUTED}
+        content: dict[str, Any] = {"format": self.FORMAT, **computed, **msgspec.to_builtins(self)}
+        return {key: _finite(value) for key, value in content.items()}
+
+    def to_json(self) -> str:
+        """Indented JSON text; the same value gives the same text."""
+        return json.dumps(self.to_mapping(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """The value that `to_json` wrote.
+
+        Raises:
+            DocumentError: not JSON, another file or version, or a key that is missing, unknown or of another type.
+        """
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DocumentError(f"it is not JSON ({error})") from None
+        return cls.from_mapping(content)
+
+    @classmethod
+    def from_mapping(cls, content: object) -> Self:
+        """The value of parsed JSON.
+
+        Raises:
+            DocumentError: as `from_json`.
+        """
+        found = content.get("format") if isinstance(content, Mapping) else None
+        if not isinstance(content, Mapping) or found != cls.FORMAT:
+            kind = cls.FORMAT.partition("/")[0]
+            other = isinstance(found, str) and found.startswith(f"{kind}/")
+            what = "it was made by another version" if other else "it is another file"
+            raise DocumentError(
+                f"its format is {found!r} and {cls.FORMAT!r} is needed: {what}; make it with `{cls.MAKE}`"
+            )
+        return converted({k: v for k, v in content.items() if k != "format" and k not in cls.COMPUTED}, cls)
+
+    @classmethod
+    def schema(cls) -> dict[str, Any]:
+        """The JSON Schema (2020-12) of the file."""
+        _, components = msgspec.json.schema_components([cls], ref_template="#/$defs/{name}")
+        found = dict(components.pop(cls.__name__))
+        computed = {}
+        for name in cls.COMPUTED:
+            getter = getattr(cls, name).fget
+            computed[name] = msgspec.json.schema(typing.get_type_hints(getter, include_extras=True)["return"])
+        properties = {"format": {"const": cls.FORMAT}, **computed, **found["properties"]}
+        required = ["format", *cls.COMPUTED, *found.get("required", ())]
+        whole = {**found, "properties": properties, "required": required, "$defs": components}
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_with_text(whole)}
+
+
+T = typing.TypeVar("T")
+
+
+def converted(values: object, kind: type[T]) -> T:
+    """Plain values as a declared type.
+
+    Raises:
+        DocumentError: says which key is wrong, what is there and what is needed; names the nearest key.
+    """
+    try:
+        return msgspec.convert(values, kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        unknown = text.partition("unknown field `")[2].partition("`")[0]
+        if unknown and issubclass(kind, msgspec.Struct):
+            near = difflib.get_close_matches(unknown, kind.__struct_fields__, n=1)
+            text += f": did you mean `{near[0]}`?" if near else ""
+        raise DocumentError(text.replace("$.", "").replace("`$`", "the file")) from None
+
+
+def _with_text(schema: Any) -> Any:
+    """A schema in which a `Measured` number may be one of the three texts."""
+    if isinstance(schema, list):
+        return [_with_text(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: _with_text(part) for key, part in schema.items()}
+    texts = found.pop("x-not-finite", None)
+    return {"anyOf": [found, {"enum": texts}]} if texts else found
+
+
+def _finite(value: Any) -> Any:
+    """The same nested values with non-finite numbers as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value

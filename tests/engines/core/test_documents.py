@@ -1,0 +1,69 @@
+"""Declared files: what is written is read back equal, and what is wrong is said with its place."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import jsonschema
+import pytest
+
+from engines.core.documents import Document, DocumentError, Measured, Part
+
+
+class Line(Part, frozen=True, kw_only=True):
+    x: int
+    y: float = 1.0
+
+
+class Sheet(Document, frozen=True, kw_only=True):
+    FORMAT = "qdq.sheet/2"
+    MAKE = "qdq sheet"
+    COMPUTED = ("count",)
+    lines: tuple[Line, ...]
+    worst: Measured = 0.0
+    shares: dict[int, float] = {}
+
+    @property
+    def count(self) -> int:
+        return len(self.lines)
+
+
+SHEET = Sheet(lines=(Line(x=1), Line(x=2, y=0.5)), shares={3: 0.25})
+
+
+def test_what_is_written_is_read_back() -> None:
+    text = SHEET.to_json()
+    assert Sheet.from_json(text) == SHEET and Sheet.from_json(text).to_json() == text
+    assert json.loads(text)["count"] == 2 and json.loads(text)["format"] == "qdq.sheet/2"
+
+
+WRONG = {
+    "{": "not JSON",
+    "[" * 100_000: "not JSON",
+    "[]": "another file",
+    '{"format": "qdq.other/1"}': "another file",
+    '{"format": "qdq.sheet/1"}': "another version; make it with `qdq sheet`",
+    '{"format": "qdq.sheet/2"}': "missing required field `lines`",
+    '{"format": "qdq.sheet/2", "lines": [], "line": []}': "did you mean `lines`",
+    '{"format": "qdq.sheet/2", "lines": [{"x": "1"}]}': r"Expected `int`, got `str` - at `lines\[0\].x`",
+    '{"format": "qdq.sheet/2", "lines": [{"x": 1, "z": 2}]}': r"unknown field `z` - at `lines\[0\]`",
+    '{"format": "qdq.sheet/2", "lines": [], "shares": {"a": 1}}': "Expected `int`",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG.items(), ids=[k[:40] for k in WRONG])
+def test_what_is_wrong_is_said_with_its_place(text: str, message: str) -> None:
+    with pytest.raises(DocumentError, match=message):
+        Sheet.from_json(text)
+
+
+def test_the_schema_is_kept_and_not_empty() -> None:
+    check = jsonschema.Draft202012Validator(Sheet.schema())
+    check.check_schema(Sheet.schema())
+    for worst in (1.0, math.inf, -math.inf, math.nan):
+        check.validate(json.loads(Sheet(lines=SHEET.lines, worst=worst).to_json()))
+    content = json.loads(SHEET.to_json())
+    for wrong in ({"worst": "big"}, {"more": 1}, {"count": "2"}, {"format": "qdq.sheet/1"}, {"lines": [{"x": 1.5}]}):
+        assert not check.is_valid(content | wrong), wrong
+    assert not check.is_valid({k: v for k, v in content.items() if k != "lines"})
