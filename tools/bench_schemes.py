@@ -20,7 +20,7 @@ from results import record
 from calib_data import open_samples
 from qdq.core.files import write_text
 from qdq.deploy.compare.compare import compare_schemes, entries
-from qdq.deploy.compare.result import Comparison, Row
+from qdq.deploy.compare.result import Comparison, SchemeRow
 from qdq.deploy.compare.task import Task
 from qdq.deploy.report import size
 from qdq.measure.inference.inputs import input_specs
@@ -62,7 +62,7 @@ def minilm(folder: Path, place: Path) -> tuple[Path, Path, Path, Task]:
 CASES = {"stories": stories, "minilm": minilm}
 
 
-def line(row: Row) -> str:
+def line(row: SchemeRow) -> str:
     """One row in Markdown."""
     value, us = ("-" if v is None else f"{v:{form}}" for v, form in ((row.value, ".4f"), (row.predicted_us, ".1f")))
     sqnr = "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"

@@ -1,6 +1,6 @@
 """Files that we write as JSON: declared models, checked when they are read, each with its JSON Schema.
 
-values -> `Document` -> `to_json` -> file -> `from_json` -> the same value, or one sentence that says where and what is wrong.
+values -> `Document` -> `to_json` -> file -> `from_json` -> the same value, or a sentence that says what is wrong where.
 Must not know what any file means.
 """
 
@@ -42,9 +42,8 @@ class Document(Part, frozen=True, kw_only=True):
 
     def to_mapping(self) -> dict[str, Any]:
         """The file's content as plain values; numbers that are not finite as text."""
-        computed = {name: msgspec.to_builtins(getattr(self, name)) for name in self.COMPUTED}
-        content: dict[str, Any] = {"format": self.FORMAT, **computed, **msgspec.to_builtins(self)}
-        return {key: _finite(value) for key, value in content.items()}
+        names = (*self.COMPUTED, *self.__struct_fields__)
+        return {"format": self.FORMAT, **{name: _plain(getattr(self, name)) for name in names}}
 
     def to_json(self) -> str:
         """Indented JSON text; the same value gives the same text."""
@@ -78,21 +77,35 @@ class Document(Part, frozen=True, kw_only=True):
             raise DocumentError(
                 f"its format is {found!r} and {cls.FORMAT!r} is needed: {what}; make it with `{cls.MAKE}`"
             )
-        return converted({k: v for k, v in content.items() if k != "format" and k not in cls.COMPUTED}, cls)
+        parts = {field.name: field.type for field in msgspec.structs.fields(cls) if _is_document(field.type)}
+        read = {k: parts[k].from_mapping(v) if k in parts else v for k, v in content.items()}
+        return converted({k: v for k, v in read.items() if k != "format" and k not in cls.COMPUTED}, cls)
 
     @classmethod
     def schema(cls) -> dict[str, Any]:
         """The JSON Schema (2020-12) of the file."""
         _, components = msgspec.json.schema_components([cls], ref_template="#/$defs/{name}")
-        found = dict(components.pop(cls.__name__))
+        inside = [field.type for field in msgspec.structs.fields(cls) if _is_document(field.type)]
+        components |= {part.__name__: part._completed(components[part.__name__]) for part in inside}
+        whole = cls._completed(components.pop(cls.__name__))
+        return {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            **_with_text(whole),
+            "$defs": _with_text(components),
+        }
+
+    @classmethod
+    def _completed(cls, schema: Mapping[str, Any]) -> dict[str, Any]:
+        """The schema of the fields, with the format and the computed properties."""
         computed = {}
         for name in cls.COMPUTED:
-            getter = getattr(cls, name).fget
-            computed[name] = msgspec.json.schema(typing.get_type_hints(getter, include_extras=True)["return"])
-        properties = {"format": {"const": cls.FORMAT}, **computed, **found["properties"]}
-        required = ["format", *cls.COMPUTED, *found.get("required", ())]
-        whole = {**found, "properties": properties, "required": required, "$defs": components}
-        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_with_text(whole)}
+            hints = typing.get_type_hints(getattr(cls, name).fget, include_extras=True)
+            computed[name] = msgspec.json.schema(hints["return"])
+        return {
+            **schema,
+            "properties": {"format": {"const": cls.FORMAT}, **computed, **schema["properties"]},
+            "required": ["format", *cls.COMPUTED, *schema.get("required", ())],
+        }
 
 
 T = typing.TypeVar("T")
@@ -126,10 +139,19 @@ def _with_text(schema: Any) -> Any:
     return {"anyOf": [found, {"enum": texts}]} if texts else found
 
 
-def _finite(value: Any) -> Any:
-    """The same nested values with non-finite numbers as text."""
+def _is_document(kind: Any) -> bool:
+    """Whether a field holds a document of its own."""
+    return isinstance(kind, type) and issubclass(kind, Document)
+
+
+def _plain(value: Any) -> Any:
+    """A value for JSON: whole documents inside it as they are alone, numbers that are not finite as text."""
+    if isinstance(value, Document):
+        return value.to_mapping()
+    if isinstance(value, msgspec.Struct):
+        return {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

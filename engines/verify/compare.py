@@ -15,18 +15,17 @@ Metrics per output, over all elements of all samples, r the reference and c the 
 
 from __future__ import annotations
 
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
 
 from engines.backends import ort
+from engines.core.documents import Document, Measured, Part
 from engines.core.errors import EngineError, import_runtime
 from engines.core.files import write_atomic
 
@@ -34,8 +33,7 @@ STOOD_FOR_ENGINE = "the Q/DQ model in ONNX Runtime stood for the engine: no GPU 
 MAX_DICE_CLASSES = 256  # more channels than this are features, not classes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Limits(Part, frozen=True, kw_only=True):
     """The least that passes, for every output that has the metric; None: not checked."""
 
     min_sqnr_db: float | None = None
@@ -44,32 +42,34 @@ class Limits:
     min_top1: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputReport:
+class OutputReport(Part, frozen=True, kw_only=True):
     """The metrics of one output. `top1` is None and `dice` empty where the output has no classes."""
 
     name: str
-    sqnr_db: float
-    cosine: float
-    mean_sample_cosine: float
-    max_abs_error: float
-    mean_abs_error: float
-    top1: float | None
-    dice: Mapping[int, float]
+    sqnr_db: Measured
+    cosine: Measured
+    mean_sample_cosine: Measured
+    max_abs_error: Measured
+    mean_abs_error: Measured
+    top1: Measured | None
+    dice: dict[int, float]
     non_finite: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class Report(Document, frozen=True, kw_only=True):
     """The metrics of every output, and whether they stay within the limits.
 
     `sqnr_db` sums signal and noise over all outputs. `note` says what stood for the engine.
     """
 
+    FORMAT: ClassVar[str] = "qdq.check/2"
+    MAKE: ClassVar[str] = "qdq check"
+    COMPUTED: ClassVar[tuple[str, ...]] = ("passed", "failures")
+
     outputs: tuple[OutputReport, ...]
-    sqnr_db: float
+    sqnr_db: Measured
     samples: int
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = Limits()
     reference: str = "reference"
     candidate: str = "candidate"
     stood_for_engine: bool = False
@@ -98,12 +98,6 @@ class Report:
         """Whether nothing failed."""
         return not self.failures
 
-    def to_json(self) -> str:
-        """Valid JSON text; numbers that are not finite become the strings 'inf', '-inf' and 'nan'."""
-        verdict = {"passed": self.passed, "failures": self.failures}
-        data = {"format": "report", "format_version": 1, **verdict, **asdict(self)}
-        return json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
-
     def save(self, path: Path | str) -> None:
         """Writes the JSON; complete or absent."""
         write_atomic(Path(path), self.to_json().encode())
@@ -115,15 +109,6 @@ def _values(output: OutputReport, metric: str) -> list[tuple[str, float]]:
         return [(f"dice {v:.4f} of class {k}", v) for k, v in output.dice.items()]
     value = getattr(output, metric)
     return [] if value is None else [(f"{metric} {value:.4f}", value)]
-
-
-def _finite(value: Any) -> Any:
-    """The same nested data with non-finite numbers as strings."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def decibels(signal: float, noise: float) -> float:

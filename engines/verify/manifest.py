@@ -7,16 +7,16 @@ Must not hold a path of the machine or any sample data: only hashes of them.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import onnx
+from msgspec import field
 from onnx.external_data_helper import uses_external_data
 
+from engines.core.documents import Document
 from engines.core.errors import EngineError
 from engines.core.load import load_graph
 
@@ -45,9 +45,23 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """Hashes are hexadecimal sha256; None where the job had no such thing."""
+class Manifest(Document, frozen=True, kw_only=True):
+    """Hashes are hexadecimal sha256; None where the job had no such thing.
+
+    Attributes:
+        model: of the float model, with its external data.
+        output: of the ONNX file that was compiled.
+        samples: of all calibration samples together.
+        plan: of the plan.
+        table: of the calibration table.
+        engine: of the engine.
+        targets: it was compiled for.
+        options: it was made with.
+        versions: of the packages that shape a result.
+    """
+
+    FORMAT: ClassVar[str] = "qdq.manifest/2"
+    MAKE: ClassVar[str] = "qdq build"
 
     model: str
     output: str
@@ -56,27 +70,8 @@ class Manifest:
     table: str | None = None
     engine: str | None = None
     targets: tuple[str, ...] = ()
-    options: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=package_versions)
-
-    def to_json(self) -> str:
-        """JSON text with sorted keys: the same manifest gives the same bytes."""
-        return json.dumps({"format": "manifest", "format_version": 1, **asdict(self)}, indent=1, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Manifest:
-        """The manifest that `to_json` wrote.
-
-        Raises:
-            EngineError: not such a file, or another format version.
-        """
-        try:
-            data: dict[str, Any] = json.loads(text)
-            if data.pop("format") != "manifest" or data.pop("format_version") != 1:
-                raise KeyError("format_version")
-            return cls(targets=tuple(data.pop("targets")), **data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EngineError(f"Not a manifest of format version 1 ({error!r}).") from error
+    options: dict[str, str | int | float | bool | None] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=package_versions)
 
 
 def sha256_file(path: Path | str) -> str:

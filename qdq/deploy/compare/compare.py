@@ -1,7 +1,7 @@
 """Several quantization schemes of one model side by side: precision, granularity, sizes, accuracy, predicted time.
 
 scheme texts -> `Entry` (a recipe each) -> tune, quantize, finish as `deploy` does -> a temporary file -> compile,
-audit, price, score -> one `Row` each, after those of the float model -> `Comparison`.
+audit, price, score -> one `SchemeRow` each, after those of the float model -> `Comparison`.
 A scheme that cannot be written or compiled is a row with the reason. Must not choose a scheme, and leaves no files.
 """
 
@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
+
+from msgspec import structs
 
 from calib_data import Samples
 from engines.backends import rtx
@@ -32,7 +34,7 @@ from qdq.core.choices import choose
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS, require_targets
 from qdq.core.progress import Progress
-from qdq.deploy.compare.result import Comparison, Row
+from qdq.deploy.compare.result import Comparison, SchemeRow
 from qdq.deploy.compare.score import Reference, Score, inputs_only, score
 from qdq.deploy.compare.task import Task
 from qdq.deploy.report import shares
@@ -183,7 +185,7 @@ class _Bench:
     tables: Tables
     samples: int = 0
 
-    def float_rows(self, folder: Path, entry: Entry) -> list[Row]:
+    def float_rows(self, folder: Path, entry: Entry) -> list[SchemeRow]:
         """The float model as it is, in FP16, and in the type of the rest if that is another."""
         plan = placement.plan(self.prepared, Settings())
         rests = list(dict.fromkeys(("fp32", "fp16", rest_of(plan, entry.recipe.rest))))
@@ -194,12 +196,12 @@ class _Bench:
             model = convert(self.prepared, rest=rest, table=table).model
             save(model, path)
             bits = f"W{REST_BITS[rest]}A{REST_BITS[rest]}"
-            row = Row(scheme=rest.upper(), precision=bits, weights_per="-", data_per="-", quantized_nodes=0)
+            row = SchemeRow(scheme=rest.upper(), precision=bits, weights_per="-", data_per="-", quantized_nodes=0)
             rows.append(self._measured(row, path, self.path if rest == "fp32" else path, entry))
             path.unlink()
         return rows
 
-    def row(self, entry: Entry, folder: Path) -> Row:
+    def row(self, entry: Entry, folder: Path) -> SchemeRow:
         """Quantize by one scheme and measure."""
         path = folder / "scheme.onnx"
         try:
@@ -209,9 +211,9 @@ class _Bench:
         except MissingRuntimeError:
             raise
         except (InputError, EngineError) as error:
-            return Row(scheme=entry.text, problem=str(error))
+            return SchemeRow(scheme=entry.text, problem=str(error))
         made = done.made
-        row = Row(
+        row = SchemeRow(
             scheme=entry.text,
             precision=precision(made.plan, rest_of(made.plan, entry.recipe.rest)),
             weights_per=_counted(_weight_kind(p.spec.block, p.spec.axis) for p in made.plan.weights),
@@ -229,13 +231,13 @@ class _Bench:
             self.prepared, self.calibration, entry.recipe, pricer=pricer, tables=self.tables, on_progress=tell
         )
 
-    def _measured(self, row: Row, path: Path, scored: Path, entry: Entry) -> Row:
+    def _measured(self, row: SchemeRow, path: Path, scored: Path, entry: Entry) -> SchemeRow:
         """The row with what its file compiles to, and how well it does."""
         tell, problems = self._tell(row.scheme), list[str]()
-        row = replace(row, model_bytes=file_bytes(load(scored)))
+        row = structs.replace(row, model_bytes=file_bytes(load(scored)))
         with _noted(problems, "does not compile"):
             audited, us = self._compiled(path, entry.recipe, tell)
-            row = replace(
+            row = structs.replace(
                 row,
                 weight_bytes=audited.weight_bytes,
                 kernels=audited.kernels,
@@ -244,9 +246,9 @@ class _Bench:
             )
         with _noted(problems, "does not run in ONNX Runtime"):
             found = self._score(scored, tell)
-            row = replace(row, sqnr_db=found.sqnr_db, value=found.value)
+            row = structs.replace(row, sqnr_db=found.sqnr_db, value=found.value)
             self.samples = found.samples
-        return replace(row, problem="; ".join(problems))
+        return structs.replace(row, problem="; ".join(problems))
 
     def _score(self, path: Path, tell: Progress) -> Score:
         return score(

@@ -1,29 +1,22 @@
 """What `qdq compare` reports: a row per scheme, report.json for machines, and a table for people.
 
-measured figures -> `Row` -> `Comparison` -> JSON, or rows of cells that the command line prints.
+measured figures -> `SchemeRow` -> `Comparison` -> JSON, or rows of cells that the command line prints.
 Must not print, measure anything or hold sample data.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
-from qdq.core.files import finite
+from engines.core.documents import Document, Measured, Part
 from qdq.deploy.compare.metrics import METRICS
+from qdq.deploy.compare.task import Task
 from qdq.deploy.report import size
 
-if TYPE_CHECKING:
-    from qdq.deploy.compare.task import Task
-
-FORMAT = "qdq.compare/1"
 SHOWN = 160  # characters of a reason in the table; the JSON has it all
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class SchemeRow(Part, frozen=True, kw_only=True):
     """What was measured of one scheme; None where the step before failed, and `problem` says how.
 
     Attributes:
@@ -51,17 +44,20 @@ class Row:
     model_bytes: int | None = None
     weight_bytes: int | None = None
     kernels: int | None = None
-    shares: Mapping[str, float] | None = None
-    sqnr_db: float | None = None
-    value: float | None = None
-    predicted_us: float | None = None
+    shares: dict[str, float] | None = None
+    sqnr_db: Measured | None = None
+    value: Measured | None = None
+    predicted_us: Measured | None = None
     problem: str = ""
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class Comparison(Document, frozen=True, kw_only=True):
     """All rows, and what they are of."""
+
+    FORMAT: ClassVar[str] = "qdq.compare/2"
+    MAKE: ClassVar[str] = "qdq compare"
+    COMPUTED: ClassVar[tuple[str, ...]] = ("higher_is_better",)
 
     model: str
     model_sha256: str
@@ -70,21 +66,14 @@ class Comparison:
     evaluated_on: str
     targets: tuple[str, ...]
     gpus: tuple[str, ...]
-    shapes: Mapping[str, tuple[int, ...]]
-    rows: tuple[Row, ...]
+    shapes: dict[str, tuple[int, ...]]
+    rows: tuple[SchemeRow, ...]
     notes: tuple[str, ...] = ()
 
-    def to_json(self) -> str:
-        """Valid JSON text; numbers that are not finite become 'inf', '-inf' and 'nan'."""
-        task = {**asdict(self.task), "higher_is_better": METRICS[self.task.metric].higher_is_better}
-        content = {
-            "format": FORMAT,
-            **{f.name: getattr(self, f.name) for f in fields(self)},
-            "task": task,
-            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "rows": [{k: finite(v) for k, v in asdict(row).items()} for row in self.rows],
-        }
-        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+    @property
+    def higher_is_better(self) -> bool:
+        """Of the metric."""
+        return bool(METRICS[self.task.metric].higher_is_better)
 
     def table(self) -> list[tuple[str, ...]]:
         """Rows of cells for the terminal, the head first."""
@@ -96,7 +85,7 @@ class Comparison:
         return [head, *map(_cells, self.rows)]
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: SchemeRow) -> tuple[str, ...]:
     """One line of the table."""
     return (
         *(row.scheme, row.precision, row.weights_per, row.data_per),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
+from engines.core.documents import Part
 from qdq.core.choices import choose
 from qdq.core.errors import InputError
 from qdq.deploy.compare.metrics import METRICS
@@ -15,8 +16,7 @@ from qdq.model.model import Model
 NEXT = "next"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class Task(Part, frozen=True, kw_only=True):
     """What is measured of an output.
 
     Attributes:
@@ -47,7 +47,7 @@ class Task:
         if self.metric != "mae" and (self.unit or self.per != 1.0):
             raise InputError(f"--unit and --per belong to the metric mae, but the metric is {self.metric}.")
         if METRICS[self.metric].needs_labels and not self.labels:
-            object.__setattr__(self, "labels", NEXT)
+            msgspec.structs.force_setattr(self, "labels", NEXT)
 
     @property
     def array(self) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 
 import jsonschema
+import msgspec
 import pytest
 
 from engines.core.documents import Document, DocumentError, Measured, Part
@@ -22,7 +23,7 @@ class Sheet(Document, frozen=True, kw_only=True):
     COMPUTED = ("count",)
     lines: tuple[Line, ...]
     worst: Measured = 0.0
-    shares: dict[int, float] = {}
+    shares: dict[int, float] = msgspec.field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -67,3 +68,18 @@ def test_the_schema_is_kept_and_not_empty() -> None:
     for wrong in ({"worst": "big"}, {"more": 1}, {"count": "2"}, {"format": "qdq.sheet/1"}, {"lines": [{"x": 1.5}]}):
         assert not check.is_valid(content | wrong), wrong
     assert not check.is_valid({k: v for k, v in content.items() if k != "lines"})
+
+
+class Binder(Document, frozen=True, kw_only=True):
+    FORMAT = "qdq.binder/1"
+    MAKE = "qdq binder"
+    sheet: Sheet
+
+
+def test_a_document_inside_another_is_as_it_is_alone() -> None:
+    binder = Binder(sheet=SHEET)
+    content = json.loads(binder.to_json())
+    assert content["sheet"] == json.loads(SHEET.to_json()) and Binder.from_json(binder.to_json()) == binder
+    check = jsonschema.Draft202012Validator(Binder.schema())
+    check.validate(content)
+    assert not check.is_valid({**content, "sheet": {**content["sheet"], "count": "2"}})
