@@ -12,16 +12,56 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Annotated, ClassVar
 
+import msgspec
 import numpy as np
 
+from engines.core.documents import Document, Part
 from qdq.core.errors import InputError, StaleFileError
 from qdq.core.files import read_json, write_text
 from qdq.measure.histogram import BINS, Histogram
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 
-FORMAT = "qdq.table/2"
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class TensorCounts(Part, frozen=True, kw_only=True):
+    """One tensor in the file: its range, and the counts of its histogram from the first bin that is not empty.
+
+    Attributes:
+        tensor: its name in the prepared model.
+        low: smallest value, or 0.
+        high: largest value, or 0.
+        exponent: of the width of a bin, a power of two; None where all values are 0.
+        samples: that the tensor was seen in.
+        peaks: sum of the largest magnitude of each sample, an exact fraction.
+        first_bin: of `counts`, counted from zero, negative below it.
+        counts: values in each bin.
+    """
+
+    tensor: str
+    low: float
+    high: float
+    exponent: int | None
+    samples: Annotated[int, msgspec.Meta(ge=1)]
+    peaks: Annotated[str, msgspec.Meta(pattern=r"^\d+(/\d+)?$")]
+    first_bin: int
+    counts: tuple[Count, ...]
+
+
+class TableFile(Document, frozen=True, kw_only=True):
+    """table.json; the attributes are those of `CalibrationTable`."""
+
+    FORMAT: ClassVar[str] = "qdq.table/2"
+    MAKE: ClassVar[str] = "qdq calibrate"
+
+    model_sha256: str
+    samples_sha256: str
+    count: Count
+    samples: tuple[str, ...] = ()
+    tensors: tuple[TensorCounts, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +92,7 @@ class CalibrationTable:
     def to_json(self) -> str:
         """The table as JSON, one tensor a line; the same table gives the same text."""
         head = {
-            "format": FORMAT,
+            "format": TableFile.FORMAT,
             "model_sha256": self.model_sha256,
             "samples_sha256": self.samples_sha256,
             "count": self.count,
@@ -72,7 +112,7 @@ class CalibrationTable:
         Raises:
             InputError: missing, not JSON, another format version, or an entry that makes no sense.
         """
-        return cls.from_mapping(read_json(path, FORMAT, "table"), str(path))
+        return cls.from_mapping(read_json(path, TableFile.FORMAT, "table"), str(path))
 
     @classmethod
     def from_mapping(cls, content: Mapping[str, object], where: str) -> CalibrationTable:
@@ -86,18 +126,17 @@ class CalibrationTable:
             InputError: an entry that makes no sense.
         """
         try:
-            return cls(
-                model_sha256=str(content["model_sha256"]),
-                samples_sha256=str(content["samples_sha256"]),
-                count=int(content["count"]),  # type: ignore[call-overload]
-                tensors=dict(_histogram(entry) for entry in content["tensors"]),  # type: ignore[attr-defined]
-                samples=tuple(map(str, content.get("samples", ()))),  # type: ignore[call-overload]
-            )
-        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-            raise InputError(
-                f"Cannot use the table {where}: {type(error).__name__} {error} in its entries. Make it again with "
-                "`qdq calibrate`."
-            ) from None
+            file = TableFile.from_mapping(content)
+            tensors = {entry.tensor: _histogram(entry) for entry in file.tensors}
+        except (ValueError, ArithmeticError) as error:
+            raise InputError(f"Cannot use the table {where}: {error}. Make it again with `qdq calibrate`.") from None
+        return cls(
+            model_sha256=file.model_sha256,
+            samples_sha256=file.samples_sha256,
+            count=file.count,
+            tensors=tensors,
+            samples=file.samples,
+        )
 
     def check(self, model: Model, plan: Plan) -> None:
         """Refuse a table that does not fit.
@@ -176,22 +215,26 @@ def _entry(name: str, h: Histogram) -> dict[str, object]:
     }
 
 
-def _histogram(entry: Mapping[str, object]) -> tuple[str, Histogram]:
+def _histogram(entry: TensorCounts) -> Histogram:
+    """The histogram of an entry.
+
+    Raises:
+        ValueError: its figures contradict each other.
+    """
     counts = np.zeros(2 * BINS, dtype=np.int64)
-    found = np.asarray(entry["counts"], dtype=np.int64)
-    first = int(entry["first_bin"]) + BINS  # type: ignore[call-overload]
-    if not 0 <= first < first + found.size <= 2 * BINS:
-        raise ValueError(f"bins of {entry['tensor']!r}")
-    counts[first : first + found.size] = found
-    low, high, exponent = float(entry["low"]), float(entry["high"]), entry["exponent"]  # type: ignore[arg-type]
-    if not found.any() or found.min() < 0:
-        raise ValueError(f"counts of {entry['tensor']!r}")
-    if not -np.inf < low <= 0 <= high < np.inf:
-        raise ValueError(f"range of {entry['tensor']!r}")
-    if (exponent is not None and not isinstance(exponent, int)) or (exponent is None) != (low == high):
-        raise ValueError(f"exponent of {entry['tensor']!r}")
-    samples, peaks = int(entry["samples"]), Fraction(str(entry["peaks"]))  # type: ignore[call-overload]
-    if samples < 1 or not 0 <= peaks <= samples * Fraction(max(-low, high)):
-        raise ValueError(f"samples of {entry['tensor']!r}")
-    hist = Histogram(exponent=exponent, counts=counts, low=low, high=high, samples=samples, peaks=peaks)
-    return str(entry["tensor"]), hist
+    first, size = entry.first_bin + BINS, len(entry.counts)
+    if not 0 <= first < first + size <= 2 * BINS:
+        raise ValueError(f"bins of {entry.tensor!r} lie outside the histogram")
+    counts[first : first + size] = entry.counts
+    if not counts.any():
+        raise ValueError(f"counts of {entry.tensor!r} are all zero")
+    if not -np.inf < entry.low <= 0 <= entry.high < np.inf:
+        raise ValueError(f"the range of {entry.tensor!r} is no range around zero")
+    if (entry.exponent is None) != (entry.low == entry.high):
+        raise ValueError(f"the exponent of {entry.tensor!r} does not fit its range")
+    peaks = Fraction(entry.peaks)
+    if not peaks <= entry.samples * Fraction(max(-entry.low, entry.high)):
+        raise ValueError(f"peaks of {entry.tensor!r} are above its range")
+    return Histogram(
+        exponent=entry.exponent, counts=counts, low=entry.low, high=entry.high, samples=entry.samples, peaks=peaks
+    )
