@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from onnx import NodeProto, TensorProto
 
+from engines.core.operators import CURVES, NORMS, RAMPS, SOFTMAXES
 from qdq.lint.view import Operand, Product, Quantizer, View
 from qdq.model.model import dtype_name
 from qdq.model.nodes import FP4_QUANTIZE
@@ -25,44 +26,7 @@ ACCEPTED = (*EIGHT_BIT, TensorProto.INT4, TensorProto.FLOAT8E4M3FN, TensorProto.
 REFUSED_OPERATORS = re.compile(
     r"^(QLinear\w+|QGemm|QAttention|QOrdered\w+|QEmbed\w+|QMoE|DynamicQuantize\w+|ConvInteger|MatMulInteger(ToFloat)?|MatMulNBits)$"
 )
-FLOAT_OPERATORS = frozenset(
-    [
-        "Relu",
-        "LeakyRelu",
-        "PRelu",
-        "Sigmoid",
-        "HardSigmoid",
-        "HardSwish",
-        "Swish",
-        "Mish",
-        "Tanh",
-        "Erf",
-        "Gelu",
-        "Elu",
-        "Selu",
-        "Celu",
-        "Softplus",
-        "Softsign",
-        "Clip",
-        "Exp",
-        "Log",
-        "Sqrt",
-        "Reciprocal",
-        "Pow",
-        "Neg",
-        "Abs",
-        "Softmax",
-        "LogSoftmax",
-        "BatchNormalization",
-        "InstanceNormalization",
-        "LayerNormalization",
-        "GroupNormalization",
-        "RMSNormalization",
-        "LpNormalization",
-        "MeanVarianceNormalization",
-        "LRN",
-    ]
-)
+FLOAT_OPERATORS = CURVES | RAMPS | SOFTMAXES | NORMS | {"Swish"}
 
 Found = Iterator[tuple[NodeProto, str]]
 Check = Callable[[View], Found]

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
 
+from engines.core.operators import LAST_AXIS_NORMS, MEAN_POOLS, NORMS, PICKERS, SOFTMAXES, family
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 from qdq.model.model import Model
@@ -29,17 +30,16 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 # Why an operator without weights stays in float. The compiler fuses what it can into the kernels of its neighbours.
 _FLOAT_OPS = {
-    "BatchNormalization InstanceNormalization LayerNormalization GroupNormalization RMSNormalization LRN "
-    "SimplifiedLayerNormalization LpNormalization MeanVarianceNormalization": "normalization stays in float: its "
-    "statistics need the range, and no integer kernel exists for it",
-    "Softmax LogSoftmax": "softmax stays in float: INT8 around it breaks the fused attention kernel",
-    "AveragePool GlobalAveragePool": "average pooling runs in float on TensorRT-RTX even if its input is quantized",
-    "MaxPool GlobalMaxPool Resize Upsample Concat Split Slice Reshape Transpose Flatten Squeeze Unsqueeze Pad Expand "
-    "Tile DepthToSpace SpaceToDepth Identity Gather GatherElements GatherND ScatterND Where": "it moves or picks "
-    "values; a quantizer behind it is hoisted above it by the compiler",
-    "Shape Size Cast ConstantOfShape Range NonZero Constant OneHot TopK ArgMax ArgMin EyeLike": "it handles shapes, "
-    "indices or types, not data",
-    "LSTM GRU RNN": "recurrent operators have no INT8 kernel in TensorRT",
+    NORMS | LAST_AXIS_NORMS: "normalization stays in float: its statistics need the range, and no integer kernel "
+    "exists for it",
+    SOFTMAXES: "softmax stays in float: INT8 around it breaks the fused attention kernel",
+    MEAN_POOLS: "average pooling runs in float on TensorRT-RTX even if its input is quantized",
+    PICKERS | {"Resize", "Upsample"}: "it moves or picks values; a quantizer behind it is hoisted above it by the "
+    "compiler",
+    family(
+        "Shape Size Cast ConstantOfShape Range NonZero Constant OneHot TopK ArgMax ArgMin EyeLike"
+    ): "it handles shapes, indices or types, not data",
+    family("LSTM GRU RNN"): "recurrent operators have no INT8 kernel in TensorRT",
 }
 
 
@@ -247,7 +247,7 @@ RULES: tuple[Rule, ...] = (weighted, residual, concat, transposed, operands, exc
 def why_float(op_type: str) -> tuple[str, str]:
     """Rule name and reason why an operator that no rule wants stays in float."""
     for ops, reason in _FLOAT_OPS.items():
-        if op_type in ops.split():
+        if op_type in ops:
             return "no_weight", reason
     return "no_weight", "it has no weights; the compiler fuses pointwise operators into the kernel before or after them"
 

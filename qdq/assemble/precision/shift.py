@@ -25,10 +25,9 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from qdq.model.external import release
 from qdq.model.model import Model
-from qdq.model.nodes import Names, attribute
+from qdq.model.nodes import WEIGHTED, Names, attribute
 
 Floats = npt.NDArray[np.float64]
-SHIFTED = ("Conv", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +54,7 @@ def compensate(model: Model, low: str, kept: Collection[str]) -> Model:
         copy = NodeProto()
         copy.CopyFrom(node)
         draft.nodes.append(copy)
-        shift = None if node.op_type not in SHIFTED or node.name in kept else _shift(model, node, low)
+        shift = None if node.op_type not in WEIGHTED or node.name in kept else _shift(model, node, low)
         if shift is not None:
             draft.shifted(node, copy, shift)
         elif node.op_type in ("Conv", "Gemm") and node.name not in kept and draft.coarse(node):

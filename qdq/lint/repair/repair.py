@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from onnx import TensorProto, helper
 
+from engines.core.operators import ARRANGERS, MOVERS, POOLS
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import representable
 from qdq.lint.errors import mistyped
@@ -26,13 +27,13 @@ from qdq.lint.repair.integer_operators import write_floats
 from qdq.lint.repair.recode import OF_GRID, float_biases, quantize_partners, recode, set_axis, to_float
 from qdq.lint.repair.shift import shift
 from qdq.lint.rule import EIGHT_BIT, FP8, smallest
-from qdq.lint.view import MOVES, Quantizer, View, attribute, label
+from qdq.lint.view import Quantizer, View, attribute, label
 from qdq.lint.warnings import attention_quantizers, needless, transposed_quantizers
 from qdq.model.model import Model
 
 INT8 = FORMATS["int8"]
 ROUNDS = 4  # a repair can uncover another fault of the same node
-_CARRIERS = (*MOVES, "DequantizeLinear", "Concat", "Gather", "Split", "DepthToSpace", "SpaceToDepth")
+_CODE_READERS = ARRANGERS | {"DequantizeLinear", "MaxPool"}  # they give codes on as codes
 _OF_ACTIVATION = OF_GRID | {"activation-axis", "one-element-scale"}
 _SHIFTED = frozenset(("asymmetric", "unsigned", "no-zero-point", "output-dtype"))  # a grid that INT8 can hold, shifted
 _RESCALED = frozenset(("code-type", "scale-value", "scale-range"))
@@ -178,7 +179,9 @@ def _activations(draft: Draft) -> None:
         if not q.is_q and model.producer(q.node.input[0]) is None:
             continue  # codes that the caller feeds: their type is part of the interface
         codes = q.node.output[0]
-        if q.is_q and (model.is_output(codes) or any(u.node.op_type not in _CARRIERS for u in model.consumers(codes))):
+        if q.is_q and (
+            model.is_output(codes) or any(u.node.op_type not in _CODE_READERS for u in model.consumers(codes))
+        ):
             continue
         scale = _covering(q)
         if scale is None:
@@ -228,8 +231,7 @@ def _not_negative(view: View, tensor: str) -> bool:
     q = view.by_output.get(tensor)
     if q is not None and q.source is not None:
         return _not_negative(view, q.source.node.input[0])
-    pools = ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Concat")
-    return node.op_type in (*MOVES, *pools) and all(
+    return node.op_type in MOVERS | POOLS | {"Concat"} and all(
         _not_negative(view, i) for i in (node.input if node.op_type == "Concat" else node.input[:1])
     )
 

@@ -20,16 +20,12 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
 
+from engines.core.operators import ARITHMETIC, AXIS_1_NORMS, HOMOGENEOUS, LAST_AXIS_NORMS, POOLS
 from qdq.core.formats import FORMATS
 from qdq.model.model import Model
-from qdq.model.nodes import attribute, input_axis, weight_axis
+from qdq.model.nodes import WEIGHTED, attribute, input_axis, weight_axis
 from qdq.plan.plan import Plan
 
-HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "Identity", "Dropout")  # f(a x) = a f(x) for a > 0, value by value
-POOLS = ("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool")  # likewise, channel by channel on axis 1
-LAST_AXIS_NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
-AXIS_1_NORMS = ("BatchNormalization", "InstanceNormalization")
-LINEAR = ("Conv", "Gemm", "MatMul")
 MOST_FACTOR = 64.0  # that a linear node takes: in FP16, what an activation behind it cuts off must not overflow
 
 
@@ -164,7 +160,7 @@ class _Walk:
         if node.op_type in HOMOGENEOUS or (node.op_type in POOLS and self._axis_1(node.input[0])):
             alone = all(not self._model.consumers(name) for name in node.output[1:])
             return self._inner(node.input[0]) if alone else None
-        if node.op_type in LINEAR:
+        if node.op_type in WEIGHTED:
             return self._linear(node)
         if node.op_type in LAST_AXIS_NORMS:
             shape = self._shape(node.input[0])
@@ -173,7 +169,7 @@ class _Walk:
         if node.op_type in AXIS_1_NORMS:
             fits = self._axis_1(node.input[0]) and not attribute(node, "training_mode", 0)
             return self._affine(node) if fits else None
-        if node.op_type in ("Mul", "Div", "Add", "Sub"):
+        if node.op_type in ARITHMETIC:
             return self._pointwise(node)
         return None
 
