@@ -15,7 +15,8 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from engines.core.operators import CURVES, NORMS, RAMPS, SOFTMAXES
-from qdq.lint.view import Operand, Product, Quantizer, View
+from engines.core.quantizers import Operand, Product, Quantizer
+from qdq.lint.view import View
 from qdq.model.model import dtype_name
 from qdq.model.nodes import FP4_QUANTIZE
 
@@ -99,7 +100,7 @@ def computed(view: View, q: Quantizer) -> bool:
     maker = view.model.producer(q.node.input[0])
     if maker is not None and maker.op_type == FP4_QUANTIZE:
         return False
-    return not view.is_constant(q.node.input[1]) and not made_dynamically(view, q.node.input[1])
+    return q.computed_scale and not made_dynamically(view, q.node.input[1])
 
 
 def feeds_convolution(view: View, q: Quantizer) -> bool:

@@ -11,8 +11,9 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from engines.core.fp4 import DOMAIN as TRT_DOMAIN
 from engines.core.fp4 import QUANTIZE as FP4_QUANTIZE
-from engines.core.nodes import attribute, attribute_value, bodies, input_axis, ints, weight_axis
+from engines.core.nodes import attribute, attribute_value, bodies, factor, input_axis, ints, weight_axis
 from engines.core.operators import WEIGHTED
+from engines.core.shapes import without_initializers
 
 __all__ = [
     "FP4_QUANTIZE",
@@ -25,6 +26,7 @@ __all__ = [
     "attribute_value",
     "bodies",
     "captured",
+    "factor",
     "input_axis",
     "ints",
     "needed",
@@ -72,18 +74,6 @@ def all_tensors(proto: ModelProto) -> Iterator[TensorProto]:
             yield from _node_tensors(node)
 
 
-def without_initializers(proto: ModelProto) -> ModelProto:
-    """A copy of a model that leaves out the initializers of the main graph, which is nearly all of its bytes."""
-    copy = ModelProto()
-    for field, value in proto.ListFields():
-        if field.name != "graph":
-            _assign(copy, field.name, value)
-    for field, value in proto.graph.ListFields():
-        if field.name != "initializer":
-            _assign(copy.graph, field.name, value)
-    return copy
-
-
 def captured(node: NodeProto) -> frozenset[str]:
     """Names that the bodies of a node read from the graphs around it."""
     found: set[str] = set()
@@ -127,12 +117,3 @@ def _node_tensors(node: NodeProto) -> Iterator[TensorProto]:
         yield from held.tensors
     for body in bodies(node):
         yield from _graph_tensors(body)
-
-
-def _assign(message: ModelProto | GraphProto, name: str, value: object) -> None:
-    """Set one field of a message to a copy of a value."""
-    target = getattr(message, name)
-    if hasattr(target, "MergeFrom"):
-        target.MergeFrom(value)
-    else:
-        setattr(message, name, value)

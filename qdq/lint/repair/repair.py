@@ -17,7 +17,9 @@ import ml_dtypes
 import numpy as np
 from onnx import TensorProto, helper
 
+from engines.core.nodes import attribute, attribute_value, label
 from engines.core.operators import ARRANGERS, MOVERS, POOLS
+from engines.core.quantizers import Quantizer
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import representable
 from qdq.lint.errors import mistyped
@@ -27,7 +29,7 @@ from qdq.lint.repair.integer_operators import write_floats
 from qdq.lint.repair.recode import OF_GRID, float_biases, quantize_partners, recode, set_axis, to_float
 from qdq.lint.repair.shift import shift
 from qdq.lint.rule import EIGHT_BIT, FP8, smallest
-from qdq.lint.view import Quantizer, View, attribute, label
+from qdq.lint.view import View
 from qdq.lint.warnings import attention_quantizers, needless, transposed_quantizers
 from qdq.model.model import Model
 
@@ -152,7 +154,7 @@ def _attention(draft: Draft) -> None:
 def _scale_types(draft: Draft) -> None:
     for product in draft.view.products:
         for q in mistyped(draft.view, product):
-            if "scale-type" not in draft.flagged(q.node) or q.scale is None or attribute(q.node, "output_dtype"):
+            if "scale-type" not in draft.flagged(q.node) or q.scale is None or attribute(q.node, "output_dtype", 0):
                 continue
             other = next(o for o in product.operands if o.dq is not q)
             wanted = draft.view.elem(q.source.node.input[0]) if q.source else other.elem
@@ -266,6 +268,6 @@ def _axes(draft: Draft) -> None:
         if "default-axis" in draft.flagged(q.node):
             readers = [d.node for d in draft.view.quantizers if d.source is q]
             for node in (q.node, *readers):
-                if attribute(node, "axis") is None:
+                if attribute_value(node, "axis", None) is None:
                     node.attribute.append(helper.make_attribute("axis", q.axis))
             draft.log(["default-axis"], q.node, f"axis {q.axis} written")
