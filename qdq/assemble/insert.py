@@ -45,7 +45,7 @@ from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, attribute, ints, weight_ax
 from qdq.model.shift_correction import channel_sums, correct
 from qdq.model.writer import GraphWriter
 from qdq.plan.plan import Plan, Point
-from qdq.solve.equalize.carriers import Operand
+from qdq.solve.equalize.carriers import CarryingConstant
 from qdq.solve.solve import Solution
 
 CHANNEL_MULTIPLE = 4
@@ -100,7 +100,7 @@ class _Writer(GraphWriter):
         super().__init__(model, solution.spool)
         self._solution = solution
         self._made: dict[tuple[object, ...], str] = {}
-        self._carried: dict[str, list[tuple[str, Operand]]] = {}
+        self._carried: dict[str, list[tuple[str, CarryingConstant]]] = {}
         for tensor, carrier in solution.carriers.items():
             for operand in carrier.operands:
                 self._carried.setdefault(operand.node, []).append((tensor, operand))

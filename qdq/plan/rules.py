@@ -90,7 +90,7 @@ def weighted(model: Model, node: NodeProto, settings: Settings) -> list[Decision
         fallback = block is None
     data = settings.activation(scheme, convolution=convolution)
     spec = (
-        Spec(format="int8", axis=outputs, weight_only=scheme.data is None)
+        Spec(format=scheme.unblocked, axis=outputs, weight_only=scheme.data is None)
         if fallback
         else settings.weight(scheme, outputs=outputs, inputs=inputs, block=block, convolution=convolution)
     )
@@ -114,12 +114,12 @@ def _block(
 ) -> tuple[int | None, str]:
     """Elements per block, and why they are not as many as asked for; None and the reason where no block fits."""
     blocks = FORMATS[scheme.weight].blocks
-    size = shape[input_axis(node, len(shape))]
+    size, whole = shape[input_axis(node, len(shape))], f"{scheme.unblocked} per channel"
     if scheme.via and len(shape) > 2:
-        return None, f"int8 per channel: {scheme.weight} blocks that are read as {scheme.via} need a matrix"
+        return None, f"{whole}: {scheme.weight} blocks that are read as {scheme.via} need a matrix"
     fitting = [b for b in blocks if isinstance(size, int) and _fitting(size, b)]
     if not fitting or not isinstance(size, int):
-        return None, f"int8 per channel: its {size} inputs do not fill blocks of {min(blocks)}"
+        return None, f"{whole}: its {size} inputs do not fill blocks of {min(blocks)}"
     block = fitting[0]
     if len(blocks) == 1:
         reasons = []
@@ -169,8 +169,9 @@ def residual(model: Model, node: NodeProto, settings: Settings) -> list[Decision
     for index, tensor in enumerate(node.input):
         uses = [u.node for u in model.consumers(tensor) if u.index == 0 and u.node.op_type == "Conv"]
         other = model.producer(node.input[1 - index])
-        if any(model.is_constant(n.input[1]) for n in uses) and other is not None and other.op_type == "Conv":
-            spec = Spec(format="int8", shift=settings.shift)  # stands for the one that the convolution's scheme wants
+        specs = [settings.activation(settings.scheme_of(n.name), convolution=True) for n in uses]
+        spec = next(filter(None, specs), None)
+        if spec and any(model.is_constant(n.input[1]) for n in uses) and other is not None and other.op_type == "Conv":
             wants.append(Want(tensor=tensor, index=index, role="shortcut", spec=spec, rule="residual"))
     return wants[:1]
 

@@ -30,7 +30,7 @@ MOST_FACTOR = 64.0  # that a linear node takes: in FP16, what an activation behi
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Operand:
+class CarryingConstant:
     """One constant that takes the factors.
 
     Attributes:
@@ -56,7 +56,7 @@ class Operand:
 class Carrier:
     """All constants that take the factors of one tensor; `linear` is the weighted node among their readers, if any."""
 
-    operands: tuple[Operand, ...]
+    operands: tuple[CarryingConstant, ...]
     linear: str | None = None
 
 
@@ -194,7 +194,9 @@ class _Walk:
         vectors = all(self._model.is_constant(n) and self._shape(n) == (self._channels,) for n in names)
         if not names or not vectors:
             return None
-        return Carrier(operands=tuple(Operand(node=node.name, index=1 + i, trailing=0) for i in range(len(names))))
+        return Carrier(
+            operands=tuple(CarryingConstant(node=node.name, index=1 + i, trailing=0) for i in range(len(names)))
+        )
 
     def _linear(self, node: NodeProto) -> Carrier | None:
         """Output channels of a weight that nothing else reads, and the bias."""
@@ -207,9 +209,9 @@ class _Walk:
         spatial = len(shape) - 2 if node.op_type == "Conv" else 0
         if len(shape) < 2 or spatial != self._trailing or shape[outputs] != self._channels:
             return None
-        operands = [Operand(node=node.name, index=1, trailing=len(shape) - outputs - 1)]
+        operands = [CarryingConstant(node=node.name, index=1, trailing=len(shape) - outputs - 1)]
         if bias:
-            operands.append(Operand(node=node.name, index=2, trailing=0))
+            operands.append(CarryingConstant(node=node.name, index=2, trailing=0))
         return Carrier(operands=tuple(operands), linear=node.name)
 
     def _pointwise(self, node: NodeProto) -> Carrier | None:
@@ -224,7 +226,7 @@ class _Walk:
         index = constant[0]
         if len(constant) > 1 or not self._per_channel(node, index) or (node.op_type == "Div" and index == 0):
             return None
-        own = Operand(node=node.name, index=index, trailing=self._trailing, inverse=node.op_type == "Div")
+        own = CarryingConstant(node=node.name, index=index, trailing=self._trailing, inverse=node.op_type == "Div")
         if product:
             return Carrier(operands=(own,))
         rest = self._inner(node.input[1 - index])
