@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import onnx
+from onnx import TensorProto
 
 from engines.backends.compiler import ShapeRange
 from engines.backends.layers import BITS, Layer, LayerTable
 from engines.core.load import load_graph
-from engines.core.operands import Graph, Operand
-
-LOW = ("int8", "fp8", "int4", "fp4")
+from engines.core.macs import macs
+from engines.core.nodes import label
+from engines.core.quantizers import LOW, Operand, Product, QuantizedGraph, code_bits, code_name, read_graph
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +77,7 @@ class Audit:
 
     @property
     def low_precision_share(self) -> float:
-        """Fraction of all multiply-adds that run in INT8, FP8, INT4 or FP4."""
+        """Fraction of all multiply-adds that run in a type of 8 bits or fewer."""
         return self.share(*LOW)
 
     @property
@@ -115,24 +116,23 @@ def audit(
         BuildError: the file is not ONNX.
     """
     rows = []
-    for graph, node in Graph.read(load_graph(model), {k: v.opt for k, v in (shapes or {}).items()}).products():
-        operands = [graph.operand(name) for name in node.input[:2]]
-        asked = requested(operands)
-        if asked.startswith("activation-only") and graph.shared(operands):
+    for graph, product in read_graph(load_graph(model), {k: v.opt for k, v in (shapes or {}).items()}).all_products():
+        node, asked = product.node, requested(product.operands)
+        if asked.startswith("activation-only") and _shared(graph, product):
             asked = ""  # the tensor is quantized for another consumer: nothing was asked here
-        name = node.name or f"node_of_{node.output[0]}"  # what the parser calls a node without a name
+        name = label(node)
         kernel = compute_kernel(table.layers, name)
         consumed = consumed_dtype(kernel) if kernel else "unknown"
         row = NodeAudit(
             node=name,
             op_type=node.op_type,
-            macs=graph.macs(node),
+            macs=macs(graph, node),
             requested=asked,
             consumed=consumed,
             kernel=kernel.name if kernel else "",
             cause="",
         )
-        rows.append(replace(row, cause=_cause(row, node, operands, graph, table)))
+        rows.append(replace(row, cause=_cause(row, product, table)))
     return Audit(
         nodes=tuple(rows),
         kernels=table.kernels,
@@ -155,13 +155,15 @@ def requested(operands: Sequence[Operand]) -> str:
     Returns:
         '' for float, the wider of two types, or 'weight-only <type>' / 'activation-only <type>' where one is float.
     """
-    types = [o.dtype for o in operands if o.dtype]
-    if len(types) == len(operands):
-        return max(types, key=lambda t: BITS[t])
-    for o in operands:
-        if o.dtype:
-            return f"{'weight' if o.constant else 'activation'}-only {o.dtype}"
-    return ""
+    found = [o.dq for o in operands if o.dq is not None]
+    if found and len(found) == len(operands):
+        return code_name(max((q.dtype for q in found), key=code_bits))
+    return f"{'weight' if found[0].stored else 'activation'}-only {code_name(found[0].dtype)}" if found else ""
+
+
+def _shared(graph: QuantizedGraph, product: Product) -> bool:
+    """Whether the dequantized operand also feeds something else."""
+    return any(graph.uses(o.dq.node.output[0]) > 1 for o in product.operands if o.dq is not None)
 
 
 def compute_kernel(layers: Sequence[Layer], node: str) -> Layer | None:
@@ -218,14 +220,14 @@ def consumed_dtype(kernel: Layer) -> str:
     return floats[0] if casts and floats else max([first.dtype, *floats], key=lambda t: BITS[t])
 
 
-def _cause(row: NodeAudit, node: onnx.NodeProto, operands: Sequence[Operand], graph: Graph, table: LayerTable) -> str:
+def _cause(row: NodeAudit, product: Product, table: LayerTable) -> str:
     """Why a node was missed, the most specific reason first; or why its result is suspect; or ''."""
-    weights = [o for o in operands if o.constant and o.dtype]
-    data = [o for o in operands if not o.constant and o.dtype]
+    node, quantized = product.node, [o.dq for o in product.operands if o.dq is not None]
+    blocked = any(q.stored and q.blocked and q.count > 1 for q in quantized)
     if not row.missed:
-        if row.consumed in LOW and any(o.blocked for o in weights) and row.consumed != "fp4":
+        if row.consumed in LOW and blocked and row.consumed != "fp4":
             return "block scales on a low-precision product: the sum over blocks cannot be rescaled afterwards"
-        if row.consumed in LOW and any(o.unsigned for o in operands):
+        if row.consumed in LOW and any(q.dtype == TensorProto.UINT8 for q in quantized):
             return "unsigned codes are read as int8, so the range is halved: use INT8 codes with zero point 0"
         return ""
     if row.consumed == "unknown":
@@ -234,18 +236,20 @@ def _cause(row: NodeAudit, node: onnx.NodeProto, operands: Sequence[Operand], gr
         return "a transposed convolution never runs in low precision here: write it as a convolution, or leave it float"
     if row.requested.startswith("activation-only"):
         return "only one operand is quantized: the other is float"
-    if any(o.dynamic for o in operands):
+    if any(q.dynamic for q in quantized):
         return "a scale is computed at run time: scales must be initializers"
-    if any(o.per_axis for o in data):
+    if any(q.vector and not q.stored for q in quantized):
         return "the activation has per-channel scales: activations need one scale"
-    if any(o.blocked for o in weights):
+    if blocked:
         return f"block scales on a {node.op_type}: only weight-only MatMul and Gemm can use them"
-    if any(o.per_axis and o.axis is not None and o.axis != graph.output_axis(node) for o in weights):
-        axis = next(o.axis for o in weights if o.per_axis)
-        needed = graph.output_axis(node)
-        return f"the weight is quantized along axis {axis}; {node.op_type} needs axis {needed}, its output channels"
-    if len({o.dtype for o in operands}) > 1:
-        return "the operands have different types: " + " and ".join(o.dtype for o in operands)
+    for o in product.operands:
+        needed = o.output_axis
+        if o.dq is not None and o.dq.stored and o.dq.vector and needed is not None and o.dq.axis != needed:
+            along = f"the weight is quantized along axis {o.dq.axis}"
+            return f"{along}; {node.op_type} needs axis {needed}, its output channels"
+    names = [code_name(q.dtype) for q in quantized]
+    if len(set(names)) > 1:
+        return "the operands have different types: " + " and ".join(names)
     if "sm75" in table.targets and node.op_type == "Conv":
         return "sm75 has no low-precision convolution, and one plan serves all targets: build for sm75 apart"
     return "unknown: see the kernel in the layer table"

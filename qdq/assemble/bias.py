@@ -29,7 +29,7 @@ from qdq.measure.inference.samples import Sample, overlapped
 from qdq.measure.inference.session import Tap
 from qdq.measure.inference.staged import Stages, can_stage
 from qdq.model.model import Model
-from qdq.model.nodes import Names, reads
+from qdq.model.nodes import Names, factor, reads
 from qdq.plan.plan import Plan
 
 Floats = npt.NDArray[np.float64]
@@ -233,7 +233,7 @@ def _place(model: Model, node: NodeProto) -> tuple[str, int] | None:
         name = use.node.input[1 - use.index]
         flat = model.is_constant(name) and all(d == 1 for d in model.initializers[name].dims[:-1])
         return (use.node.name, 1 - use.index) if flat else None
-    if next((a.f for a in node.attribute if a.name == "beta"), 1.0) != 1.0:
+    if factor(node, "beta") != 1.0:
         return None
     bias = node.input[2] if len(node.input) > 2 else ""
     return (node.name, 2) if not bias or (model.is_constant(bias) and model.array(bias).ndim == 1) else None

@@ -37,6 +37,7 @@ from qdq.measure.inference.samples import Sample, overlapped
 from qdq.measure.inference.session import Tap
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
+from qdq.model.nodes import WEIGHTED
 from qdq.plan.plan import Plan
 from qdq.plan.settings import CALIBRATORS
 from qdq.solve.activations import activation_params
@@ -158,9 +159,7 @@ def pick(
     probe = _Probe(model)
     wanted: dict[tuple[str, str], list[tuple[str, str]]] = {}  # (tensor, method) -> (error, signal) outputs
     for point in plan.activations:
-        readers = [
-            model.node(n) for n, i in point.uses if i == 0 and model.node(n).op_type in ("Conv", "Gemm", "MatMul")
-        ]
+        readers = [model.node(n) for n, i in point.uses if i == 0 and model.node(n).op_type in WEIGHTED]
         signals = [probe.energy(node, point.tensor) for node in readers]
         for method in METHODS:
             error = probe.error(point.tensor, params[method][point.tensor])

@@ -42,9 +42,10 @@ from qdq.core.qtensor import QParams, QTensor
 from qdq.model.external import release
 from qdq.model.model import Model
 from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, attribute, ints, weight_axis
+from qdq.model.shift_correction import channel_sums, correct
 from qdq.model.writer import GraphWriter
 from qdq.plan.plan import Plan, Point
-from qdq.solve.equalize.carriers import Operand
+from qdq.solve.equalize.carriers import CarryingConstant
 from qdq.solve.solve import Solution
 
 CHANNEL_MULTIPLE = 4
@@ -99,7 +100,7 @@ class _Writer(GraphWriter):
         super().__init__(model, solution.spool)
         self._solution = solution
         self._made: dict[tuple[object, ...], str] = {}
-        self._carried: dict[str, list[tuple[str, Operand]]] = {}
+        self._carried: dict[str, list[tuple[str, CarryingConstant]]] = {}
         for tensor, carrier in solution.carriers.items():
             for operand in carrier.operands:
                 self._carried.setdefault(operand.node, []).append((tensor, operand))
@@ -355,46 +356,27 @@ class _Writer(GraphWriter):
         return [self._constant(f"{tensor}_scale", np.ascontiguousarray(scale), dtype)]
 
     def _correct(self, node: NodeProto, point: Point, params: QParams) -> None:
-        """Add c * sum(W) behind a node whose data operand was shifted by c; into its bias where that is constant."""
-        quantized = self._solution.weights[point.tensor, point.spec.axis]
-        rank = quantized.codes.ndim
-        dtype = self._model.dtype(point.tensor)
-        alpha = next((a.f for a in node.attribute if a.name == "alpha"), 1.0) if node.op_type == "Gemm" else 1.0
-        correction = np.asarray(params.offset * _sums(quantized, weight_axis(node, rank), node.op_type, alpha))
-        bias = node.input[2] if len(node.input) > 2 else ""
-        beta = next((a.f for a in node.attribute if a.name == "beta"), 1.0)
-        if node.op_type != "MatMul" and not bias and beta == 1.0:
-            merged: npt.NDArray[np.float64] | None = correction
-        elif node.op_type != "MatMul" and (old := self._stored(bias)) is not None and beta == 1.0:
-            merged = old + correction if old.ndim <= 1 or old.shape[:-1] == (1,) * (old.ndim - 1) else None
-        else:
-            merged = None
-        if merged is not None:
-            name = self._constant(f"{node.name}_bias", merged, dtype)
-            if len(node.input) > 2:
-                node.input[2] = name
-            else:
-                node.input.append(name)
-            return
-        if node.op_type == "Conv":
-            correction = correction.reshape(-1, *(1,) * (rank - 2))
-        output = node.output[0]
-        node.output[0] = self._name(f"{output}_uncorrected")
-        constant = self._constant(f"{node.name}_correction", np.asarray(correction), dtype)
-        name = self._name(f"{node.name}_correction_Add")
-        self._nodes.append(helper.make_node("Add", [node.output[0], constant], [output], name=name))
+        """Add c * sum(W) to a node whose data operand was shifted by c."""
+        quantized, dtype = self._solution.weights[point.tensor, point.spec.axis], self._model.dtype(point.tensor)
+        added = correct(
+            node,
+            np.asarray(params.offset * _sums(quantized, node)),
+            quantized.codes.ndim,
+            stored=self._stored,
+            constant=lambda name, values: self._constant(name, values, dtype),
+            fresh=self._name,
+        )
+        self._nodes.extend([added] if added is not None else [])
 
 
-def _sums(quantized: QTensor, outputs: int, op_type: str, alpha: float) -> npt.NDArray[np.float64]:
+def _sums(quantized: QTensor, node: NodeProto) -> npt.NDArray[np.float64]:
     """Sum of a weight per output channel, float64: some channels at a time, for the values take eight bytes each."""
     shape = quantized.codes.shape
-    summed = -2 if op_type == "MatMul" else tuple(i for i in range(len(shape)) if i != outputs)
+    outputs = weight_axis(node, len(shape))
     step = max(1, SUMMED * shape[outputs] // max(quantized.codes.size, 1))
-    sums = []
-    for start in range(0, shape[outputs], step):
-        values = quantized.part(outputs, slice(start, start + step)).values().astype(np.float64)
-        if op_type == "Gemm":
-            values = values * alpha
-        sums.append(values.sum(axis=summed, keepdims=values.ndim > 2 and summed == -2))
+    sums = [
+        channel_sums(node, quantized.part(outputs, slice(start, start + step)).values().astype(np.float64))
+        for start in range(0, shape[outputs], step)
+    ]
     release(quantized.codes)
-    return np.concatenate(sums, axis=-1 if op_type == "MatMul" else 0)
+    return np.concatenate(sums, axis=-1 if node.op_type == "MatMul" else 0)

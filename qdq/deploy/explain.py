@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engines.core.operands import Graph
+from engines.core.macs import macs
+from engines.core.quantizers import read_graph
 from qdq.build.engine import audit_engine, shape_ranges
 from qdq.build.recipe import Recipe
 from qdq.deploy.report import count, size
@@ -51,7 +52,7 @@ def explain(source: Path, node: str, recipe: Recipe, *, engine: Path | None = No
 def _cost(model: Model, name: str, recipe: Recipe) -> list[str]:
     """Multiply-adds and weight bytes of a node, with its share of the whole model's."""
     usual = {n: s.opt for n, s in shape_ranges(model, recipe.shapes, None).items()}
-    products = {n.name: graph.macs(n) for graph, n in Graph.read(model.proto, usual).products()}
+    products = {p.node.name: macs(graph, p.node) for graph, p in read_graph(model.proto, usual).all_products()}
     constants = [model.initializers[t] for t in model.node(name).input if t in model.initializers]
     weights, total = sum(map(tensor_bytes, constants)), sum(products.values())
     lines = []

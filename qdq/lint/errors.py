@@ -10,6 +10,8 @@ import math
 import numpy as np
 from onnx import TensorProto
 
+from engines.core.nodes import attribute, label
+from engines.core.quantizers import Product, Quantizer
 from qdq.lint.rule import (
     ACCEPTED,
     EIGHT_BIT,
@@ -28,7 +30,7 @@ from qdq.lint.rule import (
     weighted,
     zero_name,
 )
-from qdq.lint.view import FLOAT_TYPES, Product, Quantizer, View, attribute, label
+from qdq.lint.view import FLOAT_TYPES, View
 from qdq.model.model import dtype_name
 
 RULES: list[Rule] = []
@@ -101,7 +103,7 @@ def _unsigned_codes(view: View) -> Found:
 @rule(RULES, "no-zero-point", "wrong", "builds without a word and takes INT8", "Give an INT8 zero point of 0.")
 def _no_zero_point(view: View) -> Found:
     for q in view.heads:
-        if q.is_q and not zero_name(q.node) and not attribute(q.node, "output_dtype"):
+        if q.is_q and not zero_name(q.node) and not attribute(q.node, "output_dtype", 0):
             yield q.node, "Neither zero point nor output_dtype: ONNX means UINT8, TensorRT takes INT8."
 
 
@@ -130,7 +132,7 @@ def _code_type(view: View) -> Found:
 )
 def _output_dtype(view: View) -> Found:
     for q in view.heads:
-        said = attribute(q.node, "output_dtype") if q.is_q else None
+        said = attribute(q.node, "output_dtype", 0) if q.is_q else 0
         if said and (said != q.dtype or (said == TensorProto.UINT8 and not zero_name(q.node))):
             yield (
                 q.node,

@@ -51,9 +51,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from engines.core.nodes import label
 from qdq.lint import errors, warnings
 from qdq.lint.rule import Rule
-from qdq.lint.view import View, label
+from qdq.lint.view import View
 from qdq.model.model import Model
 
 RULES: tuple[Rule, ...] = (*errors.RULES, *warnings.RULES)

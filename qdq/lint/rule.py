@@ -14,7 +14,9 @@ import ml_dtypes
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from qdq.lint.view import Operand, Product, Quantizer, View
+from engines.core.operators import CURVES, NORMS, RAMPS, SOFTMAXES
+from engines.core.quantizers import Operand, Product, Quantizer
+from qdq.lint.view import View
 from qdq.model.model import dtype_name
 from qdq.model.nodes import FP4_QUANTIZE
 
@@ -25,44 +27,7 @@ ACCEPTED = (*EIGHT_BIT, TensorProto.INT4, TensorProto.FLOAT8E4M3FN, TensorProto.
 REFUSED_OPERATORS = re.compile(
     r"^(QLinear\w+|QGemm|QAttention|QOrdered\w+|QEmbed\w+|QMoE|DynamicQuantize\w+|ConvInteger|MatMulInteger(ToFloat)?|MatMulNBits)$"
 )
-FLOAT_OPERATORS = frozenset(
-    [
-        "Relu",
-        "LeakyRelu",
-        "PRelu",
-        "Sigmoid",
-        "HardSigmoid",
-        "HardSwish",
-        "Swish",
-        "Mish",
-        "Tanh",
-        "Erf",
-        "Gelu",
-        "Elu",
-        "Selu",
-        "Celu",
-        "Softplus",
-        "Softsign",
-        "Clip",
-        "Exp",
-        "Log",
-        "Sqrt",
-        "Reciprocal",
-        "Pow",
-        "Neg",
-        "Abs",
-        "Softmax",
-        "LogSoftmax",
-        "BatchNormalization",
-        "InstanceNormalization",
-        "LayerNormalization",
-        "GroupNormalization",
-        "RMSNormalization",
-        "LpNormalization",
-        "MeanVarianceNormalization",
-        "LRN",
-    ]
-)
+FLOAT_OPERATORS = CURVES | RAMPS | SOFTMAXES | NORMS | {"Swish"}
 
 Found = Iterator[tuple[NodeProto, str]]
 Check = Callable[[View], Found]
@@ -135,7 +100,7 @@ def computed(view: View, q: Quantizer) -> bool:
     maker = view.model.producer(q.node.input[0])
     if maker is not None and maker.op_type == FP4_QUANTIZE:
         return False
-    return not view.is_constant(q.node.input[1]) and not made_dynamically(view, q.node.input[1])
+    return q.computed_scale and not made_dynamically(view, q.node.input[1])
 
 
 def feeds_convolution(view: View, q: Quantizer) -> bool:

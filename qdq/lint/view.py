@@ -1,141 +1,35 @@
-"""What the Q/DQ nodes of anyone's model say, and which operands of which products they quantize.
+"""A model as the rules of `lint` see it: what its quantizers say, and the values of its constants.
 
-Model -> View: types and shapes inferred, constants folded -> `Quantizer` per Q and DQ, `Product` per weighted node.
-Only the main graph is read: bodies of If, Loop and Scan are not. This module must not judge or change a model.
+Model -> View: types and shapes inferred, constants folded. This module must not judge or change a model.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import onnx
 from google.protobuf.message import DecodeError
-from onnx import NodeProto, TensorProto, helper
+from onnx import TensorProto, helper
 
-from qdq.model.external import is_external, tensor_bytes
+from engines.core.operators import MOVERS, PRODUCTS
+from engines.core.quantizers import Product, QuantizedGraph, Quantizer
+from engines.core.shapes import inferred
 from qdq.model.model import Model
-from qdq.model.nodes import bodies, without_initializers
 
-PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-# Operators through which the compiler moves a quantizer (DequantizeLinear down, QuantizeLinear up).
-MOVES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Slice", "Expand", "Tile", "MaxPool")
 FLOAT_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-SMALL = 4096  # bytes; shape inference sees larger tensors by type and shape only
 FOLDABLE = 1 << 16  # elements; a larger computed constant is no scale
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Quantizer:
-    """One QuantizeLinear or DequantizeLinear.
+class View(QuantizedGraph):
+    """The main graph of a model with the values of its constants; the bodies of If, Loop and Scan are not read."""
 
-    Attributes:
-        node: the node itself.
-        dtype: ONNX type of the codes by the ONNX standard, 0 where it is not known.
-        scale: its values, None where they are computed from an input.
-        zero: the zero points; None where absent, or computed (`computed_zero`).
-        computed_zero: the zero point depends on an input.
-        axis: of a vector or block scale, counted from the front where the rank is known; the default where absent.
-        shape: of the quantized tensor, None where unknown.
-        stored: the codes are constant.
-        source: of a DQ, the Q that makes its codes.
-    """
-
-    node: NodeProto
-    dtype: int
-    scale: np.ndarray | None
-    zero: np.ndarray | None
-    computed_zero: bool
-    axis: int
-    shape: tuple[int | None, ...] | None
-    stored: bool
-    source: Quantizer | None = None
-
-    @property
-    def is_q(self) -> bool:
-        """Whether this is a QuantizeLinear."""
-        return bool(self.node.op_type == "QuantizeLinear")
-
-    @property
-    def count(self) -> int:
-        """Number of scales, 0 where they are computed."""
-        return 0 if self.scale is None else int(self.scale.size)
-
-    @property
-    def vector(self) -> bool:
-        """More than one scale along one axis."""
-        return self.scale is not None and self.scale.ndim == 1 and self.scale.size > 1
-
-    @property
-    def blocked(self) -> bool:
-        """Scales of the rank of the tensor."""
-        return self.scale is not None and self.scale.ndim > 1
-
-    @property
-    def constant(self) -> bool:
-        """Whether what is dequantized is constant: stored codes, or a constant that a Q makes codes of."""
-        return self.stored or (self.source is not None and self.source.stored)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Operand:
-    """One factor of a product.
-
-    Attributes:
-        tensor: what the product reads.
-        dq: the DequantizeLinear it comes from, None where it is float.
-        constant: it does not depend on an input.
-        output_axis: the axis of `dq` that holds the product's output channels, None where it cannot be followed.
-        elem: ONNX type, 0 where unknown.
-    """
-
-    tensor: str
-    dq: Quantizer | None
-    constant: bool
-    output_axis: int | None
-    elem: int
-
-    @property
-    def dtype(self) -> int:
-        """The type of its codes, 0 where it is float."""
-        return self.dq.dtype if self.dq else 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Product:
-    """One Conv, ConvTranspose, Gemm or MatMul."""
-
-    node: NodeProto
-    operands: tuple[Operand, Operand]
-
-    @property
-    def weight(self) -> Operand | None:
-        """The constant factor, None where there is none or both are."""
-        constant = [o for o in self.operands if o.constant]
-        return constant[0] if len(constant) == 1 else None
-
-    @property
-    def data(self) -> Operand:
-        """The factor that is not the weight; the first where both are computed."""
-        return self.operands[1] if self.operands[0].constant else self.operands[0]
-
-
-def label(node: NodeProto) -> str:
-    """What a finding calls a node: its name, or what TensorRT's parser calls one without a name."""
-    return str(node.name or f"node_of_{node.output[0]}")
-
-
-def attribute(node: NodeProto, name: str, default: int | None = None) -> int | None:
-    """An integer attribute."""
-    return next((int(a.i) for a in node.attribute if a.name == name), default)
-
-
-class View:
-    """A model with its quantizers read once."""
+    multiplying = PRODUCTS
+    # The compiler moves a quantizer through these (DequantizeLinear down, QuantizeLinear up). Not through Cast: the
+    # float type that a DQ gives is what `scale-type` judges.
+    through = MOVERS | {"MaxPool"}
 
     def __init__(self, model: Model) -> None:
         """Infer types and shapes, and read every Q and DQ of the main graph.
@@ -144,21 +38,10 @@ class View:
             model: any ONNX model; it need not be valid in its quantizers.
         """
         self.model = model
-        self.nodes = tuple(model.graph.node)  # held, so that the identity of a node stays valid as long as the view
-        self._fixed = set(model.initializers)
-        for node in self.nodes:  # in the order of the graph: what a node reads is known before it
-            if (
-                not any(bodies(node))
-                and not node.op_type.startswith("Random")
-                and all(n in self._fixed for n in node.input if n)
-            ):
-                self._fixed.update(node.output)
-        self._constants: dict[str, np.ndarray | None] = {}
-        self._shown = _inferred(model)
-        self.by_output: dict[str, Quantizer] = {}
-        for node in self.nodes:
-            if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 1:
-                self.by_output[node.output[0]] = self._read(node)
+        self._values: dict[str, np.ndarray | None] = {}
+        super().__init__(model.graph.node, inferred(model.proto), model.graph.initializer, opset=model.opset)
+        for q in self.quantizers:
+            _ = q.zero  # as the scale, before a repair changes what it is made of
 
     @property
     def quantizers(self) -> tuple[Quantizer, ...]:
@@ -173,15 +56,6 @@ class View:
         )
 
     @cached_property
-    def products(self) -> tuple[Product, ...]:
-        """Every product of the main graph that has two factors."""
-        found = []
-        for node in self.nodes:
-            if node.op_type in PRODUCTS and len(node.input) > 1 and all(node.input[:2]):
-                found.append(Product(node=node, operands=(self._operand(node, 0), self._operand(node, 1))))
-        return tuple(found)
-
-    @cached_property
     def _fed(self) -> dict[int, list[tuple[Product, int]]]:
         found: dict[int, list[tuple[Product, int]]] = {}
         for product in self.products:
@@ -194,33 +68,16 @@ class View:
         """Products that a DQ feeds, with the index of the operand."""
         return tuple(self._fed.get(id(q), ()))
 
-    def is_constant(self, name: str) -> bool:
-        """Whether a tensor does not depend on an input."""
-        return name in self._fixed
-
     def constant(self, name: str) -> np.ndarray | None:
         """The values of a tensor that does not depend on an input; None if it does, or cannot be folded."""
-        if name not in self._constants:
-            self._constants[name] = self._fold(name)
-        return self._constants[name]
+        if name not in self._values:
+            self._values[name] = self._fold(name)
+        return self._values[name]
 
-    def shape(self, name: str) -> tuple[int | None, ...] | None:
-        """The shape as far as it is known, None for a dynamic size."""
-        info = self._shown.info(name)
-        if info is None or info.shape is None:
-            return None
-        return tuple(d if isinstance(d, int) else None for d in info.shape)
-
-    def elem(self, name: str) -> int:
-        """The ONNX type of a tensor, 0 where it is not known."""
-        info = self._shown.info(name)
-        if info is None or info.dtype in ("undefined", "string") or info.dtype.endswith("_type"):
-            return 0
-        return int(helper.np_dtype_to_tensor_dtype(np.dtype(info.dtype)))
-
-    def output_type(self, q: Quantizer) -> int:
-        """The float type that a DQ gives."""
-        return attribute(q.node, "output_dtype") or self.elem(q.node.input[1])
+    def scale_shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a scale; None where it is computed from an input, for then its values are what is wrong."""
+        scale = self.constant(name)
+        return None if scale is None else scale.shape
 
     def _fold(self, name: str) -> np.ndarray | None:
         if self.model.is_constant(name):
@@ -231,7 +88,7 @@ class View:
         assert node is not None
         if node.op_type == "DequantizeLinear":  # onnx's evaluator knows it from opset 19 on
             try:
-                return dequantized(self, self._read(node)).astype(
+                return dequantized(self, self.read(node)).astype(
                     np.dtype(helper.tensor_dtype_to_np_dtype(self.elem(node.input[1])))
                 )
             except ValueError:
@@ -252,66 +109,6 @@ class View:
             return np.asarray(folded[0])
         except (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError, KeyError, DecodeError):
             return None  # an operator that onnx's evaluator lacks, or refuses
-
-    def _read(self, node: NodeProto) -> Quantizer:
-        shape = self.shape(node.input[0])
-        scale = self.constant(node.input[1])
-        zero_name = node.input[2] if len(node.input) > 2 else ""
-        source = self.by_output.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
-        if source is not None and not source.is_q:
-            source = None
-        if node.op_type == "QuantizeLinear":
-            dtype = self.elem(zero_name) or attribute(node, "output_dtype") or TensorProto.UINT8
-        else:
-            dtype = (source.dtype if source else 0) or self.elem(node.input[0]) or self.elem(zero_name)
-        axis = attribute(node, "axis", 1 if self.model.opset >= 13 else 0) or 0
-        if axis < 0 and shape is not None:
-            axis += len(shape)
-        return Quantizer(
-            node=node,
-            dtype=dtype,
-            scale=scale,
-            zero=self.constant(zero_name) if zero_name else None,
-            computed_zero=bool(zero_name) and not self.is_constant(zero_name),
-            axis=axis,
-            shape=shape,
-            stored=self.is_constant(node.input[0]),
-            source=source,
-        )
-
-    def _operand(self, node: NodeProto, index: int) -> Operand:
-        tensor = node.input[index]
-        axis = self._output_axis(node, index)
-        name = tensor
-        while (dq := self.by_output.get(name)) is None:
-            mover = self.model.producer(name)
-            if mover is None or mover.op_type not in MOVES:
-                break
-            if mover.op_type == "Transpose" and axis is not None:
-                shape = self.shape(mover.input[0])
-                perm = next((list(a.ints) for a in mover.attribute if a.name == "perm"), None)
-                perm = perm or (list(range(len(shape)))[::-1] if shape is not None else [])
-                axis = perm[axis] if axis < len(perm) else None
-            elif mover.op_type not in ("Identity", "MaxPool", "Slice"):
-                axis = None
-            name = mover.input[0]
-        if dq is not None and dq.is_q:
-            dq = None
-        elem = self.output_type(dq) if dq else self.elem(tensor)
-        return Operand(tensor=tensor, dq=dq, constant=self.is_constant(tensor), output_axis=axis, elem=elem)
-
-    def _output_axis(self, node: NodeProto, index: int) -> int | None:
-        """The axis of a product's operand that is not summed over: of a weight, its output channels."""
-        if node.op_type == "Conv":
-            return 0
-        if node.op_type == "ConvTranspose":
-            return 1
-        if node.op_type == "Gemm":
-            return int(bool(attribute(node, "transA"))) if index == 0 else 1 - int(bool(attribute(node, "transB")))
-        shape = self.shape(node.input[index])
-        if shape is None or len(shape) < 2:
-            return None
-        return len(shape) - 1 - (index == 0)
 
 
 def dequantized(view: View, q: Quantizer, fits: int | None = None) -> np.ndarray:
@@ -370,18 +167,3 @@ def _grid(q: Quantizer, shape: Sequence[int], fits: int | None = None) -> tuple[
     if zero.size not in (1, q.scale.size) and not np.any(zero != zero.flat[0]):
         zero = zero.flat[:1]
     return scale, spread(zero.reshape(q.scale.shape) if zero.size == q.scale.size else zero, axis, shape)
-
-
-def _inferred(model: Model) -> Model:
-    """The model with inferred types and shapes; large tensors are shown to onnx as inputs."""
-    shown = without_initializers(model.proto)
-    listed = {v.name for v in shown.graph.input}
-    for tensor in model.graph.initializer:
-        if tensor_bytes(tensor) <= SMALL and not is_external(tensor):
-            shown.graph.initializer.append(tensor)
-        elif tensor.name not in listed:
-            shown.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    try:
-        return model.replace(onnx.shape_inference.infer_shapes(shown, data_prop=True))
-    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
-        return model.replace(shown)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from onnx import TensorProto
 
+from engines.core.nodes import attribute_value, label
+from engines.core.quantizers import Product, Quantizer
 from qdq.lint.rule import (
     EIGHT_BIT,
     FLOAT_OPERATORS,
@@ -20,7 +22,7 @@ from qdq.lint.rule import (
     rule,
     weighted,
 )
-from qdq.lint.view import Product, Quantizer, View, attribute, label
+from qdq.lint.view import View
 
 RULES: list[Rule] = []
 
@@ -209,7 +211,7 @@ def _default_axis(view: View) -> Found:
     for q in view.heads:
         if (
             q.vector
-            and attribute(q.node, "axis") is None
+            and attribute_value(q.node, "axis", None) is None
             and q.dtype != TensorProto.INT32
             and not bad_shape(q)
             and view.model.opset >= 13

@@ -22,7 +22,7 @@ from qdq.measure.inference.samples import Sample, counted, length
 from qdq.measure.inference.session import Tap
 from qdq.measure.statistics import Moment, union
 from qdq.model.model import Model
-from qdq.model.nodes import attribute, ints
+from qdq.model.nodes import attribute, attribute_value, ints
 from qdq.plan.plan import Plan
 
 MAX_SAMPLES = 64  # more do not change the matrices visibly; those with the smallest hash are taken
@@ -209,7 +209,7 @@ def _patches(
     spatial, kernel = len(shape) - 2, shape[2:]
     strides, dilations = ints(node, "strides", [1] * spatial), ints(node, "dilations", [1] * spatial)
     pads = ints(node, "pads", [0] * 2 * spatial)
-    auto = next((a.s for a in node.attribute if a.name == "auto_pad"), b"NOTSET")
+    auto = attribute_value(node, "auto_pad", b"NOTSET")
     if auto.startswith(b"SAME"):  # only where a dynamic size kept `prepare` from writing the pads
         axes = zip(codes.shape[2:], kernel, strides, dilations, strict=True)
         totals = [max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0) for n, k, s, d in axes]

@@ -1,36 +1,39 @@
-"""Small questions about one node, and new names for what a pass adds. Must not know models or passes."""
+"""What nodes read and hold, and new names for what a pass adds. Must not know models or passes.
+
+Questions about one node alone are `engines.core.nodes`, given on here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-# Of TensorRT's parser: data -> FP4 codes and FP8 scales of blocks of 16. No standard operator does it.
-FP4_QUANTIZE, TRT_DOMAIN = "TRT_FP4DynamicQuantize", "trt"
+from engines.core.fp4 import DOMAIN as TRT_DOMAIN
+from engines.core.fp4 import QUANTIZE as FP4_QUANTIZE
+from engines.core.nodes import attribute, attribute_value, bodies, factor, input_axis, ints, weight_axis
+from engines.core.operators import WEIGHTED
+from engines.core.shapes import without_initializers
 
-
-def attribute(node: NodeProto, name: str, default: int) -> int:
-    """An integer attribute of a node."""
-    return next((a.i for a in node.attribute if a.name == name), default)
-
-
-def ints(node: NodeProto, name: str, default: list[int]) -> list[int]:
-    """An attribute of integers."""
-    return next((list(a.ints) for a in node.attribute if a.name == name), default)
-
-
-def attribute_value(node: NodeProto, name: str, default: Any) -> Any:
-    """The value of an attribute of any kind, or what the standard says where it is absent."""
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
-
-
-def input_axis(node: NodeProto, rank: int) -> int:
-    """The axis of a weight that runs over input channels: Conv 1; Gemm 0 or 1 by transB; MatMul the last but one."""
-    if node.op_type == "Conv" or (node.op_type == "Gemm" and attribute(node, "transB", 0)):
-        return 1
-    return rank - 2
+__all__ = [
+    "FP4_QUANTIZE",
+    "TRT_DOMAIN",
+    "WEIGHTED",
+    "Names",
+    "all_nodes",
+    "all_tensors",
+    "attribute",
+    "attribute_value",
+    "bodies",
+    "captured",
+    "factor",
+    "input_axis",
+    "ints",
+    "needed",
+    "reads",
+    "weight_axis",
+    "without_initializers",
+]
 
 
 class Names:
@@ -55,24 +58,6 @@ class Names:
         return name
 
 
-WEIGHTED = ("Conv", "Gemm", "MatMul")
-
-
-def weight_axis(node: NodeProto, rank: int) -> int:
-    """The axis of a weight that runs over output channels: Conv 0; Gemm 0 or 1 by transB; MatMul the last."""
-    if node.op_type == "Conv" or (node.op_type == "Gemm" and attribute(node, "transB", 0)):
-        return 0
-    return rank - 1
-
-
-def bodies(node: NodeProto) -> Iterator[GraphProto]:
-    """The graphs among a node's attributes (of If, Loop, Scan)."""
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
 def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
     """Every node of a graph and of the bodies inside it."""
     for node in graph.node:
@@ -87,18 +72,6 @@ def all_tensors(proto: ModelProto) -> Iterator[TensorProto]:
     for function in proto.functions:
         for node in function.node:
             yield from _node_tensors(node)
-
-
-def without_initializers(proto: ModelProto) -> ModelProto:
-    """A copy of a model that leaves out the initializers of the main graph, which is nearly all of its bytes."""
-    copy = ModelProto()
-    for field, value in proto.ListFields():
-        if field.name != "graph":
-            _assign(copy, field.name, value)
-    for field, value in proto.graph.ListFields():
-        if field.name != "initializer":
-            _assign(copy.graph, field.name, value)
-    return copy
 
 
 def captured(node: NodeProto) -> frozenset[str]:
@@ -138,18 +111,9 @@ def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
 
 
 def _node_tensors(node: NodeProto) -> Iterator[TensorProto]:
-    for attribute in node.attribute:
-        if attribute.HasField("t"):
-            yield attribute.t
-        yield from attribute.tensors
+    for held in node.attribute:
+        if held.HasField("t"):
+            yield held.t
+        yield from held.tensors
     for body in bodies(node):
         yield from _graph_tensors(body)
-
-
-def _assign(message: ModelProto | GraphProto, name: str, value: object) -> None:
-    """Set one field of a message to a copy of a value."""
-    target = getattr(message, name)
-    if hasattr(target, "MergeFrom"):
-        target.MergeFrom(value)
-    else:
-        setattr(message, name, value)

@@ -15,6 +15,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 from onnx.reference import ReferenceEvaluator
 
+from engines.core.operators import ARITHMETIC, COMPARISONS, PICKERS, POOLS, RAMPS, family
 from qdq.model.external import tensor_bytes
 from qdq.model.model import TensorInfo
 from qdq.model.nodes import attribute_value
@@ -24,14 +25,13 @@ GROWTH_LIMIT = 1 << 20  # bytes; folding may make no tensor above this and above
 SHAPE_ELEMENTS = 64  # a longer integer tensor is no shape
 
 _Dims = np.ndarray  # an object array: a size is an int, the name of a dynamic dimension, or None (unknown)
-_FOLDABLE = """
-    Abs Add And Cast CastLike Ceil Clip Concat ConstantOfShape Cos CumSum Div Equal Erf Exp Expand Flatten Floor Gather
-    GatherElements GatherND Gemm Greater GreaterOrEqual Less LessOrEqual Log MatMul Max Mean Min Mod Mul Neg NonZero
-    Not Or Pad Pow Range Reciprocal ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape
-    ScatterElements ScatterND Shape Sigmoid Sin Size Slice Split Sqrt Squeeze Sub Tanh Tile Transpose Trilu Unsqueeze
-    Where Xor
+_OTHERS = """
+    And Cast CastLike Ceil ConstantOfShape Cos CumSum Erf Exp Floor Gemm Log MatMul Max Mean Min Mod NonZero Not Or Pow
+    Range Reciprocal ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare ScatterElements Shape Sigmoid
+    Sin Size Sqrt Tanh Trilu Xor
 """
-_FOLDABLE_OPS = frozenset(_FOLDABLE.split())
+_NOT_OF_CONSTANTS = POOLS | {"DepthToSpace", "Identity", "SpaceToDepth"}  # feature maps; `prepare` drops Identity
+_FOLDABLE_OPS = PICKERS - _NOT_OF_CONSTANTS | RAMPS | ARITHMETIC | COMPARISONS | family(_OTHERS)
 
 
 def fold_shapes(draft: Draft) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
 
+from engines.core.operators import LAST_AXIS_NORMS, MEAN_POOLS, NORMS, PICKERS, SOFTMAXES, family
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 from qdq.model.model import Model
@@ -29,17 +30,16 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 # Why an operator without weights stays in float. The compiler fuses what it can into the kernels of its neighbours.
 _FLOAT_OPS = {
-    "BatchNormalization InstanceNormalization LayerNormalization GroupNormalization RMSNormalization LRN "
-    "SimplifiedLayerNormalization LpNormalization MeanVarianceNormalization": "normalization stays in float: its "
-    "statistics need the range, and no integer kernel exists for it",
-    "Softmax LogSoftmax": "softmax stays in float: INT8 around it breaks the fused attention kernel",
-    "AveragePool GlobalAveragePool": "average pooling runs in float on TensorRT-RTX even if its input is quantized",
-    "MaxPool GlobalMaxPool Resize Upsample Concat Split Slice Reshape Transpose Flatten Squeeze Unsqueeze Pad Expand "
-    "Tile DepthToSpace SpaceToDepth Identity Gather GatherElements GatherND ScatterND Where": "it moves or picks "
-    "values; a quantizer behind it is hoisted above it by the compiler",
-    "Shape Size Cast ConstantOfShape Range NonZero Constant OneHot TopK ArgMax ArgMin EyeLike": "it handles shapes, "
-    "indices or types, not data",
-    "LSTM GRU RNN": "recurrent operators have no INT8 kernel in TensorRT",
+    NORMS | LAST_AXIS_NORMS: "normalization stays in float: its statistics need the range, and no integer kernel "
+    "exists for it",
+    SOFTMAXES: "softmax stays in float: INT8 around it breaks the fused attention kernel",
+    MEAN_POOLS: "average pooling runs in float on TensorRT-RTX even if its input is quantized",
+    PICKERS | {"Resize", "Upsample"}: "it moves or picks values; a quantizer behind it is hoisted above it by the "
+    "compiler",
+    family(
+        "Shape Size Cast ConstantOfShape Range NonZero Constant OneHot TopK ArgMax ArgMin EyeLike"
+    ): "it handles shapes, indices or types, not data",
+    family("LSTM GRU RNN"): "recurrent operators have no INT8 kernel in TensorRT",
 }
 
 
@@ -90,7 +90,7 @@ def weighted(model: Model, node: NodeProto, settings: Settings) -> list[Decision
         fallback = block is None
     data = settings.activation(scheme, convolution=convolution)
     spec = (
-        Spec(format="int8", axis=outputs, weight_only=scheme.data is None)
+        Spec(format=scheme.unblocked, axis=outputs, weight_only=scheme.data is None)
         if fallback
         else settings.weight(scheme, outputs=outputs, inputs=inputs, block=block, convolution=convolution)
     )
@@ -114,12 +114,12 @@ def _block(
 ) -> tuple[int | None, str]:
     """Elements per block, and why they are not as many as asked for; None and the reason where no block fits."""
     blocks = FORMATS[scheme.weight].blocks
-    size = shape[input_axis(node, len(shape))]
+    size, whole = shape[input_axis(node, len(shape))], f"{scheme.unblocked} per channel"
     if scheme.via and len(shape) > 2:
-        return None, f"int8 per channel: {scheme.weight} blocks that are read as {scheme.via} need a matrix"
+        return None, f"{whole}: {scheme.weight} blocks that are read as {scheme.via} need a matrix"
     fitting = [b for b in blocks if isinstance(size, int) and _fitting(size, b)]
     if not fitting or not isinstance(size, int):
-        return None, f"int8 per channel: its {size} inputs do not fill blocks of {min(blocks)}"
+        return None, f"{whole}: its {size} inputs do not fill blocks of {min(blocks)}"
     block = fitting[0]
     if len(blocks) == 1:
         reasons = []
@@ -169,8 +169,9 @@ def residual(model: Model, node: NodeProto, settings: Settings) -> list[Decision
     for index, tensor in enumerate(node.input):
         uses = [u.node for u in model.consumers(tensor) if u.index == 0 and u.node.op_type == "Conv"]
         other = model.producer(node.input[1 - index])
-        if any(model.is_constant(n.input[1]) for n in uses) and other is not None and other.op_type == "Conv":
-            spec = Spec(format="int8", shift=settings.shift)  # stands for the one that the convolution's scheme wants
+        specs = [settings.activation(settings.scheme_of(n.name), convolution=True) for n in uses]
+        spec = next(filter(None, specs), None)
+        if spec and any(model.is_constant(n.input[1]) for n in uses) and other is not None and other.op_type == "Conv":
             wants.append(Want(tensor=tensor, index=index, role="shortcut", spec=spec, rule="residual"))
     return wants[:1]
 
@@ -247,7 +248,7 @@ RULES: tuple[Rule, ...] = (weighted, residual, concat, transposed, operands, exc
 def why_float(op_type: str) -> tuple[str, str]:
     """Rule name and reason why an operator that no rule wants stays in float."""
     for ops, reason in _FLOAT_OPS.items():
-        if op_type in ops.split():
+        if op_type in ops:
             return "no_weight", reason
     return "no_weight", "it has no weights; the compiler fuses pointwise operators into the kernel before or after them"
 

@@ -15,6 +15,7 @@ class Scheme:
         name: the option's value.
         data: format of the data operand; None leaves it float (weight-only).
         weight: format of the weight of Gemm and MatMul.
+        unblocked: format, with one scale per output channel, of a weight that no block of `weight` fits.
         via: format that the weight's blocks are dequantized to for the product; None where it reads them itself.
         convolution: format of both operands of Conv; None leaves Conv in float.
         token: when the data operand has one scale per token: a name in TOKENS, or None for never.
@@ -25,6 +26,7 @@ class Scheme:
     name: str
     data: str | None = "int8"
     weight: str = "int8"
+    unblocked: str = "int8"
     via: str | None = None
     convolution: str | None = "int8"
     token: str | None = None

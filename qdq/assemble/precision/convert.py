@@ -29,7 +29,7 @@ from qdq.core.choices import choose
 from qdq.measure.table import CalibrationTable
 from qdq.model.external import is_external, is_large, release, tensor_bytes
 from qdq.model.model import Model
-from qdq.model.nodes import Names, captured, reads, without_initializers
+from qdq.model.nodes import Names, attribute, captured, reads, without_initializers
 from qdq.model.weight_store import Spool
 from qdq.plan.plan import Skip
 
@@ -275,7 +275,7 @@ class _Writer:
         lost = ~np.array([fits(np.asarray(s), self._low) for s in scale.ravel()]).reshape(scale.shape)
         raised = np.where(lost, np.maximum(scale, float(finfo(self._low).smallest_normal)), scale)
         ratio = scale / raised
-        axis = next((a.i for a in node.attribute if a.name == "axis"), 1) % max(codes.ndim, 1)
+        axis = attribute(node, "axis", 1) % max(codes.ndim, 1)
         if scale.ndim == 1:
             ratio = ratio.reshape([-1 if i == axis else 1 for i in range(codes.ndim)])
         elif scale.ndim == codes.ndim > 0:  # blocks

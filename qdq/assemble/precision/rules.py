@@ -22,6 +22,17 @@ from functools import cached_property
 import numpy as np
 from onnx import NodeProto
 
+from engines.core.operators import (
+    ARITHMETIC,
+    COMPARISONS,
+    CONTRACTIONS,
+    CURVES,
+    NORMS,
+    PICKERS,
+    RAMPS,
+    SOFTMAXES,
+    family,
+)
 from qdq.assemble.precision.types import Schema, dequantizes_constant_scale, finfo, fits, has_body
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model, TensorInfo
@@ -32,26 +43,13 @@ LIMIT = 2.0**15  # half of what float16 holds: samples are not all that the netw
 TINY = 2.0**-10  # a float16 tensor whose largest value is below has less than bfloat16's 8 bits at 2^-17 and below
 ORDINARY, WIDE, STATISTIC = "ordinary", "wide", "statistic"
 
-PRODUCTS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "DeformConv"))
-_OPERATORS = {
-    "norms": """
-        BatchNormalization InstanceNormalization LayerNormalization GroupNormalization RMSNormalization LpNormalization
-        MeanVarianceNormalization LRN
-    """,
-    "moves": """
-        Reshape Transpose Flatten Squeeze Unsqueeze Slice Split Concat Pad Expand Tile Identity Gather GatherElements
-        GatherND DepthToSpace SpaceToDepth ReverseSequence Compress Trilu MaxPool GlobalMaxPool ReduceMax ReduceMin Max
-        Min Where Relu Abs Neg Clip ScatterND ScatterElements Dropout
-    """,
-    "pointwise": """
-        Add Sub Mul Div Sqrt Reciprocal Exp Log Pow Erf Tanh Sigmoid HardSigmoid HardSwish LeakyRelu PRelu Elu Selu Celu
-        Gelu Mish Softplus Softsign ThresholdedRelu Floor Ceil Round Sign Mod Sum Mean Sin Cos Tan Atan IsNaN IsInf
-    """,
-    "sums": "ReduceSum ReduceMean ReduceSumSquare ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceProd CumSum",
-    "bounded": "Tanh Sigmoid HardSigmoid Erf Softsign Softmax LogSoftmax Hardmax Sin Cos Atan Sign Log",
-    "exact": "Sin Cos Tan Floor Ceil Round Mod Equal Less LessOrEqual Greater GreaterOrEqual GridSample",
-}
-NORMS, MOVES, POINTWISE, SUMS, _BOUNDED, _EXACT = (frozenset(names.split()) for names in _OPERATORS.values())
+SUMMED = CONTRACTIONS | {"DeformConv"}  # products whose sums make ordinary values again
+MOVES = PICKERS | RAMPS | family("Compress Dropout Max Min ReduceMax ReduceMin ReverseSequence ScatterElements Trilu")
+_STEEP = family("Ceil Cos Floor Mod Round Sin Tan")  # a small error of what they read may become a large one
+POINTWISE = CURVES | ARITHMETIC | _STEEP | family("Atan IsInf IsNaN Mean Sign Sum ThresholdedRelu")
+SUMS = family("CumSum ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMean ReduceProd ReduceSum ReduceSumSquare")
+_BOUNDED = SOFTMAXES | family("Atan Cos Erf HardSigmoid Hardmax Log Sigmoid Sign Sin Softsign Tanh")
+_EXACT = COMPARISONS | _STEEP | {"GridSample"}
 _WHOLE = ("int16", "uint16", "int32", "uint32", "int64", "uint64")
 # Measured: TensorRT-RTX 1.7.1 for SM89 fails with "Could not infer output types for operation: deconv", in 2-D and 3-D.
 _REFUSED = {("bfloat16", "ConvTranspose"): "TensorRT-RTX does not compile it in BF16"}
@@ -98,7 +96,7 @@ def _masks(model: Model, node: NodeProto) -> bool:
             if model.is_output(tensor) or not model.consumers(tensor):
                 return False
             for use in model.consumers(tensor):
-                if use.node.op_type in ("Softmax", "LogSoftmax") or use.node.name in seen:
+                if use.node.op_type in SOFTMAXES or use.node.name in seen:
                     continue
                 if use.node.op_type not in ("Add", "Mul", *MOVES):
                     return False
@@ -191,7 +189,7 @@ class _Rules:
         for tensor in made:
             if measured := self._range(tensor):
                 return "range", f"it makes {tensor!r}: {measured}"
-        if node.op_type not in PRODUCTS and any(self._kind.get(t) == STATISTIC for t in floats):
+        if node.op_type not in SUMMED and any(self._kind.get(t) == STATISTIC for t in floats):
             return "statistic", "it applies a mean or deviation, a step of a normalization"
         if node.op_type in SUMS:
             return "sum", f"it sums many values, and the sum of ordinary values may exceed {self._info.max:.0f}"
@@ -260,11 +258,11 @@ class _Rules:
             self._kind[tensor] = STATISTIC
         elif node.op_type in SUMS or skip.rule in ("power", "constant"):
             self._mark(tensor, skip.reason)
-        elif node.op_type in PRODUCTS or WIDE not in kinds:
+        elif node.op_type in SUMMED or WIDE not in kinds:
             wide = [t for t in data if t in self._measured]
             if wide:
                 self._mark(tensor, self._why[wide[0]], measured=True)
-            elif kinds == {STATISTIC} and node.op_type not in PRODUCTS:
+            elif kinds == {STATISTIC} and node.op_type not in SUMMED:
                 self._kind[tensor] = STATISTIC
         else:
             source = next(t for t in data if self._kind.get(t) == WIDE)

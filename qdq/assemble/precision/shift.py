@@ -10,7 +10,7 @@ every input, times sum(W). Here the bias is computed anew, from what will be sto
 and written as two numbers of the low type: one in the product's bias, the remainder in a Sub behind it, which
 TensorRT-RTX fuses (ONNX Runtime would fold an Add back into the bias). The same is done for a float product whose bias
 loses more by rounding than its weight: a folded BatchNormalization often leaves a large bias that the product cancels.
-This module must not touch nodes that stay FP32.
+`model.shift_correction` cannot do it: it knows the exact offset only. This module must not touch nodes that stay FP32.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from qdq.model.external import release
 from qdq.model.model import Model
-from qdq.model.nodes import Names, attribute
+from qdq.model.nodes import WEIGHTED, Names, attribute, factor
 
 Floats = npt.NDArray[np.float64]
-SHIFTED = ("Conv", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +54,7 @@ def compensate(model: Model, low: str, kept: Collection[str]) -> Model:
         copy = NodeProto()
         copy.CopyFrom(node)
         draft.nodes.append(copy)
-        shift = None if node.op_type not in SHIFTED or node.name in kept else _shift(model, node, low)
+        shift = None if node.op_type not in WEIGHTED or node.name in kept else _shift(model, node, low)
         if shift is not None:
             draft.shifted(node, copy, shift)
         elif node.op_type in ("Conv", "Gemm") and node.name not in kept and draft.coarse(node):
@@ -194,7 +193,7 @@ class _Draft:
         release(values)
         if scales.size > 1 and axis % values.ndim != channels:
             return None
-        alpha = next((a.f for a in node.attribute if a.name == "alpha"), 1.0) if node.op_type == "Gemm" else 1.0
+        alpha = factor(node, "alpha")
         return total * scales * alpha, total * rounded(scales, self._low) * alpha
 
     def _constant(self, wanted: str, values: Floats) -> str:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
+from engines.core.nodes import label
 from qdq.lint.lint import RULES
-from qdq.lint.view import View, label
+from qdq.lint.view import View
 from qdq.model.model import Model
 from qdq.model.nodes import Names, all_nodes
 

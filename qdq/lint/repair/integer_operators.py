@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from onnx import NodeProto, helper
 
+from engines.core.nodes import label
 from qdq.lint.repair.draft import Draft
-from qdq.lint.view import label
 
 
 def write_floats(draft: Draft) -> None:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
+from engines.core.quantizers import Quantizer
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, representable, to_codes, weight_params
 from qdq.lint.repair.draft import Draft
 from qdq.lint.rule import FP8, smallest
-from qdq.lint.view import Quantizer, dequantized, spread
+from qdq.lint.view import dequantized, spread
 from qdq.lint.warnings import unpaired
 
 INT8 = FORMATS["int8"]

@@ -17,6 +17,9 @@ import ml_dtypes
 import numpy as np
 from onnx import TensorProto, helper
 
+from engines.core.nodes import attribute, attribute_value, label
+from engines.core.operators import ARRANGERS, MOVERS, POOLS
+from engines.core.quantizers import Quantizer
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import representable
 from qdq.lint.errors import mistyped
@@ -26,13 +29,13 @@ from qdq.lint.repair.integer_operators import write_floats
 from qdq.lint.repair.recode import OF_GRID, float_biases, quantize_partners, recode, set_axis, to_float
 from qdq.lint.repair.shift import shift
 from qdq.lint.rule import EIGHT_BIT, FP8, smallest
-from qdq.lint.view import MOVES, Quantizer, View, attribute, label
+from qdq.lint.view import View
 from qdq.lint.warnings import attention_quantizers, needless, transposed_quantizers
 from qdq.model.model import Model
 
 INT8 = FORMATS["int8"]
 ROUNDS = 4  # a repair can uncover another fault of the same node
-_CARRIERS = (*MOVES, "DequantizeLinear", "Concat", "Gather", "Split", "DepthToSpace", "SpaceToDepth")
+_CODE_READERS = ARRANGERS | {"DequantizeLinear", "MaxPool"}  # they give codes on as codes
 _OF_ACTIVATION = OF_GRID | {"activation-axis", "one-element-scale"}
 _SHIFTED = frozenset(("asymmetric", "unsigned", "no-zero-point", "output-dtype"))  # a grid that INT8 can hold, shifted
 _RESCALED = frozenset(("code-type", "scale-value", "scale-range"))
@@ -151,7 +154,7 @@ def _attention(draft: Draft) -> None:
 def _scale_types(draft: Draft) -> None:
     for product in draft.view.products:
         for q in mistyped(draft.view, product):
-            if "scale-type" not in draft.flagged(q.node) or q.scale is None or attribute(q.node, "output_dtype"):
+            if "scale-type" not in draft.flagged(q.node) or q.scale is None or attribute(q.node, "output_dtype", 0):
                 continue
             other = next(o for o in product.operands if o.dq is not q)
             wanted = draft.view.elem(q.source.node.input[0]) if q.source else other.elem
@@ -178,7 +181,9 @@ def _activations(draft: Draft) -> None:
         if not q.is_q and model.producer(q.node.input[0]) is None:
             continue  # codes that the caller feeds: their type is part of the interface
         codes = q.node.output[0]
-        if q.is_q and (model.is_output(codes) or any(u.node.op_type not in _CARRIERS for u in model.consumers(codes))):
+        if q.is_q and (
+            model.is_output(codes) or any(u.node.op_type not in _CODE_READERS for u in model.consumers(codes))
+        ):
             continue
         scale = _covering(q)
         if scale is None:
@@ -228,8 +233,7 @@ def _not_negative(view: View, tensor: str) -> bool:
     q = view.by_output.get(tensor)
     if q is not None and q.source is not None:
         return _not_negative(view, q.source.node.input[0])
-    pools = ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Concat")
-    return node.op_type in (*MOVES, *pools) and all(
+    return node.op_type in MOVERS | POOLS | {"Concat"} and all(
         _not_negative(view, i) for i in (node.input if node.op_type == "Concat" else node.input[:1])
     )
 
@@ -264,6 +268,6 @@ def _axes(draft: Draft) -> None:
         if "default-axis" in draft.flagged(q.node):
             readers = [d.node for d in draft.view.quantizers if d.source is q]
             for node in (q.node, *readers):
-                if attribute(node, "axis") is None:
+                if attribute_value(node, "axis", None) is None:
                     node.attribute.append(helper.make_attribute("axis", q.axis))
             draft.log(["default-axis"], q.node, f"axis {q.axis} written")

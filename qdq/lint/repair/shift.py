@@ -20,8 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
+from engines.core.nodes import attribute_value, ints, label
+from engines.core.quantizers import Product, Quantizer
 from qdq.lint.repair.draft import Draft
-from qdq.lint.view import Product, Quantizer, View, label
+from qdq.lint.view import View
+from qdq.model.shift_correction import channel_sums, correct
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,12 +125,8 @@ def _products(view: View, readers: Sequence[Quantizer]) -> list[_Reader] | None:
             other = product.operands[1 - index]
             weight = view.constant(other.tensor) if other.constant else None
             node = product.node
-            pads = tuple(next((list(a.ints) for a in node.attribute if a.name == "pads"), []))
-            automatic = next((a.s for a in node.attribute if a.name == "auto_pad"), b"NOTSET") not in (
-                b"NOTSET",
-                b"VALID",
-                b"",
-            )
+            pads = tuple(ints(node, "pads", []))
+            automatic = attribute_value(node, "auto_pad", b"") not in (b"NOTSET", b"VALID", b"")
             if product.operands[index].tensor != d.node.output[0] or weight is None or weight.ndim < 2 or automatic:
                 return None
             if (
@@ -142,34 +141,19 @@ def _products(view: View, readers: Sequence[Quantizer]) -> list[_Reader] | None:
 
 
 def _correct(draft: Draft, reader: _Reader, offset: float) -> None:
-    """Add c * sum(W) to a product: into its bias where that is constant, else behind it."""
-    node, weight = reader.product.node, reader.weight
-    float_type = reader.product.operands[1 - reader.index].elem
-    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(float_type or TensorProto.FLOAT))
-    factors = {a.name: a.f for a in node.attribute if a.name in ("alpha", "beta")}
-    if node.op_type == "Conv":
-        added = offset * weight.sum(axis=tuple(range(1, weight.ndim)))
-        for a in node.attribute:
-            if a.name == "pads" and reader.pads:
-                a.ints[:] = [0] * len(reader.pads)
-    elif node.op_type == "Gemm":
-        transposed = any(a.name == "transB" and a.i for a in node.attribute)
-        added = offset * factors.get("alpha", 1.0) * weight.sum(axis=1 if transposed else 0)
-    else:
-        added = offset * weight.sum(axis=-1 if reader.index else -2, keepdims=reader.index == 1 or weight.ndim > 2)
-    bias = node.input[2] if len(node.input) > 2 else ""
-    known = draft.view.constant(bias) if bias else np.zeros(())
-    if node.op_type != "MatMul" and known is not None and factors.get("beta", 1.0) == 1.0:
-        name = draft.init(
-            (bias or label(node) + "_bias") + "_corrected", (known.astype(np.float64) + added).astype(dtype)
-        )
-        node.input[:] = [*node.input[:2], name]
-        return
-    if node.op_type == "Conv":
-        added = added.reshape(-1, *[1] * (weight.ndim - 2))
-    raw, out = draft.name(node.output[0] + "_raw"), node.output[0]
-    constant = draft.init(out + "_correction", added.astype(dtype))
-    place = next(i for i, n in enumerate(draft.proto.graph.node) if list(n.output) == [out])
-    node.output[0] = raw
-    add = helper.make_node("Add", [raw, constant], [out], name=draft.name(label(node) + "_Add"))
-    draft.proto.graph.node.insert(place + 1, add)
+    """Add c * sum(W) to a product, and move its pads into the Pad in front of it."""
+    node, other = reader.product.node, reader.product.operands[1 - reader.index]
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(other.elem or TensorProto.FLOAT))
+    place = next(i for i, n in enumerate(draft.proto.graph.node) if n.output[:1] == node.output[:1])
+    if reader.pads:
+        next(a for a in node.attribute if a.name == "pads").ints[:] = [0] * len(reader.pads)
+    added = correct(
+        node,
+        offset * channel_sums(node, reader.weight, 1 - reader.index),
+        reader.weight.ndim,
+        stored=draft.view.constant,
+        constant=lambda name, values: draft.init(name, values.astype(dtype)),
+        fresh=draft.name,
+    )
+    if added is not None:
+        draft.proto.graph.node.insert(place + 1, added)

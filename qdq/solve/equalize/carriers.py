@@ -20,21 +20,17 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
 
+from engines.core.operators import ARITHMETIC, AXIS_1_NORMS, HOMOGENEOUS, LAST_AXIS_NORMS, POOLS
 from qdq.core.formats import FORMATS
 from qdq.model.model import Model
-from qdq.model.nodes import attribute, input_axis, weight_axis
+from qdq.model.nodes import WEIGHTED, attribute, input_axis, weight_axis
 from qdq.plan.plan import Plan
 
-HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "Identity", "Dropout")  # f(a x) = a f(x) for a > 0, value by value
-POOLS = ("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool")  # likewise, channel by channel on axis 1
-LAST_AXIS_NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
-AXIS_1_NORMS = ("BatchNormalization", "InstanceNormalization")
-LINEAR = ("Conv", "Gemm", "MatMul")
 MOST_FACTOR = 64.0  # that a linear node takes: in FP16, what an activation behind it cuts off must not overflow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Operand:
+class CarryingConstant:
     """One constant that takes the factors.
 
     Attributes:
@@ -60,7 +56,7 @@ class Operand:
 class Carrier:
     """All constants that take the factors of one tensor; `linear` is the weighted node among their readers, if any."""
 
-    operands: tuple[Operand, ...]
+    operands: tuple[CarryingConstant, ...]
     linear: str | None = None
 
 
@@ -164,7 +160,7 @@ class _Walk:
         if node.op_type in HOMOGENEOUS or (node.op_type in POOLS and self._axis_1(node.input[0])):
             alone = all(not self._model.consumers(name) for name in node.output[1:])
             return self._inner(node.input[0]) if alone else None
-        if node.op_type in LINEAR:
+        if node.op_type in WEIGHTED:
             return self._linear(node)
         if node.op_type in LAST_AXIS_NORMS:
             shape = self._shape(node.input[0])
@@ -173,7 +169,7 @@ class _Walk:
         if node.op_type in AXIS_1_NORMS:
             fits = self._axis_1(node.input[0]) and not attribute(node, "training_mode", 0)
             return self._affine(node) if fits else None
-        if node.op_type in ("Mul", "Div", "Add", "Sub"):
+        if node.op_type in ARITHMETIC:
             return self._pointwise(node)
         return None
 
@@ -198,7 +194,9 @@ class _Walk:
         vectors = all(self._model.is_constant(n) and self._shape(n) == (self._channels,) for n in names)
         if not names or not vectors:
             return None
-        return Carrier(operands=tuple(Operand(node=node.name, index=1 + i, trailing=0) for i in range(len(names))))
+        return Carrier(
+            operands=tuple(CarryingConstant(node=node.name, index=1 + i, trailing=0) for i in range(len(names)))
+        )
 
     def _linear(self, node: NodeProto) -> Carrier | None:
         """Output channels of a weight that nothing else reads, and the bias."""
@@ -211,9 +209,9 @@ class _Walk:
         spatial = len(shape) - 2 if node.op_type == "Conv" else 0
         if len(shape) < 2 or spatial != self._trailing or shape[outputs] != self._channels:
             return None
-        operands = [Operand(node=node.name, index=1, trailing=len(shape) - outputs - 1)]
+        operands = [CarryingConstant(node=node.name, index=1, trailing=len(shape) - outputs - 1)]
         if bias:
-            operands.append(Operand(node=node.name, index=2, trailing=0))
+            operands.append(CarryingConstant(node=node.name, index=2, trailing=0))
         return Carrier(operands=tuple(operands), linear=node.name)
 
     def _pointwise(self, node: NodeProto) -> Carrier | None:
@@ -228,7 +226,7 @@ class _Walk:
         index = constant[0]
         if len(constant) > 1 or not self._per_channel(node, index) or (node.op_type == "Div" and index == 0):
             return None
-        own = Operand(node=node.name, index=index, trailing=self._trailing, inverse=node.op_type == "Div")
+        own = CarryingConstant(node=node.name, index=index, trailing=self._trailing, inverse=node.op_type == "Div")
         if product:
             return Carrier(operands=(own,))
         rest = self._inner(node.input[1 - index])

@@ -13,7 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from engines.backends import ort
 from engines.core import fp4
 from engines.core.errors import EngineError
-from engines.core.operands import Graph
+from engines.core.macs import macs
+from engines.core.quantizers import code_name, read_graph
 
 GRID = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
 
@@ -92,12 +93,13 @@ def test_a_model_without_fp4_comes_back_itself_and_a_bad_one_is_refused_as_befor
 
 
 def test_shapes_and_types_are_known_behind_the_custom_operator() -> None:
-    graph = Graph.read(model(dynamic=True), {"x": (5, 32)})
-    ((_, product),) = graph.products()
-    assert graph.macs(product) == 5 * 32 * 16
-    data, constant = (graph.operand(name) for name in product.input)
-    assert (data.dtype, constant.dtype) == ("fp4", "fp4")
-    assert not data.constant
+    graph = read_graph(model(dynamic=True), {"x": (5, 32)})
+    ((_, product),) = graph.all_products()
+    assert macs(graph, product.node) == 5 * 32 * 16
+    data, constant = (o.dq for o in product.operands)
+    assert data is not None and constant is not None
+    assert (code_name(data.dtype), code_name(constant.dtype)) == ("fp4", "fp4")
+    assert not data.stored
     assert not data.dynamic
-    assert constant.constant
+    assert constant.stored
     assert constant.blocked

@@ -20,7 +20,8 @@ from places import SHARED
 from engines.backends import rtx
 from engines.backends.compiler import ShapeRange
 from engines.backends.layers import Layer, TensorInfo
-from engines.core.operands import Graph
+from engines.core.macs import macs
+from engines.core.quantizers import read_graph
 from engines.verify.audit import Audit, audit, compute_kernel
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
@@ -143,7 +144,9 @@ def test_a_transposed_weight_keeps_its_axis() -> None:
     y = g.add("MatMul", [g.activation("x"), w], name="product")
     model = g.finish(y, [32, 128], [32, 64])
     assert audited(model).nodes[0].consumed == "int8"
-    assert Graph.read(model, {}).operand(w).axis == 1  # axis 0 before the transposition
+    ((_, product),) = read_graph(model, {}).all_products()
+    weight = product.operands[1]
+    assert weight.dq is not None and weight.dq.axis == weight.output_axis == 0  # axis 1 behind the transposition
 
 
 def test_products_inside_an_if_are_counted() -> None:
@@ -157,8 +160,8 @@ def test_products_inside_an_if_are_counted() -> None:
     ]
     g.init("flag", np.array(True))
     y = g.add("If", ["flag"], name="choice", then_branch=bodies[0], else_branch=bodies[1])
-    graph = Graph.read(g.finish(y, [2, 8], [2, 4]), {})
-    assert {node.name: inner.macs(node) for inner, node in graph.products()} == {"yes": 64, "no": 64}
+    graph = read_graph(g.finish(y, [2, 8], [2, 4]), {})
+    assert {p.node.name: macs(inner, p.node) for inner, p in graph.all_products()} == {"yes": 64, "no": 64}
 
 
 def test_multiply_adds_follow_the_optimal_shape() -> None:
@@ -172,10 +175,10 @@ def test_multiply_adds_follow_the_optimal_shape() -> None:
 def test_einsum_and_transposed_convolution_multiply_adds() -> None:
     g = graphs.Graph()
     y = g.add("Einsum", ["x", g.weight("w", [8, 5], fmt=None)], name="e", equation="bik,kj->bij")
-    graph = Graph.read(g.finish(y, [2, 3, 8], [2, 3, 5]), {})
-    assert [inner.macs(n) for inner, n in graph.products()] == [2 * 3 * 8 * 5]
-    graph = Graph.read(graphs.conv(op="ConvTranspose"), {})
-    assert [inner.macs(n) for inner, n in graph.products()] == [16 * 64 * 16 * 9]
+    graph = read_graph(g.finish(y, [2, 3, 8], [2, 3, 5]), {})
+    assert [macs(inner, p.node) for inner, p in graph.all_products()] == [2 * 3 * 8 * 5]
+    graph = read_graph(graphs.conv(op="ConvTranspose"), {})
+    assert [macs(inner, p.node) for inner, p in graph.all_products()] == [16 * 64 * 16 * 9]
 
 
 def test_the_compute_kernel_is_chosen_among_those_that_name_the_node() -> None:

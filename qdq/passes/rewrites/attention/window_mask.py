@@ -31,7 +31,7 @@ LOWEST = -(2.0**15)  # half of what float16 holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Operand:
+class ScoreOperand:
     """Where columns are added to an operand of the scores: to `base` along `axis`; `turn` is the Transpose behind."""
 
     base: str
@@ -125,7 +125,7 @@ def _multiplied(
     return True
 
 
-def _operand(model: Model, tensor: str, axis: int) -> Operand | None:
+def _operand(model: Model, tensor: str, axis: int) -> ScoreOperand | None:
     """What makes an operand, past a Transpose and past zeros that are added to it."""
     made, turn = alone(model, tensor), None
     if made is not None and made.op_type == "Transpose" and (order := attribute_value(made, "perm", [])):
@@ -137,8 +137,8 @@ def _operand(model: Model, tensor: str, axis: int) -> Operand | None:
     axis %= len(shape)
     spare = _zeros_behind(model, made, axis, len(shape)) if made is not None else 0
     if made is not None and spare:
-        return Operand(base=made.input[0], axis=axis, size=shape[axis] - spare, spare=spare, turn=turn)
-    return Operand(base=tensor, axis=axis, size=shape[axis], spare=0, turn=turn)
+        return ScoreOperand(base=made.input[0], axis=axis, size=shape[axis] - spare, spare=spare, turn=turn)
+    return ScoreOperand(base=tensor, axis=axis, size=shape[axis], spare=0, turn=turn)
 
 
 def _zeros_behind(model: Model, node: NodeProto, axis: int, rank: int) -> int:
@@ -161,7 +161,7 @@ def _narrow(groups: np.ndarray) -> np.ndarray:
     return groups
 
 
-def _widened(model: Model, edit: Edit, operand: Operand, columns: np.ndarray, name: str) -> list[NodeProto]:
+def _widened(model: Model, edit: Edit, operand: ScoreOperand, columns: np.ndarray, name: str) -> list[NodeProto]:
     """Nodes that put columns, which are in the layout of the product, behind an operand."""
     order = attribute_value(operand.turn, "perm", []) if operand.turn is not None else list(range(columns.ndim))
     columns = np.ascontiguousarray(columns.transpose(np.argsort(order)))

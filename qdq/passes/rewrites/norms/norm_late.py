@@ -16,6 +16,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from engines.core.operators import MOVERS
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
 from qdq.passes.draft import assign
@@ -23,7 +24,8 @@ from qdq.passes.rewrites.edit import Edit, Rewritten
 
 STAGE, RANK = "float", 5
 
-MOVES = ("Concat", "Pad", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+# What `_keeps` can judge: without copies, and without what `prepare` or another rewrite replaces.
+MOVES = MOVERS - {"Expand", "Flatten", "Identity", "Tile"} | {"Concat", "Pad"}
 WORTH = ("Pad", "Slice", "Transpose")  # a norm is not moved past others alone
 
 

@@ -1,0 +1,67 @@
+"""Questions about one ONNX node: its attributes, the graphs inside it, the axes of its weight. Must not know models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from onnx import GraphProto, NodeProto, helper
+
+
+def attribute(node: NodeProto, name: str, default: int) -> int:
+    """An integer attribute of a node."""
+    return next((a.i for a in node.attribute if a.name == name), default)
+
+
+def ints(node: NodeProto, name: str, default: list[int]) -> list[int]:
+    """An attribute of integers."""
+    return next((list(a.ints) for a in node.attribute if a.name == name), default)
+
+
+def factor(node: NodeProto, name: str) -> float:
+    """alpha or beta of a Gemm; 1 where it is absent, and for any other operator."""
+    return next((a.f for a in node.attribute if a.name == name and node.op_type == "Gemm"), 1.0)
+
+
+def attribute_value(node: NodeProto, name: str, default: Any) -> Any:
+    """The value of an attribute of any kind, or what the standard says where it is absent."""
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+def label(node: NodeProto) -> str:
+    """What people and kernels call a node: its name, or what TensorRT's parser calls one without a name."""
+    return str(node.name or f"node_of_{node.output[0]}")
+
+
+def bodies(node: NodeProto) -> Iterator[GraphProto]:
+    """The graphs among a node's attributes (of If, Loop, Scan)."""
+    for held in node.attribute:
+        if held.HasField("g"):
+            yield held.g
+        yield from held.graphs
+
+
+def input_axis(node: NodeProto, rank: int) -> int:
+    """The axis of a weight that runs over input channels: Conv 1; Gemm 0 or 1 by transB; MatMul the last but one."""
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and attribute(node, "transB", 0)):
+        return 1
+    return rank - 2
+
+
+def weight_axis(node: NodeProto, rank: int, index: int = 1) -> int:
+    """The axis of a product's operand that runs over output channels, which no sum runs over.
+
+    Conv 0; ConvTranspose 1; Gemm 0 or 1 by transB (of operand 0 by transA); MatMul and Einsum the last (of operand 0
+    the last but one).
+
+    Args:
+        node: a product.
+        rank: of the operand.
+        index: 1 where the operand is on the right, as weights are, 0 on the left.
+    """
+    if node.op_type in ("Conv", "ConvTranspose"):
+        return int(node.op_type == "ConvTranspose")
+    if node.op_type == "Gemm":
+        turned = bool(attribute(node, "transB" if index else "transA", 0))
+        return int(turned != bool(index))
+    return rank - 2 + index
