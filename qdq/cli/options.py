@@ -7,7 +7,8 @@ Must stay light, like `cli`: what is heavy is imported inside the functions.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +26,47 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 RANDOM_NOTE = "Random data: the figures say that the model compiles and runs, nothing about its accuracy."
+
+
+class FilledHelp(click.Option):
+    """An option whose help has a place `{}` for what a registry holds, which is asked when the help is shown."""
+
+    def __init__(self, *arguments: Any, fill: Callable[[], str], **settings: Any) -> None:
+        """As any option; `fill` gives the text for the place."""
+        super().__init__(*arguments, **settings)
+        self._fill = fill
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """The option and its help, for the page of its verb."""
+        filled = copy(self)
+        filled.help = (self.help or "").format(self._fill())
+        return click.Option.get_help_record(filled, ctx)
+
+
+def _or(texts: Iterable[str]) -> str:
+    """'a, b or c'."""
+    *most, last = texts
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def gpu_names() -> str:
+    """The GPUs that times can be predicted for."""
+    from engines.cost.gpus import GPUS
+
+    return _or(GPUS)
+
+
+def _backends() -> str:
+    from engines.backends.backend import DEFAULT, backends
+
+    return _or(f"{b.name} ({'default, ' if b.name == DEFAULT else ''}{b.need})" for b in backends().values())
+
+
+def timing_backends() -> str:
+    """The backends that keep a timing cache."""
+    from engines.backends.backend import backends
+
+    return _or(name for name, backend in backends().items() if backend.keeps_timings)
 
 
 def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -64,7 +106,11 @@ tune_options = _options(
     ),
     click.option("--time-limit", type=float, metavar="SECONDS", help="For that choice, default 110."),
     click.option(
-        "--gpu", multiple=True, help="Predict times for t4, a10, a100, l4, rtx4090 or rtx5090; default: one per target."
+        "--gpu",
+        multiple=True,
+        cls=FilledHelp,
+        fill=gpu_names,
+        help="Predict times for {}; default: the fastest known of each target.",
     ),
 )
 shape_option = click.option(
@@ -75,7 +121,7 @@ shape_option = click.option(
 )
 compile_options = _options(
     click.option("--target", multiple=True, help="GPU generation, such as sm89 (default) or 8.6; repeatable."),
-    click.option("--backend", help="rtx (default, needs no GPU) or trt (needs this machine's GPU)."),
+    click.option("--backend", cls=FilledHelp, fill=_backends, help="{}."),
     shape_option,
 )
 data_options = _options(
