@@ -23,9 +23,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engines.backends import doctor, ort
+from engines.backends import doctor
 from engines.backends.backend import DEFAULT, backend_named, backends
 from engines.backends.compiler import Engine, ShapeRange
+from engines.core import onnx_runtime as ort
 from engines.core.errors import EngineError, MissingRuntimeError
 from engines.verify.compare import Limits, compare
 

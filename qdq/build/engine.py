@@ -141,7 +141,7 @@ def save_engine(
         targets=engine.table.targets,
         options=options,
     )
-    write_atomic(_manifest_path(path), manifest.to_json().encode())
+    write_atomic(_manifest_path(path), manifest.to_json())
 
 
 def audit_model(path: Path, recipe: Recipe, on_progress: Progress | None = None) -> Audit:

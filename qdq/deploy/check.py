@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from calib_data import Samples
-from engines.backends import ort
 from engines.backends.backend import backend_named
 from engines.backends.doctor import gpus
+from engines.core import onnx_runtime as ort
 from engines.verify.compare import Limits, Report, compare
 from qdq.core.progress import Progress
 from qdq.measure.inference.samples import Sample

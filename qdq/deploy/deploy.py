@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from calib_data import Samples
-from engines.backends import ort
 from engines.backends.backend import backend_named
 from engines.backends.compiler import ShapeRange
 from engines.backends.layers import LayerTable
+from engines.core import onnx_runtime as ort
 from engines.core.errors import BuildError, import_runtime
 from engines.core.files import write_atomic
 from engines.verify.audit import audit
@@ -140,7 +140,7 @@ def deploy(
             tuned=done.tuned,
             gpus=tuple(gpu.name for gpu in pricer.gpus) if pricer else (),
         )
-        write_atomic(folder / "report.json", report.to_json().encode())
+        write_atomic(folder / "report.json", report.to_json())
         return Deployed(folder=out, files=move_all(folder, out), report=report)
 
 
