@@ -35,7 +35,7 @@ class Build(Protocol):
         timing_cache: Path | None,
         on_progress: OnProgress | None,
     ) -> Engine:
-        """Compile a path, or a model without external data, for targets in any spelling.
+        """Compile a path, or a model without external data; a timing cache is read and written where kernels are timed.
 
         Raises:
             EngineError: what was asked for is refused, or the runtime is missing; says why.
@@ -54,7 +54,6 @@ class Backend:
         targets: the GPU generations it knows.
         needs_gpu: it compiles for the GPU of this machine, whatever the target.
         predicts: `engines.cost` predicts the time of its kernels from its layer tables.
-        keeps_timings: it reads and writes a timing cache.
         check_targets: (model, targets) -> normalised targets, each once, () where the GPU of this machine decides;
             refuses an unknown target, and a data type of the model that a target lacks.
         build: compiles.
@@ -68,7 +67,6 @@ class Backend:
     targets: tuple[str, ...]
     needs_gpu: bool
     predicts: bool
-    keeps_timings: bool
     check_targets: Callable[[onnx.ModelProto, Sequence[str]], tuple[str, ...]]
     build: Build
     runner: Callable[..., Any]

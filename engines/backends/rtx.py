@@ -159,7 +159,6 @@ BACKEND = Backend(
     targets=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
     needs_gpu=False,
     predicts=True,
-    keeps_timings=False,
     check_targets=check_targets,
     build=build,
     runner=partial(runner, rtx=True),

@@ -161,7 +161,6 @@ BACKEND = Backend(
     targets=("sm75", "sm80", "sm86", "sm87", "sm89", "sm90", "sm100", "sm103", "sm110", "sm120", "sm121"),
     needs_gpu=True,
     predicts=False,
-    keeps_timings=True,
     check_targets=check_targets,
     build=build,
     runner=runner,

@@ -62,11 +62,10 @@ def _backends() -> str:
     return _or(f"{b.name} ({'default, ' if b.name == DEFAULT else ''}{b.need})" for b in backends().values())
 
 
-def timing_backends() -> str:
-    """The backends that keep a timing cache."""
+def _targets() -> str:
     from engines.backends.backend import backends
 
-    return _or(name for name, backend in backends().items() if backend.keeps_timings)
+    return _or(dict.fromkeys(target for b in backends().values() if not b.needs_gpu for target in b.targets))
 
 
 def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -120,7 +119,13 @@ shape_option = click.option(
     help="Shapes of a dynamic input, each like 1x1x64x64x64; or NAME:SHAPE. Default: those of the samples.",
 )
 compile_options = _options(
-    click.option("--target", multiple=True, help="GPU generation, such as sm89 (default) or 8.6; repeatable."),
+    click.option(
+        "--target",
+        multiple=True,
+        cls=FilledHelp,
+        fill=_targets,
+        help="GPU generation: {}; 8.6 means sm86; default sm89; repeatable.",
+    ),
     click.option("--backend", cls=FilledHelp, fill=_backends, help="{}."),
     shape_option,
 )

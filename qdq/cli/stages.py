@@ -26,7 +26,6 @@ from qdq.cli.options import (
     samples_of,
     settings_options,
     shape_option,
-    timing_backends,
 )
 from qdq.cli.terminal import Bars, note, show_rows
 from qdq.core.errors import InputError
@@ -135,13 +134,7 @@ def _places(settings: Settings) -> tuple[object, ...]:
 @model_argument
 @output_option("the engine; its layers and manifest go beside it")
 @compile_options
-@click.option(
-    "--timing-cache",
-    type=PATH,
-    cls=FilledHelp,
-    fill=timing_backends,
-    help="Of --backend {}: read if it exists, then written.",
-)
+@click.option("--timing-cache", type=PATH, help="Of a backend that times kernels: read if it exists, then written.")
 @recipe_option
 def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) -> None:
     """Compile an engine from an ONNX model, quantized or not."""

@@ -69,7 +69,6 @@ BACKEND = Backend(
     targets=("sm42", "sm75"),
     needs_gpu=False,
     predicts=True,
-    keeps_timings=True,
     check_targets=check_targets,
     build=build,
     runner=runner,
@@ -101,12 +100,12 @@ class TestEveryBackend:
                 model,
                 targets=backend.targets[-1:],
                 shapes={},
-                timing_cache=tmp_path / "timings" if backend.keeps_timings else None,
+                timing_cache=tmp_path / "timings",
                 on_progress=lambda fraction, phase: done.append(fraction),
             )
         except MissingRuntimeError as error:
             pytest.skip(str(error))
-        assert done[-1] == 1.0 and (tmp_path / "timings").exists() == backend.keeps_timings
+        assert done[-1] == 1.0
         assert engine.table.backend == backend.name and engine.table.kernels >= 1
         assert engine.table.engine_bytes == len(engine.data) > 0
         engine.save(tmp_path / "m.engine")
@@ -185,7 +184,7 @@ class TestABackendInOneFile:
 
     def test_is_known_to_options_help_and_errors(self, toy: Path) -> None:
         asked = " ".join(CliRunner().invoke(main, ["build", "--help"]).output.split())
-        assert "or toy (needs no GPU)." in asked and "Of --backend trt or toy:" in asked
+        assert "or toy (needs no GPU)." in asked
         wrong = CliRunner().invoke(main, ["build", "same.onnx", "-o", "x", "--backend", "toi"])
         assert wrong.exit_code == 2 and "Did you mean 'toy'?" in wrong.stderr
         wrong = CliRunner().invoke(main, ["build", "same.onnx", "-o", "x", "--backend", "toy", "--target", "sm43"])
