@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from copy import copy
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,49 +27,43 @@ PATH = click.Path(path_type=Path)
 RANDOM_NOTE = "Random data: the figures say that the model compiles and runs, nothing about its accuracy."
 
 
-class FilledHelp(click.Option):
-    """An option whose help has a place `{}` for what a registry holds, which is asked when the help is shown."""
-
-    def __init__(self, *arguments: Any, fill: Callable[[], str], **settings: Any) -> None:
-        """As any option; `fill` gives the text for the place."""
-        super().__init__(*arguments, **settings)
-        self._fill = fill
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """The option and its help, for the page of its verb."""
-        filled = copy(self)
-        filled.help = (self.help or "").format(self._fill())
-        return click.Option.get_help_record(filled, ctx)
-
-
-def _or(texts: Iterable[str]) -> str:
-    """'a, b or c'."""
-    *most, last = texts
-    return f"{', '.join(most)} or {last}" if most else last
-
-
-def gpu_names() -> str:
-    """The GPUs that times can be predicted for."""
-    from engines.cost.gpus import GPUS
-
-    return _or(GPUS)
-
-
-def _backends() -> str:
-    from engines.backends.backend import DEFAULT, backends
-
-    return _or(f"{b.name} ({'default, ' if b.name == DEFAULT else ''}{b.need})" for b in backends().values())
-
-
-def _targets() -> str:
-    from engines.backends.backend import backends
-
-    return _or(dict.fromkeys(target for b in backends().values() if not b.needs_gpu for target in b.targets))
-
-
 def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     """Several options as one decorator, shown in this order."""
     return lambda function: reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
+
+
+class Listed(click.Option):
+    """An option whose help lists what it takes, looked up when that help is shown: `{names}` in its text."""
+
+    def __init__(self, *args: Any, names: Callable[[], Iterable[object]], **kwargs: Any) -> None:
+        """As of `click.Option`; `names` gives the list."""
+        super().__init__(*args, **kwargs)
+        self._text, self._names = self.help or "", names
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """The option and its help, with the names in it."""
+        *some, last = map(str, self._names())
+        self.help = self._text.format(names=f"{', '.join(some)} or {last}" if some else last)
+        return super().get_help_record(ctx)
+
+
+def gpu_names() -> Iterable[str]:
+    """The GPUs that times can be predicted for."""
+    from engines.cost.gpus import GPUS
+
+    return GPUS
+
+
+def _backends() -> list[str]:
+    from engines.backends.backend import DEFAULT, backends
+
+    return [f"{b.name} ({'default, ' if b.name == DEFAULT else ''}{b.need})" for b in backends().values()]
+
+
+def _targets() -> Iterable[str]:
+    from engines.backends.backend import backends
+
+    return dict.fromkeys(target for b in backends().values() if not b.needs_gpu for target in b.targets)
 
 
 recipe_option = click.option("--recipe", type=PATH, help="YAML file; its keys are the options with underscores.")
@@ -107,9 +100,9 @@ tune_options = _options(
     click.option(
         "--gpu",
         multiple=True,
-        cls=FilledHelp,
-        fill=gpu_names,
-        help="Predict times for {}; default: the fastest known of each target.",
+        cls=Listed,
+        names=gpu_names,
+        help="Predict times for {names}; default: the fastest known of each target.",
     ),
 )
 shape_option = click.option(
@@ -122,11 +115,11 @@ compile_options = _options(
     click.option(
         "--target",
         multiple=True,
-        cls=FilledHelp,
-        fill=_targets,
-        help="GPU generation: {}; 8.6 means sm86; default sm89; repeatable.",
+        cls=Listed,
+        names=_targets,
+        help="GPU generation: {names}; 8.6 means sm86; default sm89; repeatable.",
     ),
-    click.option("--backend", cls=FilledHelp, fill=_backends, help="{}."),
+    click.option("--backend", cls=Listed, names=_backends, help="{names}."),
     shape_option,
 )
 data_options = _options(

@@ -11,7 +11,7 @@ import click
 from qdq.cli.deploy import finish_with
 from qdq.cli.options import (
     PATH,
-    FilledHelp,
+    Listed,
     check_output,
     compile_options,
     custom_ops_option,
@@ -153,7 +153,7 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
 @click.command()
 @model_argument
 @compile_options
-@click.option("--gpu", cls=FilledHelp, fill=gpu_names, help="Also predict the time of each kernel: {}.")
+@click.option("--gpu", cls=Listed, names=gpu_names, help="Also predict the time of each kernel: {names}.")
 @recipe_option
 @json_option
 def audit(model: Path, gpu: str | None, as_json: bool, **given: Any) -> None:
