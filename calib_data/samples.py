@@ -24,7 +24,7 @@ _BEYOND_ANY = 1 << 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShapeRange:
+class ShapeBounds:
     """Shapes of one input over the samples: elementwise ``min`` and ``max``, and ``opt``, the most common."""
 
     min: tuple[int, ...]
@@ -81,11 +81,11 @@ class Samples:
             raise ValueError(f"Shard {i} of {n} does not exist: 0 <= i < n is needed.")
         return replace(self, indices=self.indices[i::n])
 
-    def shapes(self) -> dict[str, ShapeRange]:
+    def shapes(self) -> dict[str, ShapeBounds]:
         """Shape of every input over the samples, from file headers where there are files.
 
         Returns:
-            Input name -> ShapeRange. Of equally common shapes, ``opt`` is the largest, so order does not matter.
+            Input name -> ShapeBounds. Of equally common shapes, ``opt`` is the largest, so order does not matter.
 
         Raises:
             DataError: a file is unreadable, a shape is not what the model takes, or there are no samples.
@@ -205,8 +205,8 @@ def _open_source(source: str, inputs: tuple[InputSpec, ...]) -> Source:
     )
 
 
-def _range_of(shapes: Counter[tuple[int, ...]]) -> ShapeRange:
-    return ShapeRange(
+def _range_of(shapes: Counter[tuple[int, ...]]) -> ShapeBounds:
+    return ShapeBounds(
         min=tuple(int(size) for size in np.min(list(shapes), axis=0)),
         opt=max(shapes, key=lambda shape: (shapes[shape], math.prod(shape), shape)),
         max=tuple(int(size) for size in np.max(list(shapes), axis=0)),

@@ -1,13 +1,14 @@
 """Compile, run, audit and compare engines. Knows nothing of quantization and imports nothing of `qdq`.
 
-`rtx.build` or `trt.build` turns an ONNX file into an `Engine` with a `LayerTable`;
+A `Backend`'s `build` turns an ONNX file into an `Engine` with a `LayerTable`;
 `audit.audit` says which node really ran in which type; `compare.compare` says what that costs in accuracy.
-The verbs live in the modules of their name (`from engines.audit import audit`).
+The verbs live in the modules of their name (`from engines.verify.audit import audit`).
 Runtimes are imported inside the functions that need them, so that `import engines` stays light.
 """
 
 from __future__ import annotations
 
+from engines.backends.backend import Backend
 from engines.backends.compiler import Engine, ShapeRange
 from engines.backends.doctor import Finding, diagnose
 from engines.backends.layers import Layer, LayerTable, TensorInfo
@@ -18,6 +19,7 @@ from engines.verify.manifest import Manifest, sha256_file, sha256_model, sha256_
 
 __all__ = [
     "Audit",
+    "Backend",
     "BuildError",
     "Engine",
     "EngineError",

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from engines.backends import ort
+from engines.core import onnx_runtime as ort
 from qdq.assemble import insert
 from qdq.core.formats import FORMATS
 from qdq.measure import collect

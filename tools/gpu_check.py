@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import os
 import statistics
 import sys
 import time
@@ -24,8 +23,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engines.backends import doctor, ort, rtx, trt
+from engines.backends import doctor
+from engines.backends.backend import DEFAULT, backend_named, backends
 from engines.backends.compiler import Engine, ShapeRange
+from engines.core import onnx_runtime as ort
 from engines.core.errors import EngineError, MissingRuntimeError
 from engines.verify.compare import Limits, compare
 
@@ -37,7 +38,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="an ONNX file, or a built engine")
     parser.add_argument("--reference", type=Path, help="ONNX file to compare with (default: the model itself)")
-    parser.add_argument("--backend", choices=("rtx", "trt"), default="rtx")
+    parser.add_argument("--backend", choices=tuple(backends()), default=DEFAULT)
     parser.add_argument("--data", type=Path, help=".npz with one array per input")
     parser.add_argument("--shape", action="append", default=[], help="input:1,3,224,224 for a dynamic input")
     parser.add_argument("--runs", type=int, default=200)
@@ -65,9 +66,8 @@ def engine_for(model: Path, backend: str, target: str, shapes: dict[str, ShapeRa
     """The engine built from an ONNX file, or None for a file that is an engine already."""
     if model.suffix != ".onnx":
         return None
-    if backend == "trt":
-        return trt.build(model, shapes=shapes)
-    return rtx.build(model, targets=(target,), shapes=shapes)
+    build = backend_named(backend).build
+    return build(model, targets=(target,), shapes=shapes, timing_cache=None, on_progress=None)
 
 
 def median_ms(launch: Callable[[], Any], synchronize: Callable[[], Any], runs: int) -> float:
@@ -123,8 +123,6 @@ def latency(runner: Any, sample: dict[str, np.ndarray], runs: int) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Does the check; returns the exit code."""
     options = arguments(argv)
-    if options.backend == "rtx":
-        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read once, when polygraphy is imported
     try:
         cards = doctor.gpus()
         if not cards:
@@ -138,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         ranges = {info.name: ShapeRange.fixed(sample[info.name].shape) for info in session.get_inputs()}
         engine = engine_for(options.model, options.backend, cards[0].target, ranges)
         data = engine.data if engine else options.model.read_bytes()
-        runner = trt.runner(data, rtx=options.backend == "rtx")
+        runner = backend_named(options.backend).runner(data)
         limits = Limits(min_sqnr_db=options.min_sqnr_db)
         report = compare(session, runner, [sample], limits=limits, names=("onnxruntime", options.backend))
         print(f"GPU          {cards[0].name} ({cards[0].target}, {cards[0].memory_bytes / 2**30:.0f} GiB)")

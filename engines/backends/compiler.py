@@ -57,7 +57,7 @@ class Engine:
     def save(self, path: Path | str) -> None:
         """Writes the engine, and its table beside it as `<path>.json`; each is complete or absent."""
         path = Path(path)
-        write_atomic(path.with_name(path.name + ".json"), self.table.to_json().encode())
+        write_atomic(path.with_name(path.name + ".json"), self.table.to_json())
         write_atomic(path, self.data)
 
 

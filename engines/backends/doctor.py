@@ -11,9 +11,12 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from engines.backends.backend import Backend, backends
+from engines.core.errors import how_to_install
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
+class InstalledGpu:
     """One NVIDIA GPU: its name, its target (like 'sm89') and its memory in bytes."""
 
     name: str
@@ -36,33 +39,18 @@ class _Runtime:
     module: str
     packages: tuple[str, ...]
     purpose: str
-    extra: str
 
 
-_RUNTIMES = (
-    _Runtime(
-        module="onnxruntime", packages=("onnxruntime", "onnxruntime-gpu"), purpose="calibrate and check", extra="cpu"
-    ),
-    _Runtime(
-        module="tensorrt_rtx",
-        packages=("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt_rtx"),
-        purpose="compile engines without a GPU",
-        extra="cpu",
-    ),
-    _Runtime(module="polygraphy", packages=("polygraphy",), purpose="compare and run engines", extra="cpu"),
-    _Runtime(
-        module="tensorrt",
-        packages=("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),
-        purpose="compile on the GPU",
-        extra="gpu",
-    ),
+_ONNX_RUNTIME = _Runtime(
+    module="onnxruntime", packages=("onnxruntime", "onnxruntime-gpu"), purpose="calibrate and check"
 )
+_POLYGRAPHY = _Runtime(module="polygraphy", packages=("polygraphy",), purpose="compare and run engines")
 
 _DRIVERS = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1",)
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*, cuda.h
 
 
-def gpus() -> list[Gpu]:
+def gpus() -> list[InstalledGpu]:
     """The GPUs that the CUDA driver sees; empty without a driver.
 
     Source: CUDA driver API (cuInit, cuDeviceGet*, cuDeviceTotalMem_v2).
@@ -88,7 +76,7 @@ def gpus() -> list[Gpu]:
         for value, attribute in zip(capability, (_MAJOR, _MINOR), strict=True):
             cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         target = f"sm{capability[0].value}{capability[1].value}"
-        found.append(Gpu(name=text.value.decode(), target=target, memory_bytes=memory.value))
+        found.append(InstalledGpu(name=text.value.decode(), target=target, memory_bytes=memory.value))
     return found
 
 
@@ -110,43 +98,56 @@ def diagnose() -> list[Finding]:
     Returns:
         One row per runtime, then the GPUs, then what can be done. A row that is not ok says how to fix it.
     """
-    versions = {r.module: _version(r) for r in _RUNTIMES}
+    compilers = backends().values()
+    runtimes = (_ONNX_RUNTIME, *map(_runtime, compilers), _POLYGRAPHY)
+    versions = {r.module: _version(r) for r in runtimes}
     rows = [
         Finding(
             name=r.module,
             ok=bool(versions[r.module]),
             detail=f"{versions[r.module] or 'not installed'} ({r.purpose})",
-            fix="" if versions[r.module] else f"pip install 'qdq[{r.extra}]'",
+            fix="" if versions[r.module] else how_to_install(r.module),
         )
-        for r in _RUNTIMES
+        for r in runtimes
     ]
     cards = gpus()
     rows += [
         Finding(name="GPU", ok=True, detail=f"{g.name}, {g.target}, {g.memory_bytes / 2**30:.0f} GiB") for g in cards
     ]
     if not cards:
+        free = " or ".join(f"--backend {b.name}" for b in compilers if not b.needs_gpu)
         rows.append(
             Finding(
                 name="GPU",
                 ok=False,
                 detail="no NVIDIA GPU or driver found",
-                fix="not needed to quantize, compile (--backend rtx) or audit; run engines on a machine with a GPU",
+                fix=f"not needed to quantize, compile ({free}) or audit; run engines on a machine with a GPU",
             )
         )
-    rtx, trt, ort = (bool(versions[m]) for m in ("tensorrt_rtx", "tensorrt", "onnxruntime"))
+    rows += [
+        _ability(
+            f"compile with {b.title}",
+            bool(versions[b.runtime]) and (bool(cards) or not b.needs_gpu),
+            how_to_install(b.runtime) + (" on a machine with an NVIDIA GPU" if b.needs_gpu else ""),
+        )
+        for b in compilers
+    ]
+    checks = bool(versions["onnxruntime"] and versions["polygraphy"])
     return [
         *rows,
-        _ability("compile with TensorRT-RTX", rtx, "pip install 'qdq[cpu]'"),
-        _ability(
-            "compile with TensorRT", trt and bool(cards), "pip install 'qdq[gpu]' on a machine with an NVIDIA GPU"
-        ),
         _ability(
             "run engines",
-            (rtx or trt) and bool(cards),
+            any(versions[b.runtime] for b in compilers) and bool(cards),
             "a machine with an NVIDIA GPU; until then the Q/DQ model stands in",
         ),
-        _ability("check accuracy", ort and bool(versions["polygraphy"]), "pip install 'qdq[cpu]'"),
+        _ability("check accuracy", checks, how_to_install("onnxruntime")),
     ]
+
+
+def _runtime(backend: Backend) -> _Runtime:
+    """What a backend needs."""
+    purpose = "compile on the GPU" if backend.needs_gpu else "compile engines without a GPU"
+    return _Runtime(module=backend.runtime, packages=backend.packages, purpose=purpose)
 
 
 def _ability(name: str, ok: bool, fix: str) -> Finding:

@@ -6,9 +6,9 @@ Must not need a GPU or a driver, and must not build without targets (such an eng
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,12 +16,12 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
+from engines.backends.backend import Backend
 from engines.backends.compiler import Engine, OnProgress, ShapeRange, compile_model
 from engines.backends.layers import table_from_rtx_log
+from engines.backends.trt import runner
 from engines.core.errors import BuildError, UnsupportedTargetError, import_runtime
 from engines.core.load import load_graph
-
-TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,25 +45,6 @@ GATES = (
     ),
     Gate(dtype="fp4", elem_types=(TensorProto.FLOAT4E2M1,), minimum_sm=120, gpus="Blackwell"),
 )
-
-
-def normalise_target(target: str) -> str:
-    """The name of a target in the form 'sm89'.
-
-    >>> normalise_target("8.9"), normalise_target("SM_120")
-    ('sm89', 'sm120')
-
-    Raises:
-        UnsupportedTargetError: not one of `TARGETS`.
-    """
-    match = re.fullmatch(r"(?:sm[_ ]?)?(\d+)\.?(\d)", target.strip().lower())
-    name = f"sm{match[1]}{match[2]}" if match else target
-    if name not in TARGETS:
-        raise UnsupportedTargetError(
-            f"TensorRT-RTX has no target {target!r}; it compiles for {', '.join(TARGETS)}. "
-            "Data-centre GPUs such as sm90 and sm100 need TensorRT (--backend trt) on that GPU."
-        )
-    return name
 
 
 def _elem_types(graph: onnx.GraphProto) -> set[int]:
@@ -94,9 +75,9 @@ def check_targets(model: onnx.ModelProto, targets: Sequence[str]) -> tuple[str, 
     Raises:
         UnsupportedTargetError: no target, an unknown one, or one without a data type that the model holds.
     """
-    names = tuple(dict.fromkeys(normalise_target(t) for t in targets))
+    names = tuple(dict.fromkeys(BACKEND.target(t) for t in targets))
     if not names:
-        raise UnsupportedTargetError(f"No target given. Name at least one of {', '.join(TARGETS)}.")
+        raise UnsupportedTargetError(f"No target given. Name at least one of {', '.join(BACKEND.targets)}.")
     found = _elem_types(model.graph)
     for gate in GATES:
         lacking = [t for t in names if int(t[2:]) < gate.minimum_sm]
@@ -127,6 +108,7 @@ def build(
     *,
     targets: Sequence[str] = ("sm89",),
     shapes: Mapping[str, ShapeRange] | None = None,
+    timing_cache: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Engine:
     """Compiles one engine that runs on every target. Needs no GPU.
@@ -136,6 +118,7 @@ def build(
         targets: such as 'sm89', '8.9' or 'SM120'. The compiler chooses one plan for all of them, so one old target
             can cost every other its integer kernels (sm75 has no INT8 convolution).
         shapes: the range of each input with dynamic dimensions. The table knows sizes only where min = opt = max.
+        timing_cache: not used: nothing is timed without a GPU.
         on_progress: called with a fraction in 0..1 and the name of the phase.
 
     Returns:
@@ -166,3 +149,17 @@ def build(
         compiled.lines, version=trt.__version__, targets=names, engine_bytes=len(compiled.data), backend="rtx"
     )
     return Engine(data=compiled.data, table=table)
+
+
+BACKEND = Backend(
+    name="rtx",
+    title="TensorRT-RTX",
+    runtime="tensorrt_rtx",
+    packages=("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt_rtx"),
+    targets=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+    needs_gpu=False,
+    predicts=True,
+    check_targets=check_targets,
+    build=build,
+    runner=partial(runner, rtx=True),
+)

@@ -7,12 +7,13 @@ Must not set precision flags or a calibrator: TensorRT 11 has none, and the Q/DQ
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 
+from engines.backends.backend import Backend
 from engines.backends.compiler import Engine, OnProgress, ShapeRange, compile_model
 from engines.backends.doctor import gpus
 from engines.backends.layers import LayerTable, table_from_inspector
@@ -36,9 +37,21 @@ def _gpu_target() -> str:
     return found[0].target
 
 
+def check_targets(model: onnx.ModelProto, targets: Sequence[str]) -> tuple[str, ...]:
+    """Refuses an unknown target; () for the others, since the compiler asks the GPU of this machine.
+
+    Raises:
+        UnsupportedTargetError: names the nearest.
+    """
+    for target in targets:
+        BACKEND.target(target)
+    return ()
+
+
 def build(
     model: Path | str | onnx.ModelProto,
     *,
+    targets: Sequence[str] = (),
     shapes: Mapping[str, ShapeRange] | None = None,
     timing_cache: Path | None = None,
     on_progress: OnProgress | None = None,
@@ -47,6 +60,7 @@ def build(
 
     Args:
         model: a path, or a model without external data.
+        targets: see `check_targets`.
         shapes: the range of each input with dynamic dimensions.
         timing_cache: read if it exists, then written: the next build chooses the same kernels, faster.
         on_progress: called with a fraction in 0..1 and the name of the phase.
@@ -55,11 +69,12 @@ def build(
         The engine and the table of its layers.
 
     Raises:
+        UnsupportedTargetError: unknown target.
         BuildError: the parser's or the builder's own message.
         MissingRuntimeError: no tensorrt, or no GPU.
     """
     target = _gpu_target()
-    load_graph(model)
+    check_targets(load_graph(model), targets)
     trt = import_runtime("tensorrt")
     caches: list[Any] = []
 
@@ -135,3 +150,18 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise EngineError(f"Cannot read engine {path}: {error.strerror}.") from error
+
+
+BACKEND = Backend(
+    name="trt",
+    title="TensorRT",
+    runtime="tensorrt",
+    packages=("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),
+    # NVIDIA's table of compute capabilities, from 7.5 on; which of them a version of TensorRT takes, its builder says.
+    targets=("sm75", "sm80", "sm86", "sm87", "sm89", "sm90", "sm100", "sm103", "sm110", "sm120", "sm121"),
+    needs_gpu=True,
+    predicts=False,
+    check_targets=check_targets,
+    build=build,
+    runner=runner,
+)

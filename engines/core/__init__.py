@@ -1,1 +1,1 @@
-"""What both packages need of ONNX graphs and files. Must not import a runtime, or anything else of the project."""
+"""What both packages need of graphs, files and runtimes. Must not load a runtime at import, or import the packages."""

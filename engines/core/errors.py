@@ -8,7 +8,9 @@ EngineError                   exit code 2: bad input
 
 from __future__ import annotations
 
+import difflib
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
 EXTRAS = {
@@ -47,22 +49,33 @@ class MissingRuntimeError(EngineError):
     exit_code = 3
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence with the known name that is nearest, with a space before it; '' where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def how_to_install(module: str) -> str:
+    """The command that installs the package of a module."""
+    package = module.partition(".")[0]
+    return f"pip install 'qdq[{EXTRAS[package]}]'" if package in EXTRAS else f"pip install {package}"
+
+
 def import_runtime(name: str) -> ModuleType:
     """Imports an optional runtime package.
 
     Args:
-        name: import name, a key of `EXTRAS`.
+        name: import name.
 
     Returns:
         The module.
 
     Raises:
-        MissingRuntimeError: the package or one of its libraries is missing; says which extra to install.
+        MissingRuntimeError: the package or one of its libraries is missing; says what to install.
     """
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
-        extra = EXTRAS[name.partition(".")[0]]
         raise MissingRuntimeError(
-            f"Cannot import {name} ({error}). It is an optional runtime: pip install 'qdq[{extra}]'."
+            f"Cannot import {name} ({error}). It is an optional runtime: {how_to_install(name)}."
         ) from error

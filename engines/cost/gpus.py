@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 
 from engines.backends.layers import BITS
-from engines.core.errors import EngineError
+from engines.core.errors import EngineError, did_you_mean
 
 LAUNCH_US = 2.0  # microseconds per kernel in a stream without CUDA graphs; between 1.5 and 3 on the GPUs below
 
@@ -72,8 +71,7 @@ class Gpu:
         keys = ("name", "target", "bandwidth_gb_s", "tera_ops", "launch_us")
         for key in values:
             if key not in keys:
-                near = difflib.get_close_matches(str(key), keys, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(str(key), keys)
                 raise EngineError(f"Unknown key {key!r} of a GPU; it has {', '.join(keys)}.{hint}")
         try:
             rates = values["tera_ops"]
@@ -143,7 +141,6 @@ def gpu_named(name: str) -> Gpu:
     """
     plain = "".join(c for c in name.lower() if c.isalnum())
     if plain not in GPUS:
-        near = difflib.get_close_matches(plain, GPUS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(plain, GPUS)
         raise EngineError(f"Unknown GPU {name!r}; known are {', '.join(GPUS)}, or give your own numbers.{hint}")
     return GPUS[plain]

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx
 
-from engines.backends import ort
+from engines.core import onnx_runtime as ort
 from engines.core.documents import Document, Measured, Part
 from engines.core.errors import EngineError, import_runtime
 from engines.core.files import write_atomic
@@ -100,7 +100,7 @@ class Report(Document, frozen=True, kw_only=True):
 
     def save(self, path: Path | str) -> None:
         """Writes the JSON; complete or absent."""
-        write_atomic(Path(path), self.to_json().encode())
+        write_atomic(path, self.to_json())
 
 
 def _values(output: OutputReport, metric: str) -> list[tuple[str, float]]:
@@ -230,7 +230,7 @@ def compare(
     """Runs both on every sample and compares their outputs by name.
 
     Args:
-        reference: a Polygraphy runner (`ort.runner`, `trt.runner`), an ONNX Runtime session, an ONNX path or a model.
+        reference: a Polygraphy runner (of `onnx_runtime` or a backend), an ONNX Runtime session, an ONNX path or model.
         candidate: the same.
         samples: {input name: array}; consumed one at a time.
         limits: what decides `passed`.

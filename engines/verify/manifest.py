@@ -16,6 +16,7 @@ import onnx
 from msgspec import field
 from onnx.external_data_helper import uses_external_data
 
+from engines.backends.backend import backends
 from engines.core.documents import Document
 from engines.core.errors import EngineError
 from engines.core.load import load_graph
@@ -27,8 +28,6 @@ PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "polygraphy",
-    "tensorrt-rtx-cu13",
-    "tensorrt-cu13",
 )
 
 
@@ -37,7 +36,7 @@ def package_versions() -> dict[str, str]:
     from importlib import metadata  # takes 20 ms
 
     found = {}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *(backend.packages[0] for backend in backends().values())):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

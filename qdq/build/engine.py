@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.backends import rtx, trt
+from engines.backends.backend import backend_named, predicting
 from engines.backends.compiler import Engine, ShapeRange
 from engines.backends.doctor import gpus
 from engines.backends.layers import LayerTable
@@ -74,7 +74,7 @@ def compile_engine(
     """The engine of an ONNX file, by the recipe's backend.
 
     Raises:
-        EngineError: see `engines.rtx.build` and `engines.trt.build`.
+        EngineError: see `build` of the backend.
     """
 
     def report(fraction: float, _phase: str) -> None:
@@ -82,9 +82,8 @@ def compile_engine(
             on_progress(int(fraction * 100), 100, label)
 
     report(0, "")
-    if recipe.backend == "trt":
-        return trt.build(path, shapes=shapes, timing_cache=timing_cache, on_progress=report)
-    return rtx.build(path, targets=recipe.targets, shapes=shapes, on_progress=report)
+    build = backend_named(recipe.backend).build
+    return build(path, targets=recipe.targets, shapes=shapes, timing_cache=timing_cache, on_progress=report)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +141,7 @@ def save_engine(
         targets=engine.table.targets,
         options=options,
     )
-    write_atomic(_manifest_path(path), manifest.to_json().encode())
+    write_atomic(_manifest_path(path), manifest.to_json())
 
 
 def audit_model(path: Path, recipe: Recipe, on_progress: Progress | None = None) -> Audit:
@@ -165,7 +164,7 @@ def price(path: Path, recipe: Recipe, gpu: str, on_progress: Progress | None = N
     chosen = gpu_named(gpu)
     ranges = shape_ranges(load(path), recipe.shapes, None)
     shapes = {name: ShapeRange.fixed(shape.opt) for name, shape in ranges.items()}
-    recipe = replace(recipe, targets=(chosen.target,), backend="rtx")
+    recipe = replace(recipe, targets=(chosen.target,), backend=predicting(recipe.backend).name)
     engine = compile_engine(path, recipe=recipe, shapes=shapes, on_progress=on_progress)
     return predict(path, engine.table, chosen, shapes=shapes)
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from onnx import TensorProto
 
+from engines.backends.backend import backend_named
 from engines.backends.compiler import ShapeRange
-from engines.backends.rtx import normalise_target
 from engines.core.errors import BuildError, UnsupportedTargetError, import_runtime
 from engines.cost.gpus import GPUS, Gpu, gpu_named
 from qdq.build.cost import Kernel, Price
@@ -32,8 +32,6 @@ from qdq.model.model import Model
 from qdq.model.nodes import without_initializers
 from qdq.model.storage import save
 
-# The GPU that stands for a target where none is named: the fastest in the table of that generation.
-USUAL = {"sm75": "t4", "sm80": "a100", "sm86": "a10", "sm89": "rtx4090", "sm120": "rtx5090"}
 FORMAT = "qdq.price/1"
 MOST_WORKERS = 4  # compilers at a time: each needs some hundred MB
 SLOW_S = 0.2  # a compile that takes longer is worth a process
@@ -86,7 +84,7 @@ class Pricer:
     @contextmanager
     def parallel(self) -> Iterator[None]:
         """Inside, models that take long to compile are compiled in processes of their own, one per core."""
-        self._workers = Workers(min(cores(), MOST_WORKERS))
+        self._workers = Workers(min(cores(), MOST_WORKERS), self.recipe.backend)
         try:
             yield
         finally:
@@ -102,7 +100,7 @@ class Pricer:
         folder.mkdir()
         save(model, folder / "model.onnx")
         fixed = {name: ShapeRange.fixed(shape.opt) for name, shape in self.shapes.items()}
-        return Job(path=folder / "model.onnx", gpus=tuple(self.gpus), shapes=fixed)
+        return Job(path=folder / "model.onnx", gpus=tuple(self.gpus), shapes=fixed, backend=self.recipe.backend)
 
     def _compiled(self, jobs: Sequence[Job]) -> list[Price]:
         found: list[Price] = []
@@ -125,13 +123,14 @@ class Pricer:
             weight = math.prod(tensor.dims) > SMALL or tensor.data_type in (TensorProto.INT8, TensorProto.FLOAT8E4M3FN)
             light = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
             proto.graph.initializer.append(light if weight else tensor)
-        version = import_runtime("tensorrt_rtx").__version__
+        runtime = backend_named(self.recipe.backend).runtime
+        version = f"{runtime} {import_runtime(runtime).__version__}"
         made = [version, [repr(g) for g in self.gpus], sorted((n, repr(s)) for n, s in self.shapes.items())]
         return hashlib.sha256(proto.SerializeToString(deterministic=True) + repr(made).encode()).hexdigest()
 
 
 def gpus_of(recipe: Recipe) -> tuple[Gpu, ...]:
-    """A GPU per target of a recipe: those it names, else the usual one of that generation.
+    """A GPU per target of a recipe: those it names, else the fastest known one of that generation.
 
     Raises:
         EngineError: an unknown GPU.
@@ -139,7 +138,7 @@ def gpus_of(recipe: Recipe) -> tuple[Gpu, ...]:
         UnsupportedTargetError: no GPU of a target is known.
     """
     named = [gpu_named(gpu) if isinstance(gpu, str) else Gpu.from_mapping(gpu) for gpu in recipe.gpus]
-    targets = tuple(dict.fromkeys(normalise_target(t) if recipe.backend == "rtx" else t for t in recipe.targets))
+    targets = tuple(dict.fromkeys(map(backend_named(recipe.backend).target, recipe.targets)))
     for gpu in named:
         if gpu.target not in targets:
             raise InputError(
@@ -148,12 +147,13 @@ def gpus_of(recipe: Recipe) -> tuple[Gpu, ...]:
     found: list[Gpu] = []
     for target in targets:
         mine = [gpu for gpu in named if gpu.target == target]
-        if not mine and target not in USUAL:
+        known = [gpu for gpu in GPUS.values() if gpu.target == target]
+        if not mine and not known:
             raise UnsupportedTargetError(
                 f"No GPU of target {target} is known to predict times for; there are {', '.join(GPUS)}. Give the "
                 "numbers of one as `gpu` in a recipe, or do not tune."
             )
-        found += mine or [GPUS[USUAL[target]]]
+        found += mine or [max(known, key=lambda gpu: gpu.peak("int8"))]
     return tuple(found)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import BinaryIO
 
+from engines.backends.backend import DEFAULT, backend_named
 from engines.backends.compiler import ShapeRange
 from engines.backends.layers import SYNCHRONIZATION, LayerTable
 from engines.core.errors import BuildError, EngineError, MissingRuntimeError, import_runtime
@@ -29,17 +30,18 @@ from qdq.build.engine import compile_engine
 from qdq.build.recipe import Recipe
 
 _READY = b"ready"
-_START = "import sys; sys.path[:] = {path!r}; from qdq.build.processes import serve; serve({answers})"
+_START = "import sys; sys.path[:] = {path!r}; from qdq.build.processes import serve; serve({answers}, {backend!r})"
 TRIES = 2  # of a job whose worker died: it may have been killed for another's memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """An ONNX file to compile for each GPU, at fixed shapes."""
+    """An ONNX file to compile by a backend for each GPU, at fixed shapes."""
 
     path: Path
     gpus: tuple[Gpu, ...]
     shapes: Mapping[str, ShapeRange]
+    backend: str = DEFAULT
 
 
 def price_of(job: Job) -> Price:
@@ -50,7 +52,7 @@ def price_of(job: Job) -> Price:
     """
     kernels: list[Kernel] = []
     tables = {
-        target: compile_engine(job.path, recipe=Recipe(targets=(target,)), shapes=job.shapes).table
+        target: compile_engine(job.path, recipe=Recipe(targets=(target,), backend=job.backend), shapes=job.shapes).table
         for target in dict.fromkeys(gpu.target for gpu in job.gpus)
     }
     for gpu in job.gpus:
@@ -98,11 +100,11 @@ class _Worker:
 
 
 class Workers:
-    """A number of processes, each with a compiler; `close` ends them."""
+    """A number of processes, each with the compiler of a backend; `close` ends them."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, backend: str = DEFAULT) -> None:
         """Start none yet."""
-        self.count = count
+        self.count, self._backend = count, backend
         self._threads = ThreadPoolExecutor(count)
         self._free: SimpleQueue[_Worker | None] = SimpleQueue()
         for _ in range(count):
@@ -116,7 +118,7 @@ class Workers:
         worker = self._free.get()
         try:
             for _ in range(TRIES):
-                worker = worker or _started()
+                worker = worker or _started(self._backend)
                 try:
                     return worker.ask(job)
                 except (EOFError, OSError, pickle.UnpicklingError):
@@ -133,14 +135,14 @@ class Workers:
                 worker.end()
 
 
-def _started() -> _Worker:
+def _started(backend: str) -> _Worker:
     """A worker that is ready. Not by `multiprocessing`, which would import the user's program again.
 
     Raises:
         MissingRuntimeError: it does not start.
     """
     source, answers = os.pipe()
-    command = [sys.executable, "-c", _START.format(path=sys.path, answers=answers)]
+    command = [sys.executable, "-c", _START.format(path=sys.path, answers=answers, backend=backend)]
     try:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=(answers,))
     except OSError as error:
@@ -154,11 +156,11 @@ def _started() -> _Worker:
     return worker
 
 
-def serve(answers: int) -> None:
+def serve(answers: int, backend: str) -> None:
     """What a worker does: jobs from standard input, prices to a pipe, until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     out = os.fdopen(answers, "wb")
-    import_runtime("tensorrt_rtx")
+    import_runtime(backend_named(backend).runtime)
     out.write(_READY)
     out.flush()
     while True:

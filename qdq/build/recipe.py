@@ -22,11 +22,11 @@ from pathlib import Path
 
 import yaml
 
+from engines.backends.backend import DEFAULT, backends
 from qdq.core.choices import choose
 from qdq.core.errors import InputError
 from qdq.plan.settings import Settings
 
-BACKENDS = ("rtx", "trt")
 RESTS = ("auto", "fp16", "bf16", "fp32")
 TUNES = ("placement", "rewrites", "off")
 TIME_LIMIT_S = 110.0
@@ -99,7 +99,7 @@ class Recipe:
         gpus: to predict times for, names in `engines.cost.GPUS` or mappings that `engines.cost.Gpu` can be made of;
             none for the usual one of each target.
         targets: to compile for.
-        backend: 'rtx' or 'trt'.
+        backend: that compiles, a name in `engines.backends`.
         shapes: of dynamic inputs.
         limits: keys of `LIMITS`.
     """
@@ -110,7 +110,7 @@ class Recipe:
     time_limit_s: float = TIME_LIMIT_S
     gpus: tuple[str | Mapping[str, object], ...] = ()
     targets: tuple[str, ...] = ("sm89",)
-    backend: str = "rtx"
+    backend: str = DEFAULT
     shapes: tuple[ShapeOption, ...] = ()
     limits: Mapping[str, float] = field(default_factory=dict)
 
@@ -139,7 +139,7 @@ class Recipe:
             time_limit_s=_seconds(values.get("time_limit", TIME_LIMIT_S)),
             gpus=tuple(g if isinstance(g, Mapping) else str(g) for g in (gpus if isinstance(gpus, list) else [gpus])),
             targets=tuple(_texts("target", values.get("target", ["sm89"]))),
-            backend=choose(str(values.get("backend", "rtx")), BACKENDS, "backend"),
+            backend=choose(str(values.get("backend", DEFAULT)), tuple(backends()), "backend"),
             shapes=tuple(ShapeOption.parse(text) for text in _texts("shape", values.get("shape", []))),
             limits={key: _limit(key, values[key]) for key in LIMITS if values.get(key) is not None},
         )

@@ -123,7 +123,8 @@ def _measured(
     options: dict[str, Any],
 ) -> tuple[Model, Plan, CalibrationTable]:
     """Measure and write the table, going on from a checkpoint beside it."""
-    from qdq.measure.checkpoint import Checkpoint, replace_text
+    from qdq.core.files import write_text
+    from qdq.measure.checkpoint import Checkpoint
     from qdq.measure.collect import collect, key
     from qdq.measure.inference.memory import passes
     from qdq.measure.shards import collect_shards
@@ -164,7 +165,7 @@ def _measured(
                 on_progress=bars,
                 **options,
             )
-    replace_text(output, table.to_json())
+    write_text(output, table.to_json(), resumed=True)
     checkpoint.remove()
     return prepared, plan, table
 

@@ -7,7 +7,7 @@ Must stay light, like `cli`: what is heavy is imported inside the functions.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,6 +30,40 @@ RANDOM_NOTE = "Random data: the figures say that the model compiles and runs, no
 def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     """Several options as one decorator, shown in this order."""
     return lambda function: reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
+
+
+class Listed(click.Option):
+    """An option whose help lists what it takes, looked up when that help is shown: `{names}` in its text."""
+
+    def __init__(self, *args: Any, names: Callable[[], Iterable[object]], **kwargs: Any) -> None:
+        """As of `click.Option`; `names` gives the list."""
+        super().__init__(*args, **kwargs)
+        self._text, self._names = self.help or "", names
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """The option and its help, with the names in it."""
+        *some, last = map(str, self._names())
+        self.help = self._text.format(names=f"{', '.join(some)} or {last}" if some else last)
+        return super().get_help_record(ctx)
+
+
+def gpu_names() -> Iterable[str]:
+    """The GPUs that times can be predicted for."""
+    from engines.cost.gpus import GPUS
+
+    return GPUS
+
+
+def _backends() -> list[str]:
+    from engines.backends.backend import DEFAULT, backends
+
+    return [f"{b.name} ({'default, ' if b.name == DEFAULT else ''}{b.need})" for b in backends().values()]
+
+
+def _targets() -> Iterable[str]:
+    from engines.backends.backend import backends
+
+    return dict.fromkeys(target for b in backends().values() if not b.needs_gpu for target in b.targets)
 
 
 recipe_option = click.option("--recipe", type=PATH, help="YAML file; its keys are the options with underscores.")
@@ -64,7 +98,11 @@ tune_options = _options(
     ),
     click.option("--time-limit", type=float, metavar="SECONDS", help="For that choice, default 110."),
     click.option(
-        "--gpu", multiple=True, help="Predict times for t4, a10, a100, l4, rtx4090 or rtx5090; default: one per target."
+        "--gpu",
+        multiple=True,
+        cls=Listed,
+        names=gpu_names,
+        help="Predict times for {names}; default: the fastest known of each target.",
     ),
 )
 shape_option = click.option(
@@ -74,8 +112,14 @@ shape_option = click.option(
     help="Shapes of a dynamic input, each like 1x1x64x64x64; or NAME:SHAPE. Default: those of the samples.",
 )
 compile_options = _options(
-    click.option("--target", multiple=True, help="GPU generation, such as sm89 (default) or 8.6; repeatable."),
-    click.option("--backend", help="rtx (default, needs no GPU) or trt (needs this machine's GPU)."),
+    click.option(
+        "--target",
+        multiple=True,
+        cls=Listed,
+        names=_targets,
+        help="GPU generation: {names}; 8.6 means sm86; default sm89; repeatable.",
+    ),
+    click.option("--backend", cls=Listed, names=_backends, help="{names}."),
     shape_option,
 )
 data_options = _options(

@@ -11,10 +11,12 @@ import click
 from qdq.cli.deploy import finish_with
 from qdq.cli.options import (
     PATH,
+    Listed,
     check_output,
     compile_options,
     custom_ops_option,
     data_options,
+    gpu_names,
     json_option,
     limit_options,
     model_argument,
@@ -132,7 +134,7 @@ def _places(settings: Settings) -> tuple[object, ...]:
 @model_argument
 @output_option("the engine; its layers and manifest go beside it")
 @compile_options
-@click.option("--timing-cache", type=PATH, help="Of --backend trt: read if it exists, then written.")
+@click.option("--timing-cache", type=PATH, help="Of a backend that times kernels: read if it exists, then written.")
 @recipe_option
 def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) -> None:
     """Compile an engine from an ONNX model, quantized or not."""
@@ -151,7 +153,7 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
 @click.command()
 @model_argument
 @compile_options
-@click.option("--gpu", help="Also predict the time of each kernel: t4, a10, a100, l4, rtx4090 or rtx5090.")
+@click.option("--gpu", cls=Listed, names=gpu_names, help="Also predict the time of each kernel: {names}.")
 @recipe_option
 @json_option
 def audit(model: Path, gpu: str | None, as_json: bool, **given: Any) -> None:

@@ -55,6 +55,7 @@ def tune(
     The plan is never predicted slower than the model in float, nor than quantized wherever it is possible. Without
     --data every activation is taken for lopsided, which costs most.
     """
+    from engines.backends.backend import predicting
     from qdq.build.engine import shape_ranges
     from qdq.build.pricer import Pricer, gpus_of
     from qdq.core.errors import InputError
@@ -64,8 +65,10 @@ def tune(
 
     check_output(output, model, data, given["recipe"])
     recipe = recipe_of(given)
-    if recipe.backend != "rtx":
-        raise InputError("tune prices what TensorRT-RTX compiles: it needs --backend rtx, which needs no GPU.")
+    if (other := predicting(recipe.backend)).name != recipe.backend:
+        raise InputError(
+            f"tune prices what {other.title} compiles: it needs --backend {other.name}, which {other.need}."
+        )
     gpus = gpus_of(recipe)
     with Bars() as bars:
         bars(0, None, "Prepare")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
+from engines.core.errors import did_you_mean
 from qdq.core.errors import InputError
 
 
@@ -21,6 +21,5 @@ def choose(value: str, allowed: Sequence[str], what: str) -> str:
     """
     if value in allowed:
         return value
-    near = difflib.get_close_matches(str(value), allowed, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(str(value), allowed)
     raise InputError(f"Unknown {what} {value!r}: it must be one of {', '.join(allowed)}.{hint}")

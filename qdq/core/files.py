@@ -8,41 +8,25 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+from engines.core.files import write_atomic
 from qdq.core.errors import InputError
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 file under a temporary name and rename it.
+def write_text(path: str | os.PathLike[str], text: str, *, resumed: bool = False) -> None:
+    """Write a UTF-8 file whole or not at all.
 
     Args:
         path: the file to write; an existing one is replaced.
         text: its content.
+        resumed: as in `new_files`: what a killed run left is replaced by the next.
 
     Raises:
         InputError: the folder is missing or not writable.
     """
-    path = Path(path)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.absolute().parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink()
-        raise InputError(
-            f"Cannot write {path}: {error.strerror or error}. Choose a folder that exists and is writable."
-        ) from None
+    write_atomic(path, text, error=InputError, resumed=resumed)
 
 
 def read_json(path: str | os.PathLike[str], form: str, what: str) -> Mapping[str, object]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from calib_data import Samples
-from engines.backends import ort, trt
+from engines.backends.backend import backend_named
 from engines.backends.doctor import gpus
+from engines.core import onnx_runtime as ort
 from engines.verify.compare import Limits, Report, compare
 from qdq.core.progress import Progress
 from qdq.measure.inference.samples import Sample
@@ -32,7 +33,7 @@ def evaluate(
         candidate: a Q/DQ model, which stands for its engine; or an engine.
         samples: to compare on.
         limits: keys of `qdq.recipe.LIMITS`.
-        engine_backend: 'rtx' or 'trt' where the candidate is an engine.
+        engine_backend: that runs the candidate where it is an engine.
         custom_ops: libraries of custom operators that ONNX Runtime needs for the models.
         on_progress: told after each sample.
     """
@@ -51,7 +52,7 @@ def evaluate(
 
     report = compare(
         opened(float_path),
-        trt.runner(candidate, rtx=engine_backend == "rtx", name="engine") if engine_backend else opened(candidate),
+        backend_named(engine_backend).runner(candidate, name="engine") if engine_backend else opened(candidate),
         counted(),
         limits=Limits(**limits),
         stood_for_engine=engine_backend is None,

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from calib_data import Samples
-from engines.backends import ort, rtx
+from engines.backends.backend import backend_named
 from engines.backends.compiler import ShapeRange
 from engines.backends.layers import LayerTable
+from engines.core import onnx_runtime as ort
 from engines.core.errors import BuildError, import_runtime
 from engines.core.files import write_atomic
 from engines.verify.audit import audit
@@ -82,6 +83,7 @@ def deploy(
         QdqError, EngineError, DataError: see the stages.
     """
     recipe, out, model_path = recipe or Recipe(), Path(out), Path(model_path)
+    backend = backend_named(recipe.backend)
     tell = on_progress or (lambda done, total, label: None)
     tell(0, None, "Prepare")
     prepared = load_float(model_path)
@@ -95,7 +97,7 @@ def deploy(
     weights = out.absolute().with_name(f".{out.absolute().name}.weights")  # of a large model, if a run is killed
     with folder_beside(out) as folder, registered(custom_ops), kept(weights):
         pricer = None
-        if recipe.tune != "off" and recipe.backend == "rtx":
+        if recipe.tune != "off" and backend.predicts:
             pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe))
         done = written(prepared, calibration, recipe, pricer=pricer, on_progress=tell)
         made, finished = done.made, done.finished
@@ -120,8 +122,7 @@ def deploy(
         if evaluated is None:
             notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
         if recipe.tune != "off" and not pricer:
-            why = "predicted times come from TensorRT-RTX's compiler, and --backend trt has another"
-            notes = [*notes, f"not tuned: {why}"]
+            notes = [*notes, f"not tuned: predicted times {backend.unpredicted}"]
         label_dice = {
             name: _label_dice(path, judged, labels)
             for name, path in (("float model", model_path), ("quantized model", output))
@@ -139,7 +140,7 @@ def deploy(
             tuned=done.tuned,
             gpus=tuple(gpu.name for gpu in pricer.gpus) if pricer else (),
         )
-        write_atomic(folder / "report.json", report.to_json().encode())
+        write_atomic(folder / "report.json", report.to_json())
         return Deployed(folder=out, files=move_all(folder, out), report=report)
 
 
@@ -174,7 +175,7 @@ def _label_dice(path: Path, samples: Iterable[Sample], labels: Sequence[np.ndarr
 
 def _require_runtimes(model: Model, recipe: Recipe) -> None:
     """Refuse early what would fail after a long calibration: an unknown target, a missing runtime."""
-    for name in ("onnxruntime", "polygraphy", "tensorrt" if recipe.backend == "trt" else "tensorrt_rtx"):
+    backend = backend_named(recipe.backend)
+    for name in ("onnxruntime", "polygraphy", backend.runtime):
         import_runtime(name)
-    if recipe.backend == "rtx":
-        require_targets(recipe.settings.formats, rtx.check_targets(model.proto, recipe.targets))
+    require_targets(recipe.settings.formats, backend.check_targets(model.proto, recipe.targets))

@@ -8,15 +8,15 @@ by the next run. This module must not measure anything.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from engines.core.files import unfinished
 from qdq.core.errors import InputError, StaleFileError
-from qdq.core.files import read_json
+from qdq.core.files import read_json, write_text
 from qdq.measure.table import CalibrationTable
 
 FORMAT = "qdq.checkpoint/1"
@@ -81,31 +81,13 @@ class Checkpoint:
         """
         began = time.monotonic()
         head = json.dumps({"format": FORMAT, "key": self.key, "state": dict(state or {})})[:-1]
-        replace_text(self.path, f'{head}, "parts": [\n' + ",\n".join(p.to_json() for p in parts) + "]}\n")
+        tables = ",\n".join(p.to_json() for p in parts)
+        write_text(self.path, f'{head}, "parts": [\n{tables}]}}\n', resumed=True)
         ended = time.monotonic()
         self._due = ended + max(self._every_s, SHARE * (ended - began))
 
     def remove(self) -> None:
         """The calibration is complete and its table is written."""
-        for path in (self.path, _temporary(self.path)):
+        for path in (self.path, unfinished(self.path)):
             with suppress(FileNotFoundError):
                 path.unlink()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; after a kill, what is left over is replaced by the next call.
-
-    Raises:
-        InputError: the folder is missing or not writable.
-    """
-    try:
-        _temporary(path).write_text(text, encoding="utf-8")
-        os.replace(_temporary(path), path)
-    except OSError as error:
-        raise InputError(
-            f"Cannot write {path}: {error.strerror or error}. Choose a folder that exists and is writable."
-        ) from None
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name.lstrip('.')}.part")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,6 +11,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto
 
+from engines.core.files import new_files
 from qdq.core.errors import InputError, ModelError
 from qdq.model.external import External, is_external, move, stream, tensor_bytes, unspooled
 from qdq.model.model import _QUANTIZED_OP, PROTOBUF_LIMIT, Model
@@ -119,23 +118,16 @@ def save(
                 f"Cannot write {path}: its side file {side.name} would replace the data that tensor {tensor.name!r} of "
                 "the source model is read from. Choose another file name or folder."
             )
-    pending: list[tuple[Path, Path]] = []
+    apart = external or sum(map(tensor_bytes, tensors)) > IN_FILE_LIMIT
     try:
-        if external or sum(map(tensor_bytes, tensors)) > IN_FILE_LIMIT:
-            with _temporary(side, pending) as file:
-                proto = _with_side_file(proto, source, side.name, file)
-        with _temporary(path, pending) as file:
-            file.write(proto.SerializeToString(deterministic=True))
-        for temporary, final in pending:
-            temporary.replace(final)
+        with new_files(*([side] if apart else []), path) as files:
+            if apart:
+                proto = _with_side_file(proto, source, side.name, files[0])
+            files[-1].write(proto.SerializeToString(deterministic=True))
     except OSError as error:
         raise InputError(
             f"Cannot write {path}: {error.strerror or error}. Choose a folder that exists, is writable and has room."
         ) from None
-    finally:
-        for temporary, _ in pending:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
 
 def is_quantized(model: Model) -> bool:
@@ -161,16 +153,6 @@ def _read(path: Path) -> bytes:
     if not content:
         raise ModelError(f"Cannot read {path}: it is empty (0 bytes). Copy or export the model again.")
     return content
-
-
-def _temporary(final: Path, pending: list[tuple[Path, Path]]) -> BinaryIO:
-    """An open new file beside `final`, noted in `pending`; its permissions are those of any new file of the user."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.absolute().parent)
-    pending.append((Path(name), final))
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(name, 0o666 & ~mask)
-    return os.fdopen(descriptor, "wb")
 
 
 def _with_side_file(proto: ModelProto, directory: Path, location: str, file: BinaryIO) -> ModelProto:

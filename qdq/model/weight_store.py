@@ -12,22 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import uuid
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, helper, numpy_helper
 
+from engines.core.files import new_files
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, QTensor
@@ -92,13 +92,13 @@ class Spool:
             return found
         made = make()
         try:
-            with self._part(f"{key}.codes") as part:
-                _write(part, made.codes)
+            with new_files(self.folder / f"{key}.codes", resumed=True) as (file,):
+                _write(file, made.codes)
             facts = {"params": _facts(made.params), "via": None if made.via is None else _facts(made.via)}
             head = {"format": FORMAT, "shape": made.codes.shape, **facts}
             scales = {"scale": made.params.scale} | ({} if made.via is None else {"via": made.via.scale})
             # Written last: the sign that the weight is complete.
-            with self._part(f"{key}.npz") as part, part.open("wb") as file:
+            with new_files(self.folder / f"{key}.npz", resumed=True) as (file,):
                 np.savez(file, allow_pickle=False, head=np.array(json.dumps(head)), **scales)
         except OSError as error:
             raise _unwritable(self.folder, error) from None
@@ -127,25 +127,14 @@ class Spool:
             whole = values.ctypes.data == source.ctypes.data and values.nbytes == source.nbytes
             if whole and (path := Path(str(source.filename))).parent == self.folder.absolute():
                 return placed(name, kind, values.shape, path)
-        file = f"{uuid.uuid4().hex}.tensor"
+        path = self.folder / f"{uuid.uuid4().hex}.tensor"
         try:
-            with self._part(file) as part:
-                _write(part, values, packed=packs)
+            with new_files(path) as (file,):
+                _write(file, values, packed=packs)
             release(values)
         except OSError as error:
             raise _unwritable(self.folder, error) from None
-        return placed(name, kind, values.shape, self.folder / file)
-
-    @contextmanager
-    def _part(self, name: str) -> Iterator[Path]:
-        """A path to write to; the file gets its name when all went well."""
-        part = self.folder / f"{name}.part"
-        try:
-            yield part
-            os.replace(part, self.folder / name)
-        finally:
-            with suppress(FileNotFoundError):
-                part.unlink()
+        return placed(name, kind, values.shape, path)
 
     def _load(self, key: str) -> QTensor | None:
         """The finished weight of that key; None if there is none, or one of another version of this module."""
@@ -185,13 +174,12 @@ def _facts(params: QParams) -> dict[str, Any]:
     return {name: value for name, value in asdict(params).items() if name != "scale"}
 
 
-def _write(path: Path, values: npt.NDArray[np.generic], *, packed: bool = False) -> None:
+def _write(file: BinaryIO, values: npt.NDArray[np.generic], *, packed: bool = False) -> None:
     """Write codes in C order, a piece at a time; `packed` as ONNX stores them, two to a byte."""
     flat = np.ascontiguousarray(values).reshape(-1)
-    with path.open("wb") as file:
-        for start in range(0, flat.size, CHUNK):  # an even number of elements
-            piece = flat[start : start + CHUNK]
-            file.write(numpy_helper.from_array(piece).raw_data if packed else piece.view(np.uint8).data)
+    for start in range(0, flat.size, CHUNK):  # an even number of elements
+        piece = flat[start : start + CHUNK]
+        file.write(numpy_helper.from_array(piece).raw_data if packed else piece.view(np.uint8).data)
 
 
 def _unwritable(folder: Path | None, error: OSError) -> InputError:

@@ -18,7 +18,7 @@ from statistics import fmean
 from msgspec import structs
 
 from calib_data import Samples
-from engines.backends import rtx
+from engines.backends.backend import backend_named
 from engines.backends.compiler import ShapeRange
 from engines.core.errors import EngineError, MissingRuntimeError, UnsupportedTargetError, import_runtime
 from engines.cost.gpus import Gpu
@@ -117,18 +117,17 @@ def compare_schemes(
     task, model_path = task or Task(), Path(model_path)
     prepared = load_float(model_path) if prepared is None else prepared
     recipe, notes = schemes[0].recipe, []
-    for name in ("onnxruntime", "tensorrt" if recipe.backend == "trt" else "tensorrt_rtx"):
+    backend = backend_named(recipe.backend)
+    for name in ("onnxruntime", backend.runtime):
         import_runtime(name)
-    targets: tuple[str, ...] = recipe.targets
+    targets = backend.check_targets(prepared.proto, recipe.targets) or recipe.targets
     gpus: tuple[Gpu, ...] = ()
-    if recipe.backend == "rtx":
-        targets = rtx.check_targets(prepared.proto, recipe.targets)
-        try:
-            gpus = gpus_of(recipe)
-        except UnsupportedTargetError as error:
-            notes.append(f"no predicted times: {error}")
-    else:
-        notes.append("no predicted times: they come from TensorRT-RTX's compiler, and --backend trt has another")
+    try:
+        gpus = gpus_of(recipe) if backend.predicts else ()
+    except UnsupportedTargetError as error:
+        notes.append(f"no predicted times: {error}")
+    if not backend.predicts:
+        notes.append(f"no predicted times: they {backend.unpredicted}")
     fed = inputs_only(calibration, prepared)
     ranges = shape_ranges(prepared, recipe.shapes, fed)
     bench = _Bench(
@@ -225,7 +224,7 @@ class _Bench:
 
     def _written(self, entry: Entry) -> Written:
         tell, pricer = self._tell(entry.text), None
-        if entry.recipe.tune != "off" and entry.recipe.backend == "rtx" and self.gpus:
+        if entry.recipe.tune != "off" and self.gpus:
             pricer = Pricer(recipe=entry.recipe, shapes=self.shapes, gpus=self.gpus)
         return written(
             self.prepared, self.calibration, entry.recipe, pricer=pricer, tables=self.tables, on_progress=tell

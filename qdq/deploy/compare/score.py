@@ -16,7 +16,7 @@ from typing import Any
 from calib_data import DataError, InputSpec, Samples, open_samples
 from calib_data.sources import PythonFunction
 from calib_data.stored_arrays import stored_arrays
-from engines.backends import ort
+from engines.core import onnx_runtime as ort
 from engines.verify.compare import decibels
 from qdq.assemble.held_out import energies
 from qdq.core.choices import choose

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from onnx import ModelProto, helper
 
 from engines.core.fp4 import holds_fp4, runnable
+from engines.core.onnx_runtime import give_weights, open_session, refusals, session_options
 from qdq.core.errors import InputError, MissingRuntimeError
 from qdq.measure.inference.partitioned import PartedSession
 from qdq.measure.inference.samples import Sample
@@ -91,7 +92,7 @@ class Tap:
         fed = {i.name for i in model.inputs}
         self._given = [t for t in dict.fromkeys(tensors) if t in fed]
         self._computed = [t for t in dict.fromkeys(tensors) if t not in fed]
-        self._failures = _failures(ort)
+        self._failures = refusals()
         self._session: Any = None
         if not self._computed:
             return
@@ -99,25 +100,11 @@ class Tap:
         libraries = dict.fromkeys([*_LIBRARIES.get(), *map(str, custom_ops)])
 
         def start(proto: bytes, weights: Mapping[str, npt.NDArray[Any]], folder: Path) -> tuple[Any, object]:
-            options = self._options(ort, libraries, threads)
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+            options = self._options(libraries, threads)
+            given = give_weights(options, weights, folder)
             if fp4:
                 proto = runnable(ModelProto.FromString(proto), folder).SerializeToString()
-            given = [_value(ort, array) for array in weights.values()]  # not copied: they live as long as the session
-            for name, value in zip(weights, given, strict=True):
-                options.add_initializer(name, value)
-            if weights:  # else every weight would be copied, to be packed for the product and to an arena that grows
-                options.add_session_config_entry("session.disable_prepacking", "1")
-                options.enable_cpu_mem_arena = False
-                # Optimizers read a weight from the file that the graph names, not the values given here.
-                options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-            session = ort.InferenceSession(
-                proto,
-                options,
-                providers=[PROVIDERS[provider]],
-                disabled_optimizers=["ReluQuantRewrite"],  # wrong for FP8 in ONNX Runtime 1.31.1: drops the Relu
-            )
-            return session, given
+            return open_session(proto, options, [PROVIDERS[provider]]), given
 
         if provider == "cpu" and is_large(model.graph.initializer):
             self._session = PartedSession(model, self._computed, start)
@@ -135,12 +122,9 @@ class Tap:
             )
         self._inputs = [i.name for i in self._session.get_inputs()]
 
-    def _options(self, ort: Any, libraries: Iterable[str], threads: int) -> Any:
+    def _options(self, libraries: Iterable[str], threads: int) -> Any:
         """What every session has."""
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.disable_quant_qdq", "1")  # Q/DQ as the standard computes them
+        options = session_options(threads=threads, severity=4)
         for library in libraries:
             try:
                 options.register_custom_ops_library(str(library))
@@ -171,20 +155,6 @@ class Tap:
                 raise _refused(error) from None
             seen.update(zip(self._computed, values, strict=True))
         return seen
-
-
-def _value(ort: Any, array: npt.NDArray[Any]) -> Any:
-    """An OrtValue on the memory of an array, which numpy may know as a type that ONNX Runtime's binding does not."""
-    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-    if array.dtype.kind == "V" or array.dtype.num > np.dtype(np.float16).num:
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(f"u{array.dtype.itemsize}"), kind)
-    return ort.OrtValue.ortvalue_from_numpy(array)
-
-
-def _failures(ort: Any) -> tuple[type[Exception], ...]:
-    """What a session raises: ONNX Runtime's exceptions share no base but Exception."""
-    own = vars(ort.capi.onnxruntime_pybind11_state).values()
-    return (RuntimeError, ValueError, *(t for t in own if isinstance(t, type) and issubclass(t, Exception)))
 
 
 def _refused(error: Exception) -> InputError:

@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper
 from places import SHARED
 
-from engines.backends import ort
+from engines.core import onnx_runtime as ort
 from engines.core.errors import EngineError
 from engines.verify.compare import STOOD_FOR_ENGINE, Limits, Report, Sums, compare, decibels
 

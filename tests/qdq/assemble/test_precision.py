@@ -14,7 +14,7 @@ from graphs import build, node, quantized
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from engines.backends import ort
+from engines.core import onnx_runtime as ort
 from qdq.assemble.precision.convert import Converted, convert
 from qdq.assemble.precision.shift import compensate, rounded
 from qdq.core.errors import InputError

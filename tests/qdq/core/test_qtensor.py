@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from engines.backends import ort
+from engines.core import onnx_runtime as ort
 from qdq.core import qtensor
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS, Format

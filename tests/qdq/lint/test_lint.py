@@ -17,7 +17,8 @@ from click.testing import CliRunner
 from onnx import TensorProto
 from places import ROOT
 
-from engines.backends import ort, rtx
+from engines.backends import rtx
+from engines.core import onnx_runtime as ort
 from engines.core.errors import BuildError
 from engines.verify.audit import Audit, audit
 from qdq.cli.lint import lint_command

@@ -19,7 +19,8 @@ from models import images, segmenter
 from places import ROOT
 
 from qdq.core.errors import InputError, StaleFileError
-from qdq.measure.checkpoint import Checkpoint, replace_text
+from qdq.core.files import write_text
+from qdq.measure.checkpoint import Checkpoint
 from qdq.measure.collect import collect, key
 from qdq.measure.inference.memory import passes
 from qdq.measure.inference.samples import sample_sha256
@@ -197,11 +198,11 @@ def test_batches_that_were_cut_otherwise_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, model: Model, plan: Plan) -> None:
-    replace_text(tmp_path / "c", '{"format": "qdq.checkpoint/1"}')
+    write_text(tmp_path / "c", '{"format": "qdq.checkpoint/1"}', resumed=True)
     with pytest.raises(InputError, match="damaged"):
         Checkpoint(tmp_path / "c", {}).load()
     with pytest.raises(InputError, match="Cannot write"):
-        replace_text(tmp_path / "no" / "folder", "")
+        write_text(tmp_path / "no" / "folder", "", resumed=True)
 
 
 def test_samples_that_change_between_passes_are_refused(model: Model, plan: Plan) -> None:

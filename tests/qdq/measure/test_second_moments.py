@@ -11,7 +11,7 @@ import pytest
 from graphs import Sample, build, node, normal
 from onnx import helper, numpy_helper
 
-from engines.backends import ort
+from engines.core import onnx_runtime as ort
 from qdq.core.qtensor import QParams, to_codes
 from qdq.measure import second_moments
 from qdq.model.model import Model

@@ -1,6 +1,7 @@
-"""ONNX Runtime: the reference, and the stand-in for an engine where no GPU can run it.
+"""ONNX Runtime: the reference, what calibration runs, and the stand-in for an engine where no GPU can run it.
 
 model -> `session` (Q/DQ kept apart) -> `run` over samples, or a Polygraphy `runner` for `compare`.
+`session_options`, `give_weights` and `open_session` are its parts, for who needs other outputs or weights.
 Must not let ONNX Runtime fuse Q/DQ into its own integer kernels: their arithmetic is not TensorRT's.
 """
 
@@ -41,32 +42,73 @@ def session(
     Raises:
         EngineError: ONNX Runtime refuses the model or a library; holds its message.
         MissingRuntimeError: onnxruntime is not installed.
-
-    Source: session option `session.disable_quant_qdq`, onnxruntime_session_options_config_keys.h.
     """
-    ort = import_runtime("onnxruntime")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options = session_options(threads=threads, severity=3)
     if isinstance(model, onnx.ModelProto):
         source: str | bytes = runnable(model).SerializeToString()
     else:
         source = model if isinstance(model, bytes) else str(model)
     where = str(model) if isinstance(model, Path | str) else "the model"
-    refusals: tuple[type[Exception], ...] = (RuntimeError, ValueError, *failures())
     try:
         for library in custom_ops:
             options.register_custom_ops_library(str(library))
-        settled = {"providers": list(providers), "disabled_optimizers": WRONG_REWRITES}
         try:
-            return ort.InferenceSession(source, options, **settled)
-        except refusals:
+            return open_session(source, options, providers)
+        except refusals():
             if (stand_in := _without_fp4(source)) is None:
                 raise
-            return ort.InferenceSession(stand_in.SerializeToString(), options, **settled)
-    except refusals as error:
+            return open_session(stand_in.SerializeToString(), options, providers)
+    except refusals() as error:
         raise EngineError(f"ONNX Runtime cannot load {where}: {error}") from error
+
+
+def session_options(*, threads: int, severity: int) -> Any:
+    """`onnxruntime.SessionOptions` with which Q and DQ are computed as the standard says.
+
+    Args:
+        threads: inside one operator; 0 lets ONNX Runtime choose.
+        severity: of the messages that ONNX Runtime prints: 3 errors, 4 fatal ones only.
+
+    Source: session option `session.disable_quant_qdq`, onnxruntime_session_options_config_keys.h.
+    """
+    options = import_runtime("onnxruntime").SessionOptions()
+    options.log_severity_level = severity
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
+
+
+def give_weights(options: Any, weights: Mapping[str, np.ndarray], folder: Path) -> list[Any]:
+    """Lets a session take external initializers from arrays, without a copy, and the others from a folder.
+
+    Returns:
+        What must live as long as the session, as must the arrays.
+    """
+    ort = import_runtime("onnxruntime")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    given = [_value(ort, array) for array in weights.values()]
+    for name, value in zip(weights, given, strict=True):
+        options.add_initializer(name, value)
+    if weights:  # else every weight would be copied, to be packed for the product and to an arena that grows
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
+        # Optimizers read a weight from the file that the graph names, not the values given here.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return given
+
+
+def _value(ort: Any, array: np.ndarray) -> Any:
+    """An OrtValue on the memory of an array, which NumPy may know as a type that ONNX Runtime's binding does not."""
+    kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    if array.dtype.kind == "V" or array.dtype.num > np.dtype(np.float16).num:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(f"u{array.dtype.itemsize}"), kind)
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def open_session(source: str | bytes, options: Any, providers: Sequence[str]) -> Any:
+    """An `onnxruntime.InferenceSession` without the optimizers that are wrong; raises `refusals`."""
+    ort = import_runtime("onnxruntime")
+    return ort.InferenceSession(source, options, providers=list(providers), disabled_optimizers=WRONG_REWRITES)
 
 
 def _without_fp4(source: str | bytes) -> onnx.ModelProto | None:
@@ -89,6 +131,11 @@ def failures() -> tuple[type[Exception], ...]:
     """ONNX Runtime's exception types; they share no base but Exception."""
     state = import_runtime("onnxruntime").capi.onnxruntime_pybind11_state
     return tuple(t for t in vars(state).values() if isinstance(t, type) and issubclass(t, Exception))
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """What opening and running a session raise."""
+    return (RuntimeError, ValueError, *failures())
 
 
 def check_sample(sample: Sample, names: Iterable[str]) -> None:
@@ -118,12 +165,11 @@ def run(model: Any, samples: Iterable[Sample]) -> Iterator[dict[str, np.ndarray]
     opened = model if hasattr(model, "get_inputs") else session(model)
     inputs = [i.name for i in opened.get_inputs()]
     outputs = [o.name for o in opened.get_outputs()]
-    refusals: tuple[type[Exception], ...] = (RuntimeError, ValueError, *failures())
     for sample in samples:
         check_sample(sample, inputs)
         try:
             arrays = opened.run(outputs, dict(sample))
-        except refusals as error:
+        except refusals() as error:
             raise EngineError(f"ONNX Runtime failed on a sample: {error}") from error
         yield dict(zip(outputs, arrays, strict=True))
 

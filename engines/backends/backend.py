@@ -1,0 +1,124 @@
+"""What a compiler of engines offers, and which compilers there are.
+
+A backend is one file of this folder with a `BACKEND`; `backends` finds it.
+Must not know any of them, nor import a runtime: a backend does that inside its functions.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx
+
+import engines.backends
+from engines.backends.compiler import Engine, OnProgress, ShapeRange
+from engines.core.errors import EngineError, UnsupportedTargetError, did_you_mean
+
+DEFAULT = "rtx"
+
+
+class Build(Protocol):
+    """How a backend compiles one engine and reads the table of its layers."""
+
+    def __call__(
+        self,
+        model: Path | str | onnx.ModelProto,
+        *,
+        targets: Sequence[str],
+        shapes: Mapping[str, ShapeRange] | None,
+        timing_cache: Path | None,
+        on_progress: OnProgress | None,
+    ) -> Engine:
+        """Compile a path, or a model without external data; a timing cache is read and written where kernels are timed.
+
+        Raises:
+            EngineError: what was asked for is refused, or the runtime is missing; says why.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """One compiler of engines.
+
+    Attributes:
+        name: as `--backend` takes it and layer tables hold it.
+        title: the compiler's own name.
+        runtime: module that must be importable.
+        packages: distributions that may hold that module, the usual one first.
+        targets: the GPU generations it knows.
+        needs_gpu: it compiles for the GPU of this machine, whatever the target.
+        predicts: `engines.cost` predicts the time of its kernels from its layer tables.
+        check_targets: (model, targets) -> normalised targets, each once, () where the GPU of this machine decides;
+            refuses an unknown target, and a data type of the model that a target lacks.
+        build: compiles.
+        runner: (path or bytes of an engine, name=shown in reports) -> a Polygraphy runner.
+    """
+
+    name: str
+    title: str
+    runtime: str
+    packages: tuple[str, ...]
+    targets: tuple[str, ...]
+    needs_gpu: bool
+    predicts: bool
+    check_targets: Callable[[onnx.ModelProto, Sequence[str]], tuple[str, ...]]
+    build: Build
+    runner: Callable[..., Any]
+
+    def target(self, text: str) -> str:
+        """The name of a target in the form 'sm89', from '8.9', '89' or 'SM_89'.
+
+        Raises:
+            UnsupportedTargetError: the compiler does not know it; names another backend that does, or the nearest.
+        """
+        match = re.fullmatch(r"(?:sm[_ ]?)?(\d+)\.?(\d)", text.strip().lower())
+        name = f"sm{match[1]}{match[2]}" if match else text
+        if name in self.targets:
+            return name
+        others = [f"{b.title} (--backend {b.name})" for b in backends().values() if name in b.targets]
+        hint = f" {name} needs {' or '.join(others)}." if others else did_you_mean(name, self.targets)
+        raise UnsupportedTargetError(
+            f"{self.title} has no target {text!r}; it compiles for {', '.join(self.targets)}.{hint}"
+        )
+
+    @property
+    def need(self) -> str:
+        """What it needs, for help and messages."""
+        return "needs this machine's GPU" if self.needs_gpu else "needs no GPU"
+
+    @property
+    def unpredicted(self) -> str:
+        """Where predicted times come from instead, '' where the times of its own kernels are predicted."""
+        other = f"come from {predicting(self.name).title}'s compiler, and --backend {self.name} has another"
+        return "" if self.predicts else other
+
+
+def backends() -> dict[str, Backend]:
+    """Name -> backend, of every file of this folder that holds one."""
+    names = (f"{engines.backends.__name__}.{m.name}" for m in pkgutil.iter_modules(engines.backends.__path__))
+    found = (getattr(import_module(name), "BACKEND", None) for name in names)
+    return {backend.name: backend for backend in found if backend is not None}
+
+
+def backend_named(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        EngineError: there is none; names the nearest.
+    """
+    found = backends()
+    if name not in found:
+        raise EngineError(f"Unknown backend {name!r}; there are {', '.join(found)}.{did_you_mean(name, found)}")
+    return found[name]
+
+
+def predicting(name: str) -> Backend:
+    """The backend of that name if times are predicted of its kernels, else one that they are of."""
+    own = backend_named(name)
+    return own if own.predicts else next(b for b in backends().values() if b.predicts)
