@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from calib_data import Samples
@@ -13,11 +13,13 @@ from engines.backends.doctor import gpus
 from engines.verify.compare import Limits, Report, compare
 from qdq.core.progress import Progress
 from qdq.measure.inference.samples import Sample
+from qdq.model.graphsurgeon import ModelSource, called
+from qdq.model.storage import load
 
 
 def evaluate(
-    float_path: Path | str,
-    candidate: Path,
+    float_model: ModelSource,
+    candidate: ModelSource,
     samples: Samples,
     *,
     limits: Mapping[str, float],
@@ -28,8 +30,8 @@ def evaluate(
     """The candidate's outputs against those of the float model as the user gave it.
 
     Args:
-        float_path: the float model.
-        candidate: a Q/DQ model, which stands for its engine; or an engine.
+        float_model: a path, an onnx.ModelProto or an onnx_graphsurgeon.Graph.
+        candidate: likewise a Q/DQ model, which stands for its engine; or the path of an engine.
         samples: to compare on.
         limits: keys of `qdq.recipe.LIMITS`.
         engine_backend: 'rtx' or 'trt' where the candidate is an engine.
@@ -46,12 +48,14 @@ def evaluate(
         if on_progress and total is not None:
             on_progress(total, total, "Check")
 
-    def opened(path: Path | str) -> Any:
-        return ort.session(str(path), custom_ops=custom_ops) if custom_ops else str(path)
+    def opened(model: ModelSource) -> Any:
+        given = str(model) if isinstance(model, str | os.PathLike) else load(model).proto
+        return ort.session(given, custom_ops=custom_ops) if custom_ops else given
 
+    rtx = engine_backend == "rtx"
     report = compare(
-        opened(float_path),
-        trt.runner(candidate, rtx=engine_backend == "rtx", name="engine") if engine_backend else opened(candidate),
+        opened(float_model),
+        trt.runner(called(candidate), rtx=rtx, name="engine") if engine_backend else opened(candidate),
         counted(),
         limits=Limits(**limits),
         stood_for_engine=engine_backend is None,
