@@ -4,6 +4,8 @@
     fold_batch_norms              BatchNormalization -> weight and bias of the Conv, ConvTranspose or Gemm before it
 
 It must not change results beyond float rounding, make a large tensor from small ones, or make a dynamic size static.
+`fold_constants` of onnx-graphsurgeon needs ONNX Runtime, and leaves shape arithmetic with one dynamic size (measured:
+1,558 nodes of SwinUNETR in place of 619, in twice the time).
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ GROWTH_LIMIT = 1 << 20  # bytes; folding may make no tensor above this and above
 SHAPE_ELEMENTS = 64  # a longer integer tensor is no shape
 
 _Dims = np.ndarray  # an object array: a size is an int, the name of a dynamic dimension, or None (unknown)
-_FOLDABLE = """
+_OPERATORS = """
     Abs Add And Cast CastLike Ceil Clip Concat ConstantOfShape Cos CumSum Div Equal Erf Exp Expand Flatten Floor Gather
     GatherElements GatherND Gemm Greater GreaterOrEqual Less LessOrEqual Log MatMul Max Mean Min Mod Mul Neg NonZero
     Not Or Pad Pow Range Reciprocal ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape
     ScatterElements ScatterND Shape Sigmoid Sin Size Slice Split Sqrt Squeeze Sub Tanh Tile Transpose Trilu Unsqueeze
     Where Xor
 """
-_FOLDABLE_OPS = frozenset(_FOLDABLE.split())
+FOLDABLE = frozenset(_OPERATORS.split())
 
 
 def fold_shapes(draft: Draft) -> bool:
@@ -158,7 +160,7 @@ def _evaluate(draft: Draft, node: NodeProto, limit: int) -> Mapping[str, np.ndar
     outputs = [name for name in node.output if name]
     if (
         node.domain
-        or node.op_type not in _FOLDABLE_OPS
+        or node.op_type not in FOLDABLE
         or any(name not in draft.tensors for name in inputs)
         or draft.output_names.intersection(outputs)
     ):
