@@ -15,11 +15,13 @@ from typing import Annotated, Any, ClassVar, Self
 
 import msgspec
 
+from engines.core.errors import EngineError
+
 # A number of a report that may be infinite or no number: JSON has neither, so 'inf', '-inf' or 'nan' is written.
 Measured = Annotated[float, msgspec.Meta(extra_json_schema={"x-not-finite": ["inf", "-inf", "nan"]})]
 
 
-class DocumentError(ValueError):
+class DocumentError(EngineError, ValueError):
     """A file is not what it should be; the message is a clause that a caller puts behind its name."""
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from qdq.assemble.bias import corrected
 from qdq.assemble.choose_calibrator import solve_auto
@@ -21,6 +20,7 @@ from qdq.measure.inference.inputs import as_samples
 from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import registered
 from qdq.measure.table import CalibrationTable
+from qdq.model.graphsurgeon import ModelSource
 from qdq.model.model import Model
 from qdq.passes.prepare import load_float
 from qdq.passes.rewrites import rewritten
@@ -42,7 +42,7 @@ class Quantized:
 
 
 def quantize(
-    model: Model | Path | str,
+    model: Model | ModelSource,
     samples: Iterable[Sample] | None,
     *,
     settings: Settings | None = None,
@@ -54,7 +54,7 @@ def quantize(
     """A float model's Q/DQ model, and every value on the way to it.
 
     Args:
-        model: a path, or what `load_float` gave.
+        model: a path, an onnx.ModelProto, an onnx_graphsurgeon.Graph, or what `load_float` gave.
         samples: {input name: array} each; read several times. None only with a table; see `Solution.notes` then.
         settings: how to quantize; None takes those of the plan, or the defaults.
         plan: in place of a new one; of the settings, only those apply that decide scales and codes.

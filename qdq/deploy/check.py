@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from calib_data import Samples
@@ -14,11 +14,13 @@ from engines.core import onnx_runtime as ort
 from engines.verify.compare import Limits, Report, compare
 from qdq.core.progress import Progress
 from qdq.measure.inference.samples import Sample
+from qdq.model.graphsurgeon import ModelSource, called
+from qdq.model.storage import load
 
 
 def evaluate(
-    float_path: Path | str,
-    candidate: Path,
+    float_model: ModelSource,
+    candidate: ModelSource,
     samples: Samples,
     *,
     limits: Mapping[str, float],
@@ -29,8 +31,8 @@ def evaluate(
     """The candidate's outputs against those of the float model as the user gave it.
 
     Args:
-        float_path: the float model.
-        candidate: a Q/DQ model, which stands for its engine; or an engine.
+        float_model: a path, an onnx.ModelProto or an onnx_graphsurgeon.Graph.
+        candidate: likewise a Q/DQ model, which stands for its engine; or the path of an engine.
         samples: to compare on.
         limits: keys of `qdq.recipe.LIMITS`.
         engine_backend: that runs the candidate where it is an engine.
@@ -47,12 +49,13 @@ def evaluate(
         if on_progress and total is not None:
             on_progress(total, total, "Check")
 
-    def opened(path: Path | str) -> Any:
-        return ort.session(str(path), custom_ops=custom_ops) if custom_ops else str(path)
+    def opened(model: ModelSource) -> Any:
+        given = str(model) if isinstance(model, str | os.PathLike) else load(model).proto
+        return ort.session(given, custom_ops=custom_ops) if custom_ops else given
 
     report = compare(
-        opened(float_path),
-        backend_named(engine_backend).runner(candidate, name="engine") if engine_backend else opened(candidate),
+        opened(float_model),
+        backend_named(engine_backend).runner(called(candidate), name="engine") if engine_backend else opened(candidate),
         counted(),
         limits=Limits(**limits),
         stood_for_engine=engine_backend is None,

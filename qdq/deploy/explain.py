@@ -1,6 +1,7 @@
 """Why one node is quantized or not, what it costs, and what the compiler made of it.
 
-plan.json, or a model that is planned anew -> the plan's own words + multiply-adds and weight bytes + the audit's row.
+plan.json, or a model that is planned anew -> the plan's own words + which rewrites fit + multiply-adds and weight
+bytes + the audit's row.
 Must not decide anything: it reads what the stages decided.
 """
 
@@ -16,6 +17,7 @@ from qdq.deploy.report import count, size
 from qdq.model.external import tensor_bytes
 from qdq.model.model import Model
 from qdq.passes.prepare import load_float
+from qdq.passes.rewrites import FLOAT_REWRITES
 from qdq.plan import placement
 from qdq.plan.plan import Plan
 
@@ -24,7 +26,7 @@ def explain(source: Path, node: str, recipe: Recipe, *, engine: Path | None = No
     """A few lines about one node.
 
     Args:
-        source: a float model, or a plan (.json), which knows no costs.
+        source: a float model, or a plan (.json), which knows neither rewrites nor costs.
         node: its name in the prepared model.
         recipe: settings to plan with, and shapes to count at; 1 stands for any other dynamic dimension.
         engine: of this model, to say which kernel runs the node.
@@ -39,13 +41,25 @@ def explain(source: Path, node: str, recipe: Recipe, *, engine: Path | None = No
         lines = Plan.load(source).explain(node)
     else:
         model = load_float(source)
-        lines = placement.plan(model, recipe.settings).explain(node) + _cost(model, node, recipe)
+        lines = placement.plan(model, recipe.settings).explain(node)
+        lines += _rewrites(model, node) + _cost(model, node, recipe)
     if engine is not None:
         rows = [row for row in audit_engine(engine).nodes if row.node == node]
         lines += [
             f"  compiled: runs in {row.consumed}, kernel {row.kernel!r}" + (f": {row.cause}" if row.cause else "")
             for row in rows
         ] or ["  compiled: no product of its own; see the layer table for the kernel it is fused into"]
+    return lines
+
+
+def _rewrites(model: Model, node: str) -> list[str]:
+    """What each exact rewrite that starts from the operator of a node says of the node."""
+    lines = []
+    for name, rewrite in FLOAT_REWRITES.items():
+        done = rewrite(model, {node})
+        if done.fired or node in done.unfit:
+            said = f"does not fit: {done.unfit[node]}" if node in done.unfit else "fits; `tune` says whether it pays"
+            lines.append(f"  rewrite {name}: {said}")
     return lines
 
 

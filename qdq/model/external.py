@@ -31,6 +31,7 @@ SIDE_FILE_ALIGNMENT = 4096  # bytes; lets a reader map a tensor (ExternalData.md
 CHUNK = 1 << 24  # bytes read at once when streaming
 MAPPED = 1 << 20  # bytes; smaller external tensors are read into memory
 LARGE = 1 << 28  # bytes of external data in a model; above, weights are worked on one at a time and kept on disk
+IN_FILE_LIMIT = 1_900_000_000  # bytes; protobuf refuses a message of 2 GiB, the nodes need the rest
 SPOOL = "spool"  # key of a tensor's external data: the folder that its location is in; `graph.load` takes it away
 _BITS: dict[int, int] = {
     TensorProto.INT4: 4,
@@ -117,11 +118,21 @@ def tensor_array(tensor: TensorProto, directory: Path) -> np.ndarray:
     Raises:
         ModelError: the external data cannot be read.
     """
-    if is_external(tensor):
-        if tensor_bytes(tensor) >= MAPPED and not is_packed(tensor) and sys.byteorder == "little":
-            return _mapped(tensor, directory)
-        tensor = TensorProto(dims=tensor.dims, data_type=tensor.data_type, raw_data=b"".join(stream(tensor, directory)))
-    return np.asarray(numpy_helper.to_array(tensor))
+    if is_external(tensor) and tensor_bytes(tensor) >= MAPPED and not is_packed(tensor) and sys.byteorder == "little":
+        return _mapped(tensor, directory)
+    return np.asarray(numpy_helper.to_array(embedded(tensor, directory)))
+
+
+def embedded(tensor: TensorProto, directory: Path) -> TensorProto:
+    """The same tensor with its values in it.
+
+    Raises:
+        ModelError: the external data cannot be read.
+    """
+    if not is_external(tensor):
+        return tensor
+    raw = b"".join(stream(tensor, directory))
+    return TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, raw_data=raw)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,13 +14,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
-from qdq.model.external import tensor_array
-from qdq.model.nodes import captured, reads
+from qdq.model.external import embedded, tensor_array
+from qdq.model.nodes import all_tensors, captured, reads
+
+if TYPE_CHECKING:
+    from onnx_graphsurgeon import Graph
 
 _QUANTIZED_OP = re.compile(r"[Qq]uantize|^QLinear|^Q(Attention|Gemm|Ordered)|(Conv|MatMul)Integer|NBits")
 
@@ -71,6 +75,20 @@ class Model:
             A new Model with the same directory and sha256.
         """
         return replace(self, proto=proto, keeps=self.keeps if keeps in (None, *self.keeps) else (*self.keeps, keeps))
+
+    def to_graphsurgeon(self) -> Graph:
+        """A copy for onnx-graphsurgeon, its values in memory; 4-bit codes are exported again if nobody reads them.
+
+        Raises:
+            ModelError: external data can no longer be read.
+        """
+        from onnx_graphsurgeon import import_onnx
+
+        proto = ModelProto()
+        proto.CopyFrom(self.proto)
+        for tensor in all_tensors(proto):
+            tensor.CopyFrom(embedded(tensor, self.directory))
+        return import_onnx(proto)
 
     @property
     def graph(self) -> GraphProto:

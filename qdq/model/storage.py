@@ -13,53 +13,57 @@ from onnx import ModelProto
 
 from engines.core.files import new_files
 from qdq.core.errors import InputError, ModelError
-from qdq.model.external import External, is_external, move, stream, tensor_bytes, unspooled
+from qdq.model.external import IN_FILE_LIMIT, External, is_external, move, stream, tensor_bytes, unspooled
+from qdq.model.graphsurgeon import ModelSource, called, content, sort_nodes
 from qdq.model.model import _QUANTIZED_OP, PROTOBUF_LIMIT, Model
 from qdq.model.nodes import all_nodes, all_tensors, without_initializers
 
-IN_FILE_LIMIT = 1_900_000_000  # bytes; protobuf refuses a message of 2 GiB, the nodes need the rest
 
-
-def load(path: str | os.PathLike[str]) -> Model:
-    """Read an ONNX file and check it; external tensor data is checked and hashed but not kept.
+def load(source: ModelSource) -> Model:
+    """Read an ONNX model and check it; external tensor data is checked and hashed but not kept.
 
     Args:
-        path: the .onnx file.
+        source: the path of an .onnx file; or an onnx.ModelProto or an onnx_graphsurgeon.Graph, which is not changed.
 
     Returns:
-        The Model; its sha256 is over the bytes of the file, then of each external tensor in the order of the file.
+        The Model, each node behind those that it reads. Its sha256 is over the bytes of the file, or those that a model
+        in memory is written as, then of each external tensor in the order of the file.
 
     Raises:
         ModelError: the file is missing, a folder, empty, truncated, not ONNX, has no nodes or breaks the standard, or
             external data is missing, too short or outside the model's folder.
+        InputError: `source` is something else, or a model in memory without the values of a tensor.
     """
-    path = Path(path)
-    content = _read(path)
+    if isinstance(source, str | os.PathLike):
+        read, directory = _read(Path(source)), Path(source).absolute().parent
+    else:
+        read, directory = content(source), Path()
+    name = called(source)
     proto = ModelProto()
     try:
-        proto.ParseFromString(content)
+        proto.ParseFromString(read)
     except DecodeError:
         raise ModelError(
-            f"Cannot read {path}: its {len(content)} bytes are not a complete ONNX model (protobuf cannot parse them). "
+            f"Cannot read {name}: its {len(read)} bytes are not a complete ONNX model (protobuf cannot parse them). "
             "The file is truncated or of another format; copy or export it again."
         ) from None
     if not proto.HasField("graph") or not proto.graph.node:
         raise ModelError(
-            f"Cannot use {path}: it holds no nodes, so it is not an ONNX model or an empty one. "
+            f"Cannot use {name}: it holds no nodes, so it is not an ONNX model or an empty one. "
             "Give the .onnx file of a network."
         )
-    directory = path.absolute().parent
-    digest = hashlib.sha256(content)
-    del content
+    digest = hashlib.sha256(read)
+    del read
     for tensor in filter(is_external, all_tensors(proto)):
         unspooled(tensor)
         for chunk in stream(tensor, directory):
             digest.update(chunk)
+    sort_nodes(proto.graph)
     try:
         check(proto)
     except (onnx.checker.ValidationError, ValueError) as error:
         raise ModelError(
-            f"Cannot use {path}: it is not a valid ONNX model, or only a part of one. The checker of onnx "
+            f"Cannot use {name}: it is not a valid ONNX model, or only a part of one. The checker of onnx "
             f"{onnx.__version__} says: {' '.join(str(error).split())[:600]} Export the model again."
         ) from None
     return Model(proto=proto, directory=directory, sha256=digest.hexdigest())

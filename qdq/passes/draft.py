@@ -1,7 +1,8 @@
 """A float model on its way to the prepared form: its nodes, tensors and inferred shapes while passes change them.
 
     Draft(model) -> passes of `prepare` and `fold` change nodes and tensors, `infer` after each round -> finish()
-It must not change the user's proto or tensors, or decide which passes run.
+It must not change the user's proto or tensors, or decide which passes run. onnx-graphsurgeon does not stand in: its
+`toposort` orders nodes by level, sorted ones too, and its exporter drops metadata and doc strings of nodes.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
     fold_batch_norms              BatchNormalization -> weight and bias of the Conv, ConvTranspose or Gemm before it
 
 It must not change results beyond float rounding, make a large tensor from small ones, or make a dynamic size static.
+`fold_constants` of onnx-graphsurgeon needs ONNX Runtime, and leaves shape arithmetic with one dynamic size (measured:
+1,558 nodes of SwinUNETR in place of 619, in twice the time).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _OTHERS = """
     Sin Size Sqrt Tanh Trilu Xor
 """
 _NOT_OF_CONSTANTS = POOLS | {"DepthToSpace", "Identity", "SpaceToDepth"}  # feature maps; `prepare` drops Identity
-_FOLDABLE_OPS = PICKERS - _NOT_OF_CONSTANTS | RAMPS | ARITHMETIC | COMPARISONS | family(_OTHERS)
+FOLDABLE = PICKERS - _NOT_OF_CONSTANTS | RAMPS | ARITHMETIC | COMPARISONS | family(_OTHERS)
 
 
 def fold_shapes(draft: Draft) -> bool:
@@ -158,7 +160,7 @@ def _evaluate(draft: Draft, node: NodeProto, limit: int) -> Mapping[str, np.ndar
     outputs = [name for name in node.output if name]
     if (
         node.domain
-        or node.op_type not in _FOLDABLE_OPS
+        or node.op_type not in FOLDABLE
         or any(name not in draft.tensors for name in inputs)
         or draft.output_names.intersection(outputs)
     ):

@@ -11,11 +11,11 @@ dimensions static, rename inputs, outputs or named nodes, or need a runtime.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from onnx import NodeProto, helper
 
 from qdq.core.errors import ModelError
+from qdq.model.graphsurgeon import ModelSource, called
 from qdq.model.model import Model, dtype_name
 from qdq.model.nodes import attribute_value
 from qdq.model.storage import is_quantized, load
@@ -23,17 +23,21 @@ from qdq.passes.draft import Draft, assign
 from qdq.passes.fold import fold_batch_norms, fold_constants, fold_shapes
 
 
-def load_float(path: Path | str) -> Model:
-    """The model of a file, prepared: what every stage starts from.
+def load_float(source: ModelSource) -> Model:
+    """A float model, prepared: what every stage starts from.
+
+    Args:
+        source: a path, an onnx.ModelProto or an onnx_graphsurgeon.Graph.
 
     Raises:
-        ModelError: the file is no model, or one that is quantized already.
+        ModelError: it is no model, or one that is quantized already.
+        InputError: see `storage.load`.
     """
-    model = load(path)
+    model = load(source)
     if is_quantized(model):
         raise ModelError(
-            f"{path} is quantized already: it holds QuantizeLinear, DequantizeLinear or integer operators. Give the "
-            "float model that it was made from."
+            f"{called(source)} is quantized already: it holds QuantizeLinear, DequantizeLinear or integer operators. "
+            "Give the float model that it was made from."
         )
     return prepare(model)
 

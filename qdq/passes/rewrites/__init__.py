@@ -1,7 +1,9 @@
 """Exact rewrites: other operators, the same outputs up to float rounding, a better compiled result.
 
 One file per rewrite, found by itself: `STAGE` ("float": on the prepared model; "quantized": on the Q/DQ model), `RANK`
-(small ones first) and `rewrite(model, only=None) -> Rewritten`. A rewrite is pure, deterministic and idempotent.
+(small ones first; the reason stands beside it) and `rewrite(model, only=None) -> Rewritten`, which says of each node
+whose operator it starts from why it does not fit. A rewrite is pure, deterministic and idempotent. Ranks are numbers,
+not names of others: the order is that of the new initializers in the file too, where no rewrite needs another.
 It must not decide whether it pays: the compiled result does, so each can be limited to some nodes.
 """
 
@@ -27,14 +29,15 @@ class Rewriter(Protocol):
         """Rewrite a model."""
 
 
-def _found(stage: str) -> Mapping[str, Rewriter]:
+def found(stage: str) -> Mapping[str, Rewriter]:
+    """The rewrites of a stage by name, in the order of their ranks: one module each, in this folder or below."""
     modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(__path__, f"{__name__}.")]
-    found = {m.__name__.rpartition(".")[2]: m for m in modules if getattr(m, "STAGE", None) == stage}
-    return {name: found[name].rewrite for name in sorted(found, key=lambda name: (found[name].RANK, name))}
+    those = {m.__name__.rpartition(".")[2]: m for m in modules if getattr(m, "STAGE", None) == stage}
+    return {name: those[name].rewrite for name in sorted(those, key=lambda name: (those[name].RANK, name))}
 
 
-FLOAT_REWRITES = _found("float")
-QUANTIZED_REWRITES = _found("quantized")
+FLOAT_REWRITES = found("float")
+QUANTIZED_REWRITES = found("quantized")
 
 
 def applied(

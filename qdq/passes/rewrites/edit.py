@@ -1,13 +1,13 @@
 """What every rewrite returns, and the replacement of one node by several that every rewrite is made of.
 
-Model -> `Edit` collects which node becomes which -> Rewritten: the new Model and the names of the nodes fired on.
-It must not know any rewrite.
+Model -> `Edit` collects which node becomes which -> Rewritten: the new Model, the nodes fired on, why not others.
+A rewrite raises `Unfit` with the reason at the first condition that a node does not meet. It must not know any rewrite.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,21 @@ class Rewrite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rewritten:
-    """A model with the same outputs up to float rounding, and the names of the nodes that a rewrite fired on."""
+    """A model with the same outputs up to float rounding.
+
+    Attributes:
+        model: the new model; the old one if nothing fired.
+        fired: names of the nodes that the rewrite fired on.
+        unfit: node -> reason, of the others whose operator the rewrite starts from.
+    """
 
     model: Model
     fired: tuple[str, ...]
+    unfit: Mapping[str, str] = field(default_factory=dict)
+
+
+class Unfit(Exception):
+    """Why a rewrite does not fit a node."""
 
 
 class Edit:
@@ -43,14 +54,21 @@ class Edit:
         self._draft = Draft(model)
         self._by: dict[str, Sequence[NodeProto]] = {}
         self._fired: dict[str, None] = {}  # an ordered set
+        self._unfit: dict[str, str] = {}
         self._taken = {name for n in all_nodes(model.graph) for name in (n.name, *n.input, *n.output)}
         self._taken |= {*model.initializers, *(v.name for v in (*model.graph.input, *model.graph.output))}
 
-    def candidates(self, *op_types: str) -> Iterable[NodeProto]:
-        """The nodes of these types that may be changed, in the order of the graph."""
+    def each(self, op_types: Collection[str], change: Callable[[NodeProto], object]) -> None:
+        """Call `change` for the nodes of these types that may be changed, in the order of the graph.
+
+        What it raises as `Unfit` becomes the reason of that node; it must raise before it replaces one.
+        """
         for node in self._model.graph.node:
             if node.op_type in op_types and not node.domain and (self._only is None or node.name in self._only):
-                yield node
+                try:
+                    change(node)
+                except Unfit as reason:
+                    self._unfit[node.name] = str(reason)
 
     def name(self, wanted: str) -> str:
         """A name that no node or tensor of the model has."""
@@ -73,6 +91,12 @@ class Edit:
         name = self.name(wanted)
         return helper.make_node(op_type, list(inputs), [output or name], name=name, **attributes)
 
+    def first(self, source: str, count: int, axis: int, node: NodeProto) -> NodeProto:
+        """A Slice that makes the output of a node of the first elements of a tensor along an axis."""
+        bounds = {"start": 0, "end": count, "axis": axis}
+        cut = [self.constant(f"{node.name}_{key}", np.array([value], np.int64)) for key, value in bounds.items()]
+        return self.node("Slice", [source, *cut], f"{node.name}_Slice", node.output[0])
+
     def replace(self, node: NodeProto, by: Sequence[NodeProto], fired: NodeProto | None = None) -> None:
         """Put these nodes in a node's place; the last makes its output. `fired` is the one to report, if another."""
         self._by[node.name] = by
@@ -81,7 +105,35 @@ class Edit:
     def finish(self) -> Rewritten:
         """The result; what nothing reads any more is dropped, and the same model comes back if nothing fired."""
         if not self._fired:
-            return Rewritten(model=self._model, fired=())
+            return Rewritten(model=self._model, fired=(), unfit=self._unfit)
         nodes = list(self._draft.graph.node)
         assign(self._draft.graph.node, [new for old in nodes for new in self._by.get(old.name, [old])])
-        return Rewritten(model=self._draft.finish(), fired=tuple(self._fired))
+        return Rewritten(model=self._draft.finish(), fired=tuple(self._fired), unfit=self._unfit)
+
+
+def altered(node: NodeProto, inputs: Mapping[int, str] | None = None, output: str = "") -> NodeProto:
+    """A copy of a node that reads other tensors at some inputs, or makes another output."""
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    for index, name in (inputs or {}).items():
+        copy.input[index] = name
+    if output:
+        copy.output[0] = output
+    return copy
+
+
+def require_constants(model: Model, node: NodeProto, start: int = 1) -> None:
+    """Raise `Unfit` if a node computes with anything but constants from an input on."""
+    for name in filter(None, node.input[start:]):
+        if not model.is_constant(name):
+            raise Unfit(f"{name!r}, which {node.op_type} {node.name!r} reads, is computed")
+
+
+def only_reader(model: Model, tensor: str) -> NodeProto:
+    """The one node that reads a tensor; raises `Unfit` where there are others or none, or it is an output."""
+    use = model.only_use(tensor)
+    if use is None:
+        count = len(model.consumers(tensor))
+        what = "is an output of the model" if model.is_output(tensor) else f"has {count} readers, not one"
+        raise Unfit(f"{tensor!r} {what}")
+    return use.node

@@ -27,7 +27,7 @@ def test_the_manifest_survives_its_file_and_is_stable() -> None:
     manifest = Manifest(model="a", output="b", targets=("sm89",), options={"calibrator": "mse"})
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert "onnx" in manifest.versions and manifest.to_json() == manifest.to_json()
-    with pytest.raises(EngineError, match="Not a manifest"):
+    with pytest.raises(EngineError, match="another file"):
         Manifest.from_json("{}")
 
 

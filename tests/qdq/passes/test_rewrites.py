@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,6 +15,7 @@ from graphs import build, conv, node, normal, product, quantized, run, samples
 from transformer_graphs import attention, gelu, grouped, layer_norm, mlp, partition, windows
 
 from qdq.model.model import Model
+from qdq.passes import rewrites
 from qdq.passes.rewrites import FLOAT_REWRITES, QUANTIZED_REWRITES
 from qdq.passes.rewrites.attention.scores import scores
 
@@ -253,9 +257,15 @@ NEGATIVE: dict[str, dict[str, Callable[[], Model]]] = {
         "stride 1": lambda: transposed(kernel=3, stride=1),
         "odd output": lambda: transposed(kernel=3),
         "dilated": lambda: transposed(kernel=3, pads=[1] * 4, output_padding=[1, 1], dilations=[2, 2]),
+        "grouped": lambda: transposed(group=2),
+        "automatic": lambda: transposed(auto_pad="SAME_UPPER"),
         "no ConvTranspose": conv,
     },
-    "norm_bias": {"also an output": lambda: normalized(output=True), "no norm": conv},
+    "norm_bias": {
+        "also an output": lambda: normalized(output=True),
+        "no norm": conv,
+        "no bias": lambda: one_channel(bias=False),
+    },
     "norm_channels": {
         "8 channels": lambda: normalized(channels=8),
         "also an output": lambda: normalized(output=True),
@@ -272,9 +282,16 @@ NEGATIVE: dict[str, dict[str, Callable[[], Model]]] = {
         "also an output": lambda: shortcut(output=True),
         "around another tensor": lambda: shortcut("c c"),
         "shifted": lambda: shortcut(kernel=5, dilations=[1, 1], pads=[1, 1, 1, 1], order="c c"),
+        "another size": lambda: shortcut(size=3, pads=[0] * 4),
         "no Add": conv,
     },
-    "constants": {"beyond the limit": too_large, "nothing constant": conv},
+    "constants": {
+        "beyond the limit": too_large,
+        "another operator": lambda: build(
+            [node("Sinh", "s", "c"), node("Mul", "x c", "y")], {"x": (1, 4)}, {"s": normal(4)}
+        ),
+        "nothing constant": conv,
+    },
     "norm_scale": {
         "also an output": lambda: normalized_codes(output=True),
         "no norm": scaled,
@@ -341,6 +358,90 @@ NEGATIVE: dict[str, dict[str, Callable[[], Model]]] = {
     "hoist": {"scales too far apart": lambda: scaled(1e5), "float": conv},
 }
 
+# Why; the cases that are not listed have no node that the rewrite starts from.
+REASONS: dict[str, dict[str, str]] = {
+    "conv_transpose": {
+        "stride 1": "its stride is 1",
+        "odd output": r"not 2 \* \(input",
+        "dilated": "it is dilated",
+        "grouped": "2 groups, not one",
+        "automatic": "auto_pad",
+    },
+    "norm_bias": {
+        "also an output": "'a' is not read by Inst",
+        "no norm": "'a' is not read by Inst",
+        "no bias": "no bias",
+    },
+    "norm_channels": {
+        "8 channels": "8 channels are a multiple of 8",
+        "also an output": "'a' is an output",
+        "grouped": "of one group",
+    },
+    "norm_one_channel": {
+        "two channels": r"Conv 'conv' .* \[8, 2, 1, 1, 1\]",
+        "3 x 3": r"\[8, 1, 3, 3, 3\]",
+        "strided": "has a stride or padding",
+        "padded": "has a stride or padding",
+    },
+    "conv_shortcut": {
+        "also an output": "'c' is an output",
+        "around another tensor": "'c' has 2 readers, not one",
+        "shifted": "'c' has 2 readers, not one",
+        "another size": "not the shape of its input",
+        "no Add": "Relu 'relu', which does not add",
+    },
+    "constants": {"beyond the limit": "larger than 256 MiB", "another operator": "Sinh is not among"},
+    "norm_scale": {
+        "also an output": "'a' is an output",
+        "no norm": "'a' is not read by InstanceNormalization alone",
+        "float": "not stored in codes",
+        "scales too far apart": "more than 1024 times apart",
+        "large epsilon": "above 0.00101",
+    },
+    "concat_codes": {"other numbers": "same numbers as 'both_Pad_Deq", "channels padded": "no quantizer of one scale"},
+    "head_size": {"heads of 12": "heads of 12 values are fused as they are"},
+    "layer_norm": {
+        "no mean subtracted": "less their mean",
+        "epsilon outside": "not the root of a mean of squares",
+        "first axis": "over the last axes",
+        "axes apart": "over the last axes",
+        "gain per row": "gain or shift differs along axes",
+        "dynamic axis": "a normalized axis is dynamic",
+        "third power": "not the root of a mean of squares",
+        "no epsilon": "an epsilon above 0",
+        "empty axis": "not the root of a mean of squares",
+        "sum of nothing": "not the root of a mean of squares",
+    },
+    "gelu": {
+        **dict.fromkeys(["another root", "another root in float16", "float16 numbers in float32"], "not that of Erf"),
+        **dict.fromkeys(["another cube", "another cube in bfloat16"], "not that of Tanh"),
+        "not halved": "'y' is an output",
+        "also an output": "'u' is an output",
+    },
+    "attention_scale": dict.fromkeys(["queries", "none"], "neither the keys nor the scores"),
+    "window_mask": {
+        **dict.fromkeys(
+            ["groups overlap", "two depths", "infinite", "18 groups", "another mask"], "no constant of 0 within"
+        ),
+        "scores are an output": "does not come from a MatMul",
+        "larger than the scores": "mask 'mask': it, or another summand, is larger",
+    },
+    "norm_late": {
+        "two axes": "other axes than the last",
+        "gain per row": "differs from row to row",
+        "gain per sample": "differs from row to row",
+        "cropped by Pad": "none of Pad, Slice, Transpose",
+        "read by another": "also read by other nodes",
+    },
+    "flatten": {
+        "three axes": "has 3 axes",
+        "two dynamic sizes": "two sizes .* are dynamic",
+        "a weight of three axes": "its weight is no matrix",
+        "a matrix": "has 2 axes",
+    },
+    "hoist": {"scales too far apart": "more than 1024 times apart", "float": "not stored in codes"},
+}
+
 
 def quantized_equal() -> Model:
     """A quantized Conv whose channels have the same largest weight."""
@@ -367,7 +468,22 @@ def assert_same(before: Model, after: Model) -> None:
 
 
 def test_every_rewrite_has_cases() -> None:
-    assert set(REWRITES) == set(POSITIVE) == set(NEGATIVE)
+    assert set(REWRITES) == set(POSITIVE) == set(NEGATIVE) == set(REASONS)
+
+
+def test_a_rewrite_dropped_in_as_one_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "toy.py").write_text(
+        "from qdq.passes.rewrites.edit import Rewritten\n"
+        'STAGE, RANK = "float", 4\n'
+        "def rewrite(model, only=None): return Rewritten(model=model, fired=('toy',))\n"
+    )
+    monkeypatch.setattr(rewrites, "__path__", [*rewrites.__path__, str(tmp_path)])
+    try:
+        found = rewrites.found("float")
+    finally:
+        sys.modules.pop("qdq.passes.rewrites.toy", None)
+    assert [name for name in found if name != "toy"] == list(FLOAT_REWRITES)
+    assert list(found).index("toy") == 2 and found["toy"](conv()).fired == ("toy",)
 
 
 def test_float_rewrites_come_in_the_order_of_their_rank() -> None:
@@ -426,6 +542,22 @@ def test_left_alone(name: str, make: Callable[[], Model]) -> None:
     model = make()
     done = REWRITES[name](model)
     assert done.fired == () and done.model is model
+    reason = next((why for case, why in REASONS[name].items() if NEGATIVE[name][case] is make), None)
+    assert bool(done.unfit) == (reason is not None)
+    assert reason is None or any(re.search(reason, said) for said in done.unfit.values())
+
+
+@each({name: POSITIVE[name] | NEGATIVE[name] for name in POSITIVE})
+def test_a_node_that_may_be_changed_is_changed_or_has_a_reason(name: str, make: Callable[[], Model]) -> None:
+    model = make()
+    done = REWRITES[name](model)
+    assert not set(done.fired) & set(done.unfit) and REWRITES[name](model, only=()).unfit == {}
+    for node_name, reason in done.unfit.items():
+        assert REWRITES[name](model, only=[node_name]).unfit == {node_name: reason}
+        assert reason and not reason.endswith(".") and "\n" not in reason
+    kinds = {model.node(node_name).op_type for node_name in (*done.fired, *done.unfit)}
+    if name not in ("constants", "flatten"):  # one starts from any operator; the other fires on products alone
+        assert {n.name for n in model.graph.node if n.op_type in kinds} == {*done.fired, *done.unfit}
 
 
 def test_conv_transpose_weights_are_those_of_the_kernel() -> None:

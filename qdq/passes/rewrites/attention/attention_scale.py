@@ -16,10 +16,10 @@ import numpy as np
 from onnx import NodeProto
 
 from qdq.model.model import Model
-from qdq.passes.rewrites.attention.scores import BETWEEN, alone, scores
-from qdq.passes.rewrites.edit import Edit, Rewritten
+from qdq.passes.rewrites.attention.scores import BETWEEN, alone, product_of
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered
 
-STAGE, RANK = "float", 32
+STAGE, RANK = "float", 32  # behind head_size, which looks for the Transpose behind which this puts a Mul
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
@@ -33,30 +33,26 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
         The model and the Softmax nodes fired on; scales that are on Q alone already stay.
     """
     edit = Edit(model, only)
-    for softmax in edit.candidates("Softmax"):
-        path = scores(model, softmax.input[0], BETWEEN)
-        if not path:
-            continue
-        product = path[-1]
-        query, left = _unscaled(model, product.input[0])
-        key, right = _unscaled(model, product.input[1])
-        last, behind = _scaled(model, product)
-        if right is None and behind is None:
-            continue
-        info = model.info(query)
-        if info is None or info.dtype not in ("float32", "float16"):
-            continue
-        factor = np.prod([f for f in (left, right, behind) if f is not None])
-        scale = edit.constant(f"{product.name}_scale", np.asarray(factor, info.dtype))
-        mul = edit.node("Mul", [query, scale], f"{product.name}_Mul")
-        copy = NodeProto()
-        copy.CopyFrom(product)
-        copy.input[:] = [mul.output[0], key]
-        copy.output[0] = last.output[0]
-        edit.replace(product, [mul, copy], softmax)
-        if last.name != product.name:
-            edit.replace(last, [], softmax)
+    edit.each(["Softmax"], lambda softmax: _scale_queries(model, edit, softmax))
     return edit.finish()
+
+
+def _scale_queries(model: Model, edit: Edit, softmax: NodeProto) -> None:
+    product = product_of(model, softmax, BETWEEN)[-1]
+    query, left = _unscaled(model, product.input[0])
+    key, right = _unscaled(model, product.input[1])
+    last, behind = _scaled(model, product)
+    if right is None and behind is None:
+        raise Unfit("neither the keys nor the scores are scaled by one number")
+    info = model.info(query)
+    if info is None or info.dtype not in ("float32", "float16"):
+        raise Unfit(f"the type of {query!r} is neither float32 nor float16")
+    factor = np.prod([f for f in (left, right, behind) if f is not None])
+    scale = edit.constant(f"{product.name}_scale", np.asarray(factor, info.dtype))
+    mul = edit.node("Mul", [query, scale], f"{product.name}_Mul")
+    edit.replace(product, [mul, altered(product, {0: mul.output[0], 1: key}, last.output[0])], softmax)
+    if last.name != product.name:
+        edit.replace(last, [], softmax)
 
 
 def _factor(model: Model, node: NodeProto | None, tensor: str) -> float | None:

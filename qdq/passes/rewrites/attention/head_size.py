@@ -17,10 +17,10 @@ from onnx import NodeProto
 
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
-from qdq.passes.rewrites.attention.scores import BETWEEN, scores
-from qdq.passes.rewrites.edit import Edit, Rewritten
+from qdq.passes.rewrites.attention.scores import BETWEEN, product_of
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered
 
-STAGE, RANK = "float", 30
+STAGE, RANK = "float", 30  # before window_mask, which puts its columns in the place of these zeros
 
 FUSED = 12  # values per head that the fused kernel takes without help
 SIZE = 16
@@ -37,26 +37,26 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
         The model and the Softmax nodes fired on.
     """
     edit = Edit(model, only)
-    for softmax in edit.candidates("Softmax"):
-        path = scores(model, softmax.input[0], BETWEEN)
-        uses = model.consumers(softmax.output[0])
-        if not path or len(uses) != 1 or uses[0].node.op_type != "MatMul" or uses[0].index != 0:
-            continue
-        product, mix = path[-1], uses[0].node
-        inner, outer = _size(model, product.input[0], -1), _size(model, mix.input[1], -1)
-        small = [size is not None and size < FUSED for size in (inner, outer)]
-        if inner is None or outer is None or _size(model, product.input[1], -2) != inner or not any(small):
-            continue
-        if small[0]:
-            edit.replace(product, _padded(model, edit, product, {0: -1, 1: -2}, inner), softmax)
-        if small[1]:
-            nodes = _padded(model, edit, mix, {1: -1}, outer)
-            wide = edit.name(f"{mix.output[0]}_wide")
-            nodes[-1].output[0] = wide
-            bounds = {"start": 0, "end": outer, "axis": -1}
-            cut = [edit.constant(f"{mix.name}_{key}", np.array([value], np.int64)) for key, value in bounds.items()]
-            edit.replace(mix, [*nodes, edit.node("Slice", [wide, *cut], f"{mix.name}_Slice", mix.output[0])], softmax)
+    edit.each(["Softmax"], lambda softmax: _pad_heads(model, edit, softmax))
     return edit.finish()
+
+
+def _pad_heads(model: Model, edit: Edit, softmax: NodeProto) -> None:
+    product, uses = product_of(model, softmax, BETWEEN)[-1], model.consumers(softmax.output[0])
+    if len(uses) != 1 or uses[0].node.op_type != "MatMul" or uses[0].index != 0:
+        raise Unfit("its result is not read by one MatMul alone, as the left operand")
+    mix = uses[0].node
+    inner, outer = _size(model, product.input[0], -1), _size(model, mix.input[1], -1)
+    if inner is None or outer is None or _size(model, product.input[1], -2) != inner:
+        raise Unfit("the size of the heads is dynamic, or an operand has no axis of heads")
+    if inner >= FUSED and outer >= FUSED:
+        raise Unfit(f"heads of {min(inner, outer)} values are fused as they are: {FUSED} suffice")
+    if inner < FUSED:
+        edit.replace(product, _padded(model, edit, product, {0: -1, 1: -2}, inner), softmax)
+    if outer < FUSED:
+        nodes = _padded(model, edit, mix, {1: -1}, outer)
+        nodes[-1].output[0] = edit.name(f"{mix.output[0]}_wide")
+        edit.replace(mix, [*nodes, edit.first(nodes[-1].output[0], outer, -1, mix)], softmax)
 
 
 def _size(model: Model, tensor: str, axis: int) -> int | None:
@@ -67,8 +67,7 @@ def _size(model: Model, tensor: str, axis: int) -> int | None:
 
 def _padded(model: Model, edit: Edit, product: NodeProto, axes: dict[int, int], size: int) -> list[NodeProto]:
     """Nodes that pad some operands of a MatMul, each along an axis from `size` to SIZE, and the MatMul on them."""
-    copy = NodeProto()
-    copy.CopyFrom(product)
+    copy = altered(product)
     nodes = []
     for index, axis in axes.items():
         source, turn = product.input[index], model.producer(product.input[index])

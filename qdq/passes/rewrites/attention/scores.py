@@ -11,6 +11,7 @@ from collections.abc import Collection
 from onnx import NodeProto
 
 from qdq.model.model import Model
+from qdq.passes.rewrites.edit import Unfit
 
 BETWEEN = ("Add", "Sub", "Mul", "Div", "Where", "Reshape", "Cast")  # scale, bias and mask
 
@@ -18,6 +19,17 @@ BETWEEN = ("Add", "Sub", "Mul", "Div", "Where", "Reshape", "Cast")  # scale, bia
 def alone(model: Model, tensor: str) -> NodeProto | None:
     """The node that makes a tensor that is read once, and is no output of the graph; None for any other tensor."""
     return None if model.only_use(tensor) is None else model.producer(tensor)
+
+
+def product_of(model: Model, softmax: NodeProto, between: Collection[str]) -> list[NodeProto]:
+    """`scores` of a Softmax; raises `Unfit` where it is not that of attention."""
+    path = scores(model, softmax.input[0], between)
+    if not path:
+        raise Unfit(
+            "what it normalizes does not come from a MatMul of two computed tensors, past "
+            f"{', '.join(between)} whose results are read once"
+        )
+    return path
 
 
 def scores(model: Model, tensor: str, between: Collection[str]) -> list[NodeProto]:

@@ -20,10 +20,10 @@ from onnx import NodeProto
 
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
-from qdq.passes.rewrites.attention.scores import alone, scores
-from qdq.passes.rewrites.edit import Edit, Rewritten
+from qdq.passes.rewrites.attention.scores import alone, product_of
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered
 
-STAGE, RANK = "float", 35
+STAGE, RANK = "float", 35  # behind constants, which makes the masks; behind head_size and attention_scale: it adds to Q
 
 MOST_GROUPS = 16
 MULTIPLE = 8  # values per head that the fused attention kernel takes
@@ -53,18 +53,27 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     """
     edit = Edit(model, only)
     known: dict[str, tuple[np.ndarray, np.floating] | None] = {}
-    for softmax in edit.candidates("Softmax"):
-        path = scores(model, softmax.input[0], ("Add", "Reshape"))
-        for place, add in enumerate(path[:-1]):
-            mask = next((t for t in add.input if model.is_constant(t)), "") if add.op_type == "Add" else ""
-            if not mask:
-                continue
-            if mask not in known:
-                known[mask] = _groups(model.array(mask))
-            found = known[mask]
-            if found is not None and _multiplied(model, edit, softmax, path, place, *found):
-                break
+    edit.each(["Softmax"], lambda softmax: _multiply(model, edit, softmax, known))
     return edit.finish()
+
+
+def _multiply(
+    model: Model, edit: Edit, softmax: NodeProto, known: dict[str, tuple[np.ndarray, np.floating] | None]
+) -> None:
+    """Multiply the first mask that can be; `known` are the groups of the masks seen."""
+    path = product_of(model, softmax, ("Add", "Reshape"))
+    reason = "no constant of 0 within up to 16 groups of tokens and one lower number between them is added"
+    for place, add in enumerate(path[:-1]):
+        mask = next((t for t in add.input if model.is_constant(t)), "") if add.op_type == "Add" else ""
+        if mask and mask not in known:
+            known[mask] = _groups(model.array(mask))
+        found = known[mask] if mask else None
+        if found is not None:
+            try:
+                return _multiplied(model, edit, softmax, path, place, *found)
+            except Unfit as other:
+                reason = f"mask {mask!r}: {other}"
+    raise Unfit(reason)
 
 
 def _groups(mask: np.ndarray) -> tuple[np.ndarray, np.floating] | None:
@@ -91,38 +100,34 @@ def _multiplied(
     place: int,
     groups: np.ndarray,
     value: np.floating,
-) -> bool:
-    """Take the Add at a place of the path out, and widen the product at its end; False where that cannot be done."""
+) -> None:
+    """Take the Add at a place of the path out, and widen the product at its end."""
     add, below, product = path[place], path[place + 1], path[-1]
     shapes = [model.sizes(t) for t in (add.output[0], product.output[0], *product.input)]
     if any(shape is None for shape in shapes):
-        return False
+        raise Unfit("a size of the scores or of an operand is dynamic")
     added, whole, left, right = (shape or () for shape in shapes)
     if model.sizes(below.output[0]) != added or math.prod(added) != math.prod(whole):
-        return False  # the mask, or another summand, is larger than the product
+        raise Unfit("it, or another summand, is larger than the scores")
     if added[-2:] != whole[-2:] or not left[:-2] == right[:-2] == whole[:-2]:
-        return False
+        raise Unfit("the scores are reshaped across tokens, or an operand is broadcast")
     query, key = _operand(model, product.input[0], -1), _operand(model, product.input[1], -2)
     if query is None or key is None or (query.size, query.spare) != (key.size, key.spare):
-        return False
+        raise Unfit("the head size of queries and keys, or the zeros behind them, cannot be told or differ")
     count = int(groups.max()) + 1
     width = query.spare if query.spare >= count else -(query.size + count) % MULTIPLE + count
     labels = _narrow(np.broadcast_to(groups, added[:-1]).reshape(whole[:-1]))
     inside = labels[..., None] == np.arange(width)
     outside = np.where(inside | (np.arange(width) >= count), 0, value)
-    wide = NodeProto()
-    wide.CopyFrom(product)
+    wide = altered(product)
     new = []
     for index, operand, columns in ((0, query, outside), (1, key, inside.swapaxes(-1, -2))):
         new += _widened(model, edit, operand, columns.astype(value.dtype), f"{product.name}_{'ab'[index]}")
         wide.input[index] = new[-1].output[0]
-    moved = NodeProto()
-    moved.CopyFrom(wide if below.name == product.name else below)
-    moved.output[0] = add.output[0]
+    moved = altered(wide if below.name == product.name else below, output=add.output[0])
     edit.replace(product, [*new, wide], softmax)
     edit.replace(below, [*new, moved] if below.name == product.name else [moved], softmax)
     edit.replace(add, [], softmax)
-    return True
 
 
 def _operand(model: Model, tensor: str, axis: int) -> ScoreOperand | None:

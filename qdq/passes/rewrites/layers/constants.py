@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from onnx import NodeProto
+
 from qdq.model.model import Model
 from qdq.passes.draft import Draft
-from qdq.passes.fold import fold_constants
+from qdq.passes.fold import FOLDABLE, fold_constants
 from qdq.passes.rewrites.edit import Rewritten
 
-STAGE, RANK = "float", 25
+STAGE, RANK = "float", 25  # before window_mask, which looks for masks that are constants
 
 LIMIT = 1 << 28  # bytes of one tensor
 
@@ -32,10 +34,21 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
         The model and the nodes that it no longer has.
     """
     draft = Draft(model)
+    ready = {
+        node.name: node
+        for node in model.graph.node
+        if node.input and all(map(model.is_constant, filter(None, node.input))) and (only is None or node.name in only)
+    }
     while draft.infer() and fold_constants(draft, LIMIT, only):
         pass
     left = {node.name for node in draft.graph.node}
     fired = tuple(node.name for node in model.graph.node if node.name not in left)
-    if not fired:
-        return Rewritten(model=model, fired=())
-    return Rewritten(model=draft.finish(), fired=fired)
+    unfit = {name: _reason(node) for name, node in ready.items() if name in left}
+    return Rewritten(model=draft.finish() if fired else model, fired=fired, unfit=unfit)
+
+
+def _reason(node: NodeProto) -> str:
+    """Why a node whose inputs are constant was not computed."""
+    if node.domain or node.op_type not in FOLDABLE:
+        return f"{node.op_type} is not among the operators that are computed here"
+    return f"its result is an output, larger than {LIMIT >> 20} MiB, of unknown size, or left to the runtime"

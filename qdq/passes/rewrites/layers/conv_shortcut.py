@@ -16,9 +16,9 @@ from onnx import NodeProto
 
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
-from qdq.passes.rewrites.edit import Edit, Rewritten
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, only_reader, require_constants
 
-STAGE, RANK = "float", 18
+STAGE, RANK = "float", 18  # no other rewrite depends on it; initializers are written in this order
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
@@ -32,41 +32,39 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
         The model and the Conv nodes fired on; each makes the output of its Add.
     """
     edit = Edit(model, only)
-    for conv in edit.candidates("Conv"):
-        use = model.only_use(conv.output[0])
-        add = None if use is None else use.node
-        if add is None or add.op_type != "Add" or add.domain or set(add.input) != {conv.input[0], conv.output[0]}:
-            continue
-        tap = _own_tap(model, conv)
-        if tap is None:
-            continue
-        weight = model.array(conv.input[1]).copy()
-        channels = np.arange(weight.shape[0])
-        weight[(channels, channels % weight.shape[1], *tap)] += 1
-        inner = NodeProto()
-        inner.CopyFrom(conv)
-        inner.input[1] = edit.constant(f"{conv.input[1]}_shortcut", weight)
-        inner.output[0] = add.output[0]
-        edit.replace(conv, [])
-        edit.replace(add, [inner], conv)
+    edit.each(["Conv"], lambda conv: _fold(model, edit, conv))
     return edit.finish()
 
 
-def _own_tap(model: Model, conv: NodeProto) -> tuple[int, ...] | None:
-    """The kernel position at which every output reads the input of its own place; None where there is none."""
-    if any(not model.is_constant(t) for t in conv.input[1:] if t):
-        return None
+def _fold(model: Model, edit: Edit, conv: NodeProto) -> None:
+    add = only_reader(model, conv.output[0])
+    if add.op_type != "Add" or add.domain or set(add.input) != {conv.input[0], conv.output[0]}:
+        raise Unfit(f"its result is read by {add.op_type} {add.name!r}, which does not add what the convolution reads")
+    tap = _own_tap(model, conv)
+    weight = model.array(conv.input[1]).copy()
+    channels = np.arange(weight.shape[0])
+    weight[(channels, channels % weight.shape[1], *tap)] += 1
+    wanted = edit.constant(f"{conv.input[1]}_shortcut", weight)
+    edit.replace(conv, [])
+    edit.replace(add, [altered(conv, {1: wanted}, add.output[0])], conv)
+
+
+def _own_tap(model: Model, conv: NodeProto) -> tuple[int, ...]:
+    """The kernel position at which every output reads the input of its own place; `Unfit` where there is none."""
+    require_constants(model, conv)
     outputs, inputs, *kernel = model.initializers[conv.input[1]].dims
     ones = [1] * len(kernel)
     dilations = attribute_value(conv, "dilations", ones)
     pads = attribute_value(conv, "pads", [0] * 2 * len(kernel))
     begins, ends = pads[: len(kernel)], pads[len(kernel) :]
     automatic = attribute_value(conv, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")
-    if automatic or attribute_value(conv, "strides", ones) != ones:
-        return None
-    if inputs * attribute_value(conv, "group", 1) != outputs or any(
-        b % d for b, d in zip(begins, dilations, strict=True)
-    ):
-        return None
+    if automatic or any(b % d for b, d in zip(begins, dilations, strict=True)):
+        raise Unfit("it says auto_pad, or its padding is no multiple of its dilation")
     same = all(b + e == d * (k - 1) for b, e, d, k in zip(begins, ends, dilations, kernel, strict=True))
-    return tuple(b // d for b, d in zip(begins, dilations, strict=True)) if same else None
+    if (
+        not same
+        or inputs * attribute_value(conv, "group", 1) != outputs
+        or attribute_value(conv, "strides", ones) != ones
+    ):
+        raise Unfit("its output has not the shape of its input")
+    return tuple(b // d for b, d in zip(begins, dilations, strict=True))

@@ -19,9 +19,9 @@ from onnx import NodeProto
 
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
-from qdq.passes.rewrites.edit import Edit, Rewritten
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, require_constants
 
-STAGE, RANK = "float", 20
+STAGE, RANK = "float", 20  # behind norm_bias and norm_channels, which look for ConvTranspose: phases multiply channels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,17 +44,15 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
         The model and the nodes fired on.
     """
     edit = Edit(model, only)
-    for node in edit.candidates("ConvTranspose"):
-        axes = _axes(model, node)
-        if axes is not None:
-            edit.replace(node, _convolution(model, edit, node, axes))
+    edit.each(["ConvTranspose"], lambda node: edit.replace(node, _convolution(model, edit, node, _axes(model, node))))
     return edit.finish()
 
 
-def _axes(model: Model, node: NodeProto) -> list[Axis] | None:
-    """How each axis decomposes; None where the node is to stay."""
-    if not all(model.is_constant(t) for t in node.input[1:]) or attribute_value(node, "group", 1) != 1:
-        return None
+def _axes(model: Model, node: NodeProto) -> list[Axis]:
+    """How each axis decomposes; `Unfit` where the node is to stay."""
+    require_constants(model, node)
+    if (group := attribute_value(node, "group", 1)) != 1:
+        raise Unfit(f"it has {group} groups, not one")
     kernel = model.initializers[node.input[1]].dims[2:]
     rank = len(kernel)
     ones, zeros = [1] * rank, [0] * rank
@@ -63,22 +61,24 @@ def _axes(model: Model, node: NodeProto) -> list[Axis] | None:
     extra = attribute_value(node, "output_padding", zeros)
     automatic = attribute_value(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")
     shaped = any(a.name == "output_shape" for a in node.attribute)
-    if automatic or shaped or strides == ones or attribute_value(node, "dilations", ones) != ones:
-        return None
-    found = [_axis(*a) for a in zip(kernel, strides, pads[:rank], pads[rank:], extra, strict=True)]
-    axes = [a for a in found if a is not None]
-    return axes if len(axes) == rank else None
+    if automatic or shaped:
+        raise Unfit("it says auto_pad or output_shape")
+    if strides == ones:
+        raise Unfit("its stride is 1")
+    if attribute_value(node, "dilations", ones) != ones:
+        raise Unfit("it is dilated")
+    return [_axis(*a) for a in zip(kernel, strides, pads[:rank], pads[rank:], extra, strict=True)]
 
 
-def _axis(kernel: int, stride: int, begin: int, end: int, extra: int) -> Axis | None:
-    """The taps of one axis; None where the output is no multiple of the stride long, or the Conv would have to crop."""
+def _axis(kernel: int, stride: int, begin: int, end: int, extra: int) -> Axis:
+    """The taps of one axis; `Unfit` where the output is no multiple of the stride, or the Conv would have to crop."""
     longer, odd = divmod(kernel - stride + extra - begin - end, stride)  # output = stride * (input + longer)
     phases = [(r, j) for r in range(stride) for j in range((r + begin) % stride, kernel, stride)]
     reach = {(r, (r + begin - j) // stride): j for r, j in phases}  # (phase, offset): tap
     first, last = min(d for _, d in reach), max(d for _, d in reach)
     after = longer + last
     if odd or first > 0 or after < 0:
-        return None
+        raise Unfit(f"its output is not {stride} * (input + constant) long, or cropped beyond the reach of the kernel")
     taps = [[reach.get((r, d), kernel) for d in range(first, last + 1)] for r in range(stride)]
     return Axis(taps=np.array(taps), before=-first, after=after)
 

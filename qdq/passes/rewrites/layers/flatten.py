@@ -16,9 +16,9 @@ import numpy as np
 from onnx import NodeProto
 
 from qdq.model.model import Model
-from qdq.passes.rewrites.edit import Edit, Rewritten
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered
 
-STAGE, RANK = "float", 50
+STAGE, RANK = "float", 50  # behind all: it takes along what they made elementwise, as Gelu, and they look for the rest
 
 LEAST_AXES = 4
 _ELEMENTWISE = """
@@ -39,7 +39,8 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
         The model and the MatMul nodes fired on.
     """
     edit = Edit(model, only)
-    products = {node.name for node in edit.candidates("MatMul") if _flattens(model, node)}
+    products: set[str] = set()
+    edit.each(["MatMul"], lambda node: products.add(_require_flat(model, node).name))
     flat: dict[str, str] = {}  # tensor -> the name of its matrix
     origin: dict[str, NodeProto] = {}  # tensor of `flat` -> the product that it comes from
     for node in model.graph.node:
@@ -50,9 +51,7 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     entered: dict[str, str] = {}  # tensor from outside -> the name of its matrix
     for node in [n for n in model.graph.node if n.output and n.output[0] in flat]:
         output = node.output[0]
-        copy = NodeProto()
-        copy.CopyFrom(node)
-        copy.output[0] = flat[output]
+        copy = altered(node, output=flat[output])
         new = []
         for index, tensor in enumerate(node.input):
             if tensor in flat:
@@ -81,13 +80,18 @@ def _sizes(model: Model, tensor: str) -> list[int] | None:
     return sizes if sizes.count(-1) <= 1 and sizes[-1] > 0 and 0 not in sizes else None
 
 
-def _flattens(model: Model, node: NodeProto) -> bool:
-    """Whether a MatMul multiplies a computed tensor of enough axes with a constant matrix."""
+def _require_flat(model: Model, node: NodeProto) -> NodeProto:
+    """A MatMul itself, if it multiplies a computed tensor of enough axes with a constant matrix."""
     if model.is_constant(node.input[0]) or not model.is_constant(node.input[1]):
-        return False
+        raise Unfit("it does not multiply a computed tensor with a constant one")
     before, after = _sizes(model, node.input[0]), _sizes(model, node.output[0])
-    matrix = len(model.initializers[node.input[1]].dims) == 2
-    return matrix and before is not None and after is not None and len(before) >= LEAST_AXES
+    if len(model.initializers[node.input[1]].dims) != 2:
+        raise Unfit("its weight is no matrix")
+    if before is None or after is None:
+        raise Unfit("two sizes of what it reads or makes are dynamic, or the last one, or one is zero")
+    if len(before) < LEAST_AXES:
+        raise Unfit(f"what it reads has {len(before)} axes; from {LEAST_AXES} on it pays")
+    return node
 
 
 def _follows(model: Model, node: NodeProto, flat: Mapping[str, str]) -> bool:

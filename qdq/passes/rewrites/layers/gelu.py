@@ -16,10 +16,10 @@ from collections.abc import Collection
 from onnx import NodeProto
 
 from qdq.model.model import Model
-from qdq.passes.rewrites.edit import Edit, Rewritten
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, only_reader
 from qdq.passes.rewrites.polynomial import OPERATORS, agrees, ancestors, polynomial, powers
 
-STAGE, RANK = "float", 3
+STAGE, RANK = "float", 3  # before flatten, which takes Gelu along
 
 CURVES = {"Erf": "none", "Tanh": "tanh"}
 ARGUMENTS = {
@@ -41,35 +41,37 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
         The model and the Erf and Tanh nodes fired on; the Gelu takes the name.
     """
     edit = Edit(model, only)
-    for curve in edit.candidates(*CURVES):
-        found = _argument(model, curve)
-        last = None if found is None else _last(model, curve, found)
-        if found is None or last is None:
-            continue
-        gelu = edit.node("Gelu", [found], f"{curve.name}_Gelu", last.output[0], approximate=CURVES[curve.op_type])
-        gelu.name = curve.name
-        edit.replace(last, [gelu], curve)
+    edit.each(CURVES, lambda curve: _put(model, edit, curve))
     return edit.finish()
 
 
-def _argument(model: Model, curve: NodeProto) -> str | None:
-    """The tensor whose GELU a curve is part of; None for none."""
+def _put(model: Model, edit: Edit, curve: NodeProto) -> None:
+    argument = _argument(model, curve)
+    last = _last(model, curve, argument)
+    gelu = edit.node("Gelu", [argument], f"{curve.name}_Gelu", last.output[0], approximate=CURVES[curve.op_type])
+    gelu.name = curve.name
+    edit.replace(last, [gelu], curve)
+
+
+def _argument(model: Model, curve: NodeProto) -> str:
+    """The tensor whose GELU a curve is part of."""
     dtype = model.dtype(curve.input[0])
     for tensor in ancestors(model, curve.input[0]):
         if agrees(polynomial(model, curve.input[0], {tensor: "x"}), ARGUMENTS[curve.op_type], dtype):
             return tensor
-    return None
+    raise Unfit(f"its operand is not that of {curve.op_type} in GELU, within the rounding of its type")
 
 
-def _last(model: Model, curve: NodeProto, argument: str) -> NodeProto | None:
-    """The node that makes the GELU, as wide as its argument; None if nothing does."""
+def _last(model: Model, curve: NodeProto, argument: str) -> NodeProto:
+    """The node that makes the GELU, as wide as its argument."""
     node, dtype = curve, model.dtype(curve.output[0])
     for _ in range(STEPS):
-        use = model.only_use(node.output[0])
-        if use is None or use.node.op_type not in OPERATORS:
-            return None
-        node = use.node
+        node = only_reader(model, node.output[0])
+        if node.op_type not in OPERATORS:
+            break
         if agrees(polynomial(model, node.output[0], {argument: "x", curve.output[0]: "t"}), RESULT, dtype):
             before, after = model.rank(argument), model.rank(node.output[0])
-            return node if before == after is not None else None
-    return None
+            if before == after is not None:
+                return node
+            break
+    raise Unfit(f"what reads it is not x * 0.5 * (1 + {curve.op_type.lower()} ...) with the operand's x and shape")

@@ -19,10 +19,10 @@ from onnx import NodeProto
 
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
-from qdq.passes.rewrites.edit import Edit, Rewritten
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit
 from qdq.passes.rewrites.polynomial import ONE, OPERATORS, agrees, ancestors, polynomial, powers
 
-STAGE, RANK = "float", 2
+STAGE, RANK = "float", 2  # before norm_late, which moves the operator that this makes
 
 ROOTS = ("Sqrt", "Pow")
 STEPS = 6  # operators from the standard deviation to the result, at most
@@ -60,61 +60,58 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
         The model and the Sqrt or Pow nodes fired on.
     """
     edit = Edit(model, only)
-    for root in edit.candidates(*ROOTS):
-        norm = _norm(model, root)
-        if norm is None:
-            continue
-        inputs = [norm.source, edit.constant(f"{root.name}_gain", norm.gain)]
-        if norm.shift is not None:
-            inputs.append(edit.constant(f"{root.name}_shift", norm.shift))
-        name = f"{root.name}_LayerNormalization"
-        node = edit.node("LayerNormalization", inputs, name, norm.last.output[0], axis=-norm.axes, epsilon=norm.epsilon)
-        edit.replace(norm.last, [node], root)
+    edit.each(ROOTS, lambda root: _put(model, edit, root))
     return edit.finish()
 
 
-def _norm(model: Model, root: NodeProto) -> Norm | None:
-    """The normalization whose standard deviation a node makes; None if it makes that of none."""
+def _put(model: Model, edit: Edit, root: NodeProto) -> None:
+    norm = _norm(model, root)
+    inputs = [norm.source, edit.constant(f"{root.name}_gain", norm.gain)]
+    if norm.shift is not None:
+        inputs.append(edit.constant(f"{root.name}_shift", norm.shift))
+    name = f"{root.name}_LayerNormalization"
+    node = edit.node("LayerNormalization", inputs, name, norm.last.output[0], axis=-norm.axes, epsilon=norm.epsilon)
+    edit.replace(norm.last, [node], root)
+
+
+def _norm(model: Model, root: NodeProto) -> Norm:
+    """The normalization whose standard deviation a node makes."""
     exponent = _exponent(model, root)
-    square = None if exponent is None else _mean_square(model, root.input[0])
-    if exponent is None or square is None:
-        return None
-    values, first, epsilon = square
+    values, first, epsilon = _mean_square(model, root.input[0])
     source, means = _centre(model, values, first)
     info, sizes = model.info(source), model.sizes(source, first)
-    if not means or info is None or sizes is None or info.dtype not in ("float32", "float16"):
-        return None
+    if not means:
+        raise Unfit("the squares are not of values less their mean over the same axes")
+    if info is None or sizes is None or info.dtype not in ("float32", "float16"):
+        raise Unfit("a normalized axis is dynamic, or the type is neither float32 nor float16")
     rank = first + len(sizes)
     variables = {source: "x", root.output[0]: "s", **dict.fromkeys(means, "m")}
     found = _result(model, root, variables, -1 if exponent > 0 else 1, rank)
     if found is None:
-        return None
+        raise Unfit("nothing makes (x - mean) / deviation * gain + shift with it")
     last, gain, shift = found
     dtype = np.dtype(info.dtype)
-    wide = [None if v is None else _spread(v, rank, sizes) for v in (gain, shift)]
-    if wide[0] is None or (shift is not None and wide[1] is None):
-        return None
     return Norm(
         source=source,
         axes=len(sizes),
         epsilon=epsilon,
-        gain=wide[0].astype(dtype),
-        shift=None if wide[1] is None else wide[1].astype(dtype),
+        gain=_spread(gain, rank, sizes).astype(dtype),
+        shift=None if shift is None else _spread(shift, rank, sizes).astype(dtype),
         last=last,
     )
 
 
-def _exponent(model: Model, root: NodeProto) -> float | None:
-    """0.5 or -0.5; None for any other node."""
+def _exponent(model: Model, root: NodeProto) -> float:
+    """0.5 or -0.5; `Unfit` for any other node."""
     if root.op_type == "Sqrt":
         return 0.5
-    if root.op_type != "Pow" or not model.is_constant(root.input[1]):
-        return None
-    exponent = model.array(root.input[1])
-    return float(exponent.item()) if exponent.size == 1 and abs(exponent.item()) == 0.5 else None
+    exponent = model.array(root.input[1]) if model.is_constant(root.input[1]) else np.zeros(0)
+    if exponent.size != 1 or abs(exponent.item()) != 0.5:
+        raise Unfit("its exponent is neither 0.5 nor -0.5")
+    return float(exponent.item())
 
 
-def _mean_square(model: Model, tensor: str) -> tuple[str, int, float] | None:
+def _mean_square(model: Model, tensor: str) -> tuple[str, int, float]:
     """The values d, the first axis and epsilon where a tensor is mean(d^2) + epsilon over the last axes."""
     for mean in ancestors(model, tensor):
         below = _mean(model, mean)
@@ -128,7 +125,7 @@ def _mean_square(model: Model, tensor: str) -> tuple[str, int, float] | None:
         for values in ancestors(model, square):
             if agrees(polynomial(model, square, {values: "d"}), {powers(d=2): 1}):
                 return values, axis, float(epsilon.item())
-    return None
+    raise Unfit("it is not the root of a mean of squares over the last axes, which are kept, and an epsilon above 0")
 
 
 def _mean(model: Model, tensor: str) -> tuple[str, int] | None:
@@ -229,10 +226,10 @@ def _affine(
     return gain, found.get(ONE)
 
 
-def _spread(values: np.ndarray, rank: int, sizes: tuple[int, ...]) -> np.ndarray | None:
-    """Values that broadcast to the last axes of a tensor, as large as those; None if they differ along others."""
+def _spread(values: np.ndarray, rank: int, sizes: tuple[int, ...]) -> np.ndarray:
+    """Values that broadcast to the last axes of a tensor, as large as those."""
     whole = values.reshape((1,) * (rank - values.ndim) + values.shape) if values.ndim <= rank else values
     axis = rank - len(sizes)
     if whole.ndim != rank or any(d not in (1, n) for d, n in zip(whole.shape, (*[1] * axis, *sizes), strict=True)):
-        return None
+        raise Unfit("its gain or shift differs along axes that are not normalized")
     return np.broadcast_to(whole.reshape(whole.shape[axis:]), sizes)

@@ -12,9 +12,9 @@ from collections.abc import Collection
 from onnx import NodeProto
 
 from qdq.model.model import Model
-from qdq.passes.rewrites.edit import Edit, Rewritten
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered
 
-STAGE, RANK = "float", 10
+STAGE, RANK = "float", 10  # before norm_one_channel and norm_channels: a bias that goes needs no zeros
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
@@ -28,17 +28,17 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
         The model and the nodes that lost their bias.
     """
     edit = Edit(model, only)
-    for node in edit.candidates("Conv", "ConvTranspose"):
-        if len(node.input) > 2 and node.input[2] and _normalized(model, node.output[0]):
-            copy = NodeProto()
-            copy.CopyFrom(node)
-            del copy.input[2:]
-            edit.replace(node, [copy])
+    edit.each(["Conv", "ConvTranspose"], lambda node: _drop(model, edit, node))
     return edit.finish()
 
 
-def _normalized(model: Model, tensor: str) -> bool:
-    """Whether every reader of a tensor is an InstanceNormalization."""
-    uses = model.consumers(tensor)
+def _drop(model: Model, edit: Edit, node: NodeProto) -> None:
+    if not any(node.input[2:]):
+        raise Unfit("it has no bias")
+    uses = model.consumers(node.output[0])
     readers = [u.index == 0 and u.node.op_type == "InstanceNormalization" and not u.node.domain for u in uses]
-    return bool(readers) and all(readers) and not model.is_output(tensor)
+    if not readers or not all(readers) or model.is_output(node.output[0]):
+        raise Unfit(f"{node.output[0]!r} is not read by InstanceNormalization alone")
+    bare = altered(node)
+    del bare.input[2:]
+    edit.replace(node, [bare])

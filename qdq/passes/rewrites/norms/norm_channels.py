@@ -17,31 +17,14 @@ from onnx import NodeProto
 
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
-from qdq.passes.rewrites.edit import Edit, Rewritten
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, only_reader, require_constants
 
-STAGE, RANK = "float", 15
+STAGE, RANK = "float", 15  # behind norm_bias and norm_one_channel, which leave less to widen; before conv_transpose
 
 MULTIPLE = 8
 # finite at 0, where the added channels are
-FINITE = {
-    "Relu",
-    "LeakyRelu",
-    "PRelu",
-    "Elu",
-    "Selu",
-    "Sigmoid",
-    "Tanh",
-    "Erf",
-    "Gelu",
-    "HardSwish",
-    "Clip",
-    "Add",
-    "Sub",
-    "Mul",
-    "Div",
-    "Neg",
-    "Abs",
-}
+_POINTWISE = "Relu LeakyRelu PRelu Elu Selu Sigmoid Tanh Erf Gelu HardSwish Clip Add Sub Mul Div Neg Abs"
+FINITE = frozenset(_POINTWISE.split())
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
@@ -55,32 +38,36 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
         The model and the InstanceNormalization nodes fired on.
     """
     edit = Edit(model, only)
-    made: dict[str, NodeProto] = {}  # the newest form of a node: two norms may widen the two ends of one Conv
-    for norm in edit.candidates("InstanceNormalization"):
-        conv = model.producer(norm.input[0])
-        if conv is None or not _convolves(model, conv) or not all(model.is_constant(t) for t in norm.input[1:]):
-            continue
-        channels = model.initializers[norm.input[1]].dims[0]
-        missing = -channels % MULTIPLE
-        if not missing or model.only_use(conv.output[0]) is None:
-            continue
-        outputs = 0 if conv.op_type == "Conv" else 1
-        made[conv.name] = _wider(edit, made.get(conv.name, conv), outputs, missing, bias=True)
-        edit.replace(conv, [made[conv.name]], norm)
-        wide = _wider(edit, norm, 0, missing, bias=True)
-        readers = _readers(model, norm.output[0])
-        for reader in readers or ():
-            inputs = 1 if reader.op_type == "Conv" else 0
-            made[reader.name] = _wider(edit, made.get(reader.name, reader), inputs, missing, bias=False)
-            edit.replace(reader, [made[reader.name]], norm)
-        if readers is not None:
-            edit.replace(norm, [wide])
-            continue
-        wide.output[0] = edit.name(f"{norm.output[0]}_wide")
-        bounds = {"start": 0, "end": channels, "axis": 1}
-        cut = [edit.constant(f"{norm.name}_{key}", np.array([value], np.int64)) for key, value in bounds.items()]
-        edit.replace(norm, [wide, edit.node("Slice", [wide.output[0], *cut], f"{norm.name}_Slice", norm.output[0])])
+    made: dict[str, NodeProto] = {}
+    edit.each(["InstanceNormalization"], lambda norm: _widen(model, edit, norm, made))
     return edit.finish()
+
+
+def _widen(model: Model, edit: Edit, norm: NodeProto, made: dict[str, NodeProto]) -> None:
+    """Widen one norm; `made` holds the newest form of a node: two norms may widen the two ends of one Conv."""
+    conv = model.producer(norm.input[0])
+    if conv is None or not _convolves(model, conv):
+        raise Unfit("no Conv or ConvTranspose of one group and constant weights makes what it reads")
+    require_constants(model, norm)
+    channels = model.initializers[norm.input[1]].dims[0]
+    missing = -channels % MULTIPLE
+    if not missing:
+        raise Unfit(f"its {channels} channels are a multiple of {MULTIPLE}")
+    only_reader(model, conv.output[0])
+    outputs = 0 if conv.op_type == "Conv" else 1
+    made[conv.name] = _wider(edit, made.get(conv.name, conv), outputs, missing, bias=True)
+    edit.replace(conv, [made[conv.name]], norm)
+    wide = _wider(edit, norm, 0, missing, bias=True)
+    readers = _readers(model, norm.output[0])
+    for reader in readers or ():
+        inputs = 1 if reader.op_type == "Conv" else 0
+        made[reader.name] = _wider(edit, made.get(reader.name, reader), inputs, missing, bias=False)
+        edit.replace(reader, [made[reader.name]], norm)
+    if readers is not None:
+        edit.replace(norm, [wide])
+        return
+    wide.output[0] = edit.name(f"{norm.output[0]}_wide")
+    edit.replace(norm, [wide, edit.first(wide.output[0], channels, 1, norm)])
 
 
 def _convolves(model: Model, node: NodeProto) -> bool:
@@ -110,8 +97,7 @@ def _readers(model: Model, tensor: str) -> list[NodeProto] | None:
 
 def _wider(edit: Edit, node: NodeProto, axis: int, missing: int, *, bias: bool) -> NodeProto:
     """The node with zeros added to its constants: along `axis` of the first; at the end of the others, if `bias`."""
-    copy = NodeProto()
-    copy.CopyFrom(node)
+    copy = altered(node)
     for index, name in enumerate(node.input[1:], 1):
         values = edit.array(name)
         if index == 1 or bias:

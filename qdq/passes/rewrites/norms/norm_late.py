@@ -20,9 +20,9 @@ from engines.core.operators import MOVERS
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
 from qdq.passes.draft import assign
-from qdq.passes.rewrites.edit import Edit, Rewritten
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered
 
-STAGE, RANK = "float", 5
+STAGE, RANK = "float", 5  # behind layer_norm, which makes the operator that this moves
 
 # What `_keeps` can judge: without copies, and without what `prepare` or another rewrite replaces.
 MOVES = MOVERS - {"Expand", "Flatten", "Identity", "Tile"} | {"Concat", "Pad"}
@@ -40,48 +40,45 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
         The model and the LayerNormalization nodes fired on.
     """
     edit = Edit(model, only)
-    for norm in edit.candidates("LayerNormalization"):
-        moves = _moves(model, norm)
-        if not any(node.op_type in WORTH for node in moves) or any(norm.output[1:]):
-            continue
-        last = moves[-1].output[0]
-        mask = _mask(model, norm.output[0], moves)
-        moved = edit.name(f"{last}_moved")
-        for node in moves:
-            copy = NodeProto()
-            copy.CopyFrom(node)
-            for index, tensor in enumerate(node.input):
-                if tensor == norm.output[0]:
-                    copy.input[index] = norm.input[0]
-            if node.name != moves[-1].name:
-                edit.replace(node, [copy], norm)
-                continue
-            copy.output[0] = moved
-            late = NodeProto()
-            late.CopyFrom(norm)
-            late.input[0], late.output[0] = moved, last
-            for index, tensor in enumerate(norm.input[1:], 1):
-                if len(model.initializers[tensor].dims if tensor else ()) > 1:  # more axes than the moved rows may have
-                    late.input[index] = edit.constant(f"{tensor}_row", model.array(tensor).reshape(-1))
-            kept = [a for a in norm.attribute if a.name != "axis"]
-            assign(late.attribute, [*kept, helper.make_attribute("axis", -1)])
-            new = [copy, late]
-            if not mask.all():
-                late.output[0] = edit.name(f"{last}_unmasked")
-                zeros = edit.constant(f"{norm.name}_mask", mask.astype(model.array(norm.input[1]).dtype))
-                new.append(edit.node("Mul", [late.output[0], zeros], f"{norm.name}_Mul", last))
-            edit.replace(node, new, norm)
-        edit.replace(norm, [])
+    edit.each(["LayerNormalization"], lambda norm: _move(model, edit, norm))
     return edit.finish()
 
 
+def _move(model: Model, edit: Edit, norm: NodeProto) -> None:
+    moves = _moves(model, norm)
+    last = moves[-1].output[0]
+    mask = _mask(model, norm.output[0], moves)
+    moved = edit.name(f"{last}_moved")
+    early = [
+        altered(node, {i: norm.input[0] for i, tensor in enumerate(node.input) if tensor == norm.output[0]})
+        for node in moves
+    ]
+    for node, copy in zip(moves[:-1], early[:-1], strict=True):
+        edit.replace(node, [copy], norm)
+    early[-1].output[0] = moved
+    late = altered(norm, {0: moved}, last)
+    for index, tensor in enumerate(norm.input[1:], 1):
+        if len(model.initializers[tensor].dims if tensor else ()) > 1:  # more axes than the moved rows may have
+            late.input[index] = edit.constant(f"{tensor}_row", model.array(tensor).reshape(-1))
+    kept = [a for a in norm.attribute if a.name != "axis"]
+    assign(late.attribute, [*kept, helper.make_attribute("axis", -1)])
+    new = [early[-1], late]
+    if not mask.all():
+        late.output[0] = edit.name(f"{last}_unmasked")
+        zeros = edit.constant(f"{norm.name}_mask", mask.astype(model.array(norm.input[1]).dtype))
+        new.append(edit.node("Mul", [late.output[0], zeros], f"{norm.name}_Mul", last))
+    edit.replace(moves[-1], new, norm)
+    edit.replace(norm, [])
+
+
 def _moves(model: Model, norm: NodeProto) -> list[NodeProto]:
-    """The nodes that move rows of a norm, if they end in one tensor that others read; none otherwise."""
+    """The nodes that move rows of a norm and end in one tensor that others read, if they are worth it."""
     shape = model.sizes(norm.output[0])
     axis = attribute_value(norm, "axis", -1)
-    alike = all(_is_row(model, t) for t in norm.input[1:] if t)
-    if not shape or axis not in (-1, len(shape) - 1) or not alike:
-        return []
+    if not shape or axis not in (-1, len(shape) - 1) or any(norm.output[1:]):
+        raise Unfit("it normalizes other axes than the last, a size is dynamic, or its mean is read")
+    if not all(_is_row(model, t) for t in norm.input[1:] if t):
+        raise Unfit("its gain or shift is computed, or differs from row to row")
     inside, moves = {norm.output[0]}, []
     for node in model.graph.node:
         if node.op_type not in MOVES or node.domain:
@@ -91,8 +88,10 @@ def _moves(model: Model, norm: NodeProto) -> list[NodeProto]:
             moves.append(node)
             inside.add(node.output[0])
     leaving = {t for t in inside if any(use.node.output[0] not in inside for use in model.consumers(t))}
-    if not moves or leaving != {moves[-1].output[0]} or any(map(model.is_output, inside)):
-        return []
+    if not any(node.op_type in WORTH for node in moves):
+        raise Unfit(f"none of {', '.join(WORTH)} moves whole rows of its result")
+    if leaving != {moves[-1].output[0]} or any(map(model.is_output, inside)):
+        raise Unfit("its result, or a moved one, is also read by other nodes, or an output of the model")
     return moves
 
 

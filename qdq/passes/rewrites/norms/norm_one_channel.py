@@ -16,9 +16,9 @@ from onnx import NodeProto
 
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
-from qdq.passes.rewrites.edit import Edit, Rewritten
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, require_constants
 
-STAGE, RANK = "float", 12
+STAGE, RANK = "float", 12  # before norm_channels: a norm that goes needs no more channels
 
 EPSILON = 1e-5  # InstanceNormalization's default
 
@@ -34,24 +34,30 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
         The model and the InstanceNormalization nodes fired on.
     """
     edit = Edit(model, only)
-    for norm in edit.candidates("InstanceNormalization"):
-        conv = model.producer(norm.input[0])
-        if conv is not None and _one_channel(model, conv) and all(map(model.is_constant, norm.input[1:])):
-            edit.replace(norm, _pointwise(model, edit, conv, norm))
+    edit.each(["InstanceNormalization"], lambda norm: edit.replace(norm, _pointwise(model, edit, norm)))
     return edit.finish()
 
 
-def _one_channel(model: Model, conv: NodeProto) -> bool:
-    """Whether a node multiplies one channel by constants."""
-    if conv.op_type != "Conv" or conv.domain or any(not model.is_constant(t) for t in conv.input[1:] if t):
-        return False
+def _one_channel(model: Model, norm: NodeProto) -> NodeProto:
+    """The convolution before a norm, if it multiplies one channel by constants."""
+    conv = model.producer(norm.input[0])
+    if conv is None or conv.op_type != "Conv" or conv.domain:
+        raise Unfit("no Conv makes what it reads")
+    require_constants(model, conv)
+    require_constants(model, norm)
     dims = model.initializers[conv.input[1]].dims
     one = all(s == 1 for s in attribute_value(conv, "strides", [1])) and not any(attribute_value(conv, "pads", [0]))
-    return all(d == 1 for d in dims[1:]) and attribute_value(conv, "group", 1) == 1 and one and len(dims) > 2
+    if any(d != 1 for d in dims[1:]) or attribute_value(conv, "group", 1) != 1 or not one or len(dims) <= 2:
+        raise Unfit(
+            f"Conv {conv.name!r} before it, with a weight of {list(dims)}, does not multiply one channel by numbers, "
+            "or has a stride or padding"
+        )
+    return conv
 
 
-def _pointwise(model: Model, edit: Edit, conv: NodeProto, norm: NodeProto) -> list[NodeProto]:
+def _pointwise(model: Model, edit: Edit, norm: NodeProto) -> list[NodeProto]:
     """The nodes in place of a norm; the last makes its output."""
+    conv = _one_channel(model, norm)
     weight, gain, shift = (model.array(t) for t in (conv.input[1], *norm.input[1:]))
     dtype, along = weight.dtype, (1, -1, *(1,) * (weight.ndim - 2))
     wide = weight.astype(np.float64).reshape(along)

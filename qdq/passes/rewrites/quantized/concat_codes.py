@@ -17,9 +17,9 @@ from onnx import NodeProto, helper
 
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
-from qdq.passes.rewrites.edit import Edit, Rewritten
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered
 
-STAGE, RANK = "quantized", 20
+STAGE, RANK = "quantized", 20  # no other rewrite depends on it; initializers are written in this order
 
 STEPS = ("Pad", "Cast", "Sub", "QuantizeLinear", "DequantizeLinear")  # what a quantizer is made of
 
@@ -36,26 +36,36 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     """
     edit = Edit(model, only)
     place = {node.name: index for index, node in enumerate(model.graph.node)}
-    for concat in edit.candidates("Concat"):
-        for use in model.consumers(concat.output[0]):
-            steps = _quantizer(model, use.node) if use.index == 0 else []
-            if not steps or not _elementwise(model, steps, concat):
-                continue
-            last = steps[-1]
-            made = [_alike(model, part, steps, place[last.name], place) for part in concat.input]
-            if not any(made):
-                continue
-            new: list[NodeProto] = []
-            for index, part in enumerate(concat.input):
-                if not made[index]:
-                    new += _copies(edit, steps, part)
-                    made[index] = new[-1].output[0]
-            axis = attribute_value(concat, "axis", 0)
-            new.append(helper.make_node("Concat", made, [last.output[0]], edit.name(f"{concat.name}_codes"), axis=axis))
-            for step in steps[:-1]:
-                edit.replace(step, [], concat)
-            edit.replace(last, new, concat)
+    edit.each(["Concat"], lambda concat: _quantize_parts(model, edit, concat, place))
     return edit.finish()
+
+
+def _quantize_parts(model: Model, edit: Edit, concat: NodeProto, place: dict[str, int]) -> None:
+    """Move each quantizer that reads a Concat before it, if it can be; `place` of each node in the graph."""
+    reason = "no quantizer of one scale reads its result"
+    fits = False
+    for use in model.consumers(concat.output[0]):
+        steps = _quantizer(model, use.node) if use.index == 0 else []
+        if not steps or not _elementwise(model, steps, concat):
+            continue
+        last = steps[-1]
+        made = [_alike(model, part, steps, place[last.name], place) for part in concat.input]
+        if not any(made):
+            reason = f"no part of it is quantized by the same numbers as {last.name!r}, and before that"
+            continue
+        fits = True
+        new: list[NodeProto] = []
+        for index, part in enumerate(concat.input):
+            if not made[index]:
+                new += _copies(edit, steps, part)
+                made[index] = new[-1].output[0]
+        axis = attribute_value(concat, "axis", 0)
+        new.append(helper.make_node("Concat", made, [last.output[0]], edit.name(f"{concat.name}_codes"), axis=axis))
+        for step in steps[:-1]:
+            edit.replace(step, [], concat)
+        edit.replace(last, new, concat)
+    if not fits:
+        raise Unfit(reason)
 
 
 def _quantizer(model: Model, first: NodeProto) -> list[NodeProto]:
@@ -115,10 +125,7 @@ def _copies(edit: Edit, steps: list[NodeProto], part: str) -> list[NodeProto]:
     """The steps on a part."""
     copies: list[NodeProto] = []
     for step in steps:
-        copy = NodeProto()
-        copy.CopyFrom(step)
-        copy.name = edit.name(f"{step.name}_part")
-        copy.input[0] = copies[-1].output[0] if copies else part
-        copy.output[0] = copy.name
-        copies.append(copy)
+        name = edit.name(f"{step.name}_part")
+        copies.append(altered(step, {0: copies[-1].output[0] if copies else part}, name))
+        copies[-1].name = name
     return copies

@@ -16,10 +16,10 @@ import numpy as np
 from onnx import NodeProto
 
 from qdq.model.model import Model
-from qdq.passes.rewrites.edit import Edit, Rewritten
-from qdq.passes.rewrites.quantized.weight_scales import LARGEST_RATIO, channel_scales, common_scale, dequantized
+from qdq.passes.rewrites.edit import Edit, Rewritten, altered, require_constants
+from qdq.passes.rewrites.quantized.weight_scales import channel_scales, common_scale, dequantized, ratios
 
-STAGE, RANK = "quantized", 10
+STAGE, RANK = "quantized", 10  # behind norm_scale, which needs no Mul where it fits
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
@@ -34,35 +34,30 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     """
     edit = Edit(model, only)
     made: dict[tuple[str, str], NodeProto] = {}
-    for conv in edit.candidates("Conv"):
-        dequantize = model.producer(conv.input[1])
-        bias = conv.input[2] if len(conv.input) > 2 else ""
-        scales = None if dequantize is None else channel_scales(model, dequantize)
-        if dequantize is None or scales is None or (bias and not model.is_constant(bias)):
-            continue
-        wide, common = scales.astype(np.float64), common_scale(scales)
-        if wide.max() > LARGEST_RATIO * wide.min():
-            continue
-        nodes = dequantized(model, edit, made, dequantize, common)
-        codes, key = dequantize.input[0], (dequantize.input[0], dequantize.input[1])
-        inner = NodeProto()
-        inner.CopyFrom(conv)
-        inner.input[1] = made[key].output[0]
-        nodes.append(inner)
-        if wide.max() > common or wide.min() < common:
-            nodes += _scaled(model, edit, inner, (wide / common).astype(scales.dtype), model.array(codes).ndim)
-        edit.replace(conv, nodes)
+    edit.each(["Conv"], lambda conv: _move_scales(model, edit, conv, made))
     return edit.finish()
 
 
-def _scaled(model: Model, edit: Edit, conv: NodeProto, ratios: np.ndarray, rank: int) -> list[NodeProto]:
+def _move_scales(model: Model, edit: Edit, conv: NodeProto, made: dict[tuple[str, str], NodeProto]) -> None:
+    dequantize, scales = channel_scales(model, conv)
+    require_constants(model, conv, 2)
+    factors = ratios(scales)
+    nodes = dequantized(model, edit, made, dequantize, common_scale(scales))
+    codes, scale = dequantize.input[:2]
+    nodes.append(altered(conv, {1: made[codes, scale].output[0]}))
+    if (factors != 1).any():
+        nodes += _scaled(model, edit, nodes[-1], factors.astype(scales.dtype), model.array(codes).ndim)
+    edit.replace(conv, nodes)
+
+
+def _scaled(model: Model, edit: Edit, conv: NodeProto, factors: np.ndarray, rank: int) -> list[NodeProto]:
     """The Mul and Add behind a Conv, which loses its bias to them; the last makes the old output."""
     output, bias = conv.output[0], conv.input[2] if len(conv.input) > 2 else ""
     along = (-1, *(1,) * (rank - 2))
     del conv.input[2:]
     conv.output[0] = edit.name(f"{output}_unscaled")
-    factors = edit.constant(f"{conv.name}_ratios", ratios.reshape(along))
-    mul = edit.node("Mul", [conv.output[0], factors], f"{conv.name}_Mul", "" if bias else output)
+    name = edit.constant(f"{conv.name}_ratios", factors.reshape(along))
+    mul = edit.node("Mul", [conv.output[0], name], f"{conv.name}_Mul", "" if bias else output)
     if not bias:
         return [mul]
     added = edit.constant(f"{conv.name}_added", model.array(bias).reshape(along))

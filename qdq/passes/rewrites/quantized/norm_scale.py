@@ -19,10 +19,11 @@ from onnx import NodeProto, helper
 
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
-from qdq.passes.rewrites.edit import Edit, Rewritten
-from qdq.passes.rewrites.quantized.weight_scales import LARGEST_RATIO, channel_scales, common_scale, dequantized
+from qdq.passes.draft import assign
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, require_constants
+from qdq.passes.rewrites.quantized.weight_scales import channel_scales, common_scale, dequantized, ratios
 
-STAGE, RANK = "quantized", 5
+STAGE, RANK = "quantized", 5  # before hoist, which takes what this does not fit
 
 EPSILON = 1e-5  # InstanceNormalization's default
 LARGEST_EPSILON = 1.01e-3  # of a norm that is to divide by the standard deviation; 1e-3 in float32 is a little more
@@ -41,56 +42,50 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     """
     edit = Edit(model, only)
     made: dict[tuple[str, str], NodeProto] = {}
-    for conv in edit.candidates("Conv"):
-        dequantize = model.producer(conv.input[1])
-        scales = None if dequantize is None else channel_scales(model, dequantize)
-        if dequantize is None or scales is None:
-            continue
-        added, norms = _until_norms(model, conv, len(model.initializers[dequantize.input[0]].dims))
-        if not norms:
-            continue
-        common = common_scale(scales)
-        squares = (scales.astype(np.float64) / common) ** 2
-        if squares.max() > LARGEST_RATIO**2 * squares.min():
-            continue
-        if not all(model.is_constant(t) for t in conv.input[2:] if t):
-            continue
-        before = dequantized(model, edit, made, dequantize, common)
-        inner = NodeProto()
-        inner.CopyFrom(conv)
-        inner.input[1] = made[dequantize.input[0], dequantize.input[1]].output[0]
-        if added or any(conv.input[2:]):
-            total = _constants(model, conv, added) / (scales.astype(np.float64) / common)
-            inner.input[:] = [*inner.input[:2], edit.constant(f"{conv.name}_centre", total.astype(scales.dtype))]
-        edit.replace(conv, [*before, inner])
-        for node in added:
-            edit.replace(node, [], conv)
-        for norm in norms:
-            copy = NodeProto()
-            copy.CopyFrom(norm)
-            copy.input[0] = conv.output[0]
-            kept = [a for a in norm.attribute if a.name != "epsilon"]
-            epsilon = 2 * attribute_value(norm, "epsilon", EPSILON) / (squares.min() + squares.max())
-            del copy.attribute[:]
-            copy.attribute.extend([*kept, helper.make_attribute("epsilon", float(epsilon))])
-            edit.replace(norm, [copy], conv)
+    edit.each(["Conv"], lambda conv: _unify(model, edit, conv, made))
     return edit.finish()
 
 
+def _unify(model: Model, edit: Edit, conv: NodeProto, made: dict[tuple[str, str], NodeProto]) -> None:
+    dequantize, scales = channel_scales(model, conv)
+    codes, scale = dequantize.input[:2]
+    added, norms = _until_norms(model, conv, len(model.initializers[codes].dims))
+    factors = ratios(scales)
+    require_constants(model, conv, 2)
+    before = dequantized(model, edit, made, dequantize, common_scale(scales))
+    inner = altered(conv, {1: made[codes, scale].output[0]})
+    if added or any(conv.input[2:]):
+        total = _constants(model, conv, added) / factors
+        inner.input[:] = [*inner.input[:2], edit.constant(f"{conv.name}_centre", total.astype(scales.dtype))]
+    edit.replace(conv, [*before, inner])
+    for node in added:
+        edit.replace(node, [], conv)
+    squares = factors**2
+    for norm in norms:
+        copy = altered(norm, {0: conv.output[0]})
+        kept = [a for a in norm.attribute if a.name != "epsilon"]
+        epsilon = 2 * attribute_value(norm, "epsilon", EPSILON) / (squares.min() + squares.max())
+        assign(copy.attribute, [*kept, helper.make_attribute("epsilon", float(epsilon))])
+        edit.replace(norm, [copy], conv)
+
+
 def _until_norms(model: Model, conv: NodeProto, rank: int) -> tuple[list[NodeProto], list[NodeProto]]:
-    """Nodes that add constants to a Conv's channels, and the norms that alone read the sum; none if others read it."""
+    """Nodes that add constants to a Conv's channels, and the norms that alone read the sum; `Unfit` for others."""
     added: list[NodeProto] = []
     while True:
         tensor = (added[-1] if added else conv).output[0]
         uses = model.consumers(tensor)
         if model.is_output(tensor) or not uses:
-            return [], []
+            raise Unfit(f"{tensor!r} is an output of the model, or nothing reads it")
         if len(uses) == 1 and _adds_constant(model, uses[0].node, tensor, rank):
             added.append(uses[0].node)
             continue
         norms = [u.node for u in uses if u.index == 0 and u.node.op_type == "InstanceNormalization"]
-        small = all(attribute_value(n, "epsilon", EPSILON) <= LARGEST_EPSILON and not n.domain for n in norms)
-        return (added, norms) if len(norms) == len(uses) and small else ([], [])
+        if len(norms) < len(uses) or any(norm.domain for norm in norms):
+            raise Unfit(f"{tensor!r} is not read by InstanceNormalization alone")
+        if any(attribute_value(norm, "epsilon", EPSILON) > LARGEST_EPSILON for norm in norms):
+            raise Unfit(f"the epsilon of a norm that reads {tensor!r} is above {LARGEST_EPSILON}")
+        return added, norms
 
 
 def _constants(model: Model, conv: NodeProto, added: list[NodeProto]) -> np.ndarray:

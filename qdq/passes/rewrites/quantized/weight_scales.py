@@ -11,23 +11,36 @@ from onnx import NodeProto, TensorProto
 
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
-from qdq.passes.rewrites.edit import Edit
+from qdq.passes.rewrites.edit import Edit, Unfit
 
 LARGEST_RATIO = 1024.0  # the unscaled output is up to this much smaller; FP16 is precise from 6e-5 on
 CODES = (TensorProto.INT8, TensorProto.FLOAT8E4M3FN)
 
 
-def channel_scales(model: Model, dequantize: NodeProto) -> np.ndarray | None:
-    """The scales of symmetric weight codes along axis 0; None for any other node."""
-    if dequantize.op_type != "DequantizeLinear" or any(not model.is_constant(t) for t in dequantize.input):
-        return None
+def channel_scales(model: Model, conv: NodeProto) -> tuple[NodeProto, np.ndarray]:
+    """The DequantizeLinear of a Conv's weight and its scales; `Unfit` but for symmetric codes per channel."""
+    dequantize = model.producer(conv.input[1])
+    if (
+        dequantize is None
+        or dequantize.op_type != "DequantizeLinear"
+        or any(not model.is_constant(t) for t in dequantize.input)
+    ):
+        raise Unfit("its weight is not stored in codes")
     codes, scale, *zero = dequantize.input
     if model.initializers[codes].data_type not in CODES or (zero and np.any(model.array(zero[0]).astype(np.float32))):
-        return None
+        raise Unfit("the codes of its weight are neither INT8 nor FP8, or have a zero point")
     scales = model.array(scale)
     if scales.ndim != 1 or attribute_value(dequantize, "axis", 1) != 0:
-        return None
-    return scales
+        raise Unfit("its weight has no scale per output channel")
+    return dequantize, scales
+
+
+def ratios(scales: np.ndarray) -> np.ndarray:
+    """float64: each scale divided by the common one; `Unfit` where they are more than `LARGEST_RATIO` apart."""
+    wide = scales.astype(np.float64)
+    if wide.max() > LARGEST_RATIO * wide.min():
+        raise Unfit(f"its scales are more than {LARGEST_RATIO:g} times apart")
+    return wide / common_scale(scales)
 
 
 def common_scale(scales: np.ndarray) -> float:
