@@ -11,12 +11,10 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from engines.core.errors import BuildError, EngineError
-
-FORMAT_VERSION = 1
+from engines.core.documents import Document, Part
+from engines.core.errors import BuildError
 
 BITS = {
     "float32": 32,
@@ -58,8 +56,7 @@ DTYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorInfo:
+class TensorInfo(Part, frozen=True, kw_only=True):
     """One tensor of a kernel. A dimension that only the run decides is -1."""
 
     name: str
@@ -74,8 +71,7 @@ class TensorInfo:
         return (math.prod(self.shape) * BITS[self.dtype] + 7) // 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
+class Layer(Part, frozen=True, kw_only=True):
     """One kernel: what it reads, what it writes, and the ONNX nodes it comes from.
 
     `kind` is the compiler's own word: correlation, deconv, gemm, kgen, runtime_fusion, CaskConvolution, ...
@@ -97,9 +93,11 @@ class Layer:
         return sum(known) if len(known) == len(sizes) else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerTable:
+class LayerTable(Document, frozen=True, kw_only=True):
     """Every kernel of one engine, in order, and the sizes the compiler reports."""
+
+    FORMAT: ClassVar[str] = "qdq.layers/2"
+    MAKE: ClassVar[str] = "qdq build"
 
     layers: tuple[Layer, ...]
     backend: str
@@ -123,37 +121,6 @@ class LayerTable:
         sizes = [layer.bytes_moved for layer in self.layers]
         known = [s for s in sizes if s is not None]
         return sum(known) if len(known) == len(sizes) else None
-
-    def to_json(self) -> str:
-        """JSON text with a format version."""
-        return json.dumps({"format": "layer-table", "format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> LayerTable:
-        """The table that `to_json` wrote.
-
-        Raises:
-            EngineError: not such a file, or another format version.
-        """
-        try:
-            data = json.loads(text)
-            if data.pop("format") != "layer-table" or data.pop("format_version") != FORMAT_VERSION:
-                raise KeyError("format_version")
-            rows = [
-                Layer(
-                    name=row["name"],
-                    kind=row["kind"],
-                    tactic=row["tactic"],
-                    onnx_nodes=tuple(row["onnx_nodes"]),
-                    **{k: tuple(_tensor(**t) for t in row[k]) for k in ("inputs", "constants", "outputs")},
-                )
-                for row in data.pop("layers")
-            ]
-            return cls(layers=tuple(rows), targets=tuple(data.pop("targets")), **data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EngineError(
-                f"Not a layer table of format version {FORMAT_VERSION} ({error!r}). Build the engine again."
-            ) from error
 
 
 def _tensor(name: str, dtype: str, shape: Sequence[int]) -> TensorInfo:

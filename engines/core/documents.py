@@ -11,6 +11,7 @@ import json
 import math
 import typing
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Self
 
 import msgspec
@@ -35,17 +36,18 @@ class Document(Part, frozen=True, kw_only=True):
     Attributes:
         FORMAT: the value of the file's key "format": what it is, and the version of its form.
         MAKE: the command that makes such a file.
-        COMPUTED: properties that are written for readers, and left out when the file is read.
+        COMPUTED: keys that are written for readers, with the properties they come from; they are left out when the file is
+            read.
     """
 
     FORMAT: ClassVar[str]
     MAKE: ClassVar[str]
-    COMPUTED: ClassVar[tuple[str, ...]] = ()
+    COMPUTED: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def to_mapping(self) -> dict[str, Any]:
         """The file's content as plain values; numbers that are not finite as text."""
-        names = (*self.COMPUTED, *self.__struct_fields__)
-        return {"format": self.FORMAT, **{name: _plain(getattr(self, name)) for name in names}}
+        names = {**self.COMPUTED, **{name: name for name in self.__struct_fields__}}
+        return {"format": self.FORMAT, **{key: _plain(getattr(self, name)) for key, name in names.items()}}
 
     def to_json(self) -> str:
         """Indented JSON text; the same value gives the same text."""
@@ -100,9 +102,9 @@ class Document(Part, frozen=True, kw_only=True):
     def _completed(cls, schema: Mapping[str, Any]) -> dict[str, Any]:
         """The schema of the fields, with the format and the computed properties."""
         computed = {}
-        for name in cls.COMPUTED:
+        for key, name in cls.COMPUTED.items():
             hints = typing.get_type_hints(getattr(cls, name).fget, include_extras=True)
-            computed[name] = msgspec.json.schema(hints["return"])
+            computed[key] = msgspec.json.schema(hints["return"])
         return {
             **schema,
             "properties": {"format": {"const": cls.FORMAT}, **computed, **schema["properties"]},

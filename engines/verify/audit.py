@@ -6,26 +6,26 @@ Must not trust that a model builds: a badly quantized layer builds too, and runs
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import onnx
+from msgspec.structs import replace
 from onnx import TensorProto
 
 from engines.backends.compiler import ShapeRange
 from engines.backends.layers import BITS, Layer, LayerTable
+from engines.core.documents import Document, Part
 from engines.core.load import load_graph
 from engines.core.macs import macs
 from engines.core.nodes import label
 from engines.core.quantizers import LOW, Operand, Product, QuantizedGraph, code_bits, code_name, read_graph
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeAudit:
+class NodeAudit(Part, frozen=True, kw_only=True):
     """One node that multiplies and adds.
 
     `requested` is '' (float), a low-precision type, or 'weight-only <type>' / 'activation-only <type>'.
@@ -47,9 +47,18 @@ class NodeAudit:
         return bool(self.requested) and not self.requested.startswith("weight-only") and self.consumed != self.requested
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Audit:
+class Audit(Document, frozen=True, kw_only=True):
     """The nodes of one model and the totals of one engine. `bytes_moved` is None with dynamic shapes."""
+
+    FORMAT: ClassVar[str] = "qdq.audit/2"
+    MAKE: ClassVar[str] = "qdq audit --json"
+    COMPUTED: ClassVar[Mapping[str, str]] = {
+        "macs": "macs",
+        "int8_share": "int8_share",
+        "low_precision_share": "low_precision_share",
+        "missed": "missed_names",
+        "suspect": "suspect_names",
+    }
 
     nodes: tuple[NodeAudit, ...]
     kernels: int
@@ -90,12 +99,15 @@ class Audit:
         """Nodes that run as asked, in a form the compiler is known to get wrong."""
         return tuple(n for n in self.nodes if n.cause and not n.missed)
 
-    def to_json(self) -> str:
-        """JSON text with the totals, every node, and the names of the missed ones."""
-        totals = {k: getattr(self, k) for k in ("macs", "int8_share", "low_precision_share")}
-        rows = asdict(self)
-        names = {"missed": [n.node for n in self.missed], "suspect": [n.node for n in self.suspect]}
-        return json.dumps({"format": "audit", "format_version": 1, **totals, **names, **rows}, indent=1) + "\n"
+    @property
+    def missed_names(self) -> tuple[str, ...]:
+        """Names of the missed nodes."""
+        return tuple(n.node for n in self.missed)
+
+    @property
+    def suspect_names(self) -> tuple[str, ...]:
+        """Names of the suspect nodes."""
+        return tuple(n.node for n in self.suspect)
 
 
 def audit(

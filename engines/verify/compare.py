@@ -64,7 +64,7 @@ class Report(Document, frozen=True, kw_only=True):
 
     FORMAT: ClassVar[str] = "qdq.check/2"
     MAKE: ClassVar[str] = "qdq check"
-    COMPUTED: ClassVar[tuple[str, ...]] = ("passed", "failures")
+    COMPUTED: ClassVar[Mapping[str, str]] = {"passed": "passed", "failures": "failures"}
 
     outputs: tuple[OutputReport, ...]
     sqnr_db: Measured

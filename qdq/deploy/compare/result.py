@@ -6,6 +6,7 @@ Must not print, measure anything or hold sample data.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from engines.core.documents import Document, Measured, Part
@@ -57,7 +58,7 @@ class Comparison(Document, frozen=True, kw_only=True):
 
     FORMAT: ClassVar[str] = "qdq.compare/2"
     MAKE: ClassVar[str] = "qdq compare"
-    COMPUTED: ClassVar[tuple[str, ...]] = ("higher_is_better",)
+    COMPUTED: ClassVar[Mapping[str, str]] = {"higher_is_better": "higher_is_better"}
 
     model: str
     model_sha256: str

@@ -76,9 +76,9 @@ def test_the_table_survives_its_file() -> None:
     assert LayerTable.from_json(result.to_json()) == result
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "layer-table", "format_version": 99}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "layer-table", "format_version": 1}'])
 def test_another_file_is_refused(text: str) -> None:
-    with pytest.raises(EngineError, match="Not a layer table of format version 1"):
+    with pytest.raises(EngineError, match="not JSON|make it with `qdq build`"):
         LayerTable.from_json(text)
 
 

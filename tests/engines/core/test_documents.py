@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jsonschema
 import msgspec
@@ -20,13 +22,13 @@ class Line(Part, frozen=True, kw_only=True):
 class Sheet(Document, frozen=True, kw_only=True):
     FORMAT = "qdq.sheet/2"
     MAKE = "qdq sheet"
-    COMPUTED = ("count",)
+    COMPUTED: ClassVar[Mapping[str, str]] = {"count": "number"}
     lines: tuple[Line, ...]
     worst: Measured = 0.0
     shares: dict[int, float] = msgspec.field(default_factory=dict)
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         return len(self.lines)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +13,7 @@ import engine_graphs as graphs
 import numpy as np
 import onnx
 import pytest
+from msgspec.structs import replace
 from onnx import helper
 from places import SHARED
 
