@@ -36,8 +36,7 @@ class Document(Part, frozen=True, kw_only=True):
     Attributes:
         FORMAT: the value of the file's key "format": what it is, and the version of its form.
         MAKE: the command that makes such a file.
-        COMPUTED: keys that are written for readers, with the properties they come from; they are left out when the file is
-            read.
+        COMPUTED: key -> property that is written under it for readers, and left out when the file is read.
     """
 
     FORMAT: ClassVar[str]
