@@ -88,7 +88,13 @@ def quantize(
             return solution, made
         always = correction == "on"
         made, said = corrected(
-            prepared, made, chosen, checked, always=always, factors=solution.factors, on_progress=on_progress
+            prepared,
+            made,
+            solution.nodes.values(),
+            checked,
+            always=always,
+            factors=solution.factors,
+            on_progress=on_progress,
         )
         return replace(solution, notes=(*solution.notes, said)), made
 
