@@ -88,11 +88,6 @@ class WeightedNode:
         return len(self.shape) - 2 if self.window else 0
 
     @property
-    def inputs(self) -> int:
-        """Channels of the data, those of all groups."""
-        return self.shape[self.input_axis] * self.groups
-
-    @property
     def columns(self) -> int:
         """Weights per output channel: the length of one row of inputs."""
         return math.prod(self.shape[1:]) if self.window else self.shape[self.input_axis]

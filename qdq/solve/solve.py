@@ -27,7 +27,6 @@ from qdq.model.model import Model
 from qdq.model.weight_store import Spool, key_of
 from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
-from qdq.plan.spec import Spec
 from qdq.plan.weighted_node import Weight, WeightedNode, by_weight, weighted_nodes
 from qdq.solve.data_scales import DataScales, data_scales
 from qdq.solve.equalize import weight_only
@@ -102,18 +101,18 @@ def solve(
     some = None if samples is None else second_moments.few(samples)
     data = data_scales(model, plan, nodes, table, some, params=params, on_progress=on_progress)
     seen = _moments(model, plan, nodes.values(), data, some, on_progress)
-    balance = weight_only.balance(model, plan, nodes.values(), seen.grams, data.divisors)
-    divisors = {**data.divisors, **balance.divisors}
+    balanced, said = weight_only.balance(model, plan, nodes.values(), seen.grams, data.divisors)
+    divisors = {**data.divisors, **balanced}
     carriers = carried(model, nodes, divisors, alike=plan.settings.equalize == "cle")
     spool = Spool() if is_large(model.graph.initializer) else None
-    seen = replace(seen, divisors=balance.divisors)
+    seen = replace(seen, divisors=balanced)
     weights = _weights(model, plan, nodes.values(), seen, divisors, factors(carriers, divisors), spool, on_progress)
     return Solution(
         nodes=nodes,
         activations=data.params,
         divisors=divisors,
         weights=weights,
-        notes=(*data.notes, *seen.notes, *balance.notes, *_carrier_notes(carriers, divisors)),
+        notes=(*data.notes, *seen.notes, *said, *_carrier_notes(carriers, divisors)),
         tokens=frozenset(data.tokens),
         spool=spool,
         carriers=carriers,
@@ -144,11 +143,14 @@ def _weights(
 
     def solved(reader: WeightedNode) -> QTensor:
         divisor, factor = divisors.get(reader.data), outputs.get(reader.name)
-        with room.taken(_copies(model, reader, seen)):
+        # itself and its codes, and without data little else
+        copies = tensor_bytes(model.initializers[reader.weight]) * (12 if reader.key in seen.grams else 2)
+        with room.taken(copies):
             moments = seen.of(reader)
 
             def make() -> QTensor:
-                return _weight(model, reader, settings, moments, divisor, factor)
+                values = scaled(model.array(reader.weight), reader, divisor, factor)
+                return _rounded(values, reader, settings, moments)
 
             if spool is None:
                 return make()
@@ -163,11 +165,6 @@ def _weights(
         if on_progress is not None:
             on_progress(index + 1, len(readers), "rounding weights")
     return weights
-
-
-def _copies(model: Model, reader: WeightedNode, seen: _Moments) -> int:
-    """Bytes that rounding a weight takes at most: itself and its codes, and without data little else."""
-    return tensor_bytes(model.initializers[reader.weight]) * (12 if reader.key in seen.grams else 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,27 +196,20 @@ def _moments(
     on_progress: Progress | None,
 ) -> _Moments:
     """Second moments for the weights whose rounding or balancing wants them."""
-    settings = plan.settings
+    settings, free = plan.settings, plan.settings.rounding in DATA_FREE
     balance = settings.equalize not in ("none", "sinq")
-    wanted = [
-        n for n in nodes if settings.rounding not in DATA_FREE or (balance and n.spec.weight_only and n.spec.block)
-    ]
+    wanted = [n for n in nodes if not free or (balance and n.spec.weight_only and n.spec.block)]
     if not wanted:
         return _Moments()
     if samples is None:
         note = f"weights are rounded to nearest: {settings.rounding} needs the samples, and only a table was given"
         return _Moments(notes=(note,))
+    most, divisors = settings.moment_inputs, data.divisors
     grams = second_moments.collect(
-        model,
-        wanted,
-        data.constant,
-        samples,
-        most_columns=settings.moment_inputs,
-        divisors=data.divisors,
-        on_progress=on_progress,
+        model, wanted, data.constant, samples, most_columns=most, divisors=divisors, on_progress=on_progress
     )
     plain = {n.key for n in wanted} - grams.keys()
-    if not plain or settings.rounding in DATA_FREE:
+    if not plain or free:
         return _Moments(grams=grams)
     note = (
         f"{len(plain)} of {len(plan.weights)} weights are rounded without their inputs: {settings.rounding} takes up "
@@ -229,41 +219,29 @@ def _moments(
 
 
 def _check_values(model: Model, nodes: Iterable[WeightedNode]) -> None:
-    """Refuse weights that no scale fits."""
+    """Refuse weights that no scale fits: all values must be finite as float32. Makes no copy as large as a weight."""
     for reader, *_ in by_weight(nodes).values():
-        if not _finite(model.array(reader.weight)):
+        values = model.array(reader.weight)
+        if values.size and not np.isfinite(np.asarray((values.max(), values.min()), dtype=np.float32)).all():
             raise InputError(
                 f"Weight {reader.weight!r} of the float model holds NaN or infinity: no scale fits it. "
                 f"Mend the model, or exclude {reader.name!r}."
             )
 
 
-def _finite(values: npt.NDArray[np.generic]) -> bool:
-    """Whether all values are finite as float32; makes no copy as large as the weight."""
-    return all(bool(np.isfinite(np.float32(v))) for v in (values.max(), values.min())) if values.size else True
-
-
-def _weight(
-    model: Model,
-    reader: WeightedNode,
-    settings: Settings,
-    moments: Floats | None,
-    divisor: npt.NDArray[np.float32] | None,
-    factor: Floats | None,
+def _rounded(
+    values: npt.NDArray[np.floating], reader: WeightedNode, settings: Settings, moments: Floats | None
 ) -> QTensor:
-    """One weight rounded, its input channels multiplied by `divisor` and its output channels by `factor`."""
-    known = moments is not None or settings.rounding in DATA_FREE
+    """One weight rounded; where its inputs are not known, as well as can be without them."""
+    rounding = settings.rounding
+    if moments is None and rounding not in DATA_FREE:
+        rounding = "clip" if reader.spec.block else "nearest"
     return quantize_weight(
-        scaled(model.array(reader.weight), reader, divisor, factor),
+        values,
         reader.spec,
         outputs=reader.output_axis,
-        rounding=settings.rounding if known else without_data(reader.spec),
+        rounding=rounding,
         moments=moments,
         damping=settings.damping,
         act_order=settings.act_order,
     )
-
-
-def without_data(spec: Spec) -> str:
-    """The rounding of a weight whose inputs are not known: the best that needs none."""
-    return "clip" if spec.block else "nearest"

@@ -68,7 +68,7 @@ def pairs(model: Model, plan: Plan) -> dict[str, str]:
         nodes = data_readers(point, weighted)
         if not nodes or any(len(model.consumers(node.weight)) > 1 for node in nodes):
             continue
-        carrier = find(model, point.tensor, nodes[0].inputs, readers=nodes)
+        carrier = find(model, point.tensor, _inputs(model, model.node(nodes[0].name)), readers=nodes)
         if carrier is not None and carrier.linear is not None:
             found[point.tensor] = carrier.linear
     return found

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -31,26 +30,9 @@ from qdq.solve.rounding.awq import block_loss
 ROWS = 1024  # output channels of a weight looked at while searching, spread over all of them
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Balance:
-    """Tensors whose channels are divided for their weight-only readers.
-
-    Attributes:
-        divisors: tensor -> (channels,) float32.
-        notes: what a person should know, one line each.
-    """
-
-    divisors: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
 def balance(
-    model: Model,
-    plan: Plan,
-    nodes: Collection[WeightedNode],
-    grams: Grams,
-    divided: Container[str],
-) -> Balance:
+    model: Model, plan: Plan, nodes: Collection[WeightedNode], grams: Grams, divided: Container[str]
+) -> tuple[dict[str, npt.NDArray[np.float32]], tuple[str, ...]]:
     """Divisors of the tensors that weight-only blocks read, and nothing quantized does, where they pay.
 
     Args:
@@ -59,11 +41,12 @@ def balance(
         nodes: its weighted nodes.
         grams: second moments of the weights; a tensor is left alone where they lack, unless the formula is 'sinq'.
         divided: tensors that have divisors already.
+
+    Returns:
+        Tensor -> (channels,) float32, and what a person should know, one line each.
     """
-    if plan.settings.equalize == "none":
-        return Balance()
-    found = {}
-    candidates = _candidates(plan, nodes, grams, divided)
+    found = dict[str, npt.NDArray[np.float32]]()
+    candidates = {} if plan.settings.equalize == "none" else _candidates(plan, nodes, grams, divided)
     for tensor, readers in candidates.items():
         rows = [np.moveaxis(model.array(n.weight), n.input_axis, -1).astype(np.float32) for n in readers]
         blocks, fmt = [n.spec.block for n in readers if n.spec.block], readers[0].spec.format
@@ -74,7 +57,7 @@ def balance(
         if divisor is not None:
             found[tensor] = divisor
     note = f"the channels of {len(found)} of {len(candidates)} tensors are balanced for their 4-bit readers"
-    return Balance(divisors=found, notes=(note,) if candidates else ())
+    return found, (note,) if candidates else ()
 
 
 def _candidates(
