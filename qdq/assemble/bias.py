@@ -4,7 +4,7 @@ float model + Q/DQ model + samples -> per weighted node the mean of its output p
 -> added to the node's bias, layer by layer in topological order -> Q/DQ model. Both models are run once: the Q/DQ
 model in stages, each from what the corrected stages before it have left.
 In front of a Relu the mean behind it counts: that of the values it cuts off would move the others for nothing. Whether
-it helps is for `judge` to say. This module must not touch codes or scales.
+it helps is for `held_out` to say. This module must not touch codes or scales.
 
 Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, arXiv 1906.04721, appendix
 on empirical bias correction; layer by layer as in A White Paper on Neural Network Quantization, arXiv 2106.08295.
@@ -13,7 +13,7 @@ on empirical bias correction; layer by layer as in A White Paper on Neural Netwo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from qdq.assemble.held_out import Judge, Split, split
+from qdq.assemble.held_out import HeldOutScore, Split, split
+from qdq.core.arrays import Floats
 from qdq.core.progress import Progress
 from qdq.core.resources import cores
 from qdq.measure.inference.samples import Sample, overlapped
@@ -30,9 +31,8 @@ from qdq.measure.inference.session import Tap
 from qdq.measure.inference.staged import Stages, can_stage
 from qdq.model.model import Model
 from qdq.model.nodes import Names, factor, reads
-from qdq.plan.plan import Plan
+from qdq.plan.weighted_node import WeightedNode
 
-Floats = npt.NDArray[np.float64]
 _Sums = dict[str, tuple[Floats, Floats, int]]  # node -> per channel the sum and how many are active; values in each
 POSITIONS = 8192  # values per channel that make a mean, over all samples
 MINIMUM_SAMPLES = 3  # whatever their size: means differ from sample to sample
@@ -45,7 +45,7 @@ MINIMUM_GAIN_DB = 1.0
 def corrected(
     model: Model,
     quantized: Model,
-    plan: Plan,
+    nodes: Iterable[WeightedNode],
     samples: Iterable[Sample],
     *,
     always: bool = False,
@@ -57,7 +57,7 @@ def corrected(
     Args:
         model: the prepared float model.
         quantized: what `insert` made of it.
-        plan: names the weighted nodes.
+        nodes: the weighted nodes of the float model.
         samples: re-iterable calibration samples.
         always: take the correction unseen.
         factors: weighted node -> (channels,) what the Q/DQ model's output of it is multiplied by, if not by 1.
@@ -67,12 +67,12 @@ def corrected(
         The better model, and a note that says which it is and why.
     """
     held = split(samples)
-    changed = correct(model, quantized, plan, held, factors=factors, on_progress=on_progress)
+    changed = correct(model, quantized, nodes, held, factors=factors, on_progress=on_progress)
     if changed is quantized:
         return quantized, "biases are left alone: no quantized node has one that a correction could be added to"
     if always:
         return changed, "biases are corrected, as asked for"
-    before, after = Judge(model, held).sqnrs_db([quantized, changed])
+    before, after = HeldOutScore(model, held).sqnrs_db([quantized, changed])
     figures = (
         f"output SQNR on {len(held.held)} held-out calibration samples {before:.1f} dB without, {after:.1f} dB with"
     )
@@ -84,7 +84,7 @@ def corrected(
 def correct(
     model: Model,
     quantized: Model,
-    plan: Plan,
+    nodes: Iterable[WeightedNode],
     held: Split,
     *,
     factors: Mapping[str, Floats] = MappingProxyType({}),
@@ -95,7 +95,7 @@ def correct(
     Args:
         model: the prepared float model.
         quantized: what `insert` made of it; node and tensor names are those of `model`.
-        plan: names the weighted nodes.
+        nodes: the weighted nodes of the float model.
         held: the samples to fit on.
         factors: weighted node -> (channels,) what the Q/DQ model's output of it is multiplied by, if not by 1.
         on_progress: called with (levels done, levels, text).
@@ -104,60 +104,58 @@ def correct(
         The Q/DQ model with other biases. A MatMul is corrected through the Add of a constant behind it; one without
         that is left as it is.
     """
-    levels = _levels(model, [n for n in plan.quantized_nodes if _place(quantized, quantized.node(n)) is not None])
-    outputs = {name: model.node(name).output[0] for level in levels for name in level}
-    held = replace(held, fit=held.fit[: _enough(model, outputs)])
-    wanted = _means(model, outputs, held)
+    by_name = {node.name: node for node in nodes if _place(quantized, quantized.node(node.name)) is not None}
+    levels = [[by_name[name] for name in level] for level in _levels(model, by_name.keys())]
+    chosen = [node for level in levels for node in level]
+    held = replace(held, fit=held.fit[: _enough(model, chosen)])
+    wanted = _means(model, chosen, held)
     for name in wanted.keys() & factors.keys():
         wanted[name] = replace(wanted[name], value=wanted[name].value * factors[name])
     staged = can_stage(quantized)
-    cuts = [[outputs[name] for name in level] for level in levels] if staged else []
+    cuts = [[node.output for node in level] for level in levels] if staged else []
     with Stages(quantized, cuts, held.fitting() if staged else ()) as run:
         for number, level in enumerate(levels):
             if on_progress is not None:
                 on_progress(number, len(levels), "correcting biases")
-            made = {name: outputs[name] for name in level}
-            look = _look(quantized, made)
-            found = _mean(run.run(quantized, look)) if staged else _means(quantized, made, held)
+            found = _mean(run.run(quantized, _look(quantized, level))) if staged else _means(quantized, level, held)
             before = quantized
-            quantized = _shifted(quantized, {name: _shift(wanted[name], found[name]) for name in level})
-            for name in level:
-                _move(run, name, outputs[name], before, quantized)
+            quantized = _shifted(quantized, {n.name: _shift(wanted[n.name], found[n.name]) for n in level})
+            for node in level:
+                _move(run, node, before, quantized)
     return quantized
 
 
-def _move(run: Stages, name: str, tensor: str, before: Model, after: Model) -> None:
+def _move(run: Stages, node: WeightedNode, before: Model, after: Model) -> None:
     """Add to a node's output what its bias has gained, unless the bias is added behind that tensor."""
-    place = _place(after, after.node(name))
+    place = _place(after, after.node(node.name))
     assert place is not None
-    node = after.node(place[0])
-    if node.output[0] == tensor:
+    adds = after.node(place[0])
+    if adds.output[0] == node.output:
         read = [name for name in before.node(place[0]).input[place[1] :][:1] if name]
         old = before.array(read[0]).astype(np.float64).reshape(-1) if read else 0
-        gain = after.array(node.input[place[1]]).astype(np.float64).reshape(-1) - old
-        run.add(tensor, gain, axis=1 if after.node(name).op_type == "Conv" else -1)
+        gain = after.array(adds.input[place[1]]).astype(np.float64).reshape(-1) - old
+        run.add(node.output, gain, axis=node.channel_axis)
 
 
-def _enough(model: Model, outputs: Mapping[str, str]) -> int:
+def _enough(model: Model, nodes: Sequence[WeightedNode]) -> int:
     """How many samples give every output POSITIONS values per channel; no limit where shapes are dynamic."""
     fewest = POSITIONS
-    for name, tensor in outputs.items():
-        info = model.info(tensor)
+    for node in nodes:
+        info = model.info(node.output)
         shape = list(info.shape) if info is not None and info.shape is not None else [None]
-        shape.pop(1 if model.node(name).op_type == "Conv" else -1)
+        shape.pop(node.channel_axis)
         sizes = [d if isinstance(d, int) else 1 for d in shape]
         fewest = min(fewest, math.prod(sizes))
     return max(MINIMUM_SAMPLES, -(-POSITIONS // max(fewest, 1)))
 
 
-def _levels(model: Model, names: list[str]) -> list[list[str]]:
+def _levels(model: Model, names: Collection[str]) -> list[list[str]]:
     """The nodes in groups: each depends on nodes of groups before its own only."""
     depth: dict[str, int] = {}  # tensor -> how many of the nodes lie on the way to it, at most
     levels: dict[int, list[str]] = {}
-    chosen = set(names)
     for node in model.graph.node:
         below = max((depth.get(name, 0) for name in node.input), default=0)
-        if node.name in chosen:
+        if node.name in names:
             levels.setdefault(below, []).append(node.name)
             below += 1
         depth.update(dict.fromkeys(node.output, below))
@@ -177,27 +175,26 @@ class _Mean:
     active: Floats
 
 
-def _means(model: Model, outputs: Mapping[str, str], held: Split) -> dict[str, _Mean]:
+def _means(model: Model, nodes: Sequence[WeightedNode], held: Split) -> dict[str, _Mean]:
     """The means of nodes' outputs in one pass over the whole model."""
-    tap, look = Tap(model, outputs.values(), threads=1), _look(model, outputs)
+    tap, look = Tap(model, [node.output for node in nodes], threads=1), _look(model, nodes)
     return _mean(overlapped(lambda sample: look(tap(sample)), held.fitting(), cores()))
 
 
-def _look(model: Model, outputs: Mapping[str, str]) -> Callable[[Mapping[str, npt.NDArray[Any]]], _Sums]:
+def _look(model: Model, nodes: Sequence[WeightedNode]) -> Callable[[Mapping[str, npt.NDArray[Any]]], _Sums]:
     """A function from the nodes' outputs for one sample to what `_mean` sums up."""
-    axis = {name: 1 if model.node(name).op_type == "Conv" else -1 for name in outputs}
-    rectified = {name for name, tensor in outputs.items() if _only_relu(model, tensor)}
+    rectified = {node.name for node in nodes if _only_relu(model, node.output)}
 
     def look(values: Mapping[str, npt.NDArray[Any]]) -> _Sums:
         found = {}
-        for name, tensor in outputs.items():
-            rows = np.moveaxis(values[tensor], axis[name], 0)
+        for node in nodes:
+            rows = np.moveaxis(values[node.output], node.channel_axis, 0)
             rows = rows.reshape(rows.shape[0], -1)
             active = np.full(rows.shape[0], float(rows.shape[1]))
-            if name in rectified:
+            if node.name in rectified:
                 active = np.count_nonzero(rows > 0, axis=1).astype(np.float64)
                 rows = np.maximum(rows, 0)
-            found[name] = (rows.sum(axis=1, dtype=np.float64), active, rows.shape[1])
+            found[node.name] = (rows.sum(axis=1, dtype=np.float64), active, rows.shape[1])
         return found
 
     return look

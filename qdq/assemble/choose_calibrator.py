@@ -7,7 +7,7 @@ left is how the rounding of the weights turns out with them. This module must no
 calibration.
 
 What this compares by is what the ranges were made from, so it cannot tell how a candidate does beyond those ranges: the
-simpler choice stays unless another is clearly better (`judge.clearly_less`). Simplest is the default for all tensors,
+simpler choice stays unless another is clearly better (`clearly_less`). Simplest is the default for all tensors,
 then another method for all, then a mixture, which must also win sample by sample: it is fitted to them most. Fitted
 closer still, by the error of each tensor at the outputs, mixtures gained 0.6 dB on crops of four images and lost 2.4 dB
 on crops of a fifth (a 20-layer residual network).
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from qdq.assemble.held_out import Judge, Split, clearly_less, decibels, ranked
+from qdq.assemble.held_out import HeldOutScore, Split, clearly_less, decibels, ranked
 from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams
@@ -40,7 +40,7 @@ from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED
 from qdq.plan.plan import Plan
 from qdq.plan.settings import CALIBRATORS
-from qdq.solve.activations import activation_params
+from qdq.solve.activations import activation_params, tie_notes
 from qdq.solve.solve import Solution, solve
 
 METHODS = tuple(name for name in CALIBRATORS if name in LIMITS)  # the default first
@@ -80,11 +80,7 @@ def solve_auto(
     Raises:
         StaleFileError, InputError: see `solve`.
     """
-    notes: list[str] = []
-    params = {
-        m: activation_params(model, plan, table, dict.fromkeys(table.tensors, m), notes if m == METHODS[0] else None)
-        for m in METHODS
-    }
+    params = {m: activation_params(model, plan, table, dict.fromkeys(table.tensors, m)) for m in METHODS}
     if not plan.activations:
         return complete(solve(model, plan, table, samples=samples, params={}, on_progress=on_progress))
     order, few = ranked(samples), second_moments.few(samples)
@@ -109,7 +105,7 @@ def solve_auto(
             methods[name] = {**by_tensor, **dict.fromkeys(odd, METHODS[0])}
             solution = solve(model, plan, table, samples=few, params=chosen, on_progress=on_progress)
         made[name] = complete(solution)
-    signals, noises = Judge(model, judged).energies([model for _, model in made.values()])
+    signals, noises = HeldOutScore(model, judged).energies([model for _, model in made.values()])
     noise = dict(zip(made, noises, strict=True))
     best = _best(noise)
     taken = list(methods[best].values())
@@ -120,7 +116,7 @@ def solve_auto(
         f"calibration samples: {listed}"
     )
     solution, found = made[best]
-    return replace(solution, notes=(note, *notes, *solution.notes)), found
+    return replace(solution, notes=(note, *tie_notes(plan, table), *solution.notes)), found
 
 
 def _best(noise: Mapping[str, Sequence[float]]) -> str:

@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from qdq.assemble.held_out import Judge, Split, ranked
+from qdq.assemble.held_out import HeldOutScore, Split, ranked
 from qdq.assemble.insert import insert
 from qdq.core.progress import Progress
 from qdq.measure.collect import collect
 from qdq.measure.inference.samples import Sample
-from qdq.measure.second_moments import Few
+from qdq.measure.second_moments import SampleSubset
 from qdq.model.external import is_large
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
+from qdq.plan.weighted_node import weighted_nodes
 from qdq.solve.equalize.channels import candidates
 from qdq.solve.solve import solve
 
@@ -63,8 +64,7 @@ def resolved(
 
 def _mostly_products(model: Model, plan: Plan) -> bool:
     """Whether more of the tensors that may be equalized are read by Gemm or MatMul than by Conv."""
-    points = {p.tensor: p for p in plan.activations}
-    found = [model.node(points[tensor].uses[0][0]).op_type == "Conv" for tensor in candidates(model, plan)]
+    found = [readers[0].op_type == "Conv" for readers in candidates(plan, weighted_nodes(model, plan)).values()]
     return 2 * sum(found) < len(found)
 
 
@@ -78,11 +78,11 @@ def _gains(
         if on_progress is not None:
             on_progress(turn, PARTS, "comparing equalizations")
         fit = frozenset(order[turn::PARTS])
-        part = Few(samples, fit)
+        part = SampleSubset(samples, fit)
         table = collect(model, plan, part)
         made = [insert(model, p, solve(model, p, table, samples=part)) for p in plans]
         held = Split(samples=samples, fit=(), held=frozenset(order) - fit)
-        cautious, strong = Judge(model, held).sqnrs_db(made)
+        cautious, strong = HeldOutScore(model, held).sqnrs_db(made)
         yield strong - cautious
         if strong < cautious + MINIMUM_GAIN_DB:
             return

@@ -70,7 +70,7 @@ def split(samples: Iterable[Sample]) -> Split:
     return Split(samples=samples, fit=fit or held, held=frozenset(held))
 
 
-class Judge:
+class HeldOutScore:
     """Compares models with the float model on some samples; the float outputs are computed anew at each call."""
 
     def __init__(self, model: Model, held: Split) -> None:

@@ -41,10 +41,11 @@ from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, QTensor
 from qdq.model.external import release
 from qdq.model.model import Model
-from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, attribute, ints, weight_axis
+from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, weight_axis
 from qdq.model.shift_correction import channel_sums, correct
 from qdq.model.writer import GraphWriter
 from qdq.plan.plan import Plan, Point
+from qdq.plan.weighted_node import WeightedNode, by_data
 from qdq.solve.equalize.carriers import CarryingConstant
 from qdq.solve.solve import Solution
 
@@ -99,6 +100,7 @@ class _Writer(GraphWriter):
     def __init__(self, model: Model, solution: Solution) -> None:
         super().__init__(model, solution.spool)
         self._solution = solution
+        self._readers = by_data(solution.nodes.values())
         self._made: dict[tuple[object, ...], str] = {}
         self._carried: dict[str, list[tuple[str, CarryingConstant]]] = {}
         for tensor, carrier in solution.carriers.items():
@@ -107,42 +109,42 @@ class _Writer(GraphWriter):
 
     def node(self, node: NodeProto, operands: dict[tuple[str, int], Point]) -> None:
         """Append one node of the float model, rewired where the plan says so."""
-        data, weight = operands.get((node.name, 0)), operands.get((node.name, 1))
-        copy = self._carrying(node, weight)
-        if weight is not None and weight.role == "weight" and data is not None:
-            if data.tensor in self._solution.tokens:
-                self._per_token(copy, weight, data.tensor)
-                return
-            params = self._solution.activations[data.tensor]
-            channels = self._missing_channels(node)
-            pads = ints(node, "pads", []) if node.op_type == "Conv" and (params.zero_point or channels) else []
-            border = self._border(node, pads, channels) if node.op_type == "Conv" else self._rows(node, weight)
-            copy.input[0] = self._activation(data.tensor, params, border)
-            copy.input[1] = self._weight(weight, channels)
-            if any(pads):
-                next(a for a in copy.attribute if a.name == "pads").ints[:] = [0] * len(pads)
+        weighted = self._solution.nodes.get(node.name)
+        copy = self._carrying(node)
+        if weighted is None:
+            for index in range(len(node.input)):
+                if (point := operands.get((node.name, index))) is not None:
+                    copy.input[index] = self._shortcut(point.tensor)
             self._nodes.append(copy)
-            if params.zero_point:
-                self._correct(copy, weight, params)
-            return
-        if weight is not None and weight.role == "weight":  # weight-only
-            source = self._divided(node.input[0])
-            copy.input[0] = self._padded(node.input[0], source, self._rows(node, weight))
-            copy.input[1] = self._weight(weight, 0)
+        elif weighted.data_spec is None:  # weight-only
+            copy.input[0] = self._padded(weighted.data, self._divided(weighted.data), self._rows(weighted))
+            copy.input[1] = self._weight(weighted, 0)
             self._nodes.append(copy)
-            return
-        for index in range(len(node.input)):
-            point = operands.get((node.name, index))
-            if point is not None:
-                copy.input[index] = self._shortcut(point.tensor)
-        self._nodes.append(copy)
+        elif weighted.data in self._solution.tokens:
+            self._per_token(weighted, copy.input[2] if weighted.bias else "")
+        else:
+            self._product(copy, weighted, operands[node.name, 1])
 
-    def _carrying(self, node: NodeProto, weight: Point | None) -> NodeProto:
+    def _product(self, copy: NodeProto, weighted: WeightedNode, weight: Point) -> None:
+        """A node whose data and weight are quantized, with the correction for a shift of its data."""
+        params = self._solution.activations[weighted.data]
+        channels = self._missing_channels(weighted)
+        pads = weighted.window.pads if weighted.window and (params.zero_point or channels) else ()
+        border = self._border(weighted, pads, channels) if weighted.window else self._rows(weighted)
+        copy.input[0] = self._activation(weighted.data, params, border)
+        copy.input[1] = self._weight(weighted, channels)
+        if any(pads):
+            next(a for a in copy.attribute if a.name == "pads").ints[:] = [0] * len(pads)
+        self._nodes.append(copy)
+        if params.zero_point:
+            self._correct(copy, weight, params)
+
+    def _carrying(self, node: NodeProto) -> NodeProto:
         """A copy of a node whose constants hold the factors of a tensor made from its output."""
         copy = NodeProto()
         copy.CopyFrom(node)
         for tensor, operand in self._carried.get(node.name, ()):
-            if weight is not None and weight.role == "weight" and operand.index == 1:
+            if operand.index == 1 and node.name in self._solution.nodes:
                 continue  # its codes hold them
             values = self._model.array(node.input[operand.index])
             values = operand.times(values, 1 / self._solution.divisors[tensor].astype(np.float64))
@@ -150,35 +152,30 @@ class _Writer(GraphWriter):
             copy.input[operand.index] = write(f"{node.input[operand.index]}_divided", values)
         return copy
 
-    def _missing_channels(self, node: NodeProto) -> int:
+    def _missing_channels(self, node: WeightedNode) -> int:
         """Zero channels that bring each group of a Conv's input to a multiple of CHANNEL_MULTIPLE."""
-        if node.op_type != "Conv" or (attribute(node, "group", 1) > 1 and self._spatial(node) is None):
+        if node.window is None or (node.groups > 1 and self._model.sizes(node.data, 2) is None):
             return 0
-        return int(-self._shape(node.input[1])[1] % CHANNEL_MULTIPLE)
+        return -node.shape[1] % CHANNEL_MULTIPLE
 
-    def _border(self, node: NodeProto, pads: list[int], channels: int) -> _Border | None:
+    def _border(self, node: WeightedNode, pads: tuple[int, ...], channels: int) -> _Border | None:
         """What is padded in front of a node; None for nothing."""
         if not any(pads) and not channels:
             return None
-        rank = len(self._shape(node.input[1])) - 2
-        pads = pads or [0] * 2 * rank
-        groups = attribute(node, "group", 1) if channels else 1
-        spatial = (self._spatial(node) or ()) if groups > 1 else ()
-        return _Border(
-            before=tuple(pads[:rank]), after=tuple(pads[rank:]), channels=channels, groups=groups, spatial=spatial
-        )
+        groups, axes = node.groups if channels else 1, node.spatial
+        spatial = (self._model.sizes(node.data, 2) or ()) if groups > 1 else ()
+        return _Border(before=pads[:axes], after=pads[axes:], channels=channels, groups=groups, spatial=spatial)
 
-    def _rows(self, node: NodeProto, weight: Point) -> _Rows | None:
+    def _rows(self, node: WeightedNode) -> _Rows | None:
         """Case H: what the last block of a product's weight lacks."""
-        params = self._solution.weights[weight.tensor, weight.spec.axis].params
+        params = self._solution.weights[node.key].params
         if params.block is None or params.length is None or not (missing := -params.length % params.block):
             return None
-        return _Rows(axis=-2 if attribute(node, "transA", 0) else -1, missing=missing)
+        return _Rows(axis=-2 if node.data_transposed else -1, missing=missing)
 
-    def _per_token(self, node: NodeProto, weight: Point, tensor: str) -> None:
+    def _per_token(self, node: WeightedNode, bias: str) -> None:
         """Case I: x W = s (round(x / s) W) for the scale s of each row of x; a Gemm becomes the MatMul that it is."""
-        flip = bool(attribute(node, "transB", 0))
-        rows = self._rows(node, weight)
+        tensor, output, rows = node.data, node.output, self._rows(node)
         key = (tensor, rows, "token")
         if key not in self._made:
             fmt, dtype = FORMATS[self._solution.activations[tensor].format], self._model.dtype(tensor)
@@ -196,9 +193,8 @@ class _Writer(GraphWriter):
             codes = self._append("QuantizeLinear", (source, one, zero), f"{tensor}_QuantizeLinear")
             self._made[key] = self._append("DequantizeLinear", (codes, one, zero), f"{tensor}_DequantizeLinear")
             self._made[*key, "scale"] = scale
-        output, bias = node.output[0], node.input[2] if len(node.input) > 2 else ""
         product = self._name(f"{output}_per_token")
-        inputs = [self._made[key], self._weight(weight, 0, flip=flip)]
+        inputs = [self._made[key], self._weight(node, 0, flip=node.output_axis == 0)]
         self._nodes.append(helper.make_node("MatMul", inputs, [product], name=node.name))
         name = self._name(f"{node.name}_token_Mul")
         scaled = self._name(f"{output}_scaled") if bias else output
@@ -249,9 +245,7 @@ class _Writer(GraphWriter):
             return tensor
         key = (tensor, "divided")
         if key not in self._made:
-            convolved = any(u.node.op_type == "Conv" and u.index == 0 for u in self._model.consumers(tensor))
-            rank = self._model.rank(tensor) or 2
-            shape = (-1, *(1,) * (rank - 2)) if convolved else (-1,)
+            shape = (-1, *(1,) * self._readers[tensor][0].spatial)
             factor = self._constant(f"{tensor}_factor", (1 / divisor).reshape(shape), self._model.dtype(tensor))
             self._made[key] = self._append("Mul", (tensor, factor), f"{tensor}_Mul")
         return self._made[key]
@@ -308,14 +302,14 @@ class _Writer(GraphWriter):
             self._made[key] = self._constant(f"{tensor}_offset", offset, self._model.dtype(tensor))
         return self._made[key]
 
-    def _weight(self, point: Point, channels: int, *, flip: bool = False) -> str:
+    def _weight(self, node: WeightedNode, channels: int, *, flip: bool = False) -> str:
         """Codes behind a DequantizeLinear, made once per weight, axis and number of added input channels.
 
         With `flip` a matrix is written transposed.
         """
-        key = (point.tensor, "weight", point.spec.axis, channels, flip)
+        tensor, key = node.weight, (*node.key, "weight", channels, flip)
         if key not in self._made:
-            quantized = self._solution.weights[point.tensor, point.spec.axis]
+            quantized = self._solution.weights[node.key]
             params, via = quantized.params, quantized.via
             values, scales, axis = quantized.codes, params.scale, params.axis or 0
             if channels:
@@ -323,18 +317,18 @@ class _Writer(GraphWriter):
             if flip:
                 values, axis = values.T, 1 - axis
                 scales = scales.T if scales.ndim == values.ndim else scales
-            codes = self._codes(f"{point.tensor}_quantized", np.ascontiguousarray(values))
-            dtype = self._model.dtype(point.tensor)
+            codes = self._codes(f"{tensor}_quantized", np.ascontiguousarray(values))
+            dtype = self._model.dtype(tensor)
             extra = {"block_size": params.block} if params.block else {}
-            inputs = [codes, *self._weight_scale(point.tensor, scales, values.dtype, dtype, params)]
-            made = self._append("DequantizeLinear", inputs, f"{point.tensor}_DequantizeLinear", axis=axis, **extra)
+            inputs = [codes, *self._weight_scale(tensor, scales, values.dtype, dtype, params)]
+            made = self._append("DequantizeLinear", inputs, f"{tensor}_DequantizeLinear", axis=axis, **extra)
             if via is not None:
                 assert via.axis is not None
                 axis = 1 - via.axis if flip else via.axis
-                scale = self._constant(f"{point.tensor}_channel_scale", via.scale, dtype)
+                scale = self._constant(f"{tensor}_channel_scale", via.scale, dtype)
                 zeros = np.zeros(via.scale.shape, dtype=FORMATS[via.format].dtype)
-                zero = self._constant(f"{point.tensor}_channel_zero_point", zeros)
-                made = self._append("QuantizeLinear", (made, scale, zero), f"{point.tensor}_QuantizeLinear", axis=axis)
+                zero = self._constant(f"{tensor}_channel_zero_point", zeros)
+                made = self._append("QuantizeLinear", (made, scale, zero), f"{tensor}_QuantizeLinear", axis=axis)
                 made = self._append("DequantizeLinear", (made, scale, zero), f"{made}_DequantizeLinear", axis=axis)
             self._made[key] = made
         return self._made[key]

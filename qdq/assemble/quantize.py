@@ -86,9 +86,9 @@ def quantize(
         made = insert(prepared, chosen, solution)
         if checked is None or correction == "off":
             return solution, made
-        always = correction == "on"
+        always, nodes = correction == "on", solution.nodes.values()
         made, said = corrected(
-            prepared, made, chosen, checked, always=always, factors=solution.factors, on_progress=on_progress
+            prepared, made, nodes, checked, always=always, factors=solution.factors, on_progress=on_progress
         )
         return replace(solution, notes=(*solution.notes, said)), made
 

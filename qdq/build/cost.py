@@ -1,6 +1,6 @@
 """What a compiled model is predicted to cost, kernel by kernel, and who says so.
 
-Models -> `Judge` -> Price each. It must not know a compiler.
+Models -> `CostModel` -> Price each. It must not know a compiler.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Price:
     kernels: tuple[Kernel, ...] = ()
 
 
-class Judge(Protocol):
+class CostModel(Protocol):
     """Compiles and prices models."""
 
     @property

@@ -1,6 +1,6 @@
 """Second moments of the quantized inputs of weighted operators: what GPTQ needs to know about the data.
 
-Model + Plan + activation parameters + samples -> per weight the matrix sum(q q^T) over sampled input rows q.
+Weighted nodes + activation parameters + samples -> per weight the matrix sum(q q^T) over sampled input rows q.
 q are integer codes less their zero point, so every sum is exact in float64 and independent of the samples' order.
 A convolution's rows are its patches (im2col). This module must not keep activations or write files.
 """
@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
-from onnx import NodeProto
 
+from qdq.core.arrays import Floats
+from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams, to_codes
 from qdq.measure.inference.samples import Sample, counted, length
 from qdq.measure.inference.session import Tap
 from qdq.measure.statistics import Moment, union
 from qdq.model.model import Model
-from qdq.model.nodes import attribute, attribute_value, ints
-from qdq.plan.plan import Plan
+from qdq.plan.weighted_node import Weight, WeightedNode, Window, by_weight
 
 MAX_SAMPLES = 64  # more do not change the matrices visibly; those with the smallest hash are taken
 ROWS_PER_COLUMN = 8  # input rows per weight column, over all samples
@@ -32,72 +32,51 @@ THREADS = 2  # of ONNX Runtime: with three and more the last bits of its convolu
 FLOAT_BITS = 11  # of rows that stay float: products of 22 bits, so sums over samples of like size are exact in float64
 BUDGET_BYTES = 1 << 30  # matrices held at once; more weights take further passes over the samples
 
-Weight = tuple[str, int | None]  # tensor and output channel axis: one tensor may be read along either
-Grams = dict[Weight, npt.NDArray[np.float64]]
-
-
-def columns(node: NodeProto, shape: tuple[int, ...]) -> int:
-    """Weights per output channel, the side of the matrix: the length of one input row."""
-    if node.op_type == "Conv":
-        return int(np.prod(shape[1:]))
-    return shape[-1] if attribute(node, "transB", 0) else shape[-2]
+Grams = dict[Weight, Floats]
 
 
 def collect(
     model: Model,
-    plan: Plan,
+    nodes: Iterable[WeightedNode],
     params: Mapping[str, QParams],
     samples: Iterable[Sample],
     *,
+    most_columns: int | None = None,
     divisors: Mapping[str, npt.NDArray[np.float32]] = MappingProxyType({}),
-    on_progress: Callable[[int, int | None, str], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Grams:
     """Sum the second moments of the rows that each weight is multiplied with.
 
     Args:
         model: the prepared float model.
-        plan: its points.
+        nodes: that read the weights.
         params: activation tensor -> parameters, so that rows are what the integer kernel will see; rows of other
             tensors are in their own unit.
         samples: re-iterable; read twice or more when there are over MAX_SAMPLES or the matrices exceed BUDGET_BYTES.
+        most_columns: inputs per output of the weights that are looked at; None for all.
         divisors: activation tensor -> (channels,) float32, what its channels are divided by before quantization.
         on_progress: called with (samples done, samples in all or None, text).
 
     Returns:
-        Weight tensor and axis -> (groups, columns, columns) float64. Weights of more inputs than the
-        settings' `moment_inputs`, batched ones, and those that nodes of different groups share are left out.
+        Weight tensor and axis -> (groups, columns, columns) float64. Weights of more columns than `most_columns`,
+        batched ones, and those that nodes of different groups share are left out.
     """
-    weights: dict[Weight, list[NodeProto]] = {}
-    for point in plan.weights:
-        info = model.info(point.tensor)
-        assert info is not None and info.shape is not None
-        shape = tuple(int(d) for d in info.shape if isinstance(d, int))
-        nodes = [model.node(name) for name, _ in point.uses]
-        if columns(nodes[0], shape) > plan.settings.moment_inputs:
-            continue
-        if nodes[0].op_type == "MatMul" and len(shape) > 2:
-            continue
-        if len({attribute(n, "group", 1) for n in nodes}) > 1:
-            continue
-        weights[point.tensor, point.spec.axis] = nodes
+    weights = {key: readers for key, readers in by_weight(nodes).items() if _has_matrix(readers, most_columns)}
     samples = few(samples)
     grams: Grams = {}
-    for batch in _batches(model, weights):
-        tap = Tap(model, {n.input[0] for w in batch for n in weights[w]}, threads=THREADS)
+    for batch in _batches(weights):
+        readers = [node for weight in batch for node in weights[weight]]
+        tap = Tap(model, {node.data for node in readers}, threads=THREADS)
 
-        def found(batch: list[Weight] = batch, tap: Tap = tap) -> Iterator[dict[Weight, Moment]]:
+        def found(readers: list[WeightedNode] = readers, tap: Tap = tap) -> Iterator[dict[Weight, Moment]]:
             for index, sample in counted(samples):
-                values = tap(sample)
-                codes = {}
-                for node in (node for weight in batch for node in weights[weight]):
-                    if (name := node.input[0]) not in codes:
+                values, codes = tap(sample), dict[str, npt.NDArray[np.float32]]()
+                for node in readers:
+                    if (name := node.data) not in codes:
                         codes[name] = _centred(divided(values[name], divisors.get(name), node), params.get(name))
-                for weight in batch:
-                    shape = tuple(model.initializers[weight[0]].dims)
-                    side = columns(weights[weight][0], shape)
-                    rows = -(-max(MIN_ROWS, ROWS_PER_COLUMN * side) // len(samples))
-                    for node in weights[weight]:
-                        yield {weight: _moment(node, codes[node.input[0]], shape, rows)}
+                for node in readers:
+                    rows = -(-max(MIN_ROWS, ROWS_PER_COLUMN * node.columns) // len(samples))
+                    yield {node.key: _moment(node, codes[node.data], rows)}
                 if on_progress is not None:
                     on_progress(index + 1, len(samples), "second moments")
 
@@ -105,13 +84,20 @@ def collect(
     return grams
 
 
+def _has_matrix(readers: Sequence[WeightedNode], most_columns: int | None) -> bool:
+    """Whether a weight gets a matrix, by the nodes that read it."""
+    small = most_columns is None or readers[0].columns <= most_columns
+    batched = readers[0].op_type == "MatMul" and len(readers[0].shape) > 2
+    return small and not batched and len({node.groups for node in readers}) == 1
+
+
 def divided(
-    values: npt.NDArray[np.floating], divisor: npt.NDArray[np.float32] | None, node: NodeProto
+    values: npt.NDArray[np.floating], divisor: npt.NDArray[np.float32] | None, node: WeightedNode
 ) -> npt.NDArray[np.floating]:
     """A node's data operand with its channels divided: axis 1 of a Conv, else the last one."""
     if divisor is None:
         return values
-    shape = (-1, *(1,) * (values.ndim - 2)) if node.op_type == "Conv" else (-1,)
+    shape = (-1, *(1,) * (values.ndim - 2)) if node.window else (-1,)
     return np.asarray(values / divisor.reshape(shape))
 
 
@@ -127,7 +113,7 @@ def _centred(values: npt.NDArray[np.floating], params: QParams | None) -> npt.ND
 
 
 @dataclass(frozen=True, slots=True)
-class Few:
+class SampleSubset:
     """At most MAX_SAMPLES of some samples, by index; re-iterable."""
 
     samples: Iterable[Sample]
@@ -142,8 +128,8 @@ class Few:
         return (sample for index, sample in enumerate(self.samples) if index in self.chosen)
 
 
-def few(samples: Iterable[Sample]) -> Few:
-    """The MAX_SAMPLES samples with the smallest hashes, all where there are no more; of a Few, itself.
+def few(samples: Iterable[Sample]) -> SampleSubset:
+    """The MAX_SAMPLES samples with the smallest hashes, all where there are no more; of a SampleSubset, itself.
 
     Args:
         samples: re-iterable; read once, unless their number is known and small.
@@ -151,31 +137,26 @@ def few(samples: Iterable[Sample]) -> Few:
     Raises:
         InputError: there is no sample.
     """
-    if isinstance(samples, Few):
+    if isinstance(samples, SampleSubset):
         return samples
     total = length(samples)
     if total is not None and 0 < total <= MAX_SAMPLES:
-        return Few(samples, frozenset(range(total)))
+        return SampleSubset(samples, frozenset(range(total)))
     hashes = []
     for index, sample in counted(samples):
         digest = hashlib.sha256()
         for name in sorted(sample):
             digest.update(np.ascontiguousarray(sample[name]).tobytes())
         hashes.append((digest.digest(), index))
-    return Few(samples, frozenset(index for _, index in sorted(hashes)[:MAX_SAMPLES]))
+    return SampleSubset(samples, frozenset(index for _, index in sorted(hashes)[:MAX_SAMPLES]))
 
 
-def _batches(model: Model, weights: Mapping[Weight, list[NodeProto]]) -> list[list[Weight]]:
+def _batches(weights: Mapping[Weight, Sequence[WeightedNode]]) -> list[list[Weight]]:
     """Weights in groups whose matrices fit the budget, in the plan's order."""
     batches: list[list[Weight]] = []
     room = 0
-    for weight, nodes in weights.items():
-        node = nodes[0]
-        size = (
-            8
-            * columns(node, tuple(model.initializers[weight[0]].dims)) ** 2
-            * (attribute(node, "group", 1) if node.op_type == "Conv" else 1)
-        )
+    for weight, (node, *_) in weights.items():
+        size = 8 * node.columns**2 * node.groups
         if size > room:
             batches.append([])
             room = BUDGET_BYTES
@@ -184,14 +165,13 @@ def _batches(model: Model, weights: Mapping[Weight, list[NodeProto]]) -> list[li
     return batches
 
 
-def _moment(node: NodeProto, codes: npt.NDArray[np.float32], shape: tuple[int, ...], rows: int) -> Moment:
+def _moment(node: WeightedNode, codes: npt.NDArray[np.float32], rows: int) -> Moment:
     """(groups, columns, columns): second moment of up to `rows` input rows, evenly spaced."""
-    if node.op_type != "Conv":
-        flat = codes.T if attribute(node, "transA", 0) else codes
+    if node.window is None:
+        flat = codes.T if node.data_transposed else codes
         flat = flat.reshape(-1, flat.shape[-1])
         return Moment.of(flat[_spaced(flat.shape[0], rows)][None])
-    groups = attribute(node, "group", 1)
-    patches = _patches(node, codes, shape, rows).reshape(-1, groups, shape[1] * int(np.prod(shape[2:])))
+    patches = _patches(node.window, node.shape[2:], codes, rows).reshape(-1, node.groups, node.columns)
     return Moment.of(patches.transpose(1, 0, 2))
 
 
@@ -203,18 +183,15 @@ def _spaced(length: int, count: int) -> npt.NDArray[np.int64]:
 
 
 def _patches(
-    node: NodeProto, codes: npt.NDArray[np.float32], shape: tuple[int, ...], rows: int
+    window: Window, kernel: tuple[int, ...], codes: npt.NDArray[np.float32], rows: int
 ) -> npt.NDArray[np.float32]:
     """(rows, channels * kernel) float32: the patches under sampled output positions, channel-major as in the weight."""
-    spatial, kernel = len(shape) - 2, shape[2:]
-    strides, dilations = ints(node, "strides", [1] * spatial), ints(node, "dilations", [1] * spatial)
-    pads = ints(node, "pads", [0] * 2 * spatial)
-    auto = attribute_value(node, "auto_pad", b"NOTSET")
-    if auto.startswith(b"SAME"):  # only where a dynamic size kept `prepare` from writing the pads
+    spatial, strides, dilations, pads = len(kernel), window.strides, window.dilations, window.pads
+    if window.auto_pad.startswith("SAME"):  # only where a dynamic size kept `prepare` from writing the pads
         axes = zip(codes.shape[2:], kernel, strides, dilations, strict=True)
         totals = [max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0) for n, k, s, d in axes]
-        less, more = [t // 2 for t in totals], [t - t // 2 for t in totals]
-        pads = less + more if auto == b"SAME_UPPER" else more + less
+        less, more = tuple(t // 2 for t in totals), tuple(t - t // 2 for t in totals)
+        pads = less + more if window.auto_pad == "SAME_UPPER" else more + less
     padded = np.pad(codes, [(0, 0), (0, 0), *((pads[i], pads[i + spatial]) for i in range(spatial))])
     extent = [(padded.shape[2 + i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(spatial)]
     positions = np.unravel_index(_spaced(padded.shape[0] * int(np.prod(extent)), rows), [padded.shape[0], *extent])

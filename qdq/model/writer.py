@@ -81,10 +81,3 @@ class GraphWriter:
         if name in self._constants:
             return numpy_helper.to_array(self._constants[name]).astype(np.float64)
         return self._model.array(name).astype(np.float64) if self._model.is_constant(name) else None
-
-    def _shape(self, weight: str) -> tuple[int, ...]:
-        return tuple(self._model.initializers[weight].dims)
-
-    def _spatial(self, node: NodeProto) -> tuple[int, ...] | None:
-        """The spatial sizes of a Conv's input, None where one of them is dynamic."""
-        return self._model.sizes(node.input[0], 2) or None

@@ -7,7 +7,7 @@ It must not read samples, nor know what becomes of weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -26,7 +26,7 @@ TIE_RATIO = 2.0
 
 
 def activation_params(
-    model: Model, plan: Plan, table: CalibrationTable, methods: Mapping[str, str], notes: list[str] | None = None
+    model: Model, plan: Plan, table: CalibrationTable, methods: Mapping[str, str]
 ) -> dict[str, QParams]:
     """Scale and zero point of every activation point.
 
@@ -35,27 +35,19 @@ def activation_params(
         plan: its points.
         table: their histograms.
         methods: tensor -> calibrator; that of the plan's settings for the others.
-        notes: receives what a person should know.
 
     Raises:
         InputError: the settings say auto, and `methods` lacks a tensor.
     """
-    notes = [] if notes is None else notes
     if plan.settings.calibrator == "auto" and any(p.tensor not in methods for p in plan.activations):
         raise InputError("calibrator auto must be resolved first: use qdq.autocalib.solve_auto, or another calibrator.")
     shared: dict[str, Histogram] = {}
-    for group, members in _groups(plan).items():
-        spans = [table.tensors[m].amax for m in members]
-        if max(spans) <= TIE_RATIO * min(spans):
+    for members in _groups(plan).values():
+        if _alike(members, table):
             union = table.tensors[members[0]]
             for member in members[1:]:
                 union = union.merge(table.tensors[member])
             shared.update(dict.fromkeys(members, union))
-        else:
-            notes.append(
-                f"the {len(members)} tensors tied as {group!r} keep scales of their own: their ranges differ "
-                f"{max(spans) / max(min(spans), 1e-30):.1f} times"
-            )
     chosen = {}
     for point in plan.activations:
         dtype = model.dtype(point.tensor)
@@ -78,6 +70,25 @@ def activation_params(
             dtype=dtype,
         )
     return chosen
+
+
+def tie_notes(plan: Plan, table: CalibrationTable) -> tuple[str, ...]:
+    """Of the tensors that the plan ties: which keep scales of their own, and why."""
+    notes = []
+    for group, members in _groups(plan).items():
+        if not _alike(members, table):
+            spans = [table.tensors[m].amax for m in members]
+            notes.append(
+                f"the {len(members)} tensors tied as {group!r} keep scales of their own: their ranges differ "
+                f"{max(spans) / max(min(spans), 1e-30):.1f} times"
+            )
+    return tuple(notes)
+
+
+def _alike(members: Sequence[str], table: CalibrationTable) -> bool:
+    """Whether tied tensors may share a scale."""
+    spans = [table.tensors[m].amax for m in members]
+    return max(spans) <= TIE_RATIO * min(spans)
 
 
 def _groups(plan: Plan) -> dict[str, list[str]]:

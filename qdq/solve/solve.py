@@ -1,21 +1,21 @@
 """Turn measured ranges and float weights into scales and codes.
 
-Plan + CalibrationTable -> QParams per activation (`activations`), divisors of channels; Plan + weights (+ second
-moments) -> QTensor per weight, each by itself. This module must not change the graph; its only look at data is through
-`gram`.
+Plan + CalibrationTable -> `DataScales` of every activation -> second moments of the weights' inputs -> channels
+balanced for weight-only blocks -> carriers of the divisors -> QTensor per weight, each by itself. Every step returns a
+value with its notes and changes nothing that it was given. This module must not change the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
 import numpy as np
 import numpy.typing as npt
 
+from qdq.core.arrays import Floats
 from qdq.core.errors import InputError
-from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams, QTensor
 from qdq.core.resources import Room, cores
@@ -24,14 +24,12 @@ from qdq.measure.inference.samples import Sample, overlapped
 from qdq.measure.table import CalibrationTable
 from qdq.model.external import is_large, tensor_bytes
 from qdq.model.model import Model
-from qdq.model.nodes import WEIGHTED, attribute, input_axis, weight_axis
 from qdq.model.weight_store import Spool, key_of
-from qdq.plan.plan import Plan, Point
+from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
-from qdq.plan.spec import Spec
-from qdq.solve import token_scales
-from qdq.solve.activations import activation_params
-from qdq.solve.equalize import choose, cross_layer, weight_only
+from qdq.plan.weighted_node import Weight, WeightedNode, by_weight, weighted_nodes
+from qdq.solve.data_scales import DataScales, data_scales
+from qdq.solve.equalize import weight_only
 from qdq.solve.equalize.carriers import Carrier, carried, factors, scaled
 from qdq.solve.weights import DATA_FREE, quantize_weight
 
@@ -43,6 +41,7 @@ class Solution:
     """Everything `insert` needs.
 
     Attributes:
+        nodes: the weighted nodes of the float model by name.
         activations: tensor -> parameters per tensor.
         divisors: tensor -> (channels,) what its channels are divided by before they are quantized; the codes of the
             weights that read it already hold the factor.
@@ -53,16 +52,17 @@ class Solution:
         spool: where the codes of a large model lie.
     """
 
+    nodes: Mapping[str, WeightedNode]
     activations: Mapping[str, QParams]
     divisors: Mapping[str, npt.NDArray[np.float32]]
-    weights: Mapping[tuple[str, int | None], QTensor]
+    weights: Mapping[Weight, QTensor]
     notes: tuple[str, ...]
     tokens: frozenset[str] = frozenset()
     spool: Spool | None = None
     carriers: Mapping[str, Carrier] = field(default_factory=dict)
 
     @property
-    def factors(self) -> dict[str, npt.NDArray[np.float64]]:
+    def factors(self) -> dict[str, Floats]:
         """Weighted node -> (channels,) what its output is multiplied by in the Q/DQ model: it carries divisors."""
         return factors(self.carriers, self.divisors)
 
@@ -96,255 +96,152 @@ def solve(
     """
     plan.check(model)
     table.check(model, plan)
-    _check_weights(model, plan)
-    notes: list[str] = []
-    samples = None if samples is None else second_moments.few(samples)
-    activations = activation_params(model, plan, table, {}, notes) if params is None else dict(params)
-    classes = token_scales.classes(model, plan, table, data=samples is not None)
-    notes += classes.notes
-    tokens, compressed = [*classes.tokens], classes.compressed
-    running = {*tokens, *(p.tensor for p in plan.activations if FORMATS[p.spec.format].blocks)}
-    static = {tensor: found for tensor, found in activations.items() if tensor not in running}
-    divisors: dict[str, npt.NDArray[np.float32]] = {}
-    formula = "smoothquant" if plan.settings.equalize == "auto" else plan.settings.equalize  # see `crossfit.resolved`
-    if formula not in ("none", "awq") and samples is not None:
-        wanted = _only(plan, [t for t in static if compressed is None or t in compressed])
-        if formula == "cle":
-            equalized = cross_layer.choose(model, wanted, samples, on_progress=on_progress)
-        else:
-            equalized = choose.choose(model, wanted, static, samples, formula=formula, on_progress=on_progress)
-        divisors = {tensor: e.scale for tensor, e in equalized.items()}
-        static |= {tensor: e.params for tensor, e in equalized.items()}
-        activations |= static
-        if equalized and formula == "cle":
-            notes.append(f"the channels of {len(equalized)} of {len(activations)} tensors are equalized across layers")
-        elif equalized:
-            gains = sorted(e.gain_db for e in equalized.values())
-            notes.append(
-                f"the channels of {len(equalized)} of {len(activations)} tensors are equalized: {gains[0]:.1f} to "
-                f"{gains[-1]:.1f} dB less noise predicted at their consumers"
-            )
-    if samples is not None:
-        late = token_scales.by_error(model, plan, static, divisors, samples, on_progress=on_progress)
-        tokens += late
-        for tensor in late:
-            del static[tensor]
-            divisors.pop(tensor, None)
-    activations |= {tensor: QParams(scale=np.asarray(1, dtype=np.float32)) for tensor in tokens}
-    if compressed is not None:
-        asked = sum(p.spec.token is not None for p in plan.activations)
-        notes.append(f"{len(tokens)} of {asked} tensors have one INT8 scale per token, computed as the engine runs")
-    grams = _moments(model, plan, static, samples, divisors, notes, on_progress)
-    if plan.settings.equalize != "none":
-        divisors |= _balance(model, plan, grams, divisors, notes)
-    carriers = carried(model, plan, divisors)
-    if divisors:
-        notes.append(
-            f"of {len(divisors)} tensors whose channels are divided, {len(carriers)} are made so by the layer before; "
-            "the others cost one Mul"
-        )
+    nodes = weighted_nodes(model, plan)
+    _check_values(model, nodes.values())
+    some = None if samples is None else second_moments.few(samples)
+    data = data_scales(model, plan, nodes, table, some, params=params, on_progress=on_progress)
+    seen = _moments(model, plan, nodes.values(), data, some, on_progress)
+    balanced, said = weight_only.balance(model, plan, nodes.values(), seen.grams, data.divisors)
+    divisors = {**data.divisors, **balanced}
+    carriers = carried(model, nodes, divisors, alike=plan.settings.equalize == "cle")
     spool = Spool() if is_large(model.graph.initializer) else None
-    weights = _weights(model, plan, grams, divisors, factors(carriers, divisors), spool, on_progress)
+    seen = replace(seen, divisors=balanced)
+    weights = _weights(model, plan, nodes.values(), seen, divisors, factors(carriers, divisors), spool, on_progress)
     return Solution(
-        activations=activations,
+        nodes=nodes,
+        activations=data.params,
         divisors=divisors,
         weights=weights,
-        notes=tuple(notes),
-        tokens=frozenset(tokens),
+        notes=(*data.notes, *seen.notes, *said, *_carrier_notes(carriers, divisors)),
+        tokens=frozenset(data.tokens),
         spool=spool,
         carriers=carriers,
     )
 
 
+def _carrier_notes(carriers: Mapping[str, Carrier], divisors: Mapping[str, npt.NDArray[np.float32]]) -> Iterator[str]:
+    """How many tensors are divided by the layer before."""
+    if divisors:
+        yield (
+            f"of {len(divisors)} tensors whose channels are divided, {len(carriers)} are made so by the layer before; "
+            "the others cost one Mul"
+        )
+
+
 def _weights(
     model: Model,
     plan: Plan,
-    grams: second_moments.Grams,
+    nodes: Iterable[WeightedNode],
+    seen: _Moments,
     divisors: Mapping[str, npt.NDArray[np.float32]],
-    outputs: Mapping[str, npt.NDArray[np.float64]],
+    outputs: Mapping[str, Floats],
     spool: Spool | None,
     on_progress: Progress | None,
-) -> dict[tuple[str, int | None], QTensor]:
+) -> dict[Weight, QTensor]:
     """Every weight rounded by itself; one per core at a time, as far as the memory of their copies allows."""
-    settings = plan.settings
+    settings, readers = plan.settings, [reader for reader, *_ in by_weight(nodes).values()]
 
-    def solved(point: Point) -> QTensor:
-        key = (point.tensor, point.spec.axis)
-        reader = model.node(point.uses[0][0])
-        moments, divisor, factor = grams.get(key), divisors.get(reader.input[0]), outputs.get(reader.name)
+    def solved(reader: WeightedNode) -> QTensor:
+        divisor, factor = divisors.get(reader.data), outputs.get(reader.name)
+        # itself and its codes, and without data little else
+        copies = tensor_bytes(model.initializers[reader.weight]) * (12 if reader.key in seen.grams else 2)
+        with room.taken(copies):
+            moments = seen.of(reader)
 
-        def make() -> QTensor:
-            return _weight(model, point, settings, moments, divisor, factor)
+            def make() -> QTensor:
+                values = scaled(model.array(reader.weight), reader, divisor, factor)
+                return _rounded(values, reader, settings, moments)
 
-        with room.taken(_copies(model, point, moments)):
             if spool is None:
                 return make()
             how = (settings.rounding, settings.damping, settings.act_order)
-            decides = (model.sha256, plan.rewrites, point, how, version("qdq"), moments, divisor, factor)
+            decides = (model.sha256, plan.rewrites, reader, how, version("qdq"), moments, divisor, factor)
             return spool.weight(key_of(*decides), make)
 
     room = Room(ROUNDING_BYTES)
-    weights: dict[tuple[str, int | None], QTensor] = {}
-    for index, (point, made) in enumerate(zip(plan.weights, overlapped(solved, plan.weights, cores()), strict=True)):
-        weights[point.tensor, point.spec.axis] = made
+    weights: dict[Weight, QTensor] = {}
+    for index, (reader, made) in enumerate(zip(readers, overlapped(solved, readers, cores()), strict=True)):
+        weights[reader.key] = made
         if on_progress is not None:
-            on_progress(index + 1, len(plan.weights), "rounding weights")
+            on_progress(index + 1, len(readers), "rounding weights")
     return weights
 
 
-def _copies(model: Model, point: Point, moments: npt.NDArray[np.float64] | None) -> int:
-    """Bytes that rounding a weight takes at most: itself and its codes, and without data little else."""
-    values = tensor_bytes(model.initializers[point.tensor])
-    return values * (12 if moments is not None else 2)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Moments:
+    """Second moments of the weights that want them.
 
+    Attributes:
+        grams: as they were measured.
+        divisors: tensor -> (channels,) what its channels are divided by besides.
+        notes: what a person should know, one line each.
+    """
 
-def _only(plan: Plan, tensors: list[str]) -> Plan:
-    """The plan with no other activation points."""
-    points = tuple(p for p in plan.points if p.role == "weight" or p.tensor in tensors)
-    return replace(plan, points=points)
+    grams: second_moments.Grams = field(default_factory=dict)
+    divisors: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def of(self, reader: WeightedNode) -> Floats | None:
+        """(groups, columns, columns) of the weight that a node reads; None if it has none."""
+        gram, divisor = self.grams.get(reader.key), self.divisors.get(reader.data)
+        return gram if gram is None or divisor is None else gram / np.outer(divisor, divisor)
 
 
 def _moments(
     model: Model,
     plan: Plan,
-    static: Mapping[str, QParams],
-    samples: Iterable[Sample] | None,
-    divisors: Mapping[str, npt.NDArray[np.float32]],
-    notes: list[str],
+    nodes: Iterable[WeightedNode],
+    data: DataScales,
+    samples: second_moments.SampleSubset | None,
     on_progress: Progress | None,
-) -> second_moments.Grams:
+) -> _Moments:
     """Second moments for the weights whose rounding or balancing wants them."""
-    rounding = plan.settings.rounding
-    balance = plan.settings.equalize not in ("none", "sinq")
-    wanted = tuple(
-        p for p in plan.weights if rounding not in DATA_FREE or (balance and p.spec.weight_only and p.spec.block)
-    )
+    settings, free = plan.settings, plan.settings.rounding in DATA_FREE
+    balance = settings.equalize not in ("none", "sinq")
+    wanted = [n for n in nodes if not free or (balance and n.spec.weight_only and n.spec.block)]
     if not wanted:
-        return {}
+        return _Moments()
     if samples is None:
-        notes.append(f"weights are rounded to nearest: {rounding} needs the samples, and only a table was given")
-        return {}
-    others = tuple(p for p in plan.points if p.role != "weight")
+        note = f"weights are rounded to nearest: {settings.rounding} needs the samples, and only a table was given"
+        return _Moments(notes=(note,))
+    most, divisors = settings.moment_inputs, data.divisors
     grams = second_moments.collect(
-        model, replace(plan, points=(*others, *wanted)), static, samples, divisors=divisors, on_progress=on_progress
+        model, wanted, data.constant, samples, most_columns=most, divisors=divisors, on_progress=on_progress
     )
-    plain = [p.tensor for p in wanted if (p.tensor, p.spec.axis) not in grams]
-    if plain and rounding not in DATA_FREE:
-        notes.append(
-            f"{len(plain)} of {len(plan.weights)} weights are rounded without their inputs: {rounding} takes up to "
-            f"{plan.settings.moment_inputs} inputs per output (moment_inputs), and no batched weights"
-        )
-    return grams
+    plain = {n.key for n in wanted} - grams.keys()
+    if not plain or free:
+        return _Moments(grams=grams)
+    note = (
+        f"{len(plain)} of {len(plan.weights)} weights are rounded without their inputs: {settings.rounding} takes up "
+        f"to {settings.moment_inputs} inputs per output (moment_inputs), and no batched weights"
+    )
+    return _Moments(grams=grams, notes=(note,))
 
 
-def _balance(
-    model: Model,
-    plan: Plan,
-    grams: second_moments.Grams,
-    divisors: Mapping[str, npt.NDArray[np.float32]],
-    notes: list[str],
-) -> dict[str, npt.NDArray[np.float32]]:
-    """Divisors of the tensors that weight-only blocks read, and nothing quantized does; `grams` become those after."""
-    readers: dict[str, list[Point]] = {}
-    mixed = {p.tensor for p in plan.activations}
-    for point in plan.weights:
-        nodes = [model.node(name) for name, _ in point.uses]
-        for node in nodes:
-            readers.setdefault(node.input[0], []).append(point)
-        known = plan.settings.equalize == "sinq" or (point.tensor, point.spec.axis) in grams
-        alone = (
-            point.spec.weight_only and point.spec.block and known and len(model.initializers[point.tensor].dims) == 2
-        )
-        if not alone or len({n.input[0] for n in nodes}) > 1 or any(attribute(n, "transA", 0) for n in nodes):
-            mixed |= {n.input[0] for n in nodes}
-    found = {}
-    candidates = {tensor: points for tensor, points in readers.items() if tensor not in mixed | divisors.keys()}
-    for tensor, points in candidates.items():
-        rows, blocks = [], []
-        for point in points:
-            values = model.array(point.tensor)
-            assert point.spec.axis is not None and point.spec.block is not None
-            rows.append(np.moveaxis(values, point.spec.axis, -1).astype(np.float32))
-            blocks.append(point.spec.block)
-        fmt = points[0].spec.format
-        if plan.settings.equalize == "sinq":
-            divisor = weight_only.levelled(rows, blocks, fmt=fmt)
-        else:
-            moment = grams[points[0].tensor, points[0].spec.axis][0]
-            divisor = weight_only.balanced(rows, blocks, moment, fmt=fmt)
-        if divisor is not None:
-            found[tensor] = divisor
-            for key in {(p.tensor, p.spec.axis) for p in points} & grams.keys():
-                grams[key] = grams[key] / np.outer(divisor, divisor)
-    if candidates:
-        notes.append(f"the channels of {len(found)} of {len(candidates)} tensors are balanced for their 4-bit readers")
-    return found
-
-
-def _check_weights(model: Model, plan: Plan) -> None:
-    """Refuse weight points that an edited plan may hold, and values that no scale fits."""
-    for point in plan.weights:
-        values = model.array(point.tensor)
-        for name, index in point.uses:
-            node = model.node(name)
-            if index != 1 or node.op_type not in WEIGHTED:
-                raise InputError(
-                    f"The plan quantizes {point.tensor!r} as the weight of operand {index} of {name!r} "
-                    f"({node.op_type}): weights are operand 1 of {', '.join(WEIGHTED)}. Remove the consumer."
-                )
-            outputs, inputs = weight_axis(node, values.ndim), input_axis(node, values.ndim)
-            axis, what = (inputs, "reduction") if point.spec.block else (outputs, "output channels")
-            whole = point.spec.axis is None and point.spec.block is None  # one scale is right for any product
-            if point.spec.axis != axis and not whole:
-                raise InputError(
-                    f"The plan quantizes {point.tensor!r} along axis {point.spec.axis}, but the {what} of "
-                    f"{name!r} lie on axis {axis}. Set the axis to {axis}."
-                )
-            if (point.spec.block or point.spec.weight_only) and (node.op_type == "Conv" or point.spec.shift):
-                raise InputError(
-                    f"The plan gives the weight {point.tensor!r} of {name!r} ({node.op_type}) blocks or no quantized "
-                    "data: TensorRT has kernels for that in Gemm and MatMul only. Set an axis of output channels."
-                )
-            if point.spec.via and values.ndim != 2:
-                raise InputError(
-                    f"The plan gives the batched weight {point.tensor!r} of {name!r} two levels: they need a matrix."
-                )
-        if not _finite(values):
+def _check_values(model: Model, nodes: Iterable[WeightedNode]) -> None:
+    """Refuse weights that no scale fits: all values must be finite as float32. Makes no copy as large as a weight."""
+    for reader, *_ in by_weight(nodes).values():
+        values = model.array(reader.weight)
+        if values.size and not np.isfinite(np.asarray((values.max(), values.min()), dtype=np.float32)).all():
             raise InputError(
-                f"Weight {point.tensor!r} of the float model holds NaN or infinity: no scale fits it. "
-                f"Mend the model, or exclude {point.uses[0][0]!r}."
+                f"Weight {reader.weight!r} of the float model holds NaN or infinity: no scale fits it. "
+                f"Mend the model, or exclude {reader.name!r}."
             )
 
 
-def _finite(values: npt.NDArray[np.generic]) -> bool:
-    """Whether all values are finite as float32; makes no copy as large as the weight."""
-    return all(bool(np.isfinite(np.float32(v))) for v in (values.max(), values.min())) if values.size else True
-
-
-def _weight(
-    model: Model,
-    point: Point,
-    settings: Settings,
-    moments: npt.NDArray[np.float64] | None,
-    divisor: npt.NDArray[np.float32] | None,
-    factor: npt.NDArray[np.float64] | None,
+def _rounded(
+    values: npt.NDArray[np.floating], reader: WeightedNode, settings: Settings, moments: Floats | None
 ) -> QTensor:
-    """One weight rounded, its input channels multiplied by `divisor` and its output channels by `factor`."""
-    reader = model.node(point.uses[0][0])
-    values = scaled(model.array(point.tensor), reader, divisor, factor)
+    """One weight rounded; where its inputs are not known, as well as can be without them."""
+    rounding = settings.rounding
+    if moments is None and rounding not in DATA_FREE:
+        rounding = "clip" if reader.spec.block else "nearest"
     return quantize_weight(
         values,
-        point.spec,
-        outputs=weight_axis(reader, values.ndim),
-        rounding=(
-            settings.rounding if moments is not None or settings.rounding in DATA_FREE else without_data(point.spec)
-        ),
+        reader.spec,
+        outputs=reader.output_axis,
+        rounding=rounding,
         moments=moments,
         damping=settings.damping,
         act_order=settings.act_order,
     )
-
-
-def without_data(spec: Spec) -> str:
-    """The rounding of a weight whose inputs are not known: the best that needs none."""
-    return "clip" if spec.block else "nearest"

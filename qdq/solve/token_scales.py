@@ -20,16 +20,16 @@ from qdq.core.qtensor import QParams
 from qdq.measure.inference.samples import Sample
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
-from qdq.model.nodes import attribute, attribute_value
 from qdq.plan.plan import Plan, Point
 from qdq.plan.settings import V0, V1
+from qdq.plan.weighted_node import WeightedNode
 from qdq.solve.equalize import predicted_error
 
 MOST_SHARE = 0.25  # of the weights' noise: with so much more of the data's the outputs lose 1 dB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Classes:
+class TokenClasses:
     """What FPTQ's rule says.
 
     Attributes:
@@ -43,18 +43,18 @@ class Classes:
     notes: tuple[str, ...]
 
 
-def classes(model: Model, plan: Plan, table: CalibrationTable, *, data: bool) -> Classes:
+def classes(plan: Plan, nodes: Mapping[str, WeightedNode], table: CalibrationTable, *, data: bool) -> TokenClasses:
     """Each tensor's class by its range.
 
     Args:
-        model: the prepared float model.
         plan: its points; `Spec.token` says which tensors the rule is about.
+        nodes: its weighted nodes by name.
         table: their ranges.
         data: whether there are samples; without them 'auto' is the paper's number.
     """
     asked = [p for p in plan.activations if p.spec.token]
     if not asked:
-        return Classes(tokens=(), compressed=None, notes=())
+        return TokenClasses(tokens=(), compressed=None, notes=())
     v0, v1 = plan.settings.v0, plan.settings.v1
     notes = []
     if "auto" in (v0, v1) and not data:
@@ -66,7 +66,7 @@ def classes(model: Model, plan: Plan, table: CalibrationTable, *, data: bool) ->
     for point in asked:
         span = table.tensors[point.tensor].amax
         if point.spec.token == "always" or span > most:
-            if can_have_tokens(model, point):
+            if can_have_tokens(point, nodes):
                 tokens.append(point.tensor)
                 continue
             given_up += 1
@@ -77,23 +77,20 @@ def classes(model: Model, plan: Plan, table: CalibrationTable, *, data: bool) ->
             f"{given_up} tensors keep one scale although their range asks for one per token: a reader is no MatMul, "
             "and no Gemm without transA, alpha and beta"
         )
-    return Classes(tokens=tuple(tokens), compressed=tuple(compressed), notes=tuple(notes))
+    return TokenClasses(tokens=tuple(tokens), compressed=tuple(compressed), notes=tuple(notes))
 
 
-def can_have_tokens(model: Model, point: Point) -> bool:
+def can_have_tokens(point: Point, nodes: Mapping[str, WeightedNode]) -> bool:
     """Whether all readers can take data with one scale per row: the scales come back as a factor behind each."""
-    for name, index in point.uses:
-        node = model.node(name)
-        plain = all(attribute_value(node, a, 1.0) == 1.0 for a in ("alpha", "beta"))
-        gemm = node.op_type == "Gemm" and plain and not attribute(node, "transA", 0)
-        if index != 0 or not (node.op_type == "MatMul" or gemm):
-            return False
-    return True
+    readers = [nodes[name] for name, index in point.uses if name in nodes and index == 0]
+    plain = (n.window is None and n.alpha == n.beta == 1 and not n.data_transposed for n in readers)
+    return len(readers) == len(point.uses) and all(plain)
 
 
 def by_error(
     model: Model,
     plan: Plan,
+    nodes: Mapping[str, WeightedNode],
     params: Mapping[str, QParams],
     divisors: Mapping[str, npt.NDArray[np.float32]],
     samples: Iterable[Sample],
@@ -105,17 +102,18 @@ def by_error(
     Args:
         model: the prepared float model.
         plan: its points; nothing is chosen unless v1 is 'auto'.
+        nodes: its weighted nodes by name.
         params: of the tensors that have one scale so far.
         divisors: of those that are equalized.
         samples: re-iterable calibration samples.
         on_progress: called with (samples done, samples in all or None, text).
     """
     asked = {
-        p.tensor: p
+        p.tensor: [nodes[name] for name, _ in p.uses]
         for p in plan.activations
-        if p.spec.token == "fptq" and p.tensor in params and can_have_tokens(model, p)
+        if p.spec.token == "fptq" and p.tensor in params and can_have_tokens(p, nodes)
     }
     if plan.settings.v1 != "auto" or not asked:
         return ()
-    found = predicted_error.errors(model, plan, asked, params, divisors, samples, on_progress=on_progress)
+    found = predicted_error.errors(model, asked, params, divisors, samples, on_progress=on_progress)
     return tuple(t for t, e in found.items() if e.data > MOST_SHARE * e.weights and e.tokens < e.data)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from engines.core.errors import BuildError
-from qdq.assemble.held_out import Judge, Split, ranked
+from qdq.assemble.held_out import HeldOutScore, Split, ranked
 from qdq.assemble.quantize import quantize
 from qdq.assemble.tables import Tables
 from qdq.build.cost import Price
@@ -41,7 +41,7 @@ def accuracy(prepared: Model, samples: Iterable[Sample], settings: Settings) -> 
         made = quantize(prepared, tables.samples, settings=settings, plan=plan, table=tables.of(plan))
         settings = replace(settings, equalize=made.plan.settings.equalize)  # 'auto' is settled by the first plan
         held = held or Split(samples=tables.samples, fit=(), held=frozenset(ranked(tables.samples)[:JUDGED]))
-        return Judge(prepared, held).sqnr_db(made.model)
+        return HeldOutScore(prepared, held).sqnr_db(made.model)
 
     return measure
 

@@ -3,7 +3,7 @@
 VariantBuilder -> starting points (float types; all quantized; with rewrites) -> the best -> moves on classes of alike
 nodes, dearest first, each kept if the predicted time falls -> Tuned: a Plan, its price, and what it was compared with.
 The price is never above that of any variant looked at, so never above the float model's or the untuned plan's.
-It must not know an engine: a `Judge` compiles and prices.
+It must not know an engine: a `CostModel` compiles and prices.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 
-from qdq.build.cost import Judge, Price
+from qdq.build.cost import CostModel, Price
 from qdq.core.progress import Progress
 from qdq.passes.rewrites import FLOAT_REWRITES, QUANTIZED_REWRITES
 from qdq.plan.plan import Plan
@@ -34,7 +34,7 @@ SHARES = (1.0, 0.5, 0.25)  # of the products quantized, most multiply-adds per b
 
 def tune(
     builder: VariantBuilder,
-    judge: Judge,
+    judge: CostModel,
     *,
     placement: bool = True,
     min_sqnr_db: float = -math.inf,
@@ -80,7 +80,7 @@ class _Search:
     """The best so far, and every price known."""
 
     builder: VariantBuilder
-    judge: Judge
+    judge: CostModel
     placement: bool
     deadline: float
     clock: Callable[[], float]

@@ -13,7 +13,7 @@ layer before, through what is homogeneous for positive factors).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,8 @@ from onnx import NodeProto
 from engines.core.operators import ARITHMETIC, AXIS_1_NORMS, HOMOGENEOUS, LAST_AXIS_NORMS, POOLS
 from qdq.core.formats import FORMATS
 from qdq.model.model import Model
-from qdq.model.nodes import WEIGHTED, attribute, input_axis, weight_axis
-from qdq.plan.plan import Plan
+from qdq.model.nodes import WEIGHTED, attribute, weight_axis
+from qdq.plan.weighted_node import WeightedNode, by_data
 
 MOST_FACTOR = 64.0  # that a linear node takes: in FP16, what an activation behind it cuts off must not overflow
 
@@ -60,47 +60,46 @@ class Carrier:
     linear: str | None = None
 
 
-def find(model: Model, tensor: str, channels: int, *, readers: Collection[str]) -> Carrier | None:
+def find(model: Model, tensor: str, channels: int, *, readers: Iterable[WeightedNode]) -> Carrier | None:
     """What can carry the factors of a tensor's channels.
 
     Args:
         model: the prepared float model.
         tensor: whose channels, on axis 1 for Conv and else on the last one, are to be multiplied.
         channels: how many there are.
-        readers: names of the nodes that take the factors back in the weight of their data operand.
+        readers: that take the factors back in their weights.
 
     Returns:
         The constants, or None where something else reads the tensor, or where what makes it has none.
     """
-    uses = model.consumers(tensor)
-    if not uses or any(u.index != 0 or u.node.name not in readers for u in uses) or model.is_output(tensor):
+    taking, uses = {node.name: node for node in readers}, model.consumers(tensor)
+    if not uses or any(u.index != 0 or u.node.name not in taking for u in uses) or model.is_output(tensor):
         return None
-    first = uses[0].node
-    trailing = len(model.initializers[first.input[1]].dims) - 2 if first.op_type == "Conv" else 0
-    return _Walk(model, channels, trailing).back(tensor)
+    return _Walk(model, channels, taking[uses[0].node.name].spatial).back(tensor)
 
 
-def carried(model: Model, plan: Plan, divisors: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Carrier]:
+def carried(
+    model: Model,
+    nodes: Mapping[str, WeightedNode],
+    divisors: Mapping[str, npt.NDArray[np.float32]],
+    *,
+    alike: bool = False,
+) -> dict[str, Carrier]:
     """The constants that can take divisors, tensor by tensor; a Mul does it for the others.
 
     A weight with one integer scale takes none, but those that make its channels alike: others would lose resolution.
 
     Args:
         model: the prepared float model.
-        plan: says who reads the divided tensors.
+        nodes: the weighted nodes by name.
         divisors: tensor -> (channels,) what its channels are divided by.
+        alike: the divisors make the channels of the layer before alike.
     """
-    alike = plan.settings.equalize == "cle"
-    takers = {p.tensor: {name for name, _ in p.uses} for p in plan.activations}
-    for point in (p for p in plan.weights if p.spec.weight_only):
-        for name, _ in point.uses:
-            takers.setdefault(model.node(name).input[0], set()).add(name)
-    levelled = {
-        name for p in plan.weights if p.spec.axis is None and FORMATS[p.spec.format].integer for name, _ in p.uses
-    }
+    readers = by_data(nodes.values())
+    levelled = {n.name for n in nodes.values() if n.spec.axis is None and FORMATS[n.spec.format].integer}
     found = {}
     for tensor, divisor in divisors.items():
-        carrier = find(model, tensor, divisor.size, readers=takers[tensor])
+        carrier = find(model, tensor, divisor.size, readers=readers[tensor])
         if carrier is None:
             continue
         unfit = carrier.linear is not None and (carrier.linear in levelled or divisor.min() * MOST_FACTOR < 1)
@@ -118,7 +117,7 @@ def factors(
 
 def scaled(
     values: npt.NDArray[np.floating],
-    reader: NodeProto,
+    reader: WeightedNode,
     divisor: npt.NDArray[np.float32] | None,
     factor: npt.NDArray[np.float64] | None,
 ) -> npt.NDArray[np.floating]:
@@ -126,22 +125,20 @@ def scaled(
 
     Args:
         values: the weight.
-        reader: its node.
+        reader: a node that reads it.
         divisor: (input channels of all groups,) or None.
         factor: (output channels,) or None.
     """
     if divisor is not None:
-        groups = attribute(reader, "group", 1) if reader.op_type == "Conv" else 1
-        inputs = input_axis(reader, values.ndim)
+        groups = reader.groups
         if groups > 1:  # each group of output channels reads input channels of its own
             each = np.repeat(divisor.reshape(groups, -1), values.shape[0] // groups, axis=0)
             shaped = each.reshape(*each.shape, *(1,) * (values.ndim - 2))
         else:
-            shaped = divisor.reshape([-1 if i == inputs else 1 for i in range(values.ndim)])
+            shaped = divisor.reshape([-1 if i == reader.input_axis else 1 for i in range(values.ndim)])
         values = (values * shaped).astype(values.dtype)
     if factor is not None:
-        outputs = weight_axis(reader, values.ndim)
-        shape = [-1 if i == outputs else 1 for i in range(values.ndim)]
+        shape = [-1 if i == reader.output_axis else 1 for i in range(values.ndim)]
         values = (values * factor.reshape(shape)).astype(values.dtype)
     return values
 

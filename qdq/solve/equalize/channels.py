@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from onnx import NodeProto
 
 from qdq.core.arrays import Floats
 from qdq.core.progress import Progress
@@ -17,8 +16,8 @@ from qdq.measure.inference.samples import Sample, counted
 from qdq.measure.inference.session import Tap
 from qdq.measure.statistics import ChannelRange, union
 from qdq.model.model import Model
-from qdq.model.nodes import attribute
 from qdq.plan.plan import Plan, Point
+from qdq.plan.weighted_node import WeightedNode
 
 ROWS = 8192  # channel vectors looked at per tensor, over all samples
 
@@ -60,73 +59,71 @@ class Channels:
         return np.concatenate(sorted(self.parts, key=np.ndarray.tobytes)).astype(np.float64)
 
 
-def data_readers(model: Model, point: Point) -> list[NodeProto]:
-    """The nodes that multiply an activation's channels by constant weights, if they are all that reads its codes.
+def data_readers(point: Point, nodes: Mapping[str, WeightedNode]) -> list[WeightedNode]:
+    """The weighted nodes that multiply an activation's channels, if they are all that reads its codes.
 
     Every one is a Conv, or every one a Gemm or MatMul without transA; none for any other activation, or where it is
     tied to another.
     """
-    nodes = [model.node(name) for name, _ in point.uses]
-    plain = all(
-        index == 0
-        and not attribute(node, "transA", 0)
-        and model.is_constant(node.input[1])
-        and len(model.initializers[node.input[1]].dims) >= 2
-        for node, (_, index) in zip(nodes, point.uses, strict=True)
-    )
-    return nodes if plain and point.tie is None and len({node.op_type == "Conv" for node in nodes}) == 1 else []
+    readers = [nodes[name] for name, index in point.uses if name in nodes and index == 0]
+    plain = len(readers) == len(point.uses) and not any(node.data_transposed for node in readers)
+    return readers if plain and point.tie is None and len({node.channel_axis for node in readers}) == 1 else []
 
 
-def candidates(model: Model, plan: Plan) -> dict[str, list[str]]:
-    """Activation tensors that may be equalized -> the weights that read them.
+def candidates(plan: Plan, nodes: Mapping[str, WeightedNode]) -> dict[str, list[WeightedNode]]:
+    """Activation tensors that may be equalized -> all that reads them.
 
     Every reader is an ungrouped Conv, or every one a Gemm or MatMul without transA; no weight is shared with another
     tensor; the tensor is no shortcut and is tied to no other.
     """
     reads: dict[str, set[str]] = {}
-    for point in plan.weights:
-        reads.setdefault(point.tensor, set()).update(model.node(name).input[0] for name, _ in point.uses)
-    found = {}
-    for point in plan.activations:
-        nodes = data_readers(model, point)
-        if nodes and all(attribute(n, "group", 1) == 1 and reads.get(n.input[1]) == {point.tensor} for n in nodes):
-            found[point.tensor] = list(dict.fromkeys(n.input[1] for n in nodes))
-    return found
+    for node in nodes.values():
+        reads.setdefault(node.weight, set()).add(node.data)
+    found = {point.tensor: data_readers(point, nodes) for point in plan.activations}
+    return {
+        tensor: readers
+        for tensor, readers in found.items()
+        if readers and all(node.groups == 1 and reads[node.weight] == {tensor} for node in readers)
+    }
 
 
 def look(
-    model: Model, points: Mapping[str, Point], samples: Iterable[Sample], on_progress: Progress | None
+    model: Model,
+    readers: Mapping[str, Sequence[WeightedNode]],
+    samples: Iterable[Sample],
+    on_progress: Progress | None,
 ) -> dict[str, Channels]:
     """What samples show of some activation tensors.
 
     Args:
         model: the prepared float model.
-        points: tensor -> its point.
+        readers: tensor -> the nodes that multiply its channels, one of them at least.
         samples: re-iterable; at most `gram.MAX_SAMPLES` of them are run.
         on_progress: called with (samples done, samples in all or None, text).
 
     Returns:
         Tensor -> what they show of its channels.
     """
-    if not points:
+    if not readers:
         return {}
-    tap = Tap(model, list(points), threads=second_moments.THREADS)
+    tap = Tap(model, list(readers), threads=second_moments.THREADS)
     samples = second_moments.few(samples)
     each = max(1, ROWS // len(samples))
-    convolved = {tensor: model.node(point.uses[0][0]).op_type == "Conv" for tensor, point in points.items()}
 
     def seen() -> Iterator[dict[str, Channels]]:
         for index, sample in counted(samples):
-            yield {tensor: _one(values, convolved[tensor], each) for tensor, values in tap(sample).items()}
+            yield {
+                tensor: _one(values, readers[tensor][0].channel_axis, each) for tensor, values in tap(sample).items()
+            }
             if on_progress is not None:
                 on_progress(index + 1, len(samples), "channel ranges")
 
     return union(seen())
 
 
-def _one(values: npt.NDArray[np.floating], convolved: bool, each: int) -> Channels:
+def _one(values: npt.NDArray[np.floating], axis: int, each: int) -> Channels:
     """What one sample shows of a tensor, with `each` of its channel vectors."""
-    grid = values.reshape(*values.shape[:2], -1) if convolved else values.reshape(-1, values.shape[-1], 1)
+    grid = values.reshape(*values.shape[:2], -1) if axis == 1 else values.reshape(-1, values.shape[-1], 1)
     positions = grid.shape[0] * grid.shape[2]
     picked = np.random.default_rng(positions).choice(positions, min(each, positions), replace=False)
     first, last = np.divmod(np.sort(picked), grid.shape[2])

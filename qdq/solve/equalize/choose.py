@@ -23,9 +23,9 @@ from qdq.core.resources import cores
 from qdq.measure.calibrators import asymmetric
 from qdq.measure.inference.samples import Sample, overlapped
 from qdq.model.model import Model
-from qdq.model.nodes import input_axis
-from qdq.plan.plan import Plan, Point
+from qdq.plan.plan import Plan
 from qdq.plan.spec import Spec
+from qdq.plan.weighted_node import WeightedNode
 from qdq.solve.equalize.channels import Equalized, candidates, look
 from qdq.solve.shift import shifts
 
@@ -33,9 +33,10 @@ HEADROOM = 1.25  # range of an equalized tensor over its calibrated one: equaliz
 MINIMUM_GAIN_DB = 3.0  # predicted; below it the estimate is not trusted and the tensor is left alone
 
 
-def choose(
+def equalized(
     model: Model,
     plan: Plan,
+    nodes: Mapping[str, WeightedNode],
     params: Mapping[str, QParams],
     samples: Iterable[Sample],
     *,
@@ -51,7 +52,8 @@ def choose(
     Args:
         model: the prepared float model.
         plan: its points.
-        params: activation tensor -> parameters without equalization.
+        nodes: its weighted nodes by name.
+        params: activation tensor -> parameters without equalization; other tensors are left alone.
         samples: re-iterable calibration samples; at most `gram.MAX_SAMPLES` of them are run.
         formula: a file name in `qdq.equalize`.
         on_progress: called with (samples done, samples in all or None, text).
@@ -60,21 +62,22 @@ def choose(
         Tensor -> scales and parameters, for those with a predicted gain of at least MINIMUM_GAIN_DB.
     """
     module: Any = importlib.import_module(f"qdq.solve.equalize.formulas.{formula}")
-    readers = candidates(model, plan)
-    points = {p.tensor: p for p in plan.activations if p.tensor in readers}
-    seen = look(model, points, samples, on_progress)
+    wanted = {tensor: readers for tensor, readers in candidates(plan, nodes).items() if tensor in params}
+    points = {p.tensor: p for p in plan.activations}
+    seen = look(model, wanted, samples, on_progress)
     found: dict[str, Equalized] = {}
-    for tensor, weights in readers.items():
+    for tensor, readers in wanted.items():
         rows, limits = seen[tensor].rows, seen[tensor].limits
         if rows.shape[1] < 2:
             continue
-        matrices = [_by_input(model, points[tensor], weight) for weight in weights]
-        sizes = [_sizes(m) for m in matrices]
-        wmax, read = np.max([most for most, _ in sizes], axis=0), np.sum([power for _, power in sizes], axis=0)
+        first = {node.weight: node for node in reversed(readers)}
+        matrices = [by_input(model, first[weight]) for weight in dict.fromkeys(node.weight for node in readers)]
+        each = [sizes(m) for m in matrices]
+        wmax, read = np.max([most for most, _ in each], axis=0), np.sum([power for _, power in each], axis=0)
         amax = np.maximum(-limits.low, limits.high)
         fmt = FORMATS[points[tensor].spec.format]
         shifted = shifts(model, points[tensor])
-        limit = _limit(plan, weights, fmt.high)
+        limit = min(FORMATS[node.spec.format].high for node in readers)  # of the coarsest weight
         plain = _noise(rows, matrices, read, np.ones_like(amax), params[tensor], limit)
         tried = module.candidates(amax, wmax) if hasattr(module, "candidates") else [module.scales(amax, wmax)]
         least = getattr(module, "MINIMUM_GAIN_DB", MINIMUM_GAIN_DB)
@@ -93,14 +96,14 @@ def choose(
     return found
 
 
-def _data_errors(rows: Floats, s: Floats, params: QParams) -> Floats:
+def data_errors(rows: Floats, s: Floats, params: QParams) -> Floats:
     """(vectors, channels) squared errors of channels divided by s and quantized, in their own unit."""
     divided = rows / s
     error = (from_codes(to_codes(divided, params), params).astype(np.float64) - divided) * s
     return np.asarray(error**2)
 
 
-def _weight_error(matrix: npt.NDArray[np.floating], spec: Spec, power: Floats, s: Floats) -> float:
+def weight_error(matrix: npt.NDArray[np.floating], spec: Spec, power: Floats, s: Floats) -> float:
     """Error power of a product by its weight's codes, half a step each way at most, for inputs of some power."""
     block = spec.block or matrix.shape[0]
     starts = np.arange(0, matrix.shape[0], block)
@@ -114,17 +117,10 @@ def _weight_error(matrix: npt.NDArray[np.floating], spec: Spec, power: Floats, s
     return total
 
 
-def _limit(plan: Plan, weights: list[str], otherwise: int) -> int:
-    """The largest code of the coarsest of some weights."""
-    return min((FORMATS[p.spec.format].high for p in plan.weights if p.tensor in weights), default=otherwise)
-
-
-def _by_input(model: Model, point: Point, weight: str) -> npt.NDArray[np.floating]:
+def by_input(model: Model, node: WeightedNode) -> npt.NDArray[np.floating]:
     """(input channels, output channels, taps) of a weight, as a view where that is possible."""
-    node = next(model.node(name) for name, _ in point.uses if model.node(name).input[1] == weight)
-    values = model.array(weight)
-    moved = np.moveaxis(values, input_axis(node, values.ndim), 0)
-    if node.op_type == "Conv":
+    moved = np.moveaxis(model.array(node.weight), node.input_axis, 0)
+    if node.window:
         return np.asarray(moved.reshape(moved.shape[0], moved.shape[1], -1))
     return np.asarray(np.moveaxis(moved, -1, 1).reshape(moved.shape[0], moved.shape[-1], -1))
 
@@ -139,7 +135,7 @@ def _pieces(matrix: npt.NDArray[np.floating]) -> list[tuple[slice, slice]]:
     return [(slice(None), slice(i, i + step)) for i in range(0, outputs, step)]
 
 
-def _sizes(matrix: npt.NDArray[np.floating]) -> tuple[Floats, Floats]:
+def sizes(matrix: npt.NDArray[np.floating]) -> tuple[Floats, Floats]:
     """(input channels,) each: the largest magnitude and the sum of squares of the weights that read a channel."""
     most, power = np.zeros(matrix.shape[0]), np.zeros(matrix.shape[0])
 
@@ -182,7 +178,7 @@ def _noise(
 
     `read` is the sum of squares of the weights that read each channel.
     """
-    data = float(_data_errors(rows, s, params).mean(axis=0) @ read)
+    data = float(data_errors(rows, s, params).mean(axis=0) @ read)
     power = float(((rows / s) ** 2).mean(axis=0).sum())
     weights = math.fsum(float(((_peaks(m, s) / limit) ** 2).sum()) / 12 * m.shape[2] for m in matrices)
     return data + weights * power

@@ -13,15 +13,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from onnx import NodeProto
 
+from qdq.core.arrays import Floats
 from qdq.core.progress import Progress
 from qdq.measure import calibrators, histogram
 from qdq.measure.inference.samples import Sample
 from qdq.model.model import Model
 from qdq.model.nodes import attribute, input_axis, weight_axis
 from qdq.plan.plan import Plan
+from qdq.plan.weighted_node import weighted_nodes
 from qdq.solve import shift
 from qdq.solve.equalize import channels as channels_module
 from qdq.solve.equalize.carriers import find
@@ -30,8 +31,6 @@ from qdq.solve.equalize.formulas import cle
 
 SWEEPS = 20  # over all pairs, at most
 SETTLED = 0.01  # relative change of every divisor below which they stop
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +63,12 @@ def pairs(model: Model, plan: Plan) -> dict[str, str]:
     Every reader is a quantized Conv, or every one a Gemm or MatMul without transA, whose weight nothing else reads;
     the tensor is no shortcut and tied to no other.
     """
-    found = {}
+    found, weighted = {}, weighted_nodes(model, plan)
     for point in plan.activations:
-        nodes = data_readers(model, point)
-        if not nodes or any(len(model.consumers(node.input[1])) > 1 for node in nodes):
+        nodes = data_readers(point, weighted)
+        if not nodes or any(len(model.consumers(node.weight)) > 1 for node in nodes):
             continue
-        carrier = find(model, point.tensor, _inputs(model, nodes[0]), readers=[node.name for node in nodes])
+        carrier = find(model, point.tensor, _inputs(model, model.node(nodes[0].name)), readers=nodes)
         if carrier is not None and carrier.linear is not None:
             found[point.tensor] = carrier.linear
     return found
@@ -120,9 +119,10 @@ def choose(
         Tensor -> scales and parameters; no gain is predicted, as the producer's own error would be part of it.
     """
     found = divisors(model, plan)
-    points = {p.tensor: p for p in plan.activations if p.tensor in found}
+    points, nodes = {p.tensor: p for p in plan.activations if p.tensor in found}, weighted_nodes(model, plan)
+    readers = {tensor: data_readers(point, nodes) for tensor, point in points.items()}
     made = {}
-    for tensor, channels in channels_module.look(model, points, samples, on_progress).items():
+    for tensor, channels in channels_module.look(model, readers, samples, on_progress).items():
         s = found[tensor].astype(np.float32)
         limits = np.stack([channels.limits.low, channels.limits.high])
         # in the tensor's old unit: its calibrated range still says whether FP16 can hold it

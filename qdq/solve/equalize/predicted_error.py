@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,9 @@ from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams
 from qdq.measure.inference.samples import Sample
 from qdq.model.model import Model
-from qdq.plan.plan import Plan, Point
+from qdq.plan.weighted_node import WeightedNode
 from qdq.solve.equalize.channels import look
-from qdq.solve.equalize.choose import _by_input, _data_errors, _sizes, _weight_error
+from qdq.solve.equalize.choose import by_input, data_errors, sizes, weight_error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +38,7 @@ class Errors:
 
 def errors(
     model: Model,
-    plan: Plan,
-    points: Mapping[str, Point],
+    readers: Mapping[str, Sequence[WeightedNode]],
     params: Mapping[str, QParams],
     divisors: Mapping[str, npt.NDArray[np.float32]],
     samples: Iterable[Sample],
@@ -50,30 +49,27 @@ def errors(
 
     Args:
         model: the prepared float model.
-        plan: of it; says how the weights are stored.
-        points: tensor -> its point; all readers are Gemm or MatMul.
+        readers: tensor -> all that reads it; each is a Gemm or MatMul.
         params: tensor -> parameters with one scale.
         divisors: tensor -> (channels,) what its channels are divided by for that scale.
         samples: re-iterable; at most `gram.MAX_SAMPLES` of them are run.
         on_progress: called with (samples done, samples in all or None, text).
     """
-    specs = {name: p.spec for p in plan.weights for name, _ in p.uses}
     found = {}
-    for tensor, seen in look(model, points, samples, on_progress).items():
+    for tensor, seen in look(model, readers, samples, on_progress).items():
         rows = seen.rows
         s = divisors[tensor].astype(np.float64) if tensor in divisors else np.ones(rows.shape[1])
-        readers = [model.node(name) for name, _ in points[tensor].uses]
-        matrices = [_by_input(model, points[tensor], node.input[1]) for node in readers]
-        read = np.sum([_sizes(matrix)[1] for matrix in matrices], axis=0)
+        matrices = [by_input(model, node) for node in readers[tensor]]
+        read = np.sum([sizes(matrix)[1] for matrix in matrices], axis=0)
         signal = np.square(rows) @ read
         share = np.divide(1, signal, out=np.zeros_like(signal), where=signal > 0) / max(len(signal), 1)
         power = share @ np.square(rows)
         step = np.abs(rows).max(axis=1, keepdims=True) / FORMATS[params[tensor].format].high
         rest = rows - np.rint(np.divide(rows, step, out=np.zeros_like(rows), where=step > 0)) * step
-        each = zip(readers, matrices, strict=True)
+        each = zip(readers[tensor], matrices, strict=True)
         found[tensor] = Errors(
-            data=float(share @ _data_errors(rows, s, params[tensor]) @ read),
+            data=float(share @ data_errors(rows, s, params[tensor]) @ read),
             tokens=float(share @ np.square(rest) @ read),
-            weights=math.fsum(_weight_error(m, specs[node.name], power / s**2, s) for node, m in each),
+            weights=math.fsum(weight_error(m, node.spec, power / s**2, s) for node, m in each),
         )
     return found

@@ -1,8 +1,8 @@
 """Channel scales for weight-only blocks: AWQ's, which multiply the weights that meet large inputs, or SINQ's.
 
-weights that read one tensor + second moments of it -> the exponent of `qdq.equalize.awq` with the least error at the
+weights that read one tensor + second moments of it -> the exponent of `formulas.awq` with the least error at the
 outputs of all of them -> divisors of the tensor's channels, or nothing where no exponent beats none. `levelled` takes
-those of `qdq.equalize.sinq` from the weights alone where they have a smaller error so.
+those of `formulas.sinq` from the weights alone where they have a smaller error so; `balance` goes over a whole model.
 It must not run a model or change a graph.
 """
 
@@ -10,21 +10,70 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 
+from qdq.core.arrays import Floats
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import block_params, from_codes, to_codes
 from qdq.core.resources import cores
+from qdq.measure.second_moments import Grams
+from qdq.model.model import Model
+from qdq.plan.plan import Plan
+from qdq.plan.weighted_node import WeightedNode, by_data, by_weight
 from qdq.solve.equalize.formulas import awq, sinq
 from qdq.solve.rounding.awq import block_loss
 
 ROWS = 1024  # output channels of a weight looked at while searching, spread over all of them
 
-Floats = npt.NDArray[np.float64]
+
+def balance(
+    model: Model, plan: Plan, nodes: Collection[WeightedNode], grams: Grams, divided: Container[str]
+) -> tuple[dict[str, npt.NDArray[np.float32]], tuple[str, ...]]:
+    """Divisors of the tensors that weight-only blocks read, and nothing quantized does, where they pay.
+
+    Args:
+        model: the prepared float model.
+        plan: its settings say by which formula; nothing is divided where that is 'none'.
+        nodes: its weighted nodes.
+        grams: second moments of the weights; a tensor is left alone where they lack, unless the formula is 'sinq'.
+        divided: tensors that have divisors already.
+
+    Returns:
+        Tensor -> (channels,) float32, and what a person should know, one line each.
+    """
+    found = dict[str, npt.NDArray[np.float32]]()
+    candidates = {} if plan.settings.equalize == "none" else _candidates(plan, nodes, grams, divided)
+    for tensor, readers in candidates.items():
+        rows = [np.moveaxis(model.array(n.weight), n.input_axis, -1).astype(np.float32) for n in readers]
+        blocks, fmt = [n.spec.block for n in readers if n.spec.block], readers[0].spec.format
+        if plan.settings.equalize == "sinq":
+            divisor = levelled(rows, blocks, fmt=fmt)
+        else:
+            divisor = balanced(rows, blocks, grams[readers[0].key][0], fmt=fmt)
+        if divisor is not None:
+            found[tensor] = divisor
+    note = f"the channels of {len(found)} of {len(candidates)} tensors are balanced for their 4-bit readers"
+    return found, (note,) if candidates else ()
+
+
+def _candidates(
+    plan: Plan, nodes: Collection[WeightedNode], grams: Grams, divided: Container[str]
+) -> dict[str, list[WeightedNode]]:
+    """Tensors that may be divided -> the nodes that read them: whole matrices in blocks that nothing else reads."""
+    mixed = {p.tensor for p in plan.activations}
+    for key, readers in by_weight(nodes).items():
+        first, tensors = readers[0], {n.data for n in readers}
+        known = plan.settings.equalize == "sinq" or key in grams
+        alone = first.spec.weight_only and first.spec.block and known and len(first.shape) == 2
+        if not alone or len(tensors) > 1 or any(n.data_transposed for n in readers):
+            mixed |= tensors
+    return {
+        tensor: readers for tensor, readers in by_data(nodes).items() if tensor not in mixed and tensor not in divided
+    }
 
 
 def balanced(

@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 
 from qdq.assemble import bias
 from qdq.assemble.bias import correct, corrected
-from qdq.assemble.held_out import Judge, split
+from qdq.assemble.held_out import HeldOutScore, split
 from qdq.assemble.quantize import Quantized, quantize
 from qdq.measure.inference.session import Tap
 from qdq.model.model import Model
@@ -48,7 +48,7 @@ def test_means_of_every_layer_are_those_of_the_float_model(with_bias: bool) -> N
     samples = [{"x": rng.normal(1, 3, (64, 16)).astype(np.float32)} for _ in range(4)]
     found = made(perceptron(bias=with_bias), samples)
     held = split(samples)
-    changed = correct(found.prepared, found.model, found.plan, held)
+    changed = correct(found.prepared, found.model, found.solution.nodes.values(), held)
     error = {}
     for name, model in (("before", found.model), ("after", changed)):
         tap, reference = Tap(model, ["y"]), Tap(found.prepared, ["y"])
@@ -76,7 +76,7 @@ def test_constant_behind_a_product_keeps_its_axes(shape: tuple[int, ...], scheme
     samples = [{"x": rng.normal(1, 3, (4, 16)).astype(np.float32)} for _ in range(4)]
     found = made(proto, samples, scheme=scheme)
     held = split(samples)
-    changed = correct(found.prepared, found.model, found.plan, held)
+    changed = correct(found.prepared, found.model, found.solution.nodes.values(), held)
     (name,) = (name for name in changed.initializers if name.endswith("_corrected_bias"))
     assert changed.array(name).size == 8
     before, after, wanted = (Tap(model, ["y"]) for model in (found.model, changed, found.prepared))
@@ -126,9 +126,9 @@ def test_stages_correct_as_whole_passes_do(which: str, monkeypatch: pytest.Monke
         proto, samples = segmenter(), images(4)
     found = made(proto, samples)
     held = split(samples)
-    staged = correct(found.prepared, found.model, found.plan, held)
+    staged = correct(found.prepared, found.model, found.solution.nodes.values(), held)
     monkeypatch.setattr(bias, "can_stage", lambda _: False)
-    whole = correct(found.prepared, found.model, found.plan, held)
+    whole = correct(found.prepared, found.model, found.solution.nodes.values(), held)
     changed = [name for name in whole.initializers if name.endswith("_corrected_bias")]
     assert changed and staged.initializers.keys() == whole.initializers.keys()
     for name in changed:
@@ -150,20 +150,20 @@ def test_large_outputs_need_fewer_samples() -> None:
 def test_correction_is_dropped_where_it_does_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = images(8)
     found = made(segmenter(), samples)
-    same, said = corrected(found.prepared, found.model, found.plan, samples)
+    same, said = corrected(found.prepared, found.model, found.solution.nodes.values(), samples)
     assert "held-out" in said
     monkeypatch.setattr(bias, "_shift", lambda wanted, found: wanted.value + 10)
-    same, said = corrected(found.prepared, found.model, found.plan, samples)
+    same, said = corrected(found.prepared, found.model, found.solution.nodes.values(), samples)
     assert same is found.model and said.startswith("biases are left alone: output SQNR on 2 held-out")
-    forced, said = corrected(found.prepared, found.model, found.plan, samples, always=True)
+    forced, said = corrected(found.prepared, found.model, found.solution.nodes.values(), samples, always=True)
     assert forced is not found.model and "as asked for" in said
 
 
 def test_auto_never_lowers_the_held_out_sqnr() -> None:
     samples = images(8)
     found = made(segmenter(), samples)
-    changed, _ = corrected(found.prepared, found.model, found.plan, samples)
-    judge = Judge(found.prepared, split(samples))
+    changed, _ = corrected(found.prepared, found.model, found.solution.nodes.values(), samples)
+    judge = HeldOutScore(found.prepared, split(samples))
     assert judge.sqnr_db(changed) >= judge.sqnr_db(found.model)
 
 

@@ -12,7 +12,7 @@ from models import images, segmenter
 
 from qdq.assemble import choose_calibrator
 from qdq.assemble.choose_calibrator import METHODS, pick, solve_auto
-from qdq.assemble.held_out import Judge, Split, clearly_less, split
+from qdq.assemble.held_out import HeldOutScore, Split, clearly_less, split
 from qdq.assemble.insert import insert
 from qdq.assemble.quantize import quantize
 from qdq.core.errors import InputError
@@ -83,7 +83,7 @@ def test_auto_is_as_good_as_every_method_on_the_calibration_samples(
 ) -> None:
     solution, made = automatic(model, plan, table, samples)
     everything = Split(samples=samples, fit=(), held=frozenset(range(len(samples))))
-    judge = Judge(model, everything)
+    judge = HeldOutScore(model, everything)
     alone = []
     for method in METHODS:
         params = activation_params(model, plan, table, dict.fromkeys(table.tensors, method))
@@ -138,7 +138,9 @@ def test_the_simplest_of_the_best_is_taken(
         choose_calibrator, "pick", lambda *_, **__: dict(zip(["image", "b"], mixture.split(), strict=True))
     )
     noises = [[each] * 4 for each in noise]
-    monkeypatch.setattr(Judge, "energies", lambda _, models: ([100.0] * 4, [seen.append(len(models)), noises][1]))
+    monkeypatch.setattr(
+        HeldOutScore, "energies", lambda _, models: ([100.0] * 4, [seen.append(len(models)), noises][1])
+    )
     assert METHODS == ("mse", "percentile", "entropy", "max", "average")
     assert taken in automatic(model, plan, table, samples)[0].notes[0]
     assert seen == [len(noise)]

@@ -33,6 +33,7 @@ from qdq.plan.plan import Plan
 from qdq.plan.scheme import SCHEMES
 from qdq.plan.settings import Settings
 from qdq.plan.spec import Spec
+from qdq.plan.weighted_node import weighted_nodes
 from qdq.solve import solve
 from qdq.solve.equalize.weight_only import balanced
 from qdq.solve.rounding import gptq
@@ -650,7 +651,7 @@ def test_on_every_layer_gptq_trades_weight_error_for_output_error(
     """With the same scales, one per channel; AWQ likewise never loses to nearest on the sum over its blocks."""
     model, samples, _ = stories
     plan = placement.plan(model, Settings(scheme="int4", block="channel"))
-    grams = second_moments.collect(model, plan, {}, samples[:2])
+    grams = second_moments.collect(model, weighted_nodes(model, plan).values(), {}, samples[:2])
     assert len(grams) == len(plan.weights) == 36
     for point in plan.weights:
         assert point.spec.axis is not None
@@ -670,7 +671,7 @@ def test_on_every_layer_awq_never_loses_to_nearest(stories: tuple[Model, list[gr
     """Its objective: the sum over blocks of each block's squared output error; channel scales first, then clipping."""
     model, samples, _ = stories
     plan = placement.plan(model, Settings(scheme="int4", block=16, rounding="awq"))
-    grams = second_moments.collect(model, plan, {}, samples[:2])
+    grams = second_moments.collect(model, weighted_nodes(model, plan).values(), {}, samples[:2])
     for point in plan.weights:
         axis = point.spec.axis
         assert axis is not None

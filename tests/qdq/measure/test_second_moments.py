@@ -16,7 +16,7 @@ from qdq.core.qtensor import QParams, to_codes
 from qdq.measure import second_moments
 from qdq.model.model import Model
 from qdq.plan import placement
-from qdq.plan.settings import Settings
+from qdq.plan.weighted_node import WeightedNode, weighted_nodes
 from qdq.solve.rounding import gptq
 
 PARAMS = QParams(scale=np.float32(0.03), zero_point=-20)
@@ -45,8 +45,12 @@ CASES: dict[str, Callable[[], Model]] = {
 }
 
 
+def weighted(model: Model) -> list[WeightedNode]:
+    return list(weighted_nodes(model, placement.plan(model)).values())
+
+
 def moments(model: Model, data: list[Sample], params: QParams = PARAMS) -> second_moments.Grams:
-    return second_moments.collect(model, placement.plan(model), {"x": params}, data)
+    return second_moments.collect(model, weighted(model), {"x": params}, data)
 
 
 def outputs(model: Model, weight: np.ndarray, data: list[Sample]) -> list[np.ndarray]:
@@ -117,7 +121,7 @@ def test_of_many_samples_the_same_64_are_taken_in_every_order(listed: bool) -> N
 
     def found(order: list[Sample]) -> np.ndarray:
         (H,) = second_moments.collect(
-            model, placement.plan(model), {"x": PARAMS}, order if listed else Stream(order)
+            model, weighted(model), {"x": PARAMS}, order if listed else Stream(order)
         ).values()
         return H
 
@@ -138,7 +142,7 @@ def test_a_weight_read_along_both_axes_has_a_matrix_for_each() -> None:
     nodes = [node("MatMul", "x w", "a"), node("Gemm", "a w", "y", transB=1)]
     model = build(nodes, {"x": (3, 6)}, {"w": normal(6, 4)})
     params = {"x": PARAMS, "a": replace(PARAMS, zero_point=0)}
-    found = second_moments.collect(model, placement.plan(model), params, graphs.samples(model))
+    found = second_moments.collect(model, weighted(model), params, graphs.samples(model))
     assert {key: H.shape for key, H in found.items()} == {("w", 1): (1, 6, 6), ("w", 0): (1, 4, 4)}
 
 
@@ -146,8 +150,7 @@ def test_a_weight_that_several_nodes_read_sums_over_them() -> None:
     nodes = [node("MatMul", "x w", "a", name="one"), node("MatMul", "z w", "y", name="two")]
     model = build(nodes, {"x": (3, 6), "z": (2, 6)}, {"w": normal(6, 4)}, outputs=("a", "y"))
     data = graphs.samples(model)
-    plan = placement.plan(model)
-    both = second_moments.collect(model, plan, {"x": PARAMS, "z": PARAMS}, data)["w", 1]
+    both = second_moments.collect(model, weighted(model), {"x": PARAMS, "z": PARAMS}, data)["w", 1]
     rows = [to_codes(s[i], PARAMS).astype(np.float64) - PARAMS.zero_point for s in data for i in "xz"]
     assert np.array_equal(both[0], sum(r.T @ r for r in rows))
 
@@ -156,15 +159,15 @@ def test_weights_that_nodes_of_different_groups_share_are_left_out() -> None:
     nodes = [node("Conv", "x w", "a", name="one"), node("Conv", "z w", "y", name="two", group=2)]
     sizes = {"x": (1, 4, 5, 5), "z": (1, 8, 5, 5)}
     model = build(nodes, sizes, {"w": normal(8, 4, 1, 1)}, outputs=("a", "y"))
-    assert second_moments.collect(model, placement.plan(model), {"x": PARAMS, "z": PARAMS}, graphs.samples(model)) == {}
+    assert second_moments.collect(model, weighted(model), {"x": PARAMS, "z": PARAMS}, graphs.samples(model)) == {}
 
 
 def test_weights_that_are_too_wide_or_batched_are_left_out() -> None:
     assert moments(graphs.product(weight=(3, 6, 8), data=(3, 5, 6)), [{"x": normal(3, 5, 6)}]) == {}
     model = graphs.conv()  # 36 inputs per output
     for limit, found in ((36, 1), (35, 0)):
-        plan = placement.plan(model, Settings(moment_inputs=limit))
-        assert len(second_moments.collect(model, plan, {"x": PARAMS}, graphs.samples(model))) == found
+        grams = second_moments.collect(model, weighted(model), {"x": PARAMS}, graphs.samples(model), most_columns=limit)
+        assert len(grams) == found
 
 
 def test_a_small_budget_takes_more_passes_and_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,9 +175,8 @@ def test_a_small_budget_takes_more_passes_and_finds_the_same(monkeypatch: pytest
     data = graphs.samples(model)
     whole, passes = moments(model, data), []
     monkeypatch.setattr(second_moments, "BUDGET_BYTES", 8 * 8 * 8)
-    plan = placement.plan(model)
     parts = second_moments.collect(
-        model, plan, {"x": PARAMS}, data, on_progress=lambda done, total, _: passes.append(done)
+        model, weighted(model), {"x": PARAMS}, data, on_progress=lambda done, total, _: passes.append(done)
     )
     assert passes == [1, 2, 3, 4] * 3
     assert all(np.array_equal(whole[k], parts[k]) for k in whole)

@@ -16,6 +16,7 @@ from qdq.assemble.insert import insert
 from qdq.core.qtensor import QTensor
 from qdq.model.model import Model
 from qdq.model.nodes import input_axis, weight_axis
+from qdq.plan.weighted_node import WeightedNode, weighted_nodes
 from qdq.solve.equalize.carriers import find
 from qdq.solve.weights import quantize_weight
 
@@ -89,11 +90,15 @@ def readers(model: Model) -> list[onnx.NodeProto]:
     return [use.node for use in model.consumers("t") if use.node.op_type in ("Conv", "MatMul", "Gemm")]
 
 
+def weighted(model: Model) -> dict[str, WeightedNode]:
+    return weighted_nodes(model, graphs.placement.plan(model))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_carried_factors_leave_the_float_outputs_equal_and_divide_the_tensor(name: str) -> None:
     model = make(name)
     *_, nodes, linear = CASES[name]
-    carrier = find(model, "t", C, readers=[n.name for n in readers(model)])
+    carrier = find(model, "t", C, readers=weighted(model).values())
     assert carrier is not None
     assert ({o.node for o in carrier.operands}, carrier.linear is not None) == (nodes, linear)
     divisor = np.geomspace(0.02, 1, C)
@@ -148,13 +153,13 @@ def test_nothing_is_carried_where_other_values_would_change(why: str) -> None:
     start = "t" if "t" not in made else "x"
     used = {key: value for key, value in tensors.items() if key in read}
     model = build(nodes, {start: (4, 10, C)}, used, outputs=sorted(made - read))
-    assert find(model, "t", C, readers=["last"]) is None
+    assert find(model, "t", C, readers=[weighted(model)["last"]]) is None
 
 
 def test_a_tensor_that_is_an_output_too_is_left_alone() -> None:
     nodes = [node("LayerNormalization", "x g b", "t", "norm"), LAST]
     model = build(nodes, MATRIX, {k: SQUARE[k] for k in "gbv"}, outputs=("t", "y"))
-    assert find(model, "t", C, readers=["last"]) is None
+    assert find(model, "t", C, readers=[weighted(model)["last"]]) is None
 
 
 POWERS = np.geomspace(1, 15, C).astype(np.float32)
@@ -265,8 +270,8 @@ def test_correcting_biases_sees_carried_factors() -> None:
     made = quantized(model, data, equalize="lae", rounding="nearest")
     assert made.solution.factors.keys() == {"first"}
     held = split(data)
-    changed = correct(model, made.model, made.plan, held, factors=made.solution.factors)
-    blind = correct(model, made.model, made.plan, held)
+    changed = correct(model, made.model, made.solution.nodes.values(), held, factors=made.solution.factors)
+    blind = correct(model, made.model, made.solution.nodes.values(), held)
 
     def noise(candidate: Model) -> float:
         pairs = zip(graphs.run(candidate, data), graphs.run(model, data), strict=True)

@@ -18,6 +18,7 @@ from qdq.model.storage import load, save
 from qdq.passes.prepare import prepare
 from qdq.plan import placement
 from qdq.plan.settings import EQUALIZERS, Settings
+from qdq.plan.weighted_node import weighted_nodes
 from qdq.solve.activations import activation_params
 from qdq.solve.equalize import channels, choose
 from qdq.solve.solve import solve
@@ -58,7 +59,8 @@ def test_the_order_of_the_samples_does_not_change_a_bit(tmp_path):
     plan = placement.plan(model)
     params = activation_params(model, plan, collect(model, plan, samples), {})
     forth, back = (
-        choose.choose(model, plan, params, order, formula="smoothquant") for order in (samples, samples[::-1])
+        choose.equalized(model, plan, weighted_nodes(model, plan), params, order, formula="smoothquant")
+        for order in (samples, samples[::-1])
     )
     assert forth["x"].gain_db == back["x"].gain_db and forth["x"].params == back["x"].params
     assert np.array_equal(forth["x"].scale, back["x"].scale)
@@ -98,7 +100,9 @@ def test_dividing_channels_and_scaling_weights_is_exact(tmp_path):
     model, samples = build(tmp_path, 300.0)
     plan = placement.plan(model, Settings())
     params = solve(model, plan, collect(model, plan, samples)).activations
-    (found,) = choose.choose(model, plan, params, samples, formula="smoothquant").values()
+    (found,) = choose.equalized(
+        model, plan, weighted_nodes(model, plan), params, samples, formula="smoothquant"
+    ).values()
     weight = model.array("w") * found.scale.reshape(1, 16, 1, 1)
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
@@ -113,7 +117,8 @@ def test_dividing_channels_and_scaling_weights_is_exact(tmp_path):
 def test_shared_weights_grouped_and_transposed_operands_are_no_candidates(tmp_path):
     model, _ = build(tmp_path, 300.0)
     plan = placement.plan(model, Settings())
-    assert channels.candidates(model, plan) == {"x": ["w"]}
+    found = channels.candidates(plan, weighted_nodes(model, plan))
+    assert {tensor: [node.weight for node in readers] for tensor, readers in found.items()} == {"x": ["w"]}
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     relu = helper.make_node("Relu", ["x"], ["r"], name="relu")
@@ -121,7 +126,8 @@ def test_shared_weights_grouped_and_transposed_operands_are_no_candidates(tmp_pa
     proto.graph.node.extend([relu, again])
     proto.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, None))
     shared = model.replace(proto)
-    assert channels.candidates(shared, placement.plan(shared, Settings())) == {}
+    plan = placement.plan(shared, Settings())
+    assert channels.candidates(plan, weighted_nodes(shared, plan)) == {}
 
 
 def test_every_formula_is_an_option():

@@ -13,6 +13,7 @@ from qdq.measure.collect import collect
 from qdq.model.model import Model
 from qdq.plan import placement
 from qdq.plan.settings import V0, V1, Settings
+from qdq.plan.weighted_node import by_data, weighted_nodes
 from qdq.solve.activations import activation_params
 from qdq.solve.equalize import predicted_error
 
@@ -42,8 +43,8 @@ def test_predicted_errors_are_those_of_the_products() -> None:
     plan = placement.plan(model, Settings(**AUTO))
     table = collect(model, plan, data)
     params = activation_params(model, plan, table, {})
-    points = {p.tensor: p for p in plan.activations}
-    (found,) = predicted_error.errors(model, plan, points, params, {}, data).values()
+    readers = by_data(weighted_nodes(model, plan).values())
+    (found,) = predicted_error.errors(model, readers, params, {}, data).values()
     x = np.concatenate([s["x"] for s in data]).astype(np.float64)
     w = model.array("w").astype(np.float64)
     rounded = from_codes(to_codes(x, params["x"]), params["x"]).astype(np.float64)

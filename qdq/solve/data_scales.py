@@ -1,0 +1,122 @@
+"""How each quantized data tensor is scaled: by a constant, by one after its channels are divided, or token by token.
+
+Ranges -> FPTQ's rule (`token_scales`) -> divisors where they pay (`equalize`) -> tokens where one scale errs too much.
+Every step returns new `DataScales`. It must not round weights or change the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from qdq.core.formats import FORMATS
+from qdq.core.progress import Progress
+from qdq.core.qtensor import QParams
+from qdq.measure.second_moments import SampleSubset
+from qdq.measure.table import CalibrationTable
+from qdq.model.model import Model
+from qdq.plan.plan import Plan
+from qdq.plan.weighted_node import WeightedNode
+from qdq.solve import token_scales
+from qdq.solve.activations import activation_params, tie_notes
+from qdq.solve.equalize import choose, cross_layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataScales:
+    """The scales of all data tensors, as far as they are chosen.
+
+    Attributes:
+        params: tensor -> parameters per tensor; scale 1 where the real one is computed as the engine runs.
+        divisors: tensor -> (channels,) what its channels are divided by before they are quantized.
+        tokens: tensors that have one scale per token.
+        notes: what a person should know, one line each.
+    """
+
+    params: Mapping[str, QParams]
+    divisors: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    tokens: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def constant(self) -> dict[str, QParams]:
+        """The parameters of the tensors whose scale is a constant of the engine."""
+        return {t: p for t, p in self.params.items() if t not in self.tokens and not FORMATS[p.format].blocks}
+
+
+def data_scales(
+    model: Model,
+    plan: Plan,
+    nodes: Mapping[str, WeightedNode],
+    table: CalibrationTable,
+    samples: SampleSubset | None,
+    *,
+    params: Mapping[str, QParams] | None = None,
+    on_progress: Progress | None = None,
+) -> DataScales:
+    """Scales, divisors and tokens of every data tensor.
+
+    Args:
+        model: the prepared float model.
+        plan: its points.
+        nodes: its weighted nodes by name.
+        table: ranges of the plan's activation tensors.
+        samples: None leaves channels as they are, and chooses tokens by range.
+        params: of every activation tensor, in place of what the plan's calibrator says.
+        on_progress: called with (done, in all or None, text).
+    """
+    ties = () if params is not None else tie_notes(plan, table)
+    params = activation_params(model, plan, table, {}) if params is None else params
+    classes = token_scales.classes(plan, nodes, table, data=samples is not None)
+    scales = DataScales(params=params, tokens=classes.tokens, notes=(*ties, *classes.notes))
+    if samples is not None:
+        scales = _equalized(model, plan, nodes, scales, classes.compressed, samples, on_progress)
+        late = token_scales.by_error(
+            model, plan, nodes, scales.constant, scales.divisors, samples, on_progress=on_progress
+        )
+        divisors = {tensor: divisor for tensor, divisor in scales.divisors.items() if tensor not in late}
+        scales = replace(scales, divisors=divisors, tokens=(*scales.tokens, *late))
+    one = QParams(scale=np.asarray(1, dtype=np.float32))
+    scales = replace(scales, params={**scales.params, **dict.fromkeys(scales.tokens, one)})
+    if not (asked := sum(p.spec.token is not None for p in plan.activations)):
+        return scales
+    note = f"{len(scales.tokens)} of {asked} tensors have one INT8 scale per token, computed as the engine runs"
+    return replace(scales, notes=(*scales.notes, note))
+
+
+def _equalized(
+    model: Model,
+    plan: Plan,
+    nodes: Mapping[str, WeightedNode],
+    scales: DataScales,
+    compressed: tuple[str, ...] | None,
+    samples: SampleSubset,
+    on_progress: Progress | None,
+) -> DataScales:
+    """The same with divisors of the tensors that gain by them, of `compressed` or of all."""
+    formula = "smoothquant" if plan.settings.equalize == "auto" else plan.settings.equalize  # see `resolved`
+    if formula in ("none", "awq"):
+        return scales
+    wanted = {t: p for t, p in scales.constant.items() if compressed is None or t in compressed}
+    if formula == "cle":
+        points = tuple(p for p in plan.points if p.role == "weight" or p.tensor in wanted)
+        found = cross_layer.choose(model, replace(plan, points=points), samples, on_progress=on_progress)
+    else:
+        found = choose.equalized(model, plan, nodes, wanted, samples, formula=formula, on_progress=on_progress)
+    if not found:
+        return scales
+    note = f"the channels of {len(found)} of {len(scales.params)} tensors are equalized"
+    gains = sorted(e.gain_db for e in found.values())
+    if formula == "cle":
+        note += " across layers"
+    else:
+        note += f": {gains[0]:.1f} to {gains[-1]:.1f} dB less noise predicted at their consumers"
+    return replace(
+        scales,
+        params={**scales.params, **{tensor: e.params for tensor, e in found.items()}},
+        divisors={tensor: e.scale for tensor, e in found.items()},
+        notes=(*scales.notes, note),
+    )
