@@ -33,7 +33,8 @@ from qdq.solve import token_scales
 from qdq.solve.activations import activation_params
 from qdq.solve.equalize import choose, cross_layer, weight_only
 from qdq.solve.equalize.carriers import Carrier, carried, factors, scaled
-from qdq.solve.weights import DATA_FREE, quantize_weight
+from qdq.solve.rounding import ROUNDINGS
+from qdq.solve.weights import quantize_weight
 
 ROUNDING_BYTES = 1 << 30  # for the weights that are rounded at a time, with their copies
 
@@ -215,9 +216,12 @@ def _moments(
 ) -> second_moments.Grams:
     """Second moments for the weights whose rounding or balancing wants them."""
     rounding = plan.settings.rounding
+    by_data = ROUNDINGS[rounding].needs_moments
     balance = plan.settings.equalize not in ("none", "sinq")
     wanted = tuple(
-        p for p in plan.weights if rounding not in DATA_FREE or (balance and p.spec.weight_only and p.spec.block)
+        p
+        for p in plan.weights
+        if ROUNDINGS[rounding].needs_moments or (balance and p.spec.weight_only and p.spec.block)
     )
     if not wanted:
         return {}
@@ -229,7 +233,7 @@ def _moments(
         model, replace(plan, points=(*others, *wanted)), static, samples, divisors=divisors, on_progress=on_progress
     )
     plain = [p.tensor for p in wanted if (p.tensor, p.spec.axis) not in grams]
-    if plain and rounding not in DATA_FREE:
+    if plain and by_data:
         notes.append(
             f"{len(plain)} of {len(plan.weights)} weights are rounded without their inputs: {rounding} takes up to "
             f"{plan.settings.moment_inputs} inputs per output (moment_inputs), and no batched weights"
@@ -330,14 +334,18 @@ def _weight(
     factor: npt.NDArray[np.float64] | None,
 ) -> QTensor:
     """One weight rounded, its input channels multiplied by `divisor` and its output channels by `factor`."""
-    reader = model.node(point.uses[0][0])
+    reader, rounding = model.node(point.uses[0][0]), settings.rounding
+    if moments is None and ROUNDINGS[rounding].needs_moments:
+        rounding = without_data(point.spec)
     values = scaled(model.array(point.tensor), reader, divisor, factor)
     return quantize_weight(
         values,
         point.spec,
         outputs=weight_axis(reader, values.ndim),
         rounding=(
-            settings.rounding if moments is not None or settings.rounding in DATA_FREE else without_data(point.spec)
+            settings.rounding
+            if moments is not None or not ROUNDINGS[settings.rounding].needs_moments
+            else without_data(point.spec)
         ),
         moments=moments,
         damping=settings.damping,
