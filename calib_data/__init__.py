@@ -5,7 +5,8 @@ one sample at a time and hands it over only after checking it against what the m
 It must not know of quantization, change a sample's values, or make up data that was not asked for.
 """
 
-from calib_data.samples import Samples, ShapeBounds, open_samples, random_samples
+from calib_data.random_data import random_samples
+from calib_data.samples import Samples, ShapeBounds, open_samples
 from calib_data.validation import DataError, InputSpec
 
 __all__ = ["DataError", "InputSpec", "Samples", "ShapeBounds", "open_samples", "random_samples"]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from calib_data.sources import FileFolder, PythonFunction, RandomNumbers, Source, StackedFile
+from calib_data.sources import Source, open_source
 from calib_data.validation import Array, DataError, InputSpec, check_names, check_sample, check_shape
 
 _BEYOND_ANY = 1 << 40
@@ -131,9 +131,7 @@ def open_samples(source: str | Path, inputs: Sequence[InputSpec], *, limit: int 
     """Open calibration or evaluation samples. Files are read when the samples are iterated over, one at a time.
 
     Args:
-        source: a folder of ``.npz`` or ``.npy`` files, one sample each; one ``.npz`` with an array per input, samples
-            on the leading axis; one such ``.npy``, for a model of one input; or ``module.py:function`` that yields
-            dicts.
+        source: in one of the forms that `calib_data.sources` has a file for.
         inputs: what the model takes.
         limit: use the first ``limit`` samples only.
 
@@ -147,62 +145,9 @@ def open_samples(source: str | Path, inputs: Sequence[InputSpec], *, limit: int 
         raise DataError(f"Cannot use {source}: the model has no inputs to feed.")
     if limit is not None and limit < 1:
         raise DataError(f"Cannot use {limit} samples of {source}: at least one is needed. Raise the limit or omit it.")
-    opened = _open_source(str(source), tuple(inputs))
+    opened = open_source(str(source), tuple(inputs))
     count = _BEYOND_ANY if opened.count is None else opened.count
     return Samples(inputs=tuple(inputs), source=opened, indices=range(count)[:limit], origin=str(source))
-
-
-def random_samples(
-    inputs: Sequence[InputSpec], n: int, *, seed: int, sizes: Mapping[str | tuple[str, int], int] | None = None
-) -> Samples:
-    """Make samples of random numbers. Only for an explicit ``--random-data``: they calibrate nothing real.
-
-    Args:
-        inputs: what the model takes.
-        n: how many samples.
-        seed: sample i depends on the seed and i alone.
-        sizes: size of each dynamic dimension, by the dimension's name or by (input name, axis), which goes first.
-            A dynamic leading dimension defaults to 1.
-
-    Returns:
-        Samples: floats from the standard normal distribution, integers 0 to 7, bools 0 or 1.
-
-    Raises:
-        DataError: n is below one, or a dynamic dimension has no size.
-    """
-    if n < 1:
-        raise DataError(f"Cannot make {n} random samples: at least one is needed.")
-    sizes = sizes or {}
-    dims = {}
-    for spec in inputs:
-        shape: list[int] = []
-        for axis, dim in enumerate(spec.shape):
-            size = dim if isinstance(dim, int) else sizes.get((spec.name, axis), sizes.get(dim or "", int(axis == 0)))
-            if size < 1:
-                raise DataError(
-                    f"Cannot make random data for {spec.name!r}: axis {axis} ({dim or 'unnamed'}) of its shape "
-                    f"{spec.shape} is dynamic and no size is given. Give the whole shape with --shape {spec.name}:..."
-                )
-            shape.append(size)
-        dims[spec.name] = tuple(shape)
-    source = RandomNumbers(inputs=tuple(inputs), dims=dims, count=n, seed=seed)
-    return Samples(inputs=tuple(inputs), source=source, indices=range(n), origin=f"{n} random samples, seed {seed}")
-
-
-def _open_source(source: str, inputs: tuple[InputSpec, ...]) -> Source:
-    path = Path(source)
-    if path.is_dir():
-        return FileFolder.open(path, inputs)
-    if path.is_file() and path.suffix in (".npz", ".npy"):
-        return StackedFile.open(path, inputs)
-    module, colon, function = source.rpartition(":")
-    if colon and module.endswith(".py"):
-        return PythonFunction.open(Path(module), function)
-    raise DataError(
-        f"{'Cannot read' if path.exists() else 'No such file or folder:'} {source}. Samples are a folder of .npz or "
-        ".npy files, one .npz or .npy file with samples on the leading axis, or module.py:function that yields dicts. "
-        "Check the path, or convert the data."
-    )
 
 
 def _range_of(shapes: Counter[tuple[int, ...]]) -> ShapeBounds:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +78,20 @@ def check_names(got: Collection[str], inputs: Sequence[InputSpec], where: str) -
         f"Wrong input names in {where}: {' and '.join(faults)}. The model needs exactly {_listed(needed)}; "
         f"got {_listed(got)}.{''.join(guesses)} Save each array under its input's name."
     )
+
+
+def require_one_input(path: Path, inputs: Sequence[InputSpec]) -> None:
+    """Require a model of one input, for a file that holds one array.
+
+    Raises:
+        DataError: the model has several.
+    """
+    if len(inputs) != 1:
+        names = ", ".join(repr(spec.name) for spec in inputs)
+        raise DataError(
+            f"Cannot tell which input {path} is for: a .npy file holds one array, the model has {len(inputs)} inputs "
+            f"({names}). Save .npz files: numpy.savez(path, **{{name: array}})."
+        )
 
 
 def check_shape(shape: tuple[int, ...], spec: InputSpec, where: str) -> None:

@@ -6,6 +6,7 @@ What is heavy is imported inside the verb.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import click
 from qdq.cli.options import (
     PATH,
     RANDOM_NOTE,
+    Listed,
     check_output,
     compile_options,
     custom_ops_option,
@@ -34,6 +36,13 @@ if TYPE_CHECKING:
 DEFAULT_SCHEMES = ("int8,int8-weight,int4,w4a8,fptq",)
 
 
+def _metrics() -> Iterable[str]:
+    """The names of the metrics."""
+    from qdq.deploy.compare.metrics import METRICS
+
+    return METRICS
+
+
 @click.command()
 @model_argument
 @data_options
@@ -45,7 +54,7 @@ DEFAULT_SCHEMES = ("int8,int8-weight,int4,w4a8,fptq",)
     show_default=True,
     help="Schemes, with commas between; each may have options of its own, as in int4:block=32:rounding=nearest.",
 )
-@click.option("--metric", default="cosine", help="perplexity, top1, cosine (default), spearman, dice or mae.")
+@click.option("--metric", cls=Listed, names=_metrics, default="cosine", show_default=True, help="Score: {names}.")
 @click.option(
     "--labels",
     default="",
@@ -53,8 +62,8 @@ DEFAULT_SCHEMES = ("int8,int8-weight,int4,w4a8,fptq",)
     help="Array of the evaluation samples with the truth; next: the following tokens. Default: the float model.",
 )
 @click.option("--score-output", default="", metavar="NAME", help="Output that the metric is of; default: the first.")
-@click.option("--unit", default="", help="Of mae: the name of its unit, such as kcal/mol.")
-@click.option("--per", type=float, default=1.0, help="Of mae: how much of the output makes one unit.")
+@click.option("--unit", default="", help="Of a metric in a unit, as mae: its name, such as kcal/mol.")
+@click.option("--per", type=float, default=1.0, help="Of such a metric: how much of the output makes one unit.")
 @click.option("-o", "--output", type=PATH, help="Where to write report.json.")
 @rest_option
 @tune_options

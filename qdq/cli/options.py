@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -66,23 +67,38 @@ def _targets() -> Iterable[str]:
     return dict.fromkeys(target for b in backends().values() if not b.needs_gpu for target in b.targets)
 
 
+def _setting(option: str, text: str) -> Callable[[F], F]:
+    """The option of a setting that takes one of several names; the default is marked."""
+    name = option.lstrip("-").replace("-", "_")
+
+    def names() -> list[str]:
+        from qdq.plan.settings import Settings, choices
+
+        default = {f.name: f.default for f in fields(Settings)}[name]
+        return [f"{choice} (default)" if choice == default else str(choice) for choice in choices(name)]
+
+    return click.option(option, cls=Listed, names=names, help=text)
+
+
+def _forms() -> list[str]:
+    """The forms of samples."""
+    from calib_data.sources import forms
+
+    return [form.says for form in forms()]
+
+
 recipe_option = click.option("--recipe", type=PATH, help="YAML file; its keys are the options with underscores.")
 settings_options = _options(
-    click.option(
-        "--scheme", help="int8 (default), int8-smooth, int8-weight, int4, w4a8, fptq, fp8, nvfp4 or nvfp4-weight."
-    ),
-    click.option("--calibrator", help="Activation ranges: mse (default), percentile, entropy, max, average or auto."),
+    _setting("--scheme", "What becomes of weights and data: {names}."),
+    _setting("--calibrator", "Activation ranges: {names}."),
     click.option("--percentile", type=float, help="Of the percentile calibrator, default 99.99."),
-    click.option("--rounding", help="Weights: gptq, descent, awq, clip, hqq or nearest; default: the scheme's."),
-    click.option(
-        "--equalize",
-        help="Channel balancing: smoothquant, smooth, lae, dgq, cle, awq, sinq, auto or none; default likewise.",
-    ),
-    click.option("--block", help="INT4 weights that share a scale: auto (default), 128, 64, 32, 16, channel, tensor."),
+    _setting("--rounding", "Weights: {names}; default: the scheme's."),
+    _setting("--equalize", "Channel balancing: {names}; default likewise."),
+    _setting("--block", "Weights of few bits that share a scale: {names}."),
     click.option("--block-loss-db", type=float, help="Of --block auto: coarsest block by SQNR lost to blocks of 16."),
     click.option("--v0", help="Of fptq: largest magnitude for one scale, default 15; auto equalizes whatever gains."),
     click.option("--v1", help="Of fptq: beyond it one scale per token, default 150; auto says so by the error."),
-    click.option("--bias-correction", help="auto (default, where held-out samples gain), on or off."),
+    _setting("--bias-correction", "Shift biases so that means stay: {names}; auto does where held-out samples gain."),
     click.option("--shift/--no-shift", default=None, help="Shift lopsided activations to use all codes (default on)."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="Node names to leave in float; repeatable."),
     recipe_option,
@@ -123,7 +139,7 @@ compile_options = _options(
     shape_option,
 )
 data_options = _options(
-    click.option("--data", help="Samples: a folder of .npz/.npy, one .npz/.npy file, or module.py:function."),
+    click.option("--data", cls=Listed, names=_forms, help="Samples: {names}."),
     click.option("--random-data", type=int, metavar="N", help="N random samples in place of --data."),
 )
 limit_options = _options(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +25,7 @@ LEAST_SECOND = 2.0**-14  # FP16's smallest normal number
 CHUNK = 1 << 18  # elements worked on at a time, on each thread: 1 MB of float32, which stays in the cache
 
 Array = npt.NDArray[np.generic]
+T = TypeVar("T", bound=np.generic)
 Floats = npt.NDArray[np.float32]
 
 
@@ -101,13 +103,13 @@ def _along(scale: Floats, axis: int | None, rank: int) -> Floats:
     return scale.reshape(shape)
 
 
-def padded(x: Array, axis: int, block: int) -> Array:
+def padded(x: npt.NDArray[T], axis: int, block: int) -> npt.NDArray[T]:
     """The tensor with zeros behind it along an axis, up to whole blocks; itself where there are only whole ones."""
     missing = -x.shape[axis] % block
     return np.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
 
 
-def blocked(x: Array, axis: int, block: int) -> Array:
+def blocked(x: npt.NDArray[T], axis: int, block: int) -> npt.NDArray[T]:
     """A view (outer, blocks, block, inner) of a tensor that has whole blocks along an axis.
 
     >>> blocked(np.arange(12).reshape(4, 3), 0, 2).shape

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import math
 import re
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ from qdq.core.errors import InputError, MissingRuntimeError
 from qdq.core.files import write_text
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams
-from qdq.measure.calibrators import LIMITS, squared_error
+from qdq.measure.calibrators import CALIBRATORS
 from qdq.measure.histogram import Histogram
+from qdq.measure.ranges import squared_error
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.solve.activations import activation_params
 
-COLOURS = ("#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
 STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 BARS = 256  # bins are joined to about so many bars
 
@@ -80,10 +81,10 @@ def draw(model: Model, plan: Plan, table: CalibrationTable, folder: Path) -> Pat
         raise MissingRuntimeError(
             "--plot needs matplotlib, which is not installed. Install it with: pip install 'qdq[plot]'"
         ) from None
-    chosen = {m: activation_params(model, plan, table, dict.fromkeys(table.tensors, m)) for m in LIMITS}
+    chosen = {m: activation_params(model, plan, table, dict.fromkeys(table.tensors, m)) for m in CALIBRATORS}
     drawn = []
     for tensor in dict.fromkeys(p.tensor for p in plan.activations):
-        params = {m: chosen[m][tensor] for m in LIMITS}
+        params = {m: chosen[m][tensor] for m in CALIBRATORS}
         hist = table.tensors[tensor]
         drawn.append(
             _Drawn(tensor=tensor, hist=hist, params=params, sqnr_db={m: _sqnr_db(hist, p) for m, p in params.items()})
@@ -100,7 +101,7 @@ def draw(model: Model, plan: Plan, table: CalibrationTable, folder: Path) -> Pat
             rows.append(_row(one, picture))
     except OSError as error:
         raise InputError(f"Cannot write pictures to {folder}: {error.strerror}. Choose a writable folder.") from None
-    heads = "".join(f"<th>{m}</th>" for m in LIMITS)
+    heads = "".join(f"<th>{m}</th>" for m in CALIBRATORS)
     write_text(folder / "index.html", _PAGE.format(count=table.count, heads=heads, rows="\n".join(rows)))
     return folder / "index.html"
 
@@ -121,7 +122,8 @@ def _draw(figure: Any, one: _Drawn) -> None:
     width = 2.0 ** (one.hist.exponent or 0)
     edges = (np.append(starts, starts[-1] + step) - one.hist.counts.size // 2) * width
     axes.stairs(np.add.reduceat(one.hist.counts[:last], starts), edges, fill=True, color="#9db4c8", label="values")
-    for (method, params), colour, style in zip(one.params.items(), COLOURS, STYLES, strict=True):
+    for index, (method, params) in enumerate(one.params.items()):
+        colour, style = hsv_to_rgb(index / len(one.params), 0.9, 0.8), STYLES[index % len(STYLES)]
         fmt = FORMATS[params.format]
         ends = [(code - params.zero_point) * float(params.scale) for code in (fmt.low, fmt.high)]
         label = f"{method}  {one.sqnr_db[method]:.1f} dB"

@@ -1,6 +1,6 @@
 """Rules for what TensorRT refuses, crashes on, or computes differently from the ONNX standard.
 
-The table in `lint` lists them. This module must not change a model.
+`lint` tells their effects. This module must not change a model.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ RULES: list[Rule] = []
     "quant_format=QuantFormat.QDQ; for dynamic quantization: quantize_static).",
 )
 def _operator(view: View) -> Found:
+    """An operator on integers in place of Q/DQ nodes. Repaired: QLinearConv, QLinearMatMul."""
     for node in view.nodes:
         if REFUSED_OPERATORS.match(node.op_type):
             yield node, f"{node.op_type} works on integers; TensorRT has no such operator."
@@ -59,6 +60,7 @@ def _operator(view: View) -> Found:
     "Keep the bias in float (ONNX Runtime: extra_options QuantizeBias=False).",
 )
 def _int32_bias(view: View) -> Found:
+    """DequantizeLinear of INT32 codes, ONNX Runtime's bias. Repaired."""
     for q in view.heads:
         if q.dtype == TensorProto.INT32 and not q.is_q:
             yield q.node, "INT32 codes are dequantized; only 8-bit and 4-bit codes can be."
@@ -73,6 +75,7 @@ def _int32_bias(view: View) -> Found:
     "Quantize symmetrically: INT8, zero point 0 (ONNX Runtime: ActivationSymmetric=True, WeightSymmetric=True).",
 )
 def _asymmetric(view: View) -> Found:
+    """A zero point that is not 0. Repaired."""
     for q in view.heads:
         if q.zero is not None and q.dtype not in (*FP8, TensorProto.INT32) and np.any(q.zero.astype(np.float64)):
             yield q.node, f"The {type_name(q)} zero point is {some(q.zero)}; TensorRT reads zero point 0 only."
@@ -86,6 +89,7 @@ def _asymmetric(view: View) -> Found:
     "Use INT8 codes with zero point 0 and a scale of largest value / 127.",
 )
 def _unsigned(view: View) -> Found:
+    """An activation quantized to UINT8 with zero point 0. Repaired."""
     for q in view.heads:
         if _unsigned_zero(q) and not q.stored and (not q.is_q or q.zero is not None):
             yield q.node, "Quantized to UINT8 with zero point 0."
@@ -95,6 +99,7 @@ def _unsigned(view: View) -> Found:
     RULES, "unsigned-codes", "refused", "Found unsupported input type of UINT8", "Store INT8 codes with zero point 0."
 )
 def _unsigned_codes(view: View) -> Found:
+    """Stored UINT8 codes with zero point 0. Repaired."""
     for q in view.heads:
         if _unsigned_zero(q) and q.stored and not q.is_q:
             yield q.node, "The stored codes are UINT8, with zero point 0."
@@ -102,6 +107,7 @@ def _unsigned_codes(view: View) -> Found:
 
 @rule(RULES, "no-zero-point", "wrong", "builds without a word and takes INT8", "Give an INT8 zero point of 0.")
 def _no_zero_point(view: View) -> Found:
+    """Neither zero point nor output_dtype: UINT8 to ONNX, INT8 to TensorRT. Repaired."""
     for q in view.heads:
         if q.is_q and not zero_name(q.node) and not attribute(q.node, "output_dtype", 0):
             yield q.node, "Neither zero point nor output_dtype: ONNX means UINT8, TensorRT takes INT8."
@@ -115,6 +121,7 @@ def _no_zero_point(view: View) -> Found:
     "Use INT8 (activations and weights), or INT4 in blocks for weights of MatMul only.",
 )
 def _code_type(view: View) -> Found:
+    """Codes of 16, 4 (activations) or 2 bits, FP8 E5M2. Repaired: integers."""
     for q in view.heads:
         if q.dtype == TensorProto.INT4 and q.is_q and not q.stored:
             yield q.node, "An activation is quantized to INT4."
@@ -131,6 +138,7 @@ def _code_type(view: View) -> Found:
     "Drop output_dtype and give an INT8 zero point.",
 )
 def _output_dtype(view: View) -> Found:
+    """Output_dtype that is not the zero point's type, or UINT8. Repaired."""
     for q in view.heads:
         said = attribute(q.node, "output_dtype", 0) if q.is_q else 0
         if said and (said != q.dtype or (said == TensorProto.UINT8 and not zero_name(q.node))):
@@ -149,6 +157,7 @@ def _output_dtype(view: View) -> Found:
     "Quantize statically: scale and zero point as initializers.",
 )
 def _computed_zero_point(view: View) -> Found:
+    """A zero point that depends on an input."""
     for q in view.heads:
         if q.computed_zero and not made_dynamically(view, q.node.input[2]):
             yield q.node, f"The zero point {q.node.input[2]!r} depends on an input."
@@ -162,6 +171,7 @@ def _computed_zero_point(view: View) -> Found:
     "Quantize statically: scales as initializers.",
 )
 def _computed_scale(view: View) -> Found:
+    """A scale of a convolution that depends on an input."""
     for q in view.heads:
         if computed(view, q) and feeds_convolution(view, q):
             yield q.node, f"The scale {q.node.input[1]!r} depends on an input."
@@ -175,6 +185,7 @@ def _computed_scale(view: View) -> Found:
     "Any positive scale represents a dead channel (its codes are 0); for others calibrate again.",
 )
 def _scale_value(view: View) -> Found:
+    """A scale of zero, below zero or NaN. Repaired: yes (not NaN)."""
     for q in view.heads:
         if q.scale is not None and not np.all(q.scale > 0) and q.dtype != TensorProto.INT32:
             yield (
@@ -192,6 +203,7 @@ def _scale_value(view: View) -> Found:
     "Raise the scale to the smallest normal number of its type; an infinite one must be calibrated again.",
 )
 def _scale_range(view: View) -> Found:
+    """A subnormal scale, whose reciprocal overflows, or an infinite one. Repaired: yes (not infinite)."""
     for q in view.heads:
         if q.scale is not None and q.dtype != TensorProto.INT32:
             small = (q.scale > 0) & (q.scale.astype(np.float64) < smallest(q.scale))
@@ -211,6 +223,7 @@ def _scale_range(view: View) -> Found:
     "Store the scale in the float type of the other operand.",
 )
 def _scale_type(view: View) -> Found:
+    """A dequantized operand of another float type than its twin. Repaired."""
     for product in view.products:
         types = [o.elem for o in product.operands]
         if set(types) <= {TensorProto.DOUBLE, TensorProto.FLOAT} or not all(t in FLOAT_TYPES for t in types):
@@ -233,6 +246,7 @@ def _scale_type(view: View) -> Found:
     "Give one scale, or one per channel of the axis.",
 )
 def _scale_shape(view: View) -> Found:
+    """Axis outside the tensor, or a number of scales other than its size. Repaired: where the weight tells."""
     for q in view.heads:
         if q.scale is None or q.shape is None or q.dtype == TensorProto.INT32:
             continue
@@ -252,6 +266,7 @@ def _scale_shape(view: View) -> Found:
     "Give the zero point the shape of the scale.",
 )
 def _zero_point_shape(view: View) -> Found:
+    """A zero point of another size than the scale. Repaired."""
     for q in view.heads:
         if q.zero is not None and q.scale is not None and q.zero.size != q.scale.size and q.dtype != TensorProto.INT32:
             yield q.node, f"{q.zero.size} zero points for {q.scale.size} scales."
@@ -266,6 +281,7 @@ def _zero_point_shape(view: View) -> Found:
     "Use whole blocks along one of the last two axes.",
 )
 def _block_shape(view: View) -> Found:
+    """Blocks that do not divide the axis, or are not on the last two axes. Repaired: weights."""
     for q in view.heads:
         if (
             not q.blocked
@@ -294,6 +310,7 @@ def _block_shape(view: View) -> Found:
     "Pad the tensor, or store it as INT8.",
 )
 def _odd_codes(view: View) -> Found:
+    """4-bit codes, an odd number of them. Repaired: weights."""
     for q in view.heads:
         if q.dtype in (TensorProto.INT4, TensorProto.FLOAT4E2M1) and q.shape and all(q.shape):
             count = math.prod(d or 1 for d in q.shape)
@@ -309,6 +326,7 @@ def _odd_codes(view: View) -> Found:
     "Keep a constant of one element in float.",
 )
 def _scalar_codes(view: View) -> Found:
+    """Stored codes of rank 0. Repaired."""
     for q in view.heads:
         if not q.is_q and q.stored and q.shape == () and q.dtype in EIGHT_BIT:
             yield q.node, "The stored codes are a scalar (rank 0)."
@@ -322,6 +340,7 @@ def _scalar_codes(view: View) -> Found:
     "Quantize both operands to one type.",
 )
 def _mixed_types(view: View) -> Found:
+    """FP8 and INT8 operands of one product."""
     for product in view.products:
         a, b = (o.dtype for o in product.operands)
         if a in ACCEPTED and b in ACCEPTED and (a in FP8) != (b in FP8):
@@ -336,6 +355,7 @@ def _mixed_types(view: View) -> Found:
     "One scale per output channel, or leave the activation in float.",
 )
 def _block_product(view: View) -> Found:
+    """Block scales on a product of two quantized operands. Repaired."""
     for product, weight in weighted(view):
         if (
             weight.dq is not None

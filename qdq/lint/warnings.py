@@ -1,6 +1,6 @@
 """Rules for what TensorRT builds and then runs in float, with more kernels, or with quantizers that nothing gains from.
 
-The table in `lint` lists them. This module must not change a model.
+`lint` tells their effects. This module must not change a model.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ RULES: list[Rule] = []
 
 @rule(RULES, "dynamic-scale", "float", "builds and runs in float", "Quantize statically: scales as initializers.")
 def _dynamic_scale(view: View) -> Found:
+    """Any other scale that depends on an input."""
     for q in view.heads:
         if computed(view, q) and not feeds_convolution(view, q):
             yield q.node, f"The scale {q.node.input[1]!r} depends on an input."
@@ -42,6 +43,7 @@ def _dynamic_scale(view: View) -> Found:
     "Quantize the weight along its output channels.",
 )
 def _weight_axis(view: View) -> Found:
+    """Scales of a weight along another axis than its output channels. Repaired."""
     for product, weight in weighted(view):
         q = weight.dq
         if (
@@ -67,6 +69,7 @@ def _weight_axis(view: View) -> Found:
     "One scale for the tensor, the largest.",
 )
 def _activation_axis(view: View) -> Found:
+    """Scales of an activation along the channels that are summed. Repaired."""
     for q in view.heads:
         dq = reader(view, q)
         if dq is None or not q.vector or q.stored or bad_shape(q):
@@ -85,6 +88,7 @@ def _activation_axis(view: View) -> Found:
     "Make the scale a scalar (shape []).",
 )
 def _one_element_scale(view: View) -> Found:
+    """Scale of shape [1] on the data of a convolution: read as per channel. Repaired."""
     for q in view.heads:
         dq = reader(view, q)
         one = q.scale is not None and q.scale.shape == (1,) and not q.stored
@@ -100,6 +104,7 @@ def _one_element_scale(view: View) -> Found:
     "Quantize the weight too (ONNX Runtime: keep it out of nodes_to_exclude), or leave both in float.",
 )
 def _unpaired_activation(view: View) -> Found:
+    """Data quantized, constant weight in float. Repaired."""
     for product in view.products:
         if unpaired(view, product) and product.node.op_type != "ConvTranspose":
             yield product.node, "Its data is quantized, its constant weight is float."
@@ -113,6 +118,7 @@ def _unpaired_activation(view: View) -> Found:
     "Quantize the data too, or leave the weight in float.",
 )
 def _unpaired_weight(view: View) -> Found:
+    """A convolution with a quantized weight and float data."""
     for product, weight in weighted(view):
         if product.node.op_type == "Conv" and weight.dq is not None and product.data.dq is None:
             yield product.node, "Its weight is quantized, its data is float."
@@ -126,6 +132,7 @@ def _unpaired_weight(view: View) -> Found:
     "Leave ConvTranspose in float.",
 )
 def _transposed(view: View) -> Found:
+    """A quantized ConvTranspose. Repaired."""
     for product in view.products:
         if product.node.op_type == "ConvTranspose" and transposed_quantizers(view, product):
             yield product.node, "A transposed convolution with quantized operands."
@@ -139,6 +146,7 @@ def _transposed(view: View) -> Found:
     "Weight-only: INT8 with a scale per output channel, or INT4 in blocks of 128 or 64.",
 )
 def _slow_weight(view: View) -> Found:
+    """A weight-only product that no kernel fuses: INT8 in blocks, INT4 per channel. Repaired."""
     for product, weight in weighted(view):
         q = weight.dq
         if q is None or product.data.dq is not None or product.node.op_type not in ("MatMul", "Gemm"):
@@ -157,6 +165,7 @@ def _slow_weight(view: View) -> Found:
     "Leave attention in float.",
 )
 def _attention(view: View) -> Found:
+    """Quantized products of two computed tensors in FP16: the fused attention is lost. Repaired."""
     for product in view.products:
         if attention_quantizers(view, product):
             yield product.node, "A product of two computed FP16 tensors around a Softmax, quantized to INT8."
@@ -170,6 +179,7 @@ def _attention(view: View) -> Found:
     "Remove the Q/DQ pair before the output.",
 )
 def _output(view: View) -> Found:
+    """Q/DQ before an output. Repaired."""
     for q in view.quantizers:
         if not q.is_q and q.source is not None and view.model.is_output(q.node.output[0]) and not q.constant:
             yield q.source.node, f"Output {q.node.output[0]!r} is quantized and dequantized."
@@ -183,6 +193,7 @@ def _output(view: View) -> Found:
     "Quantize after the activation or normalization, not before it.",
 )
 def _before_float(view: View) -> Found:
+    """Q/DQ before operators that run in float (activation, norm, softmax). Repaired."""
     for q in view.quantizers:
         if needless(view, q):
             uses = view.model.consumers(q.node.output[0])
@@ -198,6 +209,7 @@ def _before_float(view: View) -> Found:
     "Store the INT8 codes and a DequantizeLinear only.",
 )
 def _float_weight(view: View) -> Found:
+    """Float weight, Q and DQ: four times the bytes of its codes in the file. Repaired."""
     for q in view.heads:
         maker = view.model.producer(q.node.input[0])
         if maker is not None and maker.op_type == "DequantizeLinear":
@@ -208,6 +220,7 @@ def _float_weight(view: View) -> Found:
 
 @rule(RULES, "default-axis", "version", "TensorRT 10.1 reads axis 0, 10.15 and later 1", "Write the axis.")
 def _default_axis(view: View) -> Found:
+    """No axis on a vector of scales: TensorRT 10.1 takes axis 0, ONNX and later ones axis 1. Repaired."""
     for q in view.heads:
         if (
             q.vector

@@ -7,22 +7,38 @@ This module must not look at a model.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import ItemsView, Mapping
+from collections.abc import Callable, ItemsView, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 
 from qdq.core.choices import choose
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
+from qdq.plan.methods import CALIBRATORS, FORMULAS, ROUNDINGS
 from qdq.plan.scheme import SCHEMES, Scheme
 from qdq.plan.spec import Spec
 
-CALIBRATORS: tuple[str, ...] = ("mse", "percentile", "entropy", "max", "average", "auto")
-EQUALIZERS: tuple[str, ...] = ("smoothquant", "smooth", "lae", "dgq", "cle", "awq", "sinq", "auto", "none")
+AUTO = "auto"
+WHOLE = ("channel", "tensor")  # in place of a block
 BIAS_CORRECTIONS: tuple[str, ...] = ("auto", "on", "off")
-ROUNDINGS: tuple[str, ...] = ("gptq", "descent", "awq", "clip", "hqq", "nearest")
-BLOCKS: tuple[int | str, ...] = (*FORMATS["int4"].blocks, "auto", "channel", "tensor")
 V0, V1 = 15.0, 150.0  # of FPTQ's paper
 LEAST_DAMPING = 1e-4  # inputs that depend on each other leave a matrix that has no inverse otherwise
+
+
+def choices(setting: str) -> tuple[str | int, ...]:
+    """What a setting may be that takes one of several names or lengths, as the registries have them.
+
+    Args:
+        setting: a field of `Settings`: scheme, calibrator, rounding, equalize, bias_correction or block.
+    """
+    found: Mapping[str, Callable[[], tuple[str | int, ...]]] = {
+        "scheme": lambda: tuple(SCHEMES),
+        "calibrator": lambda: (*CALIBRATORS, AUTO),
+        "rounding": lambda: tuple(ROUNDINGS),
+        "equalize": lambda: (*FORMULAS, AUTO, "none"),
+        "bias_correction": lambda: BIAS_CORRECTIONS,
+        "block": lambda: (*sorted({b for f in FORMATS.values() for b in f.blocks}, reverse=True), AUTO, *WHOLE),
+    }
+    return found[setting]()
 
 
 def _number(value: object) -> object:
@@ -88,10 +104,8 @@ class Settings:
         for name in ("rounding", "equalize"):
             if getattr(self, name) == "":
                 object.__setattr__(self, name, getattr(row, name))
-        choose(self.calibrator, CALIBRATORS, "calibrator")
-        choose(self.rounding, ROUNDINGS, "rounding")
-        choose(self.bias_correction, BIAS_CORRECTIONS, "bias_correction")
-        choose(self.equalize, EQUALIZERS, "equalization")
+        for name in ("calibrator", "rounding", "equalize", "bias_correction"):
+            choose(getattr(self, name), [str(n) for n in choices(name)], name)
         if (
             isinstance(self.percentile, bool)
             or not isinstance(self.percentile, int | float)
@@ -108,8 +122,8 @@ class Settings:
             )
         object.__setattr__(self, "exclude", tuple(self.exclude))
         block = int(self.block) if isinstance(self.block, str) and self.block.isdigit() else self.block
-        if isinstance(block, bool) or block not in BLOCKS:
-            raise InputError(f"block is {self.block!r}: it must be one of {', '.join(map(str, BLOCKS))}.")
+        if isinstance(block, bool) or block not in choices("block"):
+            raise InputError(f"block is {self.block!r}: it must be one of {', '.join(map(str, choices('block')))}.")
         object.__setattr__(self, "block", block)
         for name in ("v0", "v1"):  # text where the command line gives them
             object.__setattr__(self, name, _number(getattr(self, name)))
@@ -138,10 +152,12 @@ class Settings:
         rows = [
             SCHEMES[choose(name, tuple(SCHEMES), "scheme")] for name in (self.scheme, *dict(self.overrides).values())
         ]
-        if self.block in ("channel", "tensor") and any(row.via or FORMATS[row.weight].scale_format for row in rows):
+        through = [row for row in rows if row.via or FORMATS[row.weight].scale_format]
+        if self.block in WHOLE and through:
+            fmt = FORMATS[through[0].weight]
             raise InputError(
-                f"block is {self.block!r}, but {self.scheme} multiplies 4-bit weights through blocks: choose "
-                f"{', '.join(map(str, FORMATS['int4'].blocks))} or auto, or the weight-only scheme int4."
+                f"block is {self.block!r}, but {through[0].name} multiplies {fmt.bits}-bit weights through blocks: "
+                f"choose {', '.join(map(str, fmt.blocks))} or auto, or the weight-only scheme int4."
             )
 
     @property
@@ -157,17 +173,18 @@ class Settings:
         blocked = any(FORMATS[row.weight].blocks for row in rows)
         alone = any(FORMATS[row.weight].blocks and row.data is None for row in rows)
         integers = any(FORMATS[row.weight].integer for row in rows)
-        balanced = any("int8" in (row.data, row.convolution) for row in rows)
+        balanced = any(f is not None and FORMATS[f].integer for row in rows for f in (row.data, row.convolution))
+        rounding, formula = ROUNDINGS[self.rounding], FORMULAS.get(self.equalize)
         found = []
         if self.block not in ("auto", *lengths) and len(lengths) < 2:
             found.append(f"block {self.block}")
-        if self.rounding in ("clip", "hqq", "awq") and not blocked:
+        if rounding.for_blocks and not blocked:
             found.append(f"rounding {self.rounding}, which is for blocks,")
         if self.rounding != "nearest" and not integers and not blocked:
             found.append(f"rounding {self.rounding}")
-        if self.equalize in ("awq", "sinq") and not alone:
+        if formula is not None and not formula.for_data and not alone:
             found.append(f"equalize {self.equalize}, which is for weight-only blocks,")
-        if self.equalize not in ("awq", "sinq", "none") and not balanced and not alone:
+        elif self.equalize != "none" and not balanced and not alone:
             found.append(f"equalize {self.equalize}")
         return tuple(f"{what} has no effect with scheme {self.scheme}" for what in found)
 

@@ -14,7 +14,7 @@ import numpy as np
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, representable, scale_of_scales
-from qdq.measure import calibrators
+from qdq.measure import ranges
 from qdq.measure.histogram import Histogram
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
@@ -61,7 +61,7 @@ def activation_params(
             scale = representable(span / fmt.high if span else 1.0, dtype)
             chosen[point.tensor] = QParams(scale=scale, format=fmt.name)
             continue
-        chosen[point.tensor] = calibrators.choose(
+        chosen[point.tensor] = ranges.choose(
             shared.get(point.tensor, table.tensors[point.tensor]),
             method=methods.get(point.tensor, plan.settings.calibrator),
             percentile=plan.settings.percentile,

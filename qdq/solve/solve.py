@@ -31,7 +31,8 @@ from qdq.plan.weighted_node import Weight, WeightedNode, by_weight, weighted_nod
 from qdq.solve.data_scales import DataScales, data_scales
 from qdq.solve.equalize import weight_only
 from qdq.solve.equalize.carriers import Carrier, carried, factors, scaled
-from qdq.solve.weights import DATA_FREE, quantize_weight
+from qdq.solve.rounding import ROUNDINGS
+from qdq.solve.weights import quantize_weight
 
 ROUNDING_BYTES = 1 << 30  # for the weights that are rounded at a time, with their copies
 
@@ -196,7 +197,7 @@ def _moments(
     on_progress: Progress | None,
 ) -> _Moments:
     """Second moments for the weights whose rounding or balancing wants them."""
-    settings, free = plan.settings, plan.settings.rounding in DATA_FREE
+    settings, free = plan.settings, not ROUNDINGS[plan.settings.rounding].needs_moments
     balance = settings.equalize not in ("none", "sinq")
     wanted = [n for n in nodes if not free or (balance and n.spec.weight_only and n.spec.block)]
     if not wanted:
@@ -234,7 +235,7 @@ def _rounded(
 ) -> QTensor:
     """One weight rounded; where its inputs are not known, as well as can be without them."""
     rounding = settings.rounding
-    if moments is None and rounding not in DATA_FREE:
+    if moments is None and ROUNDINGS[rounding].needs_moments:
         rounding = "clip" if reader.spec.block else "nearest"
     return quantize_weight(
         values,

@@ -16,11 +16,11 @@ It must not read samples or know plans.
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -40,13 +40,10 @@ from qdq.core.qtensor import (
 )
 from qdq.core.resources import cores
 from qdq.plan.spec import Spec
-from qdq.solve.rounding import gptq, nearest
+from qdq.solve.rounding import ROUNDINGS, Floats, Kind, Rounding, Singles, gptq, nearest
 
-DATA_FREE = ("nearest", "clip", "hqq")
 # Multiples of a channel's INT8 scale that its largest block scale is tried at; -8 times 16 is INT8's -128.
 LARGEST_MULTIPLES = range(8, 17)
-
-Floats = npt.NDArray[np.float64]
 
 
 def quantize_weight(
@@ -65,7 +62,7 @@ def quantize_weight(
         values: the weight, finite; any float type.
         spec: format and granularity; `axis` is the blocked axis where there are blocks.
         outputs: the axis of the output channels.
-        rounding: a module of `qdq.rounding`.
+        rounding: a name in `ROUNDINGS`.
         moments: (groups, columns, columns) of the inputs, each group's for its share of the output channels; None
             rounds as the rounding does without data.
         damping: of roundings that look at the moments, see `qdq.rounding.gptq`.
@@ -74,60 +71,57 @@ def quantize_weight(
     Returns:
         Codes and parameters. The same arguments give the same ones.
     """
-    fmt = FORMATS[spec.format]
-    module: Any = importlib.import_module(f"qdq.solve.rounding.{rounding}")
+    fmt, method = FORMATS[spec.format], ROUNDINGS[rounding]
     if not fmt.integer and spec.block is None:
         return _floating(values, spec, fmt)
-    how: dict[str, Any] = {"damping": damping, "act_order": act_order}
     if spec.block is None:
-        return _whole(values, spec, fmt, outputs, module, moments, how)
-    assert spec.axis is not None
-    known = moments is not None and len(moments) == 1 and bool(moments.any()) and rounding not in DATA_FREE
-    if not known and spec.via is None:
-        view = blocked(padded(values, spec.axis, spec.block), spec.axis, spec.block)
-        scales = module.block_scales(view, None, low=fmt.low, high=fmt.high, kind=_kind(fmt))
-        params = stored_scales(scales, values.shape, values.dtype.name, axis=spec.axis, block=spec.block, fmt=fmt)
-        return QTensor(codes=to_codes(values, params), params=params)
-    return _blocks(values, spec, fmt, module, moments[0] if known and moments is not None else None, how)
+        if moments is None or method.round_rows is None:
+            params = _params(values, None if spec.axis is None else outputs, fmt)
+            return QTensor(codes=_nearest(values, params, outputs, fmt), params=params)
+        return _whole(values, spec, outputs, moments, partial(method.round_rows, damping=damping, act_order=act_order))
+    weight = _Blocks(values=values, spec=spec)
+    if moments is None or len(moments) > 1 or not moments.any() or not method.needs_moments:
+        return weight.as_stored(method) if spec.via is None else weight.two_levels_in_pieces(method)
+    missing = weight.whole.shape[-1] - moments.shape[-1]
+    moment = np.pad(moments[0], (0, missing)) if missing else moments[0]
+    if spec.via is None:
+        return weight.one_level(method, moment, damping, act_order)
+    return weight.two_levels(method, moment, damping, act_order)
 
 
-def _kind(fmt: Format) -> np.dtype[np.generic] | None:
+def _kind(fmt: Format) -> Kind:
     """The type whose values the codes of a format have, None for integers."""
     return None if fmt.integer else fmt.dtype
 
 
 def _floating(values: npt.NDArray[np.floating], spec: Spec, fmt: Format) -> QTensor:
     """Nearest codes of a floating-point format without blocks: its grid is dense where values are, which is enough."""
-    params = weight_params(values, axis=spec.axis, fmt=fmt) if spec.axis is not None else _per_tensor(values, fmt)
+    params = _params(values, spec.axis, fmt)
     return QTensor(codes=to_codes(values, params), params=params)
 
 
-def _per_tensor(values: npt.NDArray[np.floating], fmt: Format) -> QParams:
+def _params(values: npt.NDArray[np.floating], axis: int | None, fmt: Format) -> QParams:
+    """One scale per index of an axis, or one in all."""
+    if axis is not None:
+        return weight_params(values, axis=axis, fmt=fmt)
     amax = max(float(values.max()), -float(values.min())) if values.size else 0.0
     scale = representable(amax / fmt.high if amax else 1.0, values.dtype.name)
     return QParams(scale=np.asarray(scale), format=fmt.name)
 
 
 def _whole(
-    values: npt.NDArray[np.floating],
-    spec: Spec,
-    fmt: Format,
-    outputs: int,
-    module: Any,
-    moments: Floats | None,
-    how: Mapping[str, Any],
+    values: npt.NDArray[np.floating], spec: Spec, outputs: int, moments: Floats, round_rows: Callable[..., Floats]
 ) -> QTensor:
-    """One scale per output channel, or one in all."""
-    params = weight_params(values, axis=outputs, fmt=fmt) if spec.axis is not None else _per_tensor(values, fmt)
-    if moments is None or module.round_rows is nearest.round_rows:
-        return QTensor(codes=_nearest(values, params, outputs, fmt), params=params)
+    """One scale per output channel, or one in all, each group of channels by the moments of its inputs."""
+    fmt = FORMATS[spec.format]
+    params = _params(values, None if spec.axis is None else outputs, fmt)
     moved = np.moveaxis(values, outputs, 0).astype(np.float64)
     rows = moved.reshape(moved.shape[0], -1)
     scale = np.broadcast_to(params.scale.astype(np.float64).reshape(-1, 1), (rows.shape[0], 1))
     low = -fmt.high  # symmetric codes: -128 would need a range that amax / 127 never uses
     groups = len(moments)
     parts = zip(np.split(rows, groups), np.split(scale, groups), moments, strict=True)
-    codes = np.concatenate([module.round_rows(w, s, h, low=low, high=fmt.high, **how) for w, s, h in parts])
+    codes = np.concatenate([round_rows(w, s, h, low=low, high=fmt.high) for w, s, h in parts])
     shaped = np.moveaxis(codes.reshape(moved.shape), 0, outputs)
     return QTensor(codes=np.ascontiguousarray(shaped).astype(fmt.dtype), params=params)
 
@@ -149,120 +143,149 @@ def _nearest(values: npt.NDArray[np.floating], params: QParams, outputs: int, fm
     return codes.reshape(shape)
 
 
-def _blocks(
-    values: npt.NDArray[np.floating],
-    spec: Spec,
-    fmt: Format,
-    module: Any,
-    moment: Floats | None,
-    how: Mapping[str, Any],
-) -> QTensor:
-    """Blocks of columns, seen row by row."""
-    assert spec.axis is not None and spec.block is not None
-    whole = np.moveaxis(padded(values, spec.axis, spec.block), spec.axis, -1)
-    if moment is None and spec.via is not None:
-        return _shaped(values, whole, *_two_levels_in_pieces(whole, spec, fmt, module), spec, fmt)
-    rows = np.ascontiguousarray(whole.reshape(-1, whole.shape[-1]), dtype=np.float32)
-    if moment is not None and (missing := rows.shape[1] - moment.shape[0]):
-        moment = np.pad(moment, (0, missing))
-    view = np.asarray(blocked(rows, 1, spec.block), dtype=np.float32)
-    kind, second = _kind(fmt), None
-    scales = module.block_scales(view, moment, low=fmt.low, high=fmt.high, kind=kind)[:, :, 0, 0]
-    if spec.via is None:
-        levels, stored = None, _storing(rows.shape, view, values.dtype.name, spec.block, fmt)
-        scale, second = stored(scales)
-    else:
-        weight = None if moment is None else np.diag(moment).astype(np.float32)
-        levels = _two_levels(view, scales, weight, fmt)
-        scale = levels[0][:, None] * levels[1]
-    if module.round_rows is nearest.round_rows and spec.via is None:
-        params = QParams(scale=scale, axis=1, format=fmt.name, block=spec.block)
-        return _shaped(values, whole, to_codes(rows, params), scale, None, spec, fmt, second)
-    every = np.repeat(scale, spec.block, axis=1).astype(np.float64)
-    wide = rows.astype(np.float64)
-    refined = hasattr(module, "refine") and spec.via is None and moment is not None and kind is None
-    first = gptq if refined else module  # what is refined with its scales need not be settled before
-    limits: dict[str, Any] = {"low": fmt.low, "high": fmt.high, "damping": how["damping"]}
-    codes = first.round_rows(wide, every, moment, kind=kind, act_order=how["act_order"], **limits)
-    if spec.via is None and moment is not None:
-        if refined:
-            codes, better = module.refine(wide, codes, scale.astype(np.float64), moment, **limits)
-            scale = representable(better, values.dtype.name)
-            every = np.repeat(scale, spec.block, axis=1).astype(np.float64)
-            codes = module.settle(wide, codes, every, moment, **limits)
-        plain, _ = stored(nearest.block_scales(view, None, low=fmt.low, high=fmt.high)[:, :, 0, 0])
+@dataclass(frozen=True, kw_only=True)
+class _Blocks:
+    """A weight that is cut into blocks along `spec.axis`."""
+
+    values: npt.NDArray[np.floating]
+    spec: Spec
+
+    @property
+    def _fmt(self) -> Format:
+        return FORMATS[self.spec.format]
+
+    @cached_property
+    def _cut(self) -> tuple[int, int]:
+        """The blocked axis and the length of a block."""
+        assert self.spec.axis is not None and self.spec.block is not None
+        return self.spec.axis, self.spec.block
+
+    @cached_property
+    def _padded(self) -> npt.NDArray[np.floating]:
+        return padded(self.values, *self._cut)
+
+    @property
+    def whole(self) -> npt.NDArray[np.floating]:
+        """(..., columns) whole blocks, the blocked axis last."""
+        return np.moveaxis(self._padded, self._cut[0], -1)
+
+    def as_stored(self, method: Rounding) -> QTensor:
+        """One level without data: nothing is copied."""
+        (axis, block), fmt = self._cut, self._fmt
+        view = blocked(self._padded, axis, block)
+        scales = method.block_scales(view, None, low=fmt.low, high=fmt.high, kind=_kind(fmt))
+        params = stored_scales(scales, self.values.shape, self.values.dtype.name, axis=axis, block=block, fmt=fmt)
+        return QTensor(codes=to_codes(self.values, params), params=params)
+
+    def one_level(self, method: Rounding, moment: Floats, damping: float, act_order: bool) -> QTensor:
+        """Blocks whose codes a product reads as they are; no row has a larger output error than nearest codes."""
+        fmt, kind, block = self._fmt, _kind(self._fmt), self._cut[1]
+        low, high = fmt.low, fmt.high
+        rows, view = self._rows()
+        stored = self._storing(view)
+        scale, second = stored(method.block_scales(view, moment, low=low, high=high, kind=kind))
+        if method.round_rows is None:
+            params = QParams(scale=scale, axis=1, format=fmt.name, block=block)
+            return self._tensor(to_codes(rows, params), scale, second=second)
+        wide, every = rows.astype(np.float64), _every(scale, block)
+        better = method.refinement if kind is None else None
+        first = better.start if better else method.round_rows
+        codes = first(wide, every, moment, low=low, high=high, kind=kind, damping=damping, act_order=act_order)
+        if better is not None:
+            codes, fitted = better.refine(
+                wide, codes, scale.astype(np.float64), moment, low=low, high=high, damping=damping
+            )
+            scale = representable(fitted, self.values.dtype.name)
+            codes = better.settle(wide, codes, _every(scale, block), moment, low=low, high=high, damping=damping)
+        plain, _ = stored(nearest.block_scales(view, None, low=low, high=high))
         codes, scale = _no_worse(wide, codes, scale, plain, moment, fmt)
-    return _shaped(values, whole, codes, scale, None if levels is None else levels[0], spec, fmt, second)
+        return self._tensor(codes, scale, second=second)
+
+    def two_levels(self, method: Rounding, moment: Floats, damping: float, act_order: bool) -> QTensor:
+        """Blocks whose values are INT8 codes of their output channel."""
+        fmt, round_rows = self._fmt, method.round_rows or nearest.round_rows
+        low, high = fmt.low, fmt.high
+        rows, view = self._rows()
+        scales = method.block_scales(view, moment, low=low, high=high)[:, :, 0, 0]
+        channel, multiples = _two_levels(view, scales, np.diag(moment).astype(np.float32), fmt)
+        scale = channel[:, None] * multiples
+        wide, every = rows.astype(np.float64), _every(scale, self._cut[1])
+        codes = round_rows(wide, every, moment, low=low, high=high, damping=damping, act_order=act_order)
+        return self._tensor(codes, scale, channel=channel)
+
+    def two_levels_in_pieces(self, method: Rounding) -> QTensor:
+        """The same without data, some rows at a time on every core."""
+        fmt, block, flat = self._fmt, self._cut[1], self.whole.reshape(-1, self.whole.shape[-1])
+        codes = np.empty(flat.shape, dtype=np.int8)
+        scale = np.empty((flat.shape[0], flat.shape[1] // block), dtype=np.float32)
+        channel = np.empty(flat.shape[0], dtype=np.float32)
+        step = max(1, CHUNK // max(flat.shape[1], 1))
+        round_rows = method.round_rows or nearest.round_rows
+
+        def work(start: int) -> None:
+            part = slice(start, start + step)
+            rows = np.ascontiguousarray(flat[part], dtype=np.float32)
+            view = np.asarray(blocked(rows, 1, block), dtype=np.float32)
+            scales = method.block_scales(view, None, low=fmt.low, high=fmt.high)[:, :, 0, 0]
+            channel[part], multiples = _two_levels(view, scales, None, fmt)
+            scale[part] = channel[part][:, None] * multiples
+            wide, every = rows.astype(np.float64), _every(scale[part], block)
+            codes[part] = round_rows(wide, every, None, low=fmt.low, high=fmt.high)
+
+        with ThreadPoolExecutor(cores()) as pool:
+            for _ in pool.map(work, range(0, flat.shape[0], step)):
+                pass
+        return self._tensor(codes, scale, channel=channel)
+
+    def _rows(self) -> tuple[Singles, Singles]:
+        """(rows, columns), and the same as (rows, blocks, block, 1)."""
+        rows = np.ascontiguousarray(self.whole.reshape(-1, self.whole.shape[-1]), dtype=np.float32)
+        return rows, np.asarray(blocked(rows, 1, self._cut[1]), dtype=np.float32)
+
+    def _storing(self, view: Singles) -> Callable[[Singles], tuple[Singles, float | None]]:
+        """What stores scales exactly, with the scale of scales that is the same for all that are tried."""
+        fmt, shape = self._fmt, (view.shape[0], view.shape[1] * view.shape[2])
+        most = max(float(view.max()), -float(view.min())) / fmt.high if view.size else 0.0
+
+        def stored(scales: Singles) -> tuple[Singles, float | None]:
+            dtype, block = self.values.dtype.name, self._cut[1]
+            made = stored_scales(scales, shape, dtype, axis=1, block=block, fmt=fmt, most=most)
+            return made.scale, made.second
+
+        return stored
+
+    def _tensor(
+        self,
+        codes: npt.NDArray[np.generic],
+        scale: Singles,
+        *,
+        channel: Singles | None = None,
+        second: float | None = None,
+    ) -> QTensor:
+        """Rows of codes and scales in the layout of the weight; `channel` are the scales of the second level."""
+        fmt, whole, (axis, block) = self._fmt, self.whole, self._cut
+        typed = (
+            codes.astype(np.int8, copy=False).view(fmt.dtype) if fmt.integer else codes.astype(fmt.dtype, copy=False)
+        )
+        scales = np.moveaxis(scale.reshape(*whole.shape[:-1], -1), -1, axis)
+        params = QParams(
+            scale=np.ascontiguousarray(scales),
+            axis=axis,
+            format=fmt.name,
+            block=block,
+            length=self.values.shape[axis],
+            second=second,
+        )
+        via = None
+        if channel is not None and self.spec.via is not None:
+            via = QParams(scale=channel, axis=1 - axis, format=self.spec.via)
+        shaped = np.moveaxis(typed.reshape(whole.shape), -1, axis)
+        return QTensor(codes=np.ascontiguousarray(shaped), params=params, via=via)
 
 
-def _storing(
-    shape: Sequence[int], view: npt.NDArray[np.float32], dtype: str, block: int, fmt: Format
-) -> Callable[[npt.NDArray[np.float32]], tuple[npt.NDArray[np.float32], float | None]]:
-    """What stores (rows, blocks) scales exactly, with the scale of scales that is the same for all that are tried."""
-    most = max(float(view.max()), -float(view.min())) / fmt.high if view.size else 0.0
-
-    def stored(scales: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], float | None]:
-        wanted = scales[:, :, None, None]
-        made = stored_scales(wanted, shape, dtype, axis=1, block=block, fmt=fmt, most=most)
-        return made.scale, made.second
-
-    return stored
-
-
-def _two_levels_in_pieces(
-    whole: npt.NDArray[np.generic], spec: Spec, fmt: Format, module: Any
-) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Codes, block scales and channel scales of two levels without data, some rows at a time on every core."""
-    assert spec.block is not None
-    block, flat = spec.block, whole.reshape(-1, whole.shape[-1])
-    codes = np.empty(flat.shape, dtype=np.int8)
-    scale = np.empty((flat.shape[0], flat.shape[1] // block), dtype=np.float32)
-    channel = np.empty(flat.shape[0], dtype=np.float32)
-    step = max(1, CHUNK // max(flat.shape[1], 1))
-
-    def work(start: int) -> None:
-        part = slice(start, start + step)
-        rows = np.ascontiguousarray(flat[part], dtype=np.float32)
-        view = np.asarray(blocked(rows, 1, block), dtype=np.float32)
-        scales = module.block_scales(view, None, low=fmt.low, high=fmt.high)[:, :, 0, 0]
-        channel[part], multiples = _two_levels(view, scales, None, fmt)
-        scale[part] = channel[part][:, None] * multiples
-        every = np.repeat(scale[part], block, axis=1).astype(np.float64)
-        codes[part] = module.round_rows(rows.astype(np.float64), every, None, low=fmt.low, high=fmt.high)
-
-    with ThreadPoolExecutor(cores()) as pool:
-        for _ in pool.map(work, range(0, flat.shape[0], step)):
-            pass
-    return codes, scale, channel
-
-
-def _shaped(
-    values: npt.NDArray[np.floating],
-    whole: npt.NDArray[np.generic],
-    codes: npt.NDArray[np.generic],
-    scale: npt.NDArray[np.float32],
-    channel: npt.NDArray[np.float32] | None,
-    spec: Spec,
-    fmt: Format,
-    second: float | None = None,
-) -> QTensor:
-    """Rows of codes and scales in the layout of the weight; `channel` are the scales of the second level."""
-    assert spec.axis is not None
-    typed = codes.astype(np.int8, copy=False).view(fmt.dtype) if fmt.integer else codes.astype(fmt.dtype, copy=False)
-    shaped = np.moveaxis(typed.reshape(whole.shape), -1, spec.axis)
-    scales = np.moveaxis(scale.reshape(*whole.shape[:-1], -1), -1, spec.axis)
-    params = QParams(
-        scale=np.ascontiguousarray(scales),
-        axis=spec.axis,
-        format=fmt.name,
-        block=spec.block,
-        length=values.shape[spec.axis],
-        second=second,
-    )
-    via = None
-    if channel is not None and spec.via is not None:
-        via = QParams(scale=channel, axis=1 - spec.axis, format=spec.via)
-    return QTensor(codes=np.ascontiguousarray(shaped), params=params, via=via)
+def _every(scale: Singles, block: int) -> Floats:
+    """The scale of each column."""
+    return np.repeat(scale, block, axis=1).astype(np.float64)
 
 
 def _no_worse(

@@ -1,16 +1,8 @@
 """Task metrics: how well outputs do the job that a model is for, on top of how near they are to the float model's.
 
 outputs of one sample + labels, or the float model's outputs where there are none -> `add` -> `value` over all samples.
-Only sums are kept (rank correlation keeps the values that it ranks). Must not run models or read files.
-
-| metric | value, over all samples |
-|---|---|
-| perplexity | exp of the mean of -log softmax(logits)[label]; probabilities are taken as such |
-| top1 | fraction of positions whose argmax is the label, or the argmax of the float model |
-| dice | mean over classes of 2 |both| / (|found| + |true|), without class 0 where there are others |
-| cosine | mean over the leading axis of the cosine to the labels, or to the float model's output |
-| spearman | rank correlation with the labels or the float model's; what of embeddings is ranked, see `Spearman` |
-| mae | mean |output - label|, or |output - float model's output|, divided by `per` |
+A metric is a class that `registered` gives a name. Only sums are kept; rank correlation keeps the values it ranks.
+Must not run models or read files.
 
 Classes lie on the last axis of outputs of rank 3 (tokens), else on axis 1. A label below 0 is left out.
 Sources: Jelinek et al. 1977 (perplexity); Dice 1945; Spearman 1904, ties by mean rank.
@@ -19,9 +11,9 @@ Sources: Jelinek et al. 1977 (perplexity); Dice 1945; Spearman 1904, ties by mea
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +29,7 @@ class Metric(Protocol):
 
     higher_is_better: ClassVar[bool]
     needs_labels: ClassVar[bool]
+    has_unit: ClassVar[bool]  # its value is in the unit of the output: made with `per`
 
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:
         """Count one sample.
@@ -55,14 +48,30 @@ class Metric(Protocol):
         """Over everything added; NaN where nothing counts."""
 
 
+M = TypeVar("M", bound=type[Metric])
+_REGISTERED: dict[str, type[Any]] = {}
+METRICS: Mapping[str, type[Any]] = MappingProxyType(_REGISTERED)
+
+
+def registered(name: str) -> Callable[[M], M]:
+    """Make a class a metric of that name."""
+
+    def keep(found: M) -> M:
+        _REGISTERED[name] = found
+        return found
+
+    return keep
+
+
 def metric(name: str, *, per: float = 1.0) -> Metric:
     """A new metric.
 
     Args:
         name: a key of `METRICS`.
-        per: of 'mae': how many of the output's units make one of those reported.
+        per: of one that has a unit: how many of the output's units make one of those reported.
     """
-    return MeanAbsoluteError(per) if name == "mae" else METRICS[name]()
+    found: Metric = METRICS[name](per) if METRICS[name].has_unit else METRICS[name]()
+    return found
 
 
 def next_tokens(tokens: Array) -> npt.NDArray[np.int64]:
@@ -78,6 +87,7 @@ class _Mean:
     """A metric that is a mean over positions, rows or elements."""
 
     needs_labels: ClassVar[bool] = False
+    has_unit: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._sum, self._count = 0.0, 0
@@ -88,8 +98,9 @@ class _Mean:
         return self._sum / self._count if self._count else math.nan
 
 
+@registered("perplexity")
 class Perplexity(_Mean):
-    """See the table above."""
+    """exp of the mean of -log softmax(logits)[label]; probabilities are taken as such."""
 
     higher_is_better: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True
@@ -121,8 +132,9 @@ class Perplexity(_Mean):
         return math.exp(mean) if not mean > 700 else math.inf
 
 
+@registered("top1")
 class Top1(_Mean):
-    """See the table above."""
+    """Fraction of positions whose argmax is the label, or the argmax of the float model."""
 
     higher_is_better: ClassVar[bool] = True
 
@@ -134,8 +146,9 @@ class Top1(_Mean):
         self._count += int(np.count_nonzero(truth >= 0))
 
 
+@registered("dice")
 class Dice:
-    """Overlap of the classes of a segmentation.
+    """Mean over classes of 2 |both| / (|found| + |true|), without class 0 where there are others.
 
     An output with one channel, labels of the output's own shape, or float outputs in [0, 1] whose channels do not sum
     to 1, are masks, one per channel: above 0.5 where the float model's values lie in [0, 1], else above 0. Any other
@@ -144,6 +157,7 @@ class Dice:
 
     higher_is_better: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
+    has_unit: ClassVar[bool] = False
 
     def __init__(self) -> None:
         """Nothing added."""
@@ -187,8 +201,12 @@ class Dice:
         return float(np.mean(both[seen] / either[seen])) if seen.any() else math.nan
 
 
+@registered("cosine")
 class Cosine(_Mean):
-    """See the table above; 1 where both are zero, 0 where one is."""
+    """Mean over the leading axis of the cosine to the labels, or to the float model's output.
+
+    1 where both are zero, 0 where one is.
+    """
 
     higher_is_better: ClassVar[bool] = True
 
@@ -203,8 +221,9 @@ class Cosine(_Mean):
         self._count += len(cosines)
 
 
+@registered("spearman")
 class Spearman:
-    """Rank correlation.
+    """Rank correlation with the labels, or with the float model's outputs.
 
     An item of the leading axis with one number is ranked by it. Longer ones are embeddings, and what is ranked is the
     cosine of two: with labels, of each two consecutive items (one label per pair, as in semantic textual similarity);
@@ -213,6 +232,7 @@ class Spearman:
 
     higher_is_better: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
+    has_unit: ClassVar[bool] = False
 
     def __init__(self) -> None:
         """Nothing added."""
@@ -256,10 +276,12 @@ class Spearman:
         return _spearman(ours, theirs)
 
 
+@registered("mae")
 class MeanAbsoluteError(_Mean):
-    """See the table above."""
+    """Mean |output - label|, or |output - float model's output|, divided by `per`."""
 
     higher_is_better: ClassVar[bool] = False
+    has_unit: ClassVar[bool] = True
 
     def __init__(self, per: float = 1.0) -> None:
         """Nothing added; `per` as in `metric`."""
@@ -276,18 +298,6 @@ class MeanAbsoluteError(_Mean):
     def value(self) -> float:
         """See `Metric.value`."""
         return super().value / self._per
-
-
-METRICS: Mapping[str, type[Any]] = MappingProxyType(
-    {
-        "perplexity": Perplexity,
-        "top1": Top1,
-        "cosine": Cosine,
-        "spearman": Spearman,
-        "dice": Dice,
-        "mae": MeanAbsoluteError,
-    }
-)
 
 
 def _by_class(output: Array) -> Array:

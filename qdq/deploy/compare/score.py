@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from calib_data import DataError, InputSpec, Samples, open_samples
-from calib_data.sources import PythonFunction
-from calib_data.stored_arrays import stored_arrays
+from calib_data.sources import ArrayForm, arrays_of
+from calib_data.sources.function import PythonFunction
 from engines.core import onnx_runtime as ort
 from engines.verify.compare import decibels
 from qdq.assemble.held_out import energies
@@ -55,12 +55,12 @@ def labelled(source: str, model: Model, labels: str, *, required: bool = True) -
     if labels in [spec.name for spec in specs]:
         return open_samples(source, specs)
     try:
-        shape, kind = _label_form(source, labels)
+        shape, dtype = _label_form(source, labels)
     except DataError:
         if required:
             raise
         return open_samples(source, specs)
-    extra = InputSpec(name=labels, dtype="float64" if kind == "f" else "int64", shape=(None,) * len(shape))
+    extra = InputSpec(name=labels, dtype="float64" if dtype.kind == "f" else "int64", shape=(None,) * len(shape))
     return open_samples(source, (*specs, extra))
 
 
@@ -77,26 +77,14 @@ def inputs_only(samples: Samples, model: Model) -> Samples:
     return Samples(inputs=specs, source=source, indices=samples.indices, origin=samples.origin)
 
 
-def _label_form(source: str, name: str) -> tuple[tuple[int, ...], str]:
-    """Shape of the labels of one sample, and NumPy's kind of their type."""
-    path = Path(source)
-    if path.is_dir() or (path.is_file() and path.suffix == ".npz"):
-        files = [path] if path.is_file() else sorted(p for p in path.glob("*.npz") if not p.name.startswith("."))
-        stored = stored_arrays(files[0]) if files else {}
-        if name in stored:
-            shape = stored[name].shape
-            return (shape[1:] if path.is_file() else shape), stored[name].dtype.kind
-        there = ", ".join(sorted(stored))
-    elif ".py:" in source:
-        module, _, function = source.rpartition(":")
-        first = next(iter(PythonFunction.open(Path(module), function).read(range(1))), None)
-        if first is not None and name in first.arrays:
-            return first.arrays[name].shape, first.arrays[name].dtype.kind
-        there = ", ".join(sorted(first.arrays)) if first is not None else ""
-    else:
-        there = ""
+def _label_form(source: str, name: str) -> ArrayForm:
+    """Shape and type of the labels of one sample."""
+    found = arrays_of(source)
+    if name in found:
+        return found[name]
+    there = ", ".join(sorted(found)) or "no named arrays"
     raise DataError(
-        f"No labels {name!r} in {source}: its samples hold {there or 'no named arrays'}. Save them beside the inputs, "
+        f"No labels {name!r} in {source}: its samples hold {there}. Save them beside the inputs, "
         "numpy.savez(path, **inputs, labels=labels), or leave out --labels to compare with the float model."
     )
 

@@ -20,12 +20,12 @@ class Task(Part, frozen=True, kw_only=True):
     """What is measured of an output.
 
     Attributes:
-        metric: a name in `qdq.metrics.METRICS`.
+        metric: a name in `METRICS`.
         labels: the array of the evaluation samples that holds the truth; 'next' or 'next:INPUT' for the tokens that
             follow those of an integer input; '' to compare with the float model.
         output: name of the output; '' for the first.
-        unit: of 'mae', for reports.
-        per: of 'mae': how much of the output makes one unit.
+        unit: of a metric that has one, for reports.
+        per: of such a metric: how much of the output makes one unit.
 
     Raises:
         InputError: an unknown metric, a unit that is not above zero, or perplexity without labels.
@@ -44,8 +44,9 @@ class Task(Part, frozen=True, kw_only=True):
             raise InputError(
                 f"per is {self.per!r}: it must be a number above 0, such as 0.00159362 Hartree in a kcal/mol."
             )
-        if self.metric != "mae" and (self.unit or self.per != 1.0):
-            raise InputError(f"--unit and --per belong to the metric mae, but the metric is {self.metric}.")
+        if not METRICS[self.metric].has_unit and (self.unit or self.per != 1.0):
+            having = " and ".join(name for name, found in METRICS.items() if found.has_unit)
+            raise InputError(f"--unit and --per belong to the metric {having}, but the metric is {self.metric}.")
         if METRICS[self.metric].needs_labels and not self.labels:
             msgspec.structs.force_setattr(self, "labels", NEXT)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from calib_data import DataError, InputSpec, Samples
-from calib_data.sources import PythonFunction
+from calib_data.sources.function import PythonFunction
 from qdq.core.errors import ModelError
 from qdq.measure.inference.samples import Sample
 from qdq.model.model import Model

@@ -7,10 +7,8 @@ fuses into the kernel there. This module must not change the graph; the formulas
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,17 +18,17 @@ from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.core.qtensor import CHUNK, QParams, from_codes, representable, to_codes
 from qdq.core.resources import cores
-from qdq.measure.calibrators import asymmetric
 from qdq.measure.inference.samples import Sample, overlapped
+from qdq.measure.ranges import asymmetric
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.plan.spec import Spec
 from qdq.plan.weighted_node import WeightedNode
 from qdq.solve.equalize.channels import Equalized, candidates, look
+from qdq.solve.equalize.formulas import FORMULAS
 from qdq.solve.shift import shifts
 
 HEADROOM = 1.25  # range of an equalized tensor over its calibrated one: equalized channels all lie near the limit
-MINIMUM_GAIN_DB = 3.0  # predicted; below it the estimate is not trusted and the tensor is left alone
 
 
 def equalized(
@@ -55,13 +53,13 @@ def equalized(
         nodes: its weighted nodes by name.
         params: activation tensor -> parameters without equalization; other tensors are left alone.
         samples: re-iterable calibration samples; at most `gram.MAX_SAMPLES` of them are run.
-        formula: a file name in `qdq.equalize`.
+        formula: a name in `FORMULAS`.
         on_progress: called with (samples done, samples in all or None, text).
 
     Returns:
-        Tensor -> scales and parameters, for those with a predicted gain of at least MINIMUM_GAIN_DB.
+        Tensor -> scales and parameters, for those with a predicted gain of at least what the formula asks for.
     """
-    module: Any = importlib.import_module(f"qdq.solve.equalize.formulas.{formula}")
+    method = FORMULAS[formula]
     wanted = {tensor: readers for tensor, readers in candidates(plan, nodes).items() if tensor in params}
     points = {p.tensor: p for p in plan.activations}
     seen = look(model, wanted, samples, on_progress)
@@ -79,9 +77,7 @@ def equalized(
         shifted = shifts(model, points[tensor])
         limit = min(FORMATS[node.spec.format].high for node in readers)  # of the coarsest weight
         plain = _noise(rows, matrices, read, np.ones_like(amax), params[tensor], limit)
-        tried = module.candidates(amax, wmax) if hasattr(module, "candidates") else [module.scales(amax, wmax)]
-        least = getattr(module, "MINIMUM_GAIN_DB", MINIMUM_GAIN_DB)
-        for s in (t.astype(np.float32).astype(np.float64) for t in tried):
+        for s in (t.astype(np.float32).astype(np.float64) for t in method.candidates(amax, wmax)):
             low = HEADROOM * min(float((limits.low / s).min()), 0.0)
             high = HEADROOM * max(float((limits.high / s).max()), 0.0)
             if high - low <= 0:
@@ -91,7 +87,7 @@ def equalized(
             divided = QParams(scale=stored, zero_point=zero_point, format=fmt.name)
             equalized = _noise(rows, matrices, read, s, divided, limit)
             gain_db = 10 * np.log10(plain / equalized) if equalized > 0 and plain > 0 else 0.0
-            if gain_db >= least and (tensor not in found or gain_db > found[tensor].gain_db):
+            if gain_db >= method.minimum_gain_db and (tensor not in found or gain_db > found[tensor].gain_db):
                 found[tensor] = Equalized(scale=s.astype(np.float32), params=divided, gain_db=float(gain_db))
     return found
 

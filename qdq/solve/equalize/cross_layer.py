@@ -17,7 +17,7 @@ from onnx import NodeProto
 
 from qdq.core.arrays import Floats
 from qdq.core.progress import Progress
-from qdq.measure import calibrators, histogram
+from qdq.measure import histogram, ranges
 from qdq.measure.inference.samples import Sample
 from qdq.model.model import Model
 from qdq.model.nodes import attribute, input_axis, weight_axis
@@ -130,7 +130,7 @@ def choose(
             s *= np.float32(np.abs(limits / s).max() / np.abs(limits).max())
         seen = np.concatenate([(channels.rows / s).reshape(-1), (limits / s).reshape(-1)]).astype(np.float32)
         method = plan.settings.calibrator
-        params = calibrators.choose(
+        params = ranges.choose(
             histogram.Histogram.of(seen),
             method="mse" if method == "auto" else method,
             percentile=plan.settings.percentile,

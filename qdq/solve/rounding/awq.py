@@ -13,10 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qdq.core.resources import cores
-from qdq.solve.rounding import clip, nearest
+from qdq.solve.rounding import Kind, Rounding, View, clip, nearest
 from qdq.solve.rounding.clip import RATIOS
-from qdq.solve.rounding.nearest import Kind
-from qdq.solve.rounding.nearest import round_rows as round_rows
 
 ROWS = 1024  # output channels worked on at a time, in each of the threads
 
@@ -45,7 +43,7 @@ def block_loss(error: Floats, moment: Floats) -> Floats:
     return np.asarray(np.einsum("ij,ij->i", read, error))
 
 
-def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, high: int, kind: Kind = None) -> Floats:
+def block_scales(view: View, H: npt.NDArray[np.float64] | None, *, low: int, high: int, kind: Kind = None) -> Floats:
     """Scales of least output error of each block over every other of RATIOS; without data those of least weight error.
 
     Args:
@@ -88,3 +86,6 @@ def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, h
         for _ in pool.map(work, range(blocks)):
             pass
     return best
+
+
+ROUNDING = Rounding(block_scales=block_scales, needs_moments=True, for_blocks=True)

@@ -9,9 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qdq.core.qtensor import in_chunks
-from qdq.solve.rounding import nearest
-from qdq.solve.rounding.nearest import Kind
-from qdq.solve.rounding.nearest import round_rows as round_rows
+from qdq.solve.rounding import Kind, Rounding, View, nearest
 
 # Shares of the largest magnitude that are tried. The first clips nothing, so that no block is worse than with nearest;
 # 7/8 lies on the grid: it is exact where the extreme value is negative, for codes go from -8 to 7.
@@ -20,7 +18,7 @@ RATIOS = 1 - np.arange(17, dtype=np.float32) / 32
 Floats = npt.NDArray[np.float32]
 
 
-def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, high: int, kind: Kind = None) -> Floats:
+def block_scales(view: View, H: npt.NDArray[np.float64] | None, *, low: int, high: int, kind: Kind = None) -> Floats:
     """Scales of least squared weight error over RATIOS.
 
     Args:
@@ -36,7 +34,7 @@ def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, h
     return searched(view, None, low=low, high=high, kind=kind)
 
 
-def searched(view: Floats, importance: Floats | None, *, low: int, high: int, kind: Kind = None) -> Floats:
+def searched(view: View, importance: Floats | None, *, low: int, high: int, kind: Kind = None) -> Floats:
     """Scales of least weighted squared error.
 
     Args:
@@ -75,3 +73,6 @@ def searched(view: Floats, importance: Floats | None, *, low: int, high: int, ki
 
     in_chunks(work, view)
     return best
+
+
+ROUNDING = Rounding(block_scales=block_scales, for_blocks=True)

@@ -13,9 +13,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from qdq.solve.rounding import gptq, nearest
-from qdq.solve.rounding.gptq import block_scales as block_scales
-from qdq.solve.rounding.nearest import Kind
+from qdq.solve.rounding import Kind, Refinement, Rounding, gptq, nearest
 
 SWEEPS = 12  # most codes are settled after four
 
@@ -141,3 +139,14 @@ def _refit(W: Floats, codes: Floats, scales: Floats, H: Floats) -> None:
         found = np.where(found > 0, found, scales[:, b])
         error[:, part] -= q * (found - scales[:, b])[:, None]
         scales[:, b] = found
+
+
+ROUNDING = Rounding(
+    block_scales=gptq.block_scales,
+    round_rows=round_rows,
+    refinement=Refinement(
+        start=gptq.round_rows, refine=refine, settle=settle
+    ),  # GPTQ's codes need not be settled first
+    needs_moments=True,
+    settings=("damping", "act_order"),
+)

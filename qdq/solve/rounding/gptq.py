@@ -9,8 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from qdq.solve.rounding import clip, nearest
-from qdq.solve.rounding.nearest import Kind
+from qdq.solve.rounding import Kind, Rounding, View, clip, nearest
 
 DAMP = 0.01  # of the mean diagonal, as in the paper's code
 BLOCK = 128  # columns whose updates to the later ones are applied at once
@@ -30,9 +29,7 @@ def loss(E: Floats, H: Floats) -> Floats:
     return np.asarray(np.einsum("ij,ij->i", E @ H, E))
 
 
-def block_scales(
-    view: npt.NDArray[np.float32], H: Floats | None, *, low: int, high: int, kind: Kind = None
-) -> npt.NDArray[np.float32]:
+def block_scales(view: View, H: Floats | None, *, low: int, high: int, kind: Kind = None) -> npt.NDArray[np.float32]:
     """Scales of blocks before any weight is rounded (the authors' static groups), so that columns may go in any order.
 
     Args:
@@ -105,3 +102,11 @@ def _sweep(W: Floats, scale: Floats, H: Floats, low: int, high: int, kind: Kind)
             left[:, j:stop] -= np.outer(errors[:, j - start], U[j, j:stop])
         left[:, stop:] -= errors @ U[start:stop, stop:]
     return codes
+
+
+ROUNDING = Rounding(
+    block_scales=block_scales,
+    round_rows=round_rows,
+    needs_moments=True,
+    settings=("damping", "act_order"),
+)

@@ -11,16 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from qdq.core.qtensor import in_chunks
-from qdq.solve.rounding import clip, nearest
-from qdq.solve.rounding.nearest import Kind
-from qdq.solve.rounding.nearest import round_rows as round_rows
+from qdq.solve.rounding import Kind, Rounding, View, clip, nearest
 
 P, BETA, BETA_GROWTH, ITERATIONS = 0.7, 10.0, 1.01, 20  # of the authors' code
 
 Floats = npt.NDArray[np.float32]
 
 
-def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, high: int, kind: Kind = None) -> Floats:
+def block_scales(view: View, H: npt.NDArray[np.float64] | None, *, low: int, high: int, kind: Kind = None) -> Floats:
     """Scales of small |error|^P, starting from those of least squared error.
 
     No block gets a larger sum than with these, or with the scale that clips nothing.
@@ -66,3 +64,6 @@ def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, h
 
     in_chunks(work, view)
     return best
+
+
+ROUNDING = Rounding(block_scales=block_scales, for_blocks=True)

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qdq.core.qtensor import in_chunks
+from qdq.solve.rounding import Kind, Rounding, View
 
 Floats = npt.NDArray[np.float32]
-Kind = np.dtype[np.generic] | None
 
 
 def snap(
@@ -69,7 +69,7 @@ def round_rows(
     return snap(W / scale, low, high, kind)
 
 
-def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, high: int, kind: Kind = None) -> Floats:
+def block_scales(view: View, H: npt.NDArray[np.float64] | None, *, low: int, high: int, kind: Kind = None) -> Floats:
     """Scales that clip nothing: the largest magnitude of each block over the largest code.
 
     Args:
@@ -90,3 +90,6 @@ def block_scales(view: Floats, H: npt.NDArray[np.float64] | None, *, low: int, h
 
     in_chunks(work, view)
     return scales
+
+
+ROUNDING = Rounding(block_scales=block_scales)

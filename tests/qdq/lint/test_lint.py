@@ -25,6 +25,7 @@ from qdq.cli.lint import lint_command
 from qdq.core.errors import InputError
 from qdq.lint.lint import RULES, Finding, lint
 from qdq.lint.repair.repair import Repaired, repair
+from qdq.lint.rule import Rule
 from qdq.model.model import Model
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
@@ -82,11 +83,12 @@ def test_there_are_sixty_broken_models_and_one_for_every_rule() -> None:
     assert {b.rule for b in BROKEN.values()} == {rule.name for rule in RULES}
 
 
-def test_the_table_of_the_module_is_the_list_of_rules() -> None:
-    from qdq.lint import lint
-
-    rows = [row.split("|") for row in (lint.__doc__ or "").splitlines() if row.startswith("| ")][1:]
-    assert [(row[1].strip(), row[2].strip()) for row in rows] == [(rule.name, rule.effect) for rule in RULES]
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_rule_says_what_it_finds_and_whether_it_is_repaired(rule: Rule) -> None:
+    said = rule.find.__doc__ or ""
+    assert said.endswith(".") and rule.tensorrt and rule.remedy
+    fixed = {b.fixed for b in BROKEN.values() if b.rule == rule.name}
+    assert ("Repaired" in said) == (True in fixed)
 
 
 @ALL

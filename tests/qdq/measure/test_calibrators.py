@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, from_codes, to_codes
-from qdq.measure.calibrators import LIMITS, choose, squared_error
+from qdq.measure.calibrators import CALIBRATORS
 from qdq.measure.histogram import BINS, Histogram
+from qdq.measure.ranges import choose, squared_error
 from qdq.measure.statistics import ChannelRange, Moment, union
-from qdq.plan.settings import CALIBRATORS
+from qdq.plan.settings import choices
 
 INT8 = FORMATS["int8"]
 LARGEST = float(np.finfo(np.float32).max)
 special = st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, LARGEST, -LARGEST, 1.0, -1.0, 4096.0, -(2.0**-126)])
 floats = st.one_of(special, st.floats(width=32, allow_nan=False, allow_infinity=False), st.floats(-4, 4, width=32))
-each_calibrator = pytest.mark.parametrize("method", LIMITS)
+each_calibrator = pytest.mark.parametrize("method", CALIBRATORS)
 
 
 def same(a: Histogram, b: Histogram) -> bool:
@@ -62,7 +63,7 @@ def test_the_average_is_the_mean_of_each_samples_largest_magnitude(values: list[
     hist = Histogram.of(x, x.size)
     exact = sum(Fraction(abs(v)) for v in x.astype(np.float64).tolist()) / x.size
     assert hist.peaks == exact * x.size
-    assert LIMITS["average"](hist, INT8, 99.99) == float(exact)
+    assert CALIBRATORS["average"].limit(hist, INT8, 99.99) == float(exact)
     both = Histogram.of(np.concatenate([x, np.zeros_like(x)]), 2)
     assert both.peaks == max(Fraction(abs(v)) for v in x.astype(np.float64).tolist())
 
@@ -118,7 +119,7 @@ def test_no_values_and_values_that_are_not_finite_are_refused(bad: list[float]) 
 
 
 def test_settings_and_observers_know_the_same_calibrators() -> None:
-    assert set(CALIBRATORS) == {*LIMITS, "auto"}
+    assert set(choices("calibrator")) == {*CALIBRATORS, "auto"}
 
 
 SHAPES: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
@@ -136,9 +137,9 @@ samples = {name: make(np.random.default_rng(0)).astype(np.float32) for name, mak
 @pytest.mark.parametrize("shape", samples)
 def test_a_calibrator_keeps_a_range_inside_what_was_seen_and_follows_the_unit(method: str, shape: str) -> None:
     hist = Histogram.of(samples[shape])
-    limit = LIMITS[method](hist, INT8, 99.99)
+    limit = CALIBRATORS[method].limit(hist, INT8, 99.99)
     assert 0.05 * hist.amax < limit <= hist.amax
-    doubled = LIMITS[method](Histogram.of(samples[shape] * 4), INT8, 99.99)
+    doubled = CALIBRATORS[method].limit(Histogram.of(samples[shape] * 4), INT8, 99.99)
     assert doubled == pytest.approx(4 * limit, rel=1e-12)  # a power of two moves the grid with the values
 
 
@@ -182,11 +183,11 @@ def test_the_scale_is_exact_in_the_tensors_float_type(dtype: str) -> None:
 def test_max_takes_the_largest_magnitude_and_percentile_the_one_numpy_finds() -> None:
     x = samples["laplace"]
     hist = Histogram.of(x)
-    assert LIMITS["max"](hist, INT8, 99.99) == np.abs(x).max()
+    assert CALIBRATORS["max"].limit(hist, INT8, 99.99) == np.abs(x).max()
     assert hist.exponent is not None
     for percent in (60, 99, 99.9, 100):
         exact = np.percentile(np.abs(x), percent, method="inverted_cdf")
-        found = LIMITS["percentile"](hist, INT8, percent)
+        found = CALIBRATORS["percentile"].limit(hist, INT8, percent)
         assert exact <= found <= exact + 2.0**hist.exponent  # the upper edge of the exact value's bin
 
 
@@ -198,22 +199,22 @@ def test_mse_has_no_more_error_than_any_other_calibrator(shape: str) -> None:
         params = pick(hist, method, shift=False)
         return squared_error(hist, float(params.scale), 0, INT8)
 
-    others = min(error(method) for method in LIMITS)
+    others = min(error(method) for method in CALIBRATORS)
     assert error("mse") <= 1.01 * others  # its grid has steps of 1/512 to 1/128 of the range
 
 
 def test_mse_and_entropy_cut_rare_outliers_that_max_keeps() -> None:
     x = np.concatenate([samples["normal"], np.float32([60.0])])
     hist = Histogram.of(x)
-    assert LIMITS["max"](hist, INT8, 99.99) == 60
+    assert CALIBRATORS["max"].limit(hist, INT8, 99.99) == 60
     # (60 - T)^2 of the outlier + 20000 T^2 / (12 * 127^2) of the rest is least at T = 60 / 1.103
-    assert LIMITS["mse"](hist, INT8, 99.99) == pytest.approx(60 / 1.103, rel=1 / 128)
-    assert 3 < LIMITS["entropy"](hist, INT8, 99.99) < 8
+    assert CALIBRATORS["mse"].limit(hist, INT8, 99.99) == pytest.approx(60 / 1.103, rel=1 / 128)
+    assert 3 < CALIBRATORS["entropy"].limit(hist, INT8, 99.99) < 8
 
 
 def test_entropy_keeps_all_of_a_uniform_distribution() -> None:
     hist = Histogram.of(samples["uniform"])
-    assert LIMITS["entropy"](hist, INT8, 99.99) > 0.98 * hist.amax
+    assert CALIBRATORS["entropy"].limit(hist, INT8, 99.99) > 0.98 * hist.amax
 
 
 def plain_divergence(folded: np.ndarray, edge: int) -> float:
@@ -238,7 +239,7 @@ def test_entropy_beats_or_equals_a_plain_search_over_a_sample_of_candidates() ->
     folded = (hist.counts[BINS:] + hist.counts[:BINS][::-1]).astype(float)
     folded[0] = folded[1]  # as TensorRT's calibrator does
     top = int(np.ceil(hist.amax * 2.0**-hist.exponent))
-    edge = round(LIMITS["entropy"](hist, INT8, 99.99) * 2.0**-hist.exponent)
+    edge = round(CALIBRATORS["entropy"].limit(hist, INT8, 99.99) * 2.0**-hist.exponent)
     found = plain_divergence(folded, edge)
     tried = {e: plain_divergence(folded, e) for e in range(128, top, 97)}
     assert found <= min(tried.values()) + 1e-9

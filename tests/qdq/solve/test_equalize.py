@@ -17,7 +17,7 @@ from qdq.measure.collect import collect
 from qdq.model.storage import load, save
 from qdq.passes.prepare import prepare
 from qdq.plan import placement
-from qdq.plan.settings import EQUALIZERS, Settings
+from qdq.plan.settings import Settings, choices
 from qdq.plan.weighted_node import weighted_nodes
 from qdq.solve.activations import activation_params
 from qdq.solve.equalize import channels, choose
@@ -131,7 +131,7 @@ def test_shared_weights_grouped_and_transposed_operands_are_no_candidates(tmp_pa
 
 
 def test_every_formula_is_an_option():
-    assert set(EQUALIZERS) == {*FORMULAS, "auto", "none"}
+    assert set(choices("equalize")) == {*FORMULAS, "auto", "none"}
 
 
 @pytest.mark.parametrize("name", FORMULAS)

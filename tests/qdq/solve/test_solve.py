@@ -12,11 +12,12 @@ from graphs import build, node, normal, quantized
 from qdq.core.errors import InputError, StaleFileError
 from qdq.core.qtensor import from_codes
 from qdq.measure import collect
-from qdq.measure.calibrators import LIMITS
+from qdq.measure.calibrators import CALIBRATORS
 from qdq.model.model import Model
 from qdq.plan import placement
-from qdq.plan.settings import ROUNDINGS, Settings
+from qdq.plan.settings import Settings
 from qdq.solve import solve
+from qdq.solve.rounding import ROUNDINGS
 
 
 def solved(model: Model, data: list[graphs.Sample], *, second_pass: bool = True, **settings: object) -> solve.Solution:
@@ -77,7 +78,7 @@ def test_gptq_has_worse_weight_error_and_better_output_error_than_nearest(make: 
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("calibrator", LIMITS)
+@pytest.mark.parametrize("calibrator", CALIBRATORS)
 def test_every_calibrator_with_every_rounding_solves_every_edge_case(calibrator: str, rounding: str) -> None:
     """A dead output channel, a dead input, an all-zero weight, a tensor always zero, one value, one sample."""
     weights = {"w": normal(6, 4, 3, 3), "v": normal(4, 6, 1, 1), "z": np.zeros((4, 6, 1, 1), np.float32)}

@@ -8,12 +8,12 @@ weight-only quantization; `qdq.weight_scale` chooses r by the error at the outpu
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
+
+from qdq.core.arrays import Floats
+from qdq.solve.equalize.formulas import Formula
 
 STEPS = 20  # r = 0, 1/20, ... 19/20, as in the authors' code
 FLOOR = 1e-4
-
-Floats = npt.NDArray[np.float64]
 
 
 def scales(amax: Floats, wmax: Floats, exponent: float = 0.5) -> Floats:
@@ -37,3 +37,6 @@ def scales(amax: Floats, wmax: Floats, exponent: float = 0.5) -> Floats:
 def candidates(amax: Floats, wmax: Floats) -> list[Floats]:
     """One s per exponent; the first changes nothing."""
     return [scales(amax, wmax, r / STEPS) for r in range(STEPS)]
+
+
+FORMULA = Formula(candidates=candidates, for_data=False)

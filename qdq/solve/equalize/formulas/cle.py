@@ -9,11 +9,11 @@ applies it to pairs of layers until none changes.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
+
+from qdq.core.arrays import Floats
+from qdq.solve.equalize.formulas import Formula
 
 FLOOR = 0.01  # of the largest divisor: a channel with hardly a weight would only get a huge bias
-
-Floats = npt.NDArray[np.float64]
 
 
 def scales(amax: Floats, wmax: Floats) -> Floats:
@@ -33,3 +33,6 @@ def scales(amax: Floats, wmax: Floats) -> Floats:
     s = np.sqrt(np.divide(amax, wmax, out=np.ones_like(amax), where=alive))
     largest = float(s[alive].max()) if alive.any() else 1.0
     return np.where(alive, np.maximum(s / largest, FLOOR), 1.0)
+
+
+FORMULA = Formula(candidates=lambda amax, wmax: [scales(amax, wmax)])

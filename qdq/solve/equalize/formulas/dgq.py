@@ -7,12 +7,11 @@ Grained Quantization, arXiv 2310.04836. The ratios among all other channels stay
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-MINIMUM_GAIN_DB = 0.0
+from qdq.core.arrays import Floats
+from qdq.solve.equalize.formulas import Formula
+
 SHARE = 0.005  # of the channels are outliers, at least one
-
-Floats = npt.NDArray[np.float64]
 
 
 def scales(amax: Floats, wmax: Floats) -> Floats:
@@ -34,3 +33,6 @@ def scales(amax: Floats, wmax: Floats) -> Floats:
         return np.ones_like(amax)
     s = np.maximum(amax / base, 1.0)
     return np.asarray(s / s.max())
+
+
+FORMULA = Formula(candidates=lambda amax, wmax: [scales(amax, wmax)])

@@ -7,12 +7,11 @@ FPTQ applies it to tensors whose largest magnitude lies between v0 and v1.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-MINIMUM_GAIN_DB = 0.0  # FPTQ's rule chooses the tensors; one that would lose by it is left alone all the same
+from qdq.core.arrays import Floats
+from qdq.solve.equalize.formulas import Formula
+
 FLOOR = 1e-4  # of the largest divisor: a channel that was zero in calibration keeps a finite weight
-
-Floats = npt.NDArray[np.float64]
 
 
 def scales(amax: Floats, wmax: Floats) -> Floats:
@@ -31,3 +30,7 @@ def scales(amax: Floats, wmax: Floats) -> Floats:
     s = amax / np.log2(2 + amax)
     largest = float(s.max())
     return np.maximum(s / largest, FLOOR) if largest > 0 else np.ones_like(s)
+
+
+# FPTQ's rule chooses the tensors; one that would lose by it is left alone all the same.
+FORMULA = Formula(candidates=lambda amax, wmax: [scales(amax, wmax)])

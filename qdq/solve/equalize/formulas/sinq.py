@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-MINIMUM_GAIN_DB = 0.0
+from qdq.core.arrays import Floats
+from qdq.solve.equalize.formulas import Formula
+
 TURNS = 16
 FLOOR = 1e-3  # of the largest divisor: a channel with hardly a weight would take the range of the data
-
-Floats = npt.NDArray[np.float64]
 
 
 def scales(amax: Floats, wmax: Floats) -> Floats:
@@ -76,3 +76,6 @@ def _divisors(columns: Floats) -> Floats:
     alive = columns > 0
     smallest = float(columns[alive].min()) if alive.any() else 1.0
     return np.asarray(np.maximum(smallest / np.where(alive, columns, smallest), FLOOR))
+
+
+FORMULA = Formula(candidates=lambda amax, wmax: [scales(amax, wmax)], by_weights=balanced)

@@ -7,13 +7,12 @@ assume that calibration has seen every channel's range; `smoothquant` is the cau
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-MINIMUM_GAIN_DB = 0.0
+from qdq.core.arrays import Floats
+from qdq.solve.equalize.formulas import Formula
+
 EXPONENTS = (0.5, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9)
 FLOOR = 1e-5  # of either range, as in the authors' code
-
-Floats = npt.NDArray[np.float64]
 
 
 def scales(amax: Floats, wmax: Floats, exponent: float = EXPONENTS[0]) -> Floats:
@@ -38,3 +37,6 @@ def scales(amax: Floats, wmax: Floats, exponent: float = EXPONENTS[0]) -> Floats
 def candidates(amax: Floats, wmax: Floats) -> list[Floats]:
     """One s per exponent in EXPONENTS."""
     return [scales(amax, wmax, a) for a in EXPONENTS]
+
+
+FORMULA = Formula(candidates=candidates)

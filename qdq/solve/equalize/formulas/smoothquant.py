@@ -9,13 +9,14 @@ evaluation exceeds the calibrated range in 153 of 384 channels: a = 0.25 gains 6
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
+
+from qdq.core.arrays import Floats
+from qdq.solve.equalize.formulas import Formula
 
 ACTIVATION_EXPONENT = 0.25
 WEIGHT_EXPONENT = 0.25
+MINIMUM_GAIN_DB = 3.0  # predicted; below it the estimate is not trusted and the tensor is left alone
 FLOOR = 0.01  # channels below this share of the largest are treated alike
-
-Floats = npt.NDArray[np.float64]
 
 
 def scales(amax: Floats, wmax: Floats) -> Floats:
@@ -36,3 +37,6 @@ def scales(amax: Floats, wmax: Floats) -> Floats:
     w = np.maximum(wmax / max(float(wmax.max()), smallest), FLOOR)
     s = r**ACTIVATION_EXPONENT / w**WEIGHT_EXPONENT
     return np.asarray(np.maximum(s / s.max(), FLOOR))
+
+
+FORMULA = Formula(candidates=lambda amax, wmax: [scales(amax, wmax)], minimum_gain_db=MINIMUM_GAIN_DB)

@@ -1,0 +1,95 @@
+"""The scale and zero point of an activation tensor: a calibrator's range, symmetric or shifted.
+
+Histogram -> `calibrators` say which magnitude to keep -> `choose` -> QParams.
+This module must not know graphs, files or runtimes, nor any calibrator.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qdq.core.formats import FORMATS, Format
+from qdq.core.qtensor import QParams, representable
+from qdq.measure.calibrators import CALIBRATORS
+from qdq.measure.histogram import Histogram
+
+SHIFT_GAIN = 0.8  # shift a tensor only if that leaves at most this share of the squared error (1 dB)
+
+
+def squared_error(hist: Histogram, scale: float, zero_point: int, fmt: Format) -> float:
+    """Sum over the values of (value - dequantized value)^2, each value taken at its bin's centre."""
+    used = np.flatnonzero(hist.counts)
+    x = hist.centres[used]
+    codes = np.clip(np.rint(x / scale) + zero_point, fmt.low, fmt.high)
+    return float(np.sum((x - (codes - zero_point) * scale) ** 2 * hist.counts[used]))
+
+
+def asymmetric(low: float, high: float, fmt: Format) -> tuple[float, int]:
+    """Scale and zero point that map [low, high] (which holds 0) onto all codes."""
+    scale = max((high - low) / (fmt.high - fmt.low), float(np.finfo(np.float32).tiny))
+    return scale, int(np.clip(np.rint(fmt.low - low / scale), fmt.low, fmt.high))
+
+
+def _per_tensor(scale: float, zero_point: int, fmt_name: str) -> QParams:
+    return QParams(scale=np.asarray(scale, dtype=np.float32), zero_point=zero_point, format=fmt_name)
+
+
+def choose(hist: Histogram, *, method: str, percentile: float, shift: bool, fmt_name: str, dtype: str) -> QParams:
+    """Choose scale and zero point of one activation tensor.
+
+    The calibrator gives the largest magnitude T to keep. Symmetric: scale = T / high. With `shift` the range
+    [max(low, -T), min(high, T)] is tried as well, its ends refined if the calibrator is one of least error, and taken
+    if it leaves at most SHIFT_GAIN of the squared error.
+
+    Args:
+        hist: the tensor's values.
+        method: a name in CALIBRATORS.
+        percentile: for `percentile`.
+        shift: whether a zero point other than 0 can be realised for this tensor.
+        fmt_name: the bit format.
+        dtype: the tensor's float type, in which the scale is stored.
+
+    Returns:
+        Parameters per tensor. A tensor that was always zero gets scale 1.
+    """
+    fmt = FORMATS[fmt_name]
+    if hist.amax == 0:
+        return _per_tensor(1.0, 0, fmt_name)
+    calibrator = CALIBRATORS[method]
+    limit = calibrator.limit(hist, fmt, percentile)
+    symmetric = float(representable(limit / fmt.high, dtype))
+    if calibrator.least_error and hist.low == 0:  # the search above was for the shifted grid
+        ratios = np.arange(16, 129) / 128
+        symmetric = float(
+            representable(
+                min((r * hist.amax / fmt.high for r in ratios), key=lambda s: squared_error(hist, s, 0, fmt)), dtype
+            )
+        )
+    if shift:
+        low, high = max(hist.low, -limit), min(hist.high, limit)
+        if calibrator.least_error:
+            low, high = _refine(hist, low, high, fmt)
+        scale, zero_point = asymmetric(low, high, fmt)
+        scale = float(representable(scale, dtype))
+        if squared_error(hist, scale, zero_point, fmt) <= SHIFT_GAIN * squared_error(hist, symmetric, 0, fmt):
+            return _per_tensor(scale, zero_point, fmt_name)
+    return _per_tensor(symmetric, 0, fmt_name)
+
+
+def _refine(hist: Histogram, low: float, high: float, fmt: Format) -> tuple[float, float]:
+    """Move either end of the range while that lowers the squared error; steps of 1/16, then 1/64 of the width."""
+
+    def error(ends: tuple[float, float]) -> float:
+        return squared_error(hist, *asymmetric(*ends, fmt), fmt)
+
+    best, least = (low, high), error((low, high))
+    for step in (1 / 16, 1 / 64):
+        improved = True
+        while improved:
+            improved = False
+            width = best[1] - best[0]
+            for dl, dh in ((step, 0), (-step, 0), (0, step), (0, -step)):
+                ends = (min(max(best[0] + dl * width, hist.low), 0.0), max(min(best[1] + dh * width, hist.high), 0.0))
+                if ends[1] > ends[0] and (found := error(ends)) < least:
+                    best, least, improved = ends, found, True
+    return best
