@@ -39,11 +39,10 @@ from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED
 from qdq.plan.plan import Plan
-from qdq.plan.settings import Settings
 from qdq.solve.activations import activation_params, tie_notes
 from qdq.solve.solve import Solution, solve
 
-METHODS = tuple(sorted(CALIBRATORS, key=lambda name: (name != Settings().calibrator, name)))  # the default first
+METHODS = tuple(sorted(CALIBRATORS, key=lambda name: (CALIBRATORS[name].order, name)))
 MARGIN_DB = 0.25  # by which another must beat a simpler one: on samples that the ranges were made from, less is chance
 # Standard errors over the samples: a mixture is made of many choices on the same samples, a method of one. Where a few
 # samples hold most of the noise no method is certain, and the one with the least is still the best guess.

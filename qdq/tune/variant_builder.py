@@ -30,6 +30,7 @@ from qdq.passes.rewrites.edit import Rewrite
 from qdq.plan import placement, rules
 from qdq.plan.plan import Plan, Skip
 from qdq.plan.settings import Settings
+from qdq.plan.weighted_node import weighted_nodes
 from qdq.solve.solve import Solution, solve
 from qdq.tune.variant import Variant
 
@@ -180,7 +181,7 @@ class VariantBuilder:
         if self._last is None or self._last[0] != key:
             base = self.base(variant)
             plan = restricted(base.model, base.plan, variant, "")
-            model = insert(base.model, plan, _adapted(base.solution, plan)) if plan.points else base.model
+            model = insert(base.model, plan, _adapted(base, plan)) if plan.points else base.model
             self._last = key, convert(model, rest=variant.rest or self.rests[0], table=base.table).model
         return self._last[1]
 
@@ -225,8 +226,9 @@ def _quick(plan: Plan) -> Plan:
     return replace(plan, settings=plan.settings.quick)
 
 
-def _adapted(solution: Solution, plan: Plan) -> Solution:
+def _adapted(base: Base, plan: Plan) -> Solution:
     """Quick scales of a restricted plan: no codes are right, but there are as many scales, and zero points 0."""
+    solution = base.solution
     activations, weights = dict(solution.activations), dict(solution.weights)
     for point in plan.points:
         if point.role == "activation" and not point.spec.shift:
@@ -236,7 +238,8 @@ def _adapted(solution: Solution, plan: Plan) -> Solution:
             largest = np.asarray(old.params.scale.max())
             one = replace(old, params=replace(old.params, scale=largest, axis=None))
             weights[point.tensor, point.spec.axis] = one
-    return replace(solution, activations=activations, weights=weights)
+    nodes = weighted_nodes(base.model, plan)
+    return replace(solution, nodes=nodes, activations=activations, weights=weights)
 
 
 def restricted(model: Model, plan: Plan, variant: Variant, why: str) -> Plan:

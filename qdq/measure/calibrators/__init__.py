@@ -20,12 +20,14 @@ class Calibrator:
     Attributes:
         limit: (histogram, format, percentile) -> the largest magnitude to keep, at most the largest one seen. The
             histogram holds a value other than 0. The same histogram gives the same limit.
+        order: in which `auto` tries them: of those that do equally well it takes the first.
         least_error: the limit is that of least squared error, so the ends of a shifted range, and the symmetric range
             of values that are never negative, are to be searched for by the squared error too.
         settings: the settings that it reads, which mean nothing to calibrators that do not name them.
     """
 
     limit: Callable[[Histogram, Format, float], float]
+    order: int = 9
     least_error: bool = False
     settings: tuple[str, ...] = ()
 

@@ -12,4 +12,4 @@ def limit(hist: Histogram, fmt: Format, percentile: float) -> float:
     return float(hist.peaks / hist.samples)
 
 
-CALIBRATOR = Calibrator(limit=limit)
+CALIBRATOR = Calibrator(limit=limit, order=4)

@@ -49,4 +49,4 @@ def limit(hist: Histogram, fmt: Format, percentile: float) -> float:
     return min(kept * float(np.ldexp(1.0, hist.exponent or 0)), hist.amax)
 
 
-CALIBRATOR = Calibrator(limit=limit)
+CALIBRATOR = Calibrator(limit=limit, order=2)

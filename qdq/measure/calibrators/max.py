@@ -12,4 +12,4 @@ def limit(hist: Histogram, fmt: Format, percentile: float) -> float:
     return hist.amax
 
 
-CALIBRATOR = Calibrator(limit=limit)
+CALIBRATOR = Calibrator(limit=limit, order=3)

@@ -26,4 +26,4 @@ def limit(hist: Histogram, fmt: Format, percentile: float) -> float:
     return float(min(fine[(fine > 0.1) & (fine <= 1)], key=error)) * hist.amax
 
 
-CALIBRATOR = Calibrator(limit=limit, least_error=True)
+CALIBRATOR = Calibrator(limit=limit, order=0, least_error=True)

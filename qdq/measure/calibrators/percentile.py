@@ -16,4 +16,4 @@ def limit(hist: Histogram, fmt: Format, percentile: float) -> float:
     return min(float(np.ldexp(1.0, hist.exponent or 0) * (int(reach) + 1)), hist.amax)
 
 
-CALIBRATOR = Calibrator(limit=limit, settings=("percentile",))
+CALIBRATOR = Calibrator(limit=limit, order=1, settings=("percentile",))

@@ -126,7 +126,7 @@ def test_the_simplest_of_the_best_is_taken(
     seen = []
 
     def distinct(
-        model: Model, plan: Plan, table: CalibrationTable, methods: dict[str, str], _: Any
+        model: Model, plan: Plan, table: CalibrationTable, methods: dict[str, str], **_: Any
     ) -> dict[str, QParams]:
         """Ranges that differ between all calibrators, so that none is left out."""
         factor = 1 + METHODS.index(next(iter(methods.values()))) / 100
