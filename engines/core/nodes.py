@@ -1,11 +1,14 @@
-"""Questions about one ONNX node: its attributes, the graphs inside it, the axes of its weight. Must not know models."""
+"""Questions about ONNX nodes: their attributes, what they hold inside, the axes of their weights.
+
+Must not know files or passes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from onnx import GraphProto, NodeProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 
 def attribute(node: NodeProto, name: str, default: int) -> int:
@@ -41,6 +44,22 @@ def bodies(node: NodeProto) -> Iterator[GraphProto]:
         yield from held.graphs
 
 
+def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """Every node of a graph and of the bodies inside it."""
+    for node in graph.node:
+        yield node
+        for body in bodies(node):
+            yield from all_nodes(body)
+
+
+def all_tensors(proto: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor that a model stores: initializers and attributes, bodies and functions included."""
+    yield from _graph_tensors(proto.graph)
+    for function in proto.functions:
+        for node in function.node:
+            yield from _node_tensors(node)
+
+
 def input_axis(node: NodeProto, rank: int) -> int:
     """The axis of a weight that runs over input channels: Conv 1; Gemm 0 or 1 by transB; MatMul the last but one."""
     if node.op_type == "Conv" or (node.op_type == "Gemm" and attribute(node, "transB", 0)):
@@ -65,3 +84,20 @@ def weight_axis(node: NodeProto, rank: int, index: int = 1) -> int:
         turned = bool(attribute(node, "transB" if index else "transA", 0))
         return int(turned != bool(index))
     return rank - 2 + index
+
+
+def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        yield from _node_tensors(node)
+
+
+def _node_tensors(node: NodeProto) -> Iterator[TensorProto]:
+    for held in node.attribute:
+        if held.HasField("t"):
+            yield held.t
+        yield from held.tensors
+    for body in bodies(node):
+        yield from _graph_tensors(body)

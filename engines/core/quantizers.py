@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -181,6 +182,7 @@ class QuantizedGraph:
             outer: the graph around a body.
         """
         self.nodes = tuple(nodes)  # held, so that the identity of a node stays valid as long as the graph
+        self.uses = Counter(name for node in self.nodes for name in node.input)  # tensor -> how often nodes read it
         self._opset = opset
         self._types: dict[str, int] = dict(outer._types) if outer else {}
         self._shapes: dict[str, tuple[int | None, ...]] = dict(outer._shapes) if outer else {}
@@ -228,10 +230,6 @@ class QuantizedGraph:
     def product(self, node: NodeProto) -> Product:
         """A node of two factors as a product."""
         return Product(node=node, operands=(self._operand(node, 0), self._operand(node, 1)))
-
-    def uses(self, tensor: str) -> int:
-        """How often the nodes of this graph read a tensor."""
-        return self._uses.get(tensor, 0)
 
     def is_constant(self, name: str) -> bool:
         """Whether a tensor does not depend on an input."""
@@ -283,14 +281,6 @@ class QuantizedGraph:
             names=(scale, zero),
             constant_of=self.constant,
         )
-
-    @cached_property
-    def _uses(self) -> Mapping[str, int]:
-        found: dict[str, int] = {}
-        for node in self.nodes:
-            for name in node.input:
-                found[name] = found.get(name, 0) + 1
-        return found
 
     def _multiplies(self, node: NodeProto) -> bool:
         return node.op_type in self.multiplying and len(node.input) > 1 and all(node.input[:2])

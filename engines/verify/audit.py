@@ -175,7 +175,7 @@ def requested(operands: Sequence[Operand]) -> str:
 
 def _shared(graph: QuantizedGraph, product: Product) -> bool:
     """Whether the dequantized operand also feeds something else."""
-    return any(graph.uses(o.dq.node.output[0]) > 1 for o in product.operands if o.dq is not None)
+    return any(graph.uses[o.dq.node.output[0]] > 1 for o in product.operands if o.dq is not None)
 
 
 def compute_kernel(layers: Sequence[Layer], node: str) -> Layer | None:

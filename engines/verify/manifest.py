@@ -20,6 +20,7 @@ from engines.backends.backend import backends
 from engines.core.documents import Document
 from engines.core.errors import EngineError
 from engines.core.load import load_graph
+from engines.core.nodes import all_tensors
 
 PACKAGES = (
     "qdq",
@@ -86,19 +87,10 @@ def sha256_file(path: Path | str) -> str:
         raise EngineError(f"Cannot read {path}: {error.strerror}.") from error
 
 
-def _external_files(graph: onnx.GraphProto) -> set[str]:
-    """Locations of external data in a graph and in the graphs inside it."""
-    tensors = [*graph.initializer]
-    found: set[str] = set()
-    for node in graph.node:
-        for attribute in node.attribute:
-            tensors += [attribute.t, *attribute.tensors]
-            for inner in (attribute.g, *attribute.graphs):
-                found |= _external_files(inner) if inner.node else set()
-    for tensor in tensors:
-        if uses_external_data(tensor):
-            found |= {entry.value for entry in tensor.external_data if entry.key == "location"}
-    return found
+def _external_files(model: onnx.ModelProto) -> set[str]:
+    """Locations of external data in a model."""
+    external = (entry for t in all_tensors(model) if uses_external_data(t) for entry in t.external_data)
+    return {entry.value for entry in external if entry.key == "location"}
 
 
 def sha256_model(path: Path | str) -> str:
@@ -113,7 +105,7 @@ def sha256_model(path: Path | str) -> str:
     path = Path(path)
     lines = [f"{sha256_file(path)} "]
     folder = path.resolve().parent
-    for location in sorted(_external_files(load_graph(path).graph)):
+    for location in sorted(_external_files(load_graph(path))):
         if not (folder / location).resolve().is_relative_to(folder):
             raise EngineError(f"External data {location!r} of {path} lies outside the model's folder: move it inside.")
         lines.append(f"{sha256_file(folder / location)} {location}")

@@ -5,35 +5,24 @@ Questions about one node alone are `engines.core.nodes`, given on here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import NodeProto
 
-from engines.core.fp4 import DOMAIN as TRT_DOMAIN
-from engines.core.fp4 import QUANTIZE as FP4_QUANTIZE
-from engines.core.nodes import attribute, attribute_value, bodies, factor, input_axis, ints, weight_axis
-from engines.core.operators import WEIGHTED
-from engines.core.shapes import without_initializers
+from engines.core import fp4
+from engines.core.nodes import all_nodes as all_nodes
+from engines.core.nodes import all_tensors as all_tensors
+from engines.core.nodes import attribute as attribute
+from engines.core.nodes import attribute_value as attribute_value
+from engines.core.nodes import bodies as bodies
+from engines.core.nodes import factor as factor
+from engines.core.nodes import input_axis as input_axis
+from engines.core.nodes import ints as ints
+from engines.core.nodes import weight_axis as weight_axis
+from engines.core.operators import WEIGHTED as WEIGHTED
+from engines.core.shapes import without_initializers as without_initializers
 
-__all__ = [
-    "FP4_QUANTIZE",
-    "TRT_DOMAIN",
-    "WEIGHTED",
-    "Names",
-    "all_nodes",
-    "all_tensors",
-    "attribute",
-    "attribute_value",
-    "bodies",
-    "captured",
-    "factor",
-    "input_axis",
-    "ints",
-    "needed",
-    "reads",
-    "weight_axis",
-    "without_initializers",
-]
+FP4_QUANTIZE, TRT_DOMAIN = fp4.QUANTIZE, fp4.DOMAIN
 
 
 class Names:
@@ -56,22 +45,6 @@ class Names:
             name = f"{wanted}_{number}"
         self._taken.add(name)
         return name
-
-
-def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """Every node of a graph and of the bodies inside it."""
-    for node in graph.node:
-        yield node
-        for body in bodies(node):
-            yield from all_nodes(body)
-
-
-def all_tensors(proto: ModelProto) -> Iterator[TensorProto]:
-    """Every tensor that a model stores: initializers and attributes, bodies and functions included."""
-    yield from _graph_tensors(proto.graph)
-    for function in proto.functions:
-        for node in function.node:
-            yield from _node_tensors(node)
 
 
 def captured(node: NodeProto) -> frozenset[str]:
@@ -100,20 +73,3 @@ def needed(nodes: Sequence[NodeProto], wanted: Iterable[str]) -> list[NodeProto]
             found.append(node)
             read.update(reads(node))
     return found[::-1]
-
-
-def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        yield from _node_tensors(node)
-
-
-def _node_tensors(node: NodeProto) -> Iterator[TensorProto]:
-    for held in node.attribute:
-        if held.HasField("t"):
-            yield held.t
-        yield from held.tensors
-    for body in bodies(node):
-        yield from _graph_tensors(body)

@@ -22,12 +22,13 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from engines.core.shapes import light
 from qdq.assemble.precision.rules import decide, saturated
 from qdq.assemble.precision.shift import compensate
 from qdq.assemble.precision.types import Schema, dequantizes_constant_scale, finfo, fits
 from qdq.core.choices import choose
 from qdq.measure.table import CalibrationTable
-from qdq.model.external import is_external, is_large, release, tensor_bytes
+from qdq.model.external import is_large, release
 from qdq.model.model import Model
 from qdq.model.nodes import Names, attribute, captured, reads, without_initializers
 from qdq.model.weight_store import Spool
@@ -38,7 +39,6 @@ BFLOAT16_OPSET = 22  # the first in which Conv, pooling, InstanceNormalization a
 FLOAT = "float32"
 _DTYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
 _ANY_TYPE = ("Shape", "Size", "Cast")  # read a float in either type with the same result
-_SMALL = 4096  # bytes; shape inference sees larger constants by type and shape only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,21 +81,16 @@ def convert(
 
 def _typed(model: Model, opset: int) -> ModelProto:
     """A copy with the type of every tensor inferred, and at least the given opset (only types were added to 22)."""
-    light = without_initializers(model.proto)
-    for entry in light.opset_import:
+    shown = light(model.proto)
+    for entry in shown.opset_import:
         if entry.domain in ("", "ai.onnx"):
             entry.version = max(entry.version, opset)
-    for tensor in model.graph.initializer:
-        if tensor_bytes(tensor) > _SMALL or is_external(tensor):
-            light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        else:
-            light.graph.initializer.append(tensor)
-    inferred = onnx.shape_inference.infer_shapes(light, data_prop=True)
+    inferred = onnx.shape_inference.infer_shapes(shown, data_prop=True)
     proto = ModelProto()
     proto.CopyFrom(model.proto)
     del proto.graph.value_info[:], proto.opset_import[:]
     proto.graph.value_info.extend(inferred.graph.value_info)
-    proto.opset_import.extend(light.opset_import)
+    proto.opset_import.extend(shown.opset_import)
     return proto
 
 
