@@ -142,9 +142,9 @@ def test_values_that_relu_cuts_off_do_not_count() -> None:
 
 
 def test_large_outputs_need_fewer_samples() -> None:
-    small, large = made(segmenter(), images(1)).prepared, made(segmenter(spatial=(64, 64)), images(1, (1, 1, 64, 64)))
-    assert bias._enough(small, {"/head/Conv": "logits"}) == 8192 // 64
-    assert bias._enough(large.prepared, {"/head/Conv": "logits"}) == bias.MINIMUM_SAMPLES
+    small, large = made(segmenter(), images(1)), made(segmenter(spatial=(64, 64)), images(1, (1, 1, 64, 64)))
+    assert bias._enough(small.prepared, [small.solution.nodes["/head/Conv"]]) == 8192 // 64
+    assert bias._enough(large.prepared, [large.solution.nodes["/head/Conv"]]) == bias.MINIMUM_SAMPLES
 
 
 def test_correction_is_dropped_where_it_does_harm(monkeypatch: pytest.MonkeyPatch) -> None:
