@@ -31,7 +31,7 @@ from qdq.plan.settings import Settings
 from qdq.plan.spec import Spec
 from qdq.solve import token_scales
 from qdq.solve.activations import activation_params
-from qdq.solve.equalize import choose, cross_layer, weight_only
+from qdq.solve.equalize import choose, weight_only
 from qdq.solve.equalize.carriers import Carrier, carried, factors, scaled
 from qdq.solve.rounding import ROUNDINGS
 from qdq.solve.weights import quantize_weight
@@ -110,16 +110,11 @@ def solve(
     formula = "smoothquant" if plan.settings.equalize == "auto" else plan.settings.equalize  # see `crossfit.resolved`
     if formula not in ("none", "awq") and samples is not None:
         wanted = _only(plan, [t for t in static if compressed is None or t in compressed])
-        if formula == "cle":
-            equalized = cross_layer.choose(model, wanted, samples, on_progress=on_progress)
-        else:
-            equalized = choose.choose(model, wanted, static, samples, formula=formula, on_progress=on_progress)
+        equalized = choose.choose(model, wanted, static, samples, formula=formula, on_progress=on_progress)
         divisors = {tensor: e.scale for tensor, e in equalized.items()}
         static |= {tensor: e.params for tensor, e in equalized.items()}
         activations |= static
-        if equalized and formula == "cle":
-            notes.append(f"the channels of {len(equalized)} of {len(activations)} tensors are equalized across layers")
-        elif equalized:
+        if equalized:
             gains = sorted(e.gain_db for e in equalized.values())
             notes.append(
                 f"the channels of {len(equalized)} of {len(activations)} tensors are equalized: {gains[0]:.1f} to "

@@ -87,14 +87,13 @@ def find(model: Model, tensor: str, channels: int, *, readers: Collection[str]) 
 def carried(model: Model, plan: Plan, divisors: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Carrier]:
     """The constants that can take divisors, tensor by tensor; a Mul does it for the others.
 
-    A weight with one integer scale takes none, but those that make its channels alike: others would lose resolution.
+    A weight with one integer scale takes none: its other channels would lose resolution.
 
     Args:
         model: the prepared float model.
         plan: says who reads the divided tensors.
         divisors: tensor -> (channels,) what its channels are divided by.
     """
-    alike = plan.settings.equalize == "cle"
     takers = {p.tensor: {name for name, _ in p.uses} for p in plan.activations}
     for point in (p for p in plan.weights if p.spec.weight_only):
         for name, _ in point.uses:
@@ -108,7 +107,7 @@ def carried(model: Model, plan: Plan, divisors: Mapping[str, npt.NDArray[np.floa
         if carrier is None:
             continue
         unfit = carrier.linear is not None and (carrier.linear in levelled or divisor.min() * MOST_FACTOR < 1)
-        if alike or not unfit:
+        if not unfit:
             found[tensor] = carrier
     return found
 
