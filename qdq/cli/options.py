@@ -95,7 +95,6 @@ settings_options = _options(
     _setting("--rounding", "Weights: {names}; default: the scheme's."),
     _setting("--equalize", "Channel balancing: {names}; default likewise."),
     _setting("--block", "Weights of few bits that share a scale: {names}."),
-    click.option("--block-loss-db", type=float, help="Of --block auto: coarsest block by SQNR lost to blocks of 16."),
     click.option("--v0", help="Of fptq: largest magnitude for one scale, default 15; auto equalizes whatever gains."),
     click.option("--v1", help="Of fptq: beyond it one scale per token, default 150; auto says so by the error."),
     _setting("--bias-correction", "Shift biases so that means stay: {names}; auto does where held-out samples gain."),

@@ -126,8 +126,7 @@ def quantize(
 
 def _places(settings: Settings) -> tuple[object, ...]:
     """The settings that decide where quantizers go; the others decide scales and codes."""
-    blocks = (settings.block, settings.block_loss_db)
-    return (settings.scheme, settings.shift, settings.exclude, settings.overrides, *blocks)
+    return (settings.scheme, settings.shift, settings.exclude, settings.overrides, settings.block)
 
 
 @click.command()

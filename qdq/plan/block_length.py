@@ -50,40 +50,19 @@ def best(weight: Floats, axis: int, blocks: Sequence[int], fmt: Format) -> int:
     Returns:
         One of `blocks`; the longest where there is no error at all.
     """
-    _, noise = _errors(weight, axis, blocks, fmt)
+    noise = _errors(weight, axis, blocks, fmt)
     saved = {block: WIDER_BITS - bits_per_weight(weight.shape[axis], block, fmt) for block in blocks}
     return min(blocks, key=lambda block: (noise[block] / max(saved[block], 1e-9), -block))
 
 
-def coarsest(weight: Floats, axis: int, blocks: Sequence[int], fmt: Format, loss_db: float) -> int:
-    """The longest block whose error is within a bound of the shortest one's.
-
-    Args:
-        weight: any shape of rank 2 or more, float.
-        axis: the axis that is cut into blocks.
-        blocks: lengths to choose from.
-        fmt: the bit format.
-        loss_db: how much less SQNR the weight may have than with the shortest of them.
-
-    Returns:
-        One of `blocks`.
-    """
-    signal, noise = _errors(weight, axis, blocks, fmt)
-    if signal == 0:
-        return max(blocks)
-    bound = noise[min(blocks)] * 10 ** (loss_db / 10)
-    return max(block for block in blocks if noise[block] <= bound or block == min(blocks))
-
-
-def _errors(weight: Floats, axis: int, blocks: Sequence[int], fmt: Format) -> tuple[float, dict[int, float]]:
-    """Sum of squares of sampled elements, and of their errors for each block length."""
-    signal, noise = 0.0, dict.fromkeys(blocks, 0.0)
+def _errors(weight: Floats, axis: int, blocks: Sequence[int], fmt: Format) -> dict[int, float]:
+    """Sum of squares of the errors of sampled elements for each block length."""
+    noise = dict.fromkeys(blocks, 0.0)
     for rows in _sampled(weight, axis, max(blocks)):
-        signal += float(np.sum(rows.astype(np.float64) ** 2))
         for block in blocks:
             params = block_params(rows, axis=1, block=block, fmt=fmt)
             noise[block] += float(np.sum((rows - from_codes(to_codes(rows, params), params)).astype(np.float64) ** 2))
-    return signal, noise
+    return noise
 
 
 def _sampled(weight: Floats, axis: int, longest: int) -> Iterator[npt.NDArray[np.float32]]:

@@ -11,8 +11,6 @@ import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 from onnx import NodeProto
 
 from engines.core.operators import LAST_AXIS_NORMS, MEAN_POOLS, NORMS, PICKERS, SOFTMAXES, family
@@ -20,7 +18,7 @@ from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, attribute, bodies, input_axis, weight_axis
-from qdq.plan.block_length import best, coarsest
+from qdq.plan.block_length import best
 from qdq.plan.scheme import Scheme
 from qdq.plan.settings import Settings
 from qdq.plan.spec import Spec
@@ -124,8 +122,8 @@ def _block(
     if len(blocks) == 1:
         reasons = []
     elif settings.block == "auto":
-        block, reason = _adapted(model.array(node.input[1]), input_axis(node, len(shape)), fitting, settings, scheme)
-        reasons = [reason]
+        block = best(model.array(node.input[1]), input_axis(node, len(shape)), fitting, FORMATS[scheme.weight])
+        reasons = ["the block of least error per bit that it saves against INT8"]
     else:
         block = max((b for b in fitting if b <= int(settings.block)), default=min(fitting))
         reasons = [] if block == settings.block else [f"blocks of {settings.block} do not divide its {size} inputs"]
@@ -141,16 +139,6 @@ def _no_data_blocks(model: Model, node: NodeProto) -> str:
     if attribute(node, "transA", 0):
         return "its sum does not run over the last axis of its data, along which blocks lie"
     return ""
-
-
-def _adapted(
-    weight: npt.NDArray[np.floating], axis: int, blocks: Sequence[int], settings: Settings, scheme: Scheme
-) -> tuple[int, str]:
-    """The block that suits the values of a weight, and why."""
-    fmt, loss = FORMATS[scheme.weight], settings.block_loss_db
-    if loss is not None:
-        return coarsest(weight, axis, blocks, fmt, loss), f"the coarsest block within {loss:g} dB of {min(blocks)}"
-    return best(weight, axis, blocks, fmt), "the block of least error per bit that it saves against INT8"
 
 
 def _fitting(size: int, block: int) -> bool:

@@ -66,7 +66,6 @@ class Settings:
         bias_correction: shift biases so that quantization does not move means; "auto" where held-out samples gain.
         block: weights that share a scale along the reduction axis, for formats that have blocks; "auto" takes for
             each weight the one whose scales are worth their bits (`granularity.best`); "channel", "tensor": the whole.
-        block_loss_db: of block "auto": take the coarsest block that has at most so much less SQNR than the finest.
         damping: of rounding by second moments: the share of their mean diagonal that is added to the diagonal.
         act_order: GPTQ rounds the inputs of largest second moment first; else in their order.
         moment_inputs: weights of up to so many inputs per output are rounded by second moments, the others without
@@ -90,7 +89,6 @@ class Settings:
     exclude: tuple[str, ...] = ()
     bias_correction: str = "auto"
     block: int | str = "auto"
-    block_loss_db: float | None = None
     damping: float = 0.01
     act_order: bool = True
     moment_inputs: int = 2304
@@ -128,9 +126,9 @@ class Settings:
         for name in ("v0", "v1"):  # text where the command line gives them
             object.__setattr__(self, name, _number(getattr(self, name)))
         floor = 0.0 if isinstance(self.v0, str) else self.v0
-        for name, low in (("block_loss_db", 0.0), ("damping", LEAST_DAMPING), ("v0", 0.0), ("v1", floor)):
+        for name, low in (("damping", LEAST_DAMPING), ("v0", 0.0), ("v1", floor)):
             value, chosen = getattr(self, name), name in ("v0", "v1")
-            if (value is None and name == "block_loss_db") or (value == "auto" and chosen):
+            if value == "auto" and chosen:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < float("inf"):
                 least = ("v0" if name == "v1" else f"{low:g}") + (", or auto" if chosen else "")

@@ -22,7 +22,7 @@ from qdq.plan.plan import Plan
 from qdq.plan.weighted_node import WeightedNode
 from qdq.solve import token_scales
 from qdq.solve.activations import activation_params, tie_notes
-from qdq.solve.equalize import choose, cross_layer
+from qdq.solve.equalize import choose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,19 +101,14 @@ def _equalized(
     if formula in ("none", "awq"):
         return scales
     wanted = {t: p for t, p in scales.constant.items() if compressed is None or t in compressed}
-    if formula == "cle":
-        points = tuple(p for p in plan.points if p.role == "weight" or p.tensor in wanted)
-        found = cross_layer.choose(model, replace(plan, points=points), samples, on_progress=on_progress)
-    else:
-        found = choose.equalized(model, plan, nodes, wanted, samples, formula=formula, on_progress=on_progress)
+    found = choose.equalized(model, plan, nodes, wanted, samples, formula=formula, on_progress=on_progress)
     if not found:
         return scales
-    note = f"the channels of {len(found)} of {len(scales.params)} tensors are equalized"
     gains = sorted(e.gain_db for e in found.values())
-    if formula == "cle":
-        note += " across layers"
-    else:
-        note += f": {gains[0]:.1f} to {gains[-1]:.1f} dB less noise predicted at their consumers"
+    note = (
+        f"the channels of {len(found)} of {len(scales.params)} tensors are equalized: {gains[0]:.1f} to "
+        f"{gains[-1]:.1f} dB less noise predicted at their consumers"
+    )
     return replace(
         scales,
         params={**scales.params, **{tensor: e.params for tensor, e in found.items()}},

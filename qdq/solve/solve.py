@@ -104,7 +104,7 @@ def solve(
     seen = _moments(model, plan, nodes.values(), data, some, on_progress)
     balanced, said = weight_only.balance(model, plan, nodes.values(), seen.grams, data.divisors)
     divisors = {**data.divisors, **balanced}
-    carriers = carried(model, nodes, divisors, alike=plan.settings.equalize == "cle")
+    carriers = carried(model, nodes, divisors)
     spool = Spool() if is_large(model.graph.initializer) else None
     seen = replace(seen, divisors=balanced)
     weights = _weights(model, plan, nodes.values(), seen, divisors, factors(carriers, divisors), spool, on_progress)

@@ -82,28 +82,25 @@ def carried(
     model: Model,
     nodes: Mapping[str, WeightedNode],
     divisors: Mapping[str, npt.NDArray[np.float32]],
-    *,
-    alike: bool = False,
 ) -> dict[str, Carrier]:
     """The constants that can take divisors, tensor by tensor; a Mul does it for the others.
 
-    A weight with one integer scale takes none, but those that make its channels alike: others would lose resolution.
+    A weight with one integer scale takes none: its other channels would lose resolution.
 
     Args:
         model: the prepared float model.
         nodes: the weighted nodes by name.
         divisors: tensor -> (channels,) what its channels are divided by.
-        alike: the divisors make the channels of the layer before alike.
     """
     readers = by_data(nodes.values())
-    levelled = {n.name for n in nodes.values() if n.spec.axis is None and FORMATS[n.spec.format].integer}
+    one_scale = {n.name for n in nodes.values() if n.spec.axis is None and FORMATS[n.spec.format].integer}
     found = {}
     for tensor, divisor in divisors.items():
         carrier = find(model, tensor, divisor.size, readers=readers[tensor])
         if carrier is None:
             continue
-        unfit = carrier.linear is not None and (carrier.linear in levelled or divisor.min() * MOST_FACTOR < 1)
-        if alike or not unfit:
+        unfit = carrier.linear is not None and (carrier.linear in one_scale or divisor.min() * MOST_FACTOR < 1)
+        if not unfit:
             found[tensor] = carrier
     return found
 
