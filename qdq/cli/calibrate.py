@@ -20,9 +20,9 @@ from qdq.cli.options import (
     custom_ops_option,
     data_options,
     output_option,
+    place_options,
     recipe_of,
     samples_of,
-    settings_options,
     shape_option,
 )
 from qdq.cli.terminal import Bars, note
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 @click.option("--provider", default="cpu", show_default=True, help="ONNX Runtime runs on cpu or cuda.")
 @custom_ops_option
 @click.option("--plot", "plot_folder", type=PATH, metavar="DIR", help="Draw each tensor's histogram and thresholds.")
-@settings_options
+@place_options
 @shape_option
 def calibrate(
     files: tuple[Path, ...],

@@ -88,8 +88,11 @@ def _forms() -> list[str]:
 
 
 recipe_option = click.option("--recipe", type=PATH, help="YAML file; its keys are the options with underscores.")
+scheme_option = _setting("--scheme", "What becomes of weights and data: {names}.")
+exclude_option = click.option("--exclude", multiple=True, metavar="GLOB", help="Nodes to leave in float; repeatable.")
+place_options = _options(scheme_option, exclude_option, recipe_option)
 settings_options = _options(
-    _setting("--scheme", "What becomes of weights and data: {names}."),
+    scheme_option,
     _setting("--calibrator", "Activation ranges: {names}."),
     click.option("--percentile", type=float, help="Of the percentile calibrator, default 99.99."),
     _setting("--rounding", "Weights: {names}; default: the scheme's."),
@@ -99,7 +102,7 @@ settings_options = _options(
     click.option("--v1", help="Of fptq: beyond it one scale per token, default 150; auto says so by the error."),
     _setting("--bias-correction", "Shift biases so that means stay: {names}; auto does where held-out samples gain."),
     click.option("--shift/--no-shift", default=None, help="Shift lopsided activations to use all codes (default on)."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="Node names to leave in float; repeatable."),
+    exclude_option,
     recipe_option,
 )
 rest_option = click.option(

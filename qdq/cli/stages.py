@@ -23,6 +23,7 @@ from qdq.cli.options import (
     output_option,
     recipe_of,
     recipe_option,
+    rest_option,
     samples_of,
     settings_options,
     shape_option,
@@ -64,10 +65,7 @@ def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
 @click.option("--plan", "plan_file", type=PATH, help="plan.json in place of a new plan.")
 @click.option("--table", "table_file", type=PATH, help="table.json in place of a new calibration.")
 @output_option("the Q/DQ model")
-@click.option(
-    "--rest",
-    help="Float type of what is not quantized: auto (as tuned, else fp16), fp16, bf16, fp32; default: tuned, or fp32.",
-)
+@rest_option
 @custom_ops_option
 @settings_options
 @shape_option
@@ -94,8 +92,7 @@ def quantize(
     with Bars() as bars:
         bars(0, None, "Prepare")
         chosen = Plan.load(plan_file) if plan_file else None
-        rest = "auto" if chosen and chosen.rest else "fp32"
-        recipe = recipe_of(given, base={"rest": rest} | (chosen.settings.to_mapping() if chosen else {}))
+        recipe = recipe_of(given, base=chosen.settings.to_mapping() if chosen else None)
         if chosen and _places(recipe.settings) != _places(chosen.settings):
             raise InputError(
                 f"The plan {plan_file} already says what is quantized, which --scheme, --block, --shift and --exclude "

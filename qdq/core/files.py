@@ -29,6 +29,9 @@ def write_text(path: str | os.PathLike[str], text: str, *, resumed: bool = False
     write_atomic(path, text, error=InputError, resumed=resumed)
 
 
+MADE_BY = {"plan": "qdq plan MODEL -o plan.json", "table": "qdq calibrate MODEL --data DATA -o table.json"}
+
+
 def read_json(path: str | os.PathLike[str], form: str, what: str) -> Mapping[str, object]:
     """Read one of our JSON files.
 
@@ -44,17 +47,18 @@ def read_json(path: str | os.PathLike[str], form: str, what: str) -> Mapping[str
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
-            f"Cannot read the {what} {path}: {error.strerror or error}. Make it with `qdq "
-            f"{'plan' if what == 'plan' else 'calibrate'}`."
+            f"Cannot read the {what} {path}: {error.strerror or error}. Make it with `{MADE_BY.get(what, 'qdq')}`."
         ) from None
     except ValueError as error:
         raise InputError(f"Cannot read the {what} {path}: it is not JSON ({error}). Make it again.") from None
     if not isinstance(content, dict) or content.get("format") != form:
         got = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise InputError(
-            f"Cannot use {path} as a {what}: its format is {got!r}, needed is {form!r}. It is another file, or made "
-            "by another version."
-        )
+        if str(got).partition("/")[0] == form.partition("/")[0]:
+            raise InputError(
+                f"The {what} {path} was written by another version of qdq: its format is {got!r}, needed is {form!r}. "
+                + (f"Make it again with `{MADE_BY[what]}`." if what in MADE_BY else "Delete it to begin anew.")
+            )
+        raise InputError(f"Cannot use {path} as a {what}: its format is {got!r}, needed is {form!r}.")
     return content
 
 

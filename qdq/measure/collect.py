@@ -9,6 +9,7 @@ batch size. This module must not choose scales.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import threading
 from collections import Counter
@@ -27,6 +28,7 @@ from qdq.measure.inference.samples import Sample, counted, length, overlapped, s
 from qdq.measure.inference.session import Tap
 from qdq.measure.table import CalibrationTable, merged, samples_digest
 from qdq.model.model import Model
+from qdq.passes.rewrites import FLOAT_REWRITES
 from qdq.plan.plan import Plan
 
 __all__ = ["CalibrationTable", "Progress", "collect", "key"]
@@ -253,9 +255,14 @@ def _first(samples: Iterable[Sample]) -> tuple[Sample, Iterable[Sample]]:
 
 
 def key(model: Model, plan: Plan, *, provider: str = "cpu", custom_ops: Sequence[str] = ()) -> dict[str, object]:
-    """What a table depends on, but for the samples, which a table names one by one: for a `Checkpoint`."""
+    """What a table depends on, but for the samples, which a table names one by one: for a `Checkpoint`.
+
+    Of the plan these are the tensors to measure and the rewrites of the float model, whatever its settings are.
+    """
     from importlib.metadata import PackageNotFoundError, version
 
+    tensors = {point.tensor for point in plan.activations}
+    rewrites = [(r.name, r.nodes) for r in plan.rewrites if r.name in FLOAT_REWRITES]
     runtimes = {}
     for package in ("onnxruntime", "onnxruntime-gpu"):
         try:
@@ -264,7 +271,7 @@ def key(model: Model, plan: Plan, *, provider: str = "cpu", custom_ops: Sequence
             continue
     return {
         "model": model.sha256,
-        "plan": plan.sha256,
+        "plan": hashlib.sha256(repr((sorted(tensors), rewrites)).encode()).hexdigest(),
         "provider": provider,
         "custom operators": sorted(map(str, custom_ops)),
         "bins": BINS,

@@ -22,7 +22,7 @@ from qdq.passes.rewrites.edit import Rewrite
 from qdq.plan.settings import Settings
 from qdq.plan.spec import Spec
 
-FORMAT = "qdq.plan/1"
+FORMAT = "qdq.plan/2"
 ROLES = ("activation", "weight")
 
 

@@ -15,7 +15,7 @@ from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 from qdq.plan.methods import CALIBRATORS, FORMULAS, ROUNDINGS
 from qdq.plan.scheme import SCHEMES, Scheme
-from qdq.plan.spec import Spec
+from qdq.plan.spec import BY_RANGE, Spec
 
 AUTO = "auto"
 WHOLE = ("channel", "tensor")  # in place of a block
@@ -165,26 +165,38 @@ class Settings:
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """What was set and means nothing to the schemes, a sentence each."""
+        """What was set to another value than the default and means nothing to the schemes, a sentence each."""
         rows = [SCHEMES[self.scheme], *(SCHEMES[scheme] for _, scheme in self.overrides)]
-        lengths = {block for row in rows for block in FORMATS[row.weight].blocks}
-        blocked = any(FORMATS[row.weight].blocks for row in rows)
+        weights = [FORMATS[row.weight] for row in rows]
+        lengths = {block for fmt in weights for block in fmt.blocks}
         alone = any(FORMATS[row.weight].blocks and row.data is None for row in rows)
-        integers = any(FORMATS[row.weight].integer for row in rows)
-        balanced = any(f is not None and FORMATS[f].integer for row in rows for f in (row.data, row.convolution))
+        integers = any(f is not None and FORMATS[f].integer for row in rows for f in (row.data, row.convolution))
         rounding, formula = ROUNDINGS[self.rounding], FORMULAS.get(self.equalize)
-        found = []
-        if self.block not in ("auto", *lengths) and len(lengths) < 2:
-            found.append(f"block {self.block}")
-        if rounding.for_blocks and not blocked:
-            found.append(f"rounding {self.rounding}, which is for blocks,")
-        if self.rounding != "nearest" and not integers and not blocked:
-            found.append(f"rounding {self.rounding}")
-        if formula is not None and not formula.for_data and not alone:
-            found.append(f"equalize {self.equalize}, which is for weight-only blocks,")
-        elif self.equalize != "none" and not balanced and not alone:
-            found.append(f"equalize {self.equalize}")
-        return tuple(f"{what} has no effect with scheme {self.scheme}" for what in found)
+        rounded = bool(lengths) or (any(fmt.integer for fmt in weights) and not rounding.for_blocks)
+        balanced = self.equalize != "none" and (alone or (integers and (formula is None or formula.for_data)))
+        by_moments = alone and self.equalize != "none" and (formula is None or formula.by_weights is None)
+        asked = CALIBRATORS if self.calibrator == AUTO else (self.calibrator,)
+        ranged = any(row.token == BY_RANGE for row in rows)
+        scheme, method, ranges = f"scheme {self.scheme}", f"rounding {self.rounding}", f"calibrator {self.calibrator}"
+        means = {  # setting -> whether it has an effect, and what it has none with
+            "block": (self.block == AUTO or self.block in lengths or len(lengths) > 1, scheme),
+            "rounding": (self.rounding == "nearest" or rounded, scheme),
+            "equalize": (self.equalize == "none" or balanced, scheme),
+            "calibrator": (integers, scheme),
+            "percentile": (integers and any("percentile" in CALIBRATORS[c].settings for c in asked), ranges),
+            "shift": (integers, scheme),
+            "damping": (rounded and "damping" in rounding.settings, method),
+            "act_order": (rounded and "act_order" in rounding.settings, method),
+            "moment_inputs": ((rounded and rounding.needs_moments) or by_moments, method),
+            "v0": (ranged, scheme),
+            "v1": (ranged, scheme),
+        }
+        defaults = {f.name: f.default for f in fields(self)}
+        return tuple(
+            f"{name} {getattr(self, name)} has no effect with {cause}"
+            for name, (used, cause) in means.items()
+            if not used and getattr(self, name) != defaults[name]
+        )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> Settings:

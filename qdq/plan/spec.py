@@ -8,7 +8,8 @@ from qdq.core.choices import choose
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 
-TOKENS: tuple[str, ...] = ("always", "fptq")
+BY_RANGE = "fptq"
+TOKENS: tuple[str, ...] = ("always", BY_RANGE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -242,6 +242,15 @@ def test_bad_settings_are_refused(values: dict[str, object], message: str) -> No
         ({"scheme": "fp8", "rounding": "gptq"}, "rounding gptq"),
         ({"equalize": "awq"}, "equalize awq"),
         ({"scheme": "nvfp4", "equalize": "smooth"}, "equalize smooth"),
+        ({"scheme": "nvfp4", "equalize": "sinq"}, "equalize sinq"),
+        ({"percentile": 99.9}, "percentile 99.9"),
+        ({"scheme": "int4", "calibrator": "percentile"}, "calibrator percentile"),
+        ({"scheme": "fp8", "shift": False}, "shift False"),
+        ({"rounding": "nearest", "damping": 0.5}, "damping 0.5"),
+        ({"rounding": "nearest", "act_order": False}, "act_order False"),
+        ({"scheme": "int4", "rounding": "clip", "equalize": "sinq", "moment_inputs": 64}, "moment_inputs 64"),
+        ({"v0": 3}, "v0 3"),
+        ({"scheme": "w4a8", "v1": "auto"}, "v1 auto"),
     ],
 )
 def test_a_setting_without_effect_is_named(values: dict[str, object], said: str) -> None:
@@ -258,6 +267,11 @@ def test_defaults_and_what_they_replace_have_an_effect() -> None:
     assert Settings(block=32, overrides=(("*", "int4"),)).idle == ()
     for scheme in ("int4", "w4a8", "fptq", "nvfp4"):
         assert Settings(scheme=scheme, rounding="clip").idle == ()
+    for calibrator in ("percentile", "auto"):
+        assert Settings(calibrator=calibrator, percentile=99.9).idle == ()
+    assert Settings(damping=0.5, act_order=False, moment_inputs=64, shift=False).idle == ()
+    assert Settings(scheme="int4", rounding="clip", moment_inputs=64).idle == ()  # AWQ balances channels by them
+    assert Settings(overrides=(("*", "fptq"),), v0=3, v1="auto").idle == ()
 
 
 @pytest.mark.parametrize("scheme", list(SCHEMES))

@@ -78,6 +78,12 @@ def test_what_is_refused(
     assert not (folder / "t.json").exists()
 
 
+@pytest.mark.parametrize("option", [("--calibrator", "max"), ("--rounding", "nearest"), ("--no-shift",)])
+def test_options_that_change_no_table_are_none_of_calibrate(folder: Path, option: tuple[str, ...]) -> None:
+    done = run(folder / "m.onnx", "--data", folder / "all", "-o", folder / "t.json", *option)
+    assert done.exit_code == 2 and f"No such option '{option[0]}'" in done.stderr
+
+
 def test_a_missing_cuda_provider_is_named(folder: Path) -> None:
     import onnxruntime
 

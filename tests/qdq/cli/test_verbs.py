@@ -95,6 +95,13 @@ def test_stages_give_the_same_bytes_as_one_command(folder: Path) -> None:
     assert (folder / "a.onnx").read_bytes() == (folder / "b.onnx").read_bytes()
 
 
+def test_quantize_leaves_the_rest_in_fp16_like_every_verb_unless_told_otherwise(folder: Path) -> None:
+    for name, options in (("auto", ()), ("fp16", ("--rest", "fp16")), ("fp32", ("--rest", "fp32"))):
+        done("quantize", "net.onnx", "--data", "data", "-o", f"{name}.onnx", *options)
+    half, full = ((folder / f"{name}.onnx").read_bytes() for name in ("fp16", "fp32"))
+    assert (folder / "auto.onnx").read_bytes() == half != full
+
+
 def test_deploy_leaves_all_results_and_a_failed_limit_ends_with_1(folder: Path) -> None:
     before = state(folder)
     save_samples(folder / "held_out", images(2, seed=5))

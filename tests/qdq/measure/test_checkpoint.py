@@ -29,6 +29,7 @@ from qdq.measure.table import CalibrationTable, merged, samples_digest
 from qdq.model.model import Model
 from qdq.model.storage import load
 from qdq.passes.prepare import prepare
+from qdq.passes.rewrites.edit import Rewrite
 from qdq.plan import placement
 from qdq.plan.plan import Plan
 
@@ -141,6 +142,14 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, model: Model,
     Checkpoint(tmp_path / "c", {**made_of, change: "other"}).write([collect(model, plan, images(1))])
     with pytest.raises(StaleFileError, match=f"of another {change}"):
         collect(model, plan, images(2), checkpoint=Checkpoint(tmp_path / "c", made_of))
+
+
+def test_a_checkpoint_serves_every_plan_that_measures_the_same(model: Model, plan: Plan) -> None:
+    other = replace(plan.settings, calibrator="entropy", rounding="nearest", shift=False, bias_correction="off")
+    assert key(model, placement.plan(model, other)) == key(model, plan)
+    fewer = replace(plan, points=tuple(p for p in plan.points if p != plan.activations[0]))
+    rewritten = replace(plan, rewrites=(Rewrite(name="flatten", nodes=("a",)),))
+    assert key(model, plan)["plan"] not in (key(model, fewer)["plan"], key(model, rewritten)["plan"])
 
 
 def test_a_checkpoint_with_foreign_samples_is_refused(tmp_path: Path, model: Model, plan: Plan) -> None:

@@ -14,6 +14,7 @@ import pytest
 from qdq.assemble import insert
 from qdq.core.errors import InputError, StaleFileError
 from qdq.measure import collect
+from qdq.measure.table import CalibrationTable
 from qdq.plan import placement
 from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
@@ -84,6 +85,13 @@ def test_what_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
         Plan.load(tmp_path)
     with pytest.raises(InputError, match="qdq plan"):
         Plan.load(tmp_path / "none.json")
+
+
+def test_files_of_an_older_version_are_refused_with_the_command_that_makes_them_again(tmp_path: Path) -> None:
+    for form, load, command in (("plan/1", Plan.load, "qdq plan"), ("table/1", CalibrationTable.load, "qdq calibrate")):
+        (tmp_path / "old.json").write_text(json.dumps({"format": f"qdq.{form}"}), encoding="utf-8")
+        with pytest.raises(InputError, match=f"another version of qdq.*Make it again with `{command} MODEL"):
+            load(tmp_path / "old.json")
 
 
 def test_a_plan_is_never_half_written(tmp_path: Path) -> None:
