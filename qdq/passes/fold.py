@@ -107,24 +107,25 @@ def fold_batch_norms(draft: Draft) -> None:
     assign(draft.graph.node, keep)
 
 
+def _takes(draft: Draft, before: NodeProto, norm: NodeProto) -> bool:
+    """Whether a BatchNormalization scales what a product of constants makes, and nothing else reads."""
+    constants = [name for name in (*before.input[1:], *norm.input[1:]) if name]
+    plain = attribute_value(before, "beta", 1.0) == 1.0 and not attribute_value(before, "transA", 0)
+    return (
+        before.op_type in ("Conv", "ConvTranspose", "Gemm")
+        and not before.domain
+        and (before.op_type != "Gemm" or plain)
+        and all(name in draft.tensors for name in constants)
+        and draft.shown.only_use(norm.input[0]) is not None
+        and draft.shown.only_use(before.input[1]) is not None
+        and not attribute_value(norm, "training_mode", 0)
+        and sum(map(bool, norm.output)) == 1
+    )
+
+
 def _fold_batch_norm(draft: Draft, before: NodeProto, norm: NodeProto) -> bool:
     """Fold one BatchNormalization into the node before it, if the conditions hold; True if done."""
-    product = norm.input[0]
-    constants = [name for name in (*before.input[1:], *norm.input[1:]) if name]
-    readers = draft.shown
-    if (
-        before.op_type not in ("Conv", "ConvTranspose", "Gemm")
-        or before.domain
-        or readers.only_use(product) is None
-        or any(name not in draft.tensors for name in constants)
-        or readers.only_use(before.input[1]) is None
-        or attribute_value(norm, "training_mode", 0)
-        or sum(map(bool, norm.output)) != 1
-        or (
-            before.op_type == "Gemm"
-            and (attribute_value(before, "beta", 1.0) != 1.0 or attribute_value(before, "transA", 0))
-        )
-    ):
+    if not _takes(draft, before, norm):
         return False
     scale, shift, mean, variance = (draft.array(name).astype(np.float64) for name in norm.input[1:5])
     factor = scale / np.sqrt(variance + attribute_value(norm, "epsilon", 1e-5))
@@ -147,7 +148,7 @@ def _fold_batch_norm(draft: Draft, before: NodeProto, norm: NodeProto) -> bool:
     if not (np.isfinite(folded.astype(np.float32)).all() and np.isfinite(folded_bias.astype(np.float32)).all()):
         return False  # float16 would overflow
     draft.put(before.input[1], folded)
-    if not bias_name or readers.only_use(bias_name) is None:
+    if not bias_name or draft.shown.only_use(bias_name) is None:
         bias_name = draft.unique(f"{before.name}_bias")
     draft.put(bias_name, folded_bias)
     assign(before.input, [before.input[0], before.input[1], bias_name])
@@ -238,18 +239,21 @@ def _dims(draft: Draft, node: NodeProto, known: Mapping[str, _Dims]) -> _Dims | 
     if node.op_type == "Slice" and values.ndim == 1:
         starts, ends, steps = constant(1, []), constant(2, []), constant(4, [1])
         return values[starts[0] : ends[0] : steps[0]] if starts and ends and steps and steps[0] > 0 else None
-    if node.op_type in _ARITHMETIC and (other := read(1)) is not None:
-        if node.op_type == "Div" and any(isinstance(v, int) and v < 0 for v in (*values.ravel(), *other.ravel())):
-            return None
-        if node.op_type == "Div" and 0 in other.ravel():
-            return None
-        operation = _ARITHMETIC[node.op_type]
-        pairs = np.frompyfunc(lambda a, b: operation(a, b) if isinstance(a, int) and isinstance(b, int) else None, 2, 1)
-        return np.asarray(pairs(values, other), object)
-    return None
+    other = read(1) if node.op_type in _ARITHMETIC else None
+    return None if other is None else _computed(node.op_type, values, other)
 
 
 _ARITHMETIC = {"Add": int.__add__, "Sub": int.__sub__, "Mul": int.__mul__, "Div": int.__floordiv__}
+
+
+def _computed(op_type: str, left: _Dims, right: _Dims) -> _Dims | None:
+    """The elements of a sum, difference, product or quotient; None for a quotient that ONNX and Python round apart."""
+    negative = any(isinstance(v, int) and v < 0 for v in (*left.ravel(), *right.ravel()))
+    if op_type == "Div" and (negative or 0 in right.ravel()):
+        return None
+    operation = _ARITHMETIC[op_type]
+    pairs = np.frompyfunc(lambda a, b: operation(a, b) if isinstance(a, int) and isinstance(b, int) else None, 2, 1)
+    return np.asarray(pairs(left, right), object)
 
 
 def _reshape_target(draft: Draft, node: NodeProto, known: Mapping[str, _Dims]) -> np.ndarray | None:

@@ -23,10 +23,18 @@ __all__ = ["FLOAT_REWRITES", "QUANTIZED_REWRITES", "Rewriter", "Rewritten", "app
 
 
 class Rewriter(Protocol):
-    """One rewrite: the model, and the names of the nodes it may fire on (None: all)."""
+    """One rewrite."""
 
     def __call__(self, model: Model, only: Collection[str] | None = None) -> Rewritten:
-        """Rewrite a model."""
+        """Rewrite a model.
+
+        Args:
+            model: prepared, sizes static or dynamic; for the stage "quantized" the Q/DQ model, its float type settled.
+            only: names of the nodes that it may fire on; None for all.
+
+        Returns:
+            The model, the nodes that it fired on, and why it does not fit the others that it starts from.
+        """
 
 
 def found(stage: str) -> Mapping[str, Rewriter]:

@@ -20,7 +20,7 @@ from qdq.passes.draft import Draft, assign, unique
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rewrite:
-    """An exact rewrite of `qdq.surgery`, by file name, and the nodes that it is applied to."""
+    """An exact rewrite of `qdq.passes.rewrites`, by file name, and the nodes that it is applied to."""
 
     name: str
     nodes: tuple[str, ...]
@@ -109,6 +109,18 @@ class Edit:
         nodes = list(self._draft.graph.node)
         assign(self._draft.graph.node, [new for old in nodes for new in self._by.get(old.name, [old])])
         return Rewritten(model=self._draft.finish(), fired=tuple(self._fired), unfit=self._unfit)
+
+
+def each_node(
+    model: Model,
+    only: Collection[str] | None,
+    op_types: Collection[str],
+    change: Callable[[Model, Edit, NodeProto], None],
+) -> Rewritten:
+    """What a rewrite makes that changes one node after the other: see `Edit.each`."""
+    edit = Edit(model, only)
+    edit.each(op_types, lambda node: change(model, edit, node))
+    return edit.finish()
 
 
 def altered(node: NodeProto, inputs: Mapping[int, str] | None = None, output: str = "") -> NodeProto:

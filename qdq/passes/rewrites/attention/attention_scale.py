@@ -17,24 +17,14 @@ from onnx import NodeProto
 
 from qdq.model.model import Model
 from qdq.passes.rewrites.attention.scores import BETWEEN, alone, product_of
-from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node
 
 STAGE, RANK = "float", 32  # behind head_size, which looks for the Transpose behind which this puts a Mul
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
-    """Scale Q alone.
-
-    Args:
-        model: prepared float model, static or dynamic sizes.
-        only: names of the Softmax nodes whose attention may be changed; None for all.
-
-    Returns:
-        The model and the Softmax nodes fired on; scales that are on Q alone already stay.
-    """
-    edit = Edit(model, only)
-    edit.each(["Softmax"], lambda softmax: _scale_queries(model, edit, softmax))
-    return edit.finish()
+    """Scale Q alone; fires on the Softmax, unless Q alone is scaled already."""
+    return each_node(model, only, ["Softmax"], _scale_queries)
 
 
 def _scale_queries(model: Model, edit: Edit, softmax: NodeProto) -> None:

@@ -18,7 +18,7 @@ from onnx import NodeProto
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
 from qdq.passes.rewrites.attention.scores import BETWEEN, product_of
-from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node
 
 STAGE, RANK = "float", 30  # before window_mask, which puts its columns in the place of these zeros
 
@@ -27,18 +27,8 @@ SIZE = 16
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
-    """Pad the heads of attention.
-
-    Args:
-        model: prepared float model; the size of the heads is static.
-        only: names of the Softmax nodes whose attention may be changed; None for all.
-
-    Returns:
-        The model and the Softmax nodes fired on.
-    """
-    edit = Edit(model, only)
-    edit.each(["Softmax"], lambda softmax: _pad_heads(model, edit, softmax))
-    return edit.finish()
+    """Pad the heads of attention, of a static size; fires on the Softmax."""
+    return each_node(model, only, ["Softmax"], _pad_heads)
 
 
 def _pad_heads(model: Model, edit: Edit, softmax: NodeProto) -> None:

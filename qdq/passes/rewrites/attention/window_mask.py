@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from onnx import NodeProto
@@ -21,7 +22,7 @@ from onnx import NodeProto
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
 from qdq.passes.rewrites.attention.scores import alone, product_of
-from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node
 
 STAGE, RANK = "float", 35  # behind constants, which makes the masks; behind head_size and attention_scale: it adds to Q
 
@@ -42,19 +43,8 @@ class ScoreOperand:
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
-    """Multiply masks into the scores.
-
-    Args:
-        model: prepared float model whose masks are constants: after the rewrite `constants`, where they are large.
-        only: names of the Softmax nodes whose attention may be changed; None for all.
-
-    Returns:
-        The model and the Softmax nodes fired on.
-    """
-    edit = Edit(model, only)
-    known: dict[str, tuple[np.ndarray, np.floating] | None] = {}
-    edit.each(["Softmax"], lambda softmax: _multiply(model, edit, softmax, known))
-    return edit.finish()
+    """Multiply masks that are constants into the scores; fires on the Softmax."""
+    return each_node(model, only, ["Softmax"], partial(_multiply, known={}))
 
 
 def _multiply(

@@ -24,15 +24,7 @@ LIMIT = 1 << 28  # bytes of one tensor
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
-    """Compute every node whose inputs are constant, up to `LIMIT`.
-
-    Args:
-        model: prepared float model.
-        only: names of the nodes that may be computed; None for all.
-
-    Returns:
-        The model and the nodes that it no longer has.
-    """
+    """Compute every node whose inputs are constant, up to `LIMIT`."""
     draft = Draft(model)
     ready = {
         node.name: node

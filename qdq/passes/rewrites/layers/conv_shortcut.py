@@ -16,24 +16,14 @@ from onnx import NodeProto
 
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
-from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, only_reader, require_constants
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node, only_reader, require_constants
 
 STAGE, RANK = "float", 18  # no other rewrite depends on it; initializers are written in this order
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
-    """Fold shortcuts around single convolutions.
-
-    Args:
-        model: prepared float model, static or dynamic sizes.
-        only: names of the Conv nodes that may be changed; None for all.
-
-    Returns:
-        The model and the Conv nodes fired on; each makes the output of its Add.
-    """
-    edit = Edit(model, only)
-    edit.each(["Conv"], lambda conv: _fold(model, edit, conv))
-    return edit.finish()
+    """Fold shortcuts around single convolutions; fires on the Conv, which then makes the output of its Add."""
+    return each_node(model, only, ["Conv"], _fold)
 
 
 def _fold(model: Model, edit: Edit, conv: NodeProto) -> None:

@@ -19,7 +19,7 @@ from onnx import NodeProto
 
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
-from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, require_constants
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, each_node, require_constants
 
 STAGE, RANK = "float", 20  # behind norm_bias and norm_channels, which look for ConvTranspose: phases multiply channels
 
@@ -34,18 +34,12 @@ class Axis:
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
-    """Write ConvTranspose with constant weights as Conv and a shuffle; the Conv takes its node's name.
+    """Write ConvTranspose with constant weights as Conv, which takes its name, and a shuffle."""
+    return each_node(model, only, ["ConvTranspose"], _put)
 
-    Args:
-        model: prepared float model, static or dynamic sizes.
-        only: names of the ConvTranspose nodes that may be changed; None for all.
 
-    Returns:
-        The model and the nodes fired on.
-    """
-    edit = Edit(model, only)
-    edit.each(["ConvTranspose"], lambda node: edit.replace(node, _convolution(model, edit, node, _axes(model, node))))
-    return edit.finish()
+def _put(model: Model, edit: Edit, node: NodeProto) -> None:
+    edit.replace(node, _convolution(model, edit, node, _axes(model, node)))
 
 
 def _axes(model: Model, node: NodeProto) -> list[Axis]:

@@ -29,15 +29,7 @@ ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
-    """Flatten what MatMul nodes with constant matrices read.
-
-    Args:
-        model: prepared float model; at most one size of a tensor that is flattened is dynamic.
-        only: names of the MatMul nodes that may be changed; None for all.
-
-    Returns:
-        The model and the MatMul nodes fired on.
-    """
+    """Flatten what MatMul nodes with constant matrices read; fires on those."""
     edit = Edit(model, only)
     products: set[str] = set()
     edit.each(["MatMul"], lambda node: products.add(_require_flat(model, node).name))

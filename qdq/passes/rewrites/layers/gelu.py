@@ -16,7 +16,7 @@ from collections.abc import Collection
 from onnx import NodeProto
 
 from qdq.model.model import Model
-from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, only_reader
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, each_node, only_reader
 from qdq.passes.rewrites.polynomial import OPERATORS, agrees, ancestors, polynomial, powers
 
 STAGE, RANK = "float", 3  # before flatten, which takes Gelu along
@@ -31,18 +31,8 @@ STEPS = 4  # operators behind Erf or Tanh: 1 +, times x, times 0.5, and one to s
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
-    """Put Gelu in the place of what is written out.
-
-    Args:
-        model: prepared float model, static or dynamic sizes.
-        only: names of the Erf and Tanh nodes whose GELU may be changed; None for all.
-
-    Returns:
-        The model and the Erf and Tanh nodes fired on; the Gelu takes the name.
-    """
-    edit = Edit(model, only)
-    edit.each(CURVES, lambda curve: _put(model, edit, curve))
-    return edit.finish()
+    """Put Gelu in the place of what is written out; fires on its Erf or Tanh, whose name it takes."""
+    return each_node(model, only, CURVES, _put)
 
 
 def _put(model: Model, edit: Edit, curve: NodeProto) -> None:

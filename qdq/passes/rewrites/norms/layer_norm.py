@@ -19,7 +19,7 @@ from onnx import NodeProto
 
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
-from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, each_node
 from qdq.passes.rewrites.polynomial import ONE, OPERATORS, agrees, ancestors, polynomial, powers
 
 STAGE, RANK = "float", 2  # before norm_late, which moves the operator that this makes
@@ -50,18 +50,8 @@ class Norm:
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
-    """Put LayerNormalization in the place of what is written out.
-
-    Args:
-        model: prepared float model; the normalized axes are static.
-        only: names of the Sqrt or Pow nodes whose normalization may be changed; None for all.
-
-    Returns:
-        The model and the Sqrt or Pow nodes fired on.
-    """
-    edit = Edit(model, only)
-    edit.each(ROOTS, lambda root: _put(model, edit, root))
-    return edit.finish()
+    """Put LayerNormalization in the place of what is written out; fires on its Sqrt or Pow."""
+    return each_node(model, only, ROOTS, _put)
 
 
 def _put(model: Model, edit: Edit, root: NodeProto) -> None:

@@ -12,24 +12,14 @@ from collections.abc import Collection
 from onnx import NodeProto
 
 from qdq.model.model import Model
-from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node
 
 STAGE, RANK = "float", 10  # before norm_one_channel and norm_channels: a bias that goes needs no zeros
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
-    """Drop biases in front of InstanceNormalization.
-
-    Args:
-        model: prepared float model.
-        only: names of the nodes with a bias that may be changed; None for all.
-
-    Returns:
-        The model and the nodes that lost their bias.
-    """
-    edit = Edit(model, only)
-    edit.each(["Conv", "ConvTranspose"], lambda node: _drop(model, edit, node))
-    return edit.finish()
+    """Drop biases in front of InstanceNormalization; fires on the nodes that lose theirs."""
+    return each_node(model, only, ("Conv", "ConvTranspose"), _drop)
 
 
 def _drop(model: Model, edit: Edit, node: NodeProto) -> None:

@@ -11,13 +11,14 @@ what follows. Conv and ConvTranspose of one group, a bias constant. It must not 
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 import numpy as np
 from onnx import NodeProto
 
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
-from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, only_reader, require_constants
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node, only_reader, require_constants
 
 STAGE, RANK = "float", 15  # behind norm_bias and norm_one_channel, which leave less to widen; before conv_transpose
 
@@ -28,19 +29,8 @@ FINITE = frozenset(_POINTWISE.split())
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
-    """Add zero channels between a convolution and its InstanceNormalization.
-
-    Args:
-        model: prepared float model.
-        only: names of the InstanceNormalization nodes that may be changed; None for all.
-
-    Returns:
-        The model and the InstanceNormalization nodes fired on.
-    """
-    edit = Edit(model, only)
-    made: dict[str, NodeProto] = {}
-    edit.each(["InstanceNormalization"], lambda norm: _widen(model, edit, norm, made))
-    return edit.finish()
+    """Add zero channels between a convolution and its InstanceNormalization; fires on the norm."""
+    return each_node(model, only, ["InstanceNormalization"], partial(_widen, made={}))
 
 
 def _widen(model: Model, edit: Edit, norm: NodeProto, made: dict[str, NodeProto]) -> None:

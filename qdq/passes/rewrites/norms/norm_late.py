@@ -20,7 +20,7 @@ from engines.core.operators import MOVERS
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
 from qdq.passes.draft import assign
-from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node
 
 STAGE, RANK = "float", 5  # behind layer_norm, which makes the operator that this moves
 
@@ -30,18 +30,8 @@ WORTH = ("Pad", "Slice", "Transpose")  # a norm is not moved past others alone
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
-    """Move norms over the last axis behind moves.
-
-    Args:
-        model: prepared float model, all sizes static.
-        only: names of the LayerNormalization nodes that may be moved; None for all.
-
-    Returns:
-        The model and the LayerNormalization nodes fired on.
-    """
-    edit = Edit(model, only)
-    edit.each(["LayerNormalization"], lambda norm: _move(model, edit, norm))
-    return edit.finish()
+    """Move LayerNormalization over the last axis behind moves, all sizes static."""
+    return each_node(model, only, ["LayerNormalization"], _move)
 
 
 def _move(model: Model, edit: Edit, norm: NodeProto) -> None:

@@ -16,7 +16,7 @@ from onnx import NodeProto
 
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
-from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, require_constants
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, each_node, require_constants
 
 STAGE, RANK = "float", 12  # before norm_channels: a norm that goes needs no more channels
 
@@ -24,18 +24,12 @@ EPSILON = 1e-5  # InstanceNormalization's default
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
-    """Normalize one channel instead of its multiples.
+    """Normalize one channel instead of its multiples; fires on the norm."""
+    return each_node(model, only, ["InstanceNormalization"], _put)
 
-    Args:
-        model: prepared float model, static or dynamic sizes.
-        only: names of the InstanceNormalization nodes that may be changed; None for all.
 
-    Returns:
-        The model and the InstanceNormalization nodes fired on.
-    """
-    edit = Edit(model, only)
-    edit.each(["InstanceNormalization"], lambda norm: edit.replace(norm, _pointwise(model, edit, norm)))
-    return edit.finish()
+def _put(model: Model, edit: Edit, norm: NodeProto) -> None:
+    edit.replace(norm, _pointwise(model, edit, norm))
 
 
 def _one_channel(model: Model, norm: NodeProto) -> NodeProto:

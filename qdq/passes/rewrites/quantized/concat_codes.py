@@ -11,13 +11,14 @@ parts and with the same numbers (`placement` ties them). It must not touch a qua
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 import numpy as np
 from onnx import NodeProto, helper
 
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
-from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node
 
 STAGE, RANK = "quantized", 20  # no other rewrite depends on it; initializers are written in this order
 
@@ -25,25 +26,14 @@ STEPS = ("Pad", "Cast", "Sub", "QuantizeLinear", "DequantizeLinear")  # what a q
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
-    """Quantize the parts of a Concat.
-
-    Args:
-        model: Q/DQ model, in any float type; after `precision.convert` for an FP16 one, so that types are settled.
-        only: names of the Concat nodes that may be changed; None for all.
-
-    Returns:
-        The model and the Concat nodes fired on.
-    """
-    edit = Edit(model, only)
+    """Quantize the parts of a Concat; fires on it."""
     place = {node.name: index for index, node in enumerate(model.graph.node)}
-    edit.each(["Concat"], lambda concat: _quantize_parts(model, edit, concat, place))
-    return edit.finish()
+    return each_node(model, only, ["Concat"], partial(_quantize_parts, place=place))
 
 
 def _quantize_parts(model: Model, edit: Edit, concat: NodeProto, place: dict[str, int]) -> None:
     """Move each quantizer that reads a Concat before it, if it can be; `place` of each node in the graph."""
-    reason = "no quantizer of one scale reads its result"
-    fits = False
+    reason: str | None = "no quantizer of one scale reads its result"
     for use in model.consumers(concat.output[0]):
         steps = _quantizer(model, use.node) if use.index == 0 else []
         if not steps or not _elementwise(model, steps, concat):
@@ -51,9 +41,9 @@ def _quantize_parts(model: Model, edit: Edit, concat: NodeProto, place: dict[str
         last = steps[-1]
         made = [_alike(model, part, steps, place[last.name], place) for part in concat.input]
         if not any(made):
-            reason = f"no part of it is quantized by the same numbers as {last.name!r}, and before that"
+            reason = reason and f"no part of it is quantized by the same numbers as {last.name!r}, and before that"
             continue
-        fits = True
+        reason = None
         new: list[NodeProto] = []
         for index, part in enumerate(concat.input):
             if not made[index]:
@@ -64,7 +54,7 @@ def _quantize_parts(model: Model, edit: Edit, concat: NodeProto, place: dict[str
         for step in steps[:-1]:
             edit.replace(step, [], concat)
         edit.replace(last, new, concat)
-    if not fits:
+    if reason:
         raise Unfit(reason)
 
 

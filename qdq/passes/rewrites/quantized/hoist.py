@@ -11,31 +11,21 @@ before. Codes are unchanged. It must not touch other operators.
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 import numpy as np
 from onnx import NodeProto
 
 from qdq.model.model import Model
-from qdq.passes.rewrites.edit import Edit, Rewritten, altered, require_constants
+from qdq.passes.rewrites.edit import Edit, Rewritten, altered, each_node, require_constants
 from qdq.passes.rewrites.quantized.weight_scales import channel_scales, common_scale, dequantized, ratios
 
 STAGE, RANK = "quantized", 10  # behind norm_scale, which needs no Mul where it fits
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
-    """Move the per-channel scales of quantized Conv weights behind the convolution.
-
-    Args:
-        model: Q/DQ model, in any float type; after `precision.convert` for an FP16 one, so that types are settled.
-        only: names of the Conv nodes that may be changed; None for all.
-
-    Returns:
-        The model and the Conv nodes fired on. A Conv whose scales are more than `LARGEST_RATIO` apart stays as it is.
-    """
-    edit = Edit(model, only)
-    made: dict[tuple[str, str], NodeProto] = {}
-    edit.each(["Conv"], lambda conv: _move_scales(model, edit, conv, made))
-    return edit.finish()
+    """Move the per-channel scales of quantized Conv weights behind the convolution; fires on the Conv."""
+    return each_node(model, only, ["Conv"], partial(_move_scales, made={}))
 
 
 def _move_scales(model: Model, edit: Edit, conv: NodeProto, made: dict[tuple[str, str], NodeProto]) -> None:

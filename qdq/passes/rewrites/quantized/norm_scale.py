@@ -13,6 +13,7 @@ that did not. It must not touch a tensor that others read.
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 import numpy as np
 from onnx import NodeProto, helper
@@ -20,7 +21,7 @@ from onnx import NodeProto, helper
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
 from qdq.passes.draft import assign
-from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, require_constants
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node, require_constants
 from qdq.passes.rewrites.quantized.weight_scales import channel_scales, common_scale, dequantized, ratios
 
 STAGE, RANK = "quantized", 5  # before hoist, which takes what this does not fit
@@ -30,20 +31,8 @@ LARGEST_EPSILON = 1.01e-3  # of a norm that is to divide by the standard deviati
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
-    """Give quantized Conv weights one scale where only InstanceNormalization reads the result.
-
-    Args:
-        model: Q/DQ model, in any float type; after `precision.convert` for an FP16 one, so that types are settled.
-        only: names of the Conv nodes that may be changed; None for all.
-
-    Returns:
-        The model and the Conv nodes fired on. A Conv stays as it is if its scales are more than `LARGEST_RATIO` apart,
-        its bias is no constant, or the norm's epsilon is above `LARGEST_EPSILON`.
-    """
-    edit = Edit(model, only)
-    made: dict[tuple[str, str], NodeProto] = {}
-    edit.each(["Conv"], lambda conv: _unify(model, edit, conv, made))
-    return edit.finish()
+    """Give quantized Conv weights one scale where only InstanceNormalization reads the result; fires on the Conv."""
+    return each_node(model, only, ["Conv"], partial(_unify, made={}))
 
 
 def _unify(model: Model, edit: Edit, conv: NodeProto, made: dict[tuple[str, str], NodeProto]) -> None:
