@@ -96,7 +96,7 @@ def main() -> None:
         specs = input_specs(prepared)
         start, seen = time.perf_counter(), ""
 
-        def tell(done: int, total: int | None, label: str) -> None:
+        def on_progress(done: int, total: int | None, label: str) -> None:
             nonlocal seen
             if label != seen:
                 seen = label
@@ -109,7 +109,7 @@ def main() -> None:
             task=task,
             evaluation=open_samples(str(evaluation), specs),
             prepared=prepared,
-            on_progress=tell,
+            on_progress=on_progress,
         )
     show(made, time.perf_counter() - start)
     if options.json:

@@ -146,12 +146,12 @@ def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path, *, measure:
     built, accuracy = found.price, None
     if measure:
         made = quantize.quantize(prepared, data, settings=recipe.settings, plan=found.plan)
-        done = finish(made.model, made.plan, rest=recipe.rest, table=made.table)
+        done = finish(made.model, made.plan, unquantized_type=recipe.unquantized_type, table=made.table)
         save(done.model, folder / "tuned.onnx")
         built = pricer(done.model)
         held = inputs.as_samples(case.evaluation, prepared)
         accuracy = check.evaluate(case.path, folder / "tuned.onnx", held, limits={}).sqnr_db
-    plain = VariantBuilder(model=prepared, settings=recipe.settings, rests=("fp32",))
+    plain = VariantBuilder(model=prepared, settings=recipe.settings, unquantized_types=("fp32",))
     return Row(
         model=case.name,
         target=recipe.targets[0],

@@ -44,8 +44,8 @@ def replaced(text: str, name: str, content: str) -> str:
     Raises:
         ValueError: the file has no such section.
     """
-    head, begin, rest = text.partition(f"<!-- {name} -->\n")
-    _, end, tail = rest.partition(f"<!-- /{name} -->\n")
+    head, begin, unquantized_type = text.partition(f"<!-- {name} -->\n")
+    _, end, tail = unquantized_type.partition(f"<!-- /{name} -->\n")
     if not begin or not end:
         raise ValueError(f"no section {name!r}: add the lines <!-- {name} --> and <!-- /{name} -->")
     return f"{head}{begin}{content.strip()}\n{end}{tail}"

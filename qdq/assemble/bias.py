@@ -27,7 +27,7 @@ from qdq.core.arrays import Floats
 from qdq.core.progress import Progress
 from qdq.core.resources import cores
 from qdq.measure.inference.samples import Sample, overlapped
-from qdq.measure.inference.session import Tap
+from qdq.measure.inference.session import Session
 from qdq.measure.inference.staged import Stages, can_stage
 from qdq.model.model import Model
 from qdq.model.nodes import Names, factor, reads
@@ -177,8 +177,8 @@ class _Mean:
 
 def _means(model: Model, nodes: Sequence[WeightedNode], held: Split) -> dict[str, _Mean]:
     """The means of nodes' outputs in one pass over the whole model."""
-    tap, look = Tap(model, [node.output for node in nodes], threads=1), _look(model, nodes)
-    return _mean(overlapped(lambda sample: look(tap(sample)), held.fitting(), cores()))
+    session, look = Session(model, [node.output for node in nodes], threads=1), _look(model, nodes)
+    return _mean(overlapped(lambda sample: look(session(sample)), held.fitting(), cores()))
 
 
 def _look(model: Model, nodes: Sequence[WeightedNode]) -> Callable[[Mapping[str, npt.NDArray[Any]]], _Sums]:

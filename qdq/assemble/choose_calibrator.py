@@ -34,7 +34,7 @@ from qdq.core.resources import cores
 from qdq.measure import second_moments
 from qdq.measure.calibrators import CALIBRATORS
 from qdq.measure.inference.samples import Sample, overlapped
-from qdq.measure.inference.session import Tap
+from qdq.measure.inference.session import Session
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED
@@ -160,9 +160,9 @@ def pick(
             error = probe.error(point.tensor, params[method][point.tensor])
             energies = [probe.energy(node, error) for node in readers]
             wanted[point.tensor, method] = list(zip(energies, signals, strict=True))
-    tap = Tap(probe.model(), probe.outputs, threads=1)
+    session = Session(probe.model(), probe.outputs, threads=1)
     sums: dict[str, float] = dict.fromkeys(probe.outputs, 0.0)
-    for done, values in enumerate(overlapped(tap, held.fitting(), cores()), 1):
+    for done, values in enumerate(overlapped(session, held.fitting(), cores()), 1):
         for name, value in values.items():
             sums[name] += float(value)
         if on_progress is not None:

@@ -1,4 +1,4 @@
-"""The last passes over a Q/DQ model before it is compiled: the float type of the rest, and the plan's rewrites.
+"""The last passes over a Q/DQ model before it is compiled: the float type of its other nodes, and the plan's rewrites.
 
 Q/DQ model -> `precision.convert` -> the rewrites of the quantized stage that the plan names -> the model to build.
 It must not decide anything: `tune` did.
@@ -26,19 +26,19 @@ class Finished:
 
 def rest_of(plan: Plan, asked: str) -> str:
     """The float type of what a plan leaves unquantized: 'fp16', 'bf16' or 'fp32'; `asked` may be 'auto'."""
-    return asked if asked != "auto" else plan.rest or "fp16"
+    return asked if asked != "auto" else plan.unquantized_type or "fp16"
 
 
-def finish(model: Model, plan: Plan, *, rest: str, table: CalibrationTable | None) -> Finished:
+def finish(model: Model, plan: Plan, *, unquantized_type: str, table: CalibrationTable | None) -> Finished:
     """Give everything unquantized its float type, and do what the plan says is to be done to the Q/DQ model.
 
     Args:
         model: with Q/DQ, all float tensors float32.
         plan: that it was quantized by.
-        rest: 'fp16', 'bf16', 'fp32', or 'auto' for the plan's.
+        unquantized_type: 'fp16', 'bf16', 'fp32', or 'auto' for the plan's.
         table: calibrated ranges; tensors that could overflow stay FP32.
     """
-    converted = convert(model, rest=rest_of(plan, rest), table=table)
+    converted = convert(model, unquantized_type=rest_of(plan, unquantized_type), table=table)
     notes = []
     if converted.kept:
         rules = Counter(skip.rule for skip in converted.kept)

@@ -15,7 +15,7 @@ import numpy as np
 
 from qdq.core.resources import cores
 from qdq.measure.inference.samples import Sample, counted, overlapped, sample_sha256
-from qdq.measure.inference.session import Tap
+from qdq.measure.inference.session import Session
 from qdq.model.model import Model
 
 MOST_FIT = 8  # samples that corrections are fitted on, at most
@@ -81,7 +81,7 @@ class HeldOutScore:
             held: the samples.
         """
         self._outputs = [o.name for o in model.outputs if not model.is_constant(o.name)]
-        self._float, self._held = Tap(model, self._outputs, threads=1), held
+        self._float, self._held = Session(model, self._outputs, threads=1), held
 
     def sqnr_db(self, candidate: Model) -> float:
         """Signal to quantization noise ratio over all outputs and samples; see `sqnrs_db`."""
@@ -104,11 +104,11 @@ class HeldOutScore:
         if len(candidates) > AT_ONCE:
             signals, some = self.energies(candidates[:AT_ONCE])
             return signals, some + self.energies(candidates[AT_ONCE:])[1]
-        taps = [Tap(candidate, self._outputs, threads=1) for candidate in candidates]
+        taps = [Session(candidate, self._outputs, threads=1) for candidate in candidates]
 
         def compare(sample: Sample) -> list[float]:
             expected = self._float(sample)
-            both = [energies(expected, tap(sample)) for tap in taps]
+            both = [energies(expected, session(sample)) for session in taps]
             return [both[0][0], *(noise for _, noise in both)]
 
         each = list(overlapped(compare, self._held.holding(), cores()))

@@ -72,7 +72,7 @@ def insert(model: Model, plan: Plan, solution: Solution) -> Model:
         writer.node(node, operands)
     params = (*solution.activations.values(), *(w.params for w in solution.weights.values()))
     opset = max((FORMATS[p.format].minimum_opset for p in params), default=0)
-    return model.replace(writer.finish(opset), keeps=solution.spool)
+    return model.replace(writer.finish(opset), keeps=solution.store)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +98,7 @@ class _Writer(GraphWriter):
     """The cases of the table, node after node."""
 
     def __init__(self, model: Model, solution: Solution) -> None:
-        super().__init__(model, solution.spool)
+        super().__init__(model, solution.store)
         self._solution = solution
         self._readers = by_data(solution.nodes.values())
         self._made: dict[tuple[object, ...], str] = {}
@@ -310,7 +310,7 @@ class _Writer(GraphWriter):
         tensor, key = node.weight, (*node.key, "weight", channels, flip)
         if key not in self._made:
             quantized = self._solution.weights[node.key]
-            params, via = quantized.params, quantized.via
+            params, compute_params = quantized.params, quantized.compute_params
             values, scales, axis = quantized.codes, params.scale, params.axis or 0
             if channels:
                 values = np.pad(values, [(0, channels if i == 1 else 0) for i in range(values.ndim)])
@@ -322,11 +322,11 @@ class _Writer(GraphWriter):
             extra = {"block_size": params.block} if params.block else {}
             inputs = [codes, *self._weight_scale(tensor, scales, values.dtype, dtype, params)]
             made = self._append("DequantizeLinear", inputs, f"{tensor}_DequantizeLinear", axis=axis, **extra)
-            if via is not None:
-                assert via.axis is not None
-                axis = 1 - via.axis if flip else via.axis
-                scale = self._constant(f"{tensor}_channel_scale", via.scale, dtype)
-                zeros = np.zeros(via.scale.shape, dtype=FORMATS[via.format].dtype)
+            if compute_params is not None:
+                assert compute_params.axis is not None
+                axis = 1 - compute_params.axis if flip else compute_params.axis
+                scale = self._constant(f"{tensor}_channel_scale", compute_params.scale, dtype)
+                zeros = np.zeros(compute_params.scale.shape, dtype=FORMATS[compute_params.format].dtype)
                 zero = self._constant(f"{tensor}_channel_zero_point", zeros)
                 made = self._append("QuantizeLinear", (made, scale, zero), f"{tensor}_QuantizeLinear", axis=axis)
                 made = self._append("DequantizeLinear", (made, scale, zero), f"{made}_DequantizeLinear", axis=axis)

@@ -27,7 +27,7 @@ from qdq.core.choices import choose
 from qdq.core.errors import InputError
 from qdq.plan.settings import Settings
 
-RESTS = ("auto", "fp16", "bf16", "fp32")
+UNQUANTIZED_TYPES = ("auto", "fp16", "bf16", "fp32")
 TUNES = ("placement", "rewrites", "off")
 TIME_LIMIT_S = 110.0
 LIMITS: Mapping[str, tuple[float, float]] = {
@@ -90,8 +90,8 @@ class Recipe:
 
     Attributes:
         settings: how to quantize.
-        rest: float type of what is not quantized; "auto" is that of a tuned plan (FP16, or FP32 where that is faster),
-            else FP16.
+        unquantized_type: float type of what is not quantized; "auto" is that of a tuned plan (FP16, or FP32 where that
+            is faster), else FP16.
         tune: what is chosen by compiled results: 'placement' (rewrites, and which nodes are quantized at all),
             'rewrites' (everything the rules want is quantized), or 'off'. By default placement for the scheme int8; who
             asks for another wants a smaller model, and gets rewrites.
@@ -105,7 +105,7 @@ class Recipe:
     """
 
     settings: Settings = field(default_factory=Settings)
-    rest: str = "auto"
+    unquantized_type: str = "auto"
     tune: str = "placement"
     time_limit_s: float = TIME_LIMIT_S
     gpus: tuple[str | Mapping[str, object], ...] = ()
@@ -122,7 +122,8 @@ class Recipe:
             InputError: an unknown key or value; the message names the nearest key.
         """
         setting_keys = [f.name for f in fields(Settings)]
-        keys = [*setting_keys, "rest", "tune", "time_limit", "gpu", "target", "backend", "shape", *LIMITS]
+        keys = [*setting_keys, "unquantized_type", "tune", "time_limit", "gpu", "target", "backend", "shape", *LIMITS]
+        values = {"unquantized_type" if k == "rest" else k: v for k, v in values.items()}  # `rest`: its older name
         for key in values:
             choose(str(key), keys, "recipe key")
         words = {True: "on", False: "off"}  # YAML reads on and off as booleans
@@ -134,7 +135,9 @@ class Recipe:
         tune = "placement" if settings.scheme == "int8" else "rewrites"
         return cls(
             settings=settings,
-            rest=choose(str(values.get("rest", "auto")), RESTS, "type for the rest"),
+            unquantized_type=choose(
+                str(values.get("unquantized_type", "auto")), UNQUANTIZED_TYPES, "type for what is not quantized"
+            ),
             tune=choose(str(values.get("tune", tune)), TUNES, "way to tune"),
             time_limit_s=_seconds(values.get("time_limit", TIME_LIMIT_S)),
             gpus=tuple(g if isinstance(g, Mapping) else str(g) for g in (gpus if isinstance(gpus, list) else [gpus])),

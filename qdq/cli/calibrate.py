@@ -40,13 +40,17 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("files", nargs=-1, type=PATH, metavar="MODEL | --merge TABLE...")
 @data_options
-@click.option("--plan", "plan_file", type=PATH, help="plan.json in place of a new plan.")
+@click.option("--plan", "plan_file", type=PATH, help="Take this plan.json in place of a new plan.")
 @output_option("table.json")
 @click.option("--merge", is_flag=True, help="Make one table of several, given in place of MODEL.")
-@click.option("--memory", metavar="SIZE", help="For activations, as 2G: more passes over the samples where too little.")
-@click.option("--workers", type=int, metavar="N", help="Processes of this machine; default: one.")
-@click.option("--cluster", metavar="tcp://HOST:PORT", help="Scheduler of a Dask cluster whose workers do it.")
-@click.option("--provider", default="cpu", show_default=True, help="ONNX Runtime runs on cpu or cuda.")
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Use at most this much for activations, as 2G; takes more passes where that is too little.",
+)
+@click.option("--workers", type=int, metavar="N", help="Calibrate on N processes of this machine; default: one.")
+@click.option("--cluster", metavar="tcp://HOST:PORT", help="Calibrate on the workers of this Dask cluster.")
+@click.option("--provider", default="cpu", show_default=True, help="Run ONNX Runtime on cpu or cuda.")
 @custom_ops_option
 @click.option("--plot", "plot_folder", type=PATH, metavar="DIR", help="Draw each tensor's histogram and thresholds.")
 @place_options

@@ -24,9 +24,9 @@ from qdq.cli.options import (
     model_argument,
     recipe_option,
     recipe_values,
-    rest_option,
     samples_of,
     tune_options,
+    unquantized_option,
 )
 from qdq.cli.terminal import Bars, note, show_rows
 
@@ -46,26 +46,26 @@ def _metrics() -> Iterable[str]:
 @click.command()
 @model_argument
 @data_options
-@click.option("--eval", "evaluation", help="Samples to score on, in the forms of --data; default: those of --data.")
+@click.option("--eval", "evaluation", help="Score on these samples, in the forms of --data; default: those of --data.")
 @click.option(
     "--schemes",
     multiple=True,
     default=DEFAULT_SCHEMES,
     show_default=True,
-    help="Schemes, with commas between; each may have options of its own, as in int4:block=32:rounding=nearest.",
+    help="Compare these schemes, with commas between; each may have options, as in int4:block=32:rounding=nearest.",
 )
-@click.option("--metric", cls=Listed, names=_metrics, default="cosine", show_default=True, help="Score: {names}.")
+@click.option("--metric", cls=Listed, names=_metrics, default="cosine", show_default=True, help="Score by {names}.")
 @click.option(
     "--labels",
     default="",
     metavar="ARRAY",
-    help="Array of the evaluation samples with the truth; next: the following tokens. Default: the float model.",
+    help="Score against this array of the evaluation samples; next: the following tokens. Default: the float model.",
 )
-@click.option("--score-output", default="", metavar="NAME", help="Output that the metric is of; default: the first.")
-@click.option("--unit", default="", help="Of a metric in a unit, as mae: its name, such as kcal/mol.")
-@click.option("--per", type=float, default=1.0, help="Of such a metric: how much of the output makes one unit.")
-@click.option("-o", "--output", type=PATH, help="Where to write report.json.")
-@rest_option
+@click.option("--score-output", default="", metavar="NAME", help="Score this output; default: the first.")
+@click.option("--unit", default="", help="Name the unit of a metric that has one, as mae; for instance kcal/mol.")
+@click.option("--per", type=float, default=1.0, help="Say how much of the output makes one such unit.")
+@click.option("-o", "--output", type=PATH, help="Write report.json here.")
+@unquantized_option
 @tune_options
 @compile_options
 @recipe_option

@@ -17,10 +17,10 @@ from qdq.cli.options import (
     limit_options,
     model_argument,
     recipe_of,
-    rest_option,
     samples_of,
     settings_options,
     tune_options,
+    unquantized_option,
 )
 from qdq.cli.terminal import Bars, note, show_rows
 
@@ -28,10 +28,10 @@ from qdq.cli.terminal import Bars, note, show_rows
 @click.command()
 @model_argument
 @data_options
-@click.option("--out", type=PATH, required=True, help="Folder for the results.")
-@click.option("--eval", "evaluation", help="Samples to check on, in the forms of --data; default: those of --data.")
+@click.option("--out", type=PATH, required=True, help="Write the results to this folder.")
+@click.option("--eval", "evaluation", help="Check on these samples, in the forms of --data; default: those of --data.")
 @settings_options
-@rest_option
+@unquantized_option
 @tune_options
 @compile_options
 @limit_options
@@ -87,8 +87,8 @@ def finish_with(failures: list[str]) -> None:
 
 
 @click.command()
-@click.option("--out", type=PATH, default=Path("qdq-demo"), show_default=True, help="Folder for the results.")
-@rest_option
+@click.option("--out", type=PATH, default=Path("qdq-demo"), show_default=True, help="Write the results to this folder.")
+@unquantized_option
 @tune_options
 @compile_options
 @json_option

@@ -21,7 +21,7 @@ from qdq.cli.terminal import show_rows
 @click.command()
 @click.argument("source", type=PATH, metavar="MODEL|PLAN.json")
 @click.argument("node")
-@click.option("--engine", type=PATH, help="An engine of this model: also say which kernel runs the node.")
+@click.option("--engine", type=PATH, help="Also say which kernel of this engine runs the node.")
 @settings_options
 @shape_option
 @json_option

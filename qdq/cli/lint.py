@@ -32,9 +32,14 @@ PATH = click.Path(path_type=Path)
 @click.command("lint")
 @click.argument("model", type=PATH)
 @click.option("--fix", is_flag=True, help="Repair what needs no data, prove it, and write the model.")
-@click.option("-o", "--output", type=PATH, help="Where to write the repaired model.")
-@click.option("--target", multiple=True, help="GPU generation to prove it for, such as sm89 (default); repeatable.")
-@click.option("--shape", multiple=True, metavar="NAME:MIN:OPT:MAX", help="Shapes of a dynamic input; or NAME:SHAPE.")
+@click.option("-o", "--output", type=PATH, help="Write the repaired model here.")
+@click.option("--target", multiple=True, help="Prove it for a GPU generation, such as sm89 (default); repeatable.")
+@click.option(
+    "--shape",
+    multiple=True,
+    metavar="NAME:MIN:OPT:MAX",
+    help="Compile a dynamic input for these shapes; or NAME:SHAPE.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON to standard output.")
 def lint_command(
     model: Path, fix: bool, output: Path | None, target: tuple[str, ...], shape: tuple[str, ...], as_json: bool

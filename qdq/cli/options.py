@@ -87,26 +87,40 @@ def _forms() -> list[str]:
     return [form.says for form in forms()]
 
 
-recipe_option = click.option("--recipe", type=PATH, help="YAML file; its keys are the options with underscores.")
-scheme_option = _setting("--scheme", "What becomes of weights and data: {names}.")
-exclude_option = click.option("--exclude", multiple=True, metavar="GLOB", help="Nodes to leave in float; repeatable.")
+recipe_option = click.option(
+    "--recipe", type=PATH, help="Read options from a YAML file; its keys are the options with underscores."
+)
+scheme_option = _setting("--scheme", "Choose formats of weights and data: {names}.")
+exclude_option = click.option(
+    "--exclude", multiple=True, metavar="GLOB", help="Leave these nodes in float; repeatable."
+)
 place_options = _options(scheme_option, exclude_option, recipe_option)
 settings_options = _options(
     scheme_option,
-    _setting("--calibrator", "Activation ranges: {names}."),
-    click.option("--percentile", type=float, help="Of the percentile calibrator, default 99.99."),
-    _setting("--rounding", "Weights: {names}; default: the scheme's."),
-    _setting("--equalize", "Channel balancing: {names}; default likewise."),
-    _setting("--block", "Weights of few bits that share a scale: {names}."),
-    click.option("--v0", help="Of fptq: largest magnitude for one scale, default 15; auto equalizes whatever gains."),
-    click.option("--v1", help="Of fptq: beyond it one scale per token, default 150; auto says so by the error."),
+    _setting("--calibrator", "Choose activation ranges by: {names}."),
+    click.option(
+        "--percentile", type=float, help="Percentile to keep; only with --calibrator percentile. Default 99.99."
+    ),
+    _setting("--rounding", "Round weights by: {names}; default: the scheme's."),
+    _setting("--equalize", "Balance channels by: {names}; default: the scheme's."),
+    _setting("--block", "Let this many 4-bit weights share a scale: {names}."),
+    click.option(
+        "--v0", help="FPTQ: up to this magnitude one scale; auto equalizes every tensor that gains. Default 15."
+    ),
+    click.option(
+        "--v1", help="FPTQ: above this magnitude one scale per token; auto decides from the error. Default 150."
+    ),
     _setting("--bias-correction", "Shift biases so that means stay: {names}; auto does where held-out samples gain."),
-    click.option("--shift/--no-shift", default=None, help="Shift lopsided activations to use all codes (default on)."),
+    click.option(
+        "--shift/--no-shift", default=None, help="Shift asymmetric activations to use all codes (default on)."
+    ),
     exclude_option,
     recipe_option,
 )
-rest_option = click.option(
-    "--rest", help="Float type of what is not quantized: auto (default: fp16, or fp32 if tuned so), fp16, bf16, fp32."
+unquantized_option = click.option(
+    "--unquantized-type",
+    "--rest",
+    help="Store what is not quantized as auto (default: fp16, or fp32 if tuned so), fp16, bf16 or fp32.",
 )
 tune_options = _options(
     click.option(
@@ -114,7 +128,7 @@ tune_options = _options(
         help="Choose by compiled results: placement (default: rewrites, and what is quantized at all), rewrites (INT8 "
         "wherever it is possible), or off.",
     ),
-    click.option("--time-limit", type=float, metavar="SECONDS", help="For that choice, default 110."),
+    click.option("--time-limit", type=float, metavar="SECONDS", help="Stop tuning after this time, default 110."),
     click.option(
         "--gpu",
         multiple=True,
@@ -127,7 +141,7 @@ shape_option = click.option(
     "--shape",
     multiple=True,
     metavar="NAME:MIN:OPT:MAX",
-    help="Shapes of a dynamic input, each like 1x1x64x64x64; or NAME:SHAPE. Default: those of the samples.",
+    help="Compile a dynamic input for these shapes, each like 1x1x64x64x64; or NAME:SHAPE. Default: the samples'.",
 )
 compile_options = _options(
     click.option(
@@ -135,33 +149,33 @@ compile_options = _options(
         multiple=True,
         cls=Listed,
         names=_targets,
-        help="GPU generation: {names}; 8.6 means sm86; default sm89; repeatable.",
+        help="Compile for a GPU generation: {names}; 8.6 means sm86; default sm89; repeatable.",
     ),
-    click.option("--backend", cls=Listed, names=_backends, help="{names}."),
+    click.option("--backend", cls=Listed, names=_backends, help="Compile with {names}."),
     shape_option,
 )
 data_options = _options(
-    click.option("--data", cls=Listed, names=_forms, help="Samples: {names}."),
-    click.option("--random-data", type=int, metavar="N", help="N random samples in place of --data."),
+    click.option("--data", cls=Listed, names=_forms, help="Read samples from {names}."),
+    click.option("--random-data", type=int, metavar="N", help="Make N random samples in place of --data."),
 )
 limit_options = _options(
-    click.option("--min-sqnr-db", type=float, help="Least signal to noise ratio of each output, in dB."),
-    click.option("--min-cosine", type=float, help="Least cosine similarity of each output."),
-    click.option("--min-dice", type=float, help="Least Dice of each class of each segmentation."),
-    click.option("--min-top1", type=float, help="Least agreement of the argmax."),
+    click.option("--min-sqnr-db", type=float, help="Require this signal to noise ratio of each output, in dB."),
+    click.option("--min-cosine", type=float, help="Require this cosine similarity of each output."),
+    click.option("--min-dice", type=float, help="Require this Dice of each class of each segmentation."),
+    click.option("--min-top1", type=float, help="Require this agreement of the argmax, from 0 to 1."),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON to standard output.")
 model_argument = click.argument("model", type=PATH)
 
 
 custom_ops_option = click.option(
-    "--custom-ops", multiple=True, metavar="LIB", help="ONNX Runtime library of custom operators; repeatable."
+    "--custom-ops", multiple=True, metavar="LIB", help="Load an ONNX Runtime library of custom operators; repeatable."
 )
 
 
 def output_option(what: str, *, required: bool = True) -> Callable[[F], F]:
     """Where the result goes."""
-    return click.option("-o", "--output", type=PATH, required=required, help=f"Where to write {what}.")
+    return click.option("-o", "--output", type=PATH, required=required, help=f"Write {what} here.")
 
 
 def recipe_values(given: Mapping[str, Any], base: Mapping[str, object] | None = None) -> dict[str, object]:

@@ -23,10 +23,10 @@ from qdq.cli.options import (
     output_option,
     recipe_of,
     recipe_option,
-    rest_option,
     samples_of,
     settings_options,
     shape_option,
+    unquantized_option,
 )
 from qdq.cli.terminal import Bars, note, show_rows
 from qdq.core.errors import InputError
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 @settings_options
 @json_option
 def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
-    """Decide what is quantized, and say why the rest is not."""
+    """Decide which nodes are quantized, and say why every other node is not."""
     from qdq.deploy.report import plan_rows
     from qdq.passes.prepare import load_float
     from qdq.plan import placement
@@ -62,10 +62,10 @@ def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
 @click.command()
 @model_argument
 @data_options
-@click.option("--plan", "plan_file", type=PATH, help="plan.json in place of a new plan.")
-@click.option("--table", "table_file", type=PATH, help="table.json in place of a new calibration.")
+@click.option("--plan", "plan_file", type=PATH, help="Take this plan.json in place of a new plan.")
+@click.option("--table", "table_file", type=PATH, help="Take this table.json in place of a new calibration.")
 @output_option("the Q/DQ model")
-@rest_option
+@unquantized_option
 @custom_ops_option
 @settings_options
 @shape_option
@@ -114,7 +114,7 @@ def quantize(
                 custom_ops=custom_ops,
                 on_progress=bars,
             )
-            done = finish(made.model, made.plan, rest=recipe.rest, table=made.table)
+            done = finish(made.model, made.plan, unquantized_type=recipe.unquantized_type, table=made.table)
             save(done.model, output)
     for text in (*made.solution.notes, *done.notes):
         note(text)
@@ -130,7 +130,11 @@ def _places(settings: Settings) -> tuple[object, ...]:
 @model_argument
 @output_option("the engine; its layers and manifest go beside it")
 @compile_options
-@click.option("--timing-cache", type=PATH, help="Of a backend that times kernels: read if it exists, then written.")
+@click.option(
+    "--timing-cache",
+    type=PATH,
+    help="Read and write this cache of kernel timings; only with a backend that times kernels.",
+)
 @recipe_option
 def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) -> None:
     """Compile an engine from an ONNX model, quantized or not."""
@@ -191,7 +195,7 @@ def _show_price(model: Path, recipe: Recipe, gpu: str, as_json: bool) -> None:
 @click.argument("candidate", type=PATH, metavar="Q.onnx|ENGINE")
 @data_options
 @limit_options
-@click.option("-o", "--output", type=PATH, help="Where to write report.json.")
+@click.option("-o", "--output", type=PATH, help="Write report.json here.")
 @custom_ops_option
 @shape_option
 @recipe_option

@@ -22,10 +22,10 @@ from qdq.cli.options import (
     model_argument,
     output_option,
     recipe_of,
-    rest_option,
     samples_of,
     settings_options,
     tune_options,
+    unquantized_option,
 )
 from qdq.cli.terminal import Bars, show_rows
 
@@ -34,10 +34,12 @@ from qdq.cli.terminal import Bars, show_rows
 @model_argument
 @data_options
 @output_option("plan.json")
-@click.option("--min-sqnr-db", type=float, help="Least signal to noise ratio of the outputs, in dB; needs --data.")
-@click.option("--cache", type=PATH, help="Folder that keeps the price of every graph compiled, for the next time.")
+@click.option(
+    "--min-sqnr-db", type=float, help="Require this signal to noise ratio of the outputs, in dB; needs --data."
+)
+@click.option("--cache", type=PATH, help="Keep the price of every compiled graph in this folder, for the next time.")
 @tune_options
-@rest_option
+@unquantized_option
 @settings_options
 @compile_options
 @json_option

@@ -67,12 +67,12 @@ class QTensor:
     Attributes:
         codes: the tensor's shape, in the format's storage dtype; padded to whole blocks along a blocked axis.
         params: scale, zero point and axis.
-        via: of two-level weights: the per-channel parameters in whose codes the product reads the values.
+        compute_params: of two-level weights: the per-channel parameters in whose codes the product reads the values.
     """
 
     codes: Array
     params: QParams
-    via: QParams | None = None
+    compute_params: QParams | None = None
 
     def part(self, axis: int, chosen: slice) -> QTensor:
         """Some indices of an axis that is not cut into blocks, with their parameters."""
@@ -85,13 +85,17 @@ class QTensor:
             return replace(params, scale=params.scale[(*index, chosen)])
 
         codes = self.codes[(*(slice(None),) * axis, chosen)]
-        return QTensor(codes=codes, params=cut(self.params), via=None if self.via is None else cut(self.via))
+        return QTensor(
+            codes=codes,
+            params=cut(self.params),
+            compute_params=None if self.compute_params is None else cut(self.compute_params),
+        )
 
     def values(self) -> Floats:
         """What the product reads, dequantized: the tensor's shape without padding, float32."""
         values = from_codes(self.codes, self.params)
-        if self.via is not None:
-            values = from_codes(to_codes(values, self.via), self.via)
+        if self.compute_params is not None:
+            values = from_codes(to_codes(values, self.compute_params), self.compute_params)
         return values
 
 

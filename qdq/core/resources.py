@@ -51,7 +51,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Room:
+class MemoryBudget:
     """Memory that threads share: whoever needs more than is left waits."""
 
     def __init__(self, total: int) -> None:

@@ -84,8 +84,8 @@ def deploy(
     """
     recipe, out, model_path = recipe or Recipe(), Path(out), Path(model_path)
     backend = backend_named(recipe.backend)
-    tell = on_progress or (lambda done, total, label: None)
-    tell(0, None, "Prepare")
+    on_progress = on_progress or (lambda done, total, label: None)
+    on_progress(0, None, "Prepare")
     prepared = load_float(model_path)
     calibration, evaluated = (
         None if s is None else s(prepared) if callable(s) else as_samples(s, prepared) for s in (samples, evaluation)
@@ -99,15 +99,15 @@ def deploy(
         pricer = None
         if recipe.tune != "off" and backend.predicts:
             pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe))
-        done = written(prepared, calibration, recipe, pricer=pricer, on_progress=tell)
+        done = written(prepared, calibration, recipe, pricer=pricer, on_progress=on_progress)
         made, finished = done.made, done.finished
         output, engine_path = folder / f"{stem}.{recipe.settings.scheme}.onnx", folder / f"{stem}.engine"
         save(finished.model, output)
         made.plan.save(folder / "plan.json")
         made.table.save(folder / "table.json")
-        engine = compile_engine(output, recipe=recipe, shapes=shapes, on_progress=tell)
+        engine = compile_engine(output, recipe=recipe, shapes=shapes, on_progress=on_progress)
         save_engine(engine, engine_path, output, recipe=recipe, shapes=shapes, made_from=provenance(made))
-        float_table, reason = _float_table(prepared, folder, recipe, shapes, tell)
+        float_table, reason = _float_table(prepared, folder, recipe, shapes, on_progress)
         judged = calibration if evaluated is None else evaluated
         on_engine = recipe.backend if runs_here(engine.table.targets) else None
         check = evaluate(
@@ -117,7 +117,7 @@ def deploy(
             limits=recipe.limits,
             engine_backend=on_engine,
             custom_ops=custom_ops,
-            on_progress=tell,
+            on_progress=on_progress,
         )
         if evaluated is None:
             notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
@@ -145,7 +145,7 @@ def deploy(
 
 
 def _float_table(
-    prepared: Model, folder: Path, recipe: Recipe, shapes: Mapping[str, ShapeRange], tell: Progress
+    prepared: Model, folder: Path, recipe: Recipe, shapes: Mapping[str, ShapeRange], on_progress: Progress
 ) -> tuple[LayerTable | None, str]:
     """The layers of the float model compiled likewise, or None and why it does not compile."""
     place = folder / "float"
@@ -153,7 +153,7 @@ def _float_table(
     try:
         save(prepared, place / "float.onnx")
         return compile_engine(
-            place / "float.onnx", recipe=recipe, shapes=shapes, on_progress=tell, label="Compile FP32"
+            place / "float.onnx", recipe=recipe, shapes=shapes, on_progress=on_progress, label="Compile FP32"
         ).table, ""
     except BuildError as error:
         return None, f"The float model does not compile, so there are no sizes to compare with: {error}"

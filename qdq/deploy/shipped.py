@@ -22,7 +22,7 @@ from qdq.tune.tuned import Tuned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
+class ShippedModel:
     """A Q/DQ model as it is compiled, how its plan was found (None without tuning), and what to say of that."""
 
     made: Quantized
@@ -39,13 +39,13 @@ def written(
     pricer: Pricer | None,
     tables: Tables | None = None,
     on_progress: Progress | None = None,
-) -> Written:
+) -> ShippedModel:
     """The model that a recipe asks for, tuned if there is a pricer; in float if as it is written that is faster.
 
     Args:
         prepared: what `load_float` gave.
         calibration: samples to quantize with.
-        recipe: its settings, rest and tuning count, and where placement is tuned its `min_sqnr_db`.
+        recipe: its settings, float type and tuning count, and where placement is tuned its `min_sqnr_db`.
         pricer: of the recipe.
         tables: of these samples, in place of a new calibration where they have what is needed.
         on_progress: told about every step.
@@ -58,11 +58,11 @@ def written(
     def by(plan: Plan) -> tuple[Quantized, Finished]:
         settings, table = recipe.settings, known.of(plan, on_progress)
         made = quantize(prepared, calibration, settings=settings, plan=plan, table=table, on_progress=on_progress)
-        return made, finish(made.model, made.plan, rest=recipe.rest, table=made.table)
+        return made, finish(made.model, made.plan, unquantized_type=recipe.unquantized_type, table=made.table)
 
     if pricer is None:
         made, finished = by(placement.plan(prepared, recipe.settings))
-        return Written(made=made, finished=finished, tuned=None, notes=())
+        return ShippedModel(made=made, finished=finished, tuned=None, notes=())
     tuned = find_plan(prepared, pricer, samples=calibration, on_progress=on_progress)
     made, finished = by(tuned.plan)
     built = pricer(finished.model)
@@ -70,7 +70,7 @@ def written(
     if recipe.tune == "placement" and built.us > tuned.unquantized_us and made.plan.points:
         made, finished = by(tuned.unquantized)
         notes.append("so the model is left in float: as it was built it is predicted slower than that")
-    return Written(made=made, finished=finished, tuned=tuned, notes=tuple(filter(None, notes)))
+    return ShippedModel(made=made, finished=finished, tuned=tuned, notes=tuple(filter(None, notes)))
 
 
 def file_bytes(model: Model) -> int:

@@ -25,7 +25,7 @@ from qdq.measure.checkpoint import Checkpoint
 from qdq.measure.histogram import BINS, Histogram
 from qdq.measure.inference.memory import passes
 from qdq.measure.inference.samples import Sample, counted, length, overlapped, sample_sha256
-from qdq.measure.inference.session import Tap
+from qdq.measure.inference.session import Session
 from qdq.measure.table import CalibrationTable, merged, samples_digest
 from qdq.model.model import Model
 from qdq.passes.rewrites import FLOAT_REWRITES
@@ -89,7 +89,7 @@ def collect(
             continue
         found = _one_pass(
             model,
-            Tap(model, group, provider=provider, custom_ops=custom_ops, threads=1),
+            Session(model, group, provider=provider, custom_ops=custom_ops, threads=1),
             samples,
             start,
             threads=layout.threads,
@@ -114,7 +114,7 @@ def collect(
 
 def _one_pass(
     model: Model,
-    tap: Tap,
+    session: Session,
     samples: Iterable[Sample],
     start: CalibrationTable,
     *,
@@ -145,7 +145,7 @@ def _one_pass(
                 "Give the samples in the same batches, or delete its checkpoint to begin anew."
             )
         tensors = {}
-        values = tap(sample)
+        values = session(sample)
         while values:
             name, array = values.popitem()
             try:

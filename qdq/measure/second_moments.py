@@ -20,7 +20,7 @@ from qdq.core.arrays import Floats
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams, to_codes
 from qdq.measure.inference.samples import Sample, counted, length
-from qdq.measure.inference.session import Tap
+from qdq.measure.inference.session import Session
 from qdq.measure.statistics import Moment, union
 from qdq.model.model import Model
 from qdq.plan.weighted_node import Weight, WeightedNode, Window, by_weight
@@ -66,11 +66,11 @@ def collect(
     grams: Grams = {}
     for batch in _batches(weights):
         readers = [node for weight in batch for node in weights[weight]]
-        tap = Tap(model, {node.data for node in readers}, threads=THREADS)
+        session = Session(model, {node.data for node in readers}, threads=THREADS)
 
-        def found(readers: list[WeightedNode] = readers, tap: Tap = tap) -> Iterator[dict[Weight, Moment]]:
+        def found(readers: list[WeightedNode] = readers, session: Session = session) -> Iterator[dict[Weight, Moment]]:
             for index, sample in counted(samples):
-                values, codes = tap(sample), dict[str, npt.NDArray[np.float32]]()
+                values, codes = session(sample), dict[str, npt.NDArray[np.float32]]()
                 for node in readers:
                     if (name := node.data) not in codes:
                         codes[name] = _centred(divided(values[name], divisors.get(name), node), params.get(name))

@@ -2,9 +2,9 @@
 
     TensorProto + folder -> External (checked place) -> stream: pieces of its bytes -> tensor_array: its values
     move(tensor, out, ...)   the values go to an open side file, `out` says where they lie
-    placed(name, ...)        a tensor whose values lie in a file of a `spool`: a folder of our own, outside the model's
+    placed(name, ...)        a tensor whose values lie in a file of a `store`: a folder of our own, outside the model's
 
-It must not read a file outside the model's folder or a spool of this process, hold more than one tensor, or know
+It must not read a file outside the model's folder or a store of this process, hold more than one tensor, or know
 anything of graphs. Large tensors are mapped, so that their pages are read when they are looked at.
 Source: https://github.com/onnx/onnx/blob/main/docs/ExternalData.md
 """
@@ -32,7 +32,7 @@ CHUNK = 1 << 24  # bytes read at once when streaming
 MAPPED = 1 << 20  # bytes; smaller external tensors are read into memory
 LARGE = 1 << 28  # bytes of external data in a model; above, weights are worked on one at a time and kept on disk
 IN_FILE_LIMIT = 1_900_000_000  # bytes; protobuf refuses a message of 2 GiB, the nodes need the rest
-SPOOL = "spool"  # key of a tensor's external data: the folder that its location is in; `graph.load` takes it away
+STORE = "store"  # key of a tensor's external data: the folder that its location is in; `graph.load` takes it away
 _BITS: dict[int, int] = {
     TensorProto.INT4: 4,
     TensorProto.UINT4: 4,
@@ -52,19 +52,19 @@ def is_packed(tensor: TensorProto) -> bool:
     return tensor.data_type in _BITS
 
 
-def is_spooled(tensor: TensorProto) -> bool:
-    """Whether the tensor's values lie in a spool."""
-    return is_external(tensor) and any(e.key == SPOOL for e in tensor.external_data)
+def is_stored(tensor: TensorProto) -> bool:
+    """Whether the tensor's values lie in a store."""
+    return is_external(tensor) and any(e.key == STORE for e in tensor.external_data)
 
 
 def is_large(tensors: Iterable[TensorProto]) -> bool:
-    """Whether tensors hold more external data than is to be in memory at once, or have some in a spool."""
+    """Whether tensors hold more external data than is to be in memory at once, or have some in a store."""
     outside = [t for t in tensors if is_external(t)]
-    return sum(map(tensor_bytes, outside)) > LARGE or any(map(is_spooled, outside))
+    return sum(map(tensor_bytes, outside)) > LARGE or any(map(is_stored, outside))
 
 
 def placed(name: str, data_type: int, dims: Iterable[int], path: Path) -> TensorProto:
-    """A tensor whose values are the whole of a file in a spool.
+    """A tensor whose values are the whole of a file in a store.
 
     Args:
         name: of the tensor.
@@ -73,15 +73,15 @@ def placed(name: str, data_type: int, dims: Iterable[int], path: Path) -> Tensor
         path: a file of packed values, as ONNX stores them; it must stay as long as the tensor is in use.
     """
     tensor = TensorProto(name=name, data_type=data_type, dims=dims, data_location=TensorProto.EXTERNAL)
-    entries = {"location": path.name, "offset": 0, "length": path.stat().st_size, SPOOL: path.parent.absolute()}
+    entries = {"location": path.name, "offset": 0, "length": path.stat().st_size, STORE: path.parent.absolute()}
     for key, value in entries.items():
         tensor.external_data.add(key=key, value=str(value))
     return tensor
 
 
-def unspooled(tensor: TensorProto) -> None:
-    """Take away what only tensors of this process may say: the folder of a spool."""
-    kept = [e for e in tensor.external_data if e.key != SPOOL]
+def without_store_key(tensor: TensorProto) -> None:
+    """Take away what only tensors of this process may say: the folder of a store."""
+    kept = [e for e in tensor.external_data if e.key != STORE]
     if len(kept) < len(tensor.external_data):
         del tensor.external_data[:]
         tensor.external_data.extend(kept)
@@ -157,7 +157,7 @@ class External:
         entries = {e.key: e.value for e in tensor.external_data}
         location = entries.get("location", "")
         what = f"Cannot read the external data of tensor {tensor.name!r}"
-        directory = Path(entries.get(SPOOL, directory))
+        directory = Path(entries.get(STORE, directory))
         path = directory / location
         if not location or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
             raise ModelError(

@@ -54,9 +54,9 @@ class Use:
 class Model:
     """An ONNX model that is never changed in place: the indexes below are built once from `proto`.
 
-    `proto` holds no external tensor data; `directory` is the folder that such data lies in, unless it is in a spool.
+    `proto` holds no external tensor data; `directory` is the folder that such data lies in, unless it is in a store.
     `sha256` is of the file and the external data as the user gave them, and stays the same through all passes.
-    `keeps` are what must live as long as the model: the spools of its tensors.
+    `keeps` are what must live as long as the model: the stores of its tensors.
     """
 
     proto: ModelProto
@@ -68,8 +68,8 @@ class Model:
         """The same user's model with another graph.
 
         Args:
-            proto: the changed copy; its external tensors still lie in `directory`, or in a spool.
-            keeps: the spool of tensors that are new in it, if any.
+            proto: the changed copy; its external tensors still lie in `directory`, or in a store.
+            keeps: the store of tensors that are new in it, if any.
 
         Returns:
             A new Model with the same directory and sha256.

@@ -13,7 +13,7 @@ from onnx import ModelProto
 
 from engines.core.files import new_files
 from qdq.core.errors import InputError, ModelError
-from qdq.model.external import IN_FILE_LIMIT, External, is_external, move, stream, tensor_bytes, unspooled
+from qdq.model.external import IN_FILE_LIMIT, External, is_external, move, stream, tensor_bytes, without_store_key
 from qdq.model.graphsurgeon import ModelSource, called, content, sort_nodes
 from qdq.model.model import _QUANTIZED_OP, PROTOBUF_LIMIT, Model
 from qdq.model.nodes import all_nodes, all_tensors, without_initializers
@@ -55,7 +55,7 @@ def load(source: ModelSource) -> Model:
     digest = hashlib.sha256(read)
     del read
     for tensor in filter(is_external, all_tensors(proto)):
-        unspooled(tensor)
+        without_store_key(tensor)
         for chunk in stream(tensor, directory):
             digest.update(chunk)
     sort_nodes(proto.graph)

@@ -1,7 +1,7 @@
 """Quantized weights of a large model on disk: written one at a time as they are made, mapped when they are looked at.
 
-    weight -> `Spool.weight`: made once per key -> QTensor whose codes are mapped from a file
-    codes -> `Spool.tensor`: TensorProto that says where the values lie; `graph.save` copies them from there
+    weight -> `WeightStore.weight`: made once per key -> QTensor whose codes are mapped from a file
+    codes -> `WeightStore.tensor`: TensorProto that says where the values lie; `graph.save` copies them from there
     with kept(folder): ...   a run that is killed leaves its finished weights there, and the same run takes them up
 
 A weight appears under its key by a rename when it is complete. Without `kept` the folder is a temporary one, gone with
@@ -33,7 +33,7 @@ from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, QTensor
 from qdq.model.external import CHUNK, placed, release
 
-FORMAT = "qdq.spool/1"
+FORMAT = "qdq.weights/2"
 LEAST = 1 << 20  # bytes of codes; fewer stay in memory and in the model file
 
 _BITS = {np.dtype(row.dtype): row.bits for row in FORMATS.values()}
@@ -56,7 +56,7 @@ def kept(folder: Path) -> Iterator[None]:
         _FOLDER.reset(token)
 
 
-class Spool:
+class WeightStore:
     """A folder of quantized weights, and of tensors made of them. May be used from several threads at once."""
 
     def __init__(self) -> None:
@@ -94,9 +94,14 @@ class Spool:
         try:
             with new_files(self.folder / f"{key}.codes", resumed=True) as (file,):
                 _write(file, made.codes)
-            facts = {"params": _facts(made.params), "via": None if made.via is None else _facts(made.via)}
+            facts = {
+                "params": _facts(made.params),
+                "compute_params": None if made.compute_params is None else _facts(made.compute_params),
+            }
             head = {"format": FORMAT, "shape": made.codes.shape, **facts}
-            scales = {"scale": made.params.scale} | ({} if made.via is None else {"via": made.via.scale})
+            scales = {"scale": made.params.scale} | (
+                {} if made.compute_params is None else {"compute_params": made.compute_params.scale}
+            )
             # Written last: the sign that the weight is complete.
             with new_files(self.folder / f"{key}.npz", resumed=True) as (file,):
                 np.savez(file, allow_pickle=False, head=np.array(json.dumps(head)), **scales)
@@ -107,7 +112,7 @@ class Spool:
         return found
 
     def tensor(self, name: str, values: npt.NDArray[np.generic]) -> TensorProto:
-        """A tensor of these values; they lie in a file of the spool, in that of a weight where it holds just them.
+        """A tensor of these values; they lie in a file of the store, in that of a weight where it holds just them.
 
         Args:
             name: of the tensor.
@@ -147,17 +152,23 @@ class Spool:
         if head["format"] != FORMAT:
             return None
         params = QParams(scale=scales["scale"], **head["params"])
-        via = QParams(scale=scales["via"], **head["via"]) if head["via"] else None
+        compute_params = (
+            QParams(scale=scales["compute_params"], **head["compute_params"]) if head["compute_params"] else None
+        )
         dtype, shape = np.dtype(FORMATS[params.format].dtype), tuple(head["shape"])
         if codes.stat().st_size != dtype.itemsize * int(np.prod(shape)):
             return None
         if codes.stat().st_size < LEAST:
-            return QTensor(codes=np.fromfile(codes, dtype).reshape(shape), params=params, via=via)
-        return QTensor(codes=np.asarray(np.memmap(codes, dtype, mode="r", shape=shape)), params=params, via=via)
+            return QTensor(codes=np.fromfile(codes, dtype).reshape(shape), params=params, compute_params=compute_params)
+        return QTensor(
+            codes=np.asarray(np.memmap(codes, dtype, mode="r", shape=shape)),
+            params=params,
+            compute_params=compute_params,
+        )
 
 
 def key_of(*parts: object) -> str:
-    """A hash of arrays, and of other values by their repr, for `Spool.weight`."""
+    """A hash of arrays, and of other values by their repr, for `WeightStore.weight`."""
     digest = hashlib.sha256(FORMAT.encode())
     for part in parts:
         digest.update(b"\0")

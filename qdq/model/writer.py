@@ -14,15 +14,15 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from qdq.model.model import Model
 from qdq.model.nodes import TRT_DOMAIN, Names, reads
-from qdq.model.weight_store import Spool
+from qdq.model.weight_store import WeightStore
 
 
 class GraphWriter:
     """Builds the new node and initializer lists in the order of the old ones."""
 
-    def __init__(self, model: Model, spool: Spool | None) -> None:
-        """Start without nodes; large constants go to the spool, if there is one."""
-        self._model, self._spool = model, spool
+    def __init__(self, model: Model, store: WeightStore | None) -> None:
+        """Start without nodes; large constants go to the store, if there is one."""
+        self._model, self._store = model, store
         self._nodes: list[NodeProto] = []
         self._constants: dict[str, TensorProto] = {}
         self._typed: list[tuple[str, int, str]] = []  # tensors of no standard operator: name, type, of whose rank
@@ -64,11 +64,11 @@ class GraphWriter:
         return name
 
     def _codes(self, wanted: str, values: npt.NDArray[np.generic]) -> str:
-        """A constant that may be large: those of a large model lie in the spool."""
-        if self._spool is None:
+        """A constant that may be large: those of a large model lie in the store."""
+        if self._store is None:
             return self._constant(wanted, values)
         name = self._name(wanted)
-        self._constants[name] = self._spool.tensor(name, values)
+        self._constants[name] = self._store.tensor(name, values)
         return name
 
     def _append(self, op_type: str, inputs: Iterable[str], wanted: str, **attributes: Any) -> str:

@@ -23,7 +23,7 @@ from qdq.model.external import is_external, is_large, tensor_array, tensor_bytes
 from qdq.model.model import Model, TensorInfo
 from qdq.model.nodes import all_nodes, bodies, captured, needed, reads, without_initializers
 from qdq.model.storage import check
-from qdq.model.weight_store import LEAST, Spool
+from qdq.model.weight_store import LEAST, WeightStore
 
 TARGET_OPSET = 21  # the first with block_size and int4 in Q/DQ; newer is needed for float4 only
 SMALL = 4096  # bytes; larger tensors are shown to onnx's converter and shape inference by type and shape only
@@ -42,7 +42,7 @@ class Draft:
         self.tensors: dict[str, TensorProto] = dict(model.initializers)
         self.proto = without_initializers(model.proto)
         self.shown = model
-        self.spool: Spool | None = None  # of new tensors of a large model
+        self.store: WeightStore | None = None  # of new tensors of a large model
         self._large = is_large(self.tensors.values())
         self.inputs = [v for v in model.graph.input if v.name not in self.tensors]
         self.outputs = list(model.graph.output)
@@ -69,8 +69,8 @@ class Draft:
     def put(self, name: str, values: np.ndarray) -> None:
         """Make or replace an initializer."""
         if self._large and values.nbytes >= LEAST:
-            self.spool = self.spool or Spool()
-            self.tensors[name] = self.spool.tensor(name, values)
+            self.store = self.store or WeightStore()
+            self.tensors[name] = self.store.tensor(name, values)
         else:
             self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name)
 
@@ -209,7 +209,7 @@ class Draft:
         outputs = [v if v.type.tensor_type.HasField("shape") else inferred[v.name] for v in self.graph.output]
         assign(self.graph.output, outputs)
         self.graph.initializer.extend(self.tensors.values())
-        return self._source.replace(self.proto, keeps=self.spool)
+        return self._source.replace(self.proto, keeps=self.store)
 
 
 def assign(field: Any, values: Iterable[Any]) -> None:

@@ -76,7 +76,7 @@ class Plan:
         points: quantized tensors.
         skips: nodes left in float.
         rewrites: done to the prepared model before points and skips are looked up in it, or to the Q/DQ model.
-        rest: float type of what is not quantized, as tuned; None leaves it to who writes the model.
+        unquantized_type: float type of what is not quantized, as tuned; None leaves it to who writes the model.
     """
 
     model_sha256: str
@@ -84,7 +84,7 @@ class Plan:
     points: tuple[Point, ...]
     skips: tuple[Skip, ...]
     rewrites: tuple[Rewrite, ...] = ()
-    rest: str | None = None
+    unquantized_type: str | None = None
 
     @property
     def activations(self) -> tuple[Point, ...]:
@@ -134,7 +134,7 @@ class Plan:
             "format": FORMAT,
             "model_sha256": self.model_sha256,
             "settings": self.settings.to_mapping(),
-            **({"rest": self.rest} if self.rest else {}),
+            **({"unquantized_type": self.unquantized_type} if self.unquantized_type else {}),
             **({"rewrites": rewrites} if rewrites else {}),
             "points": points,
             "skips": [asdict(s) for s in self.skips],
@@ -171,7 +171,7 @@ class Plan:
             return cls(
                 model_sha256=str(content["model_sha256"]),
                 settings=Settings.from_mapping(content["settings"]),  # type: ignore[arg-type]
-                rest=None if content.get("rest") is None else str(content["rest"]),
+                unquantized_type=None if content.get("unquantized_type") is None else str(content["unquantized_type"]),
                 points=points,
                 skips=skips,
                 rewrites=tuple(
@@ -270,7 +270,13 @@ def _grain(spec: Spec) -> str:
         return f"in blocks of {blocks[0]}, scaled as the engine runs" if blocks else "per tensor"
     if spec.block is None:
         return f"per channel on axis {spec.axis}" + (", weight only" if spec.weight_only else "")
-    read = f", read as {spec.via} per channel" if spec.via else ", weight only" if spec.weight_only else ""
+    read = (
+        f", read as {spec.compute_format} per channel"
+        if spec.compute_format
+        else ", weight only"
+        if spec.weight_only
+        else ""
+    )
     return f"in blocks of {spec.block} along axis {spec.axis}{read}"
 
 

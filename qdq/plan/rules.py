@@ -113,8 +113,8 @@ def _block(
     """Elements per block, and why they are not as many as asked for; None and the reason where no block fits."""
     blocks = FORMATS[scheme.weight].blocks
     size, whole = shape[input_axis(node, len(shape))], f"{scheme.unblocked} per channel"
-    if scheme.via and len(shape) > 2:
-        return None, f"{whole}: {scheme.weight} blocks that are read as {scheme.via} need a matrix"
+    if scheme.compute_format and len(shape) > 2:
+        return None, f"{whole}: {scheme.weight} blocks that are read as {scheme.compute_format} need a matrix"
     fitting = [b for b in blocks if isinstance(size, int) and _fitting(size, b)]
     if not fitting or not isinstance(size, int):
         return None, f"{whole}: its {size} inputs do not fill blocks of {min(blocks)}"

@@ -16,7 +16,7 @@ class Scheme:
         data: format of the data operand; None leaves it float (weight-only).
         weight: format of the weight of Gemm and MatMul.
         unblocked: format, with one scale per output channel, of a weight that no block of `weight` fits.
-        via: format that the weight's blocks are dequantized to for the product; None where it reads them itself.
+        compute_format: format that the product reads the weight's blocks as; None where it reads them themselves.
         convolution: format of both operands of Conv; None leaves Conv in float.
         token: when the data operand has one scale per token: a name in TOKENS, or None for never.
         rounding: default of `Settings.rounding`.
@@ -27,7 +27,7 @@ class Scheme:
     data: str | None = "int8"
     weight: str = "int8"
     unblocked: str = "int8"
-    via: str | None = None
+    compute_format: str | None = None
     convolution: str | None = "int8"
     token: str | None = None
     rounding: str = "gptq"
@@ -40,8 +40,8 @@ _ROWS = (
     Scheme(name="int8-smooth", equalize="smooth"),
     Scheme(name="int8-weight", data=None, convolution=None, equalize="none"),
     Scheme(name="int4", data=None, weight="int4", convolution=None, rounding="descent", equalize="awq"),
-    Scheme(name="w4a8", weight="int4", via="int8", rounding="descent"),
-    Scheme(name="fptq", weight="int4", via="int8", token="fptq", rounding="descent", equalize="lae"),
+    Scheme(name="w4a8", weight="int4", compute_format="int8", rounding="descent"),
+    Scheme(name="fptq", weight="int4", compute_format="int8", token="fptq", rounding="descent", equalize="lae"),
     Scheme(name="fp8", data="fp8", weight="fp8", convolution="fp8", rounding="nearest", equalize="none"),
     Scheme(name="nvfp4", data="nvfp4", weight="nvfp4", convolution=None, rounding="descent", equalize="none"),
     Scheme(name="nvfp4-weight", data=None, weight="nvfp4", convolution=None, rounding="descent", equalize="awq"),

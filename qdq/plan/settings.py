@@ -150,7 +150,7 @@ class Settings:
         rows = [
             SCHEMES[choose(name, tuple(SCHEMES), "scheme")] for name in (self.scheme, *dict(self.overrides).values())
         ]
-        through = [row for row in rows if row.via or FORMATS[row.weight].scale_format]
+        through = [row for row in rows if row.compute_format or FORMATS[row.weight].scale_format]
         if self.block in WHOLE and through:
             fmt = FORMATS[through[0].weight]
             raise InputError(
@@ -222,7 +222,9 @@ class Settings:
     def formats(self) -> frozenset[str]:
         """Every format that a model quantized so may hold: `formats.require_targets` says which GPUs have them."""
         rows = [SCHEMES[self.scheme], *(SCHEMES[scheme] for _, scheme in self.overrides)]
-        return frozenset(f for row in rows for f in (row.data, row.weight, row.via, row.convolution) if f is not None)
+        return frozenset(
+            f for row in rows for f in (row.data, row.weight, row.compute_format, row.convolution) if f is not None
+        )
 
     def activation(self, scheme: Scheme, *, convolution: bool = False) -> Spec | None:
         """How a scheme quantizes the data operand of a weighted operator; None leaves it float."""
@@ -257,4 +259,4 @@ class Settings:
         if block is None:
             whole = self.block == "tensor"
             return Spec(format=fmt, axis=None if whole else outputs, weight_only=alone)
-        return Spec(format=fmt, axis=inputs, block=block, via=scheme.via, weight_only=alone)
+        return Spec(format=fmt, axis=inputs, block=block, compute_format=scheme.compute_format, weight_only=alone)

@@ -21,9 +21,9 @@ class Spec:
         axis: None for one scale per tensor, else the axis that has one scale per index, or per block of indices.
         shift: the tensor may be moved by a constant before it is quantized, so that an asymmetric range uses all codes.
         block: indices of `axis` that share a scale; None for one.
-        via: of a blocked weight: the format, with one scale per output channel, that its values are made exact in
-            before the product reads them. Without it no quantized data may meet the blocks: block scales cannot be
-            applied behind the sum over blocks.
+        compute_format: of a blocked weight: the format, with one scale per output channel, that its values are made
+            exact in before the product reads them. Without it no quantized data may meet the blocks: block scales
+            cannot be applied behind the sum over blocks.
         weight_only: the product reads the weight as floats, and its data are not quantized.
         token: of an activation: 'always' for one scale per token, computed as the engine runs; 'fptq' for whatever
             FPTQ's rule says of its range.
@@ -33,7 +33,7 @@ class Spec:
     axis: int | None = None
     shift: bool = False
     block: int | None = None
-    via: str | None = None
+    compute_format: str | None = None
     weight_only: bool = False
     token: str | None = None
 
@@ -52,16 +52,21 @@ class Spec:
             raise InputError(
                 f"block is {self.block!r} along axis {self.axis!r}: {self.format} has {allowed}, along an axis."
             )
-        if self.via is not None and (
-            FORMATS[choose(self.via, tuple(FORMATS), "via")].bits <= fmt.bits or not fmt.blocks or not fmt.integer
+        if self.compute_format is not None and (
+            FORMATS[choose(self.compute_format, tuple(FORMATS), "compute_format")].bits <= fmt.bits
+            or not fmt.blocks
+            or not fmt.integer
         ):
             raise InputError(
-                f"via is {self.via!r}: it must have more bits than {self.format}, which must have blocks of integers."
+                f"compute_format is {self.compute_format!r}: it must have more bits than {self.format}, which must "
+                "have blocks of integers."
             )
-        if self.via is not None and (self.block is None or self.weight_only):
-            raise InputError("via makes blocks readable for an integer product: it needs a block, and no weight_only.")
-        if self.block is not None and fmt.integer and not self.via and not self.weight_only:
+        if self.compute_format is not None and (self.block is None or self.weight_only):
+            raise InputError(
+                "compute_format makes blocks readable for an integer product: it needs a block, and no weight_only."
+            )
+        if self.block is not None and fmt.integer and not self.compute_format and not self.weight_only:
             raise InputError(
                 f"A weight of {self.format} blocks is read by an integer product: TensorRT multiplies such block "
-                "scales in behind the sum, which is wrong. Set via to int8, or weight_only with float data."
+                "scales in behind the sum, which is wrong. Set compute_format to int8, or weight_only with float data."
             )

@@ -180,7 +180,7 @@ def _check(node: WeightedNode) -> None:
             f"The plan gives the weight {node.weight!r} of {node.name!r} ({node.op_type}) blocks or no quantized "
             "data: TensorRT has kernels for that in Gemm and MatMul only. Set an axis of output channels."
         )
-    if spec.via and len(node.shape) != 2:
+    if spec.compute_format and len(node.shape) != 2:
         raise InputError(
             f"The plan gives the batched weight {node.weight!r} of {node.name!r} two levels: they need a matrix."
         )

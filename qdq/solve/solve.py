@@ -18,13 +18,13 @@ from qdq.core.arrays import Floats
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams, QTensor
-from qdq.core.resources import Room, cores
+from qdq.core.resources import MemoryBudget, cores
 from qdq.measure import second_moments
 from qdq.measure.inference.samples import Sample, overlapped
 from qdq.measure.table import CalibrationTable
 from qdq.model.external import is_large, tensor_bytes
 from qdq.model.model import Model
-from qdq.model.weight_store import Spool, key_of
+from qdq.model.weight_store import WeightStore, key_of
 from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
 from qdq.plan.weighted_node import Weight, WeightedNode, by_weight, weighted_nodes
@@ -50,7 +50,7 @@ class Solution:
         weights: (tensor, axis) -> codes and parameters.
         tokens: tensors that have one scale per token, computed as the engine runs; their parameters have scale 1.
         notes: what a person should know, one line each (ties given up, weights rounded to nearest for want of data).
-        spool: where the codes of a large model lie.
+        store: where the codes of a large model lie.
     """
 
     nodes: Mapping[str, WeightedNode]
@@ -59,7 +59,7 @@ class Solution:
     weights: Mapping[Weight, QTensor]
     notes: tuple[str, ...]
     tokens: frozenset[str] = frozenset()
-    spool: Spool | None = None
+    store: WeightStore | None = None
     carriers: Mapping[str, Carrier] = field(default_factory=dict)
 
     @property
@@ -105,9 +105,9 @@ def solve(
     balanced, said = weight_only.balance(model, plan, nodes.values(), seen.grams, data.divisors)
     divisors = {**data.divisors, **balanced}
     carriers = carried(model, nodes, divisors)
-    spool = Spool() if is_large(model.graph.initializer) else None
+    store = WeightStore() if is_large(model.graph.initializer) else None
     seen = replace(seen, divisors=balanced)
-    weights = _weights(model, plan, nodes.values(), seen, divisors, factors(carriers, divisors), spool, on_progress)
+    weights = _weights(model, plan, nodes.values(), seen, divisors, factors(carriers, divisors), store, on_progress)
     return Solution(
         nodes=nodes,
         activations=data.params,
@@ -115,7 +115,7 @@ def solve(
         weights=weights,
         notes=(*data.notes, *seen.notes, *said, *_carrier_notes(carriers, divisors)),
         tokens=frozenset(data.tokens),
-        spool=spool,
+        store=store,
         carriers=carriers,
     )
 
@@ -136,7 +136,7 @@ def _weights(
     seen: _Moments,
     divisors: Mapping[str, npt.NDArray[np.float32]],
     outputs: Mapping[str, Floats],
-    spool: Spool | None,
+    store: WeightStore | None,
     on_progress: Progress | None,
 ) -> dict[Weight, QTensor]:
     """Every weight rounded by itself; one per core at a time, as far as the memory of their copies allows."""
@@ -153,13 +153,13 @@ def _weights(
                 values = scaled(model.array(reader.weight), reader, divisor, factor)
                 return _rounded(values, reader, settings, moments)
 
-            if spool is None:
+            if store is None:
                 return make()
             how = (settings.rounding, settings.damping, settings.act_order)
             decides = (model.sha256, plan.rewrites, reader, how, version("qdq"), moments, divisor, factor)
-            return spool.weight(key_of(*decides), make)
+            return store.weight(key_of(*decides), make)
 
-    room = Room(ROUNDING_BYTES)
+    room = MemoryBudget(ROUNDING_BYTES)
     weights: dict[Weight, QTensor] = {}
     for index, (reader, made) in enumerate(zip(readers, overlapped(solved, readers, cores()), strict=True)):
         weights[reader.key] = made

@@ -81,10 +81,10 @@ def quantize_weight(
         return _whole(values, spec, outputs, moments, partial(method.round_rows, damping=damping, act_order=act_order))
     weight = _Blocks(values=values, spec=spec)
     if moments is None or len(moments) > 1 or not moments.any() or not method.needs_moments:
-        return weight.as_stored(method) if spec.via is None else weight.two_levels_in_pieces(method)
+        return weight.as_stored(method) if spec.compute_format is None else weight.two_levels_in_pieces(method)
     missing = weight.whole.shape[-1] - moments.shape[-1]
     moment = np.pad(moments[0], (0, missing)) if missing else moments[0]
-    if spec.via is None:
+    if spec.compute_format is None:
         return weight.one_level(method, moment, damping, act_order)
     return weight.two_levels(method, moment, damping, act_order)
 
@@ -276,11 +276,11 @@ class _Blocks:
             length=self.values.shape[axis],
             second=second,
         )
-        via = None
-        if channel is not None and self.spec.via is not None:
-            via = QParams(scale=channel, axis=1 - axis, format=self.spec.via)
+        compute_params = None
+        if channel is not None and self.spec.compute_format is not None:
+            compute_params = QParams(scale=channel, axis=1 - axis, format=self.spec.compute_format)
         shaped = np.moveaxis(typed.reshape(whole.shape), -1, axis)
-        return QTensor(codes=np.ascontiguousarray(shaped), params=params, via=via)
+        return QTensor(codes=np.ascontiguousarray(shaped), params=params, compute_params=compute_params)
 
 
 def _every(scale: Singles, block: int) -> Floats:
@@ -329,10 +329,10 @@ def _two_levels(
     best = np.full(view.shape[0], np.inf)
     scale, multiples = np.empty(view.shape[0], dtype=np.float32), np.empty(scales.shape, dtype=np.float32)
     for most in LARGEST_MULTIPLES:
-        # FP16 whatever the model's type: the rest may become FP16 later, and the codes must stay exact then.
+        # FP16 whatever the model's type: other nodes may become FP16 later, and the codes must stay exact then.
         with np.errstate(over="ignore"):
             channel = representable(largest / most, "float16")
-        channel = np.where(np.isfinite(channel), channel, largest / most)  # beyond FP16: the rest stays FP32
+        channel = np.where(np.isfinite(channel), channel, largest / most)  # beyond FP16: other nodes stay FP32
         times = np.clip(np.rint(scales / channel[:, None]), 1, max(LARGEST_MULTIPLES))
         step = (channel[:, None] * times)[:, :, None]
         error = np.clip(np.rint(view[..., 0] / step), fmt.low, fmt.high)

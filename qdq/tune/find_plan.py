@@ -47,7 +47,7 @@ def accuracy(prepared: Model, samples: Iterable[Sample], settings: Settings) -> 
 
 
 FEW = 2  # samples that give the quick ranges and the accuracy of variants
-EITHER = ("fp16", "fp32")  # what the rest may be if nobody says, the usual one first
+EITHER = ("fp16", "fp32")  # of what is not quantized if nobody says, the usual one first
 
 
 def find_plan(
@@ -61,8 +61,8 @@ def find_plan(
 
     Args:
         prepared: float model.
-        pricer: of the recipe, whose settings, rest and time limit count, and with samples, where placement is tuned,
-            `min_sqnr_db`.
+        pricer: of the recipe, whose settings, float type and time limit count, and with samples, where placement is
+            tuned, `min_sqnr_db`.
         samples: re-iterable; a few, whatever their order, are looked at, and a bound is verified with all of them.
             None assumes that every activation is asymmetric, the most expensive case.
         on_progress: told about every variant.
@@ -72,10 +72,10 @@ def find_plan(
     """
     recipe = pricer.recipe
     few = None if samples is None else _few(samples)
-    rests = EITHER if recipe.rest == "auto" else (recipe.rest,)
+    unquantized_types = EITHER if recipe.unquantized_type == "auto" else (recipe.unquantized_type,)
     with pricer.parallel():
         found = tune(
-            VariantBuilder(model=prepared, settings=recipe.settings, rests=rests, samples=few),
+            VariantBuilder(model=prepared, settings=recipe.settings, unquantized_types=unquantized_types, samples=few),
             pricer,
             placement=recipe.tune == "placement",
             min_sqnr_db=recipe.limits.get("min_sqnr_db", -math.inf),

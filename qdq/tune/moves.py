@@ -83,7 +83,7 @@ class Move:
     def of(self, v: Variant) -> Variant:
         """The changed variant."""
         if self.kind == TYPE:
-            return replace(v, rest=self.nodes[0])
+            return replace(v, unquantized_type=self.nodes[0])
         if self.kind == REWRITTEN:
             for name in QUANTIZED_REWRITES:  # they fire where they fit
                 v = v.with_rewrite(name, self.nodes)
@@ -129,7 +129,11 @@ def possible(builder: VariantBuilder, variant: Variant, price: Price, *, placeme
         found.append(Move(kind="quantized shortcut" if shared else "float shortcut", nodes=(operand,)))
     times = times_of(found, model, price)
     worth = sorted((m for m in found if times[m] >= WORTH * price.us), key=lambda m: -times[m])
-    types = [Move(kind=TYPE, nodes=(rest,)) for rest in ("", *builder.rests[1:]) if rest != variant.rest]
+    types = [
+        Move(kind=TYPE, nodes=(unquantized_type,))
+        for unquantized_type in ("", *builder.unquantized_types[1:])
+        if unquantized_type != variant.unquantized_type
+    ]
     return [*worth, *types]
 
 

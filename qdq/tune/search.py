@@ -123,12 +123,12 @@ class _Search:
         self.plain = self.price(Variant()).us
         first = self.best = Variant() if self.placement else everything
         self.keep(everything, "quantized wherever it is possible")
-        for rest in builder.rests[1:]:
+        for unquantized_type in builder.unquantized_types[1:]:
             if self.late():
                 return
-            move = Move(kind=TYPE, nodes=(rest,))
+            move = Move(kind=TYPE, nodes=(unquantized_type,))
             self.keep(move.of(first), str(move))
-        rewritten = replace(first, rest=self.best.rest)
+        rewritten = replace(first, unquantized_type=self.best.unquantized_type)
         for _ in self.ahead(self.together(rewritten)):
             pass
         for name in FLOAT_REWRITES:

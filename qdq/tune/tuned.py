@@ -21,7 +21,7 @@ class Tuned:
         unquantized_us: what it is predicted to take.
         operands: what quantized nodes would hold and read, as `Plan.operands` says it.
         price: of the variant.
-        plain: predicted microseconds of the model in the type of the rest, nothing quantized or rewritten.
+        plain: predicted microseconds of the model in its float type, nothing quantized or rewritten.
         untuned: of everything quantized that the rules want, weight scales hoisted if that is better.
         tried: how many variants were compiled.
         complete: False if the time limit ended the search.

@@ -16,7 +16,7 @@ class Variant:
         per_tensor: nodes whose weight has one scale for all channels, if they are in `quantized`.
         unshifted: nodes whose input is not shifted, though its range is asymmetric: fewer codes, less to compute.
         float_shortcuts: shortcut operands, "node:index", that read the float tensor although a quantized one exists.
-        rest: the float type of what is not quantized, if another than the builder's first.
+        unquantized_type: the float type of what is not quantized, if another than the builder's first.
     """
 
     rewrites: frozenset[tuple[str, str]] = frozenset()
@@ -24,7 +24,7 @@ class Variant:
     per_tensor: frozenset[str] = frozenset()
     unshifted: frozenset[str] = frozenset()
     float_shortcuts: frozenset[str] = frozenset()
-    rest: str = ""
+    unquantized_type: str = ""
 
     def with_rewrite(self, name: str, nodes: Iterable[str]) -> Variant:
         """The same and a rewrite on some nodes."""

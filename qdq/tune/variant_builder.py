@@ -1,4 +1,4 @@
-"""One way to write a float model for the compiler: exact rewrites, the nodes in INT8, the float type of the rest.
+"""One way to write a float model for the compiler: exact rewrites, the nodes in INT8, the float type of the others.
 
 prepared model + Variant -> float rewrites -> plan, restricted -> quick scales and codes -> Q/DQ -> rest -> rewrites
 Which kernels are compiled does not depend on scales and codes, so quick ones stand for the calibrated ones: ranges of a
@@ -22,7 +22,7 @@ from qdq.assemble.precision.convert import convert
 from qdq.measure.collect import collect
 from qdq.measure.histogram import Histogram
 from qdq.measure.inference.samples import Sample
-from qdq.measure.inference.session import Tap
+from qdq.measure.inference.session import Session
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
 from qdq.passes.rewrites import FLOAT_REWRITES, QUANTIZED_REWRITES, applied
@@ -57,14 +57,15 @@ class VariantBuilder:
     Attributes:
         model: prepared float model.
         settings: of the plan; calibrator, rounding and equalization do not matter here.
-        rests: of 'fp16', 'bf16' and 'fp32' those that the rest may have; the first is the usual one.
+        unquantized_types: of 'fp16', 'bf16' and 'fp32' those that what is not quantized may have; the first is the
+            usual one.
         samples: a few, re-iterable, for the ranges; None assumes that every activation is asymmetric,
             the most expensive case.
     """
 
     model: Model
     settings: Settings
-    rests: tuple[str, ...]
+    unquantized_types: tuple[str, ...]
     samples: Sequence[Sample] | None = None
     _bases: dict[frozenset[tuple[str, str]], Base] = field(default_factory=dict)
     _models: dict[frozenset[tuple[str, str]], tuple[Model, tuple[Rewrite, ...]]] = field(default_factory=dict)
@@ -138,21 +139,21 @@ class VariantBuilder:
     def noise(self, variant: Variant) -> float | None:
         """Noise over signal of all outputs, with quick scales and codes; None without samples.
 
-        sum (y - float y)^2 / sum (float y)^2 of the first sample, with the rest in float32. Calibration, second
+        sum (y - float y)^2 / sum (float y)^2 of the first sample, with float32 elsewhere. Calibration, second
         moments and bias correction do better than this.
         """
         if not self.samples:
             return None
         outputs = [o.name for o in self.model.outputs if not self.model.is_constant(o.name)]
         if not self._outputs:
-            tap = Tap(self.model, outputs)
-            self._outputs = dict(tap(self.samples[0]))
-        key = replace(_float_part(variant), rest="")
+            session = Session(self.model, outputs)
+            self._outputs = dict(session(self.samples[0]))
+        key = replace(_float_part(variant), unquantized_type="")
         if key not in self._noises:
             base = self.base(variant)
             plan = restricted(base.model, base.plan, variant, "")
-            tap = Tap(insert(base.model, plan, solve(base.model, _quick(plan), base.table)), outputs)
-            signal, noise = energies(self._outputs, tap(self.samples[0]))
+            session = Session(insert(base.model, plan, solve(base.model, _quick(plan), base.table)), outputs)
+            signal, noise = energies(self._outputs, session(self.samples[0]))
             self._noises[key] = noise / max(signal, 1e-300) if math.isfinite(noise) else math.inf
         return self._noises[key]
 
@@ -168,7 +169,7 @@ class VariantBuilder:
         base = self.base(variant)
         plan = restricted(base.model, base.plan, variant, why)
         rewrites = (*base.fired, *self._finished(variant)[1])
-        return replace(plan, rewrites=rewrites, rest=variant.rest or self.rests[0])
+        return replace(plan, rewrites=rewrites, unquantized_type=variant.unquantized_type or self.unquantized_types[0])
 
     def _finished(self, variant: Variant) -> tuple[Model, tuple[Rewrite, ...]]:
         """The whole model, and the rewrites of the quantized stage that fired."""
@@ -182,7 +183,12 @@ class VariantBuilder:
             base = self.base(variant)
             plan = restricted(base.model, base.plan, variant, "")
             model = insert(base.model, plan, _adapted(base, plan)) if plan.points else base.model
-            self._last = key, convert(model, rest=variant.rest or self.rests[0], table=base.table).model
+            self._last = (
+                key,
+                convert(
+                    model, unquantized_type=variant.unquantized_type or self.unquantized_types[0], table=base.table
+                ).model,
+            )
         return self._last[1]
 
     def _settings_for(self, model: Model) -> Settings:

@@ -31,10 +31,10 @@ from qdq.measure.table import CalibrationTable
 from qdq.model.external import is_large, release
 from qdq.model.model import Model
 from qdq.model.nodes import Names, attribute, captured, reads, without_initializers
-from qdq.model.weight_store import Spool
+from qdq.model.weight_store import WeightStore
 from qdq.plan.plan import Skip
 
-RESTS: Mapping[str, str] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+FLOAT_TYPES: Mapping[str, str] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 BFLOAT16_OPSET = 22  # the first in which Conv, pooling, InstanceNormalization and others take bfloat16 (onnx.defs)
 FLOAT = "float32"
 _DTYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
@@ -50,13 +50,13 @@ class Converted:
 
 
 def convert(
-    model: Model, *, rest: str = "fp16", keep_io: bool = True, table: CalibrationTable | None = None
+    model: Model, *, unquantized_type: str = "fp16", keep_io: bool = True, table: CalibrationTable | None = None
 ) -> Converted:
     """Make every float32 tensor FP16 or BF16, except what must stay FP32.
 
     Args:
         model: prepared; with or without Q/DQ from `insert`.
-        rest: 'fp16', 'bf16' or 'fp32' (nothing changes).
+        unquantized_type: 'fp16', 'bf16' or 'fp32' (nothing changes).
         keep_io: inputs and outputs stay float32; else they take the new type too.
         table: calibrated ranges; a tensor beyond half of FP16's range stays FP32, one within is trusted to fit.
 
@@ -65,9 +65,9 @@ def convert(
         cannot hold are raised to its smallest normal number and the codes of that channel rounded anew.
 
     Raises:
-        InputError: an unknown `rest`.
+        InputError: an unknown `unquantized_type`.
     """
-    low = RESTS[choose(rest, tuple(RESTS), "type for the rest")]
+    low = FLOAT_TYPES[choose(unquantized_type, tuple(FLOAT_TYPES), "type for what is not quantized")]
     if low == FLOAT:
         return Converted(model=model, kept=())
     proto = _typed(model, BFLOAT16_OPSET if low == "bfloat16" else 0)
@@ -76,7 +76,7 @@ def convert(
     typed = compensate(typed, low, kept)
     writer = _Writer(typed, low, frozenset(kept), keep_io)
     order = (kept[node.name] for node in typed.graph.node if node.name in kept)
-    return Converted(model=model.replace(writer.write(), keeps=writer.spool), kept=tuple(order))
+    return Converted(model=model.replace(writer.write(), keeps=writer.store), kept=tuple(order))
 
 
 def _typed(model: Model, opset: int) -> ModelProto:
@@ -100,7 +100,7 @@ class _Writer:
     def __init__(self, model: Model, low: str, kept: frozenset[str], keep_io: bool) -> None:
         self._model, self._low, self._kept, self._keep_io = model, low, kept, keep_io
         self._schema = Schema(model, low)
-        self.spool = Spool() if is_large(model.graph.initializer) else None
+        self.store = WeightStore() if is_large(model.graph.initializer) else None
         self._elem = TensorProto.FLOAT16 if low == "float16" else TensorProto.BFLOAT16
         self._alias = self._find_aliases()
         self._nodes: list[NodeProto] = []
@@ -114,7 +114,7 @@ class _Writer:
         self._raised: dict[tuple[str, str], tuple[str, str]] = {}
 
     def write(self) -> ModelProto:
-        """The new graph; its large new tensors lie in `spool`."""
+        """The new graph; its large new tensors lie in `store`."""
         self._collect()
         for info in self._model.inputs:
             if self._is_float(info.name):
@@ -197,9 +197,9 @@ class _Writer:
         dtype = helper.tensor_dtype_to_np_dtype(self._elem)
         with np.errstate(over="ignore"):  # beyond the range only where no node computes with it
             typed = np.asarray(values).astype(dtype)
-        if self.spool is None:
+        if self.store is None:
             return numpy_helper.from_array(typed, name)
-        return self.spool.tensor(name, typed)
+        return self.store.tensor(name, typed)
 
     def _provide(self, tensor: str, dtype: str, name: str) -> None:
         """Note that `name` holds a float tensor in a type, and cast it for readers of the other type."""

@@ -1,4 +1,4 @@
-"""Which nodes must compute in FP32 when the rest of a graph becomes FP16 or BF16, and why.
+"""Which nodes must compute in FP32 when the other nodes of a graph become FP16 or BF16, and why.
 
 typed Model (+ CalibrationTable) -> walk in the order of the nodes, three kinds of tensors -> node -> Skip.
 This module must not change a graph.

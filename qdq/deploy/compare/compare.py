@@ -38,7 +38,7 @@ from qdq.deploy.compare.result import Comparison, SchemeRow
 from qdq.deploy.compare.score import Reference, Score, inputs_only, score
 from qdq.deploy.compare.task import Task
 from qdq.deploy.report import shares
-from qdq.deploy.shipped import Written, file_bytes, written
+from qdq.deploy.shipped import ShippedModel, file_bytes, written
 from qdq.measure.inference.session import registered
 from qdq.model.model import Model
 from qdq.model.storage import load, save
@@ -48,8 +48,8 @@ from qdq.plan.plan import Plan, Point
 from qdq.plan.scheme import SCHEMES
 from qdq.plan.settings import Settings
 
-OPTIONS = (*(f.name for f in fields(Settings) if f.name not in ("scheme", "overrides")), "rest", "tune")
-REST_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
+OPTIONS = (*(f.name for f in fields(Settings) if f.name not in ("scheme", "overrides")), "unquantized_type", "tune")
+FLOAT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ def entries(texts: Sequence[str], given: Mapping[str, object]) -> list[Entry]:
         chosen: dict[str, object] = {"scheme": choose(name, tuple(SCHEMES), "scheme")}
         for option in options:
             key, equals, value = option.partition("=")
-            key = choose(key.replace("-", "_"), OPTIONS, f"option of {name}")
+            key = "unquantized_type" if key == "rest" else choose(key.replace("-", "_"), OPTIONS, f"option of {name}")
             if not equals or not value:
                 raise InputError(f"Cannot read {option!r} in {text!r}: it must be option=value, such as block=32.")
             chosen[key] = [value] if key == "exclude" else _scalar(value)
@@ -185,18 +185,20 @@ class _Bench:
     samples: int = 0
 
     def float_rows(self, folder: Path, entry: Entry) -> list[SchemeRow]:
-        """The float model as it is, in FP16, and in the type of the rest if that is another."""
+        """The float model as it is, in FP16, and in the recipe's type for what is not quantized if that is another."""
         plan = placement.plan(self.prepared, Settings())
-        rests = list(dict.fromkeys(("fp32", "fp16", rest_of(plan, entry.recipe.rest))))
+        unquantized_types = list(dict.fromkeys(("fp32", "fp16", rest_of(plan, entry.recipe.unquantized_type))))
         table = self.tables.of(plan, self._tell("FP16")) if plan.activations else None
         rows = []
-        for rest in rests:
-            path = folder / f"{rest}.onnx"
-            model = convert(self.prepared, rest=rest, table=table).model
+        for unquantized_type in unquantized_types:
+            path = folder / f"{unquantized_type}.onnx"
+            model = convert(self.prepared, unquantized_type=unquantized_type, table=table).model
             save(model, path)
-            bits = f"W{REST_BITS[rest]}A{REST_BITS[rest]}"
-            row = SchemeRow(scheme=rest.upper(), precision=bits, weights_per="-", data_per="-", quantized_nodes=0)
-            rows.append(self._measured(row, path, self.path if rest == "fp32" else path, entry))
+            bits = f"W{FLOAT_BITS[unquantized_type]}A{FLOAT_BITS[unquantized_type]}"
+            row = SchemeRow(
+                scheme=unquantized_type.upper(), precision=bits, weights_per="-", data_per="-", quantized_nodes=0
+            )
+            rows.append(self._measured(row, path, self.path if unquantized_type == "fp32" else path, entry))
             path.unlink()
         return rows
 
@@ -214,7 +216,7 @@ class _Bench:
         made = done.made
         row = SchemeRow(
             scheme=entry.text,
-            precision=precision(made.plan, rest_of(made.plan, entry.recipe.rest)),
+            precision=precision(made.plan, rest_of(made.plan, entry.recipe.unquantized_type)),
             weights_per=_counted(_weight_kind(p.spec.block, p.spec.axis) for p in made.plan.weights),
             data_per=_counted(_data_kind(p, made.solution.tokens) for p in made.plan.activations),
             quantized_nodes=len(made.plan.quantized_nodes),
@@ -222,20 +224,20 @@ class _Bench:
         )
         return self._measured(row, path, path, entry)
 
-    def _written(self, entry: Entry) -> Written:
-        tell, pricer = self._tell(entry.text), None
+    def _written(self, entry: Entry) -> ShippedModel:
+        on_progress, pricer = self._tell(entry.text), None
         if entry.recipe.tune != "off" and self.gpus:
             pricer = Pricer(recipe=entry.recipe, shapes=self.shapes, gpus=self.gpus)
         return written(
-            self.prepared, self.calibration, entry.recipe, pricer=pricer, tables=self.tables, on_progress=tell
+            self.prepared, self.calibration, entry.recipe, pricer=pricer, tables=self.tables, on_progress=on_progress
         )
 
     def _measured(self, row: SchemeRow, path: Path, scored: Path, entry: Entry) -> SchemeRow:
         """The row with what its file compiles to, and how well it does."""
-        tell, problems = self._tell(row.scheme), list[str]()
+        on_progress, problems = self._tell(row.scheme), list[str]()
         row = structs.replace(row, model_bytes=file_bytes(load(scored)))
         with _noted(problems, "does not compile"):
-            audited, us = self._compiled(path, entry.recipe, tell)
+            audited, us = self._compiled(path, entry.recipe, on_progress)
             row = structs.replace(
                 row,
                 weight_bytes=audited.weight_bytes,
@@ -244,12 +246,12 @@ class _Bench:
                 predicted_us=us,
             )
         with _noted(problems, "does not run in ONNX Runtime"):
-            found = self._score(scored, tell)
+            found = self._score(scored, on_progress)
             row = structs.replace(row, sqnr_db=found.sqnr_db, value=found.value)
             self.samples = found.samples
         return structs.replace(row, problem="; ".join(problems))
 
-    def _score(self, path: Path, tell: Progress) -> Score:
+    def _score(self, path: Path, on_progress: Progress) -> Score:
         return score(
             self.reference,
             path,
@@ -257,18 +259,18 @@ class _Bench:
             self.task,
             model=self.prepared,
             custom_ops=self.custom_ops,
-            on_progress=tell,
+            on_progress=on_progress,
         )
 
-    def _compiled(self, path: Path, recipe: Recipe, tell: Progress) -> tuple[Audit, float | None]:
+    def _compiled(self, path: Path, recipe: Recipe, on_progress: Progress) -> tuple[Audit, float | None]:
         """The audit of the engine for all targets, and the mean predicted time; each target has its own kernels."""
-        engine = compile_engine(path, recipe=recipe, shapes=self.shapes, on_progress=tell)
+        engine = compile_engine(path, recipe=recipe, shapes=self.shapes, on_progress=on_progress)
         tables = {}
         for target in dict.fromkeys(gpu.target for gpu in self.gpus):
             tables[target] = engine.table
             if engine.table.targets != (target,):
                 alone = replace(recipe, targets=(target,))
-                tables[target] = compile_engine(path, recipe=alone, shapes=self.shapes, on_progress=tell).table
+                tables[target] = compile_engine(path, recipe=alone, shapes=self.shapes, on_progress=on_progress).table
         times = [predict(path, tables[gpu.target], gpu, shapes=self.shapes).total_us for gpu in self.gpus]
         return audit(path, engine.table, shapes=self.shapes), fmean(times) if times else None
 
@@ -293,17 +295,19 @@ def _noted(problems: list[str], what: str) -> Iterator[None]:
         problems.append(f"{what}: {error}")
 
 
-def precision(plan: Plan, rest: str) -> str:
+def precision(plan: Plan, unquantized_type: str) -> str:
     """Bits of the weights and of the data of a plan's quantized products.
 
     'W4A8', 'W4/8A16' where some weights fell back to 8 bits, 'W8A8 fp8' where codes are floating-point numbers.
     """
     if not plan.weights:
-        return f"W{REST_BITS[rest]}A{REST_BITS[rest]}"
+        return f"W{FLOAT_BITS[unquantized_type]}A{FLOAT_BITS[unquantized_type]}"
     read = {consumer for p in plan.activations for consumer, _ in p.uses}
     alone = any(name not in read for p in plan.weights for name, _ in p.uses)
     weights = sorted({FORMATS[p.spec.format].bits for p in plan.weights})
-    data = sorted({FORMATS[p.spec.format].bits for p in plan.activations} | ({REST_BITS[rest]} if alone else set()))
+    data = sorted(
+        {FORMATS[p.spec.format].bits for p in plan.activations} | ({FLOAT_BITS[unquantized_type]} if alone else set())
+    )
     floats = sorted({p.spec.format for p in plan.points if not FORMATS[p.spec.format].integer})
     return " ".join([f"W{'/'.join(map(str, weights))}A{'/'.join(map(str, data))}", *floats])
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from qdq.core.resources import Room
+from qdq.core.resources import MemoryBudget
 from qdq.model.external import MAPPED, External, is_external, is_packed, stream, tensor_array, tensor_bytes
 from qdq.model.model import Model
 from qdq.model.nodes import needed, reads, without_initializers
@@ -50,7 +50,7 @@ class Part:
     last: tuple[str, ...]
 
 
-class PartedSession:
+class PartitionedSession:
     """As far as a Tap goes an `onnxruntime.InferenceSession`; may be run from several threads at once."""
 
     def __init__(self, model: Model, wanted: Sequence[str], start: Open) -> None:
@@ -67,7 +67,7 @@ class PartedSession:
         self._start = start
         self._parts = _cut(model, wanted)
         self._folder = _any_file(model).parent
-        self._room = Room(OPEN_BYTES)
+        self._room = MemoryBudget(OPEN_BYTES)
         fed = {i.name for i in model.inputs}
         self.inputs = tuple(dict.fromkeys(name for part in self._parts for name in part.inputs if name in fed))
 

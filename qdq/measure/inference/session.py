@@ -22,7 +22,7 @@ from onnx import ModelProto, helper
 from engines.core.fp4 import holds_fp4, runnable
 from engines.core.onnx_runtime import give_weights, open_session, refusals, session_options
 from qdq.core.errors import InputError, MissingRuntimeError
-from qdq.measure.inference.partitioned import PartedSession
+from qdq.measure.inference.partitioned import PartitionedSession
 from qdq.measure.inference.samples import Sample
 from qdq.model.external import is_large
 from qdq.model.model import Model
@@ -46,7 +46,7 @@ def registered(libraries: Sequence[str]) -> Iterator[None]:
         _LIBRARIES.reset(token)
 
 
-class Tap:
+class Session:
     """An ONNX Runtime session of a model whose outputs are the wanted tensors, and nothing else.
 
     Invariants: tensors that are graph inputs come from the sample itself; only what the wanted tensors need is
@@ -107,7 +107,7 @@ class Tap:
             return open_session(proto, options, [PROVIDERS[provider]]), given
 
         if provider == "cpu" and is_large(model.graph.initializer):
-            self._session = PartedSession(model, self._computed, start)
+            self._session = PartitionedSession(model, self._computed, start)
             self._inputs = list(self._session.inputs)
             return
         try:

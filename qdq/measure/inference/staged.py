@@ -22,7 +22,7 @@ import numpy.typing as npt
 from qdq.core.resources import cores, default_bytes
 from qdq.measure.inference.partitioned import excerpt
 from qdq.measure.inference.samples import Sample, overlapped
-from qdq.measure.inference.session import Tap
+from qdq.measure.inference.session import Session
 from qdq.model.model import Model
 from qdq.model.nodes import reads
 
@@ -94,11 +94,11 @@ class Stages:
         types = {name: self._kept.get(0, name).dtype for name in inputs}
         part = excerpt(model, group, types)
         part.graph.initializer.extend(model.initializers[name] for name in sorted(used & model.initializers.keys()))
-        tap = Tap(model.replace(part), [*self._wanted[stage], *sorted(left - self._wanted[stage])], threads=1)
+        session = Session(model.replace(part), [*self._wanted[stage], *sorted(left - self._wanted[stage])], threads=1)
         ended = [name for name in inputs if self._last[name] <= stage]
 
         def one(number: int) -> R:
-            found = tap({name: self._kept.get(number, name) for name in inputs})
+            found = session({name: self._kept.get(number, name) for name in inputs})
             self._kept.drop(number, ended)
             self._kept.put(number, {name: found[name] for name in left})
             return look({name: found[name] for name in self._wanted[stage]})

@@ -13,7 +13,7 @@ from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams
 from qdq.measure import second_moments
 from qdq.measure.inference.samples import Sample, counted
-from qdq.measure.inference.session import Tap
+from qdq.measure.inference.session import Session
 from qdq.measure.statistics import ChannelRange, union
 from qdq.model.model import Model
 from qdq.plan.plan import Plan, Point
@@ -106,14 +106,15 @@ def look(
     """
     if not readers:
         return {}
-    tap = Tap(model, list(readers), threads=second_moments.THREADS)
+    session = Session(model, list(readers), threads=second_moments.THREADS)
     samples = second_moments.few(samples)
     each = max(1, ROWS // len(samples))
 
     def seen() -> Iterator[dict[str, Channels]]:
         for index, sample in counted(samples):
             yield {
-                tensor: _one(values, readers[tensor][0].channel_axis, each) for tensor, values in tap(sample).items()
+                tensor: _one(values, readers[tensor][0].channel_axis, each)
+                for tensor, values in session(sample).items()
             }
             if on_progress is not None:
                 on_progress(index + 1, len(samples), "channel ranges")

@@ -15,7 +15,7 @@ from qdq.assemble import bias
 from qdq.assemble.bias import correct, corrected
 from qdq.assemble.held_out import HeldOutScore, split
 from qdq.assemble.quantize import Quantized, quantize
-from qdq.measure.inference.session import Tap
+from qdq.measure.inference.session import Session
 from qdq.model.model import Model
 from qdq.passes.prepare import prepare
 from qdq.plan.settings import Settings
@@ -51,8 +51,8 @@ def test_means_of_every_layer_are_those_of_the_float_model(with_bias: bool) -> N
     changed = correct(found.prepared, found.model, found.solution.nodes.values(), held)
     error = {}
     for name, model in (("before", found.model), ("after", changed)):
-        tap, reference = Tap(model, ["y"]), Tap(found.prepared, ["y"])
-        pairs = [(tap(s)["y"], reference(s)["y"]) for s in held.fitting()]
+        session, reference = Session(model, ["y"]), Session(found.prepared, ["y"])
+        pairs = [(session(s)["y"], reference(s)["y"]) for s in held.fitting()]
         error[name] = np.abs(np.mean([a - b for a, b in pairs], axis=(0, 1))).max()
     # The last layer is corrected with all before it in place, so what is left of the mean is float32 rounding.
     assert error["after"] < 1e-5 < error["before"]
@@ -79,10 +79,10 @@ def test_constant_behind_a_product_keeps_its_axes(shape: tuple[int, ...], scheme
     changed = correct(found.prepared, found.model, found.solution.nodes.values(), held)
     (name,) = (name for name in changed.initializers if name.endswith("_corrected_bias"))
     assert changed.array(name).size == 8
-    before, after, wanted = (Tap(model, ["y"]) for model in (found.model, changed, found.prepared))
+    before, after, wanted = (Session(model, ["y"]) for model in (found.model, changed, found.prepared))
     error = {}
-    for which, tap in (("before", before), ("after", after)):
-        pairs = [(tap(s)["y"], wanted(s)["y"]) for s in held.fitting()]
+    for which, session in (("before", before), ("after", after)):
+        pairs = [(session(s)["y"], wanted(s)["y"]) for s in held.fitting()]
         assert all(got.shape == float_y.shape for got, float_y in pairs)
         error[which] = np.abs(np.mean([(a - b).reshape(4, 8) for a, b in pairs], axis=(0, 1))).max()
     assert error["after"] < 1e-5 < error["before"]

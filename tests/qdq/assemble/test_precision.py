@@ -123,9 +123,9 @@ def test_inputs_and_outputs_change_when_asked() -> None:
 
 def test_fp32_changes_nothing_and_other_words_are_refused() -> None:
     model = convolution()
-    assert convert(model, rest="fp32").model is model
-    with pytest.raises(InputError, match=r"Unknown type for the rest 'fp61'.*Did you mean 'fp16'"):
-        convert(model, rest="fp61")
+    assert convert(model, unquantized_type="fp32").model is model
+    with pytest.raises(InputError, match=r"Unknown type for what is not quantized 'fp61'.*Did you mean 'fp16'"):
+        convert(model, unquantized_type="fp61")
 
 
 def test_the_model_given_is_not_changed_and_the_result_is_the_same_each_time() -> None:
@@ -142,7 +142,7 @@ def test_bfloat16_raises_the_opset_and_keeps_what_has_no_bfloat16() -> None:
         k: rng.normal(size=s).astype(np.float32) for k, s in {"w": (8, 4, 3, 3), "b": (8,), "v": (8, 4, 2, 2)}.items()
     }
     model = build(nodes, {"x": (1, 4, 6, 6)}, tensors)
-    made = convert(model, rest="bf16")
+    made = convert(model, unquantized_type="bf16")
     found = types(made.model)
     assert made.model.opset == 22 and found["a"] == found["w"] == "BFLOAT16"
     assert rules(made) == {"celu": "schema", "convtranspose": "compiler"} and found["c"] == found["v"] == "FLOAT"
@@ -227,7 +227,7 @@ def test_a_wide_measured_range_lasts_until_a_narrow_one_was_measured() -> None:
     model = pointwise(*nodes, w=WEIGHT)
     made = convert(model, table=measured(model, a=1e5, c=3.0))
     assert rules(made) == {"one": "range", "two": "wide", "three": "wide"}
-    assert convert(model, rest="bf16", table=measured(model, a=1e5)).kept == ()  # bfloat16 holds it
+    assert convert(model, unquantized_type="bf16", table=measured(model, a=1e5)).kept == ()  # bfloat16 holds it
 
 
 def test_positions_stay_exact() -> None:
@@ -431,14 +431,14 @@ def test_an_activation_whose_scale_vanishes_stays_float32_to_its_product() -> No
     assert rules(convert(qdq_product(scale=600.0)))["matmul"] == "wide"  # 128 * 600 > 65504
 
 
-@pytest.mark.parametrize("rest", ["fp16", "bf16"])
+@pytest.mark.parametrize("unquantized_type", ["fp16", "bf16"])
 @pytest.mark.parametrize("kind", ["Conv", "Gemm", "MatMul"])
-def test_zero_stays_zero_behind_a_shift(kind: str, rest: str) -> None:
+def test_zero_stays_zero_behind_a_shift(kind: str, unquantized_type: str) -> None:
     """Behind a ReLU most values are 0: their code times rounded scales must still cancel the bias."""
     model = graphs.conv() if kind == "Conv" else graphs.product(kind, bias=None if kind == "MatMul" else (8,))
     made = quantized(model, graphs.samples(model, low=0), shift=True, calibrator="max")
-    low = ml_dtypes.bfloat16 if rest == "bf16" else np.float16
-    result = convert(made.model, rest=rest)
+    low = ml_dtypes.bfloat16 if unquantized_type == "bf16" else np.float16
+    result = convert(made.model, unquantized_type=unquantized_type)
     assert set(rules(result).values()) <= {"shift", "island"} and "shift" in rules(result).values()
     zero = {i.name: np.zeros([d if isinstance(d, int) else 1 for d in i.shape or ()], np.float32) for i in model.inputs}
     evaluate = ReferenceEvaluator(model.proto).run(None, zero)[0]
@@ -486,17 +486,19 @@ def test_external_weights_are_read_where_they_lie(tmp_path: Path) -> None:
     assert (made.model.array("w") == model.array("w").astype(np.float16)).all()
 
 
-@pytest.mark.parametrize("rest", ["fp16", "bf16"])
-def test_what_is_converted_compiles_and_stays_int8(rest: str) -> None:
+@pytest.mark.parametrize("unquantized_type", ["fp16", "bf16"])
+def test_what_is_converted_compiles_and_stays_int8(unquantized_type: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
     from engines.backends import rtx
     from engines.verify.audit import audit
 
     model = graphs.conv()
     made = quantized(model, graphs.samples(model, low=0), shift=True, calibrator="max")
-    result = convert(made.model, rest=rest).model
+    result = convert(made.model, unquantized_type=unquantized_type).model
     found = audit(result.proto, rtx.build(result.proto).table)
     assert found.int8_share == 1.0 and not found.missed
-    norm = convert(rms_norm(), rest=rest).model
+    norm = convert(rms_norm(), unquantized_type=unquantized_type).model
     table = rtx.build(norm.proto).table
-    assert {"fp16": "float16", "bf16": "bfloat16"}[rest] in Counter(n.consumed for n in audit(norm.proto, table).nodes)
+    assert {"fp16": "float16", "bf16": "bfloat16"}[unquantized_type] in Counter(
+        n.consumed for n in audit(norm.proto, table).nodes
+    )

@@ -107,7 +107,7 @@ def test_two_level_schemes_keep_convolutions_in_int8() -> None:
         "x": Spec(format="int8", shift=True),
         "w": Spec(format="int8", axis=0),
         "f": Spec(format="int8", shift=True),
-        "g": Spec(format="int4", axis=1, block=16, via="int8"),
+        "g": Spec(format="int4", axis=1, block=16, compute_format="int8"),
     }
     assert points(placement.plan(mixed(), Settings(scheme="fptq")))["f"].token == "fptq"
 
@@ -289,13 +289,13 @@ def test_defaults_follow_the_scheme_unless_given() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"format": "int4", "axis": 0, "block": 64}, "wrong. Set via to int8"),  # one-level W4A8
+        ({"format": "int4", "axis": 0, "block": 64}, "wrong. Set compute_format to int8"),  # one-level W4A8
         ({"format": "int8", "axis": 0, "block": 64}, "int8 has no blocks at all"),
         ({"format": "int4", "axis": 0, "block": 48, "weight_only": True}, "int4 has 128, 64, 32, 16"),
         ({"format": "int4", "axis": None, "block": 64, "weight_only": True}, "along an axis"),
-        ({"format": "int4", "axis": 0, "via": "int8"}, "needs a block"),
-        ({"format": "int4", "axis": 0, "block": 64, "via": "int4"}, "more bits than int4"),
-        ({"format": "nvfp4", "axis": 0, "block": 16, "via": "int8"}, "blocks of integers"),
+        ({"format": "int4", "axis": 0, "compute_format": "int8"}, "needs a block"),
+        ({"format": "int4", "axis": 0, "block": 64, "compute_format": "int4"}, "more bits than int4"),
+        ({"format": "nvfp4", "axis": 0, "block": 16, "compute_format": "int8"}, "blocks of integers"),
         ({"format": "int8", "token": "sometimes"}, "Unknown token"),
     ],
 )
@@ -391,8 +391,8 @@ def test_the_written_graph_holds_codes_of_the_scheme_only(scheme: str) -> None:
     for name in made.plan.quantized_nodes:
         kernel = made.model.node(name)
         weight = producers[kernel.input[1]]
-        read = (stored[weight.input[2]] if row.via else stored[weight.input[0]]).data_type
-        assert read == FORMATS[row.via or row.weight].onnx_type
+        read = (stored[weight.input[2]] if row.compute_format else stored[weight.input[0]]).data_type
+        assert read == FORMATS[row.compute_format or row.weight].onnx_type
         blocked = [
             n
             for n in made.model.graph.node
@@ -403,9 +403,11 @@ def test_the_written_graph_holds_codes_of_the_scheme_only(scheme: str) -> None:
             continue
         for n in blocked:  # never straight into a product with quantized data
             readers = made.model.consumers(n.output[0])
-            assert [u.node.op_type for u in readers] == (["QuantizeLinear"] if row.via else ["MatMul"])
+            assert [u.node.op_type for u in readers] == (["QuantizeLinear"] if row.compute_format else ["MatMul"])
             assert (
-                row.via or producers[readers[0].node.input[0]].op_type in ("Mul", "Pad", "Relu") if row.data else True
+                row.compute_format or producers[readers[0].node.input[0]].op_type in ("Mul", "Pad", "Relu")
+                if row.data
+                else True
             )
         assert len(blocked) == (2 if FORMATS[row.weight].blocks else 0)
     for n in made.model.graph.node:
@@ -550,12 +552,14 @@ def four_bits(engine: Engine, dtype: str = "int4") -> int:
     return sum(int(np.prod(t.shape)) for t in tensors if t.dtype == dtype)
 
 
-@pytest.mark.parametrize("rest", ["fp32", "fp16"])
+@pytest.mark.parametrize("unquantized_type", ["fp32", "fp16"])
 @pytest.mark.parametrize("scheme", ["int4", "w4a8", "fptq"])
 @pytest.mark.parametrize("name", ["MatMul padded", "Gemm transB"])
-def test_the_engine_holds_4_bit_weights_and_runs_int8_products_where_planned(name: str, scheme: str, rest: str) -> None:
+def test_the_engine_holds_4_bit_weights_and_runs_int8_products_where_planned(
+    name: str, scheme: str, unquantized_type: str
+) -> None:
     made = case(name, scheme=scheme, **({"v0": 0, "v1": 0} if scheme == "fptq" else {}))
-    model = convert(made.model, rest=rest, table=made.table).model
+    model = convert(made.model, unquantized_type=unquantized_type, table=made.table).model
     engine, found = compiled(model, made)
     sizes = [np.prod(made.solution.weights[p.tensor, p.spec.axis].codes.shape) for p in made.plan.weights]
     assert four_bits(engine) == sum(sizes)
@@ -571,7 +575,7 @@ def test_small_nvfp4_weights_need_no_float32(scheme: str) -> None:
     model = build([node("MatMul", "x w", "y")], {"x": (20, 64)}, {"w": normal(64, 16) / 10000})
     data = [{"x": s["x"] * 100} for s in graphs.samples(model, 4)]
     made = quantized(model, data, scheme=scheme, rounding="nearest", equalize="none")
-    half = convert(made.model, rest="fp16", table=made.table)
+    half = convert(made.model, unquantized_type="fp16", table=made.table)
     assert not half.kept
     for a, b, c in zip(*(graphs.run(m, data) for m in (half.model, made.model, model)), strict=True):
         lost, before = (np.sum((found["y"] - c["y"]) ** 2) for found in (a, b))
@@ -585,7 +589,7 @@ def test_fp8_channels_whose_scales_float16_cannot_hold_keep_their_codes_floating
     model = build([node("Conv", "x w", "y")], {"x": (1, 4, 6, 6)}, {"w": values})
     data = graphs.samples(model, 4)
     made = quantized(model, data, scheme="fp8")
-    half = convert(made.model, rest="fp16", table=made.table).model
+    half = convert(made.model, unquantized_type="fp16", table=made.table).model
     for a, b in zip(graphs.run(half, data), graphs.run(made.model, data), strict=True):
         assert np.sum((a["y"][:, 0] - b["y"][:, 0]) ** 2) < 0.003 * np.sum(b["y"][:, 0] ** 2)
 
@@ -595,13 +599,16 @@ def test_fp8_products_run_in_fp8() -> None:
     assert {n.consumed for n in found.nodes} == {"fp8"}
 
 
-@pytest.mark.parametrize("rest", ["fp32", "fp16"])
+@pytest.mark.parametrize("unquantized_type", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", ["MatMul padded", "Gemm transB"])
-def test_nvfp4_products_run_in_fp4_and_weights_alone_are_dequantized(name: str, rest: str) -> None:
+def test_nvfp4_products_run_in_fp4_and_weights_alone_are_dequantized(name: str, unquantized_type: str) -> None:
     pytest.importorskip("tensorrt_rtx")
-    for scheme, wanted in (("nvfp4", "fp4"), ("nvfp4-weight", {"fp32": "float32", "fp16": "float16"}[rest])):
+    for scheme, wanted in (
+        ("nvfp4", "fp4"),
+        ("nvfp4-weight", {"fp32": "float32", "fp16": "float16"}[unquantized_type]),
+    ):
         made = case(name, scheme=scheme)
-        converted = convert(made.model, rest=rest, table=made.table)
+        converted = convert(made.model, unquantized_type=unquantized_type, table=made.table)
         assert not converted.kept
         engine = rtx.build(converted.model.proto, targets=["sm120"])
         found = audit(converted.model.proto, engine.table)
@@ -713,7 +720,7 @@ def test_a_language_model_compiles_with_4_bit_weights_everywhere(
     pytest.importorskip("tensorrt_rtx")
     model, samples, _ = stories
     made = quantized(model, samples[:2], scheme=scheme, rounding="clip", equalize="none")
-    proto = convert(made.model, rest="fp16", table=made.table).model.proto
+    proto = convert(made.model, unquantized_type="fp16", table=made.table).model.proto
     shapes = {"tokens": ShapeRange.fixed((1, 64))}
     engine = rtx.build(proto, targets=["sm89"], shapes=shapes)
     nodes = Counter((n.requested, n.consumed) for n in audit(proto, engine.table, shapes=shapes).nodes)

@@ -325,11 +325,11 @@ def test_random_data_have_no_labels(folder: Path) -> None:
 
 
 def test_entries_read_numbers_flags_and_patterns() -> None:
-    given = {"calibrator": "max", "rest": "bf16"}
+    given = {"calibrator": "max", "unquantized_type": "bf16"}
     (entry,) = entries(["fptq:v0=0.5:v1=3:shift=false:bias-correction=on:exclude=/head/*:block=auto"], given)
     settings = entry.recipe.settings
     assert (settings.v0, settings.v1, settings.shift, settings.bias_correction) == (0.5, 3, False, "on")
     assert (settings.exclude, settings.block, settings.calibrator) == (("/head/*",), "auto", "max")
-    assert entry.recipe.rest == "bf16"
+    assert entry.recipe.unquantized_type == "bf16"
     with pytest.raises(InputError, match="Unknown option of int8"):
         entries(["int8:scheme=int4"], {})

@@ -24,7 +24,7 @@ from qdq.measure.checkpoint import Checkpoint
 from qdq.measure.collect import collect, key
 from qdq.measure.inference.memory import passes
 from qdq.measure.inference.samples import sample_sha256
-from qdq.measure.inference.session import Tap
+from qdq.measure.inference.session import Session
 from qdq.measure.table import CalibrationTable, merged, samples_digest
 from qdq.model.model import Model
 from qdq.model.storage import load
@@ -127,8 +127,8 @@ def test_samples_in_the_checkpoint_are_not_run_again(
     checkpoint = Checkpoint(tmp_path / "c", key(model, plan))
     checkpoint.write([collect(model, plan, samples[:3])])
     ran = []
-    run = Tap.__call__
-    monkeypatch.setattr(Tap, "__call__", lambda tap, sample: [ran.append(sample), run(tap, sample)][1])
+    run = Session.__call__
+    monkeypatch.setattr(Session, "__call__", lambda session, sample: [ran.append(sample), run(session, sample)][1])
     told = []
     resumed = collect(model, plan, samples, checkpoint=checkpoint, on_progress=lambda *step: told.append(step))
     assert resumed.to_json() == whole.to_json()
@@ -172,7 +172,7 @@ def test_complete_passes_are_refused_for_other_samples_at_once(
     first, second = ({name: h} for name, h in table.tensors.items())
     checkpoint = Checkpoint(tmp_path / "c", {})
     checkpoint.write([replace(table, tensors=first), replace(table, tensors=second)])
-    monkeypatch.setattr(Tap, "__call__", lambda *_: pytest.fail("ran"))
+    monkeypatch.setattr(Session, "__call__", lambda *_: pytest.fail("ran"))
     with pytest.raises(StaleFileError, match="passes over 2 samples, but 3 are given"):
         collect(model, plan, images(3), memory=1, checkpoint=checkpoint)
 

@@ -17,7 +17,7 @@ from graphs import build, node, normal
 from qdq.core.errors import InputError, StaleFileError
 from qdq.measure.collect import collect
 from qdq.measure.histogram import BINS, Histogram
-from qdq.measure.inference.session import Tap
+from qdq.measure.inference.session import Session
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
 from qdq.plan import placement
@@ -140,18 +140,18 @@ def test_a_model_that_onnx_runtime_refuses_is_one_paragraph() -> None:
     for broken in (graphs.residual(), graphs.residual()):
         broken.graph.node[0].op_type = "NoSuchOperator"
         with pytest.raises(InputError, match="ONNX Runtime cannot run the float model"):
-            Tap(broken, ["t"])
-    assert Tap(model, ["t"])(graphs.samples(model)[0]).keys() == {"t"}
+            Session(broken, ["t"])
+    assert Session(model, ["t"])(graphs.samples(model)[0]).keys() == {"t"}
 
 
 def test_a_missing_custom_operator_library_is_refused() -> None:
     with pytest.raises(InputError, match="ONNX Runtime cannot load the custom operators"):
-        Tap(graphs.residual(), ["t"], custom_ops=["none.so"])
+        Session(graphs.residual(), ["t"], custom_ops=["none.so"])
 
 
 def test_a_bfloat16_model_that_onnx_runtime_has_no_kernels_for_is_one_paragraph() -> None:
     with pytest.raises(InputError, match=r"ONNX Runtime cannot run the float model: .*bfloat16"):
-        Tap(half("bfloat16"), ["t"])
+        Session(half("bfloat16"), ["t"])
 
 
 def half(dtype: str) -> Model:

@@ -76,9 +76,9 @@ def test_loss_is_the_squared_output_difference_that_onnx_runtime_sees(name: str)
     model = CASES[name]()
     data = graphs.samples(model, 3)
     shape = model.array("w").shape
-    (key, H), *rest = moments(model, data).items()
+    (key, H), *unquantized_type = moments(model, data).items()
     axis = key[1]
-    assert not rest
+    assert not unquantized_type
     assert axis is not None
     error = np.random.default_rng(5).integers(-3, 4, shape)
     rows = np.moveaxis(error, axis, 0).reshape(shape[axis], -1).astype(np.float64)

@@ -10,7 +10,7 @@ import pytest
 from models import assemble, constant
 from onnx import TensorProto, helper
 
-from qdq.measure.inference.session import Tap
+from qdq.measure.inference.session import Session
 from qdq.measure.inference.staged import Stages, can_stage
 from qdq.model.model import Model
 
@@ -45,8 +45,8 @@ def samples() -> list[Sample]:
 
 
 def whole(model: Model, samples: list[Sample], names: list[str]) -> list[Sample]:
-    tap = Tap(model, names, threads=1)
-    return [tap(sample) for sample in samples]
+    session = Session(model, names, threads=1)
+    return [session(sample) for sample in samples]
 
 
 def with_bias(model: Model, name: str, values: np.ndarray) -> Model:

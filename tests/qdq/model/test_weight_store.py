@@ -18,7 +18,7 @@ from qdq.core.errors import InputError
 from qdq.core.qtensor import QTensor
 from qdq.measure.collect import collect
 from qdq.measure.inference import partitioned
-from qdq.measure.inference.session import Tap
+from qdq.measure.inference.session import Session
 from qdq.model import external, weight_store
 from qdq.model.external import is_spooled
 from qdq.model.model import Model
@@ -115,7 +115,7 @@ def test_large_models_get_the_codes_of_small_ones(
     assert values(tmp_path / "large.onnx") == values(tmp_path / "small_table.onnx")
 
     seen = quantize(chain, samples, settings=settings)
-    outputs = [Tap(m, ["y"], threads=1)(samples[0])["y"] for m in (made.model, seen.model)]
+    outputs = [Session(m, ["y"], threads=1)(samples[0])["y"] for m in (made.model, seen.model)]
     assert np.abs(outputs[0] - outputs[1]).max() < 0.02 * np.abs(outputs[0]).max()
 
 
@@ -141,11 +141,11 @@ def test_parts_compute_what_the_whole_does(
 ) -> None:
     model = load_float(chain)
     wanted = ["t1", "t2", "x", "y"]
-    whole = Tap(model, wanted, threads=1)(samples[0])
+    whole = Session(model, wanted, threads=1)(samples[0])
     request.getfixturevalue("tiny_is_large")
-    tap = Tap(model, wanted, threads=1)
-    assert len(tap._session._parts) == 4  # the bias counts too
-    found = tap(samples[0])
+    session = Session(model, wanted, threads=1)
+    assert len(session._session._parts) == 4  # the bias counts too
+    found = session(samples[0])
     assert found.keys() == whole.keys()
     for name in wanted:
         np.testing.assert_allclose(found[name], whole[name], rtol=1e-4, atol=1e-5)
@@ -158,14 +158,14 @@ def test_a_killed_run_goes_on(
     settings = Settings(rounding="nearest", equalize="none", bias_correction="off")
     model = load_float(chain)
     table = quantize(model, samples, settings=settings).table
-    folder = tmp_path / ".out.spool"
+    folder = tmp_path / ".out.store"
     done: list[tuple[int, ...]] = []
 
-    def counted(array: np.ndarray, *rest: object, **named: object) -> QTensor:
+    def counted(array: np.ndarray, *unquantized_type: object, **named: object) -> QTensor:
         if len(done) == 2 and not folder.with_name("again").exists():
             raise KeyboardInterrupt
         done.append(array.shape)
-        return quantize_weight(array, *rest, **named)  # type: ignore[arg-type]
+        return quantize_weight(array, *unquantized_type, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(solve, "quantize_weight", counted)
     monkeypatch.setattr(solve, "cores", lambda: 1)
@@ -213,12 +213,12 @@ def test_no_room_is_said(chain: Path, samples: list[dict[str, np.ndarray]], tmp_
         quantize(chain, samples, settings=Settings(rounding="nearest"))
 
 
-def test_a_file_cannot_point_into_a_spool(chain: Path, tmp_path: Path) -> None:
+def test_a_file_cannot_point_into_a_store(chain: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "chain.data").write_bytes(b"\xff" * (1 << 20))
     proto = onnx.load(chain, load_external_data=False)
     for tensor in proto.graph.initializer:
-        tensor.external_data.add(key=external.SPOOL, value=str(tmp_path / "elsewhere"))
+        tensor.external_data.add(key=external.STORE, value=str(tmp_path / "elsewhere"))
     (tmp_path / "sly.onnx").write_bytes(proto.SerializeToString())
     assert np.array_equal(load(tmp_path / "sly.onnx").array("w0"), load(chain).array("w0"))
 

@@ -101,8 +101,8 @@ def textbook(W: np.ndarray, scale: np.ndarray, H: np.ndarray, order: np.ndarray,
     for position, j in enumerate(order):
         codes[:, j] = np.clip(np.rint(left[:, j] / scale[:, 0]), -7, 7)
         error = (left[:, j] - codes[:, j] * scale[:, 0]) / inverse[j, j]
-        rest = order[position + 1 :]
-        left[:, rest] -= np.outer(error, inverse[j, rest])
+        unquantized_type = order[position + 1 :]
+        left[:, unquantized_type] -= np.outer(error, inverse[j, unquantized_type])
         inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
     return codes
 

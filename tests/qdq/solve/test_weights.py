@@ -36,7 +36,7 @@ def moment(columns: int, *, rank: int = 8, seed: int = 1) -> np.ndarray:
 
 
 def blocks_of(block: int = 16, *, axis: int = 1, via: str | None = None) -> Spec:
-    return Spec(format="int4", axis=axis, block=block, via=via, weight_only=via is None)
+    return Spec(format="int4", axis=axis, block=block, compute_format=via, weight_only=via is None)
 
 
 def output_error(W: np.ndarray, found: QTensor, H: np.ndarray) -> np.ndarray:
@@ -133,9 +133,9 @@ def test_two_levels_are_whole_codes_of_the_channel_in_float32_and_float16(seed: 
     W[0] = 0
     W = W.astype(np.float32)
     found = quantize_weight(W, blocks_of(via="int8"), outputs=0, rounding="clip")
-    assert found.via is not None
-    assert found.via.axis == 0
-    channel = found.via.scale.astype(np.float64)[:, None]
+    assert found.compute_params is not None
+    assert found.compute_params.axis == 0
+    channel = found.compute_params.scale.astype(np.float64)[:, None]
     multiples = found.params.scale / channel
     assert np.abs(multiples - np.rint(multiples)).max() < 1e-3
     assert multiples.max() <= 16.01
@@ -147,7 +147,7 @@ def test_two_levels_are_whole_codes_of_the_channel_in_float32_and_float16(seed: 
             :, :columns
         ]
     if np.isfinite(half).all():  # the compiler unpacks in FP16 where the rest is FP16
-        assert np.array_equal(np.rint(half / found.via.scale.astype(np.float16)[:, None]), whole)
+        assert np.array_equal(np.rint(half / found.compute_params.scale.astype(np.float16)[:, None]), whole)
 
 
 def test_two_levels_cost_little() -> None:

@@ -56,10 +56,12 @@ def transposed() -> Model:
     return build(nodes, {"x": (1, 8, 5, 5)}, {"w": normal(8, 4, 2, 2)})
 
 
-def builder(model: Model, *, data: bool = True, rest: str = "fp32", **settings: object) -> VariantBuilder:
+def builder(model: Model, *, data: bool = True, unquantized_type: str = "fp32", **settings: object) -> VariantBuilder:
     """A builder with two samples, or none; `rest` may be several types with spaces between."""
     few = samples(model, 2) if data else None
-    return VariantBuilder(model=model, settings=Settings(**settings), rests=tuple(rest.split()), samples=few)  # type: ignore[arg-type]
+    return VariantBuilder(
+        model=model, settings=Settings(**settings), unquantized_types=tuple(unquantized_type.split()), samples=few
+    )  # type: ignore[arg-type]
 
 
 class Each:
@@ -139,14 +141,14 @@ def test_the_rest_has_the_type_that_is_faster(tmp_path: Path) -> None:
         return Price(us=math.fsum(k.us for k in kernels), kernels=tuple(kernels))
 
     model = chain()
-    found = tune(builder(model, rest="fp16 fp32"), Each(judge))
-    assert found.plan.rest == "fp32" and found.price.us == 15 and found.plain == 27
+    found = tune(builder(model, unquantized_type="fp16 fp32"), Each(judge))
+    assert found.plan.unquantized_type == "fp32" and found.price.us == 15 and found.plain == 27
     found.plan.save(tmp_path / "plan.json")
     plan = Plan.load(tmp_path / "plan.json")
     assert plan == found.plan
-    assert tune(builder(model, rest="fp16"), Each(judge)).plan.rest == "fp16"
+    assert tune(builder(model, unquantized_type="fp16"), Each(judge)).plan.unquantized_type == "fp16"
     for asked, half in (("auto", False), ("fp32", False), ("fp16", True)):
-        made = finish(model, plan, rest=asked, table=None).model
+        made = finish(model, plan, unquantized_type=asked, table=None).model
         assert any(t.data_type == TensorProto.FLOAT16 for t in made.graph.initializer) == half
 
 
@@ -235,11 +237,11 @@ def test_a_variant_has_the_outputs_of_the_float_model() -> None:
 
 def test_one_scale_for_all_channels_is_one_in_the_file() -> None:
     model = conv()
-    work = builder(model, rest="fp16")
+    work = builder(model, unquantized_type="fp16")
     node_names = frozenset(work.quantizable(Variant()))
     plan = work.plan_of(Variant(quantized=node_names, per_tensor=node_names).with_rewrite("hoist", node_names), "")
     made = quantize.quantize(model, samples(model, 4), plan=plan)
-    done = finish(made.model, plan, rest="fp16", table=made.table).model
+    done = finish(made.model, plan, unquantized_type="fp16", table=made.table).model
     weight = next(n for n in done.graph.node if n.op_type == "Conv").input[1]
     dequantize = done.producer(weight)
     assert dequantize is not None and done.array(dequantize.input[1]).ndim == 0
@@ -248,7 +250,7 @@ def test_one_scale_for_all_channels_is_one_in_the_file() -> None:
 
 def test_a_plan_with_rewrites_goes_through_a_file(tmp_path: Path) -> None:
     model = transposed()
-    work = builder(model, rest="fp16")
+    work = builder(model, unquantized_type="fp16")
     variant = Variant().with_rewrite("conv_transpose", ["up"])
     names = frozenset(work.quantizable(variant))
     assert names == {"up"} and not work.quantizable(Variant())
@@ -259,7 +261,7 @@ def test_a_plan_with_rewrites_goes_through_a_file(tmp_path: Path) -> None:
     assert read == plan
     data = samples(model, 3)
     made = quantize.quantize(model, data, plan=read)
-    done = finish(made.model, read, rest="fp32", table=made.table)
+    done = finish(made.model, read, unquantized_type="fp32", table=made.table)
     assert not any(n.op_type == "ConvTranspose" for n in done.model.graph.node)
     for before, after in zip(run(model, data), run(done.model, data), strict=True):
         np.testing.assert_allclose(after["y"], before["y"], atol=0.05 * np.abs(before["y"]).max())
@@ -325,10 +327,10 @@ class TestPricing:
         data = samples(model, 4)
         found = find_plan(model, pricer, samples=data)
         made = quantize.quantize(model, data, plan=found.plan)
-        done = finish(made.model, made.plan, rest="fp16", table=made.table)
+        done = finish(made.model, made.plan, unquantized_type="fp16", table=made.table)
         built = pricer(done.model)
         assert difference(found, built) == "" and built.us == found.price.us
-        other = pricer(finish(made.model, made.plan, rest="fp32", table=made.table).model)
+        other = pricer(finish(made.model, made.plan, unquantized_type="fp32", table=made.table).model)
         assert f"{other.us:.1f} us predicted" in difference(found, other)
 
     def test_equal_structures_are_compiled_once_and_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

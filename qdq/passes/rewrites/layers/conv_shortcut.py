@@ -30,10 +30,10 @@ def _fold(model: Model, edit: Edit, conv: NodeProto) -> None:
     add = only_reader(model, conv.output[0])
     if add.op_type != "Add" or add.domain or set(add.input) != {conv.input[0], conv.output[0]}:
         raise Unfit(f"its result is read by {add.op_type} {add.name!r}, which does not add what the convolution reads")
-    tap = _own_tap(model, conv)
+    session = _own_tap(model, conv)
     weight = model.array(conv.input[1]).copy()
     channels = np.arange(weight.shape[0])
-    weight[(channels, channels % weight.shape[1], *tap)] += 1
+    weight[(channels, channels % weight.shape[1], *session)] += 1
     wanted = edit.constant(f"{conv.input[1]}_shortcut", weight)
     edit.replace(conv, [])
     edit.replace(add, [altered(conv, {1: wanted}, add.output[0])], conv)
