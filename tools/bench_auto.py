@@ -19,13 +19,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from results import record
 
+from engines.core.documents import replace
 from qdq.assemble import quantize
 from qdq.assemble.choose_calibrator import METHODS
 from qdq.measure.collect import collect

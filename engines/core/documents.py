@@ -6,6 +6,7 @@ Must not know what any file means.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
@@ -76,25 +77,33 @@ class Document(Part, frozen=True, kw_only=True):
         if not isinstance(content, Mapping) or found != cls.FORMAT:
             kind = cls.FORMAT.partition("/")[0]
             other = isinstance(found, str) and found.startswith(f"{kind}/")
-            what = "it was made by another version" if other else "it is another file"
-            raise DocumentError(
-                f"its format is {found!r} and {cls.FORMAT!r} is needed: {what}; make it with `{cls.MAKE}`"
-            )
-        parts = {field.name: field.type for field in msgspec.structs.fields(cls) if _is_document(field.type)}
-        read = {k: parts[k].from_mapping(v) if k in parts else v for k, v in content.items()}
+            what = "made by another version of qdq. Make it again" if other else "another file. Make one"
+            raise DocumentError(f"its format is {found!r} and {cls.FORMAT!r} is needed: {what} with `{cls.MAKE}`")
+        inside = cls._inside()
+        read = {k: _read(v, inside[k]) if k in inside else v for k, v in content.items()}
         return converted({k: v for k, v in read.items() if k != "format" and k not in cls.COMPUTED}, cls)
 
     @classmethod
     def schema(cls) -> dict[str, Any]:
         """The JSON Schema (2020-12) of the file."""
         _, components = msgspec.json.schema_components([cls], ref_template="#/$defs/{name}")
-        inside = [field.type for field in msgspec.structs.fields(cls) if _is_document(field.type)]
-        components |= {part.__name__: part._completed(components[part.__name__]) for part in inside}
+        components |= {part.__name__: part._completed(components[part.__name__]) for part in cls._inside().values()}
         whole = cls._completed(components.pop(cls.__name__))
         return {
             "$schema": "https://json-schema.org/draft/2020-12/schema",
             **_with_text(whole),
             "$defs": _with_text(components),
+        }
+
+    @classmethod
+    def _inside(cls) -> dict[str, type[Document]]:
+        """The fields that hold a document of its own, or several."""
+        kinds = {f.name: (f.type, *typing.get_args(f.type)) for f in msgspec.structs.fields(cls)}
+        return {
+            name: kind
+            for name, some in kinds.items()
+            for kind in some[:2]
+            if isinstance(kind, type(Document)) and issubclass(kind, Document)
         }
 
     @classmethod
@@ -112,6 +121,31 @@ class Document(Part, frozen=True, kw_only=True):
 
 
 T = typing.TypeVar("T")
+
+
+def replace(value: T, /, **changes: Any) -> T:
+    """The same value with other fields, checked as a new one is; of a declared model or of a dataclass."""
+    if isinstance(value, msgspec.Struct):
+        return msgspec.structs.replace(value, **changes)
+    changed: T = dataclasses.replace(value, **changes)  # type: ignore[type-var]
+    return changed
+
+
+def check_fields(part: Part) -> None:
+    """Refuse a value that is not of its field's declared type, which a constructor does not look at.
+
+    Lists become tuples. To be called in `__post_init__`.
+
+    Raises:
+        DocumentError: says which field is wrong, what is there and what is needed.
+    """
+    for field in msgspec.structs.fields(type(part)):
+        value = getattr(part, field.name)
+        try:
+            held = msgspec.convert(value, field.type)
+        except msgspec.ValidationError as error:
+            raise DocumentError(f"{field.name} is {value!r}: it must be {_needed(str(error))}") from None
+        msgspec.structs.force_setattr(part, field.name, held)
 
 
 def converted(values: object, kind: type[T]) -> T:
@@ -142,9 +176,28 @@ def _with_text(schema: Any) -> Any:
     return {"anyOf": [found, {"enum": texts}]} if texts else found
 
 
-def _is_document(kind: Any) -> bool:
-    """Whether a field holds a document of its own."""
-    return isinstance(kind, type) and issubclass(kind, Document)
+_WORDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a text", "null": "none"}
+_WORDS |= {"array": "a list", "object": "a mapping"}
+_BOUNDS = {">": "above", ">=": "of at least", "<": "below", "<=": "of at most"}
+
+
+def _needed(error: str) -> str:
+    """What a field must be, in words, from msgspec's message.
+
+    >>> _needed("Expected `float` > 50.0"), _needed("Expected `int | str`, got `bool`")
+    ('a number above 50', 'a whole number or a text')
+    """
+    text, _, place = error.removeprefix("Expected ").partition(" - at ")
+    kind, _, bound = text.partition(", got ")[0].partition("` ")
+    words = " or ".join(_WORDS.get(name, name) for name in kind.strip("`").split(" | "))
+    sign, _, number = bound.partition(" ")
+    limit = f" {_BOUNDS[sign]} {float(number):g}" if sign in _BOUNDS else f" {bound}" if bound else ""
+    return words + limit + (f", at {place.strip('`').removeprefix('$')}" if place else "")
+
+
+def _read(value: Any, kind: type[Document]) -> Any:
+    """One document, or each of a list."""
+    return [kind.from_mapping(part) for part in value] if isinstance(value, list) else kind.from_mapping(value)
 
 
 def _plain(value: Any) -> Any:
@@ -152,7 +205,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Document):
         return value.to_mapping()
     if isinstance(value, msgspec.Struct):
-        return {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
+        short = value.__struct_config__.omit_defaults
+        held = {field.name: (getattr(value, field.name), field.default) for field in msgspec.structs.fields(value)}
+        return {name: _plain(found) for name, (found, default) in held.items() if not (short and found == default)}
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

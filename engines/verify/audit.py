@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import onnx
-from msgspec.structs import replace
 from onnx import TensorProto
 
 from engines.backends.compiler import ShapeRange
 from engines.backends.layers import BITS, Layer, LayerTable
-from engines.core.documents import Document, Part
+from engines.core.documents import Document, Part, replace
 from engines.core.load import load_graph
 from engines.core.macs import macs
 from engines.core.nodes import label

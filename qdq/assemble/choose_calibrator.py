@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from engines.core.documents import replace
 from qdq.assemble.held_out import HeldOutScore, Split, clearly_less, decibels, ranked
 from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress

@@ -9,8 +9,8 @@ A formula that trusts the ranges it has seen always gains on them; a potential f
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
+from engines.core.documents import replace
 from qdq.assemble.held_out import HeldOutScore, Split, ranked
 from qdq.assemble.insert import insert
 from qdq.core.progress import Progress

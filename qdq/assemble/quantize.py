@@ -7,8 +7,9 @@ Must not write files, compile, or hold the arithmetic of a stage.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from engines.core.documents import replace
 from qdq.assemble.bias import corrected
 from qdq.assemble.choose_calibrator import solve_auto
 from qdq.assemble.choose_equalization import resolved

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+from engines.core.documents import replace
 from qdq.core.progress import Progress
 from qdq.measure.collect import collect
 from qdq.measure.inference.samples import Sample

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from engines.backends.backend import backend_named, predicting
 from engines.backends.compiler import Engine, ShapeRange
 from engines.backends.doctor import gpus
 from engines.backends.layers import LayerTable
+from engines.core.documents import replace
 from engines.core.files import write_atomic
 from engines.cost.gpus import gpu_named
 from engines.cost.predict import Cost, predict

@@ -14,29 +14,61 @@ A key is the name of the option with underscores. It must not look at a model or
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import yaml
 
 from engines.backends.backend import DEFAULT, backends
-from qdq.core.choices import choose
+from qdq.core.choices import choose, converted
 from qdq.core.errors import InputError
 from qdq.plan.settings import Settings
 
 UNQUANTIZED_TYPES = ("auto", "fp16", "bf16", "fp32")
 TUNES = ("placement", "rewrites", "off")
 TIME_LIMIT_S = 110.0
-LIMITS: Mapping[str, tuple[float, float]] = {
-    "min_sqnr_db": (-300.0, 300.0),
-    "min_cosine": (-1.0, 1.0),
-    "min_dice": (0.0, 1.0),
-    "min_top1": (0.0, 1.0),
-}
-"""The limits that decide the exit code, each with the range of values that make sense."""
+OLDER = {"rest": "unquantized_type"}  # keys that recipes still may have, and what they are called now
+Words = str | tuple[str, ...]  # one text stands for a list of one
+GpuRow = dict[str, str | float | dict[str, float]]  # what `engines.cost.gpus.Gpu` can be made of
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class RecipeFile(Settings, frozen=True, kw_only=True):
+    """A recipe's keys, one per option, those of `Settings` among them.
+
+    Attributes:
+        unquantized_type: as of `Recipe`.
+        tune: as of `Recipe`; "" takes the default of the scheme.
+        time_limit: seconds.
+        gpu: names or rows.
+        target: to compile for.
+        backend: a name in `engines.backends.backend.backends`.
+        shape: as `ShapeOption.parse` reads them.
+        min_sqnr_db: least signal to noise ratio of each output, in dB.
+        min_cosine: least cosine similarity of each output.
+        min_dice: least Dice of each class of each segmentation.
+        min_top1: least agreement of the argmax.
+    """
+
+    unquantized_type: str = "auto"
+    tune: str = ""
+    time_limit: Annotated[float, msgspec.Meta(ge=0)] = TIME_LIMIT_S
+    gpu: str | tuple[str | GpuRow, ...] = ()
+    target: Words = ("sm89",)
+    backend: str = DEFAULT
+    shape: Words = ()
+    min_sqnr_db: Annotated[float, msgspec.Meta(ge=-300, le=300)] | None = None
+    min_cosine: Annotated[float, msgspec.Meta(ge=-1, le=1)] | None = None
+    min_dice: Share | None = None
+    min_top1: Share | None = None
+
+
+LIMITS = tuple(name for name in RecipeFile.__struct_fields__ if name.startswith("min_"))
+"""The limits that decide the exit code."""
 
 _SHAPE = r"\d+(?:x\d+)*"
 _SHAPE_OPTION = re.compile(rf"(?P<name>.+?):(?:(?P<fixed>{_SHAPE})|(?P<range>{_SHAPE}:{_SHAPE}:{_SHAPE}))")
@@ -121,30 +153,22 @@ class Recipe:
         Raises:
             InputError: an unknown key or value; the message names the nearest key.
         """
-        setting_keys = [f.name for f in fields(Settings)]
-        keys = [*setting_keys, "unquantized_type", "tune", "time_limit", "gpu", "target", "backend", "shape", *LIMITS]
-        values = {"unquantized_type" if k == "rest" else k: v for k, v in values.items()}  # `rest`: its older name
-        for key in values:
-            choose(str(key), keys, "recipe key")
         words = {True: "on", False: "off"}  # YAML reads on and off as booleans
-        values = {
-            k: words[v] if k in ("tune", "bias_correction") and isinstance(v, bool) else v for k, v in values.items()
-        }
-        gpus = values.get("gpu", [])
-        settings = Settings.from_mapping({k: v for k, v in values.items() if k in setting_keys})
-        tune = "placement" if settings.scheme == "int8" else "rewrites"
+        named = {OLDER.get(key, key): value for key, value in values.items()}
+        named |= {k: words[v] for k, v in named.items() if k in ("tune", "bias_correction") and isinstance(v, bool)}
+        file = converted(named, RecipeFile, "recipe key")
+        settings = Settings(**{name: getattr(file, name) for name in Settings.__struct_fields__})
+        usual = "placement" if settings.scheme == "int8" else "rewrites"
         return cls(
             settings=settings,
-            unquantized_type=choose(
-                str(values.get("unquantized_type", "auto")), UNQUANTIZED_TYPES, "type for what is not quantized"
-            ),
-            tune=choose(str(values.get("tune", tune)), TUNES, "way to tune"),
-            time_limit_s=_seconds(values.get("time_limit", TIME_LIMIT_S)),
-            gpus=tuple(g if isinstance(g, Mapping) else str(g) for g in (gpus if isinstance(gpus, list) else [gpus])),
-            targets=tuple(_texts("target", values.get("target", ["sm89"]))),
-            backend=choose(str(values.get("backend", DEFAULT)), tuple(backends()), "backend"),
-            shapes=tuple(ShapeOption.parse(text) for text in _texts("shape", values.get("shape", []))),
-            limits={key: _limit(key, values[key]) for key in LIMITS if values.get(key) is not None},
+            unquantized_type=choose(file.unquantized_type, UNQUANTIZED_TYPES, "type for what is not quantized"),
+            tune=choose(file.tune or usual, TUNES, "way to tune"),
+            time_limit_s=file.time_limit,
+            gpus=(file.gpu,) if isinstance(file.gpu, str) else file.gpu,
+            targets=_list(file.target),
+            backend=choose(file.backend, tuple(backends()), "backend"),
+            shapes=tuple(map(ShapeOption.parse, _list(file.shape))),
+            limits={name: getattr(file, name) for name in LIMITS if getattr(file, name) is not None},
         )
 
 
@@ -169,25 +193,6 @@ def read_recipe(path: Path | str) -> dict[str, object]:
     return {str(key): value for key, value in values.items()}
 
 
-def _texts(key: str, value: object) -> Sequence[str]:
-    """A list of texts; one text stands for a list of one."""
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{key} is {value!r}: it must be a text or a list of texts.")
-    return texts
-
-
-def _seconds(value: object) -> float:
-    """The time limit."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise InputError(f"time_limit is {value!r}: it must be a number of seconds, 0 or more.")
-    return float(value)
-
-
-def _limit(key: str, value: object) -> float:
-    """A limit inside its range."""
-    low, high = LIMITS[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        between = f" from {low:g} to {high:g}" if math.isfinite(high) else ""
-        raise InputError(f"{key} is {value!r}: it must be a number{between}.")
-    return float(value)
+def _list(words: Words) -> tuple[str, ...]:
+    """A list, of one where one text was given."""
+    return (words,) if isinstance(words, str) else words

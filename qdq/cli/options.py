@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -72,9 +71,11 @@ def _setting(option: str, text: str) -> Callable[[F], F]:
     name = option.lstrip("-").replace("-", "_")
 
     def names() -> list[str]:
+        from msgspec import structs
+
         from qdq.plan.settings import Settings, choices
 
-        default = {f.name: f.default for f in fields(Settings)}[name]
+        default = {f.name: f.default for f in structs.fields(Settings)}[name]
         return [f"{choice} (default)" if choice == default else str(choice) for choice in choices(name)]
 
     return click.option(option, cls=Listed, names=names, help=text)

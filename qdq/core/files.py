@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
+from engines.core.documents import Document, DocumentError
 from engines.core.files import write_atomic
 from qdq.core.errors import InputError
+
+D = TypeVar("D", bound=Document)
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, resumed: bool = False) -> None:
@@ -29,37 +32,25 @@ def write_text(path: str | os.PathLike[str], text: str, *, resumed: bool = False
     write_atomic(path, text, error=InputError, resumed=resumed)
 
 
-MADE_BY = {"plan": "qdq plan MODEL -o plan.json", "table": "qdq calibrate MODEL --data DATA -o table.json"}
-
-
-def read_json(path: str | os.PathLike[str], form: str, what: str) -> Mapping[str, object]:
+def read_document(path: str | os.PathLike[str], kind: type[D], what: str) -> D:
     """Read one of our JSON files.
 
     Args:
         path: the file.
-        form: the value its "format" key must have.
+        kind: its declared model.
         what: "plan" or "table", for messages.
 
     Raises:
-        InputError: missing, not JSON, or of another format.
+        InputError: missing, not JSON, of another kind or version, or a key that is missing, unknown or of another type.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return kind.from_json(Path(path).read_bytes())
     except OSError as error:
         raise InputError(
-            f"Cannot read the {what} {path}: {error.strerror or error}. Make it with `{MADE_BY.get(what, 'qdq')}`."
+            f"Cannot read the {what} {path}: {error.strerror or error}. Make it with `{kind.MAKE}`."
         ) from None
-    except ValueError as error:
-        raise InputError(f"Cannot read the {what} {path}: it is not JSON ({error}). Make it again.") from None
-    if not isinstance(content, dict) or content.get("format") != form:
-        got = content.get("format") if isinstance(content, dict) else type(content).__name__
-        if str(got).partition("/")[0] == form.partition("/")[0]:
-            raise InputError(
-                f"The {what} {path} was written by another version of qdq: its format is {got!r}, needed is {form!r}. "
-                + (f"Make it again with `{MADE_BY[what]}`." if what in MADE_BY else "Delete it to begin anew.")
-            )
-        raise InputError(f"Cannot use {path} as a {what}: its format is {got!r}, needed is {form!r}.")
-    return content
+    except DocumentError as error:
+        raise InputError(f"Cannot use the {what} {path}: {error}.") from None
 
 
 def finite(value: object) -> object:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from calib_data import Samples
 from engines.backends.backend import backend_named
 from engines.backends.doctor import gpus
 from engines.core import onnx_runtime as ort
+from engines.core.documents import replace
 from engines.verify.compare import Limits, Report, compare
 from qdq.core.progress import Progress
 from qdq.measure.inference.samples import Sample

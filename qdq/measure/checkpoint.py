@@ -12,16 +12,33 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from engines.core.documents import Document
 from engines.core.files import unfinished
 from qdq.core.errors import InputError, StaleFileError
-from qdq.core.files import read_json, write_text
-from qdq.measure.table import CalibrationTable
+from qdq.core.files import read_document, write_text
+from qdq.measure.table import CalibrationTable, TableFile
 
-FORMAT = "qdq.checkpoint/1"
 EVERY_S = 2.0
 SHARE = 20  # writing takes at most one part in 20 of the time
+
+
+class CheckpointFile(Document, frozen=True, kw_only=True):
+    """What the file holds.
+
+    Attributes:
+        key: as in `Checkpoint`.
+        state: as in `Checkpoint`.
+        parts: tables of some tensors, the last one perhaps incomplete.
+    """
+
+    FORMAT: ClassVar[str] = "qdq.checkpoint/1"
+    MAKE: ClassVar[str] = "qdq calibrate"
+
+    key: dict[str, Any]
+    state: dict[str, Any]
+    parts: tuple[TableFile, ...]
 
 
 class Checkpoint:
@@ -55,18 +72,19 @@ class Checkpoint:
         """
         if not self.path.exists():
             return ()
-        content = read_json(self.path, FORMAT, "checkpoint")
-        key, parts = content.get("key"), content.get("parts")
-        if not isinstance(key, dict) or not isinstance(parts, list):
-            raise InputError(f"Cannot use the checkpoint {self.path}: it is damaged. Delete it.")
+        try:
+            file = read_document(self.path, CheckpointFile, "checkpoint")
+            tables = tuple(CalibrationTable.from_file(part, str(self.path)) for part in file.parts)
+        except InputError as error:
+            raise InputError(f"{error} Delete it to begin anew.") from None
+        key = file.key
         if odd := [name for name in {**key, **self.key} if key.get(name) != self.key.get(name)]:
             raise StaleFileError(
                 f"An unfinished calibration lies in {self.path}, of another {', '.join(odd)}. Repeat the command that "
                 "began it, delete that file to begin anew, or write the table elsewhere."
             )
-        state = content.get("state")
-        self.state = dict(state) if isinstance(state, dict) else {}
-        return tuple(CalibrationTable.from_mapping(part, str(self.path)) for part in parts)
+        self.state = dict(file.state)
+        return tables
 
     @property
     def due(self) -> bool:
@@ -80,7 +98,7 @@ class Checkpoint:
             InputError: the folder is not writable.
         """
         began = time.monotonic()
-        head = json.dumps({"format": FORMAT, "key": self.key, "state": dict(state or {})})[:-1]
+        head = json.dumps({"format": CheckpointFile.FORMAT, "key": self.key, "state": dict(state or {})})[:-1]
         tables = ",\n".join(p.to_json() for p in parts)
         write_text(self.path, f'{head}, "parts": [\n{tables}]}}\n', resumed=True)
         ended = time.monotonic()

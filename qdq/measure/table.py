@@ -19,7 +19,7 @@ import numpy as np
 
 from engines.core.documents import Document, Part
 from qdq.core.errors import InputError, StaleFileError
-from qdq.core.files import read_json, write_text
+from qdq.core.files import read_document, write_text
 from qdq.measure.histogram import BINS, Histogram
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
@@ -55,7 +55,7 @@ class TableFile(Document, frozen=True, kw_only=True):
     """table.json; the attributes are those of `CalibrationTable`."""
 
     FORMAT: ClassVar[str] = "qdq.table/2"
-    MAKE: ClassVar[str] = "qdq calibrate"
+    MAKE: ClassVar[str] = "qdq calibrate MODEL --data DATA -o table.json"
 
     model_sha256: str
     samples_sha256: str
@@ -112,21 +112,16 @@ class CalibrationTable:
         Raises:
             InputError: missing, not JSON, another format version, or an entry that makes no sense.
         """
-        return cls.from_mapping(read_json(path, TableFile.FORMAT, "table"), str(path))
+        return cls.from_file(read_document(path, TableFile, "table"), str(path))
 
     @classmethod
-    def from_mapping(cls, content: Mapping[str, object], where: str) -> CalibrationTable:
-        """Build a table from parsed JSON.
-
-        Args:
-            content: the parsed file.
-            where: its name, for messages.
+    def from_file(cls, file: TableFile, where: str) -> CalibrationTable:
+        """The table that a file holds; `where` is its name, for messages.
 
         Raises:
-            InputError: an entry that makes no sense.
+            InputError: figures of an entry that contradict each other.
         """
         try:
-            file = TableFile.from_mapping(content)
             tensors = {entry.tensor: _histogram(entry) for entry in file.tensors}
         except (ValueError, ArithmeticError) as error:
             raise InputError(f"Cannot use the table {where}: {error}. Make it again with `qdq calibrate`.") from None

@@ -9,8 +9,7 @@ Sources: NVIDIA's placement advice and what TensorRT-RTX 1.7.1 compiled from abo
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from engines.core.documents import replace
 from qdq.core.errors import InputError
 from qdq.model.model import Model
 from qdq.plan.plan import Plan, Point, Skip

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
+import msgspec
+
+from engines.core.documents import Document, Part
 from qdq.core.errors import InputError, StaleFileError
-from qdq.core.files import read_json, write_text
+from qdq.core.files import read_document, write_text
 from qdq.core.formats import FORMATS
 from qdq.model.model import Model
 from qdq.passes.rewrites.edit import Rewrite
 from qdq.plan.settings import Settings
 from qdq.plan.spec import Spec
 
-FORMAT = "qdq.plan/2"
-ROLES = ("activation", "weight")
+Consumer = Annotated[str, msgspec.Meta(pattern=r"^.+:\d+$")]
+Role = Literal["activation", "weight"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class Point(Part, frozen=True, kw_only=True, omit_defaults=True):
     """One tensor that is quantized.
 
     Attributes:
@@ -41,9 +40,9 @@ class Point:
     """
 
     tensor: str
-    role: str
+    role: Role
     spec: Spec
-    consumers: tuple[str, ...]
+    consumers: Annotated[tuple[Consumer, ...], msgspec.Meta(min_length=1)]
     rule: str
     tie: str | None = None
     reason: str = ""
@@ -54,8 +53,7 @@ class Point:
         return tuple((name, int(index)) for name, _, index in (c.rpartition(":") for c in self.consumers))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Skip:
+class Skip(Part, frozen=True, kw_only=True):
     """One node that stays in float, the rule that says so and the reason for a person."""
 
     node: str
@@ -64,8 +62,7 @@ class Skip:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(Document, frozen=True, kw_only=True):
     """What is to be quantized in one model.
 
     Invariants: every node of the model is the consumer of a weight point or has a Skip.
@@ -78,6 +75,9 @@ class Plan:
         rewrites: done to the prepared model before points and skips are looked up in it, or to the Q/DQ model.
         unquantized_type: float type of what is not quantized, as tuned; None leaves it to who writes the model.
     """
+
+    FORMAT: ClassVar[str] = "qdq.plan/2"
+    MAKE: ClassVar[str] = "qdq plan MODEL -o plan.json"
 
     model_sha256: str
     settings: Settings
@@ -116,31 +116,6 @@ class Plan:
         """Of the plan's JSON text."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
-    def to_json(self) -> str:
-        """The plan as indented JSON; the same plan gives the same text."""
-        points = []
-        for p in self.points:
-            spec = {k: v for k, v in asdict(p.spec).items() if v is not None and v is not False}  # axis 0 stays
-            entry: dict[str, object] = {
-                "tensor": p.tensor,
-                "role": p.role,
-                **spec,
-                "consumers": list(p.consumers),
-                "rule": p.rule,
-            }
-            points.append(entry | {k: v for k, v in (("tie", p.tie), ("reason", p.reason)) if v})
-        rewrites = [{"rewrite": r.name, "nodes": list(r.nodes)} for r in self.rewrites]
-        content = {
-            "format": FORMAT,
-            "model_sha256": self.model_sha256,
-            "settings": self.settings.to_mapping(),
-            **({"unquantized_type": self.unquantized_type} if self.unquantized_type else {}),
-            **({"rewrites": rewrites} if rewrites else {}),
-            "points": points,
-            "skips": [asdict(s) for s in self.skips],
-        }
-        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write plan.json; it appears whole or not at all."""
         write_text(path, self.to_json())
@@ -152,38 +127,7 @@ class Plan:
         Raises:
             InputError: missing, not JSON, another format version, or an entry that makes no sense.
         """
-        return cls.from_mapping(read_json(path, FORMAT, "plan"), Path(path).name)
-
-    @classmethod
-    def from_mapping(cls, content: Mapping[str, object], where: str) -> Plan:
-        """Build a plan from parsed JSON.
-
-        Args:
-            content: the parsed file.
-            where: the file's name, for messages.
-
-        Raises:
-            InputError: an entry that makes no sense.
-        """
-        try:
-            points = tuple(_point(entry) for entry in content["points"])  # type: ignore[attr-defined]
-            skips = tuple(Skip(**entry) for entry in content["skips"])  # type: ignore[attr-defined]
-            return cls(
-                model_sha256=str(content["model_sha256"]),
-                settings=Settings.from_mapping(content["settings"]),  # type: ignore[arg-type]
-                unquantized_type=None if content.get("unquantized_type") is None else str(content["unquantized_type"]),
-                points=points,
-                skips=skips,
-                rewrites=tuple(
-                    Rewrite(name=str(entry["rewrite"]), nodes=tuple(map(str, entry["nodes"])))
-                    for entry in content.get("rewrites", ())  # type: ignore[attr-defined]
-                ),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"Cannot use the plan {where}: {type(error).__name__} {error} in its entries. Restore the entry, or "
-                "make the plan again with `qdq plan`."
-            ) from None
+        return read_document(path, cls, "plan")
 
     def check(self, model: Model) -> None:
         """Refuse a plan that does not fit a prepared model.
@@ -278,26 +222,3 @@ def _grain(spec: Spec) -> str:
         else ""
     )
     return f"in blocks of {spec.block} along axis {spec.axis}{read}"
-
-
-def _point(entry: Mapping[str, object]) -> Point:
-    specified = {field.name for field in fields(Spec)}
-    known = {"tensor", "role", "consumers", "rule", "tie", "reason"} | specified
-    unknown = set(entry) - known
-    if unknown or entry["role"] not in ROLES:
-        raise ValueError(f"unknown {', '.join(sorted(unknown)) or entry['role']!r}")
-    spec = Spec(**{k: entry[k] for k in specified & entry.keys()})  # type: ignore[arg-type]
-    consumers = tuple(str(c) for c in entry["consumers"])  # type: ignore[attr-defined]
-    tie = entry.get("tie")
-    point = Point(
-        tensor=str(entry["tensor"]),
-        role=str(entry["role"]),
-        spec=spec,
-        consumers=consumers,
-        rule=str(entry["rule"]),
-        tie=None if tie is None else str(tie),
-        reason=str(entry.get("reason", "")),
-    )
-    if not point.uses or any(index < 0 for _, index in point.uses):
-        raise ValueError(f"consumers of {point.tensor!r}: at least one, each 'node:input index'")
-    return point

@@ -10,6 +10,7 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from onnx import NodeProto
 
@@ -47,7 +48,7 @@ class Want:
 
     tensor: str
     index: int
-    role: str
+    role: Literal["activation", "weight", "shortcut"]
     spec: Spec
     rule: str
     reason: str = ""
@@ -261,4 +262,4 @@ def check_exclude(model: Model, patterns: tuple[str, ...], what: str = "exclude"
 def check_patterns(model: Model, settings: Settings) -> None:
     """Refuse exclude and override patterns that match no node; raises as `check_exclude` does."""
     check_exclude(model, settings.exclude)
-    check_exclude(model, tuple(pattern for pattern, _ in settings.overrides), "override")
+    check_exclude(model, tuple(settings.overrides), "override")

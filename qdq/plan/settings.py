@@ -7,10 +7,13 @@ This module must not look at a model.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, ItemsView, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from typing import Annotated
 
-from qdq.core.choices import choose
+import msgspec
+
+from engines.core.documents import Part, replace
+from qdq.core.choices import checked, choose, converted
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 from qdq.plan.methods import CALIBRATORS, FORMULAS, ROUNDINGS
@@ -21,6 +24,9 @@ AUTO = "auto"
 WHOLE = ("channel", "tensor")  # in place of a block
 BIAS_CORRECTIONS: tuple[str, ...] = ("auto", "on", "off")
 V0, V1 = 15.0, 150.0  # of FPTQ's paper
+Pattern = Annotated[str, msgspec.Meta(min_length=1)]  # of node names, with * and ?
+MOST = 1e9  # of numbers that must be finite
+Magnitude = Annotated[float, msgspec.Meta(le=MOST)]
 LEAST_DAMPING = 1e-4  # inputs that depend on each other leave a matrix that has no inverse otherwise
 
 
@@ -49,8 +55,7 @@ def _number(value: object) -> object:
         return value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(Part, frozen=True, kw_only=True):
     """Everything that decides how a model is quantized, apart from the model and the samples.
 
     Attributes:
@@ -82,74 +87,42 @@ class Settings:
 
     scheme: str = "int8"
     calibrator: str = "mse"
-    percentile: float = 99.99
+    percentile: Annotated[float, msgspec.Meta(gt=50, le=100)] = 99.99
     rounding: str = ""
     equalize: str = ""
     shift: bool = True
-    exclude: tuple[str, ...] = ()
+    exclude: tuple[Pattern, ...] = ()
     bias_correction: str = "auto"
     block: int | str = "auto"
-    damping: float = 0.01
+    damping: Annotated[float, msgspec.Meta(ge=LEAST_DAMPING, le=MOST)] = 0.01
     act_order: bool = True
-    moment_inputs: int = 2304
-    v0: float | str = V0
-    v1: float | str = V1
-    overrides: tuple[tuple[str, str], ...] = ()
+    moment_inputs: Annotated[int, msgspec.Meta(ge=0)] = 2304
+    v0: Magnitude | str = V0
+    v1: Magnitude | str = V1
+    overrides: dict[Pattern, str] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Validate each field."""
-        row = SCHEMES[choose(self.scheme, tuple(SCHEMES), "scheme")]
+        """Hold each field to its type, and names to those that exist."""
+        set_field = msgspec.structs.force_setattr
+        for name in ("v0", "v1"):  # text where the command line gives them
+            set_field(self, name, _number(getattr(self, name)))
+        block = int(self.block) if isinstance(self.block, str) and self.block.isdigit() else self.block
+        set_field(self, "block", block)
+        checked(self)
+        rows = [SCHEMES[choose(name, tuple(SCHEMES), "scheme")] for name in (self.scheme, *self.overrides.values())]
         for name in ("rounding", "equalize"):
             if getattr(self, name) == "":
-                object.__setattr__(self, name, getattr(row, name))
+                set_field(self, name, getattr(rows[0], name))
         for name in ("calibrator", "rounding", "equalize", "bias_correction"):
             choose(getattr(self, name), [str(n) for n in choices(name)], name)
-        if (
-            isinstance(self.percentile, bool)
-            or not isinstance(self.percentile, int | float)
-            or not 50 < self.percentile <= 100
-        ):
-            raise InputError(
-                f"percentile is {self.percentile!r}: it must be a number above 50 and at most 100, such as 99.99."
-            )
-        if not isinstance(self.shift, bool):
-            raise InputError(f"shift is {self.shift!r}: it must be true or false.")
-        if not isinstance(self.exclude, list | tuple) or not all(isinstance(p, str) and p for p in self.exclude):
-            raise InputError(
-                f"exclude is {self.exclude!r}: it must be a list of node name patterns, such as ['*/head/*']."
-            )
-        object.__setattr__(self, "exclude", tuple(self.exclude))
-        block = int(self.block) if isinstance(self.block, str) and self.block.isdigit() else self.block
-        if isinstance(block, bool) or block not in choices("block"):
-            raise InputError(f"block is {self.block!r}: it must be one of {', '.join(map(str, choices('block')))}.")
-        object.__setattr__(self, "block", block)
-        for name in ("v0", "v1"):  # text where the command line gives them
-            object.__setattr__(self, name, _number(getattr(self, name)))
-        floor = 0.0 if isinstance(self.v0, str) else self.v0
-        for name, low in (("damping", LEAST_DAMPING), ("v0", 0.0), ("v1", floor)):
-            value, chosen = getattr(self, name), name in ("v0", "v1")
-            if value == "auto" and chosen:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < float("inf"):
-                least = ("v0" if name == "v1" else f"{low:g}") + (", or auto" if chosen else "")
-                raise InputError(f"{name} is {value!r}: it must be a number of at least {least}.")
-        if not isinstance(self.act_order, bool):
-            raise InputError(f"act_order is {self.act_order!r}: it must be true or false.")
-        if type(self.moment_inputs) is not int or self.moment_inputs < 0:
-            raise InputError(f"moment_inputs is {self.moment_inputs!r}: it must be a whole number, such as 4096.")
-        pairs = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
-        if not isinstance(pairs, list | tuple | ItemsView) or not all(
-            isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(t, str) and t for t in pair)
-            for pair in pairs
-        ):
-            raise InputError(
-                f"overrides is {self.overrides!r}: it must map node name patterns to schemes, such as "
-                "{'*/mlp/*': int4}."
-            )
-        object.__setattr__(self, "overrides", tuple((pattern, scheme) for pattern, scheme in pairs))
-        rows = [
-            SCHEMES[choose(name, tuple(SCHEMES), "scheme")] for name in (self.scheme, *dict(self.overrides).values())
-        ]
+        if block not in choices("block"):
+            raise InputError(f"block is {block!r}: it must be one of {', '.join(map(str, choices('block')))}.")
+        for name, low in (("v0", 0.0), ("v1", 0.0 if isinstance(self.v0, str) else self.v0)):
+            value = getattr(self, name)
+            if value != AUTO and (isinstance(value, str) or value < low):
+                least = "v0" if name == "v1" else "0"
+                shown = repr(value) if isinstance(value, str) else f"{value:g}"
+                raise InputError(f"{name} is {shown}: it must be a number of at least {least}, or auto.")
         through = [row for row in rows if row.compute_format or FORMATS[row.weight].scale_format]
         if self.block in WHOLE and through:
             fmt = FORMATS[through[0].weight]
@@ -166,7 +139,7 @@ class Settings:
     @property
     def idle(self) -> tuple[str, ...]:
         """What was set to another value than the default and means nothing to the schemes, a sentence each."""
-        rows = [SCHEMES[self.scheme], *(SCHEMES[scheme] for _, scheme in self.overrides)]
+        rows = [SCHEMES[self.scheme], *(SCHEMES[scheme] for scheme in self.overrides.values())]
         weights = [FORMATS[row.weight] for row in rows]
         lengths = {block for fmt in weights for block in fmt.blocks}
         alone = any(FORMATS[row.weight].blocks and row.data is None for row in rows)
@@ -191,7 +164,7 @@ class Settings:
             "v0": (ranged, scheme),
             "v1": (ranged, scheme),
         }
-        defaults = {f.name: f.default for f in fields(self)}
+        defaults = {f.name: f.default for f in msgspec.structs.fields(type(self))}
         return tuple(
             f"{name} {getattr(self, name)} has no effect with {cause}"
             for name, (used, cause) in means.items()
@@ -205,23 +178,22 @@ class Settings:
         Raises:
             InputError: a key that is no setting, or a bad value.
         """
-        names = [f.name for f in fields(cls)]
-        for key in values:
-            choose(str(key), names, "setting")
-        return cls(**values)  # type: ignore[arg-type]  # __post_init__ checks every value's type
+        return converted(values, cls, "setting")
 
     def to_mapping(self) -> dict[str, object]:
         """The settings as plain values, ready for JSON or YAML."""
-        return {**asdict(self), "exclude": list(self.exclude), "overrides": dict(self.overrides)}
+        return dict(msgspec.to_builtins(self))
 
     def scheme_of(self, node: str) -> Scheme:
         """The scheme of a node by its name."""
-        return SCHEMES[next((s for pattern, s in self.overrides if fnmatch.fnmatchcase(node, pattern)), self.scheme)]
+        return SCHEMES[
+            next((s for pattern, s in self.overrides.items() if fnmatch.fnmatchcase(node, pattern)), self.scheme)
+        ]
 
     @property
     def formats(self) -> frozenset[str]:
         """Every format that a model quantized so may hold: `formats.require_targets` says which GPUs have them."""
-        rows = [SCHEMES[self.scheme], *(SCHEMES[scheme] for _, scheme in self.overrides)]
+        rows = [SCHEMES[self.scheme], *(SCHEMES[scheme] for scheme in self.overrides.values())]
         return frozenset(
             f for row in rows for f in (row.data, row.weight, row.compute_format, row.convolution) if f is not None
         )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from qdq.core.choices import choose
+from engines.core.documents import Part
+from qdq.core.choices import checked, choose
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 
@@ -12,8 +11,7 @@ BY_RANGE = "fptq"
 TOKENS: tuple[str, ...] = ("always", BY_RANGE)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spec:
+class Spec(Part, frozen=True, kw_only=True, omit_defaults=True):
     """How one tensor is quantized.
 
     Attributes:
@@ -38,12 +36,9 @@ class Spec:
     token: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown format, what is no axis, shift or block, and blocks that no product can read."""
+        """Refuse an unknown format, and blocks that no product can read."""
+        checked(self)
         choose(self.format, tuple(FORMATS), "format")
-        if not (self.axis is None or type(self.axis) is int) or not isinstance(self.shift, bool):
-            raise InputError(f"axis is {self.axis!r}, shift {self.shift!r}: needed are an integer or none, and a flag.")
-        if not isinstance(self.weight_only, bool):
-            raise InputError(f"weight_only is {self.weight_only!r}: it must be true or false.")
         if self.token is not None:
             choose(self.token, TOKENS, "token")
         fmt = FORMATS[self.format]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
+from engines.core.documents import replace
 from engines.core.errors import BuildError
 from qdq.assemble.held_out import HeldOutScore, Split, ranked
 from qdq.assemble.quantize import quantize

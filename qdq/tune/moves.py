@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from engines.core.documents import replace
 from qdq.build.cost import Price
 from qdq.model.model import Model
 from qdq.passes.rewrites import FLOAT_REWRITES, QUANTIZED_REWRITES

@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate, islice
 
+from engines.core.documents import replace
 from qdq.build.cost import CostModel, Price
 from qdq.core.progress import Progress
 from qdq.passes.rewrites import FLOAT_REWRITES, QUANTIZED_REWRITES

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from engines.core.documents import replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

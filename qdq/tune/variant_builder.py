@@ -12,10 +12,11 @@ import fnmatch
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from engines.core.documents import replace
 from qdq.assemble.held_out import energies
 from qdq.assemble.insert import insert
 from qdq.assemble.precision.convert import convert
@@ -202,7 +203,7 @@ class VariantBuilder:
         return replace(
             kept,
             exclude=tuple(p for p in kept.exclude if lives(p)),
-            overrides=tuple((p, scheme) for p, scheme in kept.overrides if lives(p)),
+            overrides={p: scheme for p, scheme in kept.overrides.items() if lives(p)},
         )
 
     def _table(self, model: Model, plan: Plan) -> CalibrationTable:

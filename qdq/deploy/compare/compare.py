@@ -11,15 +11,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-
-from msgspec import structs
 
 from calib_data import Samples
 from engines.backends.backend import backend_named
 from engines.backends.compiler import ShapeRange
+from engines.core.documents import replace
 from engines.core.errors import EngineError, MissingRuntimeError, UnsupportedTargetError, import_runtime
 from engines.cost.gpus import Gpu
 from engines.cost.predict import predict
@@ -48,7 +47,11 @@ from qdq.plan.plan import Plan, Point
 from qdq.plan.scheme import SCHEMES
 from qdq.plan.settings import Settings
 
-OPTIONS = (*(f.name for f in fields(Settings) if f.name not in ("scheme", "overrides")), "unquantized_type", "tune")
+OPTIONS = (
+    *(name for name in Settings.__struct_fields__ if name not in ("scheme", "overrides")),
+    "unquantized_type",
+    "tune",
+)
 FLOAT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
 
 
@@ -235,10 +238,10 @@ class _Bench:
     def _measured(self, row: SchemeRow, path: Path, scored: Path, entry: Entry) -> SchemeRow:
         """The row with what its file compiles to, and how well it does."""
         on_progress, problems = self._tell(row.scheme), list[str]()
-        row = structs.replace(row, model_bytes=file_bytes(load(scored)))
+        row = replace(row, model_bytes=file_bytes(load(scored)))
         with _noted(problems, "does not compile"):
             audited, us = self._compiled(path, entry.recipe, on_progress)
-            row = structs.replace(
+            row = replace(
                 row,
                 weight_bytes=audited.weight_bytes,
                 kernels=audited.kernels,
@@ -247,9 +250,9 @@ class _Bench:
             )
         with _noted(problems, "does not run in ONNX Runtime"):
             found = self._score(scored, on_progress)
-            row = structs.replace(row, sqnr_db=found.sqnr_db, value=found.value)
+            row = replace(row, sqnr_db=found.sqnr_db, value=found.value)
             self.samples = found.samples
-        return structs.replace(row, problem="; ".join(problems))
+        return replace(row, problem="; ".join(problems))
 
     def _score(self, path: Path, on_progress: Progress) -> Score:
         return score(

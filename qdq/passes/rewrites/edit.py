@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, helper
 
+from engines.core.documents import Part
 from qdq.model.model import Model
 from qdq.model.nodes import all_nodes
 from qdq.passes.draft import Draft, assign, unique
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rewrite:
+class Rewrite(Part, frozen=True, kw_only=True):
     """An exact rewrite of `qdq.passes.rewrites`, by file name, and the nodes that it is applied to."""
 
     name: str

@@ -78,7 +78,7 @@ def test_the_table_survives_its_file() -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "layer-table", "format_version": 1}'])
 def test_another_file_is_refused(text: str) -> None:
-    with pytest.raises(EngineError, match=r"not JSON|make it with `qdq build`"):
+    with pytest.raises(EngineError, match=r"not JSON|with `qdq build`"):
         LayerTable.from_json(text)
 
 

@@ -46,7 +46,7 @@ WRONG = {
     "[" * 100_000: "not JSON",
     "[]": "another file",
     '{"format": "qdq.other/1"}': "another file",
-    '{"format": "qdq.sheet/1"}': "another version; make it with `qdq sheet`",
+    '{"format": "qdq.sheet/1"}': "another version of qdq. Make it again with `qdq sheet`",
     '{"format": "qdq.sheet/2"}': "missing required field `lines`",
     '{"format": "qdq.sheet/2", "lines": [], "line": []}': "did you mean `lines`",
     '{"format": "qdq.sheet/2", "lines": [{"x": "1"}]}': r"Expected `int`, got `str` - at `lines\[0\].x`",

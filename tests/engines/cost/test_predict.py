@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import replace
 
 import engine_graphs as graphs
 import numpy as np
 import onnx
 import pytest
-from msgspec.structs import replace as changed
 
 from engines.backends.layers import Layer, LayerTable, TensorInfo
+from engines.core.documents import replace
 from engines.core.errors import EngineError
 from engines.cost.gpus import GPUS, Gpu, gpu_named
 from engines.cost.predict import HEADERS, predict, rows
@@ -77,7 +76,7 @@ def test_what_bounds_a_kernel(changes: dict[str, float], bound: str, us: float) 
 
 def test_int8_is_priced_by_the_type_that_is_consumed() -> None:
     inputs = [tensor("int8", 1, 16, 8, 8), tensor("int8", 16, 16, 3, 3)]
-    int8 = changed(CONV, inputs=tuple(inputs))
+    int8 = replace(CONV, inputs=tuple(inputs))
     (kernel,) = predict(graphs.conv(), table(int8), replace(SLOW, launch_us=0.0, bandwidth_gb_s=1e6)).kernels
     assert kernel.dtype == "int8" and kernel.us == pytest.approx(2 * CONV_MACS / 4e6)
 
@@ -94,18 +93,18 @@ def test_waiting_for_a_stream_is_no_kernel() -> None:
 
 
 def test_products_without_a_kernel_are_reported() -> None:
-    cost = predict(graphs.conv(data=None, fmt=None), table(changed(CONV, onnx_nodes=("other",))), SLOW)
+    cost = predict(graphs.conv(data=None, fmt=None), table(replace(CONV, onnx_nodes=("other",))), SLOW)
     assert cost.unplaced_macs == CONV_MACS and cost.kernels[0].macs == 0
 
 
 def test_two_products_in_one_kernel_add_up() -> None:
     fused = layer("_gemm_mha_v2_1", "kgen", [tensor("float16", 1, 4, 64, 64)], [tensor("float16", 1, 4, 64, 64)])
-    cost = predict(graphs.attention(dtype=np.float16), table(changed(fused, onnx_nodes=("scores", "mix"))), SLOW)
+    cost = predict(graphs.attention(dtype=np.float16), table(replace(fused, onnx_nodes=("scores", "mix"))), SLOW)
     assert cost.kernels[0].macs == 2 * 4 * 64 * 64 * 64
 
 
 def test_the_dearest_kernels_and_their_rows() -> None:
-    big = changed(COPY, name="kgen_2", onnx_nodes=("a", "b", "c", "d", "e"), outputs=(tensor("float32", 10**6),))
+    big = replace(COPY, name="kgen_2", onnx_nodes=("a", "b", "c", "d", "e"), outputs=(tensor("float32", 10**6),))
     cost = predict(graphs.conv(data=None, fmt=None), table(CONV, big, COPY), SLOW)
     assert [k.name for k in cost.dearest(2)] == ["kgen_2", "Corr_1"] and len(cost.dearest(9)) == 3
     found = rows(cost, 1)
@@ -130,7 +129,7 @@ def test_the_dearest_kernels_and_their_rows() -> None:
         (lambda: Gpu.from_mapping({**USERS, "bandwidth_gb_s": "fast"}), "'fast' is no number"),
         (lambda: predict(graphs.conv(), table(CONV), "rtx5090"), "compiled for sm89, but rtx5090 is sm120"),
         (
-            lambda: predict(graphs.conv(), table(changed(CONV, inputs=(tensor("int8", -1),))), SLOW),
+            lambda: predict(graphs.conv(), table(replace(CONV, inputs=(tensor("int8", -1),))), SLOW),
             "dynamic shapes",
         ),
     ],

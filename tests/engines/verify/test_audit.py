@@ -13,13 +13,13 @@ import engine_graphs as graphs
 import numpy as np
 import onnx
 import pytest
-from msgspec.structs import replace
 from onnx import helper
 from places import SHARED
 
 from engines.backends import rtx
 from engines.backends.compiler import ShapeRange
 from engines.backends.layers import Layer, TensorInfo
+from engines.core.documents import replace
 from engines.core.macs import macs
 from engines.core.quantizers import read_graph
 from engines.verify.audit import Audit, audit, compute_kernel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from models import assemble, constant, images, segmenter
 from onnx import helper, numpy_helper
 
+from engines.core.documents import replace
 from qdq.assemble import bias
 from qdq.assemble.bias import correct, corrected
 from qdq.assemble.held_out import HeldOutScore, split

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from models import images, segmenter
 
+from engines.core.documents import replace
 from qdq.assemble import choose_calibrator
 from qdq.assemble.choose_calibrator import METHODS, pick, solve_auto
 from qdq.assemble.held_out import HeldOutScore, Split, clearly_less, split

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import graphs
 import numpy as np
 import pytest
 from graphs import build, node, normal
 
+from engines.core.documents import replace
 from qdq.assemble import choose_equalization
 from qdq.assemble.choose_equalization import CAUTIOUS, STRONG, resolved
 from qdq.assemble.quantize import quantize

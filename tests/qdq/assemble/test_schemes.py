@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import graphs
@@ -18,6 +17,7 @@ from places import SHARED
 from engines import ShapeRange
 from engines.backends import rtx
 from engines.backends.compiler import Engine
+from engines.core.documents import replace
 from engines.verify.audit import audit
 from qdq.assemble import quantize
 from qdq.assemble.insert import insert
@@ -120,16 +120,16 @@ def test_an_axis_that_no_block_divides_is_padded_and_the_plan_says_so() -> None:
         "b": (64, "blocks of 128 do not divide its 172 inputs; padded with 20 zeros"),
     }
     assert "padded with 20 zeros" in "\n".join(made.explain("down"))
-    assert Plan.from_mapping(json.loads(made.to_json()), "plan.json") == made
+    assert Plan.from_mapping(json.loads(made.to_json())) == made
 
 
 @pytest.mark.parametrize("schemes", [("w4a8", "int4"), ("int4", "w4a8")])
 def test_readers_of_one_padded_tensor_get_codes_or_floats_as_each_scheme_says(schemes: tuple[str, str]) -> None:
     nodes = [node("MatMul", "x a", "y", name="one"), node("MatMul", "x b", "z", name="two")]
     model = build(nodes, {"x": (5, 120)}, {"a": normal(120, 8), "b": normal(120, 8, seed=1)}, outputs=("y", "z"))
-    overrides = tuple(zip(("one", "two"), schemes, strict=True))
+    overrides = dict(zip(("one", "two"), schemes, strict=True))
     written = quantized(model, graphs.samples(model, 4), block=128, scheme="w4a8", overrides=overrides).model
-    for name, scheme in overrides:
+    for name, scheme in overrides.items():
         made_by = written.producer(written.node(name).input[0])
         assert made_by is not None and made_by.op_type == {"w4a8": "DequantizeLinear", "int4": "Pad"}[scheme]
 
@@ -189,7 +189,7 @@ def test_overrides_mix_schemes_by_node_and_a_pattern_that_matches_nothing_is_an_
     assert found["b"].format == "int4"
     assert "r" not in found
     with pytest.raises(InputError, match=r"override pattern '\*/mlp/\*' matches none"):
-        placement.plan(mlp(), Settings(overrides=(("*/mlp/*", "int4"),)))
+        placement.plan(mlp(), Settings(overrides={"*/mlp/*": "int4"}))
     model = build(
         [node("MatMul", "x a", "y", name="one"), node("MatMul", "x b", "z", name="two")],
         {"x": (5, 64)},
@@ -197,7 +197,7 @@ def test_overrides_mix_schemes_by_node_and_a_pattern_that_matches_nothing_is_an_
         outputs=("y", "z"),
     )
     with pytest.raises(InputError, match="'two' would read 'x' in another form than 'one'"):
-        placement.plan(model, Settings(overrides=(("two", "fp8"),)))
+        placement.plan(model, Settings(overrides={"two": "fp8"}))
     both = quantized(model, graphs.samples(model), overrides={"two": "int4"}, rounding="nearest")
     readers = {n.name: n.input[0] for n in both.model.graph.node if n.op_type == "MatMul"}
     assert readers["two"] == "x" != readers["one"]
@@ -223,7 +223,7 @@ def test_a_tensor_read_by_a_convolution_has_one_scale_whatever_the_scheme() -> N
         ({"v0": 20, "v1": 10}, "v1 is 10: it must be a number of at least v0"),
         ({"block_loss_db": 4.0}, "Unknown setting 'block_loss_db'"),
         ({"equalize": "cle"}, "Unknown equalize 'cle'"),
-        ({"overrides": ["int4"]}, "map node name patterns to schemes"),
+        ({"overrides": ["int4"]}, "overrides is .*: it must be a mapping"),
         ({"overrides": {"*": "int44"}}, "Did you mean 'int4'"),
         ({"scheme": "int8_weight"}, "Did you mean 'int8-weight'"),
     ],
@@ -264,14 +264,14 @@ def test_a_setting_without_effect_is_named(values: dict[str, object], said: str)
 def test_defaults_and_what_they_replace_have_an_effect() -> None:
     for name in SCHEMES:
         assert Settings(scheme=name).idle == ()
-    assert Settings(block=32, overrides=(("*", "int4"),)).idle == ()
+    assert Settings(block=32, overrides={"*": "int4"}).idle == ()
     for scheme in ("int4", "w4a8", "fptq", "nvfp4"):
         assert Settings(scheme=scheme, rounding="clip").idle == ()
     for calibrator in ("percentile", "auto"):
         assert Settings(calibrator=calibrator, percentile=99.9).idle == ()
     assert Settings(damping=0.5, act_order=False, moment_inputs=64, shift=False).idle == ()
     assert Settings(scheme="int4", rounding="clip", moment_inputs=64).idle == ()  # AWQ balances channels by them
-    assert Settings(overrides=(("*", "fptq"),), v0=3, v1="auto").idle == ()
+    assert Settings(overrides={"*": "fptq"}, v0=3, v1="auto").idle == ()
 
 
 @pytest.mark.parametrize("scheme", list(SCHEMES))
@@ -319,7 +319,7 @@ def test_targets_without_the_format_are_refused_by_name() -> None:
     for scheme, target in (("int4", "sm75"), ("w4a8", "7.5"), ("fp8", "sm86"), ("nvfp4", "sm89")):
         with pytest.raises(InputError, match=f"{target} cannot compile"):
             require_targets(Settings(scheme=scheme).formats, [target, "sm89"])
-    assert Settings(overrides=(("*", "fp8"),)).formats == {"int8", "fp8"}
+    assert Settings(overrides={"*": "fp8"}).formats == {"int8", "fp8"}
 
 
 # -- numerics ----------------------------------------------------------------------------------------------------------

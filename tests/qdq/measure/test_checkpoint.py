@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from models import images, segmenter
 from places import ROOT
 
+from engines.core.documents import replace
 from qdq.core.errors import InputError, StaleFileError
 from qdq.core.files import write_text
 from qdq.measure.checkpoint import Checkpoint

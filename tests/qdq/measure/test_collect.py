@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from graphs import build, node, normal
 
+from engines.core.documents import replace
 from qdq.core.errors import InputError, StaleFileError
 from qdq.measure.collect import collect
 from qdq.measure.histogram import BINS, Histogram

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import graphs
 import numpy as np
@@ -12,6 +11,7 @@ from graphs import Sample, build, node, normal
 from onnx import helper, numpy_helper
 
 from engines.core import onnx_runtime as ort
+from engines.core.documents import replace
 from qdq.core.qtensor import QParams, to_codes
 from qdq.measure import second_moments
 from qdq.model.model import Model

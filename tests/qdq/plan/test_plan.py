@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import graphs
 import pytest
 
+from engines.core.documents import replace
 from qdq.assemble import insert
 from qdq.core.errors import InputError, StaleFileError
 from qdq.measure import collect
@@ -53,7 +53,7 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "points no list": lambda c: c.update(points=3),
     "skip without reason": lambda c: c["skips"][0].pop("reason"),
     "skip no mapping": lambda c: c["skips"].append("relu"),
-    "unknown format": lambda c: c["points"][0].update(format="int88"),
+    "unknown format": lambda c: c["points"][0]["spec"].update(format="int88"),
     "unknown role": lambda c: c["points"][0].update(role="weigth"),
     "unknown key": lambda c: c["points"][0].update(scael=1),
     "no tensor": lambda c: c["points"][0].pop("tensor"),
@@ -62,8 +62,8 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "consumer without index": lambda c: c["points"][0].update(consumers=["conv"]),
     "negative index": lambda c: c["points"][1].update(consumers=["conv:-2"]),
     "other format version": lambda c: c.update(format="qdq.plan/99"),
-    "axis is text": lambda c: c["points"][1].update(axis="0"),
-    "shift is text": lambda c: c["points"][0].update(shift="no"),
+    "axis is text": lambda c: c["points"][1]["spec"].update(axis="0"),
+    "shift is text": lambda c: c["points"][0]["spec"].update(shift="no"),
 }
 
 
@@ -122,9 +122,9 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "tensor": (lambda c: c["points"][0].update(tensor="z"), "no such operand"),
     "role": (lambda c: c["points"][1].update(role="activation"), "in the model it is constant"),
     "weight alone": (lambda c: c["points"].pop(0), "needs both"),
-    "activation axis": (lambda c: c["points"][0].update(axis=1), "activations have one scale"),
+    "activation axis": (lambda c: c["points"][0]["spec"].update(axis=1), "activations have one scale"),
     "bias": (lambda c: c["points"][1].update(tensor="b", consumers=["conv:2"]), "weights are operand 1"),
-    "wrong axis": (lambda c: c["points"][1].update(axis=1), "Set the axis to 0"),
+    "wrong axis": (lambda c: c["points"][1]["spec"].update(axis=1), "Set the axis to 0"),
 }
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import graphs
 import numpy as np
 import pytest
 from graphs import build, node, normal
 from onnx import NodeProto
 
+from engines.core.documents import replace
 from qdq.core.errors import InputError
 from qdq.model.model import Model
 from qdq.plan import placement

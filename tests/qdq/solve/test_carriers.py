@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import graphs
 import numpy as np
 import onnx
@@ -12,6 +10,7 @@ from graphs import build, node, normal, quantized
 from onnx import helper, numpy_helper
 
 from engines.backends import rtx
+from engines.core.documents import replace
 from qdq.assemble.insert import insert
 from qdq.core.qtensor import QTensor
 from qdq.model.model import Model

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import graphs
 import numpy as np
 import pytest
 from graphs import build, node, normal, quantized
 
+from engines.core.documents import replace
 from qdq.core.errors import InputError, StaleFileError
 from qdq.core.qtensor import from_codes
 from qdq.measure import collect
