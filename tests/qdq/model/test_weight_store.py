@@ -20,7 +20,7 @@ from qdq.measure.collect import collect
 from qdq.measure.inference import partitioned
 from qdq.measure.inference.session import Session
 from qdq.model import external, weight_store
-from qdq.model.external import is_spooled
+from qdq.model.external import is_stored
 from qdq.model.model import Model
 from qdq.model.storage import load, save
 from qdq.passes.prepare import load_float
@@ -103,15 +103,15 @@ def test_large_models_get_the_codes_of_small_ones(
 ) -> None:
     made = quantize(chain, samples, settings=settings)
     save(made.model, tmp_path / "small.onnx")
-    assert not any(map(is_spooled, made.model.graph.initializer))
+    assert not any(map(is_stored, made.model.graph.initializer))
     without = quantize(chain, None, settings=settings, table=made.table)
     save(without.model, tmp_path / "small_table.onnx")
 
     request.getfixturevalue("tiny_is_large")
     large = quantize(chain, None, settings=settings, table=made.table)
-    assert any(map(is_spooled, large.model.graph.initializer))
+    assert any(map(is_stored, large.model.graph.initializer))
     save(large.model, tmp_path / "large.onnx")
-    assert not any(map(is_spooled, load(tmp_path / "large.onnx").graph.initializer))
+    assert not any(map(is_stored, load(tmp_path / "large.onnx").graph.initializer))
     assert values(tmp_path / "large.onnx") == values(tmp_path / "small_table.onnx")
 
     seen = quantize(chain, samples, settings=settings)
