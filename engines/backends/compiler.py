@@ -6,7 +6,9 @@ Always strongly typed and DETAILED. Must not set a precision: the ONNX graph car
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -193,6 +195,34 @@ def compile_model(
     Raises:
         BuildError: parse or build error, with the compiler's message.
     """
+    with _collector_paused():
+        return _compiled(trt, model, shapes, configure, on_progress)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep Python's garbage collector from running inside a call of the logger.
+
+    It would free the builder of an earlier build that failed, which waits for a lock of the compiler that the call
+    holds: the process stood still (tensorrt_rtx 1.7.1.116).
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _compiled(
+    trt: ModuleType,
+    model: Path | str | onnx.ModelProto,
+    shapes: Mapping[str, ShapeRange],
+    configure: Callable[[Any], None],
+    on_progress: OnProgress | None,
+) -> Compiled:
+    """As `compile_model`."""
     log = _logger(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

@@ -30,6 +30,20 @@ class DocumentError(EngineError, ValueError):
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A value inside a document. A field that is missing, of another type, or not known is refused."""
 
+    @classmethod
+    def schema(cls) -> dict[str, Any]:
+        """The JSON Schema (2020-12) of such values."""
+        _, components = msgspec.json.schema_components([cls], ref_template="#/$defs/{name}")
+        components |= {part.__name__: part._completed(components[part.__name__]) for part in _documents(cls).values()}
+        whole = cls._completed(components.pop(cls.__name__))
+        head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+        return {**head, **_with_text(whole), "$defs": _with_text(components)}
+
+    @classmethod
+    def _completed(cls, schema: Mapping[str, Any]) -> dict[str, Any]:
+        """The schema of the fields with what else is written."""
+        return dict(schema)
+
 
 class Document(Part, frozen=True, kw_only=True):
     """A whole file.
@@ -79,32 +93,9 @@ class Document(Part, frozen=True, kw_only=True):
             other = isinstance(found, str) and found.startswith(f"{kind}/")
             what = "made by another version of qdq. Make it again" if other else "another file. Make one"
             raise DocumentError(f"its format is {found!r} and {cls.FORMAT!r} is needed: {what} with `{cls.MAKE}`")
-        inside = cls._inside()
+        inside = _documents(cls)
         read = {k: _read(v, inside[k]) if k in inside else v for k, v in content.items()}
         return converted({k: v for k, v in read.items() if k != "format" and k not in cls.COMPUTED}, cls)
-
-    @classmethod
-    def schema(cls) -> dict[str, Any]:
-        """The JSON Schema (2020-12) of the file."""
-        _, components = msgspec.json.schema_components([cls], ref_template="#/$defs/{name}")
-        components |= {part.__name__: part._completed(components[part.__name__]) for part in cls._inside().values()}
-        whole = cls._completed(components.pop(cls.__name__))
-        return {
-            "$schema": "https://json-schema.org/draft/2020-12/schema",
-            **_with_text(whole),
-            "$defs": _with_text(components),
-        }
-
-    @classmethod
-    def _inside(cls) -> dict[str, type[Document]]:
-        """The fields that hold a document of its own, or several."""
-        kinds = {f.name: (f.type, *typing.get_args(f.type)) for f in msgspec.structs.fields(cls)}
-        return {
-            name: kind
-            for name, some in kinds.items()
-            for kind in some[:2]
-            if isinstance(kind, type(Document)) and issubclass(kind, Document)
-        }
 
     @classmethod
     def _completed(cls, schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,6 +109,13 @@ class Document(Part, frozen=True, kw_only=True):
             "properties": {"format": {"const": cls.FORMAT}, **computed, **schema["properties"]},
             "required": ["format", *cls.COMPUTED, *schema.get("required", ())],
         }
+
+
+def _documents(kind: type[Part]) -> dict[str, type[Document]]:
+    """The fields that hold a document of its own, or several."""
+    some = {f.name: (f.type, *typing.get_args(f.type)) for f in msgspec.structs.fields(kind)}
+    pairs = ((name, found) for name, kinds in some.items() for found in kinds)
+    return {name: found for name, found in pairs if isinstance(found, type) and issubclass(found, Document)}
 
 
 T = typing.TypeVar("T")

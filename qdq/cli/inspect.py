@@ -1,4 +1,4 @@
-"""What is known without a run: explain, doctor."""
+"""What is known without a run: explain, doctor, schema."""
 
 from __future__ import annotations
 
@@ -46,3 +46,12 @@ def doctor(as_json: bool) -> None:
         click.echo(json.dumps([asdict(f) for f in findings], indent=1))
     else:
         show_rows("This machine", [("ok" if f.ok else "--", f.name, f.detail, f.fix) for f in findings])
+
+
+@click.command()
+@click.argument("name", metavar="FILE")
+def schema(name: str) -> None:
+    """Print the JSON Schema of a file that qdq reads or writes, such as plan, recipe, report or manifest."""
+    from qdq.deploy.schemas import schema as schema_of
+
+    click.echo(json.dumps(schema_of(name), indent=1))

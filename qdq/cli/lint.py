@@ -45,7 +45,8 @@ def lint_command(
     model: Path, fix: bool, output: Path | None, target: tuple[str, ...], shape: tuple[str, ...], as_json: bool
 ) -> None:
     """Find what TensorRT refuses in a Q/DQ model, or would run in float, and repair it."""
-    from qdq.lint.lint import lint, to_json
+    from qdq.lint.lint import lint
+    from qdq.lint.report import LintReport
     from qdq.model.storage import load
 
     if fix != (output is not None):
@@ -58,7 +59,7 @@ def lint_command(
     if not fix:
         found = lint(loaded)
         if as_json:
-            click.echo(to_json(found), nl=False)
+            click.echo(LintReport(findings=tuple(found)).to_json(), nl=False)
         else:
             _show(f"{model.name}: {_count(found)}", found)
         raise SystemExit(int(any(f.severity == "error" for f in found)))
@@ -72,9 +73,9 @@ def _fix(
 ) -> int:
     """Repair, prove, write, report; returns the exit code."""
     from qdq.build.recipe import Recipe
-    from qdq.core.files import finite
-    from qdq.lint.lint import lint, to_json
+    from qdq.lint.lint import lint
     from qdq.lint.repair.repair import repair
+    from qdq.lint.report import LintReport, Proof
     from qdq.model.storage import save
 
     given: Mapping[str, object] = {k: list(v) for k, v in (("target", target), ("shape", shape)) if v}
@@ -88,20 +89,20 @@ def _fix(
         if not refused:
             save(done.model, output)
     errors = any(f.severity == "error" for f in done.left)
-    proof = {
-        "compiles": not refused,
-        "compiler": refused,
-        "kernels": kernels,
-        "sqnr_db": None if isinstance(difference, str) else difference.sqnr_db,
-        "max_abs_error": None if isinstance(difference, str) else max(o.max_abs_error for o in difference.outputs),
-        "not_compared": difference if isinstance(difference, str) else "",
-    }
+    compared = None if isinstance(difference, str) else difference
+    proof = Proof(
+        compiles=not refused,
+        compiler=refused,
+        kernels=kernels,
+        sqnr_db=compared.sqnr_db if compared else None,
+        max_abs_error=max(o.max_abs_error for o in compared.outputs) if compared else None,
+        not_compared=difference if isinstance(difference, str) else "",
+    )
     if as_json:
-        changes = [{"rules": list(c.rules), "node": c.node, "what": c.what} for c in done.changes]
-        proof = {k: finite(v) for k, v in proof.items()}
-        click.echo(
-            to_json(lint(loaded), changes=changes, left=[f.to_mapping() for f in done.left], proof=proof), nl=False
+        found = LintReport(
+            findings=tuple(lint(loaded)), changes=tuple(done.changes), left=tuple(done.left), proof=proof
         )
+        click.echo(found.to_json(), nl=False)
     else:
         _report(model, output, done, refused, kernels, difference)
     return int(errors or bool(refused))

@@ -12,7 +12,7 @@ import click
 from qdq.cli.calibrate import calibrate
 from qdq.cli.compare import compare
 from qdq.cli.deploy import demo, deploy
-from qdq.cli.inspect import doctor, explain
+from qdq.cli.inspect import doctor, explain, schema
 from qdq.cli.lint import lint_command
 from qdq.cli.stages import audit, build, check, plan, quantize
 from qdq.cli.terminal import Verbs
@@ -43,6 +43,7 @@ for verb in (
     explain,
     lint_command,
     doctor,
+    schema,
     demo,
 ):
     main.add_command(verb)

@@ -6,8 +6,6 @@ What is heavy is imported inside the verb.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +82,13 @@ def tune(
         pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus, cache=cache)
         found = find_plan(prepared, pricer, samples=samples, on_progress=bars)
     found.plan.save(output)
+    outcome = found.outcome([gpu.name for gpu in gpus])
     if as_json:
-        kernels = [asdict(kernel) for kernel in found.price.kernels]
-        content = {"gpus": [gpu.name for gpu in gpus], **found.to_mapping(), "kernels": kernels}
-        click.echo(json.dumps(content, indent=1))
+        click.echo(outcome.to_json(), nl=False)
         return
     names = ", ".join(gpu.name for gpu in gpus)
     rows = [
-        Row(f"predicted on {names}", found.times),
+        Row(f"predicted on {names}", outcome.times),
         Row("choice", found.summary),
         *(Row("kept", step) for step in found.steps),
     ]

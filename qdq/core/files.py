@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
@@ -51,11 +50,6 @@ def read_document(path: str | os.PathLike[str], kind: type[D], what: str) -> D:
         ) from None
     except DocumentError as error:
         raise InputError(f"Cannot use the {what} {path}: {error}.") from None
-
-
-def finite(value: object) -> object:
-    """A value for JSON, which has no infinity: 'inf', '-inf' or 'nan' in its place."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

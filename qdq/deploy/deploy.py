@@ -29,7 +29,7 @@ from qdq.core.files import folder_beside, move_all
 from qdq.core.formats import require_targets
 from qdq.core.progress import Progress
 from qdq.deploy.check import evaluate
-from qdq.deploy.report import DeployReport
+from qdq.deploy.report import DeployReport, EngineSizes
 from qdq.deploy.shipped import file_bytes, provenance, written
 from qdq.measure.inference.inputs import as_samples
 from qdq.measure.inference.samples import Sample
@@ -131,14 +131,13 @@ def deploy(
         report = DeployReport(
             check=check,
             audit=audit(output, engine.table, shapes=shapes),
-            float_table=float_table,
+            float_engine=EngineSizes.of(float_table) if float_table else None,
             float_file_bytes=file_bytes(load(model_path)),
             int8_file_bytes=file_bytes(load(output)),
             evaluated_on="calibration samples" if evaluated is None else "evaluation samples",
             notes=tuple(filter(None, [*notes, *done.notes, *made.solution.notes, *finished.notes, check.note, reason])),
             label_dice=label_dice,
-            tuned=done.tuned,
-            gpus=tuple(gpu.name for gpu in pricer.gpus) if pricer else (),
+            tuning=done.tuned.outcome([gpu.name for gpu in pricer.gpus]) if done.tuned and pricer else None,
         )
         write_atomic(folder / "report.json", report.to_json())
         return Deployed(folder=out, files=move_all(folder, out), report=report)

@@ -6,20 +6,19 @@ Must not print, measure anything or hold sample data.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import ClassVar, NamedTuple
 
-if TYPE_CHECKING:
-    from engines.backends.layers import LayerTable
-    from engines.verify.audit import Audit
-    from engines.verify.compare import OutputReport, Report
-    from qdq.plan.plan import Plan
-    from qdq.tune.tuned import Tuned
+from msgspec import field
 
-FORMAT = "qdq.report/1"
+from engines.backends.layers import LayerTable
+from engines.core.documents import Document, Part
+from engines.verify.audit import Audit
+from engines.verify.compare import OutputReport, Report
+from qdq.plan.plan import Plan
+from qdq.tune.tuned import TuningOutcome
+
 SHOWN = 12  # rows of a long list that the terminal shows; the JSON has all
 
 
@@ -30,74 +29,65 @@ class Row(NamedTuple):
     value: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeployReport:
+class EngineSizes(Part, frozen=True, kw_only=True):
+    """What an engine costs, as its compiler says; `bytes_moved` is None with dynamic shapes."""
+
+    kernels: int
+    bytes_moved: int | None
+    weight_bytes: int
+    activation_bytes: int
+    engine_bytes: int
+
+    @classmethod
+    def of(cls, table: LayerTable) -> EngineSizes:
+        """The sizes of a layer table."""
+        return cls(**{name: getattr(table, name) for name in cls.__struct_fields__})
+
+
+class DeployReport(Document, frozen=True, kw_only=True):
     """What an engine is worth: how close it is to the float model, and what it saves.
 
     Attributes:
-        check: outputs of the engine, or of the Q/DQ model in its place, against the float model.
-        audit: what each weighted node asked for and got.
-        float_table: layers of the float model compiled for the same targets; None where it does not compile.
-        float_file_bytes: size of the float model with its external data.
-        int8_file_bytes: size of the Q/DQ model likewise.
         evaluated_on: which samples `check` used.
         notes: one sentence each: what a reader must know to judge the figures.
-        tuned: how the plan was chosen by compiled results; None where it was not.
-        gpus: that its times are predicted for.
+        float_file_bytes: size of the float model with its external data.
+        int8_file_bytes: size of the Q/DQ model with its external data.
+        float_engine: the float model compiled for the same targets; None where it does not compile.
         label_dice: Dice of each class against true labels, for 'float model' and 'quantized model'; only in the demo.
+        tuning: how the plan was chosen by compiled results; None where it was not.
+        check: outputs of the engine, or of the Q/DQ model in its place, against the float model.
+        audit: what each weighted node asked for and got.
     """
 
-    check: Report
-    audit: Audit
-    float_table: LayerTable | None
-    float_file_bytes: int
-    int8_file_bytes: int
+    FORMAT: ClassVar[str] = "qdq.report/2"
+    MAKE: ClassVar[str] = "qdq deploy"
+    COMPUTED: ClassVar[Mapping[str, str]] = {"passed": "passed"}
+
     evaluated_on: str
     notes: tuple[str, ...] = ()
-    label_dice: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    tuned: Tuned | None = None
-    gpus: tuple[str, ...] = ()
+    float_file_bytes: int
+    int8_file_bytes: int
+    float_engine: EngineSizes | None
+    label_dice: dict[str, dict[int, float]] = field(default_factory=dict)
+    tuning: TuningOutcome | None = None
+    check: Report
+    audit: Audit
 
     @property
     def passed(self) -> bool:
         """Whether every limit was kept."""
         return self.check.passed
 
-    def to_json(self) -> str:
-        """The content of report.json; the parts have the formats of `engines`."""
-        before = self.float_table
-        content = {
-            "format": FORMAT,
-            "passed": self.passed,
-            "evaluated_on": self.evaluated_on,
-            "notes": self.notes,
-            "float_file_bytes": self.float_file_bytes,
-            "int8_file_bytes": self.int8_file_bytes,
-            "float_engine": before
-            and {
-                "kernels": before.kernels,
-                "bytes_moved": before.bytes_moved,
-                "weight_bytes": before.weight_bytes,
-                "activation_bytes": before.activation_bytes,
-                "engine_bytes": before.engine_bytes,
-            },
-            **({"label_dice": self.label_dice} if self.label_dice else {}),
-            **({"tuning": {"gpus": self.gpus, **self.tuned.to_mapping()}} if self.tuned else {}),
-            "check": json.loads(self.check.to_json()),
-            "audit": json.loads(self.audit.to_json()),
-        }
-        return json.dumps(content, indent=1, allow_nan=False, default=dict) + "\n"
-
     def rows(self) -> list[Row]:
         """The short table."""
-        before, now = self.float_table, self.audit
+        before, now = self.float_engine, self.audit
         rows = [
             Row("model file", _against(self.int8_file_bytes, self.float_file_bytes)),
             Row("weights in the engine", _against(now.weight_bytes, before.weight_bytes if before else None)),
             Row("multiply-adds, as compiled", _types(now)),
             Row("bytes moved per inference", _against(now.bytes_moved, before.bytes_moved if before else None)),
             Row("kernels", f"{now.kernels}" + (f" (FP32: {before.kernels})" if before else "")),
-            *([Row(f"predicted on {', '.join(self.gpus)}", self.tuned.times)] if self.tuned else []),
+            *([Row(f"predicted on {', '.join(self.tuning.gpus)}", self.tuning.times)] if self.tuning else []),
             *check_rows(self.check),
         ]
         for name, dice in self.label_dice.items():

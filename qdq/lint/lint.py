@@ -11,10 +11,7 @@ onnx-tensorrt's parser of 10.1 and 10.15.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-
+from engines.core.documents import Part
 from engines.core.nodes import label
 from qdq.lint import errors, warnings
 from qdq.lint.rule import Rule
@@ -24,8 +21,7 @@ from qdq.model.model import Model
 RULES: tuple[Rule, ...] = (*errors.RULES, *warnings.RULES)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class Finding(Part, frozen=True, kw_only=True):
     """One thing that is wrong at one node.
 
     Attributes:
@@ -45,10 +41,6 @@ class Finding:
     message: str
     tensorrt: str
     remedy: str
-
-    def to_mapping(self) -> dict[str, str]:
-        """For JSON."""
-        return asdict(self)
 
 
 def lint(model: Model) -> list[Finding]:
@@ -75,12 +67,3 @@ def lint(model: Model) -> list[Finding]:
         )
         for _, _, rule, node, text in sorted(found, key=lambda row: row[:2])
     ]
-
-
-def to_json(findings: list[Finding], **more: object) -> str:
-    """JSON text of findings, with other facts of the command."""
-    counts: Mapping[str, int] = {s: sum(f.severity == s for f in findings) for s in ("error", "warning")}
-    return (
-        json.dumps({"format": "qdq.lint/1", **counts, "findings": [f.to_mapping() for f in findings], **more}, indent=1)
-        + "\n"
-    )

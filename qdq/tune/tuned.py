@@ -3,11 +3,52 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
+from engines.core.documents import Document
 from qdq.build.cost import Price
 from qdq.plan.plan import Plan
 from qdq.tune.variant import Variant
+
+
+class TuningOutcome(Document, frozen=True, kw_only=True):
+    """What a report says of the search; a time is None where nothing compiles.
+
+    Attributes:
+        gpus: that times are predicted for.
+        predicted_us: microseconds of what was chosen.
+        unquantized_us: of the model with nothing quantized or rewritten.
+        untuned_us: of everything quantized that the rules want.
+        operands: what quantized nodes hold and read.
+        quantized_nodes: how many.
+        rewrites: rewrite -> nodes.
+        variants: how many were compiled.
+        complete: False if the time limit ended the search.
+        steps: what was kept, one line each.
+    """
+
+    FORMAT: ClassVar[str] = "qdq.tuning/2"
+    MAKE: ClassVar[str] = "qdq tune --json"
+
+    gpus: tuple[str, ...]
+    predicted_us: float | None
+    unquantized_us: float | None
+    untuned_us: float | None
+    operands: str
+    quantized_nodes: int
+    rewrites: dict[str, tuple[str, ...]]
+    variants: int
+    complete: bool
+    steps: tuple[str, ...]
+
+    @property
+    def times(self) -> str:
+        """The predicted times, for a person."""
+        found = (self.predicted_us, self.unquantized_us, self.untuned_us)
+        chosen, plain, most = ("nothing compiles" if us is None else f"{us:.1f}" for us in found)
+        return f"{chosen} us; {plain} without quantization, {most} with {self.operands} wherever it is possible"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,20 +90,20 @@ class Tuned:
             "" if self.complete else ", until the time limit"
         )
 
-    @property
-    def times(self) -> str:
-        """The predicted times, for a person."""
-        most = f"{self.untuned:.1f} with {self.operands} wherever it is possible"
-        return f"{self.price.us:.1f} us; {self.plain:.1f} without quantization, {most}"
-
-    def to_mapping(self) -> dict[str, object]:
-        """What a report says, as plain values; a time is None where nothing compiles."""
-        times = {"predicted_us": self.price.us, "unquantized_us": self.plain, "untuned_us": self.untuned}
-        return {
-            **{key: us if math.isfinite(us) else None for key, us in times.items()},
-            "quantized_nodes": len(self.plan.quantized_nodes),
-            "rewrites": {r.name: list(r.nodes) for r in self.plan.rewrites},
-            "variants": self.tried,
-            "complete": self.complete,
-            "steps": list(self.steps),
-        }
+    def outcome(self, gpus: Sequence[str]) -> TuningOutcome:
+        """What a report says of it, with times predicted for these GPUs."""
+        predicted, plain, untuned = (
+            us if math.isfinite(us) else None for us in (self.price.us, self.plain, self.untuned)
+        )
+        return TuningOutcome(
+            gpus=tuple(gpus),
+            predicted_us=predicted,
+            unquantized_us=plain,
+            untuned_us=untuned,
+            operands=self.operands,
+            quantized_nodes=len(self.plan.quantized_nodes),
+            rewrites={r.name: r.nodes for r in self.plan.rewrites},
+            variants=self.tried,
+            complete=self.complete,
+            steps=self.steps,
+        )

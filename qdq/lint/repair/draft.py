@@ -1,17 +1,17 @@
 """A model that `repair` is changing: its copy, what the rules find in it, new names and tensors, the list of changes.
 
-Draft(model) -> refresh (view and flags) -> passes change `proto` and `log` -> sweep drops what nothing reads.
+RepairDraft(model) -> refresh (view and flags) -> passes change `proto` and `log` -> sweep drops what nothing reads.
 It must not decide what to repair, nor touch the user's proto.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
+from engines.core.documents import Part
 from engines.core.nodes import label
 from qdq.lint.lint import RULES
 from qdq.lint.view import View
@@ -19,8 +19,7 @@ from qdq.model.model import Model
 from qdq.model.nodes import Names, all_nodes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class Change(Part, frozen=True, kw_only=True):
     """One repair: the rules it answers, the node it was made at, and what was done."""
 
     rules: tuple[str, ...]
@@ -28,7 +27,7 @@ class Change:
     what: str
 
 
-class Draft:
+class RepairDraft:
     """The model in the making, its view, and the rules that find something at each node."""
 
     def __init__(self, model: Model) -> None:

@@ -1,6 +1,6 @@
 """QLinearConv and QLinearMatMul, of ONNX's operator-oriented form, as float operators between Q and DQ.
 
-Draft -> DequantizeLinear on both factors, the float operator with a float bias, QuantizeLinear: the same integers but
+draft -> DequantizeLinear on both factors, the float operator with a float bias, QuantizeLinear: the same integers but
 for the rounding of the float sum. Other integer operators are left, and reported by `lint`.
 """
 
@@ -10,10 +10,10 @@ import numpy as np
 from onnx import NodeProto, helper
 
 from engines.core.nodes import label
-from qdq.lint.repair.draft import Draft
+from qdq.lint.repair.draft import RepairDraft
 
 
-def write_floats(draft: Draft) -> None:
+def write_floats(draft: RepairDraft) -> None:
     """Write QLinearConv and QLinearMatMul as float operators between Q and DQ.
 
     Args:

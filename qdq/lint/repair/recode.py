@@ -1,6 +1,6 @@
 """Constants of a Q/DQ model as INT8 codes with zero point 0, or as floats: what `repair` does to weights and biases.
 
-Draft -> a constant DequantizeLinear that the rules flag -> new codes and scales, the old grid where INT8 can hold it.
+draft -> a constant DequantizeLinear that the rules flag -> new codes and scales, the old grid where INT8 can hold it.
 It must not touch the quantizers of activations.
 """
 
@@ -14,7 +14,7 @@ from onnx import NodeProto, TensorProto, helper
 from engines.core.quantizers import Quantizer
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, representable, to_codes, weight_params
-from qdq.lint.repair.draft import Draft
+from qdq.lint.repair.draft import RepairDraft
 from qdq.lint.rule import FP8, smallest
 from qdq.lint.view import dequantized, spread
 from qdq.lint.warnings import unpaired
@@ -47,7 +47,7 @@ _OF_CODES = OF_GRID | {
 }
 
 
-def float_biases(draft: Draft) -> None:
+def float_biases(draft: RepairDraft) -> None:
     """INT32 biases become floats.
 
     Args:
@@ -58,7 +58,7 @@ def float_biases(draft: Draft) -> None:
             to_float(draft, q, ["int32-bias"])
 
 
-def recode(draft: Draft) -> None:
+def recode(draft: RepairDraft) -> None:
     """Flagged constants become INT8 codes with zero point 0 and positive scales along the output channels.
 
     Args:
@@ -86,7 +86,7 @@ def recode(draft: Draft) -> None:
         _store(draft, q, values, axis if products else None, sorted(rules))
 
 
-def quantize_partners(draft: Draft) -> None:
+def quantize_partners(draft: RepairDraft) -> None:
     """Float weights of products whose data are quantized become INT8 codes.
 
     Args:
@@ -118,7 +118,7 @@ def quantize_partners(draft: Draft) -> None:
         draft.log(["unpaired-activation"], product.node, f"weight stored as INT8, scales along axis {axis}")
 
 
-def to_float(draft: Draft, q: Quantizer, rules: Sequence[str]) -> None:
+def to_float(draft: RepairDraft, q: Quantizer, rules: Sequence[str]) -> None:
     """Replace a constant DQ by a float constant, if its parts fit each other."""
     try:
         values = dequantized(draft.view, q)
@@ -140,7 +140,7 @@ def set_axis(node: NodeProto, axis: int | None) -> None:
         node.attribute.append(helper.make_attribute("axis", axis))
 
 
-def _store(draft: Draft, q: Quantizer, values: np.ndarray, axis: int | None, rules: Sequence[str]) -> None:
+def _store(draft: RepairDraft, q: Quantizer, values: np.ndarray, axis: int | None, rules: Sequence[str]) -> None:
     """Write a constant as INT8 codes; the grid it has is kept where INT8 holds it."""
     dtype = _float_dtype(draft, q)
     params = _kept_grid(q, values, axis, dtype)
@@ -178,7 +178,7 @@ def _kept_grid(q: Quantizer, values: np.ndarray, axis: int | None, dtype: np.dty
     return params if fits or (q.source is not None and symmetric) else None  # its own Q clips in the same way
 
 
-def _in_blocks(draft: Draft, q: Quantizer, axis: int | None) -> None:
+def _in_blocks(draft: RepairDraft, q: Quantizer, axis: int | None) -> None:
     """Repeat the scales of an INT4 weight along the summed axis, so that a weight-only kernel takes it; exact."""
     codes = draft.view.constant(q.node.input[0])
     if codes is None or codes.ndim != 2 or axis is None or q.scale is None:
@@ -201,6 +201,6 @@ def _in_blocks(draft: Draft, q: Quantizer, axis: int | None) -> None:
     draft.log(["slow-weight"], q.node, f"its scales repeated in blocks of {block}, the same values")
 
 
-def _float_dtype(draft: Draft, q: Quantizer) -> np.dtype[np.generic]:
+def _float_dtype(draft: RepairDraft, q: Quantizer) -> np.dtype[np.generic]:
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(draft.view.output_type(q) or TensorProto.FLOAT))
     return np.dtype(np.float32) if dtype == np.float64 else dtype

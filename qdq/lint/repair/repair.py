@@ -24,7 +24,7 @@ from qdq.core.formats import FORMATS
 from qdq.core.qtensor import representable
 from qdq.lint.errors import mistyped
 from qdq.lint.lint import Finding, lint
-from qdq.lint.repair.draft import Change, Draft
+from qdq.lint.repair.draft import Change, RepairDraft
 from qdq.lint.repair.integer_operators import write_floats
 from qdq.lint.repair.recode import OF_GRID, float_biases, quantize_partners, recode, set_axis, to_float
 from qdq.lint.repair.shift import shift
@@ -62,7 +62,7 @@ def repair(model: Model) -> Repaired:
     Raises:
         ModelError: external data of the model cannot be read.
     """
-    draft = Draft(model)
+    draft = RepairDraft(model)
     for _ in range(ROUNDS):
         before = len(draft.changes)
         for step in (
@@ -97,7 +97,7 @@ def _limits(dtype: int) -> tuple[int, int]:
     return int(info.min), int(info.max)
 
 
-def _outputs(draft: Draft) -> None:
+def _outputs(draft: RepairDraft) -> None:
     for q in draft.view.quantizers:
         if (
             q.source is None
@@ -122,14 +122,14 @@ def _outputs(draft: Draft) -> None:
         return _outputs(draft)
 
 
-def _float_readers(draft: Draft) -> None:
+def _float_readers(draft: RepairDraft) -> None:
     for q in draft.view.quantizers:
         if q.source is not None and needless(draft.view, q):
             draft.log(["before-float"], q.source.node, "Q/DQ before float operators removed")
             draft.rewire(q.node.output[0], _unquantized(draft, q.source))
 
 
-def _transposed(draft: Draft) -> None:
+def _transposed(draft: RepairDraft) -> None:
     for product in draft.view.products:
         if "transposed" not in draft.flagged(product.node):
             continue
@@ -142,7 +142,7 @@ def _transposed(draft: Draft) -> None:
                 product.node.input[index] = _unquantized(draft, q.source)
 
 
-def _attention(draft: Draft) -> None:
+def _attention(draft: RepairDraft) -> None:
     products = [p for p in draft.view.products if attention_quantizers(draft.view, p)]
     for product in products:
         for q in attention_quantizers(draft.view, product):
@@ -151,7 +151,7 @@ def _attention(draft: Draft) -> None:
                 draft.rewire(q.node.output[0], _unquantized(draft, q.source))
 
 
-def _scale_types(draft: Draft) -> None:
+def _scale_types(draft: RepairDraft) -> None:
     for product in draft.view.products:
         for q in mistyped(draft.view, product):
             if "scale-type" not in draft.flagged(q.node) or q.scale is None or attribute(q.node, "output_dtype", 0):
@@ -169,7 +169,7 @@ def _scale_types(draft: Draft) -> None:
             draft.log(["scale-type"], q.node, f"scale stored as {dtype.name}")
 
 
-def _activations(draft: Draft) -> None:
+def _activations(draft: RepairDraft) -> None:
     """Activations: one INT8 scale that covers the old range."""
     for q in draft.view.heads:
         rules = draft.flagged(q.node) & _OF_ACTIVATION
@@ -238,7 +238,7 @@ def _not_negative(view: View, tensor: str) -> bool:
     )
 
 
-def _unquantized(draft: Draft, q: Quantizer) -> str:
+def _unquantized(draft: RepairDraft, q: Quantizer) -> str:
     """What a removed Q read; limited to the Q's range where that began at 0, as a Relu or Clip may live on in it."""
     tensor = q.node.input[0]
     if q.scale is None or not _starts_at_zero(q) or q.dtype not in EIGHT_BIT:
@@ -250,11 +250,11 @@ def _unquantized(draft: Draft, q: Quantizer) -> str:
     return _before(draft, q, "Clip", [tensor, low, high])
 
 
-def _float_type(draft: Draft, tensor: str) -> np.dtype[np.generic]:
+def _float_type(draft: RepairDraft, tensor: str) -> np.dtype[np.generic]:
     return np.dtype(helper.tensor_dtype_to_np_dtype(draft.view.elem(tensor) or TensorProto.FLOAT))
 
 
-def _before(draft: Draft, q: Quantizer, op_type: str, inputs: Sequence[str]) -> str:
+def _before(draft: RepairDraft, q: Quantizer, op_type: str, inputs: Sequence[str]) -> str:
     """One more node in front of a Q; returns its output."""
     out = draft.name(f"{inputs[0]}_{op_type}")
     node = helper.make_node(op_type, list(inputs), [out], name=draft.name(f"{label(q.node)}_{op_type}"))
@@ -263,7 +263,7 @@ def _before(draft: Draft, q: Quantizer, op_type: str, inputs: Sequence[str]) -> 
     return out
 
 
-def _axes(draft: Draft) -> None:
+def _axes(draft: RepairDraft) -> None:
     for q in draft.view.heads:
         if "default-axis" in draft.flagged(q.node):
             readers = [d.node for d in draft.view.quantizers if d.source is q]

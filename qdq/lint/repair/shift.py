@@ -22,7 +22,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from engines.core.nodes import attribute_value, ints, label
 from engines.core.quantizers import Product, Quantizer
-from qdq.lint.repair.draft import Draft
+from qdq.lint.repair.draft import RepairDraft
 from qdq.lint.view import View
 from qdq.model.shift_correction import channel_sums, correct
 
@@ -37,7 +37,7 @@ class _Reader:
     weight: np.ndarray
 
 
-def shift(draft: Draft, q: Quantizer, rules: Sequence[str]) -> bool:
+def shift(draft: RepairDraft, q: Quantizer, rules: Sequence[str]) -> bool:
     """Rewrite one QuantizeLinear and the DequantizeLinear nodes behind it.
 
     Args:
@@ -140,7 +140,7 @@ def _products(view: View, readers: Sequence[Quantizer]) -> list[_Reader] | None:
     return found
 
 
-def _correct(draft: Draft, reader: _Reader, offset: float) -> None:
+def _correct(draft: RepairDraft, reader: _Reader, offset: float) -> None:
     """Add c * sum(W) to a product, and move its pads into the Pad in front of it."""
     node, other = reader.product.node, reader.product.operands[1 - reader.index]
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(other.elem or TensorProto.FLOAT))

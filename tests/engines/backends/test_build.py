@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -211,8 +213,6 @@ def test_importing_engines_loads_no_runtime() -> None:
         + repr(["onnxruntime", "tensorrt_rtx", "tensorrt", "polygraphy", "torch"])
         + "])"
     )
-    import subprocess
-
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
     assert out.stdout.strip() == "[]"
 
@@ -227,3 +227,13 @@ def test_weights_do_not_change_the_layers() -> None:
     assert [(la.kind, la.inputs[0].dtype) for la in tables[0].layers] == [
         (la.kind, la.inputs[0].dtype) for la in tables[1].layers
     ]
+
+
+def test_python_collects_no_garbage_while_the_compiler_may_call_its_logger() -> None:
+    """It would free the builder of a failed build, which waits for the lock that the call holds: a standstill."""
+    seen: list[bool] = []
+    rtx.build(graphs.conv(), targets=["sm89"], on_progress=lambda *_: seen.append(gc.isenabled()))
+    assert len(seen) > 2 and not any(seen[:-1]) and gc.isenabled()
+    with pytest.raises(BuildError):
+        rtx.build(helper.make_model(helper.make_graph([helper.make_node("No", [], ["y"])], "g", [], [])))
+    assert gc.isenabled()
