@@ -142,7 +142,7 @@ def check_fields(part: Part) -> None:
         try:
             held = msgspec.convert(value, field.type)
         except msgspec.ValidationError as error:
-            raise DocumentError(f"{field.name} is {value!r}: it must be {_needed(str(error))}") from None
+            raise DocumentError(f"{field.name} is {value!r}: it must be {_needed(str(error), field.type)}") from None
         msgspec.structs.force_setattr(part, field.name, held)
 
 
@@ -176,21 +176,39 @@ def _with_text(schema: Any) -> Any:
 
 _WORDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a text", "null": "none"}
 _WORDS |= {"array": "a list", "object": "a mapping"}
-_BOUNDS = {">": "above", ">=": "of at least", "<": "below", "<=": "of at most"}
 
 
-def _needed(error: str) -> str:
-    """What a field must be, in words, from msgspec's message.
+def _needed(error: str, kind: Any) -> str:
+    """What a field must be, in words, from msgspec's message and the bounds of its type.
 
-    >>> _needed("Expected `float` > 50.0"), _needed("Expected `int | str`, got `bool`")
-    ('a number above 50', 'a whole number or a text')
+    >>> _needed("Expected `float` > 50.0", Annotated[float, msgspec.Meta(gt=50, le=100)])
+    'a number above 50 and at most 100'
+    >>> _needed("Expected `int | str`, got `bool`", int | str)
+    'a whole number or a text'
     """
     text, _, place = error.removeprefix("Expected ").partition(" - at ")
-    kind, _, bound = text.partition(", got ")[0].partition("` ")
-    words = " or ".join(_WORDS.get(name, name) for name in kind.strip("`").split(" | "))
-    sign, _, number = bound.partition(" ")
-    limit = f" {_BOUNDS[sign]} {float(number):g}" if sign in _BOUNDS else f" {bound}" if bound else ""
-    return words + limit + (f", at {place.strip('`').removeprefix('$')}" if place else "")
+    found, _, bound = text.partition(", got ")[0].partition("` ")
+    words = " or ".join(_WORDS.get(name, name) for name in found.strip("`").split(" | "))
+    limits = _bounds(kind) if place == "" else ""
+    return (
+        words + (limits or f" {bound}" * bool(bound)) + (f", at {place.strip('`').removeprefix('$')}" if place else "")
+    )
+
+
+def _bounds(kind: Any) -> str:
+    """The bounds of a number in words, "" where there are none; what only keeps infinity out is none."""
+    for part in typing.get_args(kind):
+        if isinstance(part, msgspec.Meta):
+            low, high = part.gt if part.ge is None else part.ge, part.le
+            least = "" if low is None else f" above {low:g}" if part.ge is None else f" of at least {low:g}"
+            if high is None or high >= 1e9:
+                return least
+            if part.ge is not None:
+                return f" from {low:g} to {high:g}"
+            return f"{least} and at most {high:g}" if least else f" of at most {high:g}"
+        if found := _bounds(part):
+            return found
+    return ""
 
 
 def _read(value: Any, kind: type[Document]) -> Any:

@@ -61,7 +61,7 @@ def test_a_plan_is_measured_by_the_table_of_one_that_has_its_tensors(model: Mode
 
 def test_tables_of_other_float_rewrites_are_apart(model: Model, measured: list[list[str]]) -> None:
     data = samples(model, 4)
-    work = VariantBuilder(model=model, settings=Settings(), rests=("fp32",), samples=data[:2])
+    work = VariantBuilder(model=model, settings=Settings(), unquantized_types=("fp32",), samples=data[:2])
     tables = tables_module.Tables(model=model, samples=data)
     both = frozenset({"first", "second"})
     plain = tables.of(work.plan_of(Variant(quantized=both), ""))

@@ -167,7 +167,7 @@ def test_a_tuned_plan_goes_through_the_other_verbs(folder: Path) -> None:
     made = ("quantize", "up.onnx", "--data", "data", "--plan", "plan.json", "--table", "table.json", "--rest", "fp16")
     done(*made, "-o", "up.int8.onnx")
     ops = {n.op_type for n in onnx.load("up.int8.onnx").graph.node}
-    assert ("ConvTranspose" not in ops) == any(r["rewrite"] == "conv_transpose" for r in plan.get("rewrites", []))
+    assert ("ConvTranspose" not in ops) == any(r["name"] == "conv_transpose" for r in plan.get("rewrites", []))
     report = json.loads(done("tune", "up.onnx", "--tune", "rewrites", "-o", "plan.json", "--cache", "kept", "--json"))
     assert report["predicted_us"] <= report["untuned_us"] and len(list((folder / "kept").iterdir())) >= 2
 
@@ -299,7 +299,11 @@ BAD: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "recipe is no YAML": (content("r.yaml", b"a: [1"), (*QUANTIZE, "--recipe", "r.yaml"), "not YAML"),
     "recipe is a list": (content("r.yaml", b"- a"), (*QUANTIZE, "--recipe", "r.yaml"), "list"),
     "recipe with a bad limit": (content("r.yaml", b"min_dice: 2"), (*DEPLOY, "--recipe", "r.yaml"), "from 0 to 1"),
-    "recipe with a bad list": (content("r.yaml", b"target: [86]"), (*DEPLOY, "--recipe", "r.yaml"), "list of texts"),
+    "recipe with a bad list": (
+        content("r.yaml", b"target: [86]"),
+        (*DEPLOY, "--recipe", "r.yaml"),
+        r"target is [86]: it must be a text",
+    ),
     "limit out of range": (unchanged, (*DEPLOY, "--min-cosine", "1.5"), "from -1 to 1"),
     "shape of no form": (unchanged, (*DEPLOY, "--shape", "image:8,8"), "Cannot read the shape"),
     "shape that is no range": (unchanged, (*DEPLOY, "--shape", "image:1x8:1x4:1x8"), "no range"),
