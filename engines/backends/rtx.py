@@ -38,10 +38,7 @@ class Gate:
 GATES = (
     Gate(dtype="int4", elem_types=(TensorProto.INT4,), minimum_sm=80, gpus="Ampere or newer"),
     Gate(
-        dtype="fp8",
-        elem_types=(TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2),
-        minimum_sm=89,
-        gpus="Ada, Blackwell",
+        dtype="fp8", elem_types=(TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2), minimum_sm=89, gpus="Ada, Blackwell"
     ),
     Gate(dtype="fp4", elem_types=(TensorProto.FLOAT4E2M1,), minimum_sm=120, gpus="Blackwell"),
 )

@@ -13,12 +13,7 @@ import importlib
 from collections.abc import Iterable
 from types import ModuleType
 
-EXTRAS = {
-    "onnxruntime": "cpu",
-    "tensorrt_rtx": "cpu",
-    "tensorrt": "gpu",
-    "polygraphy": "cpu",
-}
+EXTRAS = {"onnxruntime": "cpu", "tensorrt_rtx": "cpu", "tensorrt": "gpu", "polygraphy": "cpu"}
 
 
 class EngineError(Exception):

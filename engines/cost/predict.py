@@ -143,16 +143,7 @@ def rows(cost: Cost, count: int = 10) -> list[tuple[str, ...]]:
 
     def cells(us: float, moved: int, macs: int, *texts: str) -> tuple[str, ...]:
         bound, dtype, name, nodes = texts
-        return (
-            f"{us:.1f}",
-            f"{us / total:.0%}",
-            bound,
-            dtype,
-            f"{moved / 1e6:.2f}",
-            f"{macs / 1e9:.3f}",
-            name,
-            nodes,
-        )
+        return (f"{us:.1f}", f"{us / total:.0%}", bound, dtype, f"{moved / 1e6:.2f}", f"{macs / 1e9:.3f}", name, nodes)
 
     table = [cells(k.us, k.bytes, k.macs, k.bound, k.dtype, f"{k.kind} {k.name}", _some(k.onnx_nodes)) for k in shown]
     rest = sorted(cost.kernels, key=lambda k: -k.us)[count:]

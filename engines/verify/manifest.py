@@ -22,14 +22,7 @@ from engines.core.errors import EngineError
 from engines.core.load import load_graph
 from engines.core.nodes import all_tensors
 
-PACKAGES = (
-    "qdq",
-    "numpy",
-    "onnx",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "polygraphy",
-)
+PACKAGES = ("qdq", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "polygraphy")
 
 
 def package_versions() -> dict[str, str]:
