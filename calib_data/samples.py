@@ -19,8 +19,7 @@ import numpy as np
 from calib_data.sources import Source, open_source
 from calib_data.validation import Array, DataError, InputSpec, check_names, check_sample, check_shape
 
-_BEYOND_ANY = 1 << 40
-"""Stands for the number of samples where it is unknown: more than anyone has."""
+_BEYOND_ANY = 1 << 40  # stands for the number of samples where it is unknown: more than anyone has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,13 +104,10 @@ class Samples:
         return {name: _range_of(shapes) for name, shapes in seen.items() if shapes}
 
     def sha256(self) -> str:
-        """Fingerprint of what the model will see: SHA-256 over the sorted SHA-256 of each sample.
+        """Fingerprint of what the model will see: hexadecimal SHA-256 over the sorted SHA-256 of each sample.
 
         A sample's hash covers its input names, dtypes, shapes and values, after conversion to the model's dtypes. It
         does not depend on file names, on the form of storage, or on the order of the samples.
-
-        Returns:
-            64 hexadecimal digits.
 
         Raises:
             DataError: as in iteration.
@@ -128,15 +124,12 @@ class Samples:
 
 
 def open_samples(source: str | Path, inputs: Sequence[InputSpec], *, limit: int | None = None) -> Samples:
-    """Open calibration or evaluation samples. Files are read when the samples are iterated over, one at a time.
+    """Open calibration or evaluation samples. Files, but for the headers of a single one, are read by iteration.
 
     Args:
         source: in one of the forms that `calib_data.sources` has a file for.
         inputs: what the model takes.
         limit: use the first ``limit`` samples only.
-
-    Returns:
-        The samples; nothing is checked yet but what the headers of a single file tell.
 
     Raises:
         DataError: the source is missing, of no known form, empty, or does not fit the model's inputs.

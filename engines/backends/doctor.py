@@ -10,6 +10,7 @@ import ctypes
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import NamedTuple
 
 from engines.backends.backend import Backend, backends
 from engines.core.errors import how_to_install
@@ -34,19 +35,16 @@ class Finding:
     fix: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Runtime:
+class _Runtime(NamedTuple):
     module: str
     packages: tuple[str, ...]
     purpose: str
 
 
-_ONNX_RUNTIME = _Runtime(
-    module="onnxruntime", packages=("onnxruntime", "onnxruntime-gpu"), purpose="calibrate and check"
-)
-_POLYGRAPHY = _Runtime(module="polygraphy", packages=("polygraphy",), purpose="compare and run engines")
+_ONNX_RUNTIME = _Runtime("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "calibrate and check")
+_POLYGRAPHY = _Runtime("polygraphy", ("polygraphy",), "compare and run engines")
 
-_DRIVERS = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1",)
+_DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*, cuda.h
 
 
@@ -55,13 +53,9 @@ def gpus() -> list[InstalledGpu]:
 
     Source: CUDA driver API (cuInit, cuDeviceGet*, cuDeviceTotalMem_v2).
     """
-    for name in _DRIVERS:
-        try:
-            cuda = ctypes.CDLL(name)
-            break
-        except OSError:
-            continue
-    else:
+    try:
+        cuda = ctypes.CDLL(_DRIVER)
+    except OSError:
         return []
     count = ctypes.c_int()
     if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
@@ -111,19 +105,12 @@ def diagnose() -> list[Finding]:
         for r in runtimes
     ]
     cards = gpus()
-    rows += [
-        Finding(name="GPU", ok=True, detail=f"{g.name}, {g.target}, {g.memory_bytes / 2**30:.0f} GiB") for g in cards
-    ]
+    details = [f"{g.name}, {g.target}, {g.memory_bytes / 2**30:.0f} GiB" for g in cards]
+    rows += [Finding(name="GPU", ok=True, detail=detail) for detail in details]
     if not cards:
         free = " or ".join(f"--backend {b.name}" for b in compilers if not b.needs_gpu)
-        rows.append(
-            Finding(
-                name="GPU",
-                ok=False,
-                detail="no NVIDIA GPU or driver found",
-                fix=f"not needed to quantize, compile ({free}) or audit; run engines on a machine with a GPU",
-            )
-        )
+        fix = f"not needed to quantize, compile ({free}) or audit; run engines on a machine with a GPU"
+        rows.append(Finding(name="GPU", ok=False, detail="no NVIDIA GPU or driver found", fix=fix))
     rows += [
         _ability(
             f"compile with {b.title}",
@@ -133,23 +120,18 @@ def diagnose() -> list[Finding]:
         for b in compilers
     ]
     checks = bool(versions["onnxruntime"] and versions["polygraphy"])
+    runs = any(versions[b.runtime] for b in compilers) and bool(cards)
     return [
         *rows,
-        _ability(
-            "run engines",
-            any(versions[b.runtime] for b in compilers) and bool(cards),
-            "a machine with an NVIDIA GPU; until then the Q/DQ model stands in",
-        ),
+        _ability("run engines", runs, "a machine with an NVIDIA GPU; until then the Q/DQ model stands in"),
         _ability("check accuracy", checks, how_to_install("onnxruntime")),
     ]
 
 
 def _runtime(backend: Backend) -> _Runtime:
-    """What a backend needs."""
     purpose = "compile on the GPU" if backend.needs_gpu else "compile engines without a GPU"
-    return _Runtime(module=backend.runtime, packages=backend.packages, purpose=purpose)
+    return _Runtime(backend.runtime, backend.packages, purpose)
 
 
 def _ability(name: str, ok: bool, fix: str) -> Finding:
-    """One row about what can be done."""
     return Finding(name=name, ok=ok, detail="works here" if ok else "does not work here", fix="" if ok else fix)

@@ -60,14 +60,7 @@ def _elem_types(graph: onnx.GraphProto) -> set[int]:
 
 
 def check_targets(model: onnx.ModelProto, targets: Sequence[str]) -> tuple[str, ...]:
-    """Refuses a data type that one of the targets lacks, before the compiler is asked.
-
-    Args:
-        model: external data is not needed.
-        targets: in any spelling.
-
-    Returns:
-        Normalised targets, each once, in the order given.
+    """Normalised targets, each once, in the order given; the compiler has not been asked. No external data is needed.
 
     Raises:
         UnsupportedTargetError: no target, an unknown one, or one without a data type that the model holds.
@@ -108,7 +101,7 @@ def build(
     timing_cache: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Engine:
-    """Compiles one engine that runs on every target. Needs no GPU.
+    """Compiles one engine that runs on every target, as `Build` says. Needs no GPU.
 
     Args:
         model: a path, or a model without external data.
@@ -117,9 +110,6 @@ def build(
         shapes: the range of each input with dynamic dimensions. The table knows sizes only where min = opt = max.
         timing_cache: not used: nothing is timed without a GPU.
         on_progress: called with a fraction in 0..1 and the name of the phase.
-
-    Returns:
-        The engine and its layer table.
 
     Raises:
         UnsupportedTargetError: unknown target, or a data type that a target lacks.

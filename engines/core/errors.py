@@ -59,12 +59,6 @@ def how_to_install(module: str) -> str:
 def import_runtime(name: str) -> ModuleType:
     """Imports an optional runtime package.
 
-    Args:
-        name: import name.
-
-    Returns:
-        The module.
-
     Raises:
         MissingRuntimeError: the package or one of its libraries is missing; says what to install.
     """
