@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from calib_data.sources import Source, open_source
+from calib_data.sources import Source, form_of
 from calib_data.validation import Array, DataError, InputSpec, check_names, check_sample, check_shape
 
 _BEYOND_ANY = 1 << 40  # stands for the number of samples where it is unknown: more than anyone has
@@ -81,10 +81,9 @@ class Samples:
         return replace(self, indices=self.indices[i::n])
 
     def shapes(self) -> dict[str, ShapeBounds]:
-        """Shape of every input over the samples, from file headers where there are files.
+        """Input name -> its shapes over the samples, from file headers where there are files.
 
-        Returns:
-            Input name -> ShapeBounds. Of equally common shapes, ``opt`` is the largest, so order does not matter.
+        Of equally common shapes, ``opt`` is the largest, so order does not matter.
 
         Raises:
             DataError: a file is unreadable, a shape is not what the model takes, or there are no samples.
@@ -138,7 +137,7 @@ def open_samples(source: str | Path, inputs: Sequence[InputSpec], *, limit: int 
         raise DataError(f"Cannot use {source}: the model has no inputs to feed.")
     if limit is not None and limit < 1:
         raise DataError(f"Cannot use {limit} samples of {source}: at least one is needed. Raise the limit or omit it.")
-    opened = open_source(str(source), tuple(inputs))
+    opened = form_of(str(source)).open(str(source), tuple(inputs))
     count = _BEYOND_ANY if opened.count is None else opened.count
     return Samples(inputs=tuple(inputs), source=opened, indices=range(count)[:limit], origin=str(source))
 

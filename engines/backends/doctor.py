@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from engines.backends.backend import Backend, backends
+from engines.backends.backend import backends
 from engines.core.errors import how_to_install
 
 
@@ -87,23 +87,17 @@ def _version(runtime: _Runtime) -> str:
 
 
 def diagnose() -> list[Finding]:
-    """Which runtimes and GPUs are here, and which verbs will work.
-
-    Returns:
-        One row per runtime, then the GPUs, then what can be done. A row that is not ok says how to fix it.
-    """
+    """One row per runtime, then the GPUs, then which verbs will work. A row that is not ok says how to fix it."""
     compilers = backends().values()
-    runtimes = (_ONNX_RUNTIME, *map(_runtime, compilers), _POLYGRAPHY)
+    purpose = {True: "compile on the GPU", False: "compile engines without a GPU"}
+    needed = [_Runtime(b.runtime, b.packages, purpose[b.needs_gpu]) for b in compilers]
+    runtimes = (_ONNX_RUNTIME, *needed, _POLYGRAPHY)
     versions = {r.module: _version(r) for r in runtimes}
-    rows = [
-        Finding(
-            name=r.module,
-            ok=bool(versions[r.module]),
-            detail=f"{versions[r.module] or 'not installed'} ({r.purpose})",
-            fix="" if versions[r.module] else how_to_install(r.module),
-        )
-        for r in runtimes
-    ]
+    rows = []
+    for r in runtimes:
+        version, fix = versions[r.module], "" if versions[r.module] else how_to_install(r.module)
+        detail = f"{version or 'not installed'} ({r.purpose})"
+        rows.append(Finding(name=r.module, ok=bool(version), detail=detail, fix=fix))
     cards = gpus()
     details = [f"{g.name}, {g.target}, {g.memory_bytes / 2**30:.0f} GiB" for g in cards]
     rows += [Finding(name="GPU", ok=True, detail=detail) for detail in details]
@@ -111,14 +105,10 @@ def diagnose() -> list[Finding]:
         free = " or ".join(f"--backend {b.name}" for b in compilers if not b.needs_gpu)
         fix = f"not needed to quantize, compile ({free}) or audit; run engines on a machine with a GPU"
         rows.append(Finding(name="GPU", ok=False, detail="no NVIDIA GPU or driver found", fix=fix))
-    rows += [
-        _ability(
-            f"compile with {b.title}",
-            bool(versions[b.runtime]) and (bool(cards) or not b.needs_gpu),
-            how_to_install(b.runtime) + (" on a machine with an NVIDIA GPU" if b.needs_gpu else ""),
-        )
-        for b in compilers
-    ]
+    for b in compilers:
+        fix = how_to_install(b.runtime) + (" on a machine with an NVIDIA GPU" if b.needs_gpu else "")
+        works = bool(versions[b.runtime]) and (bool(cards) or not b.needs_gpu)
+        rows.append(_ability(f"compile with {b.title}", works, fix))
     checks = bool(versions["onnxruntime"] and versions["polygraphy"])
     runs = any(versions[b.runtime] for b in compilers) and bool(cards)
     return [
@@ -126,11 +116,6 @@ def diagnose() -> list[Finding]:
         _ability("run engines", runs, "a machine with an NVIDIA GPU; until then the Q/DQ model stands in"),
         _ability("check accuracy", checks, how_to_install("onnxruntime")),
     ]
-
-
-def _runtime(backend: Backend) -> _Runtime:
-    purpose = "compile on the GPU" if backend.needs_gpu else "compile engines without a GPU"
-    return _Runtime(backend.runtime, backend.packages, purpose)
 
 
 def _ability(name: str, ok: bool, fix: str) -> Finding:

@@ -241,9 +241,8 @@ def table_from_inspector(
     try:
         rows = json.loads(text)["Layers"]
     except (ValueError, KeyError, TypeError) as error:
-        raise BuildError(
-            f"The engine inspector of {backend} {version} gave no JSON with 'Layers' ({error!r})."
-        ) from error
+        where = f"The engine inspector of {backend} {version}"
+        raise BuildError(f"{where} gave no JSON with 'Layers' ({error!r}).") from error
     if not rows or not all(isinstance(row, Mapping) and "LayerType" in row for row in rows):
         raise BuildError("The engine inspector gives layer names only: build with profiling_verbosity DETAILED.")
     layers = tuple(

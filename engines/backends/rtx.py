@@ -132,9 +132,8 @@ def build(
     except BuildError:
         _forget_failure(trt)
         raise
-    table = table_from_rtx_log(
-        compiled.lines, version=trt.__version__, targets=names, engine_bytes=len(compiled.data), backend="rtx"
-    )
+    lines, size = compiled.lines, len(compiled.data)
+    table = table_from_rtx_log(lines, version=trt.__version__, targets=names, engine_bytes=size)
     return Engine(data=compiled.data, table=table)
 
 

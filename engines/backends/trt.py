@@ -83,13 +83,7 @@ def build(
 
 
 def inspect(trt: Any, data: bytes, *, target: str, backend: str) -> LayerTable:
-    """The layer table of a serialized engine, read through the engine inspector; needs the GPU.
-
-    Args:
-        trt: the `tensorrt` or the `tensorrt_rtx` module.
-        data: the engine.
-        target: of the GPU, like 'sm90'.
-        backend: 'trt' or 'rtx'.
+    """The layer table of a serialized engine, read through the inspector of `tensorrt` or `tensorrt_rtx` on its GPU.
 
     Raises:
         BuildError: the engine does not belong to this version or this GPU, or was built without DETAILED verbosity.

@@ -65,6 +65,5 @@ def import_runtime(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
-        raise MissingRuntimeError(
-            f"Cannot import {name} ({error}). It is an optional runtime: {how_to_install(name)}."
-        ) from error
+        fix = how_to_install(name)
+        raise MissingRuntimeError(f"Cannot import {name} ({error}). It is an optional runtime: {fix}.") from error

@@ -69,16 +69,13 @@ def predict(
     *,
     shapes: Mapping[str, ShapeRange] | None = None,
 ) -> Cost:
-    """Predicted time of every kernel of an engine.
+    """Predicted time of every kernel of an engine, in its order; waiting for another stream is none.
 
     Args:
         model: the model that the engine was built from; external data is not needed.
         table: its layers, compiled with fixed shapes (min = opt = max) for a target of the GPU's generation.
         gpu: a name in `GPUS`, or numbers of one's own.
         shapes: the fixed shape of each dynamic input.
-
-    Returns:
-        One row per kernel in the order of the engine; waiting for another stream is none.
 
     Raises:
         EngineError: an unknown GPU, an engine for other targets, or one whose sizes are decided at run time.
@@ -90,9 +87,8 @@ def predict(
             f"be others. Compile with --target {gpu.target}."
         )
     if table.bytes_moved is None:
-        raise EngineError(
-            "The engine has dynamic shapes, so its kernels' sizes are not known. Compile with min = opt = max."
-        )
+        what = "The engine has dynamic shapes, so its kernels' sizes are not known"
+        raise EngineError(f"{what}. Compile with min = opt = max.")
     products: dict[str, tuple[int, str]] = {}
     for node in audit(model, table, shapes=shapes).nodes:
         macs, _ = products.get(node.kernel, (0, ""))

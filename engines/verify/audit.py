@@ -117,8 +117,7 @@ def audit(
     Args:
         model: the model the engine was built from; external data is not needed.
         table: the engine's layers.
-        shapes: the range of each dynamic input; multiply-adds are counted at `opt`,
-            and 1 stands for any other dimension.
+        shapes: the range of each dynamic input; multiply-adds are counted at `opt`, any other dimension as 1.
 
     Returns:
         One row per Conv, ConvTranspose, Gemm, MatMul and two-operand Einsum that depends on an input.

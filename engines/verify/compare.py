@@ -278,7 +278,7 @@ def compare(
 
 
 def _runner(source: Any, name: str) -> Any:
-    """A Polygraphy runner of whatever was given, with a name of its own."""
+    """A Polygraphy runner of a path, a model, a session or a runner, under a name."""
     if isinstance(source, str | Path | onnx.ModelProto) or hasattr(source, "get_inputs"):
         return ort.runner(source, name=name)
     source.name = name

@@ -112,15 +112,9 @@ def save_engine(
     shapes: Mapping[str, ShapeRange],
     made_from: Provenance | None = None,
 ) -> None:
-    """Write an engine, its layers (`<path>.json`) and its manifest (`<path>.manifest.json`).
+    """Write an engine to `path`, its layers to `<path>.json` and its manifest to `<path>.manifest.json`.
 
-    Args:
-        engine: what to write.
-        path: the engine's file.
-        compiled: the ONNX file it was compiled from.
-        recipe: that it was compiled by.
-        shapes: that it was compiled for.
-        made_from: how the ONNX file came to be, where that is known.
+    `compiled` is the ONNX file it was compiled from; `made_from` says how that came to be, where it is known.
     """
     engine.save(path)
     options: dict[str, str | int | float | bool | None] = {"backend": recipe.backend}

@@ -186,9 +186,8 @@ def read_recipe(path: Path | str) -> dict[str, object]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise InputError(
-            f"The recipe {path} holds a {type(values).__name__}; it needs lines such as 'scheme: int8', one per option."
-        )
+        kind = type(values).__name__
+        raise InputError(f"The recipe {path} holds a {kind}; it needs lines such as 'scheme: int8', one per option.")
     return {str(key): value for key, value in values.items()}
 
 

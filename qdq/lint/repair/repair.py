@@ -51,13 +51,7 @@ class Repaired:
 
 
 def repair(model: Model) -> Repaired:
-    """Repair what needs no data.
-
-    Args:
-        model: any ONNX model; it is not changed.
-
-    Returns:
-        A model with the same inputs and outputs. Without changes it is the model given.
+    """Repair what needs no data, in a copy with the same inputs and outputs. Without changes it is the model given.
 
     Raises:
         ModelError: external data of the model cannot be read.
@@ -151,9 +145,8 @@ def _scale_types(draft: RepairDraft) -> None:
             dtype = np.dtype(helper.tensor_dtype_to_np_dtype(wanted))
             scale = representable(q.scale, dtype.name).astype(dtype)
             name = draft.init(q.node.input[1] + "_" + dtype.name, scale)
-            for node in (q.node, q.source.node if q.source else None):
-                if node is not None:
-                    node.input[1] = name
+            for node in (q.node, *([q.source.node] if q.source else [])):
+                node.input[1] = name
             draft.log(["scale-type"], q.node, f"scale stored as {dtype.name}")
 
 
@@ -211,8 +204,7 @@ def _starts_at_zero(q: Quantizer) -> bool:
 
 def _not_negative(view: View, tensor: str) -> bool:
     """Whether a tensor is known to hold no negative value."""
-    node = view.model.producer(tensor)
-    if node is None:
+    if (node := view.model.producer(tensor)) is None:
         return False
     if node.op_type in ("Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs", "Sqrt", "Exp", "Softplus"):
         return True
@@ -251,8 +243,7 @@ def _before(draft: RepairDraft, q: Quantizer, op_type: str, inputs: Sequence[str
 def _axes(draft: RepairDraft) -> None:
     for q in draft.view.heads:
         if "default-axis" in draft.flagged(q.node):
-            readers = [d.node for d in draft.view.quantizers if d.source is q]
-            for node in (q.node, *readers):
+            for node in (q.node, *(d.node for d in draft.view.quantizers if d.source is q)):
                 if attribute_value(node, "axis", None) is None:
                     node.attribute.append(helper.make_attribute("axis", q.axis))
             draft.log(["default-axis"], q.node, f"axis {q.axis} written")

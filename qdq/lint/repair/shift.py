@@ -39,15 +39,9 @@ class _Reader:
 
 
 def shift(draft: RepairDraft, q: Quantizer, rules: Sequence[str]) -> bool:
-    """Rewrite one QuantizeLinear and the DequantizeLinear nodes behind it.
+    """Rewrite the QuantizeLinear of an activation and the DequantizeLinear nodes behind it, in a refreshed draft.
 
-    Args:
-        draft: refreshed; needs another `refresh` afterwards.
-        q: a QuantizeLinear of INT8 or UINT8 codes on an activation.
-        rules: what this answers, for the list of changes.
-
-    Returns:
-        False, and nothing is changed, where a reader cannot be corrected: then a wider scale must do.
+    False, and nothing is changed, where a reader cannot be corrected: then a wider scale must do.
     """
     view = draft.view
     readers = [d for d in view.quantizers if d.source is q]
