@@ -90,12 +90,8 @@ class LayerTable(Document, frozen=True, kw_only=True):
 
 def _total(sizes: Iterable[int | None]) -> int | None:
     """The sum; None where a size is not known."""
-    total = 0
-    for size in sizes:
-        if size is None:
-            return None
-        total += size
-    return total
+    known = list(sizes)
+    return None if None in known else sum(filter(None, known))
 
 
 def _tensor(name: str, dtype: str, shape: Iterable[int]) -> TensorInfo:

@@ -60,7 +60,7 @@ def _elem_types(graph: onnx.GraphProto) -> set[int]:
 
 
 def check_targets(model: onnx.ModelProto, targets: Sequence[str]) -> tuple[str, ...]:
-    """Normalised targets, each once, in the order given; the compiler has not been asked. No external data is needed.
+    """Normalised targets, each once, in the order given, where they have the types of a model (without external data).
 
     Raises:
         UnsupportedTargetError: no target, an unknown one, or one without a data type that the model holds.
@@ -101,7 +101,7 @@ def build(
     timing_cache: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Engine:
-    """Compiles one engine that runs on every target, as `Build` says. Needs no GPU.
+    """Compiles one engine that runs on every target. Needs no GPU.
 
     Args:
         model: a path, or a model without external data.

@@ -111,7 +111,7 @@ def open_session(source: str | bytes, options: Any, providers: Sequence[str]) ->
 
 
 def _without_fp4(source: str | bytes) -> onnx.ModelProto | None:
-    """What stands for a refused model that holds FP4; None for any other, and for what is no model."""
+    """The model to run in place of a refused one that holds FP4; None for any other, and for what is no model."""
     try:
         if isinstance(source, bytes):
             model = onnx.load_from_string(source)
