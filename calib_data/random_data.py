@@ -15,7 +15,7 @@ from calib_data.validation import Array, DataError, InputSpec
 def random_samples(
     inputs: Sequence[InputSpec], n: int, *, seed: int, sizes: Mapping[str | tuple[str, int], int] | None = None
 ) -> Samples:
-    """Make samples of random numbers.
+    """Make n samples: floats from the standard normal distribution, integers 0 to 7, bools 0 or 1.
 
     Args:
         inputs: what the model takes.
@@ -23,9 +23,6 @@ def random_samples(
         seed: sample i depends on the seed and i alone.
         sizes: size of each dynamic dimension, by the dimension's name or by (input name, axis), which goes first.
             A dynamic leading dimension defaults to 1.
-
-    Returns:
-        Samples: floats from the standard normal distribution, integers 0 to 7, bools 0 or 1.
 
     Raises:
         DataError: n is below one, or a dynamic dimension has no size.

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from calib_data.sources import Source, open_source
+from calib_data.sources import Source, form_of
 from calib_data.validation import Array, DataError, InputSpec, check_names, check_sample, check_shape
 
-_BEYOND_ANY = 1 << 40
-"""Stands for the number of samples where it is unknown: more than anyone has."""
+_BEYOND_ANY = 1 << 40  # stands for the number of samples where it is unknown: more than anyone has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +81,9 @@ class Samples:
         return replace(self, indices=self.indices[i::n])
 
     def shapes(self) -> dict[str, ShapeBounds]:
-        """Shape of every input over the samples, from file headers where there are files.
+        """Input name -> its shapes over the samples, from file headers where there are files.
 
-        Returns:
-            Input name -> ShapeBounds. Of equally common shapes, ``opt`` is the largest, so order does not matter.
+        Of equally common shapes, ``opt`` is the largest, so order does not matter.
 
         Raises:
             DataError: a file is unreadable, a shape is not what the model takes, or there are no samples.
@@ -105,13 +103,10 @@ class Samples:
         return {name: _range_of(shapes) for name, shapes in seen.items() if shapes}
 
     def sha256(self) -> str:
-        """Fingerprint of what the model will see: SHA-256 over the sorted SHA-256 of each sample.
+        """Fingerprint of what the model will see: hexadecimal SHA-256 over the sorted SHA-256 of each sample.
 
         A sample's hash covers its input names, dtypes, shapes and values, after conversion to the model's dtypes. It
         does not depend on file names, on the form of storage, or on the order of the samples.
-
-        Returns:
-            64 hexadecimal digits.
 
         Raises:
             DataError: as in iteration.
@@ -128,15 +123,12 @@ class Samples:
 
 
 def open_samples(source: str | Path, inputs: Sequence[InputSpec], *, limit: int | None = None) -> Samples:
-    """Open calibration or evaluation samples. Files are read when the samples are iterated over, one at a time.
+    """Open calibration or evaluation samples. Files, but for the headers of a single one, are read by iteration.
 
     Args:
         source: in one of the forms that `calib_data.sources` has a file for.
         inputs: what the model takes.
         limit: use the first ``limit`` samples only.
-
-    Returns:
-        The samples; nothing is checked yet but what the headers of a single file tell.
 
     Raises:
         DataError: the source is missing, of no known form, empty, or does not fit the model's inputs.
@@ -145,7 +137,7 @@ def open_samples(source: str | Path, inputs: Sequence[InputSpec], *, limit: int 
         raise DataError(f"Cannot use {source}: the model has no inputs to feed.")
     if limit is not None and limit < 1:
         raise DataError(f"Cannot use {limit} samples of {source}: at least one is needed. Raise the limit or omit it.")
-    opened = open_source(str(source), tuple(inputs))
+    opened = form_of(str(source)).open(str(source), tuple(inputs))
     count = _BEYOND_ANY if opened.count is None else opened.count
     return Samples(inputs=tuple(inputs), source=opened, indices=range(count)[:limit], origin=str(source))
 

@@ -22,6 +22,8 @@ import numpy as np
 
 from calib_data.validation import Array, DataError
 
+_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredArray:
@@ -35,10 +37,7 @@ class StoredArray:
     offset: int
 
     def read(self) -> Array:
-        """Read the whole array.
-
-        Returns:
-            Array of ``shape`` and ``dtype``.
+        """Read the whole array, of ``shape`` and ``dtype``.
 
         Raises:
             DataError: the file cannot be read or ends early.
@@ -80,10 +79,7 @@ class StoredArray:
 
 
 def stored_arrays(path: Path) -> dict[str, StoredArray]:
-    """Read the headers of a file.
-
-    Returns:
-        Array name -> StoredArray; a ``.npy`` file has one, named "".
+    """Array name -> StoredArray, by the headers of a file; a ``.npy`` file has one, named "".
 
     Raises:
         DataError: the file is missing, unreadable, damaged, or holds pickled objects.
@@ -98,12 +94,9 @@ def stored_arrays(path: Path) -> dict[str, StoredArray]:
 def _header(path: Path, member: str | None, *, size: int) -> StoredArray:
     with _open(path, member) as file:
         version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        elif version == (2, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(file)
-        else:
+        if version not in _READERS:
             raise ValueError(f"npy format version {version} holds structured arrays only")
+        shape, fortran_order, dtype = _READERS[version](file)
         offset = file.tell()
         missing = offset + math.prod(shape) * dtype.itemsize - size
         if missing > 0 and not dtype.hasobject:  # before a damaged header makes us ask for terabytes

@@ -17,8 +17,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.generic]
 
-_NUMERIC = "biuf"
-"""numpy kinds that a sample may have: bool, signed, unsigned, float. Not object, string, complex, date."""
+_NUMERIC = "biuf"  # numpy kinds that a sample may have: bool, signed, unsigned, float
 
 
 class DataError(Exception):
@@ -68,11 +67,8 @@ def check_names(got: Collection[str], inputs: Sequence[InputSpec], where: str) -
     extra = [name for name in got if name not in needed]
     if not missing and not extra:
         return
-    guesses = [
-        f" Did you mean {close[0]!r} instead of {name!r}?"
-        for name in extra
-        if (close := get_close_matches(name, missing, n=1))
-    ]
+    near = [(name, close) for name in extra for close in get_close_matches(name, missing, n=1)]
+    guesses = [f" Did you mean {close!r} instead of {name!r}?" for name, close in near]
     faults = [f"no array for {_listed(missing)}"] * bool(missing) + [f"unknown {_listed(extra)}"] * bool(extra)
     raise DataError(
         f"Wrong input names in {where}: {' and '.join(faults)}. The model needs exactly {_listed(needed)}; "

@@ -1,7 +1,7 @@
 """Where samples come from: one file per form of `--data`, found by itself; each defines `FORM`.
 
-Flow: ``open_source`` asks each form whether a path is its own -> Source.read(indices) yields (where, arrays) for those
-samples only -> Samples checks each. Source.shapes(indices) tells their shapes from file headers, where there are some.
+Flow: ``form_of`` asks each form whether a path is its own -> Form.open -> Source.read(indices) yields (where, arrays)
+for those samples only -> Samples checks each. Source.shapes(indices) tells their shapes, from file headers if possible.
 A source must not check values against the model, nor hold more than one sample.
 """
 
@@ -89,34 +89,15 @@ def listed() -> str:
     return f"{', '.join(some)}, or {last}"
 
 
-def _owner(source: str) -> Form:
+def form_of(source: str) -> Form:
     """The form that owns a text.
 
     Raises:
         DataError: none does.
     """
-    for form in forms():
-        if form.owns(source):
-            return form
+    if form := next((form for form in forms() if form.owns(source)), None):
+        return form
     raise DataError(
         f"{'Cannot read' if Path(source).exists() else 'No such file or folder:'} {source}. Samples are {listed()}. "
         "Check the path, or convert the data."
     )
-
-
-def arrays_of(source: str) -> Mapping[str, ArrayForm]:
-    """The named arrays that one sample of a text holds; none where it has no names.
-
-    Raises:
-        DataError: no form owns the text, or it is unreadable.
-    """
-    return _owner(source).arrays(source)
-
-
-def open_source(source: str, inputs: Sequence[InputSpec]) -> Source:
-    """The source of the form that owns a text.
-
-    Raises:
-        DataError: no form does, or what is there is no sample, or does not fit the inputs.
-    """
-    return _owner(source).open(source, inputs)

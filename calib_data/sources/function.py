@@ -45,9 +45,8 @@ class PythonFunction:
         try:
             spec.loader.exec_module(module)
         except (SyntaxError, ImportError) as error:
-            raise DataError(
-                f"Cannot import the data source {path}: {type(error).__name__}: {error}. Mend it."
-            ) from error
+            what = f"{type(error).__name__}: {error}"
+            raise DataError(f"Cannot import the data source {path}: {what}. Mend it.") from error
         finally:
             sys.path.remove(str(path.resolve().parent))
         function = getattr(module, name, None)
@@ -68,8 +67,7 @@ class PythonFunction:
                 f"{self.where} returned {type(result).__name__}; an iterable of dicts is needed. Yield one dict per "
                 "sample."
             )
-        picked = itertools.islice(enumerate(items), indices.start, indices.stop, indices.step)
-        for i, item in picked:
+        for i, item in itertools.islice(enumerate(items), indices.start, indices.stop, indices.step):
             where = f"{self.where}, sample {i}"
             if not isinstance(item, Mapping):
                 raise DataError(

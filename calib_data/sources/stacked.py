@@ -62,8 +62,7 @@ class StackedFile:
                 f"The arrays in {path} disagree on the number of samples: got {counts}, one number is needed. Save the "
                 "same samples for every input."
             )
-        count = next(iter(counts.values()))
-        if count == 0:
+        if (count := next(iter(counts.values()))) == 0:
             raise DataError(f"No samples in {path}: its arrays have a leading axis of size 0; at least one is needed.")
         return cls(path=path, arrays=arrays, blocks=blocks, count=count)
 
@@ -75,10 +74,8 @@ class StackedFile:
 
     def shapes(self, indices: range) -> Iterator[SampleShapes]:
         """All samples have one shape."""
-        shapes = {
-            name: array.shape[1:] if (block := self.blocks[name]) is None else (block, *array.shape[1:])
-            for name, array in self.arrays.items()
-        }
+        leading = {name: () if block is None else (block,) for name, block in self.blocks.items()}
+        shapes = {name: (*leading[name], *array.shape[1:]) for name, array in self.arrays.items()}
         return (SampleShapes(f"{self.path}, sample {i}", shapes) for i in indices)
 
 

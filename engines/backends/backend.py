@@ -83,9 +83,8 @@ class Backend:
             return name
         others = [f"{b.title} (--backend {b.name})" for b in backends().values() if name in b.targets]
         hint = f" {name} needs {' or '.join(others)}." if others else did_you_mean(name, self.targets)
-        raise UnsupportedTargetError(
-            f"{self.title} has no target {text!r}; it compiles for {', '.join(self.targets)}.{hint}"
-        )
+        known = ", ".join(self.targets)
+        raise UnsupportedTargetError(f"{self.title} has no target {text!r}; it compiles for {known}.{hint}")
 
     @property
     def need(self) -> str:

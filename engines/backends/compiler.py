@@ -125,11 +125,8 @@ def _monitor(trt: ModuleType, on_progress: OnProgress) -> Any:
 
 def _parse(parser: Any, model: Path | str | onnx.ModelProto) -> None:
     """Parses the model, or raises the parser's own errors with the nodes they are about."""
-    if isinstance(model, onnx.ModelProto):
-        ok = parser.parse(model.SerializeToString())
-    else:
-        ok = parser.parse_from_file(str(model))
-    if ok:
+    data = model.SerializeToString() if isinstance(model, onnx.ModelProto) else None
+    if parser.parse(data) if data is not None else parser.parse_from_file(str(model)):
         return
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
     parts = [f"{e.desc()} (node {e.node_name() or '?'}, {e.node_operator() or '?'})" for e in errors]
@@ -153,8 +150,7 @@ def _profile(builder: Any, config: Any, network: Any, shapes: Mapping[str, Shape
         if name in shapes:
             given = shapes[name]
             for shape in (given.min, given.opt, given.max):
-                fits = len(shape) == len(declared) and all(d in (-1, s) for d, s in zip(declared, shape, strict=True))
-                if not fits:
+                if len(shape) != len(declared) or any(d not in (-1, s) for d, s in zip(declared, shape, strict=True)):
                     raise BuildError(f"Shape {shape} does not fit input {name}, declared {declared} (-1 is dynamic).")
         if -1 not in declared:
             continue
@@ -164,39 +160,10 @@ def _profile(builder: Any, config: Any, network: Any, shapes: Mapping[str, Shape
                 f"Give the smallest, usual and largest shape: --shape {name}:min:opt:max."
             )
         dynamic = True
-        if tensor.is_shape_tensor:
-            profile.set_shape_input(name, given.min, given.opt, given.max)
-        else:
-            profile.set_shape(name, given.min, given.opt, given.max)
+        set_shape = profile.set_shape_input if tensor.is_shape_tensor else profile.set_shape
+        set_shape(name, given.min, given.opt, given.max)
     if dynamic:
         config.add_optimization_profile(profile)
-
-
-def compile_model(
-    trt: ModuleType,
-    model: Path | str | onnx.ModelProto,
-    *,
-    shapes: Mapping[str, ShapeRange],
-    configure: Callable[[Any], None],
-    on_progress: OnProgress | None = None,
-) -> Compiled:
-    """Compiles with the `tensorrt` or the `tensorrt_rtx` module.
-
-    Args:
-        trt: the runtime's module.
-        model: a path (external data is found beside it) or a model without external data.
-        shapes: range of every input with dynamic dimensions.
-        configure: sets what the backend needs on the builder config.
-        on_progress: called with a fraction in 0..1 and the compiler's name of the phase.
-
-    Returns:
-        The engine's bytes and log lines.
-
-    Raises:
-        BuildError: parse or build error, with the compiler's message.
-    """
-    with _collector_paused():
-        return _compiled(trt, model, shapes, configure, on_progress)
 
 
 @contextmanager
@@ -215,14 +182,27 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _compiled(
+@_collector_paused()
+def compile_model(
     trt: ModuleType,
     model: Path | str | onnx.ModelProto,
+    *,
     shapes: Mapping[str, ShapeRange],
     configure: Callable[[Any], None],
-    on_progress: OnProgress | None,
+    on_progress: OnProgress | None = None,
 ) -> Compiled:
-    """As `compile_model`."""
+    """Compiles with the `tensorrt` or the `tensorrt_rtx` module.
+
+    Args:
+        trt: the runtime's module.
+        model: a path (external data is found beside it) or a model without external data.
+        shapes: range of every input with dynamic dimensions.
+        configure: sets what the backend needs on the builder config.
+        on_progress: called with a fraction in 0..1 and the compiler's name of the phase.
+
+    Raises:
+        BuildError: parse or build error, with the compiler's message.
+    """
     log = _logger(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

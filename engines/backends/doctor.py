@@ -10,8 +10,9 @@ import ctypes
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import NamedTuple
 
-from engines.backends.backend import Backend, backends
+from engines.backends.backend import backends
 from engines.core.errors import how_to_install
 
 
@@ -34,19 +35,16 @@ class Finding:
     fix: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Runtime:
+class _Runtime(NamedTuple):
     module: str
     packages: tuple[str, ...]
     purpose: str
 
 
-_ONNX_RUNTIME = _Runtime(
-    module="onnxruntime", packages=("onnxruntime", "onnxruntime-gpu"), purpose="calibrate and check"
-)
-_POLYGRAPHY = _Runtime(module="polygraphy", packages=("polygraphy",), purpose="compare and run engines")
+_ONNX_RUNTIME = _Runtime("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "calibrate and check")
+_POLYGRAPHY = _Runtime("polygraphy", ("polygraphy",), "compare and run engines")
 
-_DRIVERS = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1",)
+_DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*, cuda.h
 
 
@@ -55,13 +53,9 @@ def gpus() -> list[InstalledGpu]:
 
     Source: CUDA driver API (cuInit, cuDeviceGet*, cuDeviceTotalMem_v2).
     """
-    for name in _DRIVERS:
-        try:
-            cuda = ctypes.CDLL(name)
-            break
-        except OSError:
-            continue
-    else:
+    try:
+        cuda = ctypes.CDLL(_DRIVER)
+    except OSError:
         return []
     count = ctypes.c_int()
     if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
@@ -93,63 +87,36 @@ def _version(runtime: _Runtime) -> str:
 
 
 def diagnose() -> list[Finding]:
-    """Which runtimes and GPUs are here, and which verbs will work.
-
-    Returns:
-        One row per runtime, then the GPUs, then what can be done. A row that is not ok says how to fix it.
-    """
+    """One row per runtime, then the GPUs, then which verbs will work. A row that is not ok says how to fix it."""
     compilers = backends().values()
-    runtimes = (_ONNX_RUNTIME, *map(_runtime, compilers), _POLYGRAPHY)
+    purpose = {True: "compile on the GPU", False: "compile engines without a GPU"}
+    needed = [_Runtime(b.runtime, b.packages, purpose[b.needs_gpu]) for b in compilers]
+    runtimes = (_ONNX_RUNTIME, *needed, _POLYGRAPHY)
     versions = {r.module: _version(r) for r in runtimes}
-    rows = [
-        Finding(
-            name=r.module,
-            ok=bool(versions[r.module]),
-            detail=f"{versions[r.module] or 'not installed'} ({r.purpose})",
-            fix="" if versions[r.module] else how_to_install(r.module),
-        )
-        for r in runtimes
-    ]
+    rows = []
+    for r in runtimes:
+        version, fix = versions[r.module], "" if versions[r.module] else how_to_install(r.module)
+        detail = f"{version or 'not installed'} ({r.purpose})"
+        rows.append(Finding(name=r.module, ok=bool(version), detail=detail, fix=fix))
     cards = gpus()
-    rows += [
-        Finding(name="GPU", ok=True, detail=f"{g.name}, {g.target}, {g.memory_bytes / 2**30:.0f} GiB") for g in cards
-    ]
+    details = [f"{g.name}, {g.target}, {g.memory_bytes / 2**30:.0f} GiB" for g in cards]
+    rows += [Finding(name="GPU", ok=True, detail=detail) for detail in details]
     if not cards:
         free = " or ".join(f"--backend {b.name}" for b in compilers if not b.needs_gpu)
-        rows.append(
-            Finding(
-                name="GPU",
-                ok=False,
-                detail="no NVIDIA GPU or driver found",
-                fix=f"not needed to quantize, compile ({free}) or audit; run engines on a machine with a GPU",
-            )
-        )
-    rows += [
-        _ability(
-            f"compile with {b.title}",
-            bool(versions[b.runtime]) and (bool(cards) or not b.needs_gpu),
-            how_to_install(b.runtime) + (" on a machine with an NVIDIA GPU" if b.needs_gpu else ""),
-        )
-        for b in compilers
-    ]
+        fix = f"not needed to quantize, compile ({free}) or audit; run engines on a machine with a GPU"
+        rows.append(Finding(name="GPU", ok=False, detail="no NVIDIA GPU or driver found", fix=fix))
+    for b in compilers:
+        fix = how_to_install(b.runtime) + (" on a machine with an NVIDIA GPU" if b.needs_gpu else "")
+        works = bool(versions[b.runtime]) and (bool(cards) or not b.needs_gpu)
+        rows.append(_ability(f"compile with {b.title}", works, fix))
     checks = bool(versions["onnxruntime"] and versions["polygraphy"])
+    runs = any(versions[b.runtime] for b in compilers) and bool(cards)
     return [
         *rows,
-        _ability(
-            "run engines",
-            any(versions[b.runtime] for b in compilers) and bool(cards),
-            "a machine with an NVIDIA GPU; until then the Q/DQ model stands in",
-        ),
+        _ability("run engines", runs, "a machine with an NVIDIA GPU; until then the Q/DQ model stands in"),
         _ability("check accuracy", checks, how_to_install("onnxruntime")),
     ]
 
 
-def _runtime(backend: Backend) -> _Runtime:
-    """What a backend needs."""
-    purpose = "compile on the GPU" if backend.needs_gpu else "compile engines without a GPU"
-    return _Runtime(module=backend.runtime, packages=backend.packages, purpose=purpose)
-
-
 def _ability(name: str, ok: bool, fix: str) -> Finding:
-    """One row about what can be done."""
     return Finding(name=name, ok=ok, detail="works here" if ok else "does not work here", fix="" if ok else fix)

@@ -16,44 +16,15 @@ from typing import Any, ClassVar
 from engines.core.documents import Document, Part
 from engines.core.errors import BuildError
 
-BITS = {
-    "float32": 32,
-    "float16": 16,
-    "bfloat16": 16,
-    "int8": 8,
-    "uint8": 8,
-    "fp8": 8,
-    "bool": 8,
-    "int4": 4,
-    "fp4": 4,
-    "int32": 32,
-    "int64": 64,
-}
+BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "fp8": 8, "bool": 8}
+BITS |= {"int4": 4, "fp4": 4, "int32": 32, "int64": 64}
 
 SYNCHRONIZATION = ("signal", "wait")  # events between streams: layers of the log, no kernels
 
 # Names seen in RTX 1.7 logs, in inspector JSON ("Row major linear FP32") and in trt.DataType.
-DTYPES = {
-    "float": "float32",
-    "fp32": "float32",
-    "float32": "float32",
-    "half": "float16",
-    "fp16": "float16",
-    "float16": "float16",
-    "bf16": "bfloat16",
-    "bfloat16": "bfloat16",
-    "int8": "int8",
-    "uint8": "uint8",
-    "e8m0": "uint8",
-    "fp8": "fp8",
-    "fp8e4m3": "fp8",
-    "int4": "int4",
-    "fp4": "fp4",
-    "fp4e2m1": "fp4",
-    "int32": "int32",
-    "int64": "int64",
-    "bool": "bool",
-}
+DTYPES = {name: name for name in BITS}
+DTYPES |= {"float": "float32", "fp32": "float32", "half": "float16", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES |= {"e8m0": "uint8", "fp8e4m3": "fp8", "fp4e2m1": "fp4"}
 
 
 class TensorInfo(Part, frozen=True, kw_only=True):
@@ -66,9 +37,7 @@ class TensorInfo(Part, frozen=True, kw_only=True):
     @property
     def nbytes(self) -> int | None:
         """Bytes of the tensor without padding; None where a dimension is decided at run time."""
-        if any(d < 0 for d in self.shape):
-            return None
-        return (math.prod(self.shape) * BITS[self.dtype] + 7) // 8
+        return None if min(self.shape, default=0) < 0 else (math.prod(self.shape) * BITS[self.dtype] + 7) // 8
 
 
 class Layer(Part, frozen=True, kw_only=True):
@@ -88,9 +57,7 @@ class Layer(Part, frozen=True, kw_only=True):
     @property
     def bytes_moved(self) -> int | None:
         """Bytes read and written once each; None where a shape is decided at run time."""
-        sizes = [t.nbytes for t in (*self.inputs, *self.constants, *self.outputs)]
-        known = [s for s in sizes if s is not None]
-        return sum(known) if len(known) == len(sizes) else None
+        return _total(t.nbytes for t in (*self.inputs, *self.constants, *self.outputs))
 
 
 class LayerTable(Document, frozen=True, kw_only=True):
@@ -118,14 +85,17 @@ class LayerTable(Document, frozen=True, kw_only=True):
 
         Compile with min = opt = max to know it.
         """
-        sizes = [layer.bytes_moved for layer in self.layers]
-        known = [s for s in sizes if s is not None]
-        return sum(known) if len(known) == len(sizes) else None
+        return _total(layer.bytes_moved for layer in self.layers)
 
 
-def _tensor(name: str, dtype: str, shape: Sequence[int]) -> TensorInfo:
-    """A TensorInfo whose shape is a tuple."""
-    return TensorInfo(name=name, dtype=dtype, shape=tuple(shape))
+def _total(sizes: Iterable[int | None]) -> int | None:
+    """The sum; None where a size is not known."""
+    known = list(sizes)
+    return None if None in known else sum(filter(None, known))
+
+
+def _tensor(name: str, dtype: str, shape: Iterable[int]) -> TensorInfo:
+    return TensorInfo(name=name, dtype=dtype_name(dtype), shape=tuple(shape))
 
 
 def dtype_name(text: str) -> str:
@@ -162,12 +132,7 @@ def _log_tensors(text: str | None, line: str) -> tuple[TensorInfo, ...]:
     matches = list(_TENSOR.finditer(text or ""))
     if len(matches) != (text or "").count("{ Name: "):
         raise BuildError(f"Cannot read a tensor in the compiler's layer dump: {line[:300]}")
-    return tuple(
-        TensorInfo(
-            name=m["name"], dtype=dtype_name(m["dtype"]), shape=tuple(int(d) for d in m["dims"].split(",") if d.strip())
-        )
-        for m in matches
-    )
+    return tuple(_tensor(m["name"], m["dtype"], (int(d) for d in m["dims"].split(",") if d.strip())) for m in matches)
 
 
 def _memory(lines: Iterable[str], label: str) -> int:
@@ -186,9 +151,6 @@ def table_from_rtx_log(
         targets: normalised names, like 'sm89'.
         engine_bytes: size of the serialized engine.
         backend: name kept in the table.
-
-    Returns:
-        A table with at least one layer.
 
     Raises:
         BuildError: no layer line, or one that cannot be read. The log is not an API: a new version can do this.
@@ -236,18 +198,14 @@ def _json_tensors(rows: Any) -> tuple[TensorInfo, ...]:
         key = next((k for k in ("Datatype", "DataType", "Format/Datatype", "Format/DataType") if k in row), None)
         if key is None:
             raise BuildError(f"The engine inspector gives no data type for tensor {row.get('Name')!r}: {sorted(row)}")
-        out.append(_tensor(row.get("Name", ""), dtype_name(row[key]), row.get("Dimensions", ())))
+        out.append(_tensor(row.get("Name", ""), row[key], row.get("Dimensions", ())))
     return tuple(out)
 
 
 def _json_weights(row: Mapping[str, Any]) -> tuple[TensorInfo, ...]:
     """The constants of a layer: a list of tensors, or TensorRT's own Weights and Bias counts."""
-    counts = [
-        _tensor(k, dtype_name(w["Type"]), (w["Count"],))
-        for k in ("Weights", "Bias")
-        if isinstance(w := row.get(k), Mapping) and w.get("Count")
-    ]
-    return (*_json_tensors(row.get("Constants")), *counts)
+    held = [(k, w) for k in ("Weights", "Bias") if isinstance(w := row.get(k), Mapping) and w.get("Count")]
+    return (*_json_tensors(row.get("Constants")), *(_tensor(k, w["Type"], (w["Count"],)) for k, w in held))
 
 
 def table_from_inspector(
@@ -271,9 +229,6 @@ def table_from_inspector(
         weight_bytes: of the engine; 0 takes the sum of the layers' constants.
         activation_bytes: device memory of one execution context.
 
-    Returns:
-        A table with at least one layer.
-
     Raises:
         BuildError: not JSON, no layers, or layers that are bare names (not built with DETAILED verbosity).
 
@@ -282,9 +237,8 @@ def table_from_inspector(
     try:
         rows = json.loads(text)["Layers"]
     except (ValueError, KeyError, TypeError) as error:
-        raise BuildError(
-            f"The engine inspector of {backend} {version} gave no JSON with 'Layers' ({error!r})."
-        ) from error
+        where = f"The engine inspector of {backend} {version}"
+        raise BuildError(f"{where} gave no JSON with 'Layers' ({error!r}).") from error
     if not rows or not all(isinstance(row, Mapping) and "LayerType" in row for row in rows):
         raise BuildError("The engine inspector gives layer names only: build with profiling_verbosity DETAILED.")
     layers = tuple(

@@ -38,10 +38,7 @@ class Gate:
 GATES = (
     Gate(dtype="int4", elem_types=(TensorProto.INT4,), minimum_sm=80, gpus="Ampere or newer"),
     Gate(
-        dtype="fp8",
-        elem_types=(TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2),
-        minimum_sm=89,
-        gpus="Ada, Blackwell",
+        dtype="fp8", elem_types=(TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2), minimum_sm=89, gpus="Ada, Blackwell"
     ),
     Gate(dtype="fp4", elem_types=(TensorProto.FLOAT4E2M1,), minimum_sm=120, gpus="Blackwell"),
 )
@@ -63,14 +60,7 @@ def _elem_types(graph: onnx.GraphProto) -> set[int]:
 
 
 def check_targets(model: onnx.ModelProto, targets: Sequence[str]) -> tuple[str, ...]:
-    """Refuses a data type that one of the targets lacks, before the compiler is asked.
-
-    Args:
-        model: external data is not needed.
-        targets: in any spelling.
-
-    Returns:
-        Normalised targets, each once, in the order given.
+    """Normalised targets, each once, in the order given, where they have the types of a model (without external data).
 
     Raises:
         UnsupportedTargetError: no target, an unknown one, or one without a data type that the model holds.
@@ -121,9 +111,6 @@ def build(
         timing_cache: not used: nothing is timed without a GPU.
         on_progress: called with a fraction in 0..1 and the name of the phase.
 
-    Returns:
-        The engine and its layer table.
-
     Raises:
         UnsupportedTargetError: unknown target, or a data type that a target lacks.
         BuildError: the parser's or the builder's own message.
@@ -145,9 +132,8 @@ def build(
     except BuildError:
         _forget_failure(trt)
         raise
-    table = table_from_rtx_log(
-        compiled.lines, version=trt.__version__, targets=names, engine_bytes=len(compiled.data), backend="rtx"
-    )
+    lines, size = compiled.lines, len(compiled.data)
+    table = table_from_rtx_log(lines, version=trt.__version__, targets=names, engine_bytes=size)
     return Engine(data=compiled.data, table=table)
 
 

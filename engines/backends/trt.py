@@ -23,13 +23,8 @@ from engines.core.load import load_graph
 
 
 def _gpu_target() -> str:
-    """The first GPU's name in the form 'sm90'.
-
-    Raises:
-        MissingRuntimeError: there is none.
-    """
-    found = gpus()
-    if not found:
+    """The first GPU's name in the form 'sm90'."""
+    if not (found := gpus()):
         raise MissingRuntimeError(
             "TensorRT needs an NVIDIA GPU and its driver, and none was found here. Build for TensorRT-RTX instead "
             "(--backend rtx), which needs neither."
@@ -65,9 +60,6 @@ def build(
         timing_cache: read if it exists, then written: the next build chooses the same kernels, faster.
         on_progress: called with a fraction in 0..1 and the name of the phase.
 
-    Returns:
-        The engine and the table of its layers.
-
     Raises:
         UnsupportedTargetError: unknown target.
         BuildError: the parser's or the builder's own message.
@@ -76,7 +68,7 @@ def build(
     target = _gpu_target()
     check_targets(load_graph(model), targets)
     trt = import_runtime("tensorrt")
-    caches: list[Any] = []
+    caches: list[tuple[Any, Any]] = []  # the configuration, and the cache that it needs alive
 
     def configure(config: Any) -> None:
         if timing_cache is not None:
@@ -91,13 +83,7 @@ def build(
 
 
 def inspect(trt: Any, data: bytes, *, target: str, backend: str) -> LayerTable:
-    """The layer table of a serialized engine, read through the engine inspector; needs the GPU.
-
-    Args:
-        trt: the `tensorrt` or the `tensorrt_rtx` module.
-        data: the engine.
-        target: of the GPU, like 'sm90'.
-        backend: 'trt' or 'rtx'.
+    """The layer table of a serialized engine, read through the inspector of `tensorrt` or `tensorrt_rtx` on its GPU.
 
     Raises:
         BuildError: the engine does not belong to this version or this GPU, or was built without DETAILED verbosity.
@@ -140,16 +126,11 @@ def runner(engine: Path | str | bytes, *, rtx: bool = False, name: str = "engine
         )
     import_runtime("tensorrt_rtx" if rtx else "tensorrt")
     backend = import_runtime("polygraphy.backend.trt")
-    data = engine if isinstance(engine, bytes) else _read(Path(engine))
-    return backend.TrtRunner(backend.EngineFromBytes(data), name=name)
-
-
-def _read(path: Path) -> bytes:
-    """The bytes of an engine file."""
     try:
-        return path.read_bytes()
+        data = engine if isinstance(engine, bytes) else Path(engine).read_bytes()
     except OSError as error:
-        raise EngineError(f"Cannot read engine {path}: {error.strerror}.") from error
+        raise EngineError(f"Cannot read engine {engine!s}: {error.strerror}.") from error
+    return backend.TrtRunner(backend.EngineFromBytes(data), name=name)
 
 
 BACKEND = Backend(

@@ -13,12 +13,7 @@ import importlib
 from collections.abc import Iterable
 from types import ModuleType
 
-EXTRAS = {
-    "onnxruntime": "cpu",
-    "tensorrt_rtx": "cpu",
-    "tensorrt": "gpu",
-    "polygraphy": "cpu",
-}
+EXTRAS = {"onnxruntime": "cpu", "tensorrt_rtx": "cpu", "tensorrt": "gpu", "polygraphy": "cpu"}
 
 
 class EngineError(Exception):
@@ -64,18 +59,11 @@ def how_to_install(module: str) -> str:
 def import_runtime(name: str) -> ModuleType:
     """Imports an optional runtime package.
 
-    Args:
-        name: import name.
-
-    Returns:
-        The module.
-
     Raises:
         MissingRuntimeError: the package or one of its libraries is missing; says what to install.
     """
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
-        raise MissingRuntimeError(
-            f"Cannot import {name} ({error}). It is an optional runtime: {how_to_install(name)}."
-        ) from error
+        fix = how_to_install(name)
+        raise MissingRuntimeError(f"Cannot import {name} ({error}). It is an optional runtime: {fix}.") from error

@@ -54,6 +54,5 @@ def write_atomic(
         with new_files(Path(path), resumed=resumed) as (file,):
             file.write(content)
     except OSError as cause:
-        raise error(
-            f"Cannot write {path}: {cause.strerror or cause}. Choose a folder that exists and is writable."
-        ) from cause
+        reason = cause.strerror or cause
+        raise error(f"Cannot write {path}: {reason}. Choose a folder that exists and is writable.") from cause

@@ -28,14 +28,11 @@ def holds_fp4(model: ModelProto) -> bool:
 
 
 def runnable(model: ModelProto, directory: Path | str = "") -> ModelProto:
-    """The same computation without FP4.
+    """The same computation without FP4: a copy, or the model itself where it has none.
 
     Args:
         model: with standard Q/DQ of FP4 constants, and TRT_FP4DynamicQuantize along the last axis.
         directory: of its external data.
-
-    Returns:
-        A copy; the model itself where it has no FP4.
     """
     if not holds_fp4(model):
         return model
@@ -66,14 +63,9 @@ def dynamic_quantize() -> FunctionProto:
     Source: NVIDIA's description of NVFP4 (E2M1 with E4M3 scales of blocks of 16 and one FP32 scale per tensor).
     """
     node, constant = helper.make_node, _constant
+    numbers = {"largest": LARGEST, "smallest": -LARGEST, "one": 1, "zero": 0, "half": 0.5, "two": 2, "four": 4}
     nodes = [
-        constant("largest", np.float32(LARGEST)),
-        constant("smallest", np.float32(-LARGEST)),
-        constant("one", np.float32(1)),
-        constant("zero", np.float32(0)),
-        constant("half", np.float32(0.5)),
-        constant("two", np.float32(2)),
-        constant("four", np.float32(4)),
+        *(constant(name, np.float32(value)) for name, value in numbers.items()),
         constant("last", np.array([-1], dtype=np.int64)),
         constant("blocks", np.array([-1, BLOCK], dtype=np.int64)),
         node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT),
@@ -107,15 +99,8 @@ def dynamic_quantize() -> FunctionProto:
         node("Reshape", ["values", "shape"], ["whole"]),
         node("Cast", ["whole"], ["codes"], to=TensorProto.FLOAT8E4M3FN),
     ]
-    return helper.make_function(
-        DOMAIN,
-        QUANTIZE,
-        ["x", "s"],
-        ["codes", "scales"],
-        nodes,
-        [helper.make_opsetid("", OPSET)],
-        attributes=["axis", "block_size", "scale_type"],
-    )
+    ends, opsets = (["x", "s"], ["codes", "scales"]), [helper.make_opsetid("", OPSET)]
+    return helper.make_function(DOMAIN, QUANTIZE, *ends, nodes, opsets, attributes=["axis", "block_size", "scale_type"])
 
 
 def _constant(name: str, value: np.ndarray | np.generic) -> onnx.NodeProto:

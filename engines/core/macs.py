@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from itertools import zip_longest
 
 from onnx import NodeProto
 
@@ -29,7 +29,7 @@ def macs(graph: QuantizedGraph, node: NodeProto) -> int:
     if node.op_type == "Gemm":
         rows, inner = a[::-1] if attribute(node, "transA", 0) else a
         return rows * inner * b[0 if attribute(node, "transB", 0) else 1]
-    batch = math.prod(_broadcast(a[:-2], b[:-2]))
+    batch = math.prod(map(max, zip_longest(reversed(a[:-2]), reversed(b[:-2]), fillvalue=1)))
     return batch * (a[-2] if len(a) > 1 else 1) * a[-1] * (b[-1] if len(b) > 1 else 1)
 
 
@@ -48,10 +48,3 @@ def _einsum(graph: QuantizedGraph, node: NodeProto) -> int:
             return 0
         sizes.update(zip(term, shape, strict=True))
     return math.prod(sizes.values())
-
-
-def _broadcast(a: Sequence[int], b: Sequence[int]) -> list[int]:
-    """The broadcast of two lists of batch dimensions."""
-    n = max(len(a), len(b))
-    left, right = (*[1] * (n - len(a)), *a), (*[1] * (n - len(b)), *b)
-    return [max(x, y) for x, y in zip(left, right, strict=True)]

@@ -71,12 +71,7 @@ def weight_axis(node: NodeProto, rank: int, index: int = 1) -> int:
     """The axis of a product's operand that runs over output channels, which no sum runs over.
 
     Conv 0; ConvTranspose 1; Gemm 0 or 1 by transB (of operand 0 by transA); MatMul and Einsum the last (of operand 0
-    the last but one).
-
-    Args:
-        node: a product.
-        rank: of the operand.
-        index: 1 where the operand is on the right, as weights are, 0 on the left.
+    the last but one). `rank` is the operand's; `index` is 1 where it is on the right, as weights are, 0 on the left.
     """
     if node.op_type in ("Conv", "ConvTranspose"):
         return int(node.op_type == "ConvTranspose")

@@ -81,8 +81,7 @@ def session_options(*, threads: int, severity: int) -> Any:
 def give_weights(options: Any, weights: Mapping[str, np.ndarray], folder: Path) -> list[Any]:
     """Lets a session take external initializers from arrays, without a copy, and the others from a folder.
 
-    Returns:
-        What must live as long as the session, as must the arrays.
+    What it returns must live as long as the session, as must the arrays.
     """
     ort = import_runtime("onnxruntime")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
@@ -112,7 +111,7 @@ def open_session(source: str | bytes, options: Any, providers: Sequence[str]) ->
 
 
 def _without_fp4(source: str | bytes) -> onnx.ModelProto | None:
-    """What stands for a refused model that holds FP4; None for any other, and for what is no model."""
+    """The model to run in place of a refused one that holds FP4; None for any other, and for what is no model."""
     try:
         if isinstance(source, bytes):
             model = onnx.load_from_string(source)
@@ -175,13 +174,7 @@ def run(model: Any, samples: Iterable[Sample]) -> Iterator[dict[str, np.ndarray]
 
 
 def runner(model: Any, *, name: str = "onnxrt", **options: Any) -> Any:
-    """A Polygraphy `OnnxrtRunner`.
-
-    Args:
-        model: what `session` takes, or a session.
-        name: shown in reports.
-        **options: of `session`.
-    """
+    """A Polygraphy `OnnxrtRunner` of a session, or of what `session` takes with its options; reports show its name."""
     polygraphy = import_runtime("polygraphy.backend.onnxrt")
     opened = model if hasattr(model, "get_inputs") else session(model, **options)
     return polygraphy.OnnxrtRunner(opened, name=name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 def family(text: str) -> frozenset[str]:
-    """The set of the operators that a text names."""
+    """The set of the names in a text."""
     return frozenset(text.split())
 
 

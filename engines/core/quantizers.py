@@ -193,9 +193,8 @@ class QuantizedGraph:
             tensor = info.type.tensor_type
             self._types[info.name] = tensor.elem_type
             if tensor.HasField("shape"):
-                self._shapes[info.name] = tuple(
-                    d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim
-                )
+                dims = tensor.shape.dim
+                self._shapes[info.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
         for constant in stored:
             self._types[constant.name], self._shapes[constant.name] = constant.data_type, tuple(constant.dims)
             self._constants.add(constant.name)
@@ -260,8 +259,8 @@ class QuantizedGraph:
         """A QuantizeLinear or DequantizeLinear; of a DQ, what it reads must have been read before."""
         shape = self.shape(node.input[0])
         scale, zero = node.input[1], node.input[2] if len(node.input) > 2 else ""
-        source = self.by_output.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
-        if source is not None and not source.is_q:
+        source = self.by_output.get(node.input[0])
+        if node.op_type == "QuantizeLinear" or (source is not None and not source.is_q):
             source = None
         if node.op_type == "QuantizeLinear":
             dtype = self.elem(zero) or attribute(node, "output_dtype", 0) or TensorProto.UINT8
@@ -313,12 +312,7 @@ class QuantizedGraph:
 
 
 def read_graph(model: ModelProto, inputs: Mapping[str, Sequence[int]]) -> QuantizedGraph:
-    """The main graph of a model with shapes inferred at given input shapes; 1 stands for a size left open.
-
-    Args:
-        model: external data is not needed.
-        inputs: shapes by the names of inputs.
-    """
+    """The main graph of a model, without external data, with shapes inferred at given shapes of inputs (else 1)."""
     shown = inferred_at(model, inputs)
     opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
     return QuantizedGraph(shown.node, shown, model.graph.initializer, opset=opset)

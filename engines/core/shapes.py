@@ -67,7 +67,6 @@ def inferred_at(proto: ModelProto, inputs: Mapping[str, Sequence[int]]) -> Graph
 
 
 def _assign(message: ModelProto | GraphProto, name: str, value: object) -> None:
-    """Set one field of a message to a copy of a value."""
     target = getattr(message, name)
     if hasattr(target, "MergeFrom"):
         target.MergeFrom(value)

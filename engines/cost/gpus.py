@@ -45,9 +45,8 @@ class Gpu:
             if not (math.isfinite(value) and value > 0):
                 raise EngineError(f"GPU {self.name!r}: {what} is {value}; it must be above 0.")
         if missing := [t for t in ("float32", "float16") if t not in self.tera_ops]:
-            raise EngineError(
-                f"GPU {self.name!r}: tera_ops lacks {missing[0]}; give the dense rate of both float types."
-            )
+            what = f"tera_ops lacks {missing[0]}"
+            raise EngineError(f"GPU {self.name!r}: {what}; give the dense rate of both float types.")
         if not self.launch_us >= 0:
             raise EngineError(f"GPU {self.name!r}: launch_us is {self.launch_us}; it must be 0 or more.")
 
@@ -99,35 +98,28 @@ def _number(value: object) -> float:
 
 
 def _row(name: str, target: str, bandwidth_gb_s: float, **tera_ops: float) -> Gpu:
-    """One row of the table below."""
     return Gpu(name=name, target=target, bandwidth_gb_s=bandwidth_gb_s, tera_ops=MappingProxyType(tera_ops))
 
 
 # Dense tensor-core rates with FP32 accumulation where the vendor tells them apart; float32 is TF32, which TensorRT uses
 # by default, on T4 (no TF32) the FP32 cores. Datasheets that give rates with sparsity are halved.
-GPUS: Mapping[str, Gpu] = MappingProxyType(
-    {
-        gpu.name: gpu
-        for gpu in (
-            # NVIDIA T4 datasheet (2019): 8.1 FP32, 65 FP16, 130 INT8, 260 INT4, 320 GB/s
-            _row("t4", "sm75", 320, float32=8.1, float16=65, int8=130, int4=260),
-            # NVIDIA A10 datasheet (2021): 62.5 TF32, 125 FP16 and BF16, 250 INT8, 500 INT4, 600 GB/s
-            _row("a10", "sm86", 600, float32=62.5, float16=125, bfloat16=125, int8=250, int4=500),
-            # NVIDIA A100 40 GB datasheet (2020): 156 TF32, 312 FP16 and BF16, 624 INT8, 1248 INT4, 1555 GB/s
-            _row("a100", "sm80", 1555, float32=156, float16=312, bfloat16=312, int8=624, int4=1248),
-            # NVIDIA L4 datasheet (2023), halved: 120 TF32, 242 FP16 and BF16, 485 INT8 and FP8 with sparsity, 300 GB/s
-            _row("l4", "sm89", 300, float32=60, float16=121, bfloat16=121, int8=242.5, fp8=242.5),
-            # NVIDIA Ada GPU architecture whitepaper, appendix A: 82.6 TF32, 165.2 FP16 and BF16, 330.3 FP8 (FP32
-            # accumulation), 660.6 INT8, 1321.2 INT4, 1008 GB/s
-            _row(
-                "rtx4090", "sm89", 1008, float32=82.6, float16=165.2, bfloat16=165.2, int8=660.6, fp8=330.3, int4=1321.2
-            ),
-            # NVIDIA RTX Blackwell GPU architecture whitepaper, appendix: 104.8 TF32, 209.5 FP16 and BF16, 419 FP8 (FP32
-            # accumulation), 838 INT8, 1676 FP4, 1792 GB/s
-            _row("rtx5090", "sm120", 1792, float32=104.8, float16=209.5, bfloat16=209.5, int8=838, fp8=419, fp4=1676),
-        )
-    }
+_ROWS = (
+    # NVIDIA T4 datasheet (2019): 8.1 FP32, 65 FP16, 130 INT8, 260 INT4, 320 GB/s
+    _row("t4", "sm75", 320, float32=8.1, float16=65, int8=130, int4=260),
+    # NVIDIA A10 datasheet (2021): 62.5 TF32, 125 FP16 and BF16, 250 INT8, 500 INT4, 600 GB/s
+    _row("a10", "sm86", 600, float32=62.5, float16=125, bfloat16=125, int8=250, int4=500),
+    # NVIDIA A100 40 GB datasheet (2020): 156 TF32, 312 FP16 and BF16, 624 INT8, 1248 INT4, 1555 GB/s
+    _row("a100", "sm80", 1555, float32=156, float16=312, bfloat16=312, int8=624, int4=1248),
+    # NVIDIA L4 datasheet (2023), halved: 120 TF32, 242 FP16 and BF16, 485 INT8 and FP8 with sparsity, 300 GB/s
+    _row("l4", "sm89", 300, float32=60, float16=121, bfloat16=121, int8=242.5, fp8=242.5),
+    # NVIDIA Ada GPU architecture whitepaper, appendix A: 82.6 TF32, 165.2 FP16 and BF16, 330.3 FP8 (FP32
+    # accumulation), 660.6 INT8, 1321.2 INT4, 1008 GB/s
+    _row("rtx4090", "sm89", 1008, float32=82.6, float16=165.2, bfloat16=165.2, int8=660.6, fp8=330.3, int4=1321.2),
+    # NVIDIA RTX Blackwell GPU architecture whitepaper, appendix: 104.8 TF32, 209.5 FP16 and BF16, 419 FP8 (FP32
+    # accumulation), 838 INT8, 1676 FP4, 1792 GB/s
+    _row("rtx5090", "sm120", 1792, float32=104.8, float16=209.5, bfloat16=209.5, int8=838, fp8=419, fp4=1676),
 )
+GPUS: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in _ROWS})
 
 
 def gpu_named(name: str) -> Gpu:

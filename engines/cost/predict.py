@@ -69,16 +69,13 @@ def predict(
     *,
     shapes: Mapping[str, ShapeRange] | None = None,
 ) -> Cost:
-    """Predicted time of every kernel of an engine.
+    """Predicted time of every kernel of an engine, in its order; waiting for another stream is none.
 
     Args:
         model: the model that the engine was built from; external data is not needed.
         table: its layers, compiled with fixed shapes (min = opt = max) for a target of the GPU's generation.
         gpu: a name in `GPUS`, or numbers of one's own.
         shapes: the fixed shape of each dynamic input.
-
-    Returns:
-        One row per kernel in the order of the engine; waiting for another stream is none.
 
     Raises:
         EngineError: an unknown GPU, an engine for other targets, or one whose sizes are decided at run time.
@@ -90,20 +87,16 @@ def predict(
             f"be others. Compile with --target {gpu.target}."
         )
     if table.bytes_moved is None:
-        raise EngineError(
-            "The engine has dynamic shapes, so its kernels' sizes are not known. Compile with min = opt = max."
-        )
+        what = "The engine has dynamic shapes, so its kernels' sizes are not known"
+        raise EngineError(f"{what}. Compile with min = opt = max.")
     products: dict[str, tuple[int, str]] = {}
-    nodes = audit(model, table, shapes=shapes).nodes
-    for node in nodes:
+    for node in audit(model, table, shapes=shapes).nodes:
         macs, _ = products.get(node.kernel, (0, ""))
         products[node.kernel] = (macs + node.macs, node.consumed)
     unplaced, _ = products.pop("", (0, ""))
-    kernels = tuple(
-        _kernel(layer, gpu, *products.pop(layer.name, (0, "")))  # a name that comes twice multiplies once
-        for layer in table.layers
-        if layer.kind not in SYNCHRONIZATION
-    )
+    layers = [layer for layer in table.layers if layer.kind not in SYNCHRONIZATION]
+    # A name that comes twice multiplies once.
+    kernels = tuple(_kernel(layer, gpu, *products.pop(layer.name, (0, ""))) for layer in layers)
     return Cost(gpu=gpu, kernels=kernels, unplaced_macs=unplaced)
 
 
@@ -112,8 +105,7 @@ def _kernel(layer: Layer, gpu: Gpu, macs: int, dtype: str) -> KernelCost:
     moved = layer.bytes_moved or 0
     first = next((t.dtype for t in (*layer.inputs, *layer.constants, *layer.outputs)), "float32")
     dtype = dtype or first
-    transfer = moved / gpu.bandwidth_gb_s / 1e3
-    compute = 2 * macs / gpu.peak(dtype)
+    transfer, compute = moved / gpu.bandwidth_gb_s / 1e3, 2 * macs / gpu.peak(dtype)
     work = max(transfer, compute)
     bound = "launch" if gpu.launch_us > work else "compute" if compute > transfer else "bandwidth"
     return KernelCost(
@@ -129,34 +121,16 @@ def _kernel(layer: Layer, gpu: Gpu, macs: int, dtype: str) -> KernelCost:
 
 
 def rows(cost: Cost, count: int = 10) -> list[tuple[str, ...]]:
-    """The dearest kernels as text, a row for the others and one for the total; columns are `HEADERS`.
-
-    Args:
-        cost: of an engine.
-        count: kernels to name.
-
-    Returns:
-        Rows of eight cells. A kernel of many nodes names three and how many more.
-    """
+    """The `count` dearest kernels as text, a row for the others and one for the total; columns are `HEADERS`."""
     total = cost.total_us or 1.0
     shown = cost.dearest(count)
 
     def cells(us: float, moved: int, macs: int, *texts: str) -> tuple[str, ...]:
         bound, dtype, name, nodes = texts
-        return (
-            f"{us:.1f}",
-            f"{us / total:.0%}",
-            bound,
-            dtype,
-            f"{moved / 1e6:.2f}",
-            f"{macs / 1e9:.3f}",
-            name,
-            nodes,
-        )
+        return (f"{us:.1f}", f"{us / total:.0%}", bound, dtype, f"{moved / 1e6:.2f}", f"{macs / 1e9:.3f}", name, nodes)
 
     table = [cells(k.us, k.bytes, k.macs, k.bound, k.dtype, f"{k.kind} {k.name}", _some(k.onnx_nodes)) for k in shown]
-    rest = sorted(cost.kernels, key=lambda k: -k.us)[count:]
-    if rest:
+    if rest := cost.dearest(len(cost.kernels))[count:]:
         sums = sum(k.us for k in rest), sum(k.bytes for k in rest), sum(k.macs for k in rest)
         table.append(cells(*sums, "", "", f"{len(rest)} others", ""))
     whole = cost.total_us, cost.bytes, sum(k.macs for k in cost.kernels)

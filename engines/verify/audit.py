@@ -117,8 +117,7 @@ def audit(
     Args:
         model: the model the engine was built from; external data is not needed.
         table: the engine's layers.
-        shapes: the range of each dynamic input; multiply-adds are counted at `opt`,
-            and 1 stands for any other dimension.
+        shapes: the range of each dynamic input; multiply-adds are counted at `opt`, any other dimension as 1.
 
     Returns:
         One row per Conv, ConvTranspose, Gemm, MatMul and two-operand Einsum that depends on an input.
@@ -133,38 +132,24 @@ def audit(
             asked = ""  # the tensor is quantized for another consumer: nothing was asked here
         name = label(node)
         kernel = compute_kernel(table.layers, name)
-        consumed = consumed_dtype(kernel) if kernel else "unknown"
         row = NodeAudit(
             node=name,
             op_type=node.op_type,
             macs=macs(graph, node),
             requested=asked,
-            consumed=consumed,
+            consumed=consumed_dtype(kernel) if kernel else "unknown",
             kernel=kernel.name if kernel else "",
             cause="",
         )
         rows.append(replace(row, cause=_cause(row, product, table)))
-    return Audit(
-        nodes=tuple(rows),
-        kernels=table.kernels,
-        bytes_moved=table.bytes_moved,
-        weight_bytes=table.weight_bytes,
-        activation_bytes=table.activation_bytes,
-        engine_bytes=table.engine_bytes,
-        targets=table.targets,
-        backend=table.backend,
-        version=table.version,
-    )
+    shared = [name for name in Audit.__struct_fields__ if name != "nodes"]
+    return Audit(nodes=tuple(rows), **{name: getattr(table, name) for name in shared})
 
 
 def requested(operands: Sequence[Operand]) -> str:
-    """The type that the Q/DQ nodes before a product ask for.
+    """The type that the Q/DQ nodes before the two factors of a product ask for.
 
-    Args:
-        operands: the two factors.
-
-    Returns:
-        '' for float, the wider of two types, or 'weight-only <type>' / 'activation-only <type>' where one is float.
+    '' is float; of two types it is the wider; 'weight-only <type>' or 'activation-only <type>' where one is float.
     """
     found = [o.dq for o in operands if o.dq is not None]
     if found and len(found) == len(operands):
@@ -206,9 +191,8 @@ def compute_kernel(layers: Sequence[Layer], node: str) -> Layer | None:
 
 def _in_name(node: str, kernel: str) -> bool:
     """Whether a kernel's name ('/wk/MatMul+/wq/MatMul_myl0_1') lists a node."""
-    return re.sub(r"_myl\d+_\d+$", "", kernel) == node or node in re.split(
-        r" ?\+ ?", re.sub(r"_myl\d+_\d+$", "", kernel)
-    )
+    listed = re.sub(r"_myl\d+_\d+$", "", kernel)
+    return listed == node or node in re.split(r" ?\+ ?", listed)
 
 
 def _elements(layer: Layer) -> int:
@@ -253,10 +237,9 @@ def _cause(row: NodeAudit, product: Product, table: LayerTable) -> str:
         return "the activation has per-channel scales: activations need one scale"
     if blocked:
         return f"block scales on a {node.op_type}: only weight-only MatMul and Gemm can use them"
-    for o in product.operands:
-        needed = o.output_axis
-        if o.dq is not None and o.dq.stored and o.dq.vector and needed is not None and o.dq.axis != needed:
-            along = f"the weight is quantized along axis {o.dq.axis}"
+    for q, needed in ((o.dq, o.output_axis) for o in product.operands):
+        if q is not None and q.stored and q.vector and needed is not None and q.axis != needed:
+            along = f"the weight is quantized along axis {q.axis}"
             return f"{along}; {node.op_type} needs axis {needed}, its output channels"
     names = [code_name(q.dtype) for q in quantized]
     if len(set(names)) > 1:

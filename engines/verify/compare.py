@@ -78,11 +78,8 @@ class Report(Document, frozen=True, kw_only=True):
     @property
     def failures(self) -> list[str]:
         """One sentence per missed limit, per limit that no output has a value for, and per output with NaN."""
-        found = [
-            f"Output {o.name}: {o.non_finite} values of the candidate or the reference are not finite."
-            for o in self.outputs
-            if o.non_finite
-        ]
+        wrong = [(o.name, o.non_finite) for o in self.outputs if o.non_finite]
+        found = [f"Output {name}: {n} values of the candidate or the reference are not finite." for name, n in wrong]
         for metric in ("sqnr_db", "cosine", "dice", "top1"):
             least = getattr(self.limits, f"min_{metric}")
             if least is None:
@@ -142,12 +139,7 @@ class Sums:
         self.low, self.high, self.off_one = math.inf, -math.inf, 0.0
 
     def add(self, reference: np.ndarray, candidate: np.ndarray) -> None:
-        """Adds one sample.
-
-        Args:
-            reference: any shape and numeric type.
-            candidate: the same shape.
-        """
+        """Adds one sample: two arrays of one shape, of any numeric type."""
         is_float = not (np.issubdtype(reference.dtype, np.integer) or reference.dtype == np.bool_)
         r, c = reference.astype(np.float64), candidate.astype(np.float64)
         self.non_finite += int(np.count_nonzero(~(np.isfinite(r) & np.isfinite(c))))
@@ -238,9 +230,6 @@ def compare(
         stood_for_engine: the candidate is the Q/DQ model in ONNX Runtime in place of an engine; the report says so.
         names: shown in the report.
 
-    Returns:
-        The report; all sums are exact up to float64 rounding.
-
     Raises:
         EngineError: no samples, a sample with wrong input names, outputs with other names or shapes, or a failed run.
         MissingRuntimeError: onnxruntime or polygraphy is not installed.
@@ -261,11 +250,9 @@ def compare(
         if set(ref.keys()) != set(cand.keys()):
             raise EngineError(f"The reference has outputs {sorted(ref.keys())}, the candidate {sorted(cand.keys())}.")
         for name, array in ref.items():
-            other = cand[name]
-            if array.shape != other.shape:
-                raise EngineError(
-                    f"Output {name} has shape {array.shape} in the reference and {other.shape} elsewhere."
-                )
+            shape, other = array.shape, cand[name]
+            if shape != other.shape:
+                raise EngineError(f"Output {name} has shape {shape} in the reference and {other.shape} elsewhere.")
             sums.setdefault(name, Sums(class_axis)).add(array, other)
         return OrderedDict((name, True) for name in ref)
 
@@ -291,7 +278,7 @@ def compare(
 
 
 def _runner(source: Any, name: str) -> Any:
-    """A Polygraphy runner of whatever was given, with a name of its own."""
+    """A Polygraphy runner of a path, a model, a session or a runner, under a name."""
     if isinstance(source, str | Path | onnx.ModelProto) or hasattr(source, "get_inputs"):
         return ort.runner(source, name=name)
     source.name = name

@@ -22,14 +22,7 @@ from engines.core.errors import EngineError
 from engines.core.load import load_graph
 from engines.core.nodes import all_tensors
 
-PACKAGES = (
-    "qdq",
-    "numpy",
-    "onnx",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "polygraphy",
-)
+PACKAGES = ("qdq", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "polygraphy")
 
 
 def package_versions() -> dict[str, str]:
@@ -115,11 +108,7 @@ def sha256_model(path: Path | str) -> str:
 
 
 def sha256_samples(samples: Iterable[Mapping[str, np.ndarray]]) -> str:
-    """The sha256 of samples in their order: names, types, shapes and values.
-
-    Args:
-        samples: {input name: array}; consumed one at a time.
-    """
+    """The sha256 of samples in their order, read one at a time: names, types, shapes and values."""
     digest = hashlib.sha256()
     for sample in samples:
         for name in sorted(sample):

@@ -1,4 +1,4 @@
-"""From an ONNX file to an engine with its papers, and back: what an engine on disk was made from and what it does.
+"""From an ONNX file to an engine with its layer table and manifest, and from these to what the engine does.
 
 recipe + shapes -> engine -> X.engine, X.engine.json (layers), X.engine.manifest.json -> audited later, without a GPU.
 Must not quantize: it takes any ONNX file.
@@ -47,11 +47,8 @@ def shape_ranges(model: Model, options: Sequence[ShapeOption], samples: Samples 
     given = {}
     for option in options:
         shape = declared[choose(option.name, tuple(declared), "input")]
-        fits = len(shape) == len(option.opt) and all(
-            not isinstance(size, int) or low == high == size
-            for size, low, high in zip(shape, option.min, option.max, strict=True)
-        )
-        if not fits:
+        fixed = {i: size for i, size in enumerate(shape) if isinstance(size, int)}
+        if len(shape) != len(option.opt) or any({option.min[i], option.max[i]} != {n} for i, n in fixed.items()):
             raise InputError(
                 f"--shape {option} does not fit input {option.name!r}, which the model declares as {list(shape)}: it "
                 "needs that rank and those fixed sizes."
@@ -115,15 +112,9 @@ def save_engine(
     shapes: Mapping[str, ShapeRange],
     made_from: Provenance | None = None,
 ) -> None:
-    """Write an engine, its layers (`<path>.json`) and its manifest (`<path>.manifest.json`).
+    """Write an engine to `path`, its layers to `<path>.json` and its manifest to `<path>.manifest.json`.
 
-    Args:
-        engine: what to write.
-        path: the engine's file.
-        compiled: the ONNX file it was compiled from.
-        recipe: that it was compiled by.
-        shapes: that it was compiled for.
-        made_from: how the ONNX file came to be, where that is known.
+    `compiled` is the ONNX file it was compiled from; `made_from` says how that came to be, where it is known.
     """
     engine.save(path)
     options: dict[str, str | int | float | bool | None] = {"backend": recipe.backend}
@@ -171,11 +162,11 @@ def price(path: Path, recipe: Recipe, gpu: str, on_progress: Progress | None = N
 
 
 def audit_engine(path: Path) -> Audit:
-    """Say what each node runs in, from the papers of an engine; needs no GPU.
+    """Say what each node runs in, from the layer table and manifest of an engine; needs no GPU.
 
     Raises:
-        InputError: a paper is missing, or the ONNX file that the engine was compiled from is not in its folder.
-        EngineError: a paper is damaged.
+        InputError: one is missing, or the ONNX file that the engine was compiled from is not in its folder.
+        EngineError: one is damaged.
     """
     table = LayerTable.from_json(_read(path.with_name(path.name + ".json"), path))
     manifest = Manifest.from_json(_read(_manifest_path(path), path))
@@ -226,7 +217,6 @@ def _text(shape: ShapeRange) -> str:
 
 
 def _read(path: Path, engine: Path) -> str:
-    """A paper of an engine."""
     if not engine.is_file():
         raise InputError(f"Cannot read {engine}: there is no such file. Give an .onnx file or an engine.")
     try:

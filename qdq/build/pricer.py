@@ -103,18 +103,14 @@ class Pricer:
         return Job(path=folder / "model.onnx", gpus=tuple(self.gpus), shapes=fixed, backend=self.recipe.backend)
 
     def _compiled(self, jobs: Sequence[Job]) -> list[Price]:
-        found: list[Price] = []
         if self._workers and self._slow:
             answers = self._workers(jobs)
         else:
             began = time.monotonic()
             answers = [_here(job) for job in jobs]
             self._slow = self._slow or time.monotonic() - began > SLOW_S * max(len(jobs), 1)
-        for answer in answers:
-            if isinstance(answer, BuildError):
-                self.failure = answer
-            found.append(answer if isinstance(answer, Price) else Price(us=math.inf))
-        return found
+        self.failure = next((a for a in reversed(answers) if isinstance(a, BuildError)), self.failure)
+        return [answer if isinstance(answer, Price) else Price(us=math.inf) for answer in answers]
 
     def _key(self, model: Model) -> str:
         """SHA-256 of the structure and of everything else that a price depends on."""
@@ -141,9 +137,8 @@ def gpus_of(recipe: Recipe) -> tuple[Gpu, ...]:
     targets = tuple(dict.fromkeys(map(backend_named(recipe.backend).target, recipe.targets)))
     for gpu in named:
         if gpu.target not in targets:
-            raise InputError(
-                f"GPU {gpu.name} is {gpu.target}, the engine is for {', '.join(targets)}: add --target {gpu.target}."
-            )
+            what = f"GPU {gpu.name} is {gpu.target}, the engine is for {', '.join(targets)}"
+            raise InputError(f"{what}: add --target {gpu.target}.")
     found: list[Gpu] = []
     for target in targets:
         mine = [gpu for gpu in named if gpu.target == target]

@@ -1,4 +1,4 @@
-"""Compilers in processes of their own: several models at once, and one that brings such a compiler down harms no other.
+"""Compilers in processes of their own: several models at once, and a model that crashes one compiler affects no other.
 
 Job (an ONNX file, GPUs, shapes) -> a free worker -> Price, or the compiler's refusal
 A worker is started when there is work for it, and ends with this process. It must not search, nor keep prices.
@@ -51,10 +51,8 @@ def price_of(job: Job) -> Price:
         BuildError: the compiler's refusal.
     """
     kernels: list[Kernel] = []
-    tables = {
-        target: compile_engine(job.path, recipe=Recipe(targets=(target,), backend=job.backend), shapes=job.shapes).table
-        for target in dict.fromkeys(gpu.target for gpu in job.gpus)
-    }
+    recipes = {gpu.target: Recipe(targets=(gpu.target,), backend=job.backend) for gpu in job.gpus}
+    tables = {t: compile_engine(job.path, recipe=recipe, shapes=job.shapes).table for t, recipe in recipes.items()}
     for gpu in job.gpus:
         table = tables[gpu.target]
         cost = predict(job.path, table, gpu, shapes=job.shapes)
@@ -70,9 +68,8 @@ def signatures(table: LayerTable) -> tuple[str, ...]:
     for layer in table.layers:
         if layer.kind in SYNCHRONIZATION:
             continue
-        reads, writes = (
-            " ".join(sorted(f"{t.dtype}{list(t.shape)}" for t in tensors)) for tensors in (layer.inputs, layer.outputs)
-        )
+        ends = (layer.inputs, layer.outputs)
+        reads, writes = (" ".join(sorted(f"{t.dtype}{list(t.shape)}" for t in tensors)) for tensors in ends)
         found.append(f"{layer.kind} {reads} -> {writes} | {' '.join(sorted(layer.onnx_nodes))}")
     return tuple(found)
 
@@ -85,7 +82,6 @@ class _Worker:
     answers: BinaryIO
 
     def ask(self, job: Job) -> Price | BuildError:
-        """The answer to a job."""
         assert self.process.stdin
         pickle.dump(job, self.process.stdin)
         self.process.stdin.flush()

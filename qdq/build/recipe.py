@@ -101,9 +101,8 @@ class ShapeOption:
             )
         parts = (match["range"] or ":".join([match["fixed"]] * 3)).split(":")
         low, usual, high = (tuple(int(size) for size in part.split("x")) for part in parts)
-        if not len(low) == len(usual) == len(high) or any(
-            not 1 <= a <= b <= c for a, b, c in zip(low, usual, high, strict=True)
-        ):
+        one_rank = len(low) == len(usual) == len(high)
+        if not one_rank or any(not 1 <= a <= b <= c for a, b, c in zip(low, usual, high, strict=True)):
             raise InputError(
                 f"The shape {text!r} is no range: min, opt and max need one rank, and 1 <= min <= opt <= max in every "
                 "dimension."
@@ -187,9 +186,8 @@ def read_recipe(path: Path | str) -> dict[str, object]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise InputError(
-            f"The recipe {path} holds a {type(values).__name__}; it needs lines such as 'scheme: int8', one per option."
-        )
+        kind = type(values).__name__
+        raise InputError(f"The recipe {path} holds a {kind}; it needs lines such as 'scheme: int8', one per option.")
     return {str(key): value for key, value in values.items()}
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 from onnx import TensorProto
@@ -15,6 +16,7 @@ from engines.core.quantizers import Product, Quantizer
 from qdq.lint.rule import (
     ACCEPTED,
     EIGHT_BIT,
+    ERRORS,
     FP8,
     REFUSED_OPERATORS,
     Found,
@@ -34,12 +36,10 @@ from qdq.lint.view import FLOAT_TYPES, View
 from qdq.model.model import dtype_name
 
 RULES: list[Rule] = []
+refused, crash, wrong = (partial(rule, RULES, effect) for effect in ERRORS)
 
 
-@rule(
-    RULES,
-    "operator",
-    "refused",
+@refused(
     "Plugin not found, are the plugin name, version, and namespace correct? / false (node / input tensor A must "
     "be FP16",
     "Export with QuantizeLinear and DequantizeLinear around float operators (ONNX Runtime: "
@@ -52,10 +52,7 @@ def _operator(view: View) -> Found:
             yield node, f"{node.op_type} works on integers; TensorRT has no such operator."
 
 
-@rule(
-    RULES,
-    "int32-bias",
-    "refused",
+@refused(
     "input has type Int32 but must have type FP8, FP4, Int4, Int8, or UInt8",
     "Keep the bias in float (ONNX Runtime: extra_options QuantizeBias=False).",
 )
@@ -66,10 +63,7 @@ def _int32_bias(view: View) -> Found:
             yield q.node, "INT32 codes are dequantized; only 8-bit and 4-bit codes can be."
 
 
-@rule(
-    RULES,
-    "asymmetric",
-    "refused",
+@refused(
     "Non-zero zero point is not supported. Please set kENABLE_UINT8_AND_ASYMMETRIC_QUANTIZATION_DLA (stored "
     "UINT8: Found unsupported input type of UINT8)",
     "Quantize symmetrically: INT8, zero point 0 (ONNX Runtime: ActivationSymmetric=True, WeightSymmetric=True).",
@@ -81,10 +75,7 @@ def _asymmetric(view: View) -> Found:
             yield q.node, f"The {type_name(q)} zero point is {some(q.zero)}; TensorRT reads zero point 0 only."
 
 
-@rule(
-    RULES,
-    "unsigned",
-    "wrong",
+@wrong(
     "builds with a warning and reads the codes as INT8, so 128..255 are lost",
     "Use INT8 codes with zero point 0 and a scale of largest value / 127.",
 )
@@ -95,9 +86,7 @@ def _unsigned(view: View) -> Found:
             yield q.node, "Quantized to UINT8 with zero point 0."
 
 
-@rule(
-    RULES, "unsigned-codes", "refused", "Found unsupported input type of UINT8", "Store INT8 codes with zero point 0."
-)
+@refused("Found unsupported input type of UINT8", "Store INT8 codes with zero point 0.")
 def _unsigned_codes(view: View) -> Found:
     """Stored UINT8 codes with zero point 0. Repaired."""
     for q in view.heads:
@@ -105,7 +94,7 @@ def _unsigned_codes(view: View) -> Found:
             yield q.node, "The stored codes are UINT8, with zero point 0."
 
 
-@rule(RULES, "no-zero-point", "wrong", "builds without a word and takes INT8", "Give an INT8 zero point of 0.")
+@wrong("builds without a word and takes INT8", "Give an INT8 zero point of 0.")
 def _no_zero_point(view: View) -> Found:
     """Neither zero point nor output_dtype: UINT8 to ONNX, INT8 to TensorRT. Repaired."""
     for q in view.heads:
@@ -113,10 +102,7 @@ def _no_zero_point(view: View) -> Found:
             yield q.node, "Neither zero point nor output_dtype: ONNX means UINT8, TensorRT takes INT8."
 
 
-@rule(
-    RULES,
-    "code-type",
-    "refused",
+@refused(
     "Failed to import initializer / CHECK(dtype == W.type()) failed",
     "Use INT8 (activations and weights), or INT4 in blocks for weights of MatMul only.",
 )
@@ -129,10 +115,7 @@ def _code_type(view: View) -> Found:
             yield q.node, f"The codes are {type_name(q)}."
 
 
-@rule(
-    RULES,
-    "output-dtype",
-    "refused",
+@refused(
     "Mismatch between attribute output_dtype and zero-point data type / TensorRT only allows FP8, INT8, INT4, "
     "and FP4 quantization",
     "Drop output_dtype and give an INT8 zero point.",
@@ -142,20 +125,11 @@ def _output_dtype(view: View) -> Found:
     for q in view.heads:
         said = attribute(q.node, "output_dtype", 0) if q.is_q else 0
         if said and (said != q.dtype or (said == TensorProto.UINT8 and not zero_name(q.node))):
-            yield (
-                q.node,
-                f"output_dtype is {dtype_name(said).upper()}, the zero point is "
-                f"{type_name(q) if zero_name(q.node) else 'absent'}.",
-            )
+            zero = type_name(q) if zero_name(q.node) else "absent"
+            yield q.node, f"output_dtype is {dtype_name(said).upper()}, the zero point is {zero}."
 
 
-@rule(
-    RULES,
-    "computed-zero-point",
-    "refused",
-    "has `zero_point` which is not an initializer",
-    "Quantize statically: scale and zero point as initializers.",
-)
+@refused("has `zero_point` which is not an initializer", "Quantize statically: scale and zero point as initializers.")
 def _computed_zero_point(view: View) -> Found:
     """A zero point that depends on an input."""
     for q in view.heads:
@@ -163,10 +137,7 @@ def _computed_zero_point(view: View) -> Found:
             yield q.node, f"The zero point {q.node.input[2]!r} depends on an input."
 
 
-@rule(
-    RULES,
-    "computed-scale",
-    "crash",
+@crash(
     "tensorrt_rtx 1.7.1 ends the process (SIGSEGV); for the scale of a weight, CHECK(is_constant()) failed",
     "Quantize statically: scales as initializers.",
 )
@@ -177,10 +148,7 @@ def _computed_scale(view: View) -> Found:
             yield q.node, f"The scale {q.node.input[1]!r} depends on an input."
 
 
-@rule(
-    RULES,
-    "scale-value",
-    "refused",
+@refused(
     "Scale coefficients must all be positive",
     "Any positive scale represents a dead channel (its codes are 0); for others calibrate again.",
 )
@@ -188,17 +156,11 @@ def _scale_value(view: View) -> Found:
     """A scale of zero, below zero or NaN. Repaired: yes (not NaN)."""
     for q in view.heads:
         if q.scale is not None and not np.all(q.scale > 0) and q.dtype != TensorProto.INT32:
-            yield (
-                q.node,
-                f"{int(np.sum(~(q.scale > 0)))} of {q.scale.size} scales are not positive: "
-                f"{some(q.scale[~(q.scale > 0)])}.",
-            )
+            bad = q.scale[~(q.scale > 0)]
+            yield q.node, f"{bad.size} of {q.scale.size} scales are not positive: {some(bad)}."
 
 
-@rule(
-    RULES,
-    "scale-range",
-    "wrong",
+@wrong(
     "multiplies by the reciprocal, held in the scale's type: it overflows and 0 becomes NaN",
     "Raise the scale to the smallest normal number of its type; an infinite one must be calibrated again.",
 )
@@ -208,17 +170,11 @@ def _scale_range(view: View) -> Found:
         if q.scale is not None and q.dtype != TensorProto.INT32:
             small = (q.scale > 0) & (q.scale.astype(np.float64) < smallest(q.scale))
             if np.any(small) or np.any(np.isposinf(q.scale.astype(np.float64))):
-                yield (
-                    q.node,
-                    f"A scale is {some(q.scale[small | np.isinf(q.scale)])}, outside the normal numbers of "
-                    f"{q.scale.dtype}.",
-                )
+                odd = some(q.scale[small | np.isinf(q.scale)])
+                yield q.node, f"A scale is {odd}, outside the normal numbers of {q.scale.dtype}."
 
 
-@rule(
-    RULES,
-    "scale-type",
-    "refused",
+@refused(
     "IConvolutionLayer `input` and `kernel` must be of same type / IMatrixMultiplyLayer must have same input types",
     "Store the scale in the float type of the other operand.",
 )
@@ -230,17 +186,11 @@ def _scale_type(view: View) -> Found:
             continue
         if types[0] != types[1]:
             for odd in mistyped(view, product):
-                yield (
-                    odd.node,
-                    f"It dequantizes to {dtype_name(view.output_type(odd))}, the other operand of "
-                    f"{label(product.node)} is another float type.",
-                )
+                given, name = dtype_name(view.output_type(odd)), label(product.node)
+                yield odd.node, f"It dequantizes to {given}, the other operand of {name} is another float type."
 
 
-@rule(
-    RULES,
-    "scale-shape",
-    "refused",
+@refused(
     "The number of scales is not equal to the number of output channels / The quantization axis must index a "
     "dimension of the input / Invalid rank for the scale tensor",
     "Give one scale, or one per channel of the axis.",
@@ -250,7 +200,7 @@ def _scale_shape(view: View) -> Found:
     for q in view.heads:
         if q.scale is None or q.shape is None or q.dtype == TensorProto.INT32:
             continue
-        if q.blocked and q.scale.ndim != len(q.shape):
+        if q.blocked and bad_rank(q):
             yield q.node, f"The scale has rank {q.scale.ndim}, the tensor rank {len(q.shape)}."
         elif (q.vector or q.blocked) and not 0 <= q.axis < len(q.shape):
             yield q.node, f"Axis {q.axis} does not exist in a tensor of rank {len(q.shape)}."
@@ -258,13 +208,7 @@ def _scale_shape(view: View) -> Found:
             yield q.node, f"{q.scale.size} scales on axis {q.axis}, which has {q.shape[q.axis]} elements."
 
 
-@rule(
-    RULES,
-    "zero-point-shape",
-    "refused",
-    "The scale and zero point must have the same volume",
-    "Give the zero point the shape of the scale.",
-)
+@refused("The scale and zero point must have the same volume", "Give the zero point the shape of the scale.")
 def _zero_point_shape(view: View) -> Found:
     """A zero point of another size than the scale. Repaired."""
     for q in view.heads:
@@ -272,10 +216,7 @@ def _zero_point_shape(view: View) -> Found:
             yield q.node, f"{q.zero.size} zero points for {q.scale.size} scales."
 
 
-@rule(
-    RULES,
-    "block-shape",
-    "refused",
+@refused(
     "The quantization axis must divide into whole blocks / only the quantization axis may be blocked / The "
     "blocking dimension must be the last or second to last dimension",
     "Use whole blocks along one of the last two axes.",
@@ -283,13 +224,7 @@ def _zero_point_shape(view: View) -> Found:
 def _block_shape(view: View) -> Found:
     """Blocks that do not divide the axis, or are not on the last two axes. Repaired: weights."""
     for q in view.heads:
-        if (
-            not q.blocked
-            or q.scale is None
-            or q.shape is None
-            or q.scale.ndim != len(q.shape)
-            or not 0 <= q.axis < len(q.shape)
-        ):
+        if not q.blocked or q.scale is None or q.shape is None or bad_rank(q) or not 0 <= q.axis < len(q.shape):
             continue
         size, blocks = q.shape[q.axis], q.scale.shape[q.axis]
         others = [d for i, d in enumerate(q.shape) if i != q.axis]
@@ -302,29 +237,16 @@ def _block_shape(view: View) -> Found:
             yield q.node, f"The blocks lie along axis {q.axis} of {len(q.shape)}."
 
 
-@rule(
-    RULES,
-    "odd-codes",
-    "refused",
-    "4-bit quantization requies an even number of elements",
-    "Pad the tensor, or store it as INT8.",
-)
+@refused("4-bit quantization requies an even number of elements", "Pad the tensor, or store it as INT8.")
 def _odd_codes(view: View) -> Found:
     """4-bit codes, an odd number of them. Repaired: weights."""
     for q in view.heads:
-        if q.dtype in (TensorProto.INT4, TensorProto.FLOAT4E2M1) and q.shape and all(q.shape):
-            count = math.prod(d or 1 for d in q.shape)
-            if count % 2:
-                yield q.node, f"{count} codes of 4 bits."
+        sized = q.dtype in (TensorProto.INT4, TensorProto.FLOAT4E2M1) and q.shape and all(q.shape)
+        if sized and (count := math.prod(d or 1 for d in q.shape or ())) % 2:
+            yield q.node, f"{count} codes of 4 bits."
 
 
-@rule(
-    RULES,
-    "scalar-codes",
-    "refused",
-    "is only allowed before DQ or PLUGIN_V2 or kPLUGIN_V3 node",
-    "Keep a constant of one element in float.",
-)
+@refused("is only allowed before DQ or PLUGIN_V2 or kPLUGIN_V3 node", "Keep a constant of one element in float.")
 def _scalar_codes(view: View) -> Found:
     """Stored codes of rank 0. Repaired."""
     for q in view.heads:
@@ -332,10 +254,7 @@ def _scalar_codes(view: View) -> Found:
             yield q.node, "The stored codes are a scalar (rank 0)."
 
 
-@rule(
-    RULES,
-    "mixed-types",
-    "refused",
+@refused(
     "CHECK(opndA->type() == opndB->type()) failed. Input and filter have to be the same type",
     "Quantize both operands to one type.",
 )
@@ -347,24 +266,18 @@ def _mixed_types(view: View) -> Found:
             yield product.node, f"One operand is {dtype_name(a).upper()}, the other {dtype_name(b).upper()}."
 
 
-@rule(
-    RULES,
-    "block-product",
-    "wrong",
+@wrong(
     "builds and multiplies integers, then scales the sum over all blocks once: block scales are lost",
     "One scale per output channel, or leave the activation in float.",
 )
 def _block_product(view: View) -> Found:
     """Block scales on a product of two quantized operands. Repaired."""
     for product, weight in weighted(view):
-        if (
-            weight.dq is not None
-            and weight.dq.blocked
-            and not bad_rank(weight.dq)
-            and product.data.dq is not None
-            and weight.dq.dtype != TensorProto.FLOAT4E2M1
-        ):
-            yield weight.dq.node, f"A weight of {label(product.node)} in blocks, whose other operand is quantized too."
+        q = weight.dq
+        if q is None or product.data.dq is None:
+            continue
+        if q.blocked and not bad_rank(q) and q.dtype != TensorProto.FLOAT4E2M1:
+            yield q.node, f"A weight of {label(product.node)} in blocks, whose other operand is quantized too."
 
 
 def mistyped(view: View, product: Product) -> list[Quantizer]:

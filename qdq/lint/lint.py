@@ -44,13 +44,9 @@ class Finding(Part, frozen=True, kw_only=True):
 
 
 def lint(model: Model) -> list[Finding]:
-    """Everything that the rules find in a model.
+    """Everything that the rules find in a model, in the order of its nodes, then of the rules.
 
-    Args:
-        model: any ONNX model; one without quantizers has no findings.
-
-    Returns:
-        The findings in the order of the nodes, of one node in the order of the rules.
+    A model without quantizers has no findings.
     """
     view = View(model)
     order = {id(node): i for i, node in enumerate(view.nodes)}

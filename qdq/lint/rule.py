@@ -1,6 +1,7 @@
 """What a rule of `lint` is, and the questions about quantizers that several rules ask.
 
-A rule module holds a list RULES; `@rule(RULES, name, effect, tensorrt, remedy)` appends a check to it.
+A rule module holds a list RULES; `@rule(RULES, effect, tensorrt, remedy)` appends a check to it, and modules shorten
+that to `@effect(tensorrt, remedy)`. The name of `_weight_axis` is weight-axis.
 It must not hold a rule.
 """
 
@@ -41,7 +42,7 @@ class Rule:
     effect: str
     tensorrt: str
     remedy: str
-    find: Callable[[View], Found]
+    find: Check
 
     @property
     def severity(self) -> str:
@@ -49,10 +50,11 @@ class Rule:
         return "error" if self.effect in ERRORS else "warning"
 
 
-def rule(rules: list[Rule], name: str, effect: str, tensorrt: str, remedy: str) -> Callable[[Check], Check]:
-    """Append a check to a list of rules."""
+def rule(rules: list[Rule], effect: str, tensorrt: str, remedy: str) -> Callable[[Check], Check]:
+    """Append a check to a list of rules, under the name of its function."""
 
     def register(find: Check) -> Check:
+        name = find.__name__.removeprefix("_").replace("_", "-")
         rules.append(Rule(name=name, effect=effect, tensorrt=tensorrt, remedy=remedy, find=find))
         return find
 
@@ -71,9 +73,7 @@ def smallest(scale: np.ndarray) -> float:
 
 def reader(view: View, q: Quantizer) -> Quantizer | None:
     """The DQ that belongs to a head: itself, or the one that reads this Q."""
-    if not q.is_q:
-        return q
-    return next((d for d in view.quantizers if d.source is q), None)
+    return next((d for d in view.quantizers if d.source is q), None) if q.is_q else q
 
 
 def weighted(view: View) -> Iterator[tuple[Product, Operand]]:
@@ -90,9 +90,9 @@ def bad_rank(q: Quantizer) -> bool:
 
 def bad_shape(q: Quantizer) -> bool:
     """Whether a vector of scales does not fit its axis."""
-    return (
-        q.shape is not None and q.vector and (not 0 <= q.axis < len(q.shape) or q.shape[q.axis] not in (None, q.count))
-    )
+    if q.shape is None or not q.vector:
+        return False
+    return not 0 <= q.axis < len(q.shape) or q.shape[q.axis] not in (None, q.count)
 
 
 def computed(view: View, q: Quantizer) -> bool:

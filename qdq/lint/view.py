@@ -32,11 +32,7 @@ class View(QuantizedGraph):
     through = MOVERS | {"MaxPool"}
 
     def __init__(self, model: Model) -> None:
-        """Infer types and shapes, and read every Q and DQ of the main graph.
-
-        Args:
-            model: any ONNX model; it need not be valid in its quantizers.
-        """
+        """Infer types and shapes, and read every Q and DQ of the main graph; they need not be valid."""
         self.model = model
         self._values: dict[str, np.ndarray | None] = {}
         super().__init__(model.graph.node, inferred(model.proto), model.graph.initializer, opset=model.opset)
@@ -51,9 +47,8 @@ class View(QuantizedGraph):
     @cached_property
     def heads(self) -> tuple[Quantizer, ...]:
         """Quantizers that are not the DQ of a Q with the same parameters: what is wrong is said once, at these."""
-        return tuple(
-            q for q in self.quantizers if q.source is None or list(q.source.node.input[1:]) != list(q.node.input[1:])
-        )
+        pairs = ((q, q.source and list(q.source.node.input[1:])) for q in self.quantizers)
+        return tuple(q for q, params in pairs if params != list(q.node.input[1:]))
 
     @cached_property
     def _fed(self) -> dict[int, list[tuple[Product, int]]]:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from onnx import TensorProto
 
 from engines.core.nodes import attribute_value, label
@@ -25,9 +27,11 @@ from qdq.lint.rule import (
 from qdq.lint.view import View
 
 RULES: list[Rule] = []
+EFFECTS = ("float", "kernel", "rounding", "size", "version")
+in_float, kernel, rounding, size, version = (partial(rule, RULES, effect) for effect in EFFECTS)
 
 
-@rule(RULES, "dynamic-scale", "float", "builds and runs in float", "Quantize statically: scales as initializers.")
+@in_float("builds and runs in float", "Quantize statically: scales as initializers.")
 def _dynamic_scale(view: View) -> Found:
     """Any other scale that depends on an input."""
     for q in view.heads:
@@ -35,38 +39,22 @@ def _dynamic_scale(view: View) -> Found:
             yield q.node, f"The scale {q.node.input[1]!r} depends on an input."
 
 
-@rule(
-    RULES,
-    "weight-axis",
-    "float",
+@in_float(
     "builds and runs in float, with a kernel that dequantizes the weight",
     "Quantize the weight along its output channels.",
 )
 def _weight_axis(view: View) -> Found:
     """Scales of a weight along another axis than its output channels. Repaired."""
     for product, weight in weighted(view):
-        q = weight.dq
-        if (
-            q is not None
-            and q.vector
-            and weight.output_axis is not None
-            and q.axis != weight.output_axis
-            and not bad_shape(q)
-            and product.data.dq is not None
-        ):
-            yield (
-                q.node,
-                f"Scales along axis {q.axis}; the output channels of {label(product.node)} are axis "
-                f"{weight.output_axis}.",
-            )
+        q, axis = weight.dq, weight.output_axis
+        if q is None or axis is None or product.data.dq is None:
+            continue
+        if q.vector and q.axis != axis and not bad_shape(q):
+            yield q.node, f"Scales along axis {q.axis}; the output channels of {label(product.node)} are axis {axis}."
 
 
-@rule(
-    RULES,
-    "activation-axis",
-    "float",
-    "builds and runs in float: activations cannot be quantized per channel",
-    "One scale for the tensor, the largest.",
+@in_float(
+    "builds and runs in float: activations cannot be quantized per channel", "One scale for the tensor, the largest."
 )
 def _activation_axis(view: View) -> Found:
     """Scales of an activation along the channels that are summed. Repaired."""
@@ -80,10 +68,7 @@ def _activation_axis(view: View) -> Found:
                 break
 
 
-@rule(
-    RULES,
-    "one-element-scale",
-    "float",
+@in_float(
     "reads a scale of shape [1] as one per channel, and runs the convolution in float",
     "Make the scale a scalar (shape []).",
 )
@@ -96,10 +81,7 @@ def _one_element_scale(view: View) -> Found:
             yield q.node, "The scale has shape [1]."
 
 
-@rule(
-    RULES,
-    "unpaired-activation",
-    "float",
+@in_float(
     "builds and runs in float",
     "Quantize the weight too (ONNX Runtime: keep it out of nodes_to_exclude), or leave both in float.",
 )
@@ -110,10 +92,7 @@ def _unpaired_activation(view: View) -> Found:
             yield product.node, "Its data is quantized, its constant weight is float."
 
 
-@rule(
-    RULES,
-    "unpaired-weight",
-    "kernel",
+@kernel(
     "builds and runs in float, with one more kernel that dequantizes the weight at every inference",
     "Quantize the data too, or leave the weight in float.",
 )
@@ -124,10 +103,7 @@ def _unpaired_weight(view: View) -> Found:
             yield product.node, "Its weight is quantized, its data is float."
 
 
-@rule(
-    RULES,
-    "transposed",
-    "kernel",
+@kernel(
     "never runs in low precision: a float deconvolution, with one more kernel that dequantizes the weight",
     "Leave ConvTranspose in float.",
 )
@@ -138,10 +114,7 @@ def _transposed(view: View) -> Found:
             yield product.node, "A transposed convolution with quantized operands."
 
 
-@rule(
-    RULES,
-    "slow-weight",
-    "kernel",
+@kernel(
     "builds with one more kernel that dequantizes the weight, and a float product",
     "Weight-only: INT8 with a scale per output channel, or INT4 in blocks of 128 or 64.",
 )
@@ -157,13 +130,7 @@ def _slow_weight(view: View) -> Found:
             yield q.node, f"An INT4 weight of {label(product.node)} without blocks."
 
 
-@rule(
-    RULES,
-    "attention",
-    "kernel",
-    "builds integer products, and loses the fused attention kernel (_gemm_mha_v2)",
-    "Leave attention in float.",
-)
+@kernel("builds integer products, and loses the fused attention kernel (_gemm_mha_v2)", "Leave attention in float.")
 def _attention(view: View) -> Found:
     """Quantized products of two computed tensors in FP16: the fused attention is lost. Repaired."""
     for product in view.products:
@@ -171,13 +138,7 @@ def _attention(view: View) -> Found:
             yield product.node, "A product of two computed FP16 tensors around a Softmax, quantized to INT8."
 
 
-@rule(
-    RULES,
-    "output",
-    "rounding",
-    "builds; the quantizer only rounds what the caller gets",
-    "Remove the Q/DQ pair before the output.",
-)
+@rounding("builds; the quantizer only rounds what the caller gets", "Remove the Q/DQ pair before the output.")
 def _output(view: View) -> Found:
     """Q/DQ before an output. Repaired."""
     for q in view.quantizers:
@@ -185,10 +146,7 @@ def _output(view: View) -> Found:
             yield q.source.node, f"Output {q.node.output[0]!r} is quantized and dequantized."
 
 
-@rule(
-    RULES,
-    "before-float",
-    "rounding",
+@rounding(
     "builds; the quantizer only rounds the input of a float kernel",
     "Quantize after the activation or normalization, not before it.",
 )
@@ -201,13 +159,7 @@ def _before_float(view: View) -> Found:
             yield q.source.node, f"Only float operators read it: {', '.join(sorted({u.node.op_type for u in uses}))}."
 
 
-@rule(
-    RULES,
-    "float-weight",
-    "size",
-    "builds the same kernels from four times the bytes",
-    "Store the INT8 codes and a DequantizeLinear only.",
-)
+@size("builds the same kernels from four times the bytes", "Store the INT8 codes and a DequantizeLinear only.")
 def _float_weight(view: View) -> Found:
     """Float weight, Q and DQ: four times the bytes of its codes in the file. Repaired."""
     for q in view.heads:
@@ -218,17 +170,12 @@ def _float_weight(view: View) -> Found:
             yield q.node, "A float constant is quantized at run time."
 
 
-@rule(RULES, "default-axis", "version", "TensorRT 10.1 reads axis 0, 10.15 and later 1", "Write the axis.")
+@version("TensorRT 10.1 reads axis 0, 10.15 and later 1", "Write the axis.")
 def _default_axis(view: View) -> Found:
     """No axis on a vector of scales: TensorRT 10.1 takes axis 0, ONNX and later ones axis 1. Repaired."""
     for q in view.heads:
-        if (
-            q.vector
-            and attribute_value(q.node, "axis", None) is None
-            and q.dtype != TensorProto.INT32
-            and not bad_shape(q)
-            and view.model.opset >= 13
-        ):
+        unsaid = q.vector and attribute_value(q.node, "axis", None) is None and view.model.opset >= 13
+        if unsaid and q.dtype != TensorProto.INT32 and not bad_shape(q):
             yield q.node, f"{q.count} scales and no axis, which means axis {q.axis}."
 
 
@@ -238,10 +185,8 @@ def unpaired(view: View, product: Product) -> bool:
     if weight is None or weight.dq is not None or data.dq is None or data.constant:
         return False
     shape = view.shape(weight.tensor)
-    others = [
-        p for p, _ in view.products_of(data.dq) if p is not product and p.weight is not None and p.weight.dq is not None
-    ]
-    return not others and shape is not None and len(shape) >= 2
+    beside = [p.weight for p, _ in view.products_of(data.dq) if p is not product]
+    return not any(w is not None and w.dq is not None for w in beside) and shape is not None and len(shape) >= 2
 
 
 def transposed_quantizers(view: View, product: Product) -> list[Quantizer]:
@@ -266,12 +211,14 @@ def needless(view: View, q: Quantizer) -> bool:
     return all(u.node.op_type in FLOAT_OPERATORS and u.index == 0 for u in uses)
 
 
+_BETWEEN = ("Mul", "Div", "Add", "Where", "QuantizeLinear", "DequantizeLinear")
+
+
 def _near_softmax(view: View, product: Product) -> bool:
     """Whether a Softmax lies before an operand, or behind the result, with at most a few elementwise nodes between."""
     name = product.operands[0].tensor
     for _ in range(4):
-        before = view.model.producer(name)
-        if before is None:
+        if (before := view.model.producer(name)) is None:
             break
         if before.op_type == "Softmax":
             return True
@@ -281,10 +228,5 @@ def _near_softmax(view: View, product: Product) -> bool:
         uses = [u.node for n in names for u in view.model.consumers(n)]
         if any(n.op_type == "Softmax" for n in uses):
             return True
-        names = [
-            o
-            for n in uses
-            if n.op_type in ("Mul", "Div", "Add", "Where", "QuantizeLinear", "DequantizeLinear")
-            for o in n.output
-        ]
+        names = [o for n in uses if n.op_type in _BETWEEN for o in n.output]
     return False

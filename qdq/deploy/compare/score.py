@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from calib_data import DataError, InputSpec, Samples, open_samples
-from calib_data.sources import ArrayForm, arrays_of
+from calib_data.sources import ArrayForm, form_of
 from calib_data.sources.function import PythonFunction
 from engines.core import onnx_runtime as ort
 from engines.verify.compare import decibels
@@ -79,7 +79,7 @@ def inputs_only(samples: Samples, model: Model) -> Samples:
 
 def _label_form(source: str, name: str) -> ArrayForm:
     """Shape and type of the labels of one sample."""
-    found = arrays_of(source)
+    found = form_of(source).arrays(source)
     if name in found:
         return found[name]
     there = ", ".join(sorted(found)) or "no named arrays"

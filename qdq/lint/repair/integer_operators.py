@@ -14,11 +14,7 @@ from qdq.lint.repair.draft import RepairDraft
 
 
 def write_floats(draft: RepairDraft) -> None:
-    """Write QLinearConv and QLinearMatMul as float operators between Q and DQ.
-
-    Args:
-        draft: refreshed; needs another `refresh` afterwards.
-    """
+    """Write QLinearConv and QLinearMatMul as float operators. The draft is refreshed, and must be again afterwards."""
     nodes: list[NodeProto] = []
     for node in draft.proto.graph.node:
         if node.op_type not in ("QLinearConv", "QLinearMatMul") or node.domain not in ("", "ai.onnx"):
@@ -40,16 +36,13 @@ def write_floats(draft: RepairDraft) -> None:
             if bias is None or a is None or b is None:
                 nodes[:] = [n for n in nodes if n.output[0] not in float_inputs] + [node]
                 continue
-            float_inputs.append(
-                draft.init(node.input[8] + "_float", (bias * (a.ravel() * b.ravel())).astype(np.float32))
-            )
+            values = (bias * (a.ravel() * b.ravel())).astype(np.float32)
+            float_inputs.append(draft.init(node.input[8] + "_float", values))
         out = draft.name(f"{name}_float")
         made = helper.make_node(node.op_type.removeprefix("QLinear"), float_inputs, [out], name=name)
         made.attribute.extend(node.attribute)
-        nodes += [
-            made,
-            helper.make_node("QuantizeLinear", [out, ys, yz], [node.output[0]], name=draft.name(name + "_Q")),
-        ]
+        last = helper.make_node("QuantizeLinear", [out, ys, yz], [node.output[0]], name=draft.name(name + "_Q"))
+        nodes += [made, last]
         draft.log(["operator"], node, f"{node.op_type} written as {made.op_type} between Q and DQ")
     if len(nodes) != len(draft.proto.graph.node):
         copies = [NodeProto() for _ in nodes]

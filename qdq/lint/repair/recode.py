@@ -1,7 +1,8 @@
 """Constants of a Q/DQ model as INT8 codes with zero point 0, or as floats: what `repair` does to weights and biases.
 
 draft -> a constant DequantizeLinear that the rules flag -> new codes and scales, the old grid where INT8 can hold it.
-It must not touch the quantizers of activations.
+Each function takes a refreshed draft, which needs another `refresh` afterwards, and must not touch the quantizers of
+activations.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
+from engines.core.operators import family
 from engines.core.quantizers import Quantizer
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, representable, to_codes, weight_params
@@ -22,48 +24,23 @@ from qdq.lint.warnings import unpaired
 INT8 = FORMATS["int8"]
 BLOCKS = (128, 64, 32, 16)  # block sizes that TensorRT-RTX fuses into a weight-only product
 # Rules of `lint` that new codes or scales answer: on any quantizer, and on constants only.
-OF_GRID = frozenset(
-    [
-        "asymmetric",
-        "unsigned",
-        "unsigned-codes",
-        "no-zero-point",
-        "code-type",
-        "output-dtype",
-        "scale-value",
-        "scale-range",
-        "zero-point-shape",
-    ]
+OF_GRID = family(
+    "asymmetric unsigned unsigned-codes no-zero-point code-type output-dtype scale-value scale-range zero-point-shape"
 )
-_OF_CODES = OF_GRID | {
-    "scale-shape",
-    "block-shape",
-    "odd-codes",
-    "block-product",
-    "weight-axis",
-    "slow-weight",
-    "float-weight",
-    "scalar-codes",
-}
+_OF_CODES = OF_GRID | family(
+    "scale-shape block-shape odd-codes block-product weight-axis slow-weight float-weight scalar-codes"
+)
 
 
 def float_biases(draft: RepairDraft) -> None:
-    """INT32 biases become floats.
-
-    Args:
-        draft: refreshed; needs another `refresh` afterwards.
-    """
+    """INT32 biases become floats."""
     for q in draft.view.heads:
         if "int32-bias" in draft.flagged(q.node) and q.stored:
             to_float(draft, q, ["int32-bias"])
 
 
 def recode(draft: RepairDraft) -> None:
-    """Flagged constants become INT8 codes with zero point 0 and positive scales along the output channels.
-
-    Args:
-        draft: refreshed; needs another `refresh` afterwards.
-    """
+    """Flagged constants become INT8 codes with zero point 0 and positive scales along the output channels."""
     for q in draft.view.quantizers:
         if q.is_q or not q.constant or q.dtype in (*FP8, TensorProto.FLOAT4E2M1, TensorProto.INT32):
             continue
@@ -87,11 +64,7 @@ def recode(draft: RepairDraft) -> None:
 
 
 def quantize_partners(draft: RepairDraft) -> None:
-    """Float weights of products whose data are quantized become INT8 codes.
-
-    Args:
-        draft: refreshed; needs another `refresh` afterwards.
-    """
+    """Float weights of products whose data are quantized become INT8 codes."""
     for product in draft.view.products:
         if "unpaired-activation" not in draft.flagged(product.node) or not unpaired(draft.view, product):
             continue
@@ -110,9 +83,8 @@ def quantize_partners(draft: RepairDraft) -> None:
             draft.init(name + "_zero", np.zeros(params.scale.shape, np.int8)),
         ]
         out = draft.name(name + "_dequantized")
-        node = helper.make_node(
-            "DequantizeLinear", inputs, [out], name=draft.name(name + "_DequantizeLinear"), axis=axis
-        )
+        title = draft.name(name + "_DequantizeLinear")
+        node = helper.make_node("DequantizeLinear", inputs, [out], name=title, axis=axis)
         product.node.input[index] = out
         draft.proto.graph.node.insert(0, node)
         draft.log(["unpaired-activation"], product.node, f"weight stored as INT8, scales along axis {axis}")
@@ -130,11 +102,8 @@ def to_float(draft: RepairDraft, q: Quantizer, rules: Sequence[str]) -> None:
 
 def set_axis(node: NodeProto, axis: int | None) -> None:
     """Write the axis, and drop attributes that INT8 with a zero point does without."""
-    for old in [
-        a
-        for a in node.attribute
-        if a.name in ("axis", "block_size") or (a.name == "output_dtype" and node.op_type == "QuantizeLinear")
-    ]:
+    dropped = ("axis", "block_size", *(["output_dtype"] if node.op_type == "QuantizeLinear" else []))
+    for old in [a for a in node.attribute if a.name in dropped]:
         node.attribute.remove(old)
     if axis is not None:
         node.attribute.append(helper.make_attribute("axis", axis))
@@ -186,10 +155,8 @@ def _in_blocks(draft: RepairDraft, q: Quantizer, axis: int | None) -> None:
     if q.scale.size not in (1, codes.shape[axis]) or (q.vector and q.axis != axis) or draft.view.model.opset < 21:
         return
     summed = 1 - axis
-    block = next(
-        (b for b in BLOCKS if codes.shape[summed] % b == 0 and codes.shape[summed] > b), None
-    )  # one block is no block
-    if block is None:
+    block = next((b for b in BLOCKS if codes.shape[summed] % b == 0 and codes.shape[summed] > b), None)
+    if block is None:  # one block is no block
         return
     shape = [0, 0]
     shape[axis], shape[summed] = codes.shape[axis], codes.shape[summed] // block

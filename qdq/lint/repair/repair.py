@@ -10,7 +10,7 @@ measure anything, nor touch the user's proto.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -51,13 +51,7 @@ class Repaired:
 
 
 def repair(model: Model) -> Repaired:
-    """Repair what needs no data.
-
-    Args:
-        model: any ONNX model; it is not changed.
-
-    Returns:
-        A model with the same inputs and outputs. Without changes it is the model given.
+    """Repair what needs no data, in a copy with the same inputs and outputs. Without changes it is the model given.
 
     Raises:
         ModelError: external data of the model cannot be read.
@@ -65,19 +59,7 @@ def repair(model: Model) -> Repaired:
     draft = RepairDraft(model)
     for _ in range(ROUNDS):
         before = len(draft.changes)
-        for step in (
-            write_floats,
-            float_biases,
-            _outputs,
-            _float_readers,
-            _transposed,
-            _attention,
-            _scale_types,
-            recode,
-            quantize_partners,
-            _activations,
-            _axes,
-        ):
+        for step in _steps():
             draft.refresh()
             step(draft)
             draft.sweep()
@@ -90,6 +72,11 @@ def repair(model: Model) -> Repaired:
     return Repaired(model=repaired, changes=tuple(draft.changes), left=tuple(lint(repaired)))
 
 
+def _steps() -> tuple[Callable[[RepairDraft], None], ...]:
+    first = write_floats, float_biases, _outputs, _float_readers, _transposed, _attention
+    return *first, _scale_types, recode, quantize_partners, _activations, _axes
+
+
 def _limits(dtype: int) -> tuple[int, int]:
     """Smallest and largest code of an integer type."""
     np_dtype = np.dtype(helper.tensor_dtype_to_np_dtype(dtype))
@@ -99,23 +86,18 @@ def _limits(dtype: int) -> tuple[int, int]:
 
 def _outputs(draft: RepairDraft) -> None:
     for q in draft.view.quantizers:
-        if (
-            q.source is None
-            or "output" not in draft.flagged(q.source.node)
-            or not draft.view.model.is_output(q.node.output[0])
-        ):
+        out = q.node.output[0]
+        if q.source is None or "output" not in draft.flagged(q.source.node) or not draft.view.model.is_output(out):
             continue
-        tensor, out = _unquantized(draft, q.source), q.node.output[0]
+        tensor = _unquantized(draft, q.source)
         draft.log(["output"], q.source.node, f"Q/DQ before output {out!r} removed")
         draft.refresh()
         producer = draft.view.model.producer(tensor)
+        draft.proto.graph.node.remove(q.node)
         if producer is None or draft.view.model.is_output(tensor):
-            draft.proto.graph.node.remove(q.node)
-            draft.proto.graph.node.append(
-                helper.make_node("Identity", [tensor], [out], name=draft.name(out + "_Identity"))
-            )
+            name = draft.name(out + "_Identity")
+            draft.proto.graph.node.append(helper.make_node("Identity", [tensor], [out], name=name))
         else:
-            draft.proto.graph.node.remove(q.node)
             draft.rewire(tensor, out)
             producer.output[list(producer.output).index(tensor)] = out
         draft.refresh(always=True)
@@ -163,9 +145,8 @@ def _scale_types(draft: RepairDraft) -> None:
             dtype = np.dtype(helper.tensor_dtype_to_np_dtype(wanted))
             scale = representable(q.scale, dtype.name).astype(dtype)
             name = draft.init(q.node.input[1] + "_" + dtype.name, scale)
-            for node in (q.node, q.source.node if q.source else None):
-                if node is not None:
-                    node.input[1] = name
+            for node in (q.node, *([q.source.node] if q.source else [])):
+                node.input[1] = name
             draft.log(["scale-type"], q.node, f"scale stored as {dtype.name}")
 
 
@@ -181,12 +162,10 @@ def _activations(draft: RepairDraft) -> None:
         if not q.is_q and model.producer(q.node.input[0]) is None:
             continue  # codes that the caller feeds: their type is part of the interface
         codes = q.node.output[0]
-        if q.is_q and (
-            model.is_output(codes) or any(u.node.op_type not in _CODE_READERS for u in model.consumers(codes))
-        ):
+        others = any(u.node.op_type not in _CODE_READERS for u in model.consumers(codes))
+        if q.is_q and (model.is_output(codes) or others):
             continue
-        scale = _covering(q)
-        if scale is None:
+        if (scale := _covering(q)) is None:
             continue
         dtype = np.dtype(np.float32) if q.scale.dtype == np.float64 else q.scale.dtype
         if q.is_q and rules & _SHIFTED and not rules & _RESCALED and shift(draft, q, sorted(rules)):
@@ -225,17 +204,15 @@ def _starts_at_zero(q: Quantizer) -> bool:
 
 def _not_negative(view: View, tensor: str) -> bool:
     """Whether a tensor is known to hold no negative value."""
-    node = view.model.producer(tensor)
-    if node is None:
+    if (node := view.model.producer(tensor)) is None:
         return False
     if node.op_type in ("Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs", "Sqrt", "Exp", "Softplus"):
         return True
     q = view.by_output.get(tensor)
     if q is not None and q.source is not None:
         return _not_negative(view, q.source.node.input[0])
-    return node.op_type in MOVERS | POOLS | {"Concat"} and all(
-        _not_negative(view, i) for i in (node.input if node.op_type == "Concat" else node.input[:1])
-    )
+    passed_on = node.input if node.op_type == "Concat" else node.input[:1]
+    return node.op_type in MOVERS | POOLS | {"Concat"} and all(_not_negative(view, i) for i in passed_on)
 
 
 def _unquantized(draft: RepairDraft, q: Quantizer) -> str:
@@ -266,8 +243,7 @@ def _before(draft: RepairDraft, q: Quantizer, op_type: str, inputs: Sequence[str
 def _axes(draft: RepairDraft) -> None:
     for q in draft.view.heads:
         if "default-axis" in draft.flagged(q.node):
-            readers = [d.node for d in draft.view.quantizers if d.source is q]
-            for node in (q.node, *readers):
+            for node in (q.node, *(d.node for d in draft.view.quantizers if d.source is q)):
                 if attribute_value(node, "axis", None) is None:
                     node.attribute.append(helper.make_attribute("axis", q.axis))
             draft.log(["default-axis"], q.node, f"axis {q.axis} written")

@@ -23,6 +23,7 @@ from onnx import NodeProto, TensorProto, helper
 from engines.core.nodes import attribute_value, ints, label
 from engines.core.quantizers import Product, Quantizer
 from qdq.lint.repair.draft import RepairDraft
+from qdq.lint.rule import EIGHT_BIT
 from qdq.lint.view import View
 from qdq.model.shift_correction import channel_sums, correct
 
@@ -38,30 +39,18 @@ class _Reader:
 
 
 def shift(draft: RepairDraft, q: Quantizer, rules: Sequence[str]) -> bool:
-    """Rewrite one QuantizeLinear and the DequantizeLinear nodes behind it.
+    """Rewrite the QuantizeLinear of an activation and the DequantizeLinear nodes behind it, in a refreshed draft.
 
-    Args:
-        draft: refreshed; needs another `refresh` afterwards.
-        q: a QuantizeLinear of INT8 or UINT8 codes on an activation.
-        rules: what this answers, for the list of changes.
-
-    Returns:
-        False, and nothing is changed, where a reader cannot be corrected: then a wider scale must do.
+    False, and nothing is changed, where a reader cannot be corrected: then a wider scale must do.
     """
     view = draft.view
     readers = [d for d in view.quantizers if d.source is q]
     codes = view.model.consumers(q.node.output[0])
-    if (
-        q.dtype not in (TensorProto.INT8, TensorProto.UINT8)
-        or q.scale is None
-        or q.scale.size != 1
-        or not np.all(q.scale > 0)
-        or any(d in view.heads for d in readers)
-    ):
+    if q.dtype not in EIGHT_BIT or q.scale is None or q.scale.size != 1 or not np.all(q.scale > 0):
         return False
     if (q.zero is not None and q.zero.size != 1) or len(codes) != len(readers) or view.model.opset < 11:
         return False
-    if any(view.model.is_output(d.node.output[0]) for d in readers):
+    if any(d in view.heads or view.model.is_output(d.node.output[0]) for d in readers):
         return False
     zero = (0 if q.zero is None else int(q.zero.ravel()[0])) - (128 if q.dtype == TensorProto.UINT8 else 0)
     elem = view.elem(q.node.input[0]) or view.elem(q.node.input[1])
@@ -99,13 +88,8 @@ def shift(draft: RepairDraft, q: Quantizer, rules: Sequence[str]) -> bool:
         reader.product.node.input[reader.index] = value(reader.pads)
         _correct(draft, reader, offset)
     corrected = {(id(r.product.node), r.index) for r in found}
-    others = [
-        (d, u)
-        for d in readers
-        for u in view.model.consumers(d.node.output[0])
-        if (id(u.node), u.index) not in corrected
-    ]
-    if others:
+    uses = [(id(u.node), u.index) for d in readers for u in view.model.consumers(d.node.output[0])]
+    if not corrected.issuperset(uses):
         whole = append("Add", [value(()), constant], q.node.input[0] + "_unshifted") if zero else value(())
         for d in readers:
             draft.rewire(d.node.output[0], whole)
@@ -129,11 +113,8 @@ def _products(view: View, readers: Sequence[Quantizer]) -> list[_Reader] | None:
             automatic = attribute_value(node, "auto_pad", b"") not in (b"NOTSET", b"VALID", b"")
             if product.operands[index].tensor != d.node.output[0] or weight is None or weight.ndim < 2 or automatic:
                 return None
-            if (
-                node.op_type == "ConvTranspose"
-                or (node.op_type != "MatMul" and index != 0)
-                or (index == 1 and weight.ndim != 2)
-            ):
+            right = index == 1 and (node.op_type != "MatMul" or weight.ndim != 2)
+            if node.op_type == "ConvTranspose" or right:
                 return None
             shown = pads if any(pads) else ()
             found.append(_Reader(product=product, index=index, pads=shown, weight=weight.astype(np.float64)))
