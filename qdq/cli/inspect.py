@@ -8,13 +8,7 @@ from typing import Any
 
 import click
 
-from qdq.cli.options import (
-    PATH,
-    json_option,
-    recipe_of,
-    settings_options,
-    shape_option,
-)
+from qdq.cli.options import PATH, json_option, recipe_of, settings_options, shape_option
 from qdq.cli.terminal import show_rows
 
 

@@ -51,11 +51,7 @@ EITHER = ("fp16", "fp32")  # of what is not quantized if nobody says, the usual 
 
 
 def find_plan(
-    prepared: Model,
-    pricer: Pricer,
-    *,
-    samples: Iterable[Sample] | None,
-    on_progress: Progress | None = None,
+    prepared: Model, pricer: Pricer, *, samples: Iterable[Sample] | None, on_progress: Progress | None = None
 ) -> Tuned:
     """The plan with the least predicted time.
 

@@ -242,11 +242,7 @@ class _Bench:
         with _noted(problems, "does not compile"):
             audited, us = self._compiled(path, entry.recipe, on_progress)
             row = replace(
-                row,
-                weight_bytes=audited.weight_bytes,
-                kernels=audited.kernels,
-                shares=shares(audited),
-                predicted_us=us,
+                row, weight_bytes=audited.weight_bytes, kernels=audited.kernels, shares=shares(audited), predicted_us=us
             )
         with _noted(problems, "does not run in ONNX Runtime"):
             found = self._score(scored, on_progress)
