@@ -32,6 +32,7 @@ from qdq.measure.inference.session import Session
 from qdq.measure.inference.staged import Stages, can_stage
 from qdq.model.model import Model
 from qdq.model.nodes import Names, factor, reads
+from qdq.passes.draft import assign
 from qdq.plan.weighted_node import WeightedNode
 
 _Sums = dict[str, tuple[Floats, Floats, int]]  # node -> per channel the sum and how many are active; values in each
@@ -56,13 +57,11 @@ def corrected(
     """The Q/DQ model with corrected biases, where that keeps its outputs closer on held-out calibration samples.
 
     Args:
-        model: the prepared float model.
+        model: the prepared float model; `nodes` are its weighted nodes.
         quantized: what `insert` made of it.
-        nodes: the weighted nodes of the float model.
         samples: re-iterable calibration samples.
         always: take the correction unseen.
         factors: weighted node -> (channels,) what the Q/DQ model's output of it is multiplied by, if not by 1.
-        on_progress: called with (levels done, levels, text).
 
     Returns:
         The better model, and a note that says which it is and why.
@@ -70,7 +69,7 @@ def corrected(
     held = split(samples)
     changed = correct(model, quantized, nodes, held, factors=factors, on_progress=on_progress)
     if changed is quantized:
-        return quantized, "biases are left alone: no quantized node has one that a correction could be added to"
+        return quantized, "bias correction not applied: no quantized node has one that a correction could be added to"
     if always:
         return changed, "biases are corrected, as asked for"
     before, after = HeldOutScore(model, held).sqnrs_db([quantized, changed])
@@ -79,7 +78,7 @@ def corrected(
     )
     if after >= before + MINIMUM_GAIN_DB:
         return changed, f"biases are corrected: {figures}"
-    return quantized, f"biases are left alone: {figures}"
+    return quantized, f"bias correction not applied: {figures}"
 
 
 def correct(
@@ -91,19 +90,9 @@ def correct(
     factors: Mapping[str, Floats] = MappingProxyType({}),
     on_progress: Progress | None = None,
 ) -> Model:
-    """Correct the biases of a Q/DQ model.
+    """The Q/DQ model with other biases, fitted on samples of `held`; the other arguments are those of `corrected`.
 
-    Args:
-        model: the prepared float model.
-        quantized: what `insert` made of it; node and tensor names are those of `model`.
-        nodes: the weighted nodes of the float model.
-        held: the samples to fit on.
-        factors: weighted node -> (channels,) what the Q/DQ model's output of it is multiplied by, if not by 1.
-        on_progress: called with (levels done, levels, text).
-
-    Returns:
-        The Q/DQ model with other biases. A MatMul is corrected through the Add of a constant behind it; one without
-        that is left as it is.
+    A MatMul is corrected through the Add of a constant behind it; one without that is left as it is.
     """
     by_name = {node.name: node for node in nodes if _place(quantized, quantized.node(node.name)) is not None}
     levels = [[by_name[name] for name in level] for level in _levels(model, by_name.keys())]
@@ -258,7 +247,5 @@ def _shifted(model: Model, shifts: Mapping[str, Floats]) -> Model:
         proto.graph.initializer.append(numpy_helper.from_array(values.astype(dtype), node.input[index]))
     read = {name for node in proto.graph.node for name in reads(node)}
     read.update(output.name for output in proto.graph.output)
-    kept = [tensor for tensor in proto.graph.initializer if tensor.name in read]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
+    assign(proto.graph.initializer, [tensor for tensor in proto.graph.initializer if tensor.name in read])
     return model.replace(proto)

@@ -38,6 +38,7 @@ from qdq.measure.inference.session import Session
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED
+from qdq.passes.rewrites.edit import altered
 from qdq.plan.plan import Plan
 from qdq.solve.activations import activation_params, tie_notes
 from qdq.solve.solve import Solution, solve
@@ -67,11 +68,10 @@ def solve_auto(
 
     Args:
         model: the prepared float model.
-        plan: its points; its settings hold all but the calibrator.
+        plan: its settings hold all but the calibrator.
         table: histograms of the plan's activation tensors.
         samples: re-iterable calibration samples.
         complete: makes the model that a solution would be shipped as, and adds its notes.
-        on_progress: called with (done, in all or None, text).
 
     Returns:
         The best solution and what `complete` made of it; its notes begin with what was picked and why.
@@ -146,7 +146,6 @@ def pick(
         plan: its points.
         params: method -> tensor -> parameters.
         held: its `fit` are the samples that count.
-        on_progress: called with (samples done, samples in all, text).
 
     Returns:
         Tensor -> method; of equal errors the method named first in METHODS.
@@ -212,10 +211,8 @@ class _Probe:
         """Sum of the squares of what a weighted node makes of a tensor in place of its data operand, without bias."""
         key = ("energy", node.name, tensor)
         if key not in self._made:
-            copy = NodeProto()
-            copy.CopyFrom(node)
-            del copy.input[:]
-            copy.input.extend([tensor, node.input[1]])
+            copy = altered(node)
+            copy.input[:] = [tensor, node.input[1]]
             copy.name = copy.output[0] = self._name()
             self._proto.graph.node.append(copy)
             wide = self._add("Cast", copy.output[0], to=TensorProto.FLOAT)  # squares would overflow float16

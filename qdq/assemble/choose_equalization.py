@@ -35,11 +35,7 @@ def resolved(
 ) -> tuple[Plan, tuple[str, ...]]:
     """The plan with a formula in place of equalize 'auto', and why it is that one; other plans come back as they are.
 
-    Args:
-        model: the prepared float model.
-        plan: its points.
-        samples: re-iterable calibration samples; None takes the cautious formula.
-        on_progress: called with (done, in all, text).
+    The model is prepared, the samples re-iterable; None in their place takes the cautious formula.
 
     Raises:
         InputError: there are no samples in `samples`.

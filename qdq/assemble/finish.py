@@ -33,8 +33,7 @@ def finish(model: Model, plan: Plan, *, unquantized_type: str, table: Calibratio
     """Give everything unquantized its float type, and do what the plan says is to be done to the Q/DQ model.
 
     Args:
-        model: with Q/DQ, all float tensors float32.
-        plan: that it was quantized by.
+        model: with Q/DQ by that plan, all float tensors float32.
         unquantized_type: 'fp16', 'bf16', 'fp32', or 'auto' for the plan's.
         table: calibrated ranges; tensors that could overflow stay FP32.
     """
@@ -42,6 +41,7 @@ def finish(model: Model, plan: Plan, *, unquantized_type: str, table: Calibratio
     notes = []
     if converted.kept:
         rules = Counter(skip.rule for skip in converted.kept)
-        why = ", ".join(f"{count} by rule {rule!r}" for rule, count in sorted(rules.items()))
-        notes.append(f"{len(converted.kept)} nodes stay FP32: {why}")
+        why = {"shift": "to keep shifted inputs exact"}
+        said = ", ".join(f"{count} {why.get(rule, f'by rule {rule!r}')}" for rule, count in sorted(rules.items()))
+        notes.append(f"{len(converted.kept)} nodes stay FP32: {said}")
     return Finished(model=rewritten(converted.model, plan.rewrites, stage="quantized"), notes=tuple(notes))

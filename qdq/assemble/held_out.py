@@ -44,10 +44,7 @@ class Split:
 
 
 def ranked(samples: Iterable[Sample]) -> tuple[int, ...]:
-    """The samples' indices, smallest hash first: the first of them are a choice that does not depend on their order.
-
-    Args:
-        samples: read once.
+    """The samples' indices, smallest hash first: taking the first k gives a selection independent of input order.
 
     Raises:
         InputError: there are none.
@@ -57,9 +54,6 @@ def ranked(samples: Iterable[Sample]) -> tuple[int, ...]:
 
 def split(samples: Iterable[Sample]) -> Split:
     """Hold out a quarter of the samples, those with the smallest hashes.
-
-    Args:
-        samples: re-iterable.
 
     Raises:
         InputError: there are none.
@@ -74,12 +68,7 @@ class HeldOutScore:
     """Compares models with the float model on some samples; the float outputs are computed anew at each call."""
 
     def __init__(self, model: Model, held: Split) -> None:
-        """Open the float model.
-
-        Args:
-            model: the prepared float model.
-            held: the samples.
-        """
+        """Open the float model, which is prepared."""
         self._outputs = [o.name for o in model.outputs if not model.is_constant(o.name)]
         self._float, self._held = Session(model, self._outputs, threads=1), held
 
@@ -128,7 +117,10 @@ def energies(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
 
 def decibels(signals: Sequence[float], noises: Sequence[float]) -> float:
     """10 log10 of the ratio of the sums; infinite without noise, -infinite where a noise is not finite."""
-    return _decibels(_sum(signals), _sum(noises))
+    signal, noise = _sum(signals), _sum(noises)
+    if not math.isfinite(noise):
+        return -math.inf
+    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
 
 def clearly_less(after: Sequence[float], before: Sequence[float], *, least_db: float, certainty: float) -> bool:
@@ -156,9 +148,3 @@ def clearly_less(after: Sequence[float], before: Sequence[float], *, least_db: f
 def _sum(values: Sequence[float]) -> float:
     """Their sum whatever their order; infinite if one is not finite."""
     return math.fsum(values) if all(map(math.isfinite, values)) else math.inf
-
-
-def _decibels(signal: float, noise: float) -> float:
-    if not math.isfinite(noise):
-        return -math.inf
-    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)

@@ -44,6 +44,7 @@ from qdq.model.model import Model
 from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, weight_axis
 from qdq.model.shift_correction import channel_sums, correct
 from qdq.model.writer import GraphWriter
+from qdq.passes.rewrites.edit import altered
 from qdq.plan.plan import Plan, Point
 from qdq.plan.weighted_node import WeightedNode, by_data
 from qdq.solve.equalize.carriers import CarryingConstant
@@ -55,16 +56,10 @@ LEAST_TOKEN_SCALE = 2.0**-14  # FP16's smallest normal number: a smaller scale w
 
 
 def insert(model: Model, plan: Plan, solution: Solution) -> Model:
-    """Make the quantized model.
+    """The Q/DQ model of a prepared float model, with the parameters of a solution at every point of a plan.
 
-    Args:
-        model: the prepared float model.
-        plan: its points.
-        solution: parameters of every point.
-
-    Returns:
-        The Q/DQ model; tensor names of the float model stay, new ones are `<tensor>_QuantizeLinear`, `<tensor>_scale`
-        and so on. The same arguments give the same bytes.
+    Tensor names of the float model stay, new ones are `<tensor>_QuantizeLinear`, `<tensor>_scale` and so on. The same
+    arguments give the same bytes.
     """
     writer = _Writer(model, solution)
     operands = {(name, index): point for point in plan.points for name, index in point.uses}
@@ -141,8 +136,7 @@ class _Writer(GraphWriter):
 
     def _carrying(self, node: NodeProto) -> NodeProto:
         """A copy of a node whose constants hold the factors of a tensor made from its output."""
-        copy = NodeProto()
-        copy.CopyFrom(node)
+        copy = altered(node)
         for tensor, operand in self._carried.get(node.name, ()):
             if operand.index == 1 and node.name in self._solution.nodes:
                 continue  # its codes hold them
@@ -209,8 +203,7 @@ class _Writer(GraphWriter):
         if key in self._made:
             return self._made[key]
         if FORMATS[params.format].scale_format:
-            self._made[key] = self._in_blocks(tensor, params, border)
-            return self._made[key]
+            return self._made.setdefault(key, self._in_blocks(tensor, params, border))
         source = base = self._padded(tensor, self._divided(tensor), border)
         if params.zero_point:
             source = self._append("Sub", (source, self._offset(tensor, params)), f"{base}_Sub")
@@ -234,9 +227,8 @@ class _Writer(GraphWriter):
         if dtype != "float32":
             scale = self._constant(f"{tensor}_{dtype}_scale", params.scale, dtype)
         real = self._append("DequantizeLinear", (scales, scale), f"{scales}_DequantizeLinear")
-        return self._append(
-            "DequantizeLinear", (codes, real), f"{codes}_DequantizeLinear", axis=-1, block_size=fmt.blocks[0]
-        )
+        name, size = f"{codes}_DequantizeLinear", fmt.blocks[0]
+        return self._append("DequantizeLinear", (codes, real), name, axis=-1, block_size=size)
 
     def _divided(self, tensor: str) -> str:
         """The tensor with its channels divided, made once; the tensor itself where nothing is to be divided."""

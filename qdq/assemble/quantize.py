@@ -61,7 +61,6 @@ def quantize(
         plan: in place of a new one; of the settings, only those apply that decide scales and codes.
         table: in place of a new calibration.
         custom_ops: libraries of custom operators that ONNX Runtime needs for the model.
-        on_progress: told about every step.
 
     Raises:
         StaleFileError: the plan or the table was made from another model.

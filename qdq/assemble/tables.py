@@ -18,12 +18,7 @@ from qdq.plan.plan import Plan
 
 @dataclass(slots=True, kw_only=True)
 class Tables:
-    """Calibration tables of one model: a plan whose tensors another has measured after the same rewrites needs no more.
-
-    Attributes:
-        model: prepared.
-        samples: re-iterable.
-    """
+    """Tables of one prepared model: a plan whose tensors were measured after the same rewrites takes those."""
 
     model: Model
     samples: Iterable[Sample]

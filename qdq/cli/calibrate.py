@@ -14,17 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qdq.cli.options import (
-    PATH,
-    check_output,
-    custom_ops_option,
-    data_options,
-    output_option,
-    place_options,
-    recipe_of,
-    samples_of,
-    shape_option,
-)
+from qdq.cli import options
 from qdq.cli.terminal import Bars, note
 from qdq.core.errors import InputError
 
@@ -38,10 +28,10 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("files", nargs=-1, type=PATH, metavar="MODEL | --merge TABLE...")
-@data_options
-@click.option("--plan", "plan_file", type=PATH, help="Take this plan.json in place of a new plan.")
-@output_option("table.json")
+@click.argument("files", nargs=-1, type=options.PATH, metavar="MODEL | --merge TABLE...")
+@options.data_options
+@click.option("--plan", "plan_file", type=options.PATH, help="Take this plan.json in place of a new plan.")
+@options.output_option("table.json")
 @click.option("--merge", is_flag=True, help="Make one table of several, given in place of MODEL.")
 @click.option(
     "--memory",
@@ -51,10 +41,12 @@ if TYPE_CHECKING:
 @click.option("--workers", type=int, metavar="N", help="Calibrate on N processes of this machine; default: one.")
 @click.option("--cluster", metavar="tcp://HOST:PORT", help="Calibrate on the workers of this Dask cluster.")
 @click.option("--provider", default="cpu", show_default=True, help="Run ONNX Runtime on cpu or cuda.")
-@custom_ops_option
-@click.option("--plot", "plot_folder", type=PATH, metavar="DIR", help="Draw each tensor's histogram and thresholds.")
-@place_options
-@shape_option
+@options.custom_ops_option
+@click.option(
+    "--plot", "plot_folder", type=options.PATH, metavar="DIR", help="Draw each tensor's histogram and thresholds."
+)
+@options.place_options
+@options.shape_option
 def calibrate(
     files: tuple[Path, ...],
     data: str | None,
@@ -75,7 +67,7 @@ def calibrate(
     Killed at any moment, the same command goes on where it was. `--merge A.json B.json -o C.json` unites tables of
     different samples.
     """
-    check_output(output, *files, data, plan_file, given["recipe"])
+    options.check_output(output, *files, data, plan_file, given["recipe"])
     if merge:
         table = _merged(files)
         table.save(output)
@@ -84,13 +76,13 @@ def calibrate(
     else:
         from qdq.core.resources import parse_bytes
 
-        options: dict[str, Any] = {
+        running: dict[str, Any] = {
             "provider": provider,
             "custom_ops": tuple(os.path.abspath(path) for path in custom_ops),
             "memory": parse_bytes(memory) if memory else None,
         }
         prepared, plan, table = _measured(
-            files[0], data, random_data, plan_file, output, recipe_of(given), _pool(workers, cluster), options
+            files[0], data, random_data, plan_file, output, options.recipe_of(given), _pool(workers, cluster), running
         )
     click.echo(f"{len(table.tensors)} tensors measured on {table.count} samples: {output}")
     if table.repeated:
@@ -124,7 +116,7 @@ def _measured(
     output: Path,
     recipe: Recipe,
     pool: Pool | None,
-    options: dict[str, Any],
+    running: dict[str, Any],
 ) -> tuple[Model, Plan, CalibrationTable]:
     """Measure and write the table, going on from a checkpoint beside it."""
     from qdq.core.files import write_text
@@ -140,22 +132,22 @@ def _measured(
     with Bars() as bars:
         bars(0, None, "Prepare")
         prepared = load_float(model)
-        samples = samples_of(prepared, recipe, data, random_data)
+        samples = options.samples_of(prepared, recipe, data, random_data)
         plan = Plan.load(plan_file) if plan_file else placement.plan(prepared, recipe.settings)
         prepared = rewritten(prepared, plan.rewrites)
-        made_of = key(prepared, plan, provider=options["provider"], custom_ops=options["custom_ops"])
+        made_of = key(prepared, plan, provider=running["provider"], custom_ops=running["custom_ops"])
         checkpoint = Checkpoint.beside(output, made_of)
         if checkpoint.path.exists():
             note(f"Going on with the unfinished calibration in {checkpoint.path}.")
         names = list(dict.fromkeys(p.tensor for p in plan.activations))
-        layout = passes(prepared, names, next(iter(samples)), memory=options["memory"])
+        layout = passes(prepared, names, next(iter(samples)), memory=running["memory"])
         if len(layout.groups) > 1:
             note(
                 f"{len(names)} tensors do not fit the memory at once: {len(layout.groups)} passes over the samples, of "
                 f"at most {layout.bytes_each / 1e6:.0f} MB of activations."
             )
         if pool is None:
-            table = collect(prepared, plan, samples, checkpoint=checkpoint, on_progress=bars, **options)
+            table = collect(prepared, plan, samples, checkpoint=checkpoint, on_progress=bars, **running)
         else:
             where = None if data is None else os.path.abspath(data)
             source = partial(_open, where, samples.inputs) if where else partial(replace, samples)
@@ -167,7 +159,7 @@ def _measured(
                 total=samples.len_or_none(),
                 checkpoint=checkpoint,
                 on_progress=bars,
-                **options,
+                **running,
             )
     write_text(output, table.to_json(), resumed=True)
     checkpoint.remove()

@@ -12,22 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qdq.cli.options import (
-    PATH,
-    RANDOM_NOTE,
-    Listed,
-    check_output,
-    compile_options,
-    custom_ops_option,
-    data_options,
-    json_option,
-    model_argument,
-    recipe_option,
-    recipe_values,
-    samples_of,
-    tune_options,
-    unquantized_option,
-)
+from qdq.cli import options
 from qdq.cli.terminal import Bars, note, show_rows
 
 if TYPE_CHECKING:
@@ -44,8 +29,8 @@ def _metrics() -> Iterable[str]:
 
 
 @click.command()
-@model_argument
-@data_options
+@options.model_argument
+@options.data_options
 @click.option("--eval", "evaluation", help="Score on these samples, in the forms of --data; default: those of --data.")
 @click.option(
     "--schemes",
@@ -54,7 +39,9 @@ def _metrics() -> Iterable[str]:
     show_default=True,
     help="Compare these schemes, with commas between; each may have options, as in int4:block=32:rounding=nearest.",
 )
-@click.option("--metric", cls=Listed, names=_metrics, default="cosine", show_default=True, help="Score by {names}.")
+@click.option(
+    "--metric", cls=options.Listed, names=_metrics, default="cosine", show_default=True, help="Score by {names}."
+)
 @click.option(
     "--labels",
     default="",
@@ -64,13 +51,13 @@ def _metrics() -> Iterable[str]:
 @click.option("--score-output", default="", metavar="NAME", help="Score this output; default: the first.")
 @click.option("--unit", default="", help="Name the unit of a metric that has one, as mae; for instance kcal/mol.")
 @click.option("--per", type=float, default=1.0, help="Say how much of the output makes one such unit.")
-@click.option("-o", "--output", type=PATH, help="Write report.json here.")
-@unquantized_option
-@tune_options
-@compile_options
-@recipe_option
-@custom_ops_option
-@json_option
+@click.option("-o", "--output", type=options.PATH, help="Write report.json here.")
+@options.unquantized_option
+@options.tune_options
+@options.compile_options
+@options.recipe_option
+@options.custom_ops_option
+@options.json_option
 def compare(
     model: Path,
     data: str | None,
@@ -99,9 +86,9 @@ def compare(
     from qdq.passes.prepare import load_float
 
     if output:
-        check_output(output, model, data, evaluation, given["recipe"])
+        options.check_output(output, model, data, evaluation, given["recipe"])
     task = Task(metric=metric, labels=labels, output=score_output, unit=unit, per=per)
-    asked = entries(",".join(schemes).split(","), recipe_values(given, base={"tune": "off"}))
+    asked = entries(",".join(schemes).split(","), options.recipe_values(given, base={"tune": "off"}))
     recipe = asked[0].recipe
     with Bars() as bars:
         bars(0, None, "Prepare")
@@ -110,7 +97,7 @@ def compare(
         def opened(source: str | None, random: int | None, *, scored: bool) -> Samples:
             if source and task.array and random is None:
                 return labelled(source, prepared, task.array, required=scored)
-            return samples_of(prepared, recipe, source, random)
+            return options.samples_of(prepared, recipe, source, random)
 
         calibration = opened(data, random_data, scored=not evaluation)
         held = opened(evaluation, None, scored=True) if evaluation else None
@@ -130,5 +117,5 @@ def compare(
         click.echo(made.to_json(), nl=False)
         return
     show_rows(f"{model.name} for {', '.join(made.targets)}, {made.samples} {made.evaluated_on}", made.table())
-    for text in (*made.notes, *([RANDOM_NOTE] if random_data else [])):
+    for text in (*made.notes, *([options.RANDOM_NOTE] if random_data else [])):
         note(text)

@@ -7,36 +7,22 @@ from typing import Any
 
 import click
 
-from qdq.cli.options import (
-    PATH,
-    RANDOM_NOTE,
-    compile_options,
-    custom_ops_option,
-    data_options,
-    json_option,
-    limit_options,
-    model_argument,
-    recipe_of,
-    samples_of,
-    settings_options,
-    tune_options,
-    unquantized_option,
-)
+from qdq.cli import options
 from qdq.cli.terminal import Bars, note, show_rows
 
 
 @click.command()
-@model_argument
-@data_options
-@click.option("--out", type=PATH, required=True, help="Write the results to this folder.")
+@options.model_argument
+@options.data_options
+@click.option("--out", type=options.PATH, required=True, help="Write the results to this folder.")
 @click.option("--eval", "evaluation", help="Check on these samples, in the forms of --data; default: those of --data.")
-@settings_options
-@unquantized_option
-@tune_options
-@compile_options
-@limit_options
-@custom_ops_option
-@json_option
+@options.settings_options
+@options.unquantized_option
+@options.tune_options
+@options.compile_options
+@options.limit_options
+@options.custom_ops_option
+@options.json_option
 def deploy(
     model: Path,
     data: str | None,
@@ -50,17 +36,19 @@ def deploy(
     """Do it all: tune, calibrate, quantize, build, audit and check."""
     from qdq.deploy.deploy import deploy as deployed
 
-    recipe = recipe_of(given)
+    recipe = options.recipe_of(given)
     with Bars() as bars:
         done = deployed(
             model,
-            lambda prepared: samples_of(prepared, recipe, data, random_data),
+            lambda prepared: options.samples_of(prepared, recipe, data, random_data),
             out,
             recipe=recipe,
-            evaluation=(lambda prepared: samples_of(prepared, recipe, evaluation, None)) if evaluation else None,
+            evaluation=(lambda prepared: options.samples_of(prepared, recipe, evaluation, None))
+            if evaluation
+            else None,
             custom_ops=custom_ops,
             on_progress=bars,
-            notes=[] if random_data is None else [RANDOM_NOTE],
+            notes=[] if random_data is None else [options.RANDOM_NOTE],
         )
     _show_deployed(done, model.name, as_json)
     finish_with(done.report.check.failures)
@@ -87,11 +75,13 @@ def finish_with(failures: list[str]) -> None:
 
 
 @click.command()
-@click.option("--out", type=PATH, default=Path("qdq-demo"), show_default=True, help="Write the results to this folder.")
-@unquantized_option
-@tune_options
-@compile_options
-@json_option
+@click.option(
+    "--out", type=options.PATH, default=Path("qdq-demo"), show_default=True, help="Write the results to this folder."
+)
+@options.unquantized_option
+@options.tune_options
+@options.compile_options
+@options.json_option
 def demo(out: Path, as_json: bool, **given: Any) -> None:
     """Deploy the 3-D brain segmentation network and the brain volume that the package ships."""
     from qdq.deploy.demo import demo_labels, demo_model, demo_samples
@@ -103,7 +93,7 @@ def demo(out: Path, as_json: bool, **given: Any) -> None:
             demo_model(),
             calibration,
             out,
-            recipe=recipe_of(given, base={"tune": "rewrites"}),  # so small a network is no faster in INT8
+            recipe=options.recipe_of(given, base={"tune": "rewrites"}),  # so small a network is no faster in INT8
             evaluation=evaluation,
             labels=demo_labels(),
             on_progress=bars,

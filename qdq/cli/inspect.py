@@ -8,33 +8,27 @@ from typing import Any
 
 import click
 
-from qdq.cli.options import (
-    PATH,
-    json_option,
-    recipe_of,
-    settings_options,
-    shape_option,
-)
+from qdq.cli import options
 from qdq.cli.terminal import show_rows
 
 
 @click.command()
-@click.argument("source", type=PATH, metavar="MODEL|PLAN.json")
+@click.argument("source", type=options.PATH, metavar="MODEL|PLAN.json")
 @click.argument("node")
-@click.option("--engine", type=PATH, help="Also say which kernel of this engine runs the node.")
-@settings_options
-@shape_option
-@json_option
+@click.option("--engine", type=options.PATH, help="Also say which kernel of this engine runs the node.")
+@options.settings_options
+@options.shape_option
+@options.json_option
 def explain(source: Path, node: str, engine: Path | None, as_json: bool, **given: Any) -> None:
     """Say whether and why a node is quantized, by which rule, and what it costs."""
     from qdq.deploy.explain import explain as explained
 
-    lines = explained(source, node, recipe_of(given), engine=engine)
+    lines = explained(source, node, options.recipe_of(given), engine=engine)
     click.echo(json.dumps({"node": node, "lines": lines}, indent=1) if as_json else "\n".join(lines))
 
 
 @click.command()
-@json_option
+@options.json_option
 def doctor(as_json: bool) -> None:
     """Say which runtimes and GPUs are here, and what will and will not work."""
     from dataclasses import asdict

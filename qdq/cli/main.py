@@ -13,7 +13,7 @@ from qdq.cli.calibrate import calibrate
 from qdq.cli.compare import compare
 from qdq.cli.deploy import demo, deploy
 from qdq.cli.inspect import doctor, explain, schema
-from qdq.cli.lint import lint_command
+from qdq.cli.lint import lint_command as lint
 from qdq.cli.stages import audit, build, check, plan, quantize
 from qdq.cli.terminal import Verbs
 from qdq.cli.tune import tune
@@ -30,22 +30,8 @@ def main() -> None:
     """
 
 
-for verb in (
-    plan,
-    tune,
-    calibrate,
-    quantize,
-    build,
-    audit,
-    check,
-    deploy,
-    compare,
-    explain,
-    lint_command,
-    doctor,
-    schema,
-    demo,
-):
+VERBS = (plan, tune, calibrate, quantize, build, audit, check, deploy, compare, explain, lint, doctor, schema, demo)
+for verb in VERBS:
     main.add_command(verb)
 
 if __name__ == "__main__":

@@ -8,26 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qdq.cli import options
 from qdq.cli.deploy import finish_with
-from qdq.cli.options import (
-    PATH,
-    Listed,
-    check_output,
-    compile_options,
-    custom_ops_option,
-    data_options,
-    gpu_names,
-    json_option,
-    limit_options,
-    model_argument,
-    output_option,
-    recipe_of,
-    recipe_option,
-    samples_of,
-    settings_options,
-    shape_option,
-    unquantized_option,
-)
 from qdq.cli.terminal import Bars, note, show_rows
 from qdq.core.errors import InputError
 
@@ -37,10 +19,10 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@model_argument
-@output_option("plan.json", required=False)
-@settings_options
-@json_option
+@options.model_argument
+@options.output_option("plan.json", required=False)
+@options.settings_options
+@options.json_option
 def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
     """Decide which nodes are quantized, and say why every other node is not."""
     from qdq.deploy.report import plan_rows
@@ -48,8 +30,8 @@ def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
     from qdq.plan import placement
 
     if output:
-        check_output(output, model, given["recipe"])
-    recipe = recipe_of(given)
+        options.check_output(output, model, given["recipe"])
+    recipe = options.recipe_of(given)
     made = placement.plan(load_float(model), recipe.settings)
     if output:
         made.save(output)
@@ -60,15 +42,15 @@ def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
 
 
 @click.command()
-@model_argument
-@data_options
-@click.option("--plan", "plan_file", type=PATH, help="Take this plan.json in place of a new plan.")
-@click.option("--table", "table_file", type=PATH, help="Take this table.json in place of a new calibration.")
-@output_option("the Q/DQ model")
-@unquantized_option
-@custom_ops_option
-@settings_options
-@shape_option
+@options.model_argument
+@options.data_options
+@click.option("--plan", "plan_file", type=options.PATH, help="Take this plan.json in place of a new plan.")
+@click.option("--table", "table_file", type=options.PATH, help="Take this table.json in place of a new calibration.")
+@options.output_option("the Q/DQ model")
+@options.unquantized_option
+@options.custom_ops_option
+@options.settings_options
+@options.shape_option
 def quantize(
     model: Path,
     data: str | None,
@@ -79,7 +61,7 @@ def quantize(
     custom_ops: tuple[str, ...],
     **given: Any,
 ) -> None:
-    """Write the Q/DQ model. Of a large model, weights that a killed run finished are taken up."""
+    """Write the Q/DQ model. For a large model, resumes from the weights an interrupted run already finished."""
     from qdq.assemble.finish import finish
     from qdq.assemble.quantize import quantize
     from qdq.measure.table import CalibrationTable
@@ -88,11 +70,11 @@ def quantize(
     from qdq.passes.prepare import load_float
     from qdq.plan.plan import Plan
 
-    check_output(output, model, data, plan_file, table_file, given["recipe"])
+    options.check_output(output, model, data, plan_file, table_file, given["recipe"])
     with Bars() as bars:
         bars(0, None, "Prepare")
         chosen = Plan.load(plan_file) if plan_file else None
-        recipe = recipe_of(given, base=chosen.settings.to_mapping() if chosen else None)
+        recipe = options.recipe_of(given, base=chosen.settings.to_mapping() if chosen else None)
         if chosen and _places(recipe.settings) != _places(chosen.settings):
             raise InputError(
                 f"The plan {plan_file} already says what is quantized, which --scheme, --block, --shift and --exclude "
@@ -103,7 +85,7 @@ def quantize(
         if table is not None and data is None and random_data is None:
             samples = None
         else:
-            samples = samples_of(prepared, recipe, data, random_data)
+            samples = options.samples_of(prepared, recipe, data, random_data)
         with kept(output.with_name(f".{output.name}.weights")):
             made = quantize(
                 prepared,
@@ -127,22 +109,22 @@ def _places(settings: Settings) -> tuple[object, ...]:
 
 
 @click.command()
-@model_argument
-@output_option("the engine; its layers and manifest go beside it")
-@compile_options
+@options.model_argument
+@options.output_option("the engine; its layers and manifest go beside it")
+@options.compile_options
 @click.option(
     "--timing-cache",
-    type=PATH,
+    type=options.PATH,
     help="Read and write this cache of kernel timings; only with a backend that times kernels.",
 )
-@recipe_option
+@options.recipe_option
 def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) -> None:
     """Compile an engine from an ONNX model, quantized or not."""
     from qdq.build.engine import compile_engine, save_engine, shape_ranges
     from qdq.model.storage import load
 
-    check_output(output, model, given["recipe"])
-    recipe = recipe_of(given)
+    options.check_output(output, model, given["recipe"])
+    recipe = options.recipe_of(given)
     with Bars() as bars:
         shapes = shape_ranges(load(model), recipe.shapes, None)
         engine = compile_engine(model, recipe=recipe, shapes=shapes, timing_cache=timing_cache, on_progress=bars)
@@ -151,17 +133,19 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
 
 
 @click.command()
-@model_argument
-@compile_options
-@click.option("--gpu", cls=Listed, names=gpu_names, help="Also predict the time of each kernel: {names}.")
-@recipe_option
-@json_option
+@options.model_argument
+@options.compile_options
+@click.option(
+    "--gpu", cls=options.Listed, names=options.gpu_names, help="Also predict the time of each kernel: {names}."
+)
+@options.recipe_option
+@options.json_option
 def audit(model: Path, gpu: str | None, as_json: bool, **given: Any) -> None:
     """Say what each node really runs in: of a Q/DQ model, which is compiled for it, or of an engine."""
     from qdq.build.engine import audit_engine, audit_model
     from qdq.deploy.report import audit_lines, audit_rows
 
-    recipe = recipe_of(given)
+    recipe = options.recipe_of(given)
     if gpu:
         _show_price(model, recipe, gpu, as_json)
         return
@@ -191,15 +175,15 @@ def _show_price(model: Path, recipe: Recipe, gpu: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("float_model", type=PATH, metavar="FLOAT.onnx")
-@click.argument("candidate", type=PATH, metavar="Q.onnx|ENGINE")
-@data_options
-@limit_options
-@click.option("-o", "--output", type=PATH, help="Write report.json here.")
-@custom_ops_option
-@shape_option
-@recipe_option
-@json_option
+@click.argument("float_model", type=options.PATH, metavar="FLOAT.onnx")
+@click.argument("candidate", type=options.PATH, metavar="Q.onnx|ENGINE")
+@options.data_options
+@options.limit_options
+@click.option("-o", "--output", type=options.PATH, help="Write report.json here.")
+@options.custom_ops_option
+@options.shape_option
+@options.recipe_option
+@options.json_option
 def check(
     float_model: Path,
     candidate: Path,
@@ -217,10 +201,10 @@ def check(
     from qdq.model.storage import load
 
     if output:
-        check_output(output, float_model, candidate, data, given["recipe"])
-    recipe = recipe_of(given)
+        options.check_output(output, float_model, candidate, data, given["recipe"])
+    recipe = options.recipe_of(given)
     reference = load(float_model)
-    samples = samples_of(reference, recipe, data, random_data)
+    samples = options.samples_of(reference, recipe, data, random_data)
     backend = None if candidate.suffix == ".onnx" else engine_backend(candidate)
     with Bars() as bars:
         report = evaluate(

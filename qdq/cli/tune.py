@@ -11,36 +11,25 @@ from typing import Any
 
 import click
 
-from qdq.cli.options import (
-    PATH,
-    check_output,
-    compile_options,
-    data_options,
-    json_option,
-    model_argument,
-    output_option,
-    recipe_of,
-    samples_of,
-    settings_options,
-    tune_options,
-    unquantized_option,
-)
+from qdq.cli import options
 from qdq.cli.terminal import Bars, show_rows
 
 
 @click.command()
-@model_argument
-@data_options
-@output_option("plan.json")
+@options.model_argument
+@options.data_options
+@options.output_option("plan.json")
 @click.option(
     "--min-sqnr-db", type=float, help="Require this signal to noise ratio of the outputs, in dB; needs --data."
 )
-@click.option("--cache", type=PATH, help="Keep the price of every compiled graph in this folder, for the next time.")
-@tune_options
-@unquantized_option
-@settings_options
-@compile_options
-@json_option
+@click.option(
+    "--cache", type=options.PATH, help="Keep the price of every compiled graph in this folder, for the next time."
+)
+@options.tune_options
+@options.unquantized_option
+@options.settings_options
+@options.compile_options
+@options.json_option
 def tune(
     model: Path,
     data: str | None,
@@ -53,7 +42,7 @@ def tune(
     """Choose by compiled results what is quantized, and which exact rewrites are made.
 
     The plan is never predicted slower than the model in float, nor than quantized wherever it is possible. Without
-    --data every activation is taken for lopsided, which costs most.
+    --data every activation is assumed asymmetric, the most expensive case.
     """
     from engines.backends.backend import predicting
     from qdq.build.engine import shape_ranges
@@ -63,8 +52,8 @@ def tune(
     from qdq.passes.prepare import load_float
     from qdq.tune.find_plan import find_plan
 
-    check_output(output, model, data, given["recipe"])
-    recipe = recipe_of(given)
+    options.check_output(output, model, data, given["recipe"])
+    recipe = options.recipe_of(given)
     if (other := predicting(recipe.backend)).name != recipe.backend:
         raise InputError(
             f"tune prices what {other.title} compiles: it needs --backend {other.name}, which {other.need}."
@@ -75,7 +64,7 @@ def tune(
         prepared = load_float(model)
         samples = None
         if data is not None or random_data is not None:
-            samples = samples_of(prepared, recipe, data, random_data)
+            samples = options.samples_of(prepared, recipe, data, random_data)
         elif "min_sqnr_db" in recipe.limits:
             raise InputError("--min-sqnr-db needs --data: accuracy is measured on samples.")
         shapes = shape_ranges(prepared, recipe.shapes, samples)

@@ -70,13 +70,11 @@ def deploy(
         model_path: a float ONNX file; it is not changed.
         samples: to calibrate with; or a function that opens them for the model.
         out: a folder, made if need be; files of these names in it are replaced.
-        recipe: settings, targets, shapes and limits.
         evaluation: to check on; None takes the calibration samples, and the report says so.
         labels: true classes of the evaluation samples, each shaped like the argmax over axis 1 of the first output;
             the report then says how well both models find them.
         custom_ops: libraries of custom operators that ONNX Runtime needs for the model; the compiler must know them by
             itself.
-        on_progress: told about every step.
         notes: to add to the report.
 
     Raises:

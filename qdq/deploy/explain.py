@@ -31,9 +31,6 @@ def explain(source: Path, node: str, recipe: Recipe, *, engine: Path | None = No
         recipe: settings to plan with, and shapes to count at; 1 stands for any other dynamic dimension.
         engine: of this model, to say which kernel runs the node.
 
-    Returns:
-        Lines for a person.
-
     Raises:
         InputError: no such node; names the nearest.
     """

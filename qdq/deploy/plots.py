@@ -60,16 +60,9 @@ class _Drawn:
 
 
 def draw(model: Model, plan: Plan, table: CalibrationTable, folder: Path) -> Path:
-    """Write the pictures and their page.
+    """Write the pictures of a prepared model's table, and their page, which is returned.
 
-    Args:
-        model: the prepared float model.
-        plan: its points.
-        table: their histograms.
-        folder: made if need be; files of the same names are replaced.
-
-    Returns:
-        The page.
+    The folder is made if need be, and files of the same names in it are replaced.
 
     Raises:
         MissingRuntimeError: matplotlib is not installed.

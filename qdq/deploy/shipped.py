@@ -40,15 +40,14 @@ def written(
     tables: Tables | None = None,
     on_progress: Progress | None = None,
 ) -> ShippedModel:
-    """The model that a recipe asks for, tuned if there is a pricer; in float if as it is written that is faster.
+    """The model that a recipe asks for.
+
+    Tuned if a pricer is given. Left in float where the float model is predicted faster.
 
     Args:
         prepared: what `load_float` gave.
-        calibration: samples to quantize with.
         recipe: its settings, float type and tuning count, and where placement is tuned its `min_sqnr_db`.
-        pricer: of the recipe.
         tables: of these samples, in place of a new calibration where they have what is needed.
-        on_progress: told about every step.
 
     Raises:
         QdqError, EngineError, DataError: see the stages.

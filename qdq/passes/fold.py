@@ -66,15 +66,9 @@ def fold_shapes(draft: Draft) -> bool:
 
 
 def fold_constants(draft: Draft, limit: int = GROWTH_LIMIT, only: Collection[str] | None = None) -> bool:
-    """Compute nodes whose inputs are all constant.
+    """Compute nodes whose inputs are all constant; True if there were any: infer shapes and call again.
 
-    Args:
-        draft: receives the initializers.
-        limit: bytes; no tensor is made above this and above its node's own inputs.
-        only: names of the nodes that may be computed; None for all.
-
-    Returns:
-        Whether something was computed: infer shapes and call again.
+    No tensor is made above `limit` bytes and above its node's own inputs. `only` names nodes that may be computed.
     """
     keep = []
     for node in draft.graph.node:

@@ -51,21 +51,15 @@ EITHER = ("fp16", "fp32")  # of what is not quantized if nobody says, the usual 
 
 
 def find_plan(
-    prepared: Model,
-    pricer: Pricer,
-    *,
-    samples: Iterable[Sample] | None,
-    on_progress: Progress | None = None,
+    prepared: Model, pricer: Pricer, *, samples: Iterable[Sample] | None, on_progress: Progress | None = None
 ) -> Tuned:
     """The plan with the least predicted time.
 
     Args:
-        prepared: float model.
         pricer: of the recipe, whose settings, float type and time limit count, and with samples, where placement is
             tuned, `min_sqnr_db`.
-        samples: re-iterable; a few, whatever their order, are looked at, and a bound is verified with all of them.
-            None assumes that every activation is asymmetric, the most expensive case.
-        on_progress: told about every variant.
+        samples: re-iterable; a few are used for quick ranges (independent of order); an accuracy bound is verified
+            on all. None assumes that every activation is asymmetric, the most expensive case.
 
     Raises:
         BuildError: no way to write the model compiles.

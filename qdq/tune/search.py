@@ -47,8 +47,6 @@ def tune(
     """Find the variant with the least predicted time.
 
     Args:
-        builder: writes the variants.
-        judge: compiles and prices them.
         placement: also choose which nodes are quantized; False quantizes all that the rules want.
         min_sqnr_db: of the builder's samples; where the fastest variant has less, what costs least time for the noise
             that it takes away is given up until it has as much. Needs samples; means nothing without `placement`.
@@ -57,10 +55,6 @@ def tune(
         time_limit_s: seconds after which no further variant is compiled, apart from those to compare with: nothing
             quantized, and everything.
         clock: seconds.
-        on_progress: called with (variants done, None, text).
-
-    Returns:
-        The best variant and what it was compared with.
     """
     bounded = placement and min_sqnr_db > -math.inf and builder.samples is not None
     verified = measure if bounded else None
@@ -293,10 +287,7 @@ class _Search:
     def verify(self, bound_db: float, measure: Callable[[Plan], float], seconds: float) -> None:
         """Measure the best variant, and search on with what that says of quick scales, until it just keeps the bound.
 
-        Args:
-            bound_db: to keep.
-            measure: SQNR in dB of a plan.
-            seconds: for each search.
+        `measure` gives the SQNR in dB of a plan; each search has some `seconds`.
         """
         kept, complete = self.floating(), self.complete
         measured: set[Variant] = set()

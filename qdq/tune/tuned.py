@@ -53,20 +53,16 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """The outcome.
+    """The outcome; `operands`, `complete` and `steps` as in `TuningOutcome`.
 
     Attributes:
-        variant: the best.
         plan: of the variant, with its rewrites; every node left in float for the price's sake says so.
         unquantized: the plan of the fastest variant known with nothing quantized.
         unquantized_us: what it is predicted to take.
-        operands: what quantized nodes would hold and read, as `Plan.operands` says it.
         price: of the variant.
         plain: predicted microseconds of the model in its float type, nothing quantized or rewritten.
         untuned: of everything quantized that the rules want, weight scales hoisted if that is better.
         tried: how many variants were compiled.
-        complete: False if the time limit ended the search.
-        steps: what was kept, one line each.
     """
 
     variant: Variant

@@ -56,7 +56,7 @@ class VariantBuilder:
     """Writes variants of one model; what several of them share is made once.
 
     Attributes:
-        model: prepared float model.
+        model: prepared, in float.
         settings: of the plan; calibrator, rounding and equalization do not matter here.
         unquantized_types: of 'fp16', 'bf16' and 'fp32' those that what is not quantized may have; the first is the
             usual one.
@@ -252,15 +252,8 @@ def _adapted(base: Base, plan: Plan) -> Solution:
 def restricted(model: Model, plan: Plan, variant: Variant, why: str) -> Plan:
     """A plan that quantizes no more than a variant does.
 
-    Args:
-        model: that the plan is for.
-        plan: of everything.
-        variant: its `quantized`, `per_tensor` and `float_shortcuts`.
-        why: the reason of the weighted nodes that are left out.
-
-    Returns:
-        The plan with a Skip of rule 'tuned' for each weighted node that is left out. A shortcut stays only where a
-        weighted node reads its tensor too.
+    Each weighted node that is left out gets a Skip of rule 'tuned' with the reason `why`. A shortcut stays only where a
+    weighted node reads its tensor too.
     """
     shortcuts = set(_shortcuts(plan)) - variant.float_shortcuts
     points = []

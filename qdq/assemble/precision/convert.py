@@ -32,6 +32,7 @@ from qdq.model.external import is_large, release
 from qdq.model.model import Model
 from qdq.model.nodes import Names, attribute, captured, reads, without_initializers
 from qdq.model.weight_store import WeightStore
+from qdq.passes.rewrites.edit import altered
 from qdq.plan.plan import Skip
 
 FLOAT_TYPES: Mapping[str, str] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -239,8 +240,7 @@ class _Writer:
             source = node.input[0]
             self._names[tensor, dtype] = self._read(self._alias[source], dtype) if source in self._alias else source
             return
-        copy = NodeProto()
-        copy.CopyFrom(node)
+        copy = altered(node)
         alone = len(self._demands[tensor]) == 1
         main = alone or dtype == (FLOAT if self._keep_io or tensor not in self._outputs else self._low)
         copy.output[0] = tensor if main else self._name(f"{tensor}_{dtype}")
@@ -285,8 +285,7 @@ class _Writer:
         return names
 
     def _plain_node(self, node: NodeProto) -> None:
-        copy = NodeProto()
-        copy.CopyFrom(node)
+        copy = altered(node)
         for index, tensor in enumerate(node.input):
             if tensor in self._alias:
                 copy.input[index] = self._read(self._alias[tensor], self._low)
@@ -327,9 +326,7 @@ class _Writer:
         floats = {name for name in self._model.initializers if self._is_float(name)}
         for name in floats & read - set(self._constants):  # captured, or read by a node that allows float32 only
             self._constants[name] = self._model.initializers[name]
-        for tensor in self._model.graph.initializer:
-            if tensor.name in read and tensor.name not in floats:
-                graph.initializer.append(tensor)
+        graph.initializer.extend(t for t in self._model.graph.initializer if t.name in read - floats)
         graph.initializer.extend(self._constants[name] for name in sorted(self._constants) if name in read)
         for value in (*graph.input, *graph.output):
             self._change(value)

@@ -26,6 +26,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from qdq.model.external import release
 from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, Names, attribute, factor
+from qdq.passes.rewrites.edit import altered
 
 Floats = npt.NDArray[np.float64]
 
@@ -39,20 +40,16 @@ class _Shift:
 
 
 def compensate(model: Model, low: str, kept: Collection[str]) -> Model:
-    """Recompute the biases behind shifted tensors for the rounding to come.
+    """The model, still in float32, with biases behind shifted tensors that are exact in the low type.
 
     Args:
         model: all tensors typed; its Q/DQ nodes are those of `insert`, others are left alone.
         low: 'float16' or 'bfloat16'.
         kept: names of nodes that stay FP32.
-
-    Returns:
-        A model, still in float32, whose new biases are exact in the low type.
     """
     draft = _Draft(model, low)
     for node in model.graph.node:
-        copy = NodeProto()
-        copy.CopyFrom(node)
+        copy = altered(node)
         draft.nodes.append(copy)
         shift = None if node.op_type not in WEIGHTED or node.name in kept else _shift(model, node, low)
         if shift is not None:

@@ -34,7 +34,7 @@ from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS, require_targets
 from qdq.core.progress import Progress
 from qdq.deploy.compare.result import Comparison, SchemeRow
-from qdq.deploy.compare.score import Reference, Score, inputs_only, score
+from qdq.deploy.compare.score import Reference, inputs_only, score
 from qdq.deploy.compare.task import Task
 from qdq.deploy.report import shares
 from qdq.deploy.shipped import ShippedModel, file_bytes, written
@@ -110,7 +110,6 @@ def compare_schemes(
         evaluation: samples, with the labels of the task, to score on; None takes those of the calibration.
         prepared: what `load_float` gave for the model, if it is loaded already.
         custom_ops: libraries of custom operators that ONNX Runtime needs for the model.
-        on_progress: told about every step.
 
     Raises:
         InputError: no scheme could be measured (the first reason), or the task does not fit the model or the labels.
@@ -242,28 +241,21 @@ class _Bench:
         with _noted(problems, "does not compile"):
             audited, us = self._compiled(path, entry.recipe, on_progress)
             row = replace(
-                row,
-                weight_bytes=audited.weight_bytes,
-                kernels=audited.kernels,
-                shares=shares(audited),
-                predicted_us=us,
+                row, weight_bytes=audited.weight_bytes, kernels=audited.kernels, shares=shares(audited), predicted_us=us
             )
         with _noted(problems, "does not run in ONNX Runtime"):
-            found = self._score(scored, on_progress)
+            found = score(
+                self.reference,
+                scored,
+                self.evaluation,
+                self.task,
+                model=self.prepared,
+                custom_ops=self.custom_ops,
+                on_progress=on_progress,
+            )
             row = replace(row, sqnr_db=found.sqnr_db, value=found.value)
             self.samples = found.samples
         return replace(row, problem="; ".join(problems))
-
-    def _score(self, path: Path, on_progress: Progress) -> Score:
-        return score(
-            self.reference,
-            path,
-            self.evaluation,
-            self.task,
-            model=self.prepared,
-            custom_ops=self.custom_ops,
-            on_progress=on_progress,
-        )
 
     def _compiled(self, path: Path, recipe: Recipe, on_progress: Progress) -> tuple[Audit, float | None]:
         """The audit of the engine for all targets, and the mean predicted time; each target has its own kernels."""

@@ -28,8 +28,8 @@ class Metric(Protocol):
     """What `comparison` needs of a metric; one object scores one model."""
 
     higher_is_better: ClassVar[bool]
-    needs_labels: ClassVar[bool]
-    has_unit: ClassVar[bool]  # its value is in the unit of the output: made with `per`
+    needs_labels: ClassVar[bool] = False
+    has_unit: ClassVar[bool] = False  # its value is in the unit of the output: made with `per`
 
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:
         """Count one sample.
@@ -64,12 +64,7 @@ def registered(name: str) -> Callable[[M], M]:
 
 
 def metric(name: str, *, per: float = 1.0) -> Metric:
-    """A new metric.
-
-    Args:
-        name: a key of `METRICS`.
-        per: of one that has a unit: how many of the output's units make one of those reported.
-    """
+    """A new metric, a key of `METRICS`; with a unit, `per` of the output's units make one of those reported."""
     found: Metric = METRICS[name](per) if METRICS[name].has_unit else METRICS[name]()
     return found
 
@@ -83,11 +78,8 @@ def next_tokens(tokens: Array) -> npt.NDArray[np.int64]:
     return np.concatenate([tokens[..., 1:], np.full_like(tokens[..., :1], -1)], axis=-1).astype(np.int64)
 
 
-class _Mean:
+class _Mean(Metric):
     """A metric that is a mean over positions, rows or elements."""
-
-    needs_labels: ClassVar[bool] = False
-    has_unit: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._sum, self._count = 0.0, 0
@@ -147,7 +139,7 @@ class Top1(_Mean):
 
 
 @registered("dice")
-class Dice:
+class Dice(Metric):
     """Mean over classes of 2 |both| / (|found| + |true|), without class 0 where there are others.
 
     An output with one channel, labels of the output's own shape, or float outputs in [0, 1] whose channels do not sum
@@ -156,8 +148,6 @@ class Dice:
     """
 
     higher_is_better: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = False
-    has_unit: ClassVar[bool] = False
 
     def __init__(self) -> None:
         """Nothing added."""
@@ -189,8 +179,7 @@ class Dice:
     def _classes(self, channels: Array) -> npt.NDArray[np.bool_]:
         """(..., classes): where each class is."""
         if self._masks:
-            above: npt.NDArray[np.bool_] = channels > self._threshold
-            return above
+            return np.asarray(channels > self._threshold)
         return _one_hot(channels.argmax(axis=-1), channels.shape[-1])
 
     @property
@@ -222,7 +211,7 @@ class Cosine(_Mean):
 
 
 @registered("spearman")
-class Spearman:
+class Spearman(Metric):
     """Rank correlation with the labels, or with the float model's outputs.
 
     An item of the leading axis with one number is ranked by it. Longer ones are embeddings, and what is ranked is the
@@ -231,8 +220,6 @@ class Spearman:
     """
 
     higher_is_better: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = False
-    has_unit: ClassVar[bool] = False
 
     def __init__(self) -> None:
         """Nothing added."""
@@ -343,8 +330,7 @@ def _truth(reference: Array, labels: Array | None, name: str) -> Array:
 
 
 def _one_hot(classes: Array, count: int) -> npt.NDArray[np.bool_]:
-    hot: npt.NDArray[np.bool_] = classes[..., None] == np.arange(count)
-    return hot
+    return np.asarray(classes[..., None] == np.arange(count))
 
 
 def _rows(output: Array) -> npt.NDArray[np.float64]:
@@ -355,23 +341,20 @@ def _rows(output: Array) -> npt.NDArray[np.float64]:
 def _cosines(a: Array, b: Array) -> Array:
     """The cosine of each row of `a` with that of `b`; 0 where one is zero."""
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosines: Array = (a * b).sum(axis=1) / np.where(lengths == 0, 1.0, lengths)
-    return cosines
+    return np.asarray((a * b).sum(axis=1) / np.where(lengths == 0, 1.0, lengths))
 
 
 def _similarities(rows: Array) -> Array:
     """The cosines of every row with every row."""
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     unit = rows / np.where(lengths == 0, 1.0, lengths)
-    similarities: Array = unit @ unit.T
-    return similarities
+    return np.asarray(unit @ unit.T)
 
 
 def _ranks(values: Array) -> npt.NDArray[np.float64]:
     """Ranks from 1; equal values share the mean of theirs."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    mean: npt.NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[inverse.reshape(-1)]
-    return mean
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[inverse.reshape(-1)])
 
 
 def _spearman(a: Array, b: Array) -> float:

@@ -132,10 +132,8 @@ def score(
         reference: of the float model, for these samples.
         candidate: a float or Q/DQ model's file with the same inputs and outputs.
         samples: with the task's labels, in the same order each time.
-        task: what is measured.
         model: the float model, loaded: says inputs and outputs.
         custom_ops: libraries of custom operators for ONNX Runtime.
-        on_progress: told after each sample.
 
     Raises:
         InputError: the task does not fit the model or the labels.

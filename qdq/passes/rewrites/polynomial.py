@@ -38,8 +38,6 @@ def polynomial(model: Model, tensor: str, variables: Mapping[str, str], depth: i
     """A tensor as a polynomial in some of the tensors that it is computed from.
 
     Args:
-        model: prepared float model.
-        tensor: to be expressed.
         variables: tensor -> the name that it has in the result.
         depth: operators to look through.
 
@@ -75,10 +73,7 @@ def ancestors(model: Model, tensor: str) -> Iterator[str]:
 def agrees(found: Polynomial | None, wanted: Mapping[Powers, float], dtype: str = "float32") -> bool:
     """Whether a polynomial has these terms and no others, its coefficients equal within the rounding of a float type.
 
-    Args:
-        found: of a tensor.
-        wanted: coefficient of each term.
-        dtype: of the tensor, and so of the constants that it is made with.
+    `dtype` is that of the tensor, and so of the constants that it is made with.
     """
     tolerance = ROUNDING.get(dtype, 1e-6)
     return (

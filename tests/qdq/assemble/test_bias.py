@@ -154,7 +154,7 @@ def test_correction_is_dropped_where_it_does_harm(monkeypatch: pytest.MonkeyPatc
     assert "held-out" in said
     monkeypatch.setattr(bias, "_shift", lambda wanted, found: wanted.value + 10)
     same, said = corrected(found.prepared, found.model, found.solution.nodes.values(), samples)
-    assert same is found.model and said.startswith("biases are left alone: output SQNR on 2 held-out")
+    assert same is found.model and said.startswith("bias correction not applied: output SQNR on 2 held-out")
     forced, said = corrected(found.prepared, found.model, found.solution.nodes.values(), samples, always=True)
     assert forced is not found.model and "as asked for" in said
 

@@ -35,13 +35,8 @@ def product_of(model: Model, softmax: NodeProto, between: Collection[str]) -> li
 def scores(model: Model, tensor: str, between: Collection[str]) -> list[NodeProto]:
     """The nodes from the one that makes a tensor back to the product of two computed tensors that it comes from.
 
-    Args:
-        model: prepared float model.
-        tensor: what Softmax reads.
-        between: types of the nodes that may lie between; each result on the way is read once.
-
-    Returns:
-        The nodes, the last first and the MatMul at the end; none where there is no such product.
+    The last node first, the MatMul at the end; none where there is no such product. Types of `between` may lie between;
+    each result on the way is read once.
     """
     node = alone(model, tensor)
     if node is None or node.domain:

@@ -25,11 +25,7 @@ EPSILON = 1e-5  # InstanceNormalization's default
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     """Normalize one channel instead of its multiples; fires on the norm."""
-    return each_node(model, only, ["InstanceNormalization"], _put)
-
-
-def _put(model: Model, edit: Edit, norm: NodeProto) -> None:
-    edit.replace(norm, _pointwise(model, edit, norm))
+    return each_node(model, only, ["InstanceNormalization"], _pointwise)
 
 
 def _one_channel(model: Model, norm: NodeProto) -> NodeProto:
@@ -49,8 +45,7 @@ def _one_channel(model: Model, norm: NodeProto) -> NodeProto:
     return conv
 
 
-def _pointwise(model: Model, edit: Edit, norm: NodeProto) -> list[NodeProto]:
-    """The nodes in place of a norm; the last makes its output."""
+def _pointwise(model: Model, edit: Edit, norm: NodeProto) -> None:
     conv = _one_channel(model, norm)
     weight, gain, shift = (model.array(t) for t in (conv.input[1], *norm.input[1:]))
     dtype, along = weight.dtype, (1, -1, *(1,) * (weight.ndim - 2))
@@ -73,4 +68,4 @@ def _pointwise(model: Model, edit: Edit, norm: NodeProto) -> list[NodeProto]:
     deviation = step("Sqrt", step("Add", step("Mul", variance, square), epsilon))
     scaled = step("Mul", centred, step("Div", factor, deviation))
     step("Add", scaled, edit.constant(f"{norm.name}_shift", shift.reshape(along)), output=norm.output[0])
-    return steps
+    edit.replace(norm, steps)

@@ -57,12 +57,7 @@ def dequantized(
 ) -> list[NodeProto]:
     """The new nodes that dequantize the same codes with one scale; none if `made` already holds that one.
 
-    Args:
-        model: the codes and their float type.
-        edit: takes the constants.
-        made: (codes, scales) -> the new DequantizeLinear; receives it.
-        dequantize: per channel.
-        common: the scale.
+    `made`, (codes, scales) -> the new DequantizeLinear, receives it.
     """
     codes, scale = dequantize.input[:2]
     if (codes, scale) in made:
