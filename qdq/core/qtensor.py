@@ -309,14 +309,7 @@ def scale_of_scales(largest: float, fmt: Format) -> float:
 
 
 def stored_scales(
-    scale: Floats,
-    shape: Sequence[int],
-    dtype: str,
-    *,
-    axis: int,
-    block: int,
-    fmt: Format,
-    most: float | None = None,
+    scale: Floats, shape: Sequence[int], dtype: str, *, axis: int, block: int, fmt: Format, most: float | None = None
 ) -> QParams:
     """Parameters of a blocked weight from the scales wanted: positive, and exact in the types that store them.
 

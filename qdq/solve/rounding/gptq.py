@@ -105,8 +105,5 @@ def _sweep(W: Floats, scale: Floats, H: Floats, low: int, high: int, kind: Kind)
 
 
 ROUNDING = Rounding(
-    block_scales=block_scales,
-    round_rows=round_rows,
-    needs_moments=True,
-    settings=("damping", "act_order"),
+    block_scales=block_scales, round_rows=round_rows, needs_moments=True, settings=("damping", "act_order")
 )
