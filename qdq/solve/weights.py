@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
 
+from qdq.core.arrays import Floats, Singles
 from qdq.core.formats import FORMATS, Format
 from qdq.core.qtensor import (
     CHUNK,
@@ -38,9 +38,9 @@ from qdq.core.qtensor import (
     to_codes,
     weight_params,
 )
-from qdq.core.resources import cores
+from qdq.core.resources import on_all_cores
 from qdq.plan.spec import Spec
-from qdq.solve.rounding import ROUNDINGS, Floats, Kind, Rounding, Singles, gptq, nearest
+from qdq.solve.rounding import ROUNDINGS, Kind, Rounding, gptq, nearest
 
 # Multiples of a channel's INT8 scale that its largest block scale is tried at; -8 times 16 is INT8's -128.
 LARGEST_MULTIPLES = range(8, 17)
@@ -192,11 +192,9 @@ class _Blocks:
         first = better.start if better else method.round_rows
         codes = first(wide, every, moment, low=low, high=high, kind=kind, damping=damping, act_order=act_order)
         if better is not None:
-            codes, fitted = better.refine(
-                wide, codes, scale.astype(np.float64), moment, low=low, high=high, damping=damping
-            )
+            codes, fitted = better.refine(wide, codes, scale.astype(np.float64), moment, low, high, damping)
             scale = representable(fitted, self.values.dtype.name)
-            codes = better.settle(wide, codes, _every(scale, block), moment, low=low, high=high, damping=damping)
+            codes = better.settle(wide, codes, _every(scale, block), moment, low, high, damping)
         plain, _ = stored(nearest.block_scales(view, None, low=low, high=high))
         codes, scale = _no_worse(wide, codes, scale, plain, moment, fmt)
         return self._tensor(codes, scale, second=second)
@@ -232,9 +230,7 @@ class _Blocks:
             wide, every = rows.astype(np.float64), _every(scale[part], block)
             codes[part] = round_rows(wide, every, None, low=fmt.low, high=fmt.high)
 
-        with ThreadPoolExecutor(cores()) as pool:
-            for _ in pool.map(work, range(0, flat.shape[0], step)):
-                pass
+        on_all_cores(work, range(0, flat.shape[0], step))
         return self._tensor(codes, scale, channel=channel)
 
     def _rows(self) -> tuple[Singles, Singles]:
@@ -291,11 +287,11 @@ def _every(scale: Singles, block: int) -> Floats:
 def _no_worse(
     wide: Floats,
     codes: Floats,
-    scale: npt.NDArray[np.float32],
-    plain: npt.NDArray[np.float32],
+    scale: Singles,
+    plain: Singles,
     moment: Floats,
     fmt: Format,
-) -> tuple[Floats, npt.NDArray[np.float32]]:
+) -> tuple[Floats, Singles]:
     """For each row the better of its codes and the nearest ones with scales that clip nothing, by output error."""
     block = wide.shape[1] // scale.shape[1]
     every = np.repeat(plain, block, axis=1).astype(np.float64)
@@ -306,11 +302,11 @@ def _no_worse(
 
 
 def _two_levels(
-    view: npt.NDArray[np.float32],
-    scales: npt.NDArray[np.float32],
-    importance: npt.NDArray[np.float32] | None,
+    view: Singles,
+    scales: Singles,
+    importance: Singles | None,
     fmt: Format,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+) -> tuple[Singles, Singles]:
     """Block scales as whole multiples of one scale per channel, so that every value is an INT8 code of the channel.
 
     Args:

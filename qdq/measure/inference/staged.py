@@ -37,12 +37,7 @@ class Stages:
     """A model cut into stages, and what is kept of each sample between them. A context manager: it may hold files."""
 
     def __init__(
-        self,
-        model: Model,
-        wanted: Sequence[Collection[str]],
-        samples: Iterable[Sample],
-        *,
-        memory: int | None = None,
+        self, model: Model, wanted: Sequence[Collection[str]], samples: Iterable[Sample], *, memory: int | None = None
     ) -> None:
         """Cut the model up and take the samples' inputs over; nothing is run yet.
 

@@ -79,9 +79,7 @@ def find(model: Model, tensor: str, channels: int, *, readers: Iterable[Weighted
 
 
 def carried(
-    model: Model,
-    nodes: Mapping[str, WeightedNode],
-    divisors: Mapping[str, npt.NDArray[np.float32]],
+    model: Model, nodes: Mapping[str, WeightedNode], divisors: Mapping[str, npt.NDArray[np.float32]]
 ) -> dict[str, Carrier]:
     """The constants that can take divisors, tensor by tensor; a Mul does it for the others.
 

@@ -88,10 +88,7 @@ def candidates(plan: Plan, nodes: Mapping[str, WeightedNode]) -> dict[str, list[
 
 
 def look(
-    model: Model,
-    readers: Mapping[str, Sequence[WeightedNode]],
-    samples: Iterable[Sample],
-    on_progress: Progress | None,
+    model: Model, readers: Mapping[str, Sequence[WeightedNode]], samples: Iterable[Sample], on_progress: Progress | None
 ) -> dict[str, Channels]:
     """What samples show of some activation tensors.
 

@@ -163,12 +163,7 @@ def _peaks(matrix: npt.NDArray[np.floating], s: Floats) -> Floats:
 
 
 def _noise(
-    rows: Floats,
-    matrices: list[npt.NDArray[np.floating]],
-    read: Floats,
-    s: Floats,
-    params: QParams,
-    limit: int,
+    rows: Floats, matrices: list[npt.NDArray[np.floating]], read: Floats, s: Floats, params: QParams, limit: int
 ) -> float:
     """Predicted error power at the consumers' outputs per position, for channels divided by s.
 
