@@ -25,7 +25,7 @@ from qdq.plan.plan import Plan
 from qdq.plan.spec import Spec
 from qdq.plan.weighted_node import WeightedNode
 from qdq.solve.equalize.channels import Equalized, candidates, look
-from qdq.solve.equalize.formulas import FORMULAS
+from qdq.solve.equalize.formulas import Formula
 from qdq.solve.shift import shifts
 
 HEADROOM = 1.25  # range of an equalized tensor over its calibrated one: equalized channels all lie near the limit
@@ -38,7 +38,7 @@ def equalized(
     params: Mapping[str, QParams],
     samples: Iterable[Sample],
     *,
-    formula: str,
+    formula: Formula,
     on_progress: Progress | None = None,
 ) -> dict[str, Equalized]:
     """Decide which tensors to equalize.
@@ -47,19 +47,12 @@ def equalized(
     and clipping error of sampled channel vectors weighted by the squared weights that read them, plus the weights' own
     rounding error at the mean power of the inputs.
 
-    Args:
-        model: the prepared float model.
-        plan: its points.
-        nodes: its weighted nodes by name.
-        params: activation tensor -> parameters without equalization; other tensors are left alone.
-        samples: re-iterable calibration samples; at most `gram.MAX_SAMPLES` of them are run.
-        formula: a name in `FORMULAS`.
-        on_progress: called with (samples done, samples in all or None, text).
+    `params` are those without equalization; tensors that they lack are left alone. At most `second_moments.MAX_SAMPLES`
+    of the samples, which are read more than once, are run.
 
     Returns:
         Tensor -> scales and parameters, for those with a predicted gain of at least what the formula asks for.
     """
-    method = FORMULAS[formula]
     wanted = {tensor: readers for tensor, readers in candidates(plan, nodes).items() if tensor in params}
     points = {p.tensor: p for p in plan.activations}
     seen = look(model, wanted, samples, on_progress)
@@ -77,7 +70,7 @@ def equalized(
         shifted = shifts(model, points[tensor])
         limit = min(FORMATS[node.spec.format].high for node in readers)  # of the coarsest weight
         plain = _noise(rows, matrices, read, np.ones_like(amax), params[tensor], limit)
-        for s in (t.astype(np.float32).astype(np.float64) for t in method.candidates(amax, wmax)):
+        for s in (t.astype(np.float32).astype(np.float64) for t in formula.candidates(amax, wmax)):
             low = HEADROOM * min(float((limits.low / s).min()), 0.0)
             high = HEADROOM * max(float((limits.high / s).max()), 0.0)
             if high - low <= 0:
@@ -87,7 +80,7 @@ def equalized(
             divided = QParams(scale=stored, zero_point=zero_point, format=fmt.name)
             equalized = _noise(rows, matrices, read, s, divided, limit)
             gain_db = 10 * np.log10(plain / equalized) if equalized > 0 and plain > 0 else 0.0
-            if gain_db >= method.minimum_gain_db and (tensor not in found or gain_db > found[tensor].gain_db):
+            if gain_db >= formula.minimum_gain_db and (tensor not in found or gain_db > found[tensor].gain_db):
                 found[tensor] = Equalized(scale=s.astype(np.float32), params=divided, gain_db=float(gain_db))
     return found
 

@@ -47,13 +47,8 @@ def errors(
 ) -> dict[str, Errors]:
     """What the roundings of some tensors and of the weights that read them do to the products.
 
-    Args:
-        model: the prepared float model.
-        readers: tensor -> all that reads it; each is a Gemm or MatMul.
-        params: tensor -> parameters with one scale.
-        divisors: tensor -> (channels,) what its channels are divided by for that scale.
-        samples: re-iterable; at most `gram.MAX_SAMPLES` of them are run.
-        on_progress: called with (samples done, samples in all or None, text).
+    `readers` are all that reads a tensor, each a Gemm or MatMul; `params` have one scale, for channels that are divided
+    by `divisors`, (channels,) each. At most `second_moments.MAX_SAMPLES` of the samples are run.
     """
     found = {}
     for tensor, seen in look(model, readers, samples, on_progress).items():
