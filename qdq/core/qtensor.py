@@ -165,10 +165,6 @@ def _coded(q: Singles, fmt: Format) -> Array:
 def to_codes(x: Array, params: QParams) -> Array:
     """Quantize: clip(round_half_even(x / scale) + zero_point, low, high).
 
-    Args:
-        x: any shape, float.
-        params: per tensor, per axis or per block.
-
     Returns:
         x's shape in the format's storage dtype; with blocks, padded with zero codes to whole blocks.
 
@@ -197,10 +193,6 @@ def to_codes(x: Array, params: QParams) -> Array:
 
 def from_codes(codes: Array, params: QParams) -> Singles:
     """Dequantize: (codes - zero_point) * scale.
-
-    Args:
-        codes: any shape, codes of the format.
-        params: as in `to_codes`.
 
     Returns:
         codes' shape, float32; of a blocked axis only `params.length` elements where that is known.
@@ -252,11 +244,6 @@ def weight_params(weight: Array, *, axis: int, fmt: Format) -> QParams:
     A dead channel (all zeros) takes the largest scale of the others, an all-zero weight takes 1: any positive scale is
     exact there, and TensorRT's parser refuses a zero scale.
 
-    Args:
-        weight: any shape, float.
-        axis: the output channel axis.
-        fmt: the bit format.
-
     Returns:
         scale: (weight.shape[axis],) float32, exact in the weight's own float type.
 
@@ -275,13 +262,9 @@ def weight_params(weight: Array, *, axis: int, fmt: Format) -> QParams:
 
 
 def block_params(weight: Array, *, axis: int, block: int, fmt: Format) -> QParams:
-    """Symmetric scales of a weight, one per block: amax / high. A block of zeros takes the largest scale.
+    """Symmetric scales of a weight whose `axis` is cut into blocks: amax / high. Zeros fill up the last block.
 
-    Args:
-        weight: any shape, float.
-        axis: the axis that is cut into blocks.
-        block: elements in a block; the last block is filled up with zeros.
-        fmt: the bit format.
+    A block of zeros takes the largest scale.
 
     Returns:
         scale: the weight's shape with the number of blocks along `axis`; exact in the weight's own float type.
@@ -297,11 +280,7 @@ def scale_of_scales(largest: float, fmt: Format) -> float:
     """The scale of block scales that are codes themselves: largest / (their largest code), up to a power of two.
 
     A power of two, and no smaller than FP16's smallest normal number: it and the block scales are then the same numbers
-    in every float type. A binade at the low end of E4M3's 18 is what that costs.
-
-    Args:
-        largest: of the block scales.
-        fmt: the bit format.
+    in every float type. A binade at the low end of E4M3's 18 is what that costs. `largest` is of the block scales.
 
     >>> scale_of_scales(1.0, FORMATS["nvfp4"])
     0.00390625

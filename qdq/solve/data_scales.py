@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 
+from qdq.core.arrays import Singles
 from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams
@@ -38,7 +38,7 @@ class DataScales:
     """
 
     params: Mapping[str, QParams]
-    divisors: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    divisors: Mapping[str, Singles] = field(default_factory=dict)
     tokens: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
+from qdq.core.arrays import Singles
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams
 from qdq.measure.inference.samples import Sample
@@ -88,7 +86,7 @@ def by_error(
     plan: Plan,
     nodes: Mapping[str, WeightedNode],
     params: Mapping[str, QParams],
-    divisors: Mapping[str, npt.NDArray[np.float32]],
+    divisors: Mapping[str, Singles],
     samples: Iterable[Sample],
     *,
     on_progress: Progress | None = None,

@@ -167,11 +167,8 @@ class _Walk:
         """Gain and bias of a normalization."""
         names = [name for name in node.input[1:3] if name]
         vectors = all(self._model.is_constant(n) and self._shape(n) == (self._channels,) for n in names)
-        if not names or not vectors:
-            return None
-        return Carrier(
-            operands=tuple(CarryingConstant(node=node.name, index=1 + i, trailing=0) for i in range(len(names)))
-        )
+        operands = (CarryingConstant(node=node.name, index=1 + i, trailing=0) for i in range(len(names)))
+        return Carrier(operands=tuple(operands)) if names and vectors else None
 
     def _linear(self, node: NodeProto) -> Carrier | None:
         """Output channels of a weight that nothing else reads, and the bias."""
@@ -184,15 +181,13 @@ class _Walk:
         spatial = len(shape) - 2 if node.op_type == "Conv" else 0
         if len(shape) < 2 or spatial != self._trailing or shape[outputs] != self._channels:
             return None
-        operands = [CarryingConstant(node=node.name, index=1, trailing=len(shape) - outputs - 1)]
-        if bias:
-            operands.append(CarryingConstant(node=node.name, index=2, trailing=0))
-        return Carrier(operands=tuple(operands), linear=node.name)
+        weight = CarryingConstant(node=node.name, index=1, trailing=len(shape) - outputs - 1)
+        added = (CarryingConstant(node=node.name, index=2, trailing=0),) if bias else ()
+        return Carrier(operands=(weight, *added), linear=node.name)
 
     def _pointwise(self, node: NodeProto) -> Carrier | None:
         """A constant per channel; of a sum the other side too, of a product with none any one side."""
         constant = [index for index in (0, 1) if self._model.is_constant(node.input[index])]
-        product = node.op_type in ("Mul", "Div")
         if not constant:
             if node.input[0] == node.input[1]:  # a square would take the factor twice
                 return None
@@ -202,7 +197,7 @@ class _Walk:
         if len(constant) > 1 or not self._per_channel(node, index) or (node.op_type == "Div" and index == 0):
             return None
         own = CarryingConstant(node=node.name, index=index, trailing=self._trailing, inverse=node.op_type == "Div")
-        if product:
+        if node.op_type in ("Mul", "Div"):
             return Carrier(operands=(own,))
         rest = self._inner(node.input[1 - index])
         return Carrier(operands=(own, *rest.operands), linear=rest.linear) if rest is not None else None

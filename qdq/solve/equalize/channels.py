@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qdq.core.arrays import Floats
+from qdq.core.arrays import Floats, Singles
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams
 from qdq.measure import second_moments
@@ -32,7 +32,7 @@ class Equalized:
         gain_db: predicted fall of the error at the consumers' outputs.
     """
 
-    scale: npt.NDArray[np.float32]
+    scale: Singles
     params: QParams
     gain_db: float
 
@@ -47,7 +47,7 @@ class Channels:
     """
 
     limits: ChannelRange
-    parts: tuple[npt.NDArray[np.float32], ...]
+    parts: tuple[Singles, ...]
 
     def merge(self, other: Channels) -> Channels:
         """What both show."""

@@ -2,7 +2,7 @@
 
 Model + Plan + parameters + samples -> per tensor (channel scales, new parameters) where that is predicted to pay.
 The float outputs stay equal. `insert` writes the division as one Mul in front of the quantizer, which the compiler
-fuses into the kernel there. This module must not change the graph; the formulas are in `qdq.equalize`.
+fuses into the kernel there. This module must not change the graph; the formulas are in `formulas`.
 """
 
 from __future__ import annotations
@@ -96,8 +96,7 @@ def weight_error(matrix: npt.NDArray[np.floating], spec: Spec, power: Floats, s:
     """Error power of a product by its weight's codes, half a step each way at most, for inputs of some power."""
     block = spec.block or matrix.shape[0]
     starts = np.arange(0, matrix.shape[0], block)
-    powers = np.add.reduceat(power, starts)
-    total = 0.0
+    powers, total = np.add.reduceat(power, starts), 0.0
     step = max(1, CHUNK // max(matrix.shape[0], 1))
     for start in range(0, matrix.shape[1], step):
         scaled = np.abs(matrix[:, start : start + step, 0].astype(np.float64)) * s[:, None]
@@ -117,11 +116,10 @@ def by_input(model: Model, node: WeightedNode) -> npt.NDArray[np.floating]:
 def _pieces(matrix: npt.NDArray[np.floating]) -> list[tuple[slice, slice]]:
     """Parts of the input and output channels, each of about CHUNK weights, that cut the longer way in memory."""
     inputs, outputs, taps = matrix.shape
-    if matrix.strides[0] >= matrix.strides[1]:
-        step = max(1, CHUNK // max(outputs * taps, 1))
-        return [(slice(i, i + step), slice(None)) for i in range(0, inputs, step)]
-    step = max(1, CHUNK // max(inputs * taps, 1))
-    return [(slice(None), slice(i, i + step)) for i in range(0, outputs, step)]
+    by_inputs = matrix.strides[0] >= matrix.strides[1]
+    step = max(1, CHUNK // max((outputs if by_inputs else inputs) * taps, 1))
+    parts = [slice(i, i + step) for i in range(0, inputs if by_inputs else outputs, step)]
+    return [(part, slice(None)) if by_inputs else (slice(None), part) for part in parts]
 
 
 def sizes(matrix: npt.NDArray[np.floating]) -> tuple[Floats, Floats]:
@@ -142,8 +140,7 @@ def sizes(matrix: npt.NDArray[np.floating]) -> tuple[Floats, Floats]:
 
 def _peaks(matrix: npt.NDArray[np.floating], s: Floats) -> Floats:
     """(output channels,) the largest magnitude of the weights of each, multiplied by the channel scales."""
-    most = np.zeros(matrix.shape[1])
-    factor = s.astype(np.float32)[:, None, None]
+    most, factor = np.zeros(matrix.shape[1]), s.astype(np.float32)[:, None, None]
 
     def look(piece: tuple[slice, slice]) -> Floats:
         scaled = np.asarray(matrix[piece] * factor[piece[0]], dtype=np.float32)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from qdq.core.arrays import Singles
 from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams
@@ -40,7 +40,7 @@ def errors(
     model: Model,
     readers: Mapping[str, Sequence[WeightedNode]],
     params: Mapping[str, QParams],
-    divisors: Mapping[str, npt.NDArray[np.float32]],
+    divisors: Mapping[str, Singles],
     samples: Iterable[Sample],
     *,
     on_progress: Progress | None = None,
