@@ -18,12 +18,7 @@ D = TypeVar("D", bound=Document)
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, resumed: bool = False) -> None:
-    """Write a UTF-8 file whole or not at all.
-
-    Args:
-        path: the file to write; an existing one is replaced.
-        text: its content.
-        resumed: as in `new_files`: what a killed run left is replaced by the next.
+    """Write a UTF-8 file whole or not at all; an existing one is replaced. `resumed` as in `new_files`.
 
     Raises:
         InputError: the folder is missing or not writable.
@@ -32,12 +27,7 @@ def write_text(path: str | os.PathLike[str], text: str, *, resumed: bool = False
 
 
 def read_document(path: str | os.PathLike[str], kind: type[D], what: str) -> D:
-    """Read one of our JSON files.
-
-    Args:
-        path: the file.
-        kind: its declared model.
-        what: "plan" or "table", for messages.
+    """Read one of our JSON files by its declared model; `what` is "plan" or "table", for messages.
 
     Raises:
         InputError: missing, not JSON, of another kind or version, or a key that is missing, unknown or of another type.

@@ -100,9 +100,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType({row.name: row for row in _ROWS
 def require_targets(formats: Iterable[str], targets: Iterable[str]) -> None:
     """Refuse formats that a GPU generation cannot compile, before anything is measured.
 
-    Args:
-        formats: names in `FORMATS`.
-        targets: such as 'sm86'; a spelling without a number is left to the compiler to refuse.
+    A target is a name such as 'sm86'; a spelling without a number is left to the compiler to refuse.
 
     Raises:
         InputError: names the format, the target and the lowest one that has it.

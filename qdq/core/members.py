@@ -18,12 +18,7 @@ class Members(Mapping[str, T]):
     """File name -> the value that each file of a package defines under one name, in the order of the file names."""
 
     def __init__(self, package: str, attribute: str) -> None:
-        """Say where to look; nothing is loaded yet.
-
-        Args:
-            package: dotted name.
-            attribute: what each file calls its value.
-        """
+        """Say in which package, and what each file calls its value; nothing is loaded yet."""
         self._package, self._attribute = package, attribute
 
     def __iter__(self) -> Iterator[str]:

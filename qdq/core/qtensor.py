@@ -9,7 +9,6 @@ tensor before QuantizeLinear. Rounding is half to even, as in ONNX and TensorRT.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -17,8 +16,9 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from qdq.core.arrays import Singles
 from qdq.core.formats import FORMATS, Format
-from qdq.core.resources import cores
+from qdq.core.resources import on_all_cores
 
 SMALLEST_FP8 = 2.0**-9  # of E4M3
 LEAST_SECOND = 2.0**-14  # FP16's smallest normal number
@@ -26,7 +26,6 @@ CHUNK = 1 << 18  # elements worked on at a time, on each thread: 1 MB of float32
 
 Array = npt.NDArray[np.generic]
 T = TypeVar("T", bound=np.generic)
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +45,7 @@ class QParams:
         second: scale of the block scales where the format quantizes them themselves; `scale` holds the products.
     """
 
-    scale: Floats
+    scale: Singles
     zero_point: int = 0
     axis: int | None = None
     format: str = "int8"
@@ -91,7 +90,7 @@ class QTensor:
             compute_params=None if self.compute_params is None else cut(self.compute_params),
         )
 
-    def values(self) -> Floats:
+    def values(self) -> Singles:
         """What the product reads, dequantized: the tensor's shape without padding, float32."""
         values = from_codes(self.codes, self.params)
         if self.compute_params is not None:
@@ -99,7 +98,7 @@ class QTensor:
         return values
 
 
-def _along(scale: Floats, axis: int | None, rank: int) -> Floats:
+def _along(scale: Singles, axis: int | None, rank: int) -> Singles:
     if axis is None or scale.ndim == rank:
         return scale
     shape = [1] * rank
@@ -139,12 +138,22 @@ def in_chunks(work: Callable[[tuple[slice, slice]], None], view: Array) -> None:
         for part in parts():
             work(part)
         return
-    with ThreadPoolExecutor(cores()) as pool:
-        for _ in pool.map(work, parts()):
-            pass
+    on_all_cores(work, parts())
 
 
-def _coded(q: Floats, fmt: Format) -> Array:
+def block_amax(view: Array) -> Singles:
+    """(outer, blocks, 1, inner) largest magnitudes of the blocks of a view, float32; no copy as large as the view."""
+    found = np.empty((*view.shape[:2], 1, view.shape[3]), dtype=np.float32)
+
+    def work(part: tuple[slice, slice]) -> None:
+        x = view[part].astype(np.float32, copy=False)
+        found[part] = np.maximum(x.max(axis=2, keepdims=True), -x.min(axis=2, keepdims=True))
+
+    in_chunks(work, view)
+    return found
+
+
+def _coded(q: Singles, fmt: Format) -> Array:
     """Values on the scale of codes -> codes; `q` is overwritten."""
     if not fmt.integer:
         return np.clip(q, fmt.low, fmt.high, out=q).astype(fmt.dtype)  # the cast rounds half to even
@@ -155,10 +164,6 @@ def _coded(q: Floats, fmt: Format) -> Array:
 
 def to_codes(x: Array, params: QParams) -> Array:
     """Quantize: clip(round_half_even(x / scale) + zero_point, low, high).
-
-    Args:
-        x: any shape, float.
-        params: per tensor, per axis or per block.
 
     Returns:
         x's shape in the format's storage dtype; with blocks, padded with zero codes to whole blocks.
@@ -186,12 +191,8 @@ def to_codes(x: Array, params: QParams) -> Array:
     return np.asarray(np.clip(codes, fmt.low, fmt.high).astype(fmt.dtype))
 
 
-def from_codes(codes: Array, params: QParams) -> Floats:
+def from_codes(codes: Array, params: QParams) -> Singles:
     """Dequantize: (codes - zero_point) * scale.
-
-    Args:
-        codes: any shape, codes of the format.
-        params: as in `to_codes`.
 
     Returns:
         codes' shape, float32; of a blocked axis only `params.length` elements where that is known.
@@ -215,7 +216,7 @@ def from_codes(codes: Array, params: QParams) -> Floats:
     return np.asarray(centred * _along(params.scale, params.axis, codes.ndim), dtype=np.float32)
 
 
-def representable(scale: npt.ArrayLike, dtype: str) -> npt.NDArray[np.float32]:
+def representable(scale: npt.ArrayLike, dtype: str) -> Singles:
     """Round scales to the float type they will be stored in, never to zero.
 
     Args:
@@ -243,11 +244,6 @@ def weight_params(weight: Array, *, axis: int, fmt: Format) -> QParams:
     A dead channel (all zeros) takes the largest scale of the others, an all-zero weight takes 1: any positive scale is
     exact there, and TensorRT's parser refuses a zero scale.
 
-    Args:
-        weight: any shape, float.
-        axis: the output channel axis.
-        fmt: the bit format.
-
     Returns:
         scale: (weight.shape[axis],) float32, exact in the weight's own float type.
 
@@ -266,13 +262,9 @@ def weight_params(weight: Array, *, axis: int, fmt: Format) -> QParams:
 
 
 def block_params(weight: Array, *, axis: int, block: int, fmt: Format) -> QParams:
-    """Symmetric scales of a weight, one per block: amax / high. A block of zeros takes the largest scale.
+    """Symmetric scales of a weight whose `axis` is cut into blocks: amax / high. Zeros fill up the last block.
 
-    Args:
-        weight: any shape, float.
-        axis: the axis that is cut into blocks.
-        block: elements in a block; the last block is filled up with zeros.
-        fmt: the bit format.
+    A block of zeros takes the largest scale.
 
     Returns:
         scale: the weight's shape with the number of blocks along `axis`; exact in the weight's own float type.
@@ -280,15 +272,7 @@ def block_params(weight: Array, *, axis: int, block: int, fmt: Format) -> QParam
     >>> block_params(np.float32([[7.0], [1.0], [0.0], [14.0]]), axis=0, block=2, fmt=FORMATS["int4"]).scale.tolist()
     [[1.0], [2.0]]
     """
-    whole = blocked(padded(weight, axis, block), axis, block)
-    amax = np.empty((whole.shape[0], whole.shape[1], 1, whole.shape[3]), dtype=np.float32)
-
-    def work(part: tuple[slice, slice]) -> None:
-        x = whole[part].astype(np.float32, copy=False)
-        amax[part] = np.maximum(x.max(axis=2, keepdims=True), -x.min(axis=2, keepdims=True))
-
-    in_chunks(work, whole)
-    scale = amax / np.float32(fmt.high)
+    scale = block_amax(blocked(padded(weight, axis, block), axis, block)) / np.float32(fmt.high)
     return stored_scales(scale, weight.shape, weight.dtype.name, axis=axis, block=block, fmt=fmt)
 
 
@@ -296,11 +280,7 @@ def scale_of_scales(largest: float, fmt: Format) -> float:
     """The scale of block scales that are codes themselves: largest / (their largest code), up to a power of two.
 
     A power of two, and no smaller than FP16's smallest normal number: it and the block scales are then the same numbers
-    in every float type. A binade at the low end of E4M3's 18 is what that costs.
-
-    Args:
-        largest: of the block scales.
-        fmt: the bit format.
+    in every float type. A binade at the low end of E4M3's 18 is what that costs. `largest` is of the block scales.
 
     >>> scale_of_scales(1.0, FORMATS["nvfp4"])
     0.00390625
@@ -309,7 +289,7 @@ def scale_of_scales(largest: float, fmt: Format) -> float:
 
 
 def stored_scales(
-    scale: Floats, shape: Sequence[int], dtype: str, *, axis: int, block: int, fmt: Format, most: float | None = None
+    scale: Singles, shape: Sequence[int], dtype: str, *, axis: int, block: int, fmt: Format, most: float | None = None
 ) -> QParams:
     """Parameters of a blocked weight from the scales wanted: positive, and exact in the types that store them.
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from qdq.core.errors import InputError
 
 DEFAULT_BYTES = 4 << 30  # for the activations of all samples that run at a time, or half of the free memory if less
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+T = TypeVar("T")
 
 
 def parse_bytes(text: str) -> int:
@@ -49,6 +53,13 @@ def default_bytes() -> int:
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def on_all_cores(work: Callable[[T], None], items: Iterable[T]) -> None:
+    """Call `work` on each item, one per core at a time; raises what a call raises."""
+    with ThreadPoolExecutor(cores()) as pool:
+        for _ in pool.map(work, items):
+            pass
 
 
 class MemoryBudget:

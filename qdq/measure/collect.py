@@ -14,7 +14,9 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import numpy.typing as npt
@@ -83,7 +85,7 @@ def collect(
     groups = [tuple(part.tensors) for part in parts] + [g for g in layout.groups if not known.issuperset(g) or not g]
     tables: list[CalibrationTable] = []
     for number, group in enumerate(groups):
-        start = parts[number] if number < len(parts) else _empty(model)
+        start = parts[number] if number < len(parts) else CalibrationTable.empty(model)
         if number + 1 < len(parts):  # only the last one that a checkpoint holds may be incomplete
             tables.append(start)
             continue
@@ -208,10 +210,8 @@ def check_same(parts: Sequence[CalibrationTable], model: Model, samples: Iterabl
 
 def batch_dimension(model: Model) -> str | None:
     """The name of the open leading dimension that all inputs share: a sample then holds as many as its size says."""
-    shapes = [fed.shape for fed in model.inputs]
-    names = {shape[0] if shape else None for shape in shapes}
-    name = names.pop() if len(names) == 1 else None
-    return name if isinstance(name, str) else None
+    names = {fed.shape[0] if fed.shape else None for fed in model.inputs}
+    return next((name for name in names if len(names) == 1 and isinstance(name, str)), None)
 
 
 def _digests(sample: Sample, batch: str | None) -> Iterator[str]:
@@ -239,16 +239,8 @@ def _by_sample(
     return array, count if array.size % count == 0 else 1
 
 
-def _empty(model: Model) -> CalibrationTable:
-    return CalibrationTable(model_sha256=model.sha256, samples_sha256="", count=0, tensors={})
-
-
 def _first(samples: Iterable[Sample]) -> tuple[Sample, Iterable[Sample]]:
-    """The first sample, and all of them.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The first sample, and all of them; an InputError where there is none."""
     iterator = iter(samples)
     _, first = next(counted(iterator))
     return first, itertools.chain([first], iterator) if iterator is samples else samples
@@ -259,16 +251,12 @@ def key(model: Model, plan: Plan, *, provider: str = "cpu", custom_ops: Sequence
 
     Of the plan these are the tensors to measure and the rewrites of the float model, whatever its settings are.
     """
-    from importlib.metadata import PackageNotFoundError, version
-
     tensors = {point.tensor for point in plan.activations}
     rewrites = [(r.name, r.nodes) for r in plan.rewrites if r.name in FLOAT_REWRITES]
     runtimes = {}
     for package in ("onnxruntime", "onnxruntime-gpu"):
-        try:
+        with suppress(PackageNotFoundError):
             runtimes[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
         "model": model.sha256,
         "plan": hashlib.sha256(repr((sorted(tensors), rewrites)).encode()).hexdigest(),

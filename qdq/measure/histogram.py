@@ -70,9 +70,7 @@ class Histogram:
     def of(cls, values: npt.NDArray[np.floating], samples: int = 1) -> Histogram:
         """Count the values of one array.
 
-        Args:
-            values: any shape, float; finite.
-            samples: how many the array holds, equally long one after the other in C order.
+        It holds `samples` of them, equally long one after the other in C order.
 
         Raises:
             ValueError: an empty array, NaN or infinity.
@@ -94,16 +92,12 @@ class Histogram:
         amax = max(-low, high)
         peaks = sum((Fraction(peak) for peak in np.maximum(-lows, highs).tolist()), Fraction())
         exponent = _exponent(amax) if amax else None
-        if exponent is None:
-            counts = np.zeros(2 * BINS, dtype=np.int64)
-            counts[BINS] = flat.size
-        else:
-            counts = _count(flat, exponent)
+        counts = _count(flat, exponent or 0)  # zeros lie in bin 0 of any width
         return cls(exponent=exponent, counts=counts, low=low, high=high, samples=samples, peaks=peaks)
 
-    def coarsened(self, exponent: int) -> Counts:
+    def coarsened(self, exponent: int | None) -> Counts:
         """The same counts on the grid of a larger exponent: pairs of bins merge, nothing is lost but resolution."""
-        if self.exponent is None or exponent == self.exponent:
+        if self.exponent is None or exponent is None or exponent == self.exponent:
             return self.counts
         steps = exponent - self.exponent
         target = np.arange(-BINS, BINS, dtype=np.int64) >> min(steps, 62)
@@ -115,12 +109,9 @@ class Histogram:
         """The histogram of both sets of values; exact, commutative and associative."""
         known = [h.exponent for h in (self, other) if h.exponent is not None]
         exponent = max(known) if known else None
-        counts = (
-            self.counts + other.counts if exponent is None else self.coarsened(exponent) + other.coarsened(exponent)
-        )
         return Histogram(
             exponent=exponent,
-            counts=counts,
+            counts=self.coarsened(exponent) + other.coarsened(exponent),
             low=min(self.low, other.low),
             high=max(self.high, other.high),
             samples=self.samples + other.samples,

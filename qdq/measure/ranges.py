@@ -60,11 +60,8 @@ def choose(hist: Histogram, *, method: str, percentile: float, shift: bool, fmt_
     symmetric = float(representable(limit / fmt.high, dtype))
     if calibrator.least_error and hist.low == 0:  # the search above was for the shifted grid
         ratios = np.arange(16, 129) / 128
-        symmetric = float(
-            representable(
-                min((r * hist.amax / fmt.high for r in ratios), key=lambda s: squared_error(hist, s, 0, fmt)), dtype
-            )
-        )
+        scales = (r * hist.amax / fmt.high for r in ratios)
+        symmetric = float(representable(min(scales, key=lambda s: squared_error(hist, s, 0, fmt)), dtype))
     if shift:
         low, high = max(hist.low, -limit), min(hist.high, limit)
         if calibrator.least_error:

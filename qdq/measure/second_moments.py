@@ -16,7 +16,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from qdq.core.arrays import Floats
+from qdq.core.arrays import Floats, Singles
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams, to_codes
 from qdq.measure.inference.samples import Sample, counted, length
@@ -42,7 +42,7 @@ def collect(
     samples: Iterable[Sample],
     *,
     most_columns: int | None = None,
-    divisors: Mapping[str, npt.NDArray[np.float32]] = MappingProxyType({}),
+    divisors: Mapping[str, Singles] = MappingProxyType({}),
     on_progress: Progress | None = None,
 ) -> Grams:
     """Sum the second moments of the rows that each weight is multiplied with.
@@ -70,7 +70,7 @@ def collect(
 
         def found(readers: list[WeightedNode] = readers, session: Session = session) -> Iterator[dict[Weight, Moment]]:
             for index, sample in counted(samples):
-                values, codes = session(sample), dict[str, npt.NDArray[np.float32]]()
+                values, codes = session(sample), dict[str, Singles]()
                 for node in readers:
                     if (name := node.data) not in codes:
                         codes[name] = _centred(divided(values[name], divisors.get(name), node), params.get(name))
@@ -91,9 +91,7 @@ def _has_matrix(readers: Sequence[WeightedNode], most_columns: int | None) -> bo
     return small and not batched and len({node.groups for node in readers}) == 1
 
 
-def divided(
-    values: npt.NDArray[np.floating], divisor: npt.NDArray[np.float32] | None, node: WeightedNode
-) -> npt.NDArray[np.floating]:
+def divided(values: npt.NDArray[np.floating], divisor: Singles | None, node: WeightedNode) -> npt.NDArray[np.floating]:
     """A node's data operand with its channels divided: axis 1 of a Conv, else the last one."""
     if divisor is None:
         return values
@@ -101,7 +99,7 @@ def divided(
     return np.asarray(values / divisor.reshape(shape))
 
 
-def _centred(values: npt.NDArray[np.floating], params: QParams | None) -> npt.NDArray[np.float32]:
+def _centred(values: npt.NDArray[np.floating], params: QParams | None) -> Singles:
     """Integer codes less their zero point; where the kernel reads floats, these on a grid that keeps the sums exact."""
     if params is None:
         amax = float(np.abs(values).max()) if values.size else 0.0
@@ -131,8 +129,7 @@ class SampleSubset:
 def few(samples: Iterable[Sample]) -> SampleSubset:
     """The MAX_SAMPLES samples with the smallest hashes, all where there are no more; of a SampleSubset, itself.
 
-    Args:
-        samples: re-iterable; read once, unless their number is known and small.
+    The samples are read once, unless their number is known and small.
 
     Raises:
         InputError: there is no sample.
@@ -144,10 +141,8 @@ def few(samples: Iterable[Sample]) -> SampleSubset:
         return SampleSubset(samples, frozenset(range(total)))
     hashes = []
     for index, sample in counted(samples):
-        digest = hashlib.sha256()
-        for name in sorted(sample):
-            digest.update(np.ascontiguousarray(sample[name]).tobytes())
-        hashes.append((digest.digest(), index))
+        content = b"".join(np.ascontiguousarray(sample[name]).tobytes() for name in sorted(sample))
+        hashes.append((hashlib.sha256(content).digest(), index))
     return SampleSubset(samples, frozenset(index for _, index in sorted(hashes)[:MAX_SAMPLES]))
 
 
@@ -165,7 +160,7 @@ def _batches(weights: Mapping[Weight, Sequence[WeightedNode]]) -> list[list[Weig
     return batches
 
 
-def _moment(node: WeightedNode, codes: npt.NDArray[np.float32], rows: int) -> Moment:
+def _moment(node: WeightedNode, codes: Singles, rows: int) -> Moment:
     """(groups, columns, columns): second moment of up to `rows` input rows, evenly spaced."""
     if node.window is None:
         flat = codes.T if node.data_transposed else codes
@@ -182,9 +177,7 @@ def _spaced(length: int, count: int) -> npt.NDArray[np.int64]:
     return np.sort(np.random.default_rng(length).choice(length, count, replace=False))
 
 
-def _patches(
-    window: Window, kernel: tuple[int, ...], codes: npt.NDArray[np.float32], rows: int
-) -> npt.NDArray[np.float32]:
+def _patches(window: Window, kernel: tuple[int, ...], codes: Singles, rows: int) -> Singles:
     """(rows, channels * kernel) float32: the patches under sampled output positions, channel-major as in the weight."""
     spatial, strides, dilations, pads = len(kernel), window.strides, window.dilations, window.pads
     if window.auto_pad.startswith("SAME"):  # only where a dynamic size kept `prepare` from writing the pads

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -209,11 +209,9 @@ def _round(job: _Job, left: Sequence[int], count: int, pool: Pool) -> Iterator[t
     futures: dict[Future[CalibrationTable], int] = {}
     lost: tuple[type[BaseException], ...] = (BrokenExecutor, CancelledError, *pool.lost)
     with pool.open() as executor:
-        try:
+        with suppress(BrokenExecutor):  # a worker died already
             for i in left:
                 futures[executor.submit(_measure, job, i, count)] = i
-        except BrokenExecutor:
-            pass  # a worker died already
         try:
             for future in as_completed(futures):
                 try:
@@ -230,7 +228,7 @@ def _measure(job: _Job, index: int, count: int) -> CalibrationTable:
     model = rewritten(_prepared(job.model_path), job.plan.rewrites)
     shard = job.source().shard(index, count)
     if next(iter(shard), None) is None:
-        return CalibrationTable(model_sha256=model.sha256, samples_sha256="", count=0, tensors={})
+        return CalibrationTable.empty(model)
     return collect(
         model,
         job.plan,

@@ -27,11 +27,7 @@ S = TypeVar("S", bound=Statistic)
 
 
 def union(parts: Iterable[Mapping[K, S]]) -> dict[K, S]:
-    """Merge what several batches of values gave, key by key; a key may be missing in some.
-
-    Args:
-        parts: read one at a time.
-    """
+    """Merge what several batches of values gave, key by key, one batch at a time; a key may be missing in some."""
     found: dict[K, S] = {}
     for part in parts:
         for key, statistic in part.items():
@@ -74,11 +70,7 @@ class Moment:
 
     @classmethod
     def of(cls, rows: npt.NDArray[np.floating]) -> Moment:
-        """Sum over rows of integers.
-
-        Args:
-            rows: (groups, rows, columns), whole numbers of at most 2^8: up to 2^37 rows stay exact.
-        """
+        """Sum over (groups, rows, columns) whole numbers of at most 2^8: up to 2^37 rows stay exact."""
         wide = np.ascontiguousarray(rows, dtype=np.float64)
         return cls(sums=np.asarray(wide.transpose(0, 2, 1) @ wide))
 

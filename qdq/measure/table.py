@@ -84,6 +84,11 @@ class CalibrationTable:
     tensors: Mapping[str, Histogram]
     samples: tuple[str, ...] = ()
 
+    @classmethod
+    def empty(cls, model: Model) -> CalibrationTable:
+        """The table of no sample."""
+        return cls(model_sha256=model.sha256, samples_sha256="", count=0, tensors={})
+
     @property
     def repeated(self) -> int:
         """How many samples are in the table more than once."""
@@ -161,9 +166,7 @@ def samples_digest(samples: Iterable[str]) -> str:
 def merged(tables: Sequence[CalibrationTable], names: Sequence[str] = ()) -> CalibrationTable:
     """The table of all samples of some tables: the same as if they had been measured together.
 
-    Args:
-        tables: of the same model and tensors; at least one.
-        names: what to call each in messages.
+    `names` are what to call each in messages.
 
     Raises:
         StaleFileError: two of them are of different models or measured different tensors.
@@ -186,13 +189,8 @@ def merged(tables: Sequence[CalibrationTable], names: Sequence[str] = ()) -> Cal
     tensors = dict(first.tensors)
     for table in tables[1:]:
         tensors = {name: h.merge(table.tensors[name]) for name, h in tensors.items()}
-    return replace(
-        first,
-        samples_sha256=samples_digest(samples),
-        count=sum(t.count for t in tables),
-        tensors=tensors,
-        samples=samples,
-    )
+    count, digest = sum(t.count for t in tables), samples_digest(samples)
+    return replace(first, samples_sha256=digest, count=count, tensors=tensors, samples=samples)
 
 
 def _entry(name: str, h: Histogram) -> dict[str, object]:
@@ -211,11 +209,7 @@ def _entry(name: str, h: Histogram) -> dict[str, object]:
 
 
 def _histogram(entry: TensorCounts) -> Histogram:
-    """The histogram of an entry.
-
-    Raises:
-        ValueError: its figures contradict each other.
-    """
+    """The histogram of an entry; a ValueError where its figures contradict each other."""
     counts = np.zeros(2 * BINS, dtype=np.int64)
     first, size = entry.first_bin + BINS, len(entry.counts)
     if not 0 <= first < first + size <= 2 * BINS:

@@ -33,13 +33,8 @@ MAPPED = 1 << 20  # bytes; smaller external tensors are read into memory
 LARGE = 1 << 28  # bytes of external data in a model; above, weights are worked on one at a time and kept on disk
 IN_FILE_LIMIT = 1_900_000_000  # bytes; protobuf refuses a message of 2 GiB, the nodes need the rest
 STORE = "store"  # key of a tensor's external data: the folder that its location is in; `graph.load` takes it away
-_BITS: dict[int, int] = {
-    TensorProto.INT4: 4,
-    TensorProto.UINT4: 4,
-    TensorProto.FLOAT4E2M1: 4,
-    TensorProto.INT2: 2,
-    TensorProto.UINT2: 2,
-}
+_FOUR, _TWO = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1), (TensorProto.INT2, TensorProto.UINT2)
+_BITS: dict[int, int] = {**dict.fromkeys(_FOUR, 4), **dict.fromkeys(_TWO, 2)}
 
 
 def is_external(tensor: TensorProto) -> bool:
@@ -66,17 +61,19 @@ def is_large(tensors: Iterable[TensorProto]) -> bool:
 def placed(name: str, data_type: int, dims: Iterable[int], path: Path) -> TensorProto:
     """A tensor whose values are the whole of a file in a store.
 
-    Args:
-        name: of the tensor.
-        data_type: ONNX type.
-        dims: its shape.
-        path: a file of packed values, as ONNX stores them; it must stay as long as the tensor is in use.
+    The file holds packed values, as ONNX stores them; it must stay as long as the tensor is in use.
     """
-    tensor = TensorProto(name=name, data_type=data_type, dims=dims, data_location=TensorProto.EXTERNAL)
-    entries = {"location": path.name, "offset": 0, "length": path.stat().st_size, STORE: path.parent.absolute()}
-    for key, value in entries.items():
-        tensor.external_data.add(key=key, value=str(value))
+    tensor = TensorProto(name=name, data_type=data_type, dims=dims)
+    refer(tensor, location=path.name, offset=0, length=path.stat().st_size, **{STORE: path.parent.absolute()})
     return tensor
+
+
+def refer(tensor: TensorProto, **where: object) -> None:
+    """Say where a tensor's values lie: location, offset, length, and the store if it is in one."""
+    tensor.data_location = TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in where.items():
+        tensor.external_data.add(key=key, value=str(value))
 
 
 def without_store_key(tensor: TensorProto) -> None:
@@ -105,15 +102,9 @@ def tensor_bytes(tensor: TensorProto) -> int:
 
 
 def tensor_array(tensor: TensorProto, directory: Path) -> np.ndarray:
-    """The values of a stored tensor.
+    """The values of a tensor whose external data, if any, lie in a folder: its own type and shape, perhaps read-only.
 
-    Args:
-        tensor: from a model that was loaded from `directory`.
-        directory: the folder of its external data.
-
-    Returns:
-        The array in the tensor's own type and shape; it may be read-only. Large external data are mapped: they take
-        memory as they are looked at, until `release` or the end of the array.
+    Large external data are mapped: they take memory as they are looked at, until `release` or the end of the array.
 
     Raises:
         ModelError: the external data cannot be read.
@@ -145,11 +136,7 @@ class External:
 
     @classmethod
     def of(cls, tensor: TensorProto, directory: Path) -> External:
-        """Find and check the place.
-
-        Args:
-            tensor: an external tensor.
-            directory: the folder of its model.
+        """Find and check the place of an external tensor of a model in a folder.
 
         Raises:
             ModelError: the data file is missing, too short, outside the folder, or of another length than the shape.
@@ -185,11 +172,7 @@ class External:
 
 
 def stream(tensor: TensorProto, directory: Path) -> Iterator[bytes]:
-    """The bytes of an external tensor, in pieces of at most `CHUNK`.
-
-    Args:
-        tensor: an external tensor.
-        directory: the folder of its model.
+    """The bytes of an external tensor of a model in a folder, in pieces of at most `CHUNK`.
 
     Raises:
         ModelError: as `External.of`, or the data file cannot be read.
@@ -203,10 +186,7 @@ def stream(tensor: TensorProto, directory: Path) -> Iterator[bytes]:
                 left -= len(chunk)
                 yield chunk
     except OSError as error:
-        raise ModelError(
-            f"Cannot read the external data of tensor {tensor.name!r} from {place.path}: {error.strerror}. "
-            "Check the file and its permissions."
-        ) from None
+        raise _unreadable(tensor, place, error) from None
 
 
 def move(tensor: TensorProto, out: TensorProto, directory: Path, location: str, file: BinaryIO) -> None:
@@ -233,12 +213,10 @@ def move(tensor: TensorProto, out: TensorProto, directory: Path, location: str, 
         for chunk in stream(tensor, directory):
             file.write(chunk)
     else:
-        raw = tensor.raw_data if tensor.HasField("raw_data") else _packed(tensor)
-        file.write(raw)
+        raw = tensor if tensor.HasField("raw_data") else numpy_helper.from_array(numpy_helper.to_array(tensor))
+        file.write(raw.raw_data)
     moved = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, doc_string=tensor.doc_string)
-    moved.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", offset), ("length", file.tell() - offset)):
-        moved.external_data.add(key=key, value=str(value))
+    refer(moved, location=location, offset=offset, length=file.tell() - offset)
     out.CopyFrom(moved)
 
 
@@ -249,12 +227,11 @@ def _mapped(tensor: TensorProto, directory: Path) -> np.ndarray:
     try:
         return np.asarray(np.memmap(place.path, dtype, mode="r", offset=place.offset, shape=tuple(tensor.dims)))
     except OSError as error:
-        raise ModelError(
-            f"Cannot read the external data of tensor {tensor.name!r} from {place.path}: {error.strerror}. "
-            "Check the file and its permissions."
-        ) from None
+        raise _unreadable(tensor, place, error) from None
 
 
-def _packed(tensor: TensorProto) -> bytes:
-    """The raw bytes of a tensor that stores its values in a typed field."""
-    return bytes(numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data)
+def _unreadable(tensor: TensorProto, place: External, error: OSError) -> ModelError:
+    return ModelError(
+        f"Cannot read the external data of tensor {tensor.name!r} from {place.path}: {error.strerror}. "
+        "Check the file and its permissions."
+    )

@@ -9,7 +9,6 @@ It must not change a graph, modify a user's file, or hold all external weights i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,8 +24,6 @@ from qdq.model.nodes import all_tensors, captured, reads
 
 if TYPE_CHECKING:
     from onnx_graphsurgeon import Graph
-
-_QUANTIZED_OP = re.compile(r"[Qq]uantize|^QLinear|^Q(Attention|Gemm|Ordered)|(Conv|MatMul)Integer|NBits")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +62,9 @@ class Model:
     keeps: tuple[object, ...] = ()
 
     def replace(self, proto: ModelProto, *, keeps: object = None) -> Model:
-        """The same user's model with another graph.
+        """The same user's model with another graph: a changed copy, and the store of tensors that are new in it.
 
-        Args:
-            proto: the changed copy; its external tensors still lie in `directory`, or in a store.
-            keeps: the store of tensors that are new in it, if any.
-
-        Returns:
-            A new Model with the same directory and sha256.
+        External tensors still lie in `directory`, or in a store.
         """
         return replace(self, proto=proto, keeps=self.keeps if keeps in (None, *self.keeps) else (*self.keeps, keeps))
 
@@ -201,13 +193,7 @@ class Model:
         return {*self.initializers, *(i.name for i in self.inputs), *used}
 
     def array(self, name: str) -> np.ndarray:
-        """The values of an initializer, read from its side file if it has one.
-
-        Args:
-            name: an initializer.
-
-        Returns:
-            The array in the tensor's own type and shape; it may be read-only.
+        """The values of an initializer, read from its side file if it has one, in its own type; perhaps read-only.
 
         Raises:
             ModelError: the side file is gone, too short or outside the folder.
@@ -231,6 +217,3 @@ def _info(value: ValueInfoProto) -> TensorInfo:
     if tensor.HasField("shape"):
         shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
     return TensorInfo(name=value.name, dtype=dtype_name(tensor.elem_type), shape=shape)
-
-
-PROTOBUF_LIMIT = 2**31 - 1  # bytes

@@ -13,20 +13,14 @@ import numpy.typing as npt
 from onnx import NodeProto, helper
 
 from engines.core.nodes import factor, label, weight_axis
-
-Floats = npt.NDArray[np.float64]
+from qdq.core.arrays import Floats
 
 
 def channel_sums(node: NodeProto, weight: Floats, index: int = 1) -> Floats:
-    """Sum of a weight per output channel, as it stands in the output of the product.
+    """Sum of a weight per output channel, as it stands in the output of a Conv, Gemm or MatMul.
 
-    Args:
-        node: a Conv, Gemm or MatMul.
-        weight: values of its constant operand, or those of some output channels.
-        index: of this operand.
-
-    Returns:
-        (channels,), and of a MatMul what broadcasts with its output.
+    `weight` are the values of operand `index`, or those of some output channels. The sums are (channels,), of a MatMul
+    what broadcasts with its output.
     """
     if node.op_type == "MatMul":
         return np.asarray(weight.sum(axis=-2 if index else -1, keepdims=weight.ndim > 2 or not index))

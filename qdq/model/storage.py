@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,8 +16,11 @@ from engines.core.files import new_files
 from qdq.core.errors import InputError, ModelError
 from qdq.model.external import IN_FILE_LIMIT, External, is_external, move, stream, tensor_bytes, without_store_key
 from qdq.model.graphsurgeon import ModelSource, called, content, sort_nodes
-from qdq.model.model import _QUANTIZED_OP, PROTOBUF_LIMIT, Model
+from qdq.model.model import Model
 from qdq.model.nodes import all_nodes, all_tensors, without_initializers
+
+PROTOBUF_LIMIT = 2**31 - 1  # bytes
+_QUANTIZED_OP = re.compile(r"[Qq]uantize|^QLinear|^Q(Attention|Gemm|Ordered)|(Conv|MatMul)Integer|NBits")
 
 
 def load(source: ModelSource) -> Model:

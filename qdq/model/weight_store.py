@@ -44,9 +44,8 @@ _FOLDER: ContextVar[Path | None] = ContextVar("folder of finished weights", defa
 def kept(folder: Path) -> Iterator[None]:
     """Every large model that is solved inside keeps its finished weights in this folder; it goes when all went well.
 
-    Args:
-        folder: beside the output, on its file system; made when the first weight is done. Weights that an earlier run
-            left there are taken up if they are of the same model, settings, scales and version.
+    It is made when the first weight is done. Weights that an earlier run left there are taken up if they are of the
+    same model, settings, scales and version.
     """
     token = _FOLDER.set(folder)
     try:
@@ -76,14 +75,9 @@ class WeightStore:
         self.folder = folder.absolute()
 
     def weight(self, key: str, make: Callable[[], QTensor]) -> QTensor:
-        """A weight that an earlier run has finished, else a new one.
+        """A weight that an earlier run has finished under a hash of all that decides its codes, else a new one.
 
-        Args:
-            key: a hash of all that decides its codes.
-            make: quantizes it.
-
-        Returns:
-            The weight; its codes are a read-only view of a file unless they are few.
+        Its codes are a read-only view of a file unless they are few.
 
         Raises:
             InputError: the disk is full or not writable.
@@ -113,10 +107,6 @@ class WeightStore:
 
     def tensor(self, name: str, values: npt.NDArray[np.generic]) -> TensorProto:
         """A tensor of these values; they lie in a file of the store, in that of a weight where it holds just them.
-
-        Args:
-            name: of the tensor.
-            values: of any type.
 
         Raises:
             InputError: the disk is full or not writable.
@@ -158,13 +148,9 @@ class WeightStore:
         dtype, shape = np.dtype(FORMATS[params.format].dtype), tuple(head["shape"])
         if codes.stat().st_size != dtype.itemsize * int(np.prod(shape)):
             return None
-        if codes.stat().st_size < LEAST:
-            return QTensor(codes=np.fromfile(codes, dtype).reshape(shape), params=params, compute_params=compute_params)
-        return QTensor(
-            codes=np.asarray(np.memmap(codes, dtype, mode="r", shape=shape)),
-            params=params,
-            compute_params=compute_params,
-        )
+        few = codes.stat().st_size < LEAST
+        values = np.fromfile(codes, dtype).reshape(shape) if few else np.memmap(codes, dtype, mode="r", shape=shape)
+        return QTensor(codes=np.asarray(values), params=params, compute_params=compute_params)
 
 
 def key_of(*parts: object) -> str:

@@ -12,39 +12,24 @@ from qdq.core.members import Members
 
 
 class Calibrator(Protocol):
-    """Of `qdq.measure.calibrators.Calibrator`."""
+    """Of `qdq.measure.calibrators.Calibrator`: the settings that it reads, which mean nothing to others."""
 
-    @property
-    def settings(self) -> tuple[str, ...]:
-        """The settings that it reads, which mean nothing to others."""
+    settings: tuple[str, ...]
 
 
 class Rounding(Protocol):
-    """Of `qdq.solve.rounding.Rounding`."""
+    """Of `qdq.solve.rounding.Rounding`: its settings, what it looks at, and whether it needs blocks to differ."""
 
-    @property
-    def settings(self) -> tuple[str, ...]:
-        """The settings that it reads, which mean nothing to others."""
-
-    @property
-    def needs_moments(self) -> bool:
-        """Whether it looks at the second moments of the inputs."""
-
-    @property
-    def for_blocks(self) -> bool:
-        """Whether it is the rounding nearest where there are no blocks."""
+    settings: tuple[str, ...]
+    needs_moments: bool
+    for_blocks: bool
 
 
 class Formula(Protocol):
-    """Of `qdq.solve.equalize.formulas.Formula`."""
+    """Of `qdq.solve.equalize.formulas.Formula`: whether it is for quantized data, and how it balances weights."""
 
-    @property
-    def for_data(self) -> bool:
-        """Whether it is meant for data that are quantized, not for weight-only blocks alone."""
-
-    @property
-    def by_weights(self) -> object:
-        """How it balances weight-only blocks without second moments; None where it does not."""
+    for_data: bool
+    by_weights: object
 
 
 CALIBRATORS: Members[Calibrator] = Members("qdq.measure.calibrators", "CALIBRATOR")

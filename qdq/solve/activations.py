@@ -30,11 +30,7 @@ def activation_params(
 ) -> dict[str, QParams]:
     """Scale and zero point of every activation point.
 
-    Args:
-        model: the prepared float model.
-        plan: its points.
-        table: their histograms.
-        methods: tensor -> calibrator; that of the plan's settings for the others.
+    `methods` names the calibrator of a tensor; the others have that of the plan's settings.
 
     Raises:
         InputError: the settings say auto, and `methods` lacks a tensor.
@@ -50,19 +46,17 @@ def activation_params(
             shared.update(dict.fromkeys(members, union))
     chosen = {}
     for point in plan.activations:
-        dtype = model.dtype(point.tensor)
-        fmt = FORMATS[point.spec.format]
+        dtype, fmt = model.dtype(point.tensor), FORMATS[point.spec.format]
+        hist = shared.get(point.tensor, table.tensors[point.tensor])
         if not fmt.integer:  # relative precision: nothing is won by cutting the range
-            span = shared.get(point.tensor, table.tensors[point.tensor]).amax
             if fmt.scale_format:  # of the block scales, which are computed as the engine runs
-                scale = np.asarray(scale_of_scales((span or 1.0) / fmt.high, fmt), dtype=np.float32)
-                chosen[point.tensor] = QParams(scale=scale, format=fmt.name)
-                continue
-            scale = representable(span / fmt.high if span else 1.0, dtype)
+                scale = np.asarray(scale_of_scales((hist.amax or 1.0) / fmt.high, fmt), dtype=np.float32)
+            else:
+                scale = representable(hist.amax / fmt.high if hist.amax else 1.0, dtype)
             chosen[point.tensor] = QParams(scale=scale, format=fmt.name)
             continue
         chosen[point.tensor] = ranges.choose(
-            shared.get(point.tensor, table.tensors[point.tensor]),
+            hist,
             method=methods.get(point.tensor, plan.settings.calibrator),
             percentile=plan.settings.percentile,
             shift=shifts(model, point),

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 
+from qdq.core.arrays import Singles
 from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams
@@ -23,6 +23,7 @@ from qdq.plan.weighted_node import WeightedNode
 from qdq.solve import token_scales
 from qdq.solve.activations import activation_params, tie_notes
 from qdq.solve.equalize import choose
+from qdq.solve.equalize.formulas import formula
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,7 @@ class DataScales:
     """
 
     params: Mapping[str, QParams]
-    divisors: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    divisors: Mapping[str, Singles] = field(default_factory=dict)
     tokens: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -59,14 +60,8 @@ def data_scales(
 ) -> DataScales:
     """Scales, divisors and tokens of every data tensor.
 
-    Args:
-        model: the prepared float model.
-        plan: its points.
-        nodes: its weighted nodes by name.
-        table: ranges of the plan's activation tensors.
-        samples: None leaves channels as they are, and chooses tokens by range.
-        params: of every activation tensor, in place of what the plan's calibrator says.
-        on_progress: called with (done, in all or None, text).
+    Without `samples` channels are left as they are, and tokens are chosen by range; `params`, of every activation
+    tensor, take the place of what the plan's calibrator says of the table.
     """
     ties = () if params is not None else tie_notes(plan, table)
     params = activation_params(model, plan, table, {}) if params is None else params
@@ -97,11 +92,11 @@ def _equalized(
     on_progress: Progress | None,
 ) -> DataScales:
     """The same with divisors of the tensors that gain by them, of `compressed` or of all."""
-    formula = "smoothquant" if plan.settings.equalize == "auto" else plan.settings.equalize  # see `resolved`
-    if formula in ("none", "awq"):
+    method = formula(plan.settings.equalize)
+    if method is None or not method.for_data:
         return scales
     wanted = {t: p for t, p in scales.constant.items() if compressed is None or t in compressed}
-    found = choose.equalized(model, plan, nodes, wanted, samples, formula=formula, on_progress=on_progress)
+    found = choose.equalized(model, plan, nodes, wanted, samples, formula=method, on_progress=on_progress)
     if not found:
         return scales
     gains = sorted(e.gain_db for e in found.values())

@@ -7,14 +7,13 @@ value with its notes and changes nothing that it was given. This module must not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
 import numpy as np
-import numpy.typing as npt
 
-from qdq.core.arrays import Floats
+from qdq.core.arrays import Floats, Singles
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams, QTensor
@@ -26,11 +25,11 @@ from qdq.model.external import is_large, tensor_bytes
 from qdq.model.model import Model
 from qdq.model.weight_store import WeightStore, key_of
 from qdq.plan.plan import Plan
-from qdq.plan.settings import Settings
 from qdq.plan.weighted_node import Weight, WeightedNode, by_weight, weighted_nodes
 from qdq.solve.data_scales import DataScales, data_scales
 from qdq.solve.equalize import weight_only
 from qdq.solve.equalize.carriers import Carrier, carried, factors, scaled
+from qdq.solve.equalize.formulas import formula
 from qdq.solve.rounding import ROUNDINGS
 from qdq.solve.weights import quantize_weight
 
@@ -55,7 +54,7 @@ class Solution:
 
     nodes: Mapping[str, WeightedNode]
     activations: Mapping[str, QParams]
-    divisors: Mapping[str, npt.NDArray[np.float32]]
+    divisors: Mapping[str, Singles]
     weights: Mapping[Weight, QTensor]
     notes: tuple[str, ...]
     tokens: frozenset[str] = frozenset()
@@ -108,25 +107,20 @@ def solve(
     store = WeightStore() if is_large(model.graph.initializer) else None
     seen = replace(seen, divisors=balanced)
     weights = _weights(model, plan, nodes.values(), seen, divisors, factors(carriers, divisors), store, on_progress)
+    rescaled = (
+        f"{len(divisors)} tensors are rescaled per channel: {len(carriers)} inside the previous layer, "
+        f"{len(divisors) - len(carriers)} by one extra Mul each"
+    )
     return Solution(
         nodes=nodes,
         activations=data.params,
         divisors=divisors,
         weights=weights,
-        notes=(*data.notes, *seen.notes, *said, *_carrier_notes(carriers, divisors)),
+        notes=(*data.notes, *seen.notes, *said, *([rescaled] if divisors else [])),
         tokens=frozenset(data.tokens),
         store=store,
         carriers=carriers,
     )
-
-
-def _carrier_notes(carriers: Mapping[str, Carrier], divisors: Mapping[str, npt.NDArray[np.float32]]) -> Iterator[str]:
-    """How many tensors are divided by the layer before."""
-    if divisors:
-        yield (
-            f"of {len(divisors)} tensors whose channels are divided, {len(carriers)} are made so by the layer before; "
-            "the others cost one Mul"
-        )
 
 
 def _weights(
@@ -134,7 +128,7 @@ def _weights(
     plan: Plan,
     nodes: Iterable[WeightedNode],
     seen: _Moments,
-    divisors: Mapping[str, npt.NDArray[np.float32]],
+    divisors: Mapping[str, Singles],
     outputs: Mapping[str, Floats],
     store: WeightStore | None,
     on_progress: Progress | None,
@@ -151,7 +145,18 @@ def _weights(
 
             def make() -> QTensor:
                 values = scaled(model.array(reader.weight), reader, divisor, factor)
-                return _rounded(values, reader, settings, moments)
+                rounding = settings.rounding
+                if moments is None and ROUNDINGS[rounding].needs_moments:  # as well as can be without them
+                    rounding = "clip" if reader.spec.block else "nearest"
+                return quantize_weight(
+                    values,
+                    reader.spec,
+                    outputs=reader.output_axis,
+                    rounding=rounding,
+                    moments=moments,
+                    damping=settings.damping,
+                    act_order=settings.act_order,
+                )
 
             if store is None:
                 return make()
@@ -179,7 +184,7 @@ class _Moments:
     """
 
     grams: second_moments.Grams = field(default_factory=dict)
-    divisors: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    divisors: Mapping[str, Singles] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def of(self, reader: WeightedNode) -> Floats | None:
@@ -198,7 +203,8 @@ def _moments(
 ) -> _Moments:
     """Second moments for the weights whose rounding or balancing wants them."""
     settings, free = plan.settings, not ROUNDINGS[plan.settings.rounding].needs_moments
-    balance = settings.equalize not in ("none", "sinq")
+    method = formula(settings.equalize)
+    balance = method is not None and method.by_weights is None
     wanted = [n for n in nodes if not free or (balance and n.spec.weight_only and n.spec.block)]
     if not wanted:
         return _Moments()
@@ -228,21 +234,3 @@ def _check_values(model: Model, nodes: Iterable[WeightedNode]) -> None:
                 f"Weight {reader.weight!r} of the float model holds NaN or infinity: no scale fits it. "
                 f"Mend the model, or exclude {reader.name!r}."
             )
-
-
-def _rounded(
-    values: npt.NDArray[np.floating], reader: WeightedNode, settings: Settings, moments: Floats | None
-) -> QTensor:
-    """One weight rounded; where its inputs are not known, as well as can be without them."""
-    rounding = settings.rounding
-    if moments is None and ROUNDINGS[rounding].needs_moments:
-        rounding = "clip" if reader.spec.block else "nearest"
-    return quantize_weight(
-        values,
-        reader.spec,
-        outputs=reader.output_axis,
-        rounding=rounding,
-        moments=moments,
-        damping=settings.damping,
-        act_order=settings.act_order,
-    )

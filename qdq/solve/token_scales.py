@@ -12,9 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
+from qdq.core.arrays import Singles
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams
 from qdq.measure.inference.samples import Sample
@@ -34,7 +32,7 @@ class TokenClasses:
 
     Attributes:
         tokens: tensors with one scale per token.
-        compressed: tensors to equalize; None where the rule is about none, and the settings say it of all.
+        compressed: tensors to equalize; None if no tensor is subject to the rule: then the settings apply to every one.
         notes: what a person should know.
     """
 
@@ -46,11 +44,7 @@ class TokenClasses:
 def classes(plan: Plan, nodes: Mapping[str, WeightedNode], table: CalibrationTable, *, data: bool) -> TokenClasses:
     """Each tensor's class by its range.
 
-    Args:
-        plan: its points; `Spec.token` says which tensors the rule is about.
-        nodes: its weighted nodes by name.
-        table: their ranges.
-        data: whether there are samples; without them 'auto' is the paper's number.
+    `Spec.token` says which tensors the rule is about; without data, samples that is, 'auto' is the paper's number.
     """
     asked = [p for p in plan.activations if p.spec.token]
     if not asked:
@@ -92,21 +86,14 @@ def by_error(
     plan: Plan,
     nodes: Mapping[str, WeightedNode],
     params: Mapping[str, QParams],
-    divisors: Mapping[str, npt.NDArray[np.float32]],
+    divisors: Mapping[str, Singles],
     samples: Iterable[Sample],
     *,
     on_progress: Progress | None = None,
 ) -> tuple[str, ...]:
     """The tensors that get one scale per token because one for all would be worse, and felt.
 
-    Args:
-        model: the prepared float model.
-        plan: its points; nothing is chosen unless v1 is 'auto'.
-        nodes: its weighted nodes by name.
-        params: of the tensors that have one scale so far.
-        divisors: of those that are equalized.
-        samples: re-iterable calibration samples.
-        on_progress: called with (samples done, samples in all or None, text).
+    None unless v1 is 'auto'. `params` are of the tensors that have one scale so far, `divisors` of the equalized ones.
     """
     asked = {
         p.tensor: [nodes[name] for name, _ in p.uses]

@@ -18,16 +18,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
 
+from qdq.core.arrays import Floats, Singles
 from qdq.core.formats import FORMATS, Format
 from qdq.core.qtensor import (
     CHUNK,
+    Array,
     QParams,
     QTensor,
     blocked,
@@ -38,9 +39,9 @@ from qdq.core.qtensor import (
     to_codes,
     weight_params,
 )
-from qdq.core.resources import cores
+from qdq.core.resources import on_all_cores
 from qdq.plan.spec import Spec
-from qdq.solve.rounding import ROUNDINGS, Floats, Kind, Rounding, Singles, gptq, nearest
+from qdq.solve.rounding import ROUNDINGS, Kind, Rounding, gptq, nearest
 
 # Multiples of a channel's INT8 scale that its largest block scale is tried at; -8 times 16 is INT8's -128.
 LARGEST_MULTIPLES = range(8, 17)
@@ -65,15 +66,13 @@ def quantize_weight(
         rounding: a name in `ROUNDINGS`.
         moments: (groups, columns, columns) of the inputs, each group's for its share of the output channels; None
             rounds as the rounding does without data.
-        damping: of roundings that look at the moments, see `qdq.rounding.gptq`.
-        act_order: likewise.
-
-    Returns:
-        Codes and parameters. The same arguments give the same ones.
+        damping: of roundings that look at the moments, see `qdq.solve.rounding.gptq`.
+        act_order: as damping.
     """
     fmt, method = FORMATS[spec.format], ROUNDINGS[rounding]
-    if not fmt.integer and spec.block is None:
-        return _floating(values, spec, fmt)
+    if not fmt.integer and spec.block is None:  # nearest codes: the grid is dense where values are, which is enough
+        params = _params(values, spec.axis, fmt)
+        return QTensor(codes=to_codes(values, params), params=params)
     if spec.block is None:
         if moments is None or method.round_rows is None:
             params = _params(values, None if spec.axis is None else outputs, fmt)
@@ -92,12 +91,6 @@ def quantize_weight(
 def _kind(fmt: Format) -> Kind:
     """The type whose values the codes of a format have, None for integers."""
     return None if fmt.integer else fmt.dtype
-
-
-def _floating(values: npt.NDArray[np.floating], spec: Spec, fmt: Format) -> QTensor:
-    """Nearest codes of a floating-point format without blocks: its grid is dense where values are, which is enough."""
-    params = _params(values, spec.axis, fmt)
-    return QTensor(codes=to_codes(values, params), params=params)
 
 
 def _params(values: npt.NDArray[np.floating], axis: int | None, fmt: Format) -> QParams:
@@ -126,7 +119,7 @@ def _whole(
     return QTensor(codes=np.ascontiguousarray(shaped).astype(fmt.dtype), params=params)
 
 
-def _nearest(values: npt.NDArray[np.floating], params: QParams, outputs: int, fmt: Format) -> npt.NDArray[np.generic]:
+def _nearest(values: npt.NDArray[np.floating], params: QParams, outputs: int, fmt: Format) -> Array:
     """Nearest codes with one scale per output channel or in all, a piece at a time; those of `nearest.round_rows`."""
     shape = values.shape
     view = np.ascontiguousarray(values).reshape(math.prod(shape[:outputs]), shape[outputs], 1, -1)
@@ -192,11 +185,9 @@ class _Blocks:
         first = better.start if better else method.round_rows
         codes = first(wide, every, moment, low=low, high=high, kind=kind, damping=damping, act_order=act_order)
         if better is not None:
-            codes, fitted = better.refine(
-                wide, codes, scale.astype(np.float64), moment, low=low, high=high, damping=damping
-            )
+            codes, fitted = better.refine(wide, codes, scale.astype(np.float64), moment, low, high, damping)
             scale = representable(fitted, self.values.dtype.name)
-            codes = better.settle(wide, codes, _every(scale, block), moment, low=low, high=high, damping=damping)
+            codes = better.settle(wide, codes, _every(scale, block), moment, low, high, damping)
         plain, _ = stored(nearest.block_scales(view, None, low=low, high=high))
         codes, scale = _no_worse(wide, codes, scale, plain, moment, fmt)
         return self._tensor(codes, scale, second=second)
@@ -232,9 +223,7 @@ class _Blocks:
             wide, every = rows.astype(np.float64), _every(scale[part], block)
             codes[part] = round_rows(wide, every, None, low=fmt.low, high=fmt.high)
 
-        with ThreadPoolExecutor(cores()) as pool:
-            for _ in pool.map(work, range(0, flat.shape[0], step)):
-                pass
+        on_all_cores(work, range(0, flat.shape[0], step))
         return self._tensor(codes, scale, channel=channel)
 
     def _rows(self) -> tuple[Singles, Singles]:
@@ -255,27 +244,14 @@ class _Blocks:
         return stored
 
     def _tensor(
-        self,
-        codes: npt.NDArray[np.generic],
-        scale: Singles,
-        *,
-        channel: Singles | None = None,
-        second: float | None = None,
+        self, codes: Array, scale: Singles, *, channel: Singles | None = None, second: float | None = None
     ) -> QTensor:
         """Rows of codes and scales in the layout of the weight; `channel` are the scales of the second level."""
         fmt, whole, (axis, block) = self._fmt, self.whole, self._cut
-        typed = (
-            codes.astype(np.int8, copy=False).view(fmt.dtype) if fmt.integer else codes.astype(fmt.dtype, copy=False)
-        )
+        typed = codes.astype(np.int8 if fmt.integer else fmt.dtype, copy=False).view(fmt.dtype)
         scales = np.moveaxis(scale.reshape(*whole.shape[:-1], -1), -1, axis)
-        params = QParams(
-            scale=np.ascontiguousarray(scales),
-            axis=axis,
-            format=fmt.name,
-            block=block,
-            length=self.values.shape[axis],
-            second=second,
-        )
+        scales, length = np.ascontiguousarray(scales), self.values.shape[axis]
+        params = QParams(scale=scales, axis=axis, format=fmt.name, block=block, length=length, second=second)
         compute_params = None
         if channel is not None and self.spec.compute_format is not None:
             compute_params = QParams(scale=channel, axis=1 - axis, format=self.spec.compute_format)
@@ -289,13 +265,8 @@ def _every(scale: Singles, block: int) -> Floats:
 
 
 def _no_worse(
-    wide: Floats,
-    codes: Floats,
-    scale: npt.NDArray[np.float32],
-    plain: npt.NDArray[np.float32],
-    moment: Floats,
-    fmt: Format,
-) -> tuple[Floats, npt.NDArray[np.float32]]:
+    wide: Floats, codes: Floats, scale: Singles, plain: Singles, moment: Floats, fmt: Format
+) -> tuple[Floats, Singles]:
     """For each row the better of its codes and the nearest ones with scales that clip nothing, by output error."""
     block = wide.shape[1] // scale.shape[1]
     every = np.repeat(plain, block, axis=1).astype(np.float64)
@@ -306,18 +277,15 @@ def _no_worse(
 
 
 def _two_levels(
-    view: npt.NDArray[np.float32],
-    scales: npt.NDArray[np.float32],
-    importance: npt.NDArray[np.float32] | None,
+    view: Singles,
+    scales: Singles,
+    importance: Singles | None,
     fmt: Format,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+) -> tuple[Singles, Singles]:
     """Block scales as whole multiples of one scale per channel, so that every value is an INT8 code of the channel.
 
-    Args:
-        view: (rows, blocks, block, 1).
-        scales: (rows, blocks) wanted, zero for blocks of zeros.
-        importance: (columns,) weights of the squared errors, or None.
-        fmt: the format of the blocks.
+    `view` is (rows, blocks, block, 1); `scales` are the (rows, blocks) wanted, zero for blocks of zeros; `importance`
+    are (columns,) weights of the squared errors, or None.
 
     Returns:
         (rows,) channel scales, normal numbers of FP16, and (rows, blocks) multiples from 1 to 16, both float32.

@@ -12,14 +12,11 @@ from qdq.measure.ranges import asymmetric, squared_error
 
 def limit(hist: Histogram, fmt: Format, percentile: float) -> float:
     """The magnitude that minimises the squared error: grid of 1/64, then refined around the best by 1/512."""
-    if hist.low < 0 or not hist.high:
 
-        def error(ratio: float) -> float:
+    def error(ratio: float) -> float:
+        if hist.low < 0 or not hist.high:
             return squared_error(hist, ratio * hist.amax / fmt.high, 0, fmt)
-    else:
-
-        def error(ratio: float) -> float:
-            return squared_error(hist, *asymmetric(0.0, ratio * hist.amax, fmt), fmt)
+        return squared_error(hist, *asymmetric(0.0, ratio * hist.amax, fmt), fmt)
 
     coarse = min(np.arange(8, 65) / 64, key=error)
     fine = coarse + np.arange(-7, 8) / 512

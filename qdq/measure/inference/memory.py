@@ -69,11 +69,8 @@ def passes(
 
 def tensor_bytes(model: Model, sample: Sample) -> dict[str, int]:
     """Bytes of every computed tensor for one sample's shapes."""
-    bound: dict[str, int] = {}
-    for fed in model.inputs:
-        for dim, size in zip(fed.shape or (), np.shape(sample[fed.name]), strict=False):
-            if isinstance(dim, str):
-                bound[dim] = size
+    sized = (zip(i.shape or (), np.shape(sample[i.name]), strict=False) for i in model.inputs)
+    bound = {dim: size for dims in sized for dim, size in dims if isinstance(dim, str)}
     unknown = max((size for fed in model.inputs for size in np.shape(sample[fed.name])), default=1)
     sizes = {}
     for name in (output for node in model.graph.node for output in node.output if output):

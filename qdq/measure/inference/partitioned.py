@@ -19,7 +19,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from qdq.core.resources import MemoryBudget
-from qdq.model.external import MAPPED, External, is_external, is_packed, stream, tensor_array, tensor_bytes
+from qdq.model.external import MAPPED, External, embedded, is_external, is_packed, refer, tensor_array, tensor_bytes
 from qdq.model.model import Model
 from qdq.model.nodes import needed, reads, without_initializers
 from qdq.passes.draft import Draft
@@ -51,7 +51,7 @@ class Part:
 
 
 class PartitionedSession:
-    """As far as a Tap goes an `onnxruntime.InferenceSession`; may be run from several threads at once."""
+    """As far as a `Session` goes an `onnxruntime.InferenceSession`; may be run from several threads at once."""
 
     def __init__(self, model: Model, wanted: Sequence[str], start: Open) -> None:
         """Cut the model up; no session is open yet.
@@ -72,12 +72,7 @@ class PartitionedSession:
         self.inputs = tuple(dict.fromkeys(name for part in self._parts for name in part.inputs if name in fed))
 
     def run(self, wanted: Sequence[str], sample: Mapping[str, Array]) -> list[Array]:
-        """The wanted tensors of one sample.
-
-        Args:
-            wanted: some of those given at the start.
-            sample: input name -> array.
-        """
+        """The wanted tensors, some of those given at the start, of one sample: input name -> array."""
         values: dict[str, Array] = {name: sample[name] for name in self.inputs}
         for part in self._parts:
             with self._room.taken(sum(map(_working_bytes, part.weights.values()))):
@@ -157,17 +152,12 @@ def _give(proto: ModelProto, model: Model, read: Mapping[str, None]) -> dict[str
         tensor = model.initializers.get(name)
         if tensor is None:
             continue
-        if not is_external(tensor):
-            proto.graph.initializer.append(tensor)
-        elif tensor_bytes(tensor) >= MAPPED and not is_packed(tensor):
+        if is_external(tensor) and tensor_bytes(tensor) >= MAPPED and not is_packed(tensor):
             weights[name] = tensor
             shown = proto.graph.initializer.add()
             shown.CopyFrom(tensor)
             del shown.external_data[:]
-            for key, value in (("location", file.name), ("offset", 0), ("length", tensor_bytes(tensor))):
-                shown.external_data.add(key=key, value=str(value))
+            refer(shown, location=file.name, offset=0, length=tensor_bytes(tensor))
         else:
-            raw = b"".join(stream(tensor, model.directory))
-            inline = proto.graph.initializer.add(name=name, data_type=tensor.data_type, dims=tensor.dims)
-            inline.raw_data = raw
+            proto.graph.initializer.append(embedded(tensor, model.directory))
     return weights

@@ -33,10 +33,7 @@ R = TypeVar("R")
 def overlapped(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
     """`work(item)` of each item in the order of the items, on several threads; reads one item ahead, keeps none.
 
-    Args:
-        work: called on its own thread.
-        items: read on the caller's thread.
-        threads: calls at a time.
+    Items are read on the caller's thread; `threads` calls at a time.
     """
     with ThreadPoolExecutor(threads) as pool:
         pending: deque[Future[R]] = deque()

@@ -1,7 +1,7 @@
 """Run a float model in ONNX Runtime and see the tensors inside it.
 
-Model + tensor names -> Tap -> for each sample a mapping of tensor name to array; `overlapped` runs several at a time.
-A model with much external data is run in `parts`, so that its weights are never in memory together.
+Model + tensor names -> Session -> for each sample tensor name -> array; `overlapped` runs several at a time.
+A model with much external data is run in `partitioned`, so that its weights are never in memory together.
 A session runs each sample on `threads` threads: with one, a value depends on the sample alone, whatever the machine's
 cores or the samples beside it (on more, ONNX Runtime splits small products differently and the last bits change).
 This module must not keep a sample or an activation, and must not write files.
@@ -34,11 +34,7 @@ _LIBRARIES: ContextVar[tuple[str, ...]] = ContextVar("custom operator libraries"
 
 @contextmanager
 def registered(libraries: Sequence[str]) -> Iterator[None]:
-    """Every Tap made inside, by whichever stage, registers these custom operator libraries.
-
-    Args:
-        libraries: paths of ONNX Runtime custom operator libraries.
-    """
+    """Every session made inside, by whichever stage, registers the custom operator libraries of these paths."""
     token = _LIBRARIES.set((*_LIBRARIES.get(), *map(str, libraries)))
     try:
         yield
@@ -136,13 +132,7 @@ class Session:
         return options
 
     def __call__(self, sample: Sample) -> dict[str, npt.NDArray[np.floating]]:
-        """Run one sample.
-
-        Args:
-            sample: input name -> array, as the model's inputs demand.
-
-        Returns:
-            Wanted tensor name -> array in the tensor's own float type.
+        """Run one sample, input name -> array: wanted tensor name -> array in the tensor's own float type.
 
         Raises:
             InputError: onnxruntime cannot run the model on the sample.
@@ -168,9 +158,7 @@ def _with_outputs(model: Model, tensors: Sequence[str]) -> ModelProto:
     """A shallow model whose outputs are the tensors; ONNX Runtime prunes what they do not need."""
     proto = ModelProto()
     proto.CopyFrom(model.proto)
-    outputs = list(proto.graph.output)
+    known = {o.name: o for o in model.graph.output}
     del proto.graph.output[:]
-    known = {o.name: o for o in outputs}
-    for tensor in tensors:
-        proto.graph.output.append(known.get(tensor) or helper.make_empty_tensor_value_info(tensor))
+    proto.graph.output.extend(known.get(t) or helper.make_empty_tensor_value_info(t) for t in tensors)
     return proto

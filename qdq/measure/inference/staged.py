@@ -41,11 +41,8 @@ class Stages:
     ) -> None:
         """Cut the model up and take the samples' inputs over; nothing is run yet.
 
-        Args:
-            model: constants apart, the one that `run` is given.
-            wanted: computed tensors of each stage; none depends on one of a later stage.
-            samples: few, for all that is needed of them is kept; read once.
-            memory: bytes that are kept in memory at most; None for a share of `footprint.default_bytes`.
+        The tensors `wanted` of a stage depend on none of a later stage. The samples are few, for all that is needed of
+        them is kept: up to `memory` bytes, None for a share of `default_bytes`, in memory.
         """
         self._wanted = [frozenset(names) for names in wanted]
         self._fixed = _fixed(model)
@@ -74,11 +71,9 @@ class Stages:
         self._files.close()
 
     def run(self, model: Model, look: Callable[[Mapping[str, Array]], R]) -> list[R]:
-        """Run the next stage on every sample.
+        """Run the next stage of the model, whose constants may be others now, on every sample.
 
-        Args:
-            model: as at the start; its constants may be others.
-            look: called with the wanted tensors of each sample, on its own thread; what it returns is returned.
+        `look` is called with the wanted tensors of each sample, on its own thread; what it returns is returned.
         """
         stage, self._next = self._next, self._next + 1
         group = [model.graph.node[index] for index in self._groups[stage]]
@@ -101,13 +96,7 @@ class Stages:
         return list(overlapped(one, range(self._samples), cores()))
 
     def add(self, tensor: str, values: Array, *, axis: int) -> None:
-        """Add something to a tensor that later stages read; of no effect on one that they do not.
-
-        Args:
-            tensor: computed by a stage that was run.
-            values: (channels,) to add along `axis`.
-            axis: of the tensor's channels.
-        """
+        """Add (channels,) values along an axis of a tensor of a stage that was run, if later stages read it."""
         if self._last.get(tensor, -1) >= self._next:
             for number in range(self._samples):
                 old = self._kept.get(number, tensor)

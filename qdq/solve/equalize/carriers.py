@@ -21,6 +21,7 @@ import numpy.typing as npt
 from onnx import NodeProto
 
 from engines.core.operators import ARITHMETIC, AXIS_1_NORMS, HOMOGENEOUS, LAST_AXIS_NORMS, POOLS
+from qdq.core.arrays import Floats, Singles
 from qdq.core.formats import FORMATS
 from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, attribute, weight_axis
@@ -78,34 +79,23 @@ def find(model: Model, tensor: str, channels: int, *, readers: Iterable[Weighted
     return _Walk(model, channels, taking[uses[0].node.name].spatial).back(tensor)
 
 
-def carried(
-    model: Model, nodes: Mapping[str, WeightedNode], divisors: Mapping[str, npt.NDArray[np.float32]]
-) -> dict[str, Carrier]:
+def carried(model: Model, nodes: Mapping[str, WeightedNode], divisors: Mapping[str, Singles]) -> dict[str, Carrier]:
     """The constants that can take divisors, tensor by tensor; a Mul does it for the others.
 
     A weight with one integer scale takes none: its other channels would lose resolution.
-
-    Args:
-        model: the prepared float model.
-        nodes: the weighted nodes by name.
-        divisors: tensor -> (channels,) what its channels are divided by.
     """
     readers = by_data(nodes.values())
     one_scale = {n.name for n in nodes.values() if n.spec.axis is None and FORMATS[n.spec.format].integer}
     found = {}
     for tensor, divisor in divisors.items():
         carrier = find(model, tensor, divisor.size, readers=readers[tensor])
-        if carrier is None:
-            continue
-        unfit = carrier.linear is not None and (carrier.linear in one_scale or divisor.min() * MOST_FACTOR < 1)
-        if not unfit:
+        narrow = divisor.min() * MOST_FACTOR < 1
+        if carrier and (carrier.linear is None or not (carrier.linear in one_scale or narrow)):
             found[tensor] = carrier
     return found
 
 
-def factors(
-    carriers: Mapping[str, Carrier], divisors: Mapping[str, npt.NDArray[np.float32]]
-) -> dict[str, npt.NDArray[np.float64]]:
+def factors(carriers: Mapping[str, Carrier], divisors: Mapping[str, Singles]) -> dict[str, Floats]:
     """Weighted node -> (channels,) what its output is multiplied by where it carries divisors."""
     return {c.linear: 1 / divisors[t].astype(np.float64) for t, c in carriers.items() if c.linear is not None}
 
@@ -113,17 +103,10 @@ def factors(
 def scaled(
     values: npt.NDArray[np.floating],
     reader: WeightedNode,
-    divisor: npt.NDArray[np.float32] | None,
-    factor: npt.NDArray[np.float64] | None,
+    divisor: Singles | None,
+    factor: Floats | None,
 ) -> npt.NDArray[np.floating]:
-    """A weight with its input channels multiplied by `divisor` and its output channels by `factor`.
-
-    Args:
-        values: the weight.
-        reader: a node that reads it.
-        divisor: (input channels of all groups,) or None.
-        factor: (output channels,) or None.
-    """
+    """A weight multiplied by a (input channels of all groups,) `divisor` and a (output channels,) `factor`."""
     if divisor is not None:
         groups = reader.groups
         if groups > 1:  # each group of output channels reads input channels of its own
@@ -184,11 +167,8 @@ class _Walk:
         """Gain and bias of a normalization."""
         names = [name for name in node.input[1:3] if name]
         vectors = all(self._model.is_constant(n) and self._shape(n) == (self._channels,) for n in names)
-        if not names or not vectors:
-            return None
-        return Carrier(
-            operands=tuple(CarryingConstant(node=node.name, index=1 + i, trailing=0) for i in range(len(names)))
-        )
+        operands = (CarryingConstant(node=node.name, index=1 + i, trailing=0) for i in range(len(names)))
+        return Carrier(operands=tuple(operands)) if names and vectors else None
 
     def _linear(self, node: NodeProto) -> Carrier | None:
         """Output channels of a weight that nothing else reads, and the bias."""
@@ -201,15 +181,13 @@ class _Walk:
         spatial = len(shape) - 2 if node.op_type == "Conv" else 0
         if len(shape) < 2 or spatial != self._trailing or shape[outputs] != self._channels:
             return None
-        operands = [CarryingConstant(node=node.name, index=1, trailing=len(shape) - outputs - 1)]
-        if bias:
-            operands.append(CarryingConstant(node=node.name, index=2, trailing=0))
-        return Carrier(operands=tuple(operands), linear=node.name)
+        weight = CarryingConstant(node=node.name, index=1, trailing=len(shape) - outputs - 1)
+        added = (CarryingConstant(node=node.name, index=2, trailing=0),) if bias else ()
+        return Carrier(operands=(weight, *added), linear=node.name)
 
     def _pointwise(self, node: NodeProto) -> Carrier | None:
         """A constant per channel; of a sum the other side too, of a product with none any one side."""
         constant = [index for index in (0, 1) if self._model.is_constant(node.input[index])]
-        product = node.op_type in ("Mul", "Div")
         if not constant:
             if node.input[0] == node.input[1]:  # a square would take the factor twice
                 return None
@@ -219,7 +197,7 @@ class _Walk:
         if len(constant) > 1 or not self._per_channel(node, index) or (node.op_type == "Div" and index == 0):
             return None
         own = CarryingConstant(node=node.name, index=index, trailing=self._trailing, inverse=node.op_type == "Div")
-        if product:
+        if node.op_type in ("Mul", "Div"):
             return Carrier(operands=(own,))
         rest = self._inner(node.input[1 - index])
         return Carrier(operands=(own, *rest.operands), linear=rest.linear) if rest is not None else None

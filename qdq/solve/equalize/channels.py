@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qdq.core.arrays import Floats
+from qdq.core.arrays import Floats, Singles
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams
 from qdq.measure import second_moments
@@ -32,7 +32,7 @@ class Equalized:
         gain_db: predicted fall of the error at the consumers' outputs.
     """
 
-    scale: npt.NDArray[np.float32]
+    scale: Singles
     params: QParams
     gain_db: float
 
@@ -47,7 +47,7 @@ class Channels:
     """
 
     limits: ChannelRange
-    parts: tuple[npt.NDArray[np.float32], ...]
+    parts: tuple[Singles, ...]
 
     def merge(self, other: Channels) -> Channels:
         """What both show."""
@@ -90,16 +90,9 @@ def candidates(plan: Plan, nodes: Mapping[str, WeightedNode]) -> dict[str, list[
 def look(
     model: Model, readers: Mapping[str, Sequence[WeightedNode]], samples: Iterable[Sample], on_progress: Progress | None
 ) -> dict[str, Channels]:
-    """What samples show of some activation tensors.
+    """Tensor -> what samples, of which `second_moments.MAX_SAMPLES` at most are run, show of its channels.
 
-    Args:
-        model: the prepared float model.
-        readers: tensor -> the nodes that multiply its channels, one of them at least.
-        samples: re-iterable; at most `gram.MAX_SAMPLES` of them are run.
-        on_progress: called with (samples done, samples in all or None, text).
-
-    Returns:
-        Tensor -> what they show of its channels.
+    `readers` are the nodes that multiply a tensor's channels, one of them at least.
     """
     if not readers:
         return {}
@@ -109,10 +102,7 @@ def look(
 
     def seen() -> Iterator[dict[str, Channels]]:
         for index, sample in counted(samples):
-            yield {
-                tensor: _one(values, readers[tensor][0].channel_axis, each)
-                for tensor, values in session(sample).items()
-            }
+            yield {t: _one(values, readers[t][0].channel_axis, each) for t, values in session(sample).items()}
             if on_progress is not None:
                 on_progress(index + 1, len(samples), "channel ranges")
 

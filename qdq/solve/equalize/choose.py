@@ -2,7 +2,7 @@
 
 Model + Plan + parameters + samples -> per tensor (channel scales, new parameters) where that is predicted to pay.
 The float outputs stay equal. `insert` writes the division as one Mul in front of the quantizer, which the compiler
-fuses into the kernel there. This module must not change the graph; the formulas are in `qdq.equalize`.
+fuses into the kernel there. This module must not change the graph; the formulas are in `formulas`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qdq.plan.plan import Plan
 from qdq.plan.spec import Spec
 from qdq.plan.weighted_node import WeightedNode
 from qdq.solve.equalize.channels import Equalized, candidates, look
-from qdq.solve.equalize.formulas import FORMULAS
+from qdq.solve.equalize.formulas import Formula
 from qdq.solve.shift import shifts
 
 HEADROOM = 1.25  # range of an equalized tensor over its calibrated one: equalized channels all lie near the limit
@@ -38,7 +38,7 @@ def equalized(
     params: Mapping[str, QParams],
     samples: Iterable[Sample],
     *,
-    formula: str,
+    formula: Formula,
     on_progress: Progress | None = None,
 ) -> dict[str, Equalized]:
     """Decide which tensors to equalize.
@@ -47,19 +47,12 @@ def equalized(
     and clipping error of sampled channel vectors weighted by the squared weights that read them, plus the weights' own
     rounding error at the mean power of the inputs.
 
-    Args:
-        model: the prepared float model.
-        plan: its points.
-        nodes: its weighted nodes by name.
-        params: activation tensor -> parameters without equalization; other tensors are left alone.
-        samples: re-iterable calibration samples; at most `gram.MAX_SAMPLES` of them are run.
-        formula: a name in `FORMULAS`.
-        on_progress: called with (samples done, samples in all or None, text).
+    `params` are those without equalization; tensors that they lack are left alone. At most `second_moments.MAX_SAMPLES`
+    of the samples, which are read more than once, are run.
 
     Returns:
         Tensor -> scales and parameters, for those with a predicted gain of at least what the formula asks for.
     """
-    method = FORMULAS[formula]
     wanted = {tensor: readers for tensor, readers in candidates(plan, nodes).items() if tensor in params}
     points = {p.tensor: p for p in plan.activations}
     seen = look(model, wanted, samples, on_progress)
@@ -77,7 +70,7 @@ def equalized(
         shifted = shifts(model, points[tensor])
         limit = min(FORMATS[node.spec.format].high for node in readers)  # of the coarsest weight
         plain = _noise(rows, matrices, read, np.ones_like(amax), params[tensor], limit)
-        for s in (t.astype(np.float32).astype(np.float64) for t in method.candidates(amax, wmax)):
+        for s in (t.astype(np.float32).astype(np.float64) for t in formula.candidates(amax, wmax)):
             low = HEADROOM * min(float((limits.low / s).min()), 0.0)
             high = HEADROOM * max(float((limits.high / s).max()), 0.0)
             if high - low <= 0:
@@ -87,7 +80,7 @@ def equalized(
             divided = QParams(scale=stored, zero_point=zero_point, format=fmt.name)
             equalized = _noise(rows, matrices, read, s, divided, limit)
             gain_db = 10 * np.log10(plain / equalized) if equalized > 0 and plain > 0 else 0.0
-            if gain_db >= method.minimum_gain_db and (tensor not in found or gain_db > found[tensor].gain_db):
+            if gain_db >= formula.minimum_gain_db and (tensor not in found or gain_db > found[tensor].gain_db):
                 found[tensor] = Equalized(scale=s.astype(np.float32), params=divided, gain_db=float(gain_db))
     return found
 
@@ -103,8 +96,7 @@ def weight_error(matrix: npt.NDArray[np.floating], spec: Spec, power: Floats, s:
     """Error power of a product by its weight's codes, half a step each way at most, for inputs of some power."""
     block = spec.block or matrix.shape[0]
     starts = np.arange(0, matrix.shape[0], block)
-    powers = np.add.reduceat(power, starts)
-    total = 0.0
+    powers, total = np.add.reduceat(power, starts), 0.0
     step = max(1, CHUNK // max(matrix.shape[0], 1))
     for start in range(0, matrix.shape[1], step):
         scaled = np.abs(matrix[:, start : start + step, 0].astype(np.float64)) * s[:, None]
@@ -124,11 +116,10 @@ def by_input(model: Model, node: WeightedNode) -> npt.NDArray[np.floating]:
 def _pieces(matrix: npt.NDArray[np.floating]) -> list[tuple[slice, slice]]:
     """Parts of the input and output channels, each of about CHUNK weights, that cut the longer way in memory."""
     inputs, outputs, taps = matrix.shape
-    if matrix.strides[0] >= matrix.strides[1]:
-        step = max(1, CHUNK // max(outputs * taps, 1))
-        return [(slice(i, i + step), slice(None)) for i in range(0, inputs, step)]
-    step = max(1, CHUNK // max(inputs * taps, 1))
-    return [(slice(None), slice(i, i + step)) for i in range(0, outputs, step)]
+    by_inputs = matrix.strides[0] >= matrix.strides[1]
+    step = max(1, CHUNK // max((outputs if by_inputs else inputs) * taps, 1))
+    parts = [slice(i, i + step) for i in range(0, inputs if by_inputs else outputs, step)]
+    return [(part, slice(None)) if by_inputs else (slice(None), part) for part in parts]
 
 
 def sizes(matrix: npt.NDArray[np.floating]) -> tuple[Floats, Floats]:
@@ -149,8 +140,7 @@ def sizes(matrix: npt.NDArray[np.floating]) -> tuple[Floats, Floats]:
 
 def _peaks(matrix: npt.NDArray[np.floating], s: Floats) -> Floats:
     """(output channels,) the largest magnitude of the weights of each, multiplied by the channel scales."""
-    most = np.zeros(matrix.shape[1])
-    factor = s.astype(np.float32)[:, None, None]
+    most, factor = np.zeros(matrix.shape[1]), s.astype(np.float32)[:, None, None]
 
     def look(piece: tuple[slice, slice]) -> Floats:
         scaled = np.asarray(matrix[piece] * factor[piece[0]], dtype=np.float32)

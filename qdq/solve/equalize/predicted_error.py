@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from qdq.core.arrays import Singles
 from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams
@@ -40,20 +40,15 @@ def errors(
     model: Model,
     readers: Mapping[str, Sequence[WeightedNode]],
     params: Mapping[str, QParams],
-    divisors: Mapping[str, npt.NDArray[np.float32]],
+    divisors: Mapping[str, Singles],
     samples: Iterable[Sample],
     *,
     on_progress: Progress | None = None,
 ) -> dict[str, Errors]:
     """What the roundings of some tensors and of the weights that read them do to the products.
 
-    Args:
-        model: the prepared float model.
-        readers: tensor -> all that reads it; each is a Gemm or MatMul.
-        params: tensor -> parameters with one scale.
-        divisors: tensor -> (channels,) what its channels are divided by for that scale.
-        samples: re-iterable; at most `gram.MAX_SAMPLES` of them are run.
-        on_progress: called with (samples done, samples in all or None, text).
+    `readers` are all that reads a tensor, each a Gemm or MatMul; `params` have one scale, for channels that are divided
+    by `divisors`, (channels,) each. At most `second_moments.MAX_SAMPLES` of the samples are run.
     """
     found = {}
     for tensor, seen in look(model, readers, samples, on_progress).items():

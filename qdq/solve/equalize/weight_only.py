@@ -1,8 +1,8 @@
-"""Channel scales for weight-only blocks: AWQ's, which multiply the weights that meet large inputs, or SINQ's.
+"""Channel scales for weight-only blocks: AWQ's, which multiply the weights that meet large inputs, or of weights alone.
 
 weights that read one tensor + second moments of it -> the exponent of `formulas.awq` with the least error at the
 outputs of all of them -> divisors of the tensor's channels, or nothing where no exponent beats none. `levelled` takes
-those of `formulas.sinq` from the weights alone where they have a smaller error so; `balance` goes over a whole model.
+those of a formula from the weights alone where they have a smaller error so; `balance` goes over a whole model.
 It must not run a model or change a graph.
 """
 
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 
-from qdq.core.arrays import Floats
+from qdq.core.arrays import Floats, Singles
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import block_params, from_codes, to_codes
 from qdq.core.resources import cores
@@ -24,7 +24,7 @@ from qdq.measure.second_moments import Grams
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.plan.weighted_node import WeightedNode, by_data, by_weight
-from qdq.solve.equalize.formulas import awq, sinq
+from qdq.solve.equalize.formulas import awq, formula
 from qdq.solve.rounding.awq import block_loss
 
 ROWS = 1024  # output channels of a weight looked at while searching, spread over all of them
@@ -32,26 +32,24 @@ ROWS = 1024  # output channels of a weight looked at while searching, spread ove
 
 def balance(
     model: Model, plan: Plan, nodes: Collection[WeightedNode], grams: Grams, divided: Container[str]
-) -> tuple[dict[str, npt.NDArray[np.float32]], tuple[str, ...]]:
+) -> tuple[dict[str, Singles], tuple[str, ...]]:
     """Divisors of the tensors that weight-only blocks read, and nothing quantized does, where they pay.
 
-    Args:
-        model: the prepared float model.
-        plan: its settings say by which formula; nothing is divided where that is 'none'.
-        nodes: its weighted nodes.
-        grams: second moments of the weights; a tensor is left alone where they lack, unless the formula is 'sinq'.
-        divided: tensors that have divisors already.
+    Nothing is divided where the settings name no formula, nor a tensor in `divided`, which has divisors already, nor
+    one whose second moments are not in `grams`, unless the formula looks at the weights alone.
 
     Returns:
         Tensor -> (channels,) float32, and what a person should know, one line each.
     """
-    found = dict[str, npt.NDArray[np.float32]]()
-    candidates = {} if plan.settings.equalize == "none" else _candidates(plan, nodes, grams, divided)
+    found = dict[str, Singles]()
+    method = formula(plan.settings.equalize)
+    by_weights = method.by_weights if method else None
+    candidates = _candidates(plan, nodes, None if by_weights else grams, divided) if method else {}
     for tensor, readers in candidates.items():
         rows = [np.moveaxis(model.array(n.weight), n.input_axis, -1).astype(np.float32) for n in readers]
         blocks, fmt = [n.spec.block for n in readers if n.spec.block], readers[0].spec.format
-        if plan.settings.equalize == "sinq":
-            divisor = levelled(rows, blocks, fmt=fmt)
+        if by_weights:
+            divisor = levelled(rows, blocks, fmt=fmt, by_weights=by_weights)
         else:
             divisor = balanced(rows, blocks, grams[readers[0].key][0], fmt=fmt)
         if divisor is not None:
@@ -61,13 +59,13 @@ def balance(
 
 
 def _candidates(
-    plan: Plan, nodes: Collection[WeightedNode], grams: Grams, divided: Container[str]
+    plan: Plan, nodes: Collection[WeightedNode], grams: Grams | None, divided: Container[str]
 ) -> dict[str, list[WeightedNode]]:
     """Tensors that may be divided -> the nodes that read them: whole matrices in blocks that nothing else reads."""
     mixed = {p.tensor for p in plan.activations}
     for key, readers in by_weight(nodes).items():
         first, tensors = readers[0], {n.data for n in readers}
-        known = plan.settings.equalize == "sinq" or key in grams
+        known = grams is None or key in grams
         alone = first.spec.weight_only and first.spec.block and known and len(first.shape) == 2
         if not alone or len(tensors) > 1 or any(n.data_transposed for n in readers):
             mixed |= tensors
@@ -78,22 +76,20 @@ def _candidates(
 
 def balanced(
     weights: Sequence[npt.NDArray[np.floating]], blocks: Sequence[int], moment: Floats, *, fmt: str
-) -> npt.NDArray[np.float32] | None:
-    """Divisors of the channels of one tensor.
+) -> Singles | None:
+    """(input channels,) float32 divisors of the channels of one tensor, or None where the error is least without.
+
+    The error is that of nearest codes over all output channels, each block's by itself: rounding errors of different
+    blocks have nothing in common, and only 1 / blocks of the products is left.
 
     Args:
         weights: (output channels, input channels) each, all that read the tensor.
         blocks: of each weight.
         moment: (input channels, input channels) second moment of the tensor.
         fmt: the weights' format.
-
-    Returns:
-        (input channels,) float32, or None where the error is least without. The error is that of nearest codes, over
-        all output channels, each block's by itself: rounding errors of different blocks have nothing in common, and
-        only 1 / blocks of the products is left.
     """
     typical = np.sqrt(np.maximum(np.diag(moment), 0))
-    found: npt.NDArray[np.float32] | None = None
+    found: Singles | None = None
     least = np.inf
     some = _some(weights)
     for s in awq.candidates(typical, typical):
@@ -104,27 +100,20 @@ def balanced(
     ones = np.ones(moment.shape[0], dtype=np.float32)
     if found is None or np.array_equal(found, ones):
         return None
-    if any(len(s) < len(w) for s, w in zip(some, weights, strict=True)) and _error(
-        weights, blocks, moment, found, fmt
-    ) >= _error(weights, blocks, moment, ones, fmt):
-        return None
-    return found
+    if all(len(s) == len(w) for s, w in zip(some, weights, strict=True)):
+        return found
+    return found if _error(weights, blocks, moment, found, fmt) < _error(weights, blocks, moment, ones, fmt) else None
 
 
 def levelled(
-    weights: Sequence[npt.NDArray[np.floating]], blocks: Sequence[int], *, fmt: str
-) -> npt.NDArray[np.float32] | None:
-    """Divisors of the channels of one tensor by SINQ.
-
-    Args:
-        weights: (output channels, input channels) each, all that read the tensor.
-        blocks: of each weight.
-        fmt: the weights' format.
-
-    Returns:
-        (input channels,) float32, or None where the weights themselves have no smaller squared error with them.
-    """
-    divisor = sinq.balanced(np.concatenate(_some(weights))).astype(np.float32)
+    weights: Sequence[npt.NDArray[np.floating]],
+    blocks: Sequence[int],
+    *,
+    fmt: str,
+    by_weights: Callable[[npt.NDArray[np.floating]], Floats],
+) -> Singles | None:
+    """As `balanced`, by a formula of the weights alone; None where their own squared error is no smaller with it."""
+    divisor = by_weights(np.concatenate(_some(weights))).astype(np.float32)
     error, plain = (_error(weights, blocks, None, s, fmt) for s in (divisor, np.ones_like(divisor)))
     return divisor if error < plain else None
 
@@ -138,7 +127,7 @@ def _error(
     weights: Sequence[npt.NDArray[np.floating]],
     blocks: Sequence[int],
     moment: Floats | None,
-    divisor: npt.NDArray[np.float32],
+    divisor: Singles,
     fmt: str,
 ) -> float:
     """Squared error at all outputs for channels divided by `divisor`; that of the weights where no moment is given."""

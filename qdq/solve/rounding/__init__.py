@@ -7,29 +7,32 @@ It must not know plans, nor read samples.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from qdq.core.arrays import Floats, Singles
 from qdq.core.members import Members
 
-Floats = npt.NDArray[np.float64]
-Singles = npt.NDArray[np.float32]
 View = npt.NDArray[np.floating]
 Kind = np.dtype[np.generic] | None  # the type whose values codes have; None for integers
 
 
 class BlockScales(Protocol):
-    """Chooses (outer, blocks, 1, inner) scales, zero where a block holds zeros only; H may be None."""
+    """Chooses scales of blocks whose codes go from `low` to `high`."""
 
     def __call__(self, view: View, H: Floats | None, *, low: int, high: int, kind: Kind = None) -> Singles:
-        """The scales of the blocks of a view."""
+        """(outer, blocks, 1, inner) float32 for an (outer, blocks, block, inner) view, zero for a block of zeros."""
 
 
 class RoundRows(Protocol):
-    """Chooses codes for scales of (rows, 1) or (rows, columns); nearest ones where H is None or zero."""
+    """Chooses codes for positive scales of (rows, 1) or (rows, columns).
+
+    H is symmetric and positive semidefinite; where it is None or all zero nothing is known, and codes are the nearest.
+    """
 
     def __call__(
         self,
@@ -43,34 +46,22 @@ class RoundRows(Protocol):
         damping: float = ...,
         act_order: bool = ...,
     ) -> Floats:
-        """(rows, columns) codes in [low, high], no worse than nearest ones on what the rounding minimises."""
-
-
-class Refine(Protocol):
-    """Moves the (rows, blocks) scales of blocks together with the codes."""
-
-    def __call__(
-        self, W: Floats, codes: Floats, scales: Floats, H: Floats, *, low: int, high: int, damping: float = ...
-    ) -> tuple[Floats, Floats]:
-        """Better codes and scales."""
-
-
-class Settle(Protocol):
-    """Betters codes whose scales stay."""
-
-    def __call__(
-        self, W: Floats, codes: Floats, scale: Floats, H: Floats, *, low: int, high: int, damping: float = ...
-    ) -> Floats:
-        """Better codes."""
+        """(rows, columns) integers in [low, high], no worse than nearest ones on what the rounding minimises."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refinement:
-    """Scales of integer blocks that move with the codes: `start`, `refine`, then `settle` for the scales as stored."""
+    """Scales of integer blocks that move with the codes, by functions of (W, codes, scales, H, low, high, damping).
+
+    Attributes:
+        start: chooses the codes to start from.
+        refine: betters codes and (rows, blocks) scales together.
+        settle: betters codes, for scales that stay as they are stored.
+    """
 
     start: RoundRows
-    refine: Refine
-    settle: Settle
+    refine: Callable[[Floats, Floats, Floats, Floats, int, int, float], tuple[Floats, Floats]]
+    settle: Callable[[Floats, Floats, Floats, Floats, int, int, float], Floats]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,33 +7,21 @@ is taken exactly from the second moments of the block's inputs.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
-import numpy.typing as npt
 
-from qdq.core.resources import cores
+from qdq.core.arrays import Floats, Singles
+from qdq.core.resources import on_all_cores
 from qdq.solve.rounding import Kind, Rounding, View, clip, nearest
 from qdq.solve.rounding.clip import RATIOS
 
 ROWS = 1024  # output channels worked on at a time, in each of the threads
-
 SMALL = 16  # rows
 
-Floats = npt.NDArray[np.float32]
 
-
-def block_loss(error: Floats, moment: Floats) -> Floats:
-    """Per row e M e^T for the errors of one block.
+def block_loss(error: Singles, moment: Singles) -> Singles:
+    """(rows,) float32 e M e^T for the (rows, block) errors of one block, contiguous.
 
     Sixteen rows at a time: a product that small stays on the calling thread, for the threads are taken by blocks.
-
-    Args:
-        error: (rows, block) float32, contiguous.
-        moment: (block, block) float32.
-
-    Returns:
-        (rows,) float32.
     """
     rows, block = error.shape
     whole = rows // SMALL * SMALL
@@ -43,19 +31,8 @@ def block_loss(error: Floats, moment: Floats) -> Floats:
     return np.asarray(np.einsum("ij,ij->i", read, error))
 
 
-def block_scales(view: View, H: npt.NDArray[np.float64] | None, *, low: int, high: int, kind: Kind = None) -> Floats:
-    """Scales of least output error of each block over every other of RATIOS; without data those of least weight error.
-
-    Args:
-        view: (rows, blocks, block, 1).
-        H: (columns, columns) second moment of the inputs, or None.
-        low: smallest code.
-        high: largest code.
-        kind: as of `nearest.snap`.
-
-    Returns:
-        (rows, blocks, 1, 1) float32, zero where a block holds zeros only.
-    """
+def block_scales(view: View, H: Floats | None, *, low: int, high: int, kind: Kind = None) -> Singles:
+    """Scales of least output error over every other of RATIOS, as `BlockScales`; without H as `clip`."""
     if H is None or not H.any():
         return clip.block_scales(view, None, low=low, high=high, kind=kind)
     rows, blocks, block, _ = view.shape
@@ -82,9 +59,7 @@ def block_scales(view: View, H: npt.NDArray[np.float64] | None, *, low: int, hig
                 least[better] = loss[better]
                 chosen[better] = trial[better]
 
-    with ThreadPoolExecutor(cores()) as pool:
-        for _ in pool.map(work, range(blocks)):
-            pass
+    on_all_cores(work, range(blocks))
     return best
 
 

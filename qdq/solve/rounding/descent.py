@@ -11,13 +11,11 @@ Letters as in `qdq.rounding.gptq`: W (rows, columns), H (columns, columns), obje
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from qdq.core.arrays import Floats
 from qdq.solve.rounding import Kind, Refinement, Rounding, gptq, nearest
 
 SWEEPS = 12  # most codes are settled after four
-
-Floats = npt.NDArray[np.float64]
 
 
 def round_rows(
@@ -31,25 +29,11 @@ def round_rows(
     damping: float = gptq.DAMP,
     act_order: bool = True,
 ) -> Floats:
-    """Codes that no change of one weight improves; no row is worse than with GPTQ.
-
-    Args:
-        W: (rows, columns) float64.
-        scale: (rows, 1) or (rows, columns) float64, positive.
-        H: (columns, columns) float64, symmetric, positive semidefinite; None or all zero means nothing is known.
-        low: smallest code.
-        high: largest code.
-        kind: as of `nearest.snap`.
-        damping: as of GPTQ.
-        act_order: of GPTQ, which it starts from.
-
-    Returns:
-        (rows, columns) float64, integers in [low, high].
-    """
+    """Codes that no change of one weight improves; no row is worse than with GPTQ, whose arguments these are."""
     codes = gptq.round_rows(W, scale, H, low=low, high=high, kind=kind, damping=damping, act_order=act_order)
     if H is None or not H.any():
         return codes
-    return settle(W, codes, scale, H, low=low, high=high, kind=kind, damping=damping)
+    return settle(W, codes, scale, H, low, high, damping, kind)
 
 
 def settle(
@@ -57,11 +41,10 @@ def settle(
     codes: Floats,
     scale: Floats,
     H: Floats,
-    *,
     low: int,
     high: int,
-    kind: Kind = None,
     damping: float = gptq.DAMP,
+    kind: Kind = None,
 ) -> Floats:
     """Codes that no change of one weight improves, found from others; no row gets worse."""
     start, codes = codes, codes.copy()
@@ -75,22 +58,9 @@ def settle(
 
 
 def refine(
-    W: Floats, codes: Floats, scales: Floats, H: Floats, *, low: int, high: int, damping: float = gptq.DAMP
+    W: Floats, codes: Floats, scales: Floats, H: Floats, low: int, high: int, damping: float = gptq.DAMP
 ) -> tuple[Floats, Floats]:
-    """Better scales for the blocks, and the codes that go with them.
-
-    Args:
-        W: (rows, columns) float64.
-        codes: (rows, columns) to start from.
-        scales: (rows, blocks) to start from, positive.
-        H: (columns, columns) float64.
-        low: smallest code.
-        high: largest code.
-        damping: as of GPTQ.
-
-    Returns:
-        Codes, integers in [low, high], and (rows, blocks) scales, positive.
-    """
+    """Better codes, and (rows, blocks) scales that go with them, positive as those to start from."""
     codes, scales = codes.copy(), scales.copy()
     block = W.shape[1] // scales.shape[1]
     H = gptq.damped(H, damping)
@@ -144,9 +114,8 @@ def _refit(W: Floats, codes: Floats, scales: Floats, H: Floats) -> None:
 ROUNDING = Rounding(
     block_scales=gptq.block_scales,
     round_rows=round_rows,
-    refinement=Refinement(
-        start=gptq.round_rows, refine=refine, settle=settle
-    ),  # GPTQ's codes need not be settled first
+    # GPTQ's codes need not be settled first
+    refinement=Refinement(start=gptq.round_rows, refine=refine, settle=settle),
     needs_moments=True,
     settings=("damping", "act_order"),
 )

@@ -7,14 +7,12 @@ objective per row (W - Q) H (W - Q)^T. Columns go in the order of falling H diag
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from qdq.core.arrays import Floats, Singles
 from qdq.solve.rounding import Kind, Rounding, View, clip, nearest
 
 DAMP = 0.01  # of the mean diagonal, as in the paper's code
 BLOCK = 128  # columns whose updates to the later ones are applied at once
-
-Floats = npt.NDArray[np.float64]
 
 
 def damped(H: Floats, damping: float = DAMP) -> Floats:
@@ -29,18 +27,10 @@ def loss(E: Floats, H: Floats) -> Floats:
     return np.asarray(np.einsum("ij,ij->i", E @ H, E))
 
 
-def block_scales(view: View, H: Floats | None, *, low: int, high: int, kind: Kind = None) -> npt.NDArray[np.float32]:
-    """Scales of blocks before any weight is rounded (the authors' static groups), so that columns may go in any order.
+def block_scales(view: View, H: Floats | None, *, low: int, high: int, kind: Kind = None) -> Singles:
+    """Scales before any weight is rounded (the authors' static groups), so that columns may go in any order.
 
-    Args:
-        view: (rows, blocks, block, 1).
-        H: (columns, columns); its diagonal weighs the squared errors; None weighs them alike.
-        low: smallest code.
-        high: largest code.
-        kind: as of `nearest.snap`.
-
-    Returns:
-        (rows, blocks, 1, 1) float32, zero where a block holds zeros only.
+    As `BlockScales`; the diagonal of H weighs the squared errors, None weighs them alike.
     """
     known = H is not None and H.any()
     importance = np.diag(H).reshape(view.shape[1:3]).astype(np.float32) if H is not None and known else None
@@ -60,18 +50,8 @@ def round_rows(
 ) -> Floats:
     """Codes that keep the layer's output error on the calibration inputs small; no row is worse than nearest.
 
-    Args:
-        W: (rows, columns) float64.
-        scale: (rows, 1) or (rows, columns) float64, positive.
-        H: (columns, columns) float64, symmetric, positive semidefinite; None or all zero means nothing is known.
-        low: smallest code.
-        high: largest code.
-        kind: as of `nearest.snap`.
-        damping: share of H's mean diagonal that is added to the diagonal.
-        act_order: columns of falling H diagonal; else in the order they lie in.
-
-    Returns:
-        (rows, columns) float64, integers in [low, high].
+    As `RoundRows`; `damping` is the share of H's mean diagonal that is added to the diagonal, `act_order` takes the
+    columns by falling H diagonal, else in the order they lie in.
     """
     plain = nearest.round_rows(W, scale, H, low=low, high=high, kind=kind)
     if H is None or not H.any():

@@ -21,6 +21,7 @@ from qdq.plan.settings import Settings, choices
 from qdq.plan.weighted_node import weighted_nodes
 from qdq.solve.activations import activation_params
 from qdq.solve.equalize import channels, choose
+from qdq.solve.equalize.formulas import smoothquant
 from qdq.solve.solve import solve
 
 FORMULAS = [m.name for m in pkgutil.iter_modules(qdq.solve.equalize.formulas.__path__)]
@@ -59,7 +60,7 @@ def test_the_order_of_the_samples_does_not_change_a_bit(tmp_path):
     plan = placement.plan(model)
     params = activation_params(model, plan, collect(model, plan, samples), {})
     forth, back = (
-        choose.equalized(model, plan, weighted_nodes(model, plan), params, order, formula="smoothquant")
+        choose.equalized(model, plan, weighted_nodes(model, plan), params, order, formula=smoothquant.FORMULA)
         for order in (samples, samples[::-1])
     )
     assert forth["x"].gain_db == back["x"].gain_db and forth["x"].params == back["x"].params
@@ -101,7 +102,7 @@ def test_dividing_channels_and_scaling_weights_is_exact(tmp_path):
     plan = placement.plan(model, Settings())
     params = solve(model, plan, collect(model, plan, samples)).activations
     (found,) = choose.equalized(
-        model, plan, weighted_nodes(model, plan), params, samples, formula="smoothquant"
+        model, plan, weighted_nodes(model, plan), params, samples, formula=smoothquant.FORMULA
     ).values()
     weight = model.array("w") * found.scale.reshape(1, 16, 1, 1)
     proto = onnx.ModelProto()

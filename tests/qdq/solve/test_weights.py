@@ -286,7 +286,7 @@ def test_sinq_never_loses_to_none_on_the_weights_or_refuses(seed: int, spread: f
     rng = np.random.default_rng(seed)
     W = (rng.normal(size=(24, 128)) * np.exp(spread * rng.normal(size=128))).astype(np.float32)
     W[:, 5] = 0
-    divisor = levelled([W, W[:8] * 3], [block, 16], fmt="int4")
+    divisor = levelled([W, W[:8] * 3], [block, 16], fmt="int4", by_weights=sinq.balanced)
     if divisor is None:
         return
     error = {}
@@ -299,8 +299,8 @@ def test_sinq_never_loses_to_none_on_the_weights_or_refuses(seed: int, spread: f
 
 def test_sinq_gains_where_input_channels_differ_and_refuses_zeros() -> None:
     columns = np.exp(np.random.default_rng(0).normal(size=128)).astype(np.float32)
-    assert levelled([weight(64, 128) * columns], [16], fmt="int4") is not None
-    assert levelled([weight(64, 128) * 0], [16], fmt="int4") is None
+    assert levelled([weight(64, 128) * columns], [16], fmt="int4", by_weights=sinq.balanced) is not None
+    assert levelled([weight(64, 128) * 0], [16], fmt="int4", by_weights=sinq.balanced) is None
 
 
 @pytest.mark.parametrize("axis", [None, 0])

@@ -23,7 +23,7 @@ class Formula:
 
     Attributes:
         candidates: (amax, wmax), largest magnitudes by input channel of activations and weights -> divisors to choose
-            from, each (channels,) positive and at most 1.
+            from, each (channels,) float64, positive and at most 1.
         minimum_gain_db: the predicted gain below which a tensor is left alone.
         for_data: it is meant for data that are quantized; else for weight-only blocks alone.
         by_weights: (output channels, input channels) -> (channels,) divisors for weight-only blocks, from the weights
@@ -37,3 +37,8 @@ class Formula:
 
 
 FORMULAS: Members[Formula] = Members(__name__, "FORMULA")
+
+
+def formula(equalize: str) -> Formula | None:
+    """The formula of a setting, None where it names none; 'auto' that nobody has resolved is the cautious one."""
+    return FORMULAS.get("smoothquant" if equalize == "auto" else equalize)

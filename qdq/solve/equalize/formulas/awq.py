@@ -17,15 +17,7 @@ FLOOR = 1e-4
 
 
 def scales(amax: Floats, wmax: Floats, exponent: float = 0.5) -> Floats:
-    """Divisors of the input channels, all 1 where the exponent is 0.
-
-    Args:
-        amax: (channels,) float64, typical magnitude of each input channel (root mean square).
-        wmax: unused.
-        exponent: r.
-
-    Returns:
-        (channels,) float64 in [FLOOR, 1].
+    """(channels,) divisors in [FLOOR, 1] from the root mean square of each input channel; all 1 at exponent 0.
 
     >>> scales(np.array([16.0, 1.0]), np.ones(2)).tolist()
     [1.0, 0.25]

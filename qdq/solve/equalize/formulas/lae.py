@@ -15,14 +15,7 @@ FLOOR = 1e-4  # of the largest divisor: a channel that was zero in calibration k
 
 
 def scales(amax: Floats, wmax: Floats) -> Floats:
-    """Divisors of the input channels, scaled so that the largest is 1.
-
-    Args:
-        amax: (channels,) float64, largest magnitude of each input channel.
-        wmax: unused.
-
-    Returns:
-        (channels,) float64 in [FLOOR, 1].
+    """(channels,) divisors in [FLOOR, 1] from the largest magnitude of each input channel, the largest of them 1.
 
     >>> scales(np.array([14.0, 2.0]), np.array([1.0, 1.0])).round(4).tolist()
     [1.0, 0.2857]

@@ -18,14 +18,7 @@ FLOOR = 1e-3  # of the largest divisor: a channel with hardly a weight would tak
 
 
 def scales(amax: Floats, wmax: Floats) -> Floats:
-    """Divisors of the input channels by one number for the weights of each: the first turn.
-
-    Args:
-        amax: unused.
-        wmax: (channels,) float64, largest weight magnitude that reads each input channel.
-
-    Returns:
-        (channels,) float64 in [FLOOR, 1].
+    """(channels,) divisors in [FLOOR, 1] from the largest weight that reads each input channel: the first turn.
 
     >>> scales(np.ones(2), np.array([4.0, 1.0])).tolist()
     [0.25, 1.0]
@@ -34,14 +27,7 @@ def scales(amax: Floats, wmax: Floats) -> Floats:
 
 
 def balanced(weight: npt.NDArray[np.floating]) -> Floats:
-    """Divisors of the input channels of a matrix: those of the turn of least imbalance.
-
-    Args:
-        weight: (output channels, input channels).
-
-    Returns:
-        (input channels,) float64 in [FLOOR, 1].
-    """
+    """(input channels,) divisors in [FLOOR, 1] of an (output, input channels) matrix: those of least imbalance."""
     left = np.asarray(weight, dtype=np.float32)
     columns = np.ones(left.shape[1])
     best, least = columns, np.inf

@@ -16,15 +16,7 @@ FLOOR = 1e-5  # of either range, as in the authors' code
 
 
 def scales(amax: Floats, wmax: Floats, exponent: float = EXPONENTS[0]) -> Floats:
-    """Divisors of the input channels.
-
-    Args:
-        amax: (channels,) float64, largest magnitude of each input channel.
-        wmax: (channels,) float64, largest weight magnitude that reads each input channel.
-        exponent: a.
-
-    Returns:
-        (channels,) float64 in [FLOOR, 1].
+    """(channels,) divisors in [FLOOR, 1] from the largest magnitudes of each input channel and of its weights.
 
     >>> scales(np.array([16.0, 1.0]), np.array([1.0, 1.0])).tolist()
     [1.0, 0.25]

@@ -20,14 +20,7 @@ FLOOR = 0.01  # channels below this share of the largest are treated alike
 
 
 def scales(amax: Floats, wmax: Floats) -> Floats:
-    """Divisors of the input channels, at most 1.
-
-    Args:
-        amax: (channels,) float64, largest magnitude of each input channel.
-        wmax: (channels,) float64, largest weight magnitude that reads each input channel.
-
-    Returns:
-        (channels,) float64 in [FLOOR, 1].
+    """(channels,) divisors in [FLOOR, 1] from the largest magnitudes of each input channel and of its weights.
 
     >>> scales(np.array([16.0, 1.0]), np.array([1.0, 1.0])).tolist()
     [1.0, 0.5]
