@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from engines.backends.backend import Backend
 from engines.backends.compiler import Engine, ShapeRange
-from engines.backends.doctor import Finding, diagnose
-from engines.backends.layers import Layer, LayerTable, TensorInfo
+from engines.backends.doctor import Diagnosis, diagnose
+from engines.backends.layers import KernelTensor, Layer, LayerTable
 from engines.core.errors import BuildError, EngineError, MissingRuntimeError, UnsupportedTargetError
 from engines.verify.audit import Audit, NodeAudit
 from engines.verify.compare import Limits, OutputReport, Report
@@ -21,9 +21,10 @@ __all__ = [
     "Audit",
     "Backend",
     "BuildError",
+    "Diagnosis",
     "Engine",
     "EngineError",
-    "Finding",
+    "KernelTensor",
     "Layer",
     "LayerTable",
     "Limits",
@@ -33,7 +34,6 @@ __all__ = [
     "OutputReport",
     "Report",
     "ShapeRange",
-    "TensorInfo",
     "UnsupportedTargetError",
     "diagnose",
     "sha256_file",

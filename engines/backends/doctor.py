@@ -26,7 +26,7 @@ class InstalledGpu:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class Diagnosis:
     """One thing that works here or does not; `fix` is '' where nothing is to be done."""
 
     name: str
@@ -86,7 +86,7 @@ def _version(runtime: _Runtime) -> str:
     return "unknown version" if find_spec(runtime.module) else ""
 
 
-def diagnose() -> list[Finding]:
+def diagnose() -> list[Diagnosis]:
     """One row per runtime, then the GPUs, then which verbs will work. A row that is not ok says how to fix it."""
     compilers = backends().values()
     purpose = {True: "compile on the GPU", False: "compile engines without a GPU"}
@@ -97,14 +97,14 @@ def diagnose() -> list[Finding]:
     for r in runtimes:
         version, fix = versions[r.module], "" if versions[r.module] else how_to_install(r.module)
         detail = f"{version or 'not installed'} ({r.purpose})"
-        rows.append(Finding(name=r.module, ok=bool(version), detail=detail, fix=fix))
+        rows.append(Diagnosis(name=r.module, ok=bool(version), detail=detail, fix=fix))
     cards = gpus()
     details = [f"{g.name}, {g.target}, {g.memory_bytes / 2**30:.0f} GiB" for g in cards]
-    rows += [Finding(name="GPU", ok=True, detail=detail) for detail in details]
+    rows += [Diagnosis(name="GPU", ok=True, detail=detail) for detail in details]
     if not cards:
         free = " or ".join(f"--backend {b.name}" for b in compilers if not b.needs_gpu)
         fix = f"not needed to quantize, compile ({free}) or audit; run engines on a machine with a GPU"
-        rows.append(Finding(name="GPU", ok=False, detail="no NVIDIA GPU or driver found", fix=fix))
+        rows.append(Diagnosis(name="GPU", ok=False, detail="no NVIDIA GPU or driver found", fix=fix))
     for b in compilers:
         fix = how_to_install(b.runtime) + (" on a machine with an NVIDIA GPU" if b.needs_gpu else "")
         works = bool(versions[b.runtime]) and (bool(cards) or not b.needs_gpu)
@@ -118,5 +118,5 @@ def diagnose() -> list[Finding]:
     ]
 
 
-def _ability(name: str, ok: bool, fix: str) -> Finding:
-    return Finding(name=name, ok=ok, detail="works here" if ok else "does not work here", fix="" if ok else fix)
+def _ability(name: str, ok: bool, fix: str) -> Diagnosis:
+    return Diagnosis(name=name, ok=ok, detail="works here" if ok else "does not work here", fix="" if ok else fix)

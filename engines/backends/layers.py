@@ -27,7 +27,7 @@ DTYPES |= {"float": "float32", "fp32": "float32", "half": "float16", "fp16": "fl
 DTYPES |= {"e8m0": "uint8", "fp8e4m3": "fp8", "fp4e2m1": "fp4"}
 
 
-class TensorInfo(Part, frozen=True, kw_only=True):
+class KernelTensor(Part, frozen=True, kw_only=True):
     """One tensor of a kernel. A dimension that only the run decides is -1."""
 
     name: str
@@ -48,9 +48,9 @@ class Layer(Part, frozen=True, kw_only=True):
 
     name: str
     kind: str
-    inputs: tuple[TensorInfo, ...]
-    constants: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
+    inputs: tuple[KernelTensor, ...]
+    constants: tuple[KernelTensor, ...]
+    outputs: tuple[KernelTensor, ...]
     tactic: str
     onnx_nodes: tuple[str, ...]
 
@@ -94,8 +94,8 @@ def _total(sizes: Iterable[int | None]) -> int | None:
     return None if None in known else sum(filter(None, known))
 
 
-def _tensor(name: str, dtype: str, shape: Iterable[int]) -> TensorInfo:
-    return TensorInfo(name=name, dtype=dtype_name(dtype), shape=tuple(shape))
+def _tensor(name: str, dtype: str, shape: Iterable[int]) -> KernelTensor:
+    return KernelTensor(name=name, dtype=dtype_name(dtype), shape=tuple(shape))
 
 
 def dtype_name(text: str) -> str:
@@ -127,7 +127,7 @@ _LINE = re.compile(
 _TENSOR = re.compile(r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[-\d, ]*)\],.*?Datatype: (?P<dtype>\w+)")
 
 
-def _log_tensors(text: str | None, line: str) -> tuple[TensorInfo, ...]:
+def _log_tensors(text: str | None, line: str) -> tuple[KernelTensor, ...]:
     """The tensors in one bracketed list of a log line."""
     matches = list(_TENSOR.finditer(text or ""))
     if len(matches) != (text or "").count("{ Name: "):
@@ -191,7 +191,7 @@ def table_from_rtx_log(
     )
 
 
-def _json_tensors(rows: Any) -> tuple[TensorInfo, ...]:
+def _json_tensors(rows: Any) -> tuple[KernelTensor, ...]:
     """The tensors of one inspector list; 10.x joins 'Format/Datatype', 11.x splits it."""
     out = []
     for row in rows or ():
@@ -202,7 +202,7 @@ def _json_tensors(rows: Any) -> tuple[TensorInfo, ...]:
     return tuple(out)
 
 
-def _json_weights(row: Mapping[str, Any]) -> tuple[TensorInfo, ...]:
+def _json_weights(row: Mapping[str, Any]) -> tuple[KernelTensor, ...]:
     """The constants of a layer: a list of tensors, or TensorRT's own Weights and Bias counts."""
     held = [(k, w) for k in ("Weights", "Bias") if isinstance(w := row.get(k), Mapping) and w.get("Count")]
     return (*_json_tensors(row.get("Constants")), *(_tensor(k, w["Type"], (w["Count"],)) for k, w in held))

@@ -32,7 +32,7 @@ Open = Callable[[bytes, Mapping[str, Array], Path], tuple[Any, object]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class ModelPart:
     """Some nodes, in the order of the graph.
 
     Attributes:
@@ -86,7 +86,7 @@ class PartitionedSession:
         return [values[name] for name in wanted]
 
 
-def _cut(model: Model, wanted: Sequence[str]) -> tuple[Part, ...]:
+def _cut(model: Model, wanted: Sequence[str]) -> tuple[ModelPart, ...]:
     groups: list[list[NodeProto]] = []
     room, held = 0, set[str]()
     for node in needed(model.graph.node, wanted):
@@ -115,7 +115,7 @@ def _working_bytes(tensor: TensorProto) -> int:
     return tensor_bytes(tensor) + (0 if floats else 4 * math.prod(tensor.dims))
 
 
-def _part(model: Model, shown: Model, nodes: Sequence[NodeProto], index: int, last: Mapping[str, int]) -> Part:
+def _part(model: Model, shown: Model, nodes: Sequence[NodeProto], index: int, last: Mapping[str, int]) -> ModelPart:
     read = dict.fromkeys(name for node in nodes for name in reads(node))
     made = [name for node in nodes for name in node.output if name]
     inputs = tuple(name for name in read if name not in model.initializers and name not in set(made))
@@ -125,7 +125,7 @@ def _part(model: Model, shown: Model, nodes: Sequence[NodeProto], index: int, la
     proto.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in outputs)
     weights = _give(proto, model, read)
     ended = tuple(name for name in (*inputs, *outputs) if last.get(name, -1) <= index)
-    return Part(proto=proto.SerializeToString(), weights=weights, inputs=inputs, outputs=outputs, last=ended)
+    return ModelPart(proto=proto.SerializeToString(), weights=weights, inputs=inputs, outputs=outputs, last=ended)
 
 
 def excerpt(model: Model, nodes: Sequence[NodeProto], inputs: Mapping[str, np.dtype[Any]]) -> ModelProto:

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from engines.backends.layers import (
+    KernelTensor,
     LayerTable,
-    TensorInfo,
     dtype_name,
     onnx_node_names,
     table_from_inspector,
@@ -39,7 +39,7 @@ def test_a_log_line_is_read() -> None:
     (layer,) = result.layers
     assert (layer.name, layer.kind, layer.tactic) == ("conv, one_myl0_1", "correlation", "__myelin_CASK_STUB")
     assert layer.onnx_nodes == ("conv, one", "x_Dequantize[0]")
-    assert layer.inputs == (TensorInfo(name="x, q", dtype="int8", shape=(1, 16, 8, 8)),)
+    assert layer.inputs == (KernelTensor(name="x, q", dtype="int8", shape=(1, 16, 8, 8)),)
     assert [t.dtype for t in layer.constants] == ["int8", "float32"] and layer.outputs[0].dtype == "float16"
     # 1024 codes in, 2304 weight codes and one float, 1024 halves out
     assert result.bytes_moved == 1024 + 2304 + 4 + 2048
@@ -87,7 +87,7 @@ def test_another_file_is_refused(text: str) -> None:
     [("int4", (3,), 2), ("fp4", (4, 4), 8), ("float16", (), 2), ("int64", (2,), 16), ("int8", (-1, 4), None)],
 )
 def test_tensor_bytes(dtype: str, shape: tuple[int, ...], nbytes: int | None) -> None:
-    assert TensorInfo(name="t", dtype=dtype, shape=shape).nbytes == nbytes
+    assert KernelTensor(name="t", dtype=dtype, shape=shape).nbytes == nbytes
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from engines.backends import layers
-from engines.backends.layers import Layer, LayerTable, TensorInfo
+from engines.backends.layers import KernelTensor, Layer, LayerTable
 from engines.core.quantizers import LOW, code_bits, code_name, read_graph
 from engines.verify.audit import Audit, audit
 
@@ -43,9 +43,9 @@ def audited(model: onnx.ModelProto, *dtypes: str) -> Audit:
     kernel = Layer(
         name="product_myl0_0",
         kind="gemm",
-        inputs=tuple(TensorInfo(name="t", dtype=d, shape=(4, 4)) for d in dtypes),
+        inputs=tuple(KernelTensor(name="t", dtype=d, shape=(4, 4)) for d in dtypes),
         constants=(),
-        outputs=(TensorInfo(name="y", dtype="float32", shape=(4, 4)),),
+        outputs=(KernelTensor(name="y", dtype="float32", shape=(4, 4)),),
         tactic="",
         onnx_nodes=("product",),
     )

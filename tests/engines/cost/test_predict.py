@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from engines.backends.layers import Layer, LayerTable, TensorInfo
+from engines.backends.layers import KernelTensor, Layer, LayerTable
 from engines.core.documents import replace
 from engines.core.errors import EngineError
 from engines.cost.gpus import GPUS, Gpu, gpu_named
@@ -21,12 +21,12 @@ SLOW = Gpu(name="slow", target="sm89", bandwidth_gb_s=10, tera_ops={"float32": 1
 CONV_MACS = 16 * 16 * 9 * 64  # engine_graphs.conv: 147456
 
 
-def tensor(dtype: str, *shape: int) -> TensorInfo:
-    return TensorInfo(name="t", dtype=dtype, shape=shape)
+def tensor(dtype: str, *shape: int) -> KernelTensor:
+    return KernelTensor(name="t", dtype=dtype, shape=shape)
 
 
 def layer(
-    name: str, kind: str, inputs: list[TensorInfo], outputs: list[TensorInfo], nodes: tuple[str, ...] = ()
+    name: str, kind: str, inputs: list[KernelTensor], outputs: list[KernelTensor], nodes: tuple[str, ...] = ()
 ) -> Layer:
     return Layer(
         name=name, kind=kind, inputs=tuple(inputs), constants=(), outputs=tuple(outputs), tactic="", onnx_nodes=nodes

@@ -18,7 +18,7 @@ from places import SHARED
 
 from engines.backends import rtx
 from engines.backends.compiler import ShapeRange
-from engines.backends.layers import Layer, TensorInfo
+from engines.backends.layers import KernelTensor, Layer
 from engines.core.documents import replace
 from engines.core.macs import macs
 from engines.core.quantizers import read_graph
@@ -182,7 +182,7 @@ def test_einsum_and_transposed_convolution_multiply_adds() -> None:
 
 
 def test_the_compute_kernel_is_chosen_among_those_that_name_the_node() -> None:
-    tensor = TensorInfo(name="t", dtype="int8", shape=(4, 4))
+    tensor = KernelTensor(name="t", dtype="int8", shape=(4, 4))
     pad = Layer(
         name="__myl_Conc_myl0_0",
         kind="kgen",
