@@ -1,6 +1,6 @@
 """What works on this machine: runtimes, versions, GPUs, and what to install for the rest.
 
-Package metadata and the CUDA driver -> `Finding` rows -> printed by `qdq doctor`.
+Package metadata and the CUDA driver -> `Diagnosis` rows -> printed by `qdq doctor`.
 Must not import a heavy runtime: metadata and the driver library say enough.
 """
 

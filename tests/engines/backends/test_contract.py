@@ -32,7 +32,7 @@ TOY = '''
 
 from engines.backends.backend import Backend
 from engines.backends.compiler import Engine
-from engines.backends.layers import Layer, LayerTable, TensorInfo
+from engines.backends.layers import Layer, LayerTable, KernelTensor
 from engines.core.load import load_graph
 
 
@@ -46,7 +46,7 @@ def build(model, *, targets=("sm42",), shapes=None, timing_cache=None, on_progre
     if on_progress:
         on_progress(1.0, "Written down")
     data = proto.SerializeToString()
-    x = TensorInfo(name="x", dtype="float32", shape=(1, 4))
+    x = KernelTensor(name="x", dtype="float32", shape=(1, 4))
     layers = tuple(
         Layer(name=n.name, kind="copy", inputs=(x,), constants=(), outputs=(x,), tactic="", onnx_nodes=(n.name,))
         for n in proto.graph.node
