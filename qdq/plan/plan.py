@@ -163,8 +163,7 @@ class Plan(Document, frozen=True, kw_only=True):
                 )
         data = {name for p in self.activations for name, index in p.uses if index == 0}
         float_data = {name for p in self.weights if p.spec.weight_only for name, _ in p.uses}
-        alone = set(self.quantized_nodes) - data - float_data
-        if alone:
+        if alone := set(self.quantized_nodes) - data - float_data:
             raise InputError(
                 f"The plan quantizes the weight but not the data of {', '.join(sorted(alone)[:3])}; an integer "
                 "kernel needs both. Remove the weight's point, restore the data's, or set weight_only."

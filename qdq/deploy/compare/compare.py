@@ -218,9 +218,8 @@ class _Bench:
         return self._measured(row, path, path, entry)
 
     def _written(self, entry: Entry) -> ShippedModel:
-        on_progress, pricer = self._tell(entry.text), None
-        if entry.recipe.tune != "off" and self.gpus:
-            pricer = Pricer(recipe=entry.recipe, shapes=self.shapes, gpus=self.gpus)
+        on_progress, tuned = self._tell(entry.text), entry.recipe.tune != "off" and bool(self.gpus)
+        pricer = Pricer(recipe=entry.recipe, shapes=self.shapes, gpus=self.gpus) if tuned else None
         return written(
             self.prepared, self.calibration, entry.recipe, pricer=pricer, tables=self.tables, on_progress=on_progress
         )
