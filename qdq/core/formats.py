@@ -59,17 +59,11 @@ class Format:
 # INT8 MatMul and falls back to FP16 for INT8 Conv; INT4 compiles from SM86 on (SM80 is the same generation), FP8 from
 # SM89, FP4 from SM120 (SM121 too). INT4 blocks of 16 to 128 fuse into the product on either axis of a matrix; NVFP4 has
 # 16 only: with quantized data one FP4 product, with float data a kernel of its own dequantizes the weight first.
+_BLOCKS = (128, 64, 32, 16)  # of INT4
 _ROWS = (
     Format(name="int8", bits=8, low=-128, high=127, onnx_type=TensorProto.INT8, minimum_opset=13, minimum_sm=75),
     Format(
-        name="int4",
-        bits=4,
-        low=-8,
-        high=7,
-        onnx_type=TensorProto.INT4,
-        minimum_opset=21,
-        minimum_sm=80,
-        blocks=(128, 64, 32, 16),
+        name="int4", bits=4, low=-8, high=7, onnx_type=TensorProto.INT4, minimum_opset=21, minimum_sm=80, blocks=_BLOCKS
     ),
     Format(
         name="fp8",

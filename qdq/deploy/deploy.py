@@ -94,9 +94,8 @@ def deploy(
     stem = model_path.name.removesuffix(".onnx")
     weights = out.absolute().with_name(f".{out.absolute().name}.weights")  # of a large model, if a run is killed
     with folder_beside(out) as folder, registered(custom_ops), kept(weights):
-        pricer = None
-        if recipe.tune != "off" and backend.predicts:
-            pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe))
+        tuned = recipe.tune != "off" and backend.predicts
+        pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe)) if tuned else None
         done = written(prepared, calibration, recipe, pricer=pricer, on_progress=on_progress)
         made, finished = done.made, done.finished
         output, engine_path = folder / f"{stem}.{recipe.settings.scheme}.onnx", folder / f"{stem}.engine"

@@ -79,9 +79,8 @@ def draw(model: Model, plan: Plan, table: CalibrationTable, folder: Path) -> Pat
     for tensor in dict.fromkeys(p.tensor for p in plan.activations):
         params = {m: chosen[m][tensor] for m in CALIBRATORS}
         hist = table.tensors[tensor]
-        drawn.append(
-            _Drawn(tensor=tensor, hist=hist, params=params, sqnr_db={m: _sqnr_db(hist, p) for m, p in params.items()})
-        )
+        sqnr_db = {m: _sqnr_db(hist, p) for m, p in params.items()}
+        drawn.append(_Drawn(tensor=tensor, hist=hist, params=params, sqnr_db=sqnr_db))
     drawn.sort(key=lambda d: (max(d.sqnr_db.values()), d.tensor))
     try:
         folder.mkdir(parents=True, exist_ok=True)

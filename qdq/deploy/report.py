@@ -15,7 +15,7 @@ from msgspec import field
 from engines.backends.layers import LayerTable
 from engines.core.documents import Document, Part
 from engines.verify.audit import Audit
-from engines.verify.compare import OutputReport, Report
+from engines.verify.compare import Report
 from qdq.plan.plan import Plan
 from qdq.tune.tuned import TuningOutcome
 
@@ -100,7 +100,9 @@ def check_rows(report: Report) -> list[Row]:
     rows = []
     for output in report.outputs:
         of = f" of {output.name}" if len(report.outputs) > 1 else ""
-        rows.append(Row(f"SQNR{of} against the float model", f"{output.sqnr_db:.1f} dB, {_details(output)}"))
+        same = "" if output.top1 is None else f", argmax agrees {output.top1:.2%}"
+        near = f"cosine {output.cosine:.6f}, largest error {output.max_abs_error:.3g}{same}"
+        rows.append(Row(f"SQNR{of} against the float model", f"{output.sqnr_db:.1f} dB, {near}"))
         if output.dice:
             rows.append(Row(f"Dice{of} against the float model", _per_class(output.dice)))
     return rows
@@ -124,7 +126,7 @@ def audit_lines(audit: Audit) -> list[str]:
         f"{n.node} ({n.op_type}) asked for {n.requested} and runs in {n.consumed}: {n.cause}" for n in audit.missed
     ]
     lines += [f"{n.node} ({n.op_type}) is suspect: {n.cause}" for n in audit.suspect]
-    return _shortened(lines)
+    return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"... and {len(lines) - SHOWN} more; --json lists all"]
 
 
 def plan_rows(plan: Plan) -> list[Row]:
@@ -181,18 +183,7 @@ def _against(now: int | None, before: int | None) -> str:
     return f"{size(now)}, {now / before:.2f} of FP32 ({size(before)})"
 
 
-def _details(output: OutputReport) -> str:
-    parts = [f"cosine {output.cosine:.6f}", f"largest error {output.max_abs_error:.3g}"]
-    if output.top1 is not None:
-        parts.append(f"argmax agrees {output.top1:.2%}")
-    return ", ".join(parts)
-
-
 def _per_class(dice: Mapping[int, float]) -> str:
     if len(dice) > SHOWN:
         return f"worst of {len(dice)} classes {min(dice.values()):.4f}"
     return ", ".join(f"class {k} {v:.4f}" for k, v in dice.items())
-
-
-def _shortened(lines: list[str]) -> list[str]:
-    return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"... and {len(lines) - SHOWN} more; --json lists all"]

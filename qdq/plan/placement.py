@@ -9,6 +9,8 @@ Sources: NVIDIA's placement advice and what TensorRT-RTX 1.7.1 compiled from abo
 
 from __future__ import annotations
 
+from collections import Counter
+
 from engines.core.documents import replace
 from qdq.core.errors import InputError
 from qdq.model.model import Model
@@ -43,14 +45,8 @@ def plan(model: Model, settings: Settings | None = None) -> Plan:
         vetoes = [d for d in decisions if isinstance(d, Veto)]
         wants = [d for d in decisions if isinstance(d, Want)]
         if vetoes:
-            skips.append(
-                Skip(
-                    node=node.name,
-                    op_type=node.op_type,
-                    rule=vetoes[0].rule,
-                    reason="; ".join(v.reason for v in vetoes),
-                )
-            )
+            reason = "; ".join(v.reason for v in vetoes)
+            skips.append(Skip(node=node.name, op_type=node.op_type, rule=vetoes[0].rule, reason=reason))
             continue
         for want in wants:
             consumer = f"{node.name}:{want.index}"
@@ -78,12 +74,8 @@ def plan(model: Model, settings: Settings | None = None) -> Plan:
         key = ("activation", tensor, None)
         if key in found:
             found[key] = replace(found[key], consumers=(*found[key].consumers, consumer))
-    return Plan(
-        model_sha256=model.sha256,
-        settings=settings,
-        points=tuple(_tied(list(found.values()), ties)),
-        skips=tuple(skips),
-    )
+    points = tuple(_tied(list(found.values()), ties))
+    return Plan(model_sha256=model.sha256, settings=settings, points=points, skips=tuple(skips))
 
 
 def _tied(points: list[Point], ties: list[Tie]) -> list[Point]:
@@ -99,9 +91,7 @@ def _tied(points: list[Point], ties: list[Tie]) -> list[Point]:
         roots = sorted({root(t) for t in tie.tensors if t in group})
         for other in roots[1:]:
             group[other] = roots[0]
-    sizes: dict[str, int] = {}
-    for tensor in group:
-        sizes[root(tensor)] = sizes.get(root(tensor), 0) + 1
+    sizes = Counter(map(root, group))
     return [
         replace(p, tie=root(p.tensor)) if p.role == "activation" and sizes[root(p.tensor)] > 1 else p for p in points
     ]

@@ -141,15 +141,11 @@ class Plan(Document, frozen=True, kw_only=True):
                 f"The plan was made from another model: it says sha256 {self.model_sha256[:12]}…, this model has "
                 f"{model.sha256[:12]}…. Make a plan for this model with `qdq plan`."
             )
-        names = {n.name for n in model.graph.node}
+        operands = {n.name: n.input for n in model.graph.node}
         for point in self.points:
             for node, index in point.uses:
-                if (
-                    node not in names
-                    or index >= len(model.node(node).input)
-                    or model.node(node).input[index] != point.tensor
-                ):
-                    near = difflib.get_close_matches(node, names, n=1)
+                if point.tensor not in operands.get(node, ())[index : index + 1]:
+                    near = difflib.get_close_matches(node, operands, n=1)
                     hint = f" Did you mean node {near[0]!r}?" if near and near[0] != node else ""
                     raise InputError(
                         f"The plan quantizes {point.tensor!r} for operand {index} of node {node!r}, but the model "
@@ -167,8 +163,7 @@ class Plan(Document, frozen=True, kw_only=True):
                 )
         data = {name for p in self.activations for name, index in p.uses if index == 0}
         float_data = {name for p in self.weights if p.spec.weight_only for name, _ in p.uses}
-        alone = set(self.quantized_nodes) - data - float_data
-        if alone:
+        if alone := set(self.quantized_nodes) - data - float_data:
             raise InputError(
                 f"The plan quantizes the weight but not the data of {', '.join(sorted(alone)[:3])}; an integer "
                 "kernel needs both. Remove the weight's point, restore the data's, or set weight_only."
@@ -212,13 +207,8 @@ def _grain(spec: Spec) -> str:
     if spec.axis is None:
         blocks = FORMATS[spec.format].blocks if FORMATS[spec.format].scale_format else ()
         return f"in blocks of {blocks[0]}, scaled as the engine runs" if blocks else "per tensor"
+    alone = ", weight only" if spec.weight_only else ""
     if spec.block is None:
-        return f"per channel on axis {spec.axis}" + (", weight only" if spec.weight_only else "")
-    read = (
-        f", read as {spec.compute_format} per channel"
-        if spec.compute_format
-        else ", weight only"
-        if spec.weight_only
-        else ""
-    )
+        return f"per channel on axis {spec.axis}{alone}"
+    read = f", read as {spec.compute_format} per channel" if spec.compute_format else alone
     return f"in blocks of {spec.block} along axis {spec.axis}{read}"

@@ -116,7 +116,7 @@ def _block(
     size, whole = shape[input_axis(node, len(shape))], f"{scheme.unblocked} per channel"
     if scheme.compute_format and len(shape) > 2:
         return None, f"{whole}: {scheme.weight} blocks that are read as {scheme.compute_format} need a matrix"
-    fitting = [b for b in blocks if isinstance(size, int) and _fitting(size, b)]
+    fitting = [b for b in blocks if isinstance(size, int) and -size % b <= MOST_PADDING * size]
     if not fitting or not isinstance(size, int):
         return None, f"{whole}: its {size} inputs do not fill blocks of {min(blocks)}"
     block = fitting[0]
@@ -140,11 +140,6 @@ def _no_data_blocks(model: Model, node: NodeProto) -> str:
     if attribute(node, "transA", 0):
         return "its sum does not run over the last axis of its data, along which blocks lie"
     return ""
-
-
-def _fitting(size: int, block: int) -> bool:
-    """Whether an axis is whole blocks, or nearly: what is added is at most an eighth."""
-    return -size % block <= MOST_PADDING * size
 
 
 def residual(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
@@ -236,10 +231,8 @@ RULES: tuple[Rule, ...] = (weighted, residual, concat, transposed, operands, exc
 
 def why_float(op_type: str) -> tuple[str, str]:
     """Rule name and reason why an operator that no rule wants stays in float."""
-    for ops, reason in _FLOAT_OPS.items():
-        if op_type in ops:
-            return "no_weight", reason
-    return "no_weight", "it has no weights; the compiler fuses pointwise operators into the kernel before or after them"
+    other = "it has no weights; the compiler fuses pointwise operators into the kernel before or after them"
+    return "no_weight", next((reason for ops, reason in _FLOAT_OPS.items() if op_type in ops), other)
 
 
 def check_exclude(model: Model, patterns: tuple[str, ...], what: str = "exclude") -> None:

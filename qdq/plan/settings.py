@@ -222,13 +222,10 @@ class Settings(Part, frozen=True, kw_only=True):
         if fmt is None:
             return None
         alone = scheme.data is None and not convolution
-        if not FORMATS[fmt].integer and not FORMATS[fmt].blocks:
-            # One scale loses nothing where codes are floating-point numbers, and behind a product per-channel scales
-            # cost a kernel; behind a convolution the rewrite `hoist` moves them.
-            return Spec(format=fmt, axis=outputs if convolution else None, weight_only=alone)
-        if not FORMATS[fmt].blocks:
-            return Spec(format=fmt, axis=outputs, weight_only=alone)
-        if block is None:
-            whole = self.block == "tensor"
-            return Spec(format=fmt, axis=None if whole else outputs, weight_only=alone)
-        return Spec(format=fmt, axis=inputs, block=block, compute_format=scheme.compute_format, weight_only=alone)
+        if FORMATS[fmt].blocks and block is not None:
+            read = scheme.compute_format
+            return Spec(format=fmt, axis=inputs, block=block, compute_format=read, weight_only=alone)
+        # One scale loses nothing where codes are floating-point numbers, and behind a product per-channel scales cost a
+        # kernel; behind a convolution the rewrite `hoist` moves them.
+        whole = self.block == "tensor" if FORMATS[fmt].blocks else not (FORMATS[fmt].integer or convolution)
+        return Spec(format=fmt, axis=None if whole else outputs, weight_only=alone)

@@ -130,12 +130,8 @@ def possible(builder: VariantBuilder, variant: Variant, price: Price, *, placeme
         found.append(Move(kind="quantized shortcut" if shared else "float shortcut", nodes=(operand,)))
     times = times_of(found, model, price)
     worth = sorted((m for m in found if times[m] >= WORTH * price.us), key=lambda m: -times[m])
-    types = [
-        Move(kind=TYPE, nodes=(unquantized_type,))
-        for unquantized_type in ("", *builder.unquantized_types[1:])
-        if unquantized_type != variant.unquantized_type
-    ]
-    return [*worth, *types]
+    types = (name for name in ("", *builder.unquantized_types[1:]) if name != variant.unquantized_type)
+    return [*worth, *(Move(kind=TYPE, nodes=(name,)) for name in types)]
 
 
 def finer_codes(builder: VariantBuilder, variant: Variant) -> list[Move]:

@@ -189,19 +189,15 @@ class _Search:
         chosen += [convolutions] if 0 < len(convolutions) < len(order) else []
         for nodes in chosen:
             part = replace(variant, quantized=frozenset(nodes))
-            full = self.with_all(part)
+            full = part
+            for name in QUANTIZED_REWRITES:
+                full = full.with_rewrite(name, self.builder.fits(name, full))
             exact = {node for name, node in full.rewrites if name == "norm_scale"}  # these have one scale already
             level = frozenset(self.builder.fit_for_one_scale(part)) & part.quantized - exact
             for unshifted in (frozenset(self.builder.asymmetric(part)), frozenset[str]()):
                 yield replace(full, per_tensor=level, unshifted=unshifted)
                 yield replace(full, unshifted=unshifted)
             yield part
-
-    def with_all(self, variant: Variant) -> Variant:
-        """The same with all rewrites of the quantized stage."""
-        for name in QUANTIZED_REWRITES:
-            variant = variant.with_rewrite(name, self.builder.fits(name, variant))
-        return variant
 
     def keep(self, variant: Variant, what: str, least: float = 0.0) -> bool:
         """Compile a variant and stand on it if it is better by a share of the time."""
@@ -217,12 +213,12 @@ class _Search:
         failed: set[tuple[Variant, Move]] = set()
         gained = True
         while gained:
-            gained, moves = False, self.steps_on()
+            gained, moves = False, possible(self.builder, self.best, self.price(self.best), placement=self.placement)
             while moves:
                 stands = self.best
                 moves = [m for m in moves if m.of(stands) != stands and (stands, m) not in failed]
-                for tried, _ in enumerate(self.ahead(m.of(stands) for m in moves)):
-                    if self.keep_move(moves[tried]):
+                for tried, candidate in enumerate(self.ahead(m.of(stands) for m in moves)):
+                    if self.keep(candidate, str(moves[tried]), moves[tried].least_gain):
                         gained, moves = True, moves[tried + 1 :]
                         break
                     failed.add((stands, moves[tried]))
@@ -230,14 +226,6 @@ class _Search:
                     break
             if self.late():
                 return
-
-    def steps_on(self) -> list[Move]:
-        """All moves from the best variant, dearest nodes first."""
-        return possible(self.builder, self.best, self.price(self.best), placement=self.placement)
-
-    def keep_move(self, move: Move) -> bool:
-        """Make a move if it gains enough for what it is."""
-        return self.keep(move.of(self.best), str(move), move.least_gain)
 
     def accurate(self, variant: Variant) -> bool:
         """Whether it keeps the bound, if there is one."""
@@ -295,7 +283,7 @@ class _Search:
             if not self.best.quantized:
                 break
             measured.add(self.best)
-            real, noise = measure(self.plan("")), self.builder.noise(self.best)
+            real, noise = measure(self.builder.plan_of(self.best, "")), self.builder.noise(self.best)
             quick = -10 * math.log10(noise) if noise else math.inf
             self.steps.append(f"measured {real:.1f} dB with calibrated scales, {quick:.1f} dB with quick ones")
             enough = real >= bound_db + RESERVE_DB
@@ -327,10 +315,6 @@ class _Search:
         """The fastest variant known with nothing quantized."""
         return min((v for v in self.prices if not v.quantized), key=self.us)
 
-    def plan(self, why: str) -> Plan:
-        """The best variant as a plan; `why` other nodes are left in float."""
-        return self.builder.plan_of(self.best, why)
-
     def result(self) -> Tuned:
         """The best variant as a plan."""
         price, operands = self.price(self.best), self.builder.base(Variant()).plan.operands
@@ -341,7 +325,7 @@ class _Search:
         )
         return Tuned(
             variant=self.best,
-            plan=self.plan(why),
+            plan=self.builder.plan_of(self.best, why),
             unquantized=self.builder.plan_of(floating, why),
             unquantized_us=self.us(floating),
             operands=operands,

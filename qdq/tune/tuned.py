@@ -88,9 +88,7 @@ class Tuned:
 
     def outcome(self, gpus: Sequence[str]) -> TuningOutcome:
         """What a report says of it, with times predicted for these GPUs."""
-        predicted, plain, untuned = (
-            us if math.isfinite(us) else None for us in (self.price.us, self.plain, self.untuned)
-        )
+        predicted, plain, untuned = (t if math.isfinite(t) else None for t in (self.price.us, self.plain, self.untuned))
         return TuningOutcome(
             gpus=tuple(gpus),
             predicted_us=predicted,

@@ -147,8 +147,7 @@ class VariantBuilder:
             return None
         outputs = [o.name for o in self.model.outputs if not self.model.is_constant(o.name)]
         if not self._outputs:
-            session = Session(self.model, outputs)
-            self._outputs = dict(session(self.samples[0]))
+            self._outputs = dict(Session(self.model, outputs)(self.samples[0]))
         key = replace(_float_part(variant), unquantized_type="")
         if key not in self._noises:
             base = self.base(variant)
@@ -184,27 +183,16 @@ class VariantBuilder:
             base = self.base(variant)
             plan = restricted(base.model, base.plan, variant, "")
             model = insert(base.model, plan, _adapted(base, plan)) if plan.points else base.model
-            self._last = (
-                key,
-                convert(
-                    model, unquantized_type=variant.unquantized_type or self.unquantized_types[0], table=base.table
-                ).model,
-            )
+            unquantized_type = variant.unquantized_type or self.unquantized_types[0]
+            self._last = key, convert(model, unquantized_type=unquantized_type, table=base.table).model
         return self._last[1]
 
     def _settings_for(self, model: Model) -> Settings:
         """The settings without patterns that match no node any more: the rewrites took those nodes away."""
-        names = [node.name for node in model.graph.node]
-
-        def lives(pattern: str) -> bool:
-            return any(fnmatch.fnmatchcase(name, pattern) for name in names)
-
-        kept = self.settings
-        return replace(
-            kept,
-            exclude=tuple(p for p in kept.exclude if lives(p)),
-            overrides={p: scheme for p, scheme in kept.overrides.items() if lives(p)},
-        )
+        names, given = [node.name for node in model.graph.node], self.settings
+        live = {p for p in (*given.exclude, *given.overrides) if any(fnmatch.fnmatchcase(name, p) for name in names)}
+        overrides = {p: scheme for p, scheme in given.overrides.items() if p in live}
+        return replace(given, exclude=tuple(p for p in given.exclude if p in live), overrides=overrides)
 
     def _table(self, model: Model, plan: Plan) -> CalibrationTable:
         names = list(dict.fromkeys(p.tensor for p in plan.activations))
@@ -242,11 +230,9 @@ def _adapted(base: Base, plan: Plan) -> Solution:
             activations[point.tensor] = replace(activations[point.tensor], zero_point=0)
         elif point.role == "weight" and (point.tensor, point.spec.axis) not in weights:
             old = next(q for (tensor, _), q in weights.items() if tensor == point.tensor)
-            largest = np.asarray(old.params.scale.max())
-            one = replace(old, params=replace(old.params, scale=largest, axis=None))
-            weights[point.tensor, point.spec.axis] = one
-    nodes = weighted_nodes(base.model, plan)
-    return replace(solution, nodes=nodes, activations=activations, weights=weights)
+            one = replace(old.params, scale=np.asarray(old.params.scale.max()), axis=None)
+            weights[point.tensor, point.spec.axis] = replace(old, params=one)
+    return replace(solution, nodes=weighted_nodes(base.model, plan), activations=activations, weights=weights)
 
 
 def restricted(model: Model, plan: Plan, variant: Variant, why: str) -> Plan:

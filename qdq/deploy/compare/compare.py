@@ -47,11 +47,7 @@ from qdq.plan.plan import Plan, Point
 from qdq.plan.scheme import SCHEMES
 from qdq.plan.settings import Settings
 
-OPTIONS = (
-    *(name for name in Settings.__struct_fields__ if name not in ("scheme", "overrides")),
-    "unquantized_type",
-    "tune",
-)
+OPTIONS = (*(n for n in Settings.__struct_fields__ if n not in ("scheme", "overrides")), "unquantized_type", "tune")
 FLOAT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
 
 
@@ -189,18 +185,13 @@ class _Bench:
     def float_rows(self, folder: Path, entry: Entry) -> list[SchemeRow]:
         """The float model as it is, in FP16, and in the recipe's type for what is not quantized if that is another."""
         plan = placement.plan(self.prepared, Settings())
-        unquantized_types = list(dict.fromkeys(("fp32", "fp16", rest_of(plan, entry.recipe.unquantized_type))))
         table = self.tables.of(plan, self._tell("FP16")) if plan.activations else None
         rows = []
-        for unquantized_type in unquantized_types:
-            path = folder / f"{unquantized_type}.onnx"
-            model = convert(self.prepared, unquantized_type=unquantized_type, table=table).model
-            save(model, path)
-            bits = f"W{FLOAT_BITS[unquantized_type]}A{FLOAT_BITS[unquantized_type]}"
-            row = SchemeRow(
-                scheme=unquantized_type.upper(), precision=bits, weights_per="-", data_per="-", quantized_nodes=0
-            )
-            rows.append(self._measured(row, path, self.path if unquantized_type == "fp32" else path, entry))
+        for kind in dict.fromkeys(("fp32", "fp16", rest_of(plan, entry.recipe.unquantized_type))):
+            path, bits = folder / f"{kind}.onnx", f"W{FLOAT_BITS[kind]}A{FLOAT_BITS[kind]}"
+            save(convert(self.prepared, unquantized_type=kind, table=table).model, path)
+            row = SchemeRow(scheme=kind.upper(), precision=bits, weights_per="-", data_per="-", quantized_nodes=0)
+            rows.append(self._measured(row, path, self.path if kind == "fp32" else path, entry))
             path.unlink()
         return rows
 
@@ -227,9 +218,8 @@ class _Bench:
         return self._measured(row, path, path, entry)
 
     def _written(self, entry: Entry) -> ShippedModel:
-        on_progress, pricer = self._tell(entry.text), None
-        if entry.recipe.tune != "off" and self.gpus:
-            pricer = Pricer(recipe=entry.recipe, shapes=self.shapes, gpus=self.gpus)
+        on_progress, tuned = self._tell(entry.text), entry.recipe.tune != "off" and bool(self.gpus)
+        pricer = Pricer(recipe=entry.recipe, shapes=self.shapes, gpus=self.gpus) if tuned else None
         return written(
             self.prepared, self.calibration, entry.recipe, pricer=pricer, tables=self.tables, on_progress=on_progress
         )

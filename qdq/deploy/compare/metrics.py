@@ -27,7 +27,7 @@ MOST_EMBEDDINGS = 2048  # whose pairs are ranked: two million similarities
 class Metric(Protocol):
     """What `comparison` needs of a metric; one object scores one model."""
 
-    higher_is_better: ClassVar[bool]
+    higher_is_better: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     has_unit: ClassVar[bool] = False  # its value is in the unit of the output: made with `per`
 
@@ -128,8 +128,6 @@ class Perplexity(_Mean):
 class Top1(_Mean):
     """Fraction of positions whose argmax is the label, or the argmax of the float model."""
 
-    higher_is_better: ClassVar[bool] = True
-
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:
         """See `Metric.add`."""
         best = _by_class(found).argmax(axis=-1)
@@ -146,8 +144,6 @@ class Dice(Metric):
     to 1, are masks, one per channel: above 0.5 where the float model's values lie in [0, 1], else above 0. Any other
     has the class of its largest channel. The first sample decides.
     """
-
-    higher_is_better: ClassVar[bool] = True
 
     def __init__(self) -> None:
         """Nothing added."""
@@ -197,8 +193,6 @@ class Cosine(_Mean):
     1 where both are zero, 0 where one is.
     """
 
-    higher_is_better: ClassVar[bool] = True
-
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:
         """See `Metric.add`."""
         ours, theirs = _rows(found), _rows(_truth(reference, labels, "cosine"))
@@ -218,8 +212,6 @@ class Spearman(Metric):
     cosine of two: with labels, of each two consecutive items (one label per pair, as in semantic textual similarity);
     without, of every pair of the first `MOST_EMBEDDINGS` items, against the same in the float model.
     """
-
-    higher_is_better: ClassVar[bool] = True
 
     def __init__(self) -> None:
         """Nothing added."""

@@ -150,8 +150,7 @@ def score(
         )
     session = ort.session(str(candidate), custom_ops=custom_ops)
     counting = metric(task.metric, per=task.per)
-    signal = noise = 0.0
-    done = 0
+    signal, noise, done = 0.0, 0.0, 0
     for done, sample in enumerate(samples, 1):
         inputs = {name: sample[name] for name in names}
         found, expected = next(ort.run(session, [inputs])), reference.outputs(done, inputs)
