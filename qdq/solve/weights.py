@@ -65,7 +65,7 @@ def quantize_weight(
         rounding: a name in `ROUNDINGS`.
         moments: (groups, columns, columns) of the inputs, each group's for its share of the output channels; None
             rounds as the rounding does without data.
-        damping: of roundings that look at the moments, see `qdq.rounding.gptq`.
+        damping: of roundings that look at the moments, see `qdq.solve.rounding.gptq`.
         act_order: likewise.
 
     Returns:

@@ -51,7 +51,7 @@ class Part:
 
 
 class PartitionedSession:
-    """As far as a Tap goes an `onnxruntime.InferenceSession`; may be run from several threads at once."""
+    """The part of `onnxruntime.InferenceSession` that `Session` uses; may be run from several threads at once."""
 
     def __init__(self, model: Model, wanted: Sequence[str], start: Open) -> None:
         """Cut the model up; no session is open yet.

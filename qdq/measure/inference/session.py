@@ -1,7 +1,7 @@
 """Run a float model in ONNX Runtime and see the tensors inside it.
 
-Model + tensor names -> Tap -> for each sample a mapping of tensor name to array; `overlapped` runs several at a time.
-A model with much external data is run in `parts`, so that its weights are never in memory together.
+Model + tensor names -> Session -> for each sample, tensor name to array; `overlapped` runs several at a time.
+A model with much external data is run in parts (`partitioned`), so that its weights are never in memory together.
 A session runs each sample on `threads` threads: with one, a value depends on the sample alone, whatever the machine's
 cores or the samples beside it (on more, ONNX Runtime splits small products differently and the last bits change).
 This module must not keep a sample or an activation, and must not write files.
@@ -34,7 +34,7 @@ _LIBRARIES: ContextVar[tuple[str, ...]] = ContextVar("custom operator libraries"
 
 @contextmanager
 def registered(libraries: Sequence[str]) -> Iterator[None]:
-    """Every Tap made inside, by whichever stage, registers these custom operator libraries.
+    """Every session made inside, by whichever stage, registers these custom operator libraries.
 
     Args:
         libraries: paths of ONNX Runtime custom operator libraries.

@@ -45,7 +45,7 @@ class Stages:
             model: constants apart, the one that `run` is given.
             wanted: computed tensors of each stage; none depends on one of a later stage.
             samples: few, for all that is needed of them is kept; read once.
-            memory: bytes that are kept in memory at most; None for a share of `footprint.default_bytes`.
+            memory: bytes that are kept in memory at most; None for a share of `resources.default_bytes`.
         """
         self._wanted = [frozenset(names) for names in wanted]
         self._fixed = _fixed(model)

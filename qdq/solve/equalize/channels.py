@@ -95,7 +95,7 @@ def look(
     Args:
         model: the prepared float model.
         readers: tensor -> the nodes that multiply its channels, one of them at least.
-        samples: re-iterable; at most `gram.MAX_SAMPLES` of them are run.
+        samples: re-iterable; at most `second_moments.MAX_SAMPLES` of them are run.
         on_progress: called with (samples done, samples in all or None, text).
 
     Returns:

@@ -2,7 +2,7 @@
 
 Model + Plan + parameters + samples -> per tensor (channel scales, new parameters) where that is predicted to pay.
 The float outputs stay equal. `insert` writes the division as one Mul in front of the quantizer, which the compiler
-fuses into the kernel there. This module must not change the graph; the formulas are in `qdq.equalize`.
+fuses into the kernel there. This module must not change the graph; `formulas` holds the formulas.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def equalized(
         plan: its points.
         nodes: its weighted nodes by name.
         params: activation tensor -> parameters without equalization; other tensors are left alone.
-        samples: re-iterable calibration samples; at most `gram.MAX_SAMPLES` of them are run.
+        samples: re-iterable calibration samples; at most `second_moments.MAX_SAMPLES` of them are run.
         formula: a name in `FORMULAS`.
         on_progress: called with (samples done, samples in all or None, text).
 

@@ -52,7 +52,7 @@ def errors(
         readers: tensor -> all that reads it; each is a Gemm or MatMul.
         params: tensor -> parameters with one scale.
         divisors: tensor -> (channels,) what its channels are divided by for that scale.
-        samples: re-iterable; at most `gram.MAX_SAMPLES` of them are run.
+        samples: re-iterable; at most `second_moments.MAX_SAMPLES` of them are run.
         on_progress: called with (samples done, samples in all or None, text).
     """
     found = {}
