@@ -1,7 +1,7 @@
 """What a model's inputs need, and whether a sample gives it.
 
 Flow: InputSpec (name, dtype, shape) + raw arrays -> check_sample -> arrays of the model's own dtypes, or a DataError
-that says what is wrong, in which sample, and how to mend it.
+that says what is wrong, in which sample, and how to fix it.
 It must not read files, nor convert anything where a value could change its meaning.
 """
 

@@ -1,4 +1,4 @@
-"""The judge of `tune`: a model compiled for each target, its kernels priced by a roofline, equal graphs only once.
+"""The price of a variant: it is compiled for each target, its kernels priced by a roofline, equal graphs only once.
 
 Model -> structure hash -> known price, or temporary file -> engine's layers -> predicted microseconds -> Price
 A structure is the graph without the values of weights, on which no kernel depends. It must not search.

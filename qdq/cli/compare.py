@@ -1,6 +1,6 @@
 """`qdq compare`: the table of schemes that the literature shows, measured on one model.
 
-options -> entries, a task, samples -> qdq.comparison -> a table or JSON, and report.json.
+options -> entries, a task, samples -> qdq.deploy.compare -> a table or JSON, and report.json.
 What is heavy is imported inside the verb.
 """
 

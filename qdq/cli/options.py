@@ -111,7 +111,9 @@ settings_options = _options(
     click.option(
         "--v1", help="FPTQ: above this magnitude one scale per token; auto decides from the error. Default 150."
     ),
-    _setting("--bias-correction", "Shift biases so that means stay: {names}; auto does where held-out samples gain."),
+    _setting(
+        "--bias-correction", "Shift biases so that means stay: {names}; auto does so where held-out samples gain."
+    ),
     click.option(
         "--shift/--no-shift", default=None, help="Shift asymmetric activations to use all codes (default on)."
     ),
@@ -126,8 +128,8 @@ unquantized_option = click.option(
 tune_options = _options(
     click.option(
         "--tune",
-        help="Choose by compiled results: placement (default: rewrites, and what is quantized at all), rewrites (INT8 "
-        "wherever it is possible), or off.",
+        help="Choose by compiled results: placement (what is quantized at all, and rewrites), rewrites (INT8 wherever "
+        "it is possible), or off. Default: placement for int8, else rewrites; for compare, off.",
     ),
     click.option("--time-limit", type=float, metavar="SECONDS", help="Stop tuning after this time, default 110."),
     click.option(
@@ -142,7 +144,7 @@ shape_option = click.option(
     "--shape",
     multiple=True,
     metavar="NAME:MIN:OPT:MAX",
-    help="Compile a dynamic input for these shapes, each like 1x1x64x64x64; or NAME:SHAPE. Default: the samples'.",
+    help="Give a dynamic input these shapes, each like 1x1x64x64x64; or NAME:SHAPE. Default: the samples', if any.",
 )
 compile_options = _options(
     click.option(

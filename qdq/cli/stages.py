@@ -141,7 +141,7 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
 @options.recipe_option
 @options.json_option
 def audit(model: Path, gpu: str | None, as_json: bool, **given: Any) -> None:
-    """Say what each node really runs in: of a Q/DQ model, which is compiled for it, or of an engine."""
+    """Say in which type each node really runs; MODEL is an engine, or a Q/DQ model, which is compiled first."""
     from qdq.build.engine import audit_engine, audit_model
     from qdq.deploy.report import audit_lines, audit_rows
 

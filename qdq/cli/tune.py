@@ -1,6 +1,6 @@
 """`qdq tune`: the plan that the compiler's result is predicted fastest for.
 
-options -> recipe, samples if given -> qdq.pricing -> plan.json, a short table.
+options -> recipe, samples if given -> qdq.tune.find_plan -> plan.json, a short table.
 What is heavy is imported inside the verb.
 """
 

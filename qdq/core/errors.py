@@ -7,7 +7,7 @@
     +- MissingRuntimeError    3   a package or a device that this step needs is absent
 
 A message is one paragraph: what, where, got, needed, fix. `engines.EngineError` and `calib_data.DataError` are
-the roots of the two other packages, which import nothing of this one, and carry an `exit_code` likewise.
+the roots of the two other packages, which import nothing of this one, and carry an `exit_code` too.
 """
 
 from __future__ import annotations

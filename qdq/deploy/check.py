@@ -33,7 +33,7 @@ def evaluate(
     Args:
         float_model: a path, an onnx.ModelProto or an onnx_graphsurgeon.Graph.
         candidate: a Q/DQ model in these forms, which stands for its engine; or the path of an engine.
-        limits: keys of `qdq.recipe.LIMITS`.
+        limits: keys of `qdq.build.recipe.LIMITS`.
         engine_backend: that runs the candidate where it is an engine.
         custom_ops: libraries of custom operators that ONNX Runtime needs for the models.
     """

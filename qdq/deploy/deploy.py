@@ -143,7 +143,7 @@ def deploy(
 def _float_table(
     prepared: Model, folder: Path, recipe: Recipe, shapes: Mapping[str, ShapeRange], on_progress: Progress
 ) -> tuple[LayerTable | None, str]:
-    """The layers of the float model compiled likewise, or None and why it does not compile."""
+    """The layers of the float model compiled in the same way, or None and why it does not compile."""
     place = folder / "float"
     place.mkdir()
     try:

@@ -1,1 +1,1 @@
-"""What TensorRT will not take of anyone's Q/DQ model, and what can be mended without data. Must not need samples."""
+"""What TensorRT will not take of anyone's Q/DQ model, and what can be repaired without data. Must not need samples."""

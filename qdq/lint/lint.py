@@ -25,7 +25,7 @@ class Finding(Part, frozen=True, kw_only=True):
     """One thing that is wrong at one node.
 
     Attributes:
-        rule: its name; the docstring of the rule says what it finds and what `repair` mends of it.
+        rule: its name; the docstring of the rule says what it finds and what `repair` does about it.
         severity: "error" (refused, crash, wrong) or "warning".
         effect: what TensorRT makes of it.
         node: name of the ONNX node.

@@ -59,7 +59,7 @@ def collect(
             there to go on from.
         provider: ONNX Runtime provider, "cpu" or "cuda".
         custom_ops: ONNX Runtime custom operator libraries.
-        memory: bytes for activations; see `footprint.passes`.
+        memory: bytes for activations; see `memory.passes`.
         threads: samples at a time at most; None for one per core, as far as the budget allows.
         checkpoint: to go on from and to write to; the caller removes it once the table is written. The samples must
             then be re-iterable.

@@ -1,7 +1,7 @@
 """Quantized weights of a large model on disk: written one at a time as they are made, mapped when they are looked at.
 
     weight -> `WeightStore.weight`: made once per key -> QTensor whose codes are mapped from a file
-    codes -> `WeightStore.tensor`: TensorProto that says where the values lie; `graph.save` copies them from there
+    codes -> `WeightStore.tensor`: TensorProto that says where the values lie; `storage.save` copies them from there
     with kept(folder): ...   a run that is killed leaves its finished weights there, and the same run takes them up
 
 A weight appears under its key by a rename when it is complete. Without `kept` the folder is a temporary one, gone with

@@ -1,4 +1,4 @@
-"""Adaptive granularity: the block length of each weight, from its own values.
+"""The block length of each weight, from its own values.
 
 values -> squared error of each block length on sampled blocks -> the block that is worth its scales.
 It must not know nodes or plans, and needs no data.

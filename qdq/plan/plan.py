@@ -68,7 +68,7 @@ class Plan(Document, frozen=True, kw_only=True):
     Invariants: every node of the model is the consumer of a weight point or has a Skip.
 
     Attributes:
-        model_sha256: of the user's model file, as `graph.load` computes it.
+        model_sha256: of the user's model file, as `storage.load` computes it.
         settings: what the plan was made with.
         points: quantized tensors.
         skips: nodes left in float.

@@ -64,13 +64,13 @@ class Settings(Part, frozen=True, kw_only=True):
         percentile: percent of the values that the `percentile` calibrator keeps inside the range.
         rounding: how weights are rounded to codes; "" takes the scheme's default.
         equalize: the formula by which input channels of a layer are balanced where that pays, or "none"; "auto" takes
-            the strong one where held-out samples gain by it (`crossfit`); "" takes the scheme's default. Weight-only
-            blocks are balanced as AWQ does, unless it is "none" or "sinq".
+            the strong one where held-out samples gain by it (`choose_equalization`); "" takes the scheme's default.
+            Weight-only blocks are balanced as AWQ does, unless it is "none" or "sinq".
         shift: allow `Spec.shift` for activations.
         exclude: glob patterns of node names that stay in float; each must match at least one node.
         bias_correction: shift biases so that quantization does not move means; "auto" where held-out samples gain.
         block: weights that share a scale along the reduction axis, for formats that have blocks; "auto" takes for
-            each weight the one whose scales are worth their bits (`granularity.best`); "channel", "tensor": the whole.
+            each weight the one whose scales are worth their bits (`block_length.best`); "channel", "tensor": the whole.
         damping: of rounding by second moments: the share of their mean diagonal that is added to the diagonal.
         act_order: GPTQ rounds the inputs of largest second moment first; else in their order.
         moment_inputs: weights of up to so many inputs per output are rounded by second moments, the others without

@@ -15,7 +15,7 @@ class Spec(Part, frozen=True, kw_only=True, omit_defaults=True):
     """How one tensor is quantized.
 
     Attributes:
-        format: a name in `qdq.formats.FORMATS`.
+        format: a name in `qdq.core.formats.FORMATS`.
         axis: None for one scale per tensor, else the axis that has one scale per index, or per block of indices.
         shift: the tensor may be moved by a constant before it is quantized, so that an asymmetric range uses all codes.
         block: indices of `axis` that share a scale; None for one.

@@ -67,7 +67,7 @@ def quantize_weight(
         moments: (groups, columns, columns) of the inputs, each group's for its share of the output channels; None
             rounds as the rounding does without data.
         damping: of roundings that look at the moments, see `qdq.solve.rounding.gptq`.
-        act_order: as damping.
+            act_order: as damping.
     """
     fmt, method = FORMATS[spec.format], ROUNDINGS[rounding]
     if not fmt.integer and spec.block is None:  # nearest codes: the grid is dense where values are, which is enough

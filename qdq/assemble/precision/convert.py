@@ -1,6 +1,6 @@
 """Make the float part of a graph FP16 or BF16, for the strongly typed world in which the file decides every type.
 
-Model -> tensors typed -> `precision_rules.decide`: nodes that stay FP32, each with its reason -> demands: the types in
+Model -> tensors typed -> `rules.decide`: nodes that stay FP32, each with its reason -> demands: the types in
 which each tensor is read -> nodes and constants written once per demanded type, Casts only where the types meet.
 It must not change codes, scales beyond rounding, node names, or the type of inputs and outputs unless asked.
 

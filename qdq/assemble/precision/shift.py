@@ -4,7 +4,7 @@
 scale s, the weights' scales and that bias no longer cancel: up to 2^-12 * 128 = 0.03 steps (BF16: 0.25), the same for
 every input, times sum(W). Here the bias is computed anew, from what will be stored, so that zero stays exactly zero:
 
-    k = clip(round(-c / s))           the code of zero; Sub and Q stay FP32 (`precision_rules`, rule "shift")
+    k = clip(round(-c / s))           the code of zero; Sub and Q stay FP32 (`rules`, rule "shift")
     bias' = bias - c * sum(W) - k * s' * sum(W')        s' and W' as DQ stores them
 
 and written as two numbers of the low type: one in the product's bias, the remainder in a Sub behind it, which

@@ -1,7 +1,7 @@
 """What the low float types can hold, and where the ONNX standard takes them: operands of nodes, scales.
 
 opsets of a model -> `Schema`: may this operand be FP16 or BF16? TensorRT's own operator has a schema here too.
-It must not decide what becomes FP16 or BF16: `precision_rules` does.
+It must not decide what becomes FP16 or BF16: `rules` does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Several quantization schemes of one model side by side: precision, granularity, sizes, accuracy, predicted time.
+"""Several quantization schemes of one model side by side: precision, scales, sizes, accuracy, predicted time.
 
 scheme texts -> `Entry` (a recipe each) -> tune, quantize, finish as `deploy` does -> a temporary file -> compile,
 audit, price, score -> one `SchemeRow` each, after those of the float model -> `Comparison`.

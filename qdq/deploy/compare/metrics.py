@@ -25,7 +25,7 @@ MOST_EMBEDDINGS = 2048  # whose pairs are ranked: two million similarities
 
 
 class Metric(Protocol):
-    """What `comparison` needs of a metric; one object scores one model."""
+    """What `compare` needs of a metric; one object scores one model."""
 
     higher_is_better: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False

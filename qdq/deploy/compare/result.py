@@ -24,7 +24,7 @@ class SchemeRow(Part, frozen=True, kw_only=True):
         scheme: as asked for, or FP32, FP16, BF16 for the float model.
         precision: bits of weights and data of the quantized products, as in W4A8.
         weights_per: what shares a scale in the weights, with the number of weights where there are several kinds.
-        data_per: likewise in the activations; '-' where they are float.
+        data_per: what shares a scale in the activations; '-' where they are float.
         quantized_nodes: number of nodes with a quantized weight.
         model_bytes: of the ONNX file with its external data.
         weight_bytes: of the constants in the engine, as its compiler says.

@@ -1,1 +1,1 @@
-"""A copy of a Q/DQ model with what can be mended without data."""
+"""A copy of a Q/DQ model with what can be repaired without data."""

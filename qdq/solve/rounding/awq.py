@@ -1,8 +1,8 @@
 """AWQ's clipping: block scales that minimise the error at the layer's output, each block by itself.
 
 Lin et al., AWQ, arXiv 2306.00978: per output channel and block the largest magnitude is lowered while
-||x_g (w_g - q(w_g))||^2 falls. The other half of AWQ, scaling the input channels, is `qdq.equalize.awq`. Here the norm
-is taken exactly from the second moments of the block's inputs.
+||x_g (w_g - q(w_g))||^2 falls. The other half of AWQ, scaling the input channels, is `equalize.formulas.awq`. Here the
+norm is taken exactly from the second moments of the block's inputs.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ change of column j alone is (E H)_j / H_jj, rounded; columns are visited in turn
 scale of every block moves to its least squares value for the codes it has.
 
 H is damped as in GPTQ: few samples say nothing of many directions, in which the weight error itself must stay small.
-Letters as in `qdq.rounding.gptq`: W (rows, columns), H (columns, columns), objective per row E H E^T.
+Letters as in `qdq.solve.rounding.gptq`: W (rows, columns), H (columns, columns), objective per row E H E^T.
 """
 
 from __future__ import annotations

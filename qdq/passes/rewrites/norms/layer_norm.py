@@ -37,7 +37,7 @@ class Norm:
         axes: how many axes, at the end, the means run over.
         epsilon: above 0.
         gain: as large as those axes, in the type of x.
-        shift: likewise; None where there is none.
+        shift: of the same kind; None where there is none.
         last: the node that makes the result.
     """
 

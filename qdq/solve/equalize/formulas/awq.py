@@ -2,7 +2,7 @@
 
 Lin et al., AWQ, arXiv 2306.00978, eq. 5; the weights play no part. The authors divide s by sqrt(max s * min s); here
 the largest s is 1, so that no divided channel exceeds the range of the tensor; a common factor changes no code. For
-weight-only quantization; `qdq.weight_scale` chooses r by the error at the outputs of all layers that read the tensor.
+weight-only quantization; `weight_only` chooses r by the error at the outputs of all layers that read the tensor.
 """
 
 from __future__ import annotations
