@@ -57,8 +57,7 @@ def corrected(
     """The Q/DQ model with corrected biases, where that keeps its outputs closer on held-out calibration samples.
 
     Args:
-        model: the prepared float model; `nodes` are its weighted nodes.
-        quantized: what `insert` made of it.
+        model: the prepared float model; `nodes` are its weighted nodes, `quantized` what `insert` made of it.
         samples: re-iterable calibration samples.
         always: take the correction unseen.
         factors: weighted node -> (channels,) what the Q/DQ model's output of it is multiplied by, if not by 1.
@@ -73,12 +72,11 @@ def corrected(
     if always:
         return changed, "biases are corrected, as asked for"
     before, after = HeldOutScore(model, held).sqnrs_db([quantized, changed])
-    figures = (
-        f"output SQNR on {len(held.held)} held-out calibration samples {before:.1f} dB without, {after:.1f} dB with"
+    better = after >= before + MINIMUM_GAIN_DB
+    return changed if better else quantized, (
+        f"{'biases are corrected' if better else 'bias correction not applied'}: output SQNR on {len(held.held)} "
+        f"held-out calibration samples {before:.1f} dB without, {after:.1f} dB with"
     )
-    if after >= before + MINIMUM_GAIN_DB:
-        return changed, f"biases are corrected: {figures}"
-    return quantized, f"bias correction not applied: {figures}"
 
 
 def correct(
@@ -134,8 +132,7 @@ def _enough(model: Model, nodes: Sequence[WeightedNode]) -> int:
         info = model.info(node.output)
         shape = list(info.shape) if info is not None and info.shape is not None else [None]
         shape.pop(node.channel_axis)
-        sizes = [d if isinstance(d, int) else 1 for d in shape]
-        fewest = min(fewest, math.prod(sizes))
+        fewest = min(fewest, math.prod(d for d in shape if isinstance(d, int)))
     return max(MINIMUM_SAMPLES, -(-POSITIONS // max(fewest, 1)))
 
 
@@ -154,15 +151,10 @@ def _levels(model: Model, names: Collection[str]) -> list[list[str]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Mean:
-    """Per channel of one node, over the samples to fit and all other axes.
+    """Per channel of one node, over the samples to fit and all other axes."""
 
-    Attributes:
-        value: (channels,) mean of the output, of its positive part where only Relu reads it.
-        active: (channels,) share of the output that moves with the bias: 1, or that above zero before a Relu.
-    """
-
-    value: Floats
-    active: Floats
+    value: Floats  # (channels,) mean of the output, of its positive part where only Relu reads it
+    active: Floats  # (channels,) share of the output that moves with the bias: 1, or that above zero before a Relu
 
 
 def _means(model: Model, nodes: Sequence[WeightedNode], held: Split) -> dict[str, _Mean]:
@@ -173,7 +165,8 @@ def _means(model: Model, nodes: Sequence[WeightedNode], held: Split) -> dict[str
 
 def _look(model: Model, nodes: Sequence[WeightedNode]) -> Callable[[Mapping[str, npt.NDArray[Any]]], _Sums]:
     """A function from the nodes' outputs for one sample to what `_mean` sums up."""
-    rectified = {node.name for node in nodes if _only_relu(model, node.output)}
+    readers = {node.name: {use.node.op_type for use in model.consumers(node.output)} for node in nodes}
+    rectified = {n.name for n in nodes if readers[n.name] == {"Relu"} and not model.is_output(n.output)}
 
     def look(values: Mapping[str, npt.NDArray[Any]]) -> _Sums:
         found = {}
@@ -199,16 +192,9 @@ def _mean(samples: Iterable[_Sums]) -> dict[str, _Mean]:
     return {name: _Mean(value=t / count, active=a / count) for name, (t, a, count) in sums.items()}
 
 
-def _only_relu(model: Model, tensor: str) -> bool:
-    """Whether all that reads the tensor are Relus, so that its negative values are of no account."""
-    uses = model.consumers(tensor)
-    return bool(uses) and not model.is_output(tensor) and all(u.node.op_type == "Relu" for u in uses)
-
-
 def _shift(wanted: _Mean, found: _Mean) -> Floats:
     """What to add to the bias: the error of the mean over the share that moves with it."""
-    moving = np.maximum(found.active, MINIMUM_ACTIVE)
-    return np.asarray((wanted.value - found.value) / moving)
+    return np.asarray((wanted.value - found.value) / np.maximum(found.active, MINIMUM_ACTIVE))
 
 
 def _place(model: Model, node: NodeProto) -> tuple[str, int] | None:
@@ -236,8 +222,7 @@ def _shifted(model: Model, shifts: Mapping[str, Floats]) -> Model:
         place = _place(model, model.node(name))
         assert place is not None
         node, index = nodes[place[0]], place[1]
-        while len(node.input) <= index:
-            node.input.append("")
+        node.input.extend([""] * (index + 1 - len(node.input)))
         old = model.array(node.input[index]) if node.input[index] else None
         dtype = old.dtype if old is not None else np.dtype(model.dtype(model.node(name).output[0]))
         values = shift

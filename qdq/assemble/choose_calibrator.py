@@ -6,14 +6,12 @@ would be shipped. With weights rounded to nearest they would compare otherwise: 
 left is how the rounding of the weights turns out with them. This module must not see samples other than those of the
 calibration.
 
-What this compares by is what the ranges were made from, so it cannot tell how a candidate does beyond those ranges: the
-simpler choice stays unless another is clearly better (`clearly_less`). Simplest is the default for all tensors,
-then another method for all, then a mixture, which must also win sample by sample: it is fitted to them most. Fitted
-closer still, by the error of each tensor at the outputs, mixtures gained 0.6 dB on crops of four images and lost 2.4 dB
-on crops of a fifth (a 20-layer residual network).
-Equalization is the case where that matters: it takes headroom from channels that were small so far. So it is done only
-where it also beats the default calibrator, not where a candidate is so bad that anything helps: without that rule a
-molecular potential gained 2 dB on its calibration samples and lost 5 dB on others.
+It cannot tell how a candidate does beyond the ranges of these samples: the simpler choice stays unless another is
+clearly better (`clearly_less`). Simplest is the default for all tensors, then another method for all, then a mixture,
+which must also win sample by sample. Fitted closer still, by the error of each tensor at the outputs, mixtures gained
+0.6 dB on crops of four images and lost 2.4 dB on crops of a fifth (a 20-layer residual network).
+Equalization takes headroom from channels that were small so far: it is done only where it also beats the default
+calibrator (without that rule a molecular potential gained 2 dB on its calibration samples and lost 5 dB on others).
 """
 
 from __future__ import annotations
@@ -67,8 +65,7 @@ def solve_auto(
     """The solution of the mixture of calibrators, or of one for all tensors, whichever keeps the outputs best.
 
     Args:
-        model: the prepared float model.
-        plan: its settings hold all but the calibrator.
+        model: the prepared float model; the plan's settings hold all but the calibrator.
         table: histograms of the plan's activation tensors.
         samples: re-iterable calibration samples.
         complete: makes the model that a solution would be shipped as, and adds its notes.
@@ -139,16 +136,8 @@ def pick(
     """The method per activation tensor with the least error at its consumers' outputs.
 
     The error of a consumer is |W (x - x')|^2 / |W x|^2 over the samples to fit, x' the quantized x, W its float weight;
-    errors of several consumers add up. Tied tensors share one method, the one with the least sum.
-
-    Args:
-        model: the prepared float model.
-        plan: its points.
-        params: method -> tensor -> parameters.
-        held: its `fit` are the samples that count.
-
-    Returns:
-        Tensor -> method; of equal errors the method named first in METHODS.
+    errors of several consumers add up. Tied tensors share one method, the one with the least sum; of equal errors the
+    method named first in METHODS. `params` are method -> tensor -> parameters.
     """
     probe = _Probe(model)
     wanted: dict[tuple[str, str], list[tuple[str, str]]] = {}  # (tensor, method) -> (error, signal) outputs
@@ -200,9 +189,8 @@ class _Probe:
         """The tensor less itself quantized and dequantized."""
         key = ("error", tensor, float(params.scale), params.zero_point)
         if key not in self._made:
-            fmt = FORMATS[params.format]
             scale = self._constant(np.asarray(params.scale).astype(self._base.dtype(tensor)))
-            zero = self._constant(np.asarray(params.zero_point, dtype=fmt.dtype))
+            zero = self._constant(np.asarray(params.zero_point, dtype=FORMATS[params.format].dtype))
             codes = self._add("QuantizeLinear", tensor, scale, zero)
             self._made[key] = self._add("Sub", tensor, self._add("DequantizeLinear", codes, scale, zero))
         return self._made[key]

@@ -43,7 +43,8 @@ def resolved(
     if plan.settings.equalize != "auto":
         return plan, ()
     formula, notes = CAUTIOUS, tuple[str, ...]()
-    if samples is not None and _mostly_products(model, plan):
+    convs = [readers[0].op_type == "Conv" for readers in candidates(plan, weighted_nodes(model, plan)).values()]
+    if samples is not None and 2 * sum(convs) < len(convs):  # Gemm and MatMul read most of what may be equalized
         if is_large(model.graph.initializer):
             notes = (f"equalize auto took {CAUTIOUS}: a model of this size is not quantized several times to compare",)
         else:
@@ -56,12 +57,6 @@ def resolved(
                 f"a third of {len(order[:MOST])} calibration samples and judged on the others: {listed}",
             )
     return replace(plan, settings=replace(plan.settings, equalize=formula)), notes
-
-
-def _mostly_products(model: Model, plan: Plan) -> bool:
-    """Whether more of the tensors that may be equalized are read by Gemm or MatMul than by Conv."""
-    found = [readers[0].op_type == "Conv" for readers in candidates(plan, weighted_nodes(model, plan)).values()]
-    return 2 * sum(found) < len(found)
 
 
 def _gains(

@@ -32,16 +32,11 @@ def rest_of(plan: Plan, asked: str) -> str:
 def finish(model: Model, plan: Plan, *, unquantized_type: str, table: CalibrationTable | None) -> Finished:
     """Give everything unquantized its float type, and do what the plan says is to be done to the Q/DQ model.
 
-    Args:
-        model: with Q/DQ by that plan, all float tensors float32.
-        unquantized_type: 'fp16', 'bf16', 'fp32', or 'auto' for the plan's.
-        table: calibrated ranges; tensors that could overflow stay FP32.
+    The model has Q/DQ by that plan and float32 tensors. `unquantized_type` is 'fp16', 'bf16', 'fp32', or 'auto' for the
+    plan's; tensors that could overflow by the calibrated ranges of the table stay FP32.
     """
     converted = convert(model, unquantized_type=rest_of(plan, unquantized_type), table=table)
-    notes = []
-    if converted.kept:
-        rules = Counter(skip.rule for skip in converted.kept)
-        why = {"shift": "to keep shifted inputs exact"}
-        said = ", ".join(f"{count} {why.get(rule, f'by rule {rule!r}')}" for rule, count in sorted(rules.items()))
-        notes.append(f"{len(converted.kept)} nodes stay FP32: {said}")
-    return Finished(model=rewritten(converted.model, plan.rewrites, stage="quantized"), notes=tuple(notes))
+    rules, why = Counter(skip.rule for skip in converted.kept), {"shift": "to keep shifted inputs exact"}
+    said = ", ".join(f"{count} {why.get(rule, f'by rule {rule!r}')}" for rule, count in sorted(rules.items()))
+    notes = (f"{len(converted.kept)} nodes stay FP32: {said}",) if converted.kept else ()
+    return Finished(model=rewritten(converted.model, plan.rewrites, stage="quantized"), notes=notes)

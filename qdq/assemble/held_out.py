@@ -73,7 +73,7 @@ class HeldOutScore:
         self._float, self._held = Session(model, self._outputs, threads=1), held
 
     def sqnr_db(self, candidate: Model) -> float:
-        """Signal to quantization noise ratio over all outputs and samples; see `sqnrs_db`."""
+        """See `sqnrs_db`."""
         return self.sqnrs_db([candidate])[0]
 
     def sqnrs_db(self, candidates: Sequence[Model]) -> list[float]:
@@ -124,16 +124,10 @@ def decibels(signals: Sequence[float], noises: Sequence[float]) -> float:
 
 
 def clearly_less(after: Sequence[float], before: Sequence[float], *, least_db: float, certainty: float) -> bool:
-    """Whether the sum of some noises is less than that of others by more than chance.
+    """Whether the sum of a candidate's noises, one of each sample, is less than that before by more than chance.
 
-    Sample by sample the differences are compared: their sum must be over `certainty` of its standard errors, so that a
-    few samples that speak for one candidate do not decide; one sample alone proves nothing.
-
-    Args:
-        after: of each sample the noise of the candidate.
-        before: of each sample the noise of what it would replace.
-        least_db: by which the sum must fall at least.
-        certainty: standard errors over the samples; with 0 the sum alone decides.
+    It must fall by `least_db`, and the sum of the differences must be over `certainty` of its standard errors, so that
+    a few samples that speak for one candidate do not decide; one alone proves nothing. With 0 the sum alone decides.
     """
     if not math.isfinite(_sum(before)):
         return math.isfinite(_sum(after))

@@ -110,15 +110,14 @@ class _Writer(GraphWriter):
             for index in range(len(node.input)):
                 if (point := operands.get((node.name, index))) is not None:
                     copy.input[index] = self._shortcut(point.tensor)
-            self._nodes.append(copy)
         elif weighted.data_spec is None:  # weight-only
             copy.input[0] = self._padded(weighted.data, self._divided(weighted.data), self._rows(weighted))
             copy.input[1] = self._weight(weighted, 0)
-            self._nodes.append(copy)
         elif weighted.data in self._solution.tokens:
-            self._per_token(weighted, copy.input[2] if weighted.bias else "")
+            return self._per_token(weighted, copy.input[2] if weighted.bias else "")
         else:
-            self._product(copy, weighted, operands[node.name, 1])
+            return self._product(copy, weighted, operands[node.name, 1])
+        self._nodes.append(copy)
 
     def _product(self, copy: NodeProto, weighted: WeightedNode, weight: Point) -> None:
         """A node whose data and weight are quantized, with the correction for a shift of its data."""
@@ -157,7 +156,7 @@ class _Writer(GraphWriter):
         if not any(pads) and not channels:
             return None
         groups, axes = node.groups if channels else 1, node.spatial
-        spatial = (self._model.sizes(node.data, 2) or ()) if groups > 1 else ()
+        spatial = self._model.sizes(node.data, 2) or () if groups > 1 else ()
         return _Border(before=pads[:axes], after=pads[axes:], channels=channels, groups=groups, spatial=spatial)
 
     def _rows(self, node: WeightedNode) -> _Rows | None:
@@ -194,8 +193,7 @@ class _Writer(GraphWriter):
         scaled = self._name(f"{output}_scaled") if bias else output
         self._nodes.append(helper.make_node("Mul", [product, self._made[*key, "scale"]], [scaled], name=name))
         if bias:
-            name = self._name(f"{node.name}_token_Add")
-            self._nodes.append(helper.make_node("Add", [scaled, bias], [output], name=name))
+            self._nodes.append(helper.make_node("Add", [scaled, bias], [output], self._name(f"{node.name}_token_Add")))
 
     def _activation(self, tensor: str, params: QParams, border: _Border | _Rows | None) -> str:
         """Cases A, B, C, E, F and H: the dequantized tensor, made once per tensor and border."""
@@ -219,28 +217,26 @@ class _Writer(GraphWriter):
         source = self._padded(tensor, self._divided(tensor), border)
         scale = self._constant(f"{tensor}_tensor_scale", params.scale)  # float32 whatever the data are
         codes, scales = self._name(f"{tensor}_codes"), self._name(f"{tensor}_block_codes")
-        attributes: dict[str, Any] = {"axis": -1, "block_size": fmt.blocks[0], "scale_type": grid.onnx_type}
-        name = self._name(f"{tensor}_{FP4_QUANTIZE}")
+        blocks: dict[str, Any] = {"axis": -1, "block_size": fmt.blocks[0]}
+        name, attributes = self._name(f"{tensor}_{FP4_QUANTIZE}"), {**blocks, "scale_type": grid.onnx_type}
         made = helper.make_node(FP4_QUANTIZE, [source, scale], [codes, scales], name, domain=TRT_DOMAIN, **attributes)
         self._nodes.append(made)
         self._typed += [(codes, fmt.onnx_type, tensor), (scales, grid.onnx_type, tensor)]
         if dtype != "float32":
             scale = self._constant(f"{tensor}_{dtype}_scale", params.scale, dtype)
         real = self._append("DequantizeLinear", (scales, scale), f"{scales}_DequantizeLinear")
-        name, size = f"{codes}_DequantizeLinear", fmt.blocks[0]
-        return self._append("DequantizeLinear", (codes, real), name, axis=-1, block_size=size)
+        return self._append("DequantizeLinear", (codes, real), f"{codes}_DequantizeLinear", **blocks)
 
     def _divided(self, tensor: str) -> str:
         """The tensor with its channels divided, made once; the tensor itself where nothing is to be divided."""
         divisor = self._solution.divisors.get(tensor)
         if divisor is None or tensor in self._solution.carriers:
             return tensor
-        key = (tensor, "divided")
-        if key not in self._made:
+        if (tensor, "divided") not in self._made:
             shape = (-1, *(1,) * self._readers[tensor][0].spatial)
             factor = self._constant(f"{tensor}_factor", (1 / divisor).reshape(shape), self._model.dtype(tensor))
-            self._made[key] = self._append("Mul", (tensor, factor), f"{tensor}_Mul")
-        return self._made[key]
+            self._made[tensor, "divided"] = self._append("Mul", (tensor, factor), f"{tensor}_Mul")
+        return self._made[tensor, "divided"]
 
     def _padded(self, tensor: str, source: str, border: _Border | _Rows | None) -> str:
         """A tensor, or `source` that it became, with zeros around it; itself where there are none."""
@@ -272,27 +268,23 @@ class _Writer(GraphWriter):
         """Case D: the dequantized tensor with the shift taken back."""
         params = self._solution.activations[tensor]
         value = self._activation(tensor, params, None)
-        if not params.zero_point:
-            return value
-        key = (tensor, "unshifted")
-        if key not in self._made:
-            self._made[key] = self._append("Add", (value, self._offset(tensor, params)), f"{tensor}_unshifted")
-        return self._made[key]
+        if params.zero_point and (tensor, "unshifted") not in self._made:
+            made = self._append("Add", (value, self._offset(tensor, params)), f"{tensor}_unshifted")
+            self._made[tensor, "unshifted"] = made
+        return self._made[tensor, "unshifted"] if params.zero_point else value
 
     def _scale(self, tensor: str, params: QParams) -> tuple[str, str]:
-        key = (tensor, "scale")
-        if key not in self._made:
+        if (tensor, "scale") not in self._made:
             zero = np.zeros((), dtype=FORMATS[params.format].dtype)
-            self._made[key] = self._constant(f"{tensor}_scale", params.scale, self._model.dtype(tensor))
+            self._made[tensor, "scale"] = self._constant(f"{tensor}_scale", params.scale, self._model.dtype(tensor))
             self._made[tensor, "zero"] = self._constant(f"{tensor}_zero_point", zero)
-        return self._made[key], self._made[tensor, "zero"]
+        return self._made[tensor, "scale"], self._made[tensor, "zero"]
 
     def _offset(self, tensor: str, params: QParams) -> str:
-        key = (tensor, "offset")
-        if key not in self._made:
+        if (tensor, "offset") not in self._made:
             offset = np.asarray(params.offset, dtype=np.float32)
-            self._made[key] = self._constant(f"{tensor}_offset", offset, self._model.dtype(tensor))
-        return self._made[key]
+            self._made[tensor, "offset"] = self._constant(f"{tensor}_offset", offset, self._model.dtype(tensor))
+        return self._made[tensor, "offset"]
 
     def _weight(self, node: WeightedNode, channels: int, *, flip: bool = False) -> str:
         """Codes behind a DequantizeLinear, made once per weight, axis and number of added input channels.
@@ -328,8 +320,7 @@ class _Writer(GraphWriter):
     def _weight_scale(
         self, tensor: str, scale: npt.NDArray[np.float32], codes: np.dtype[np.generic], dtype: str, params: QParams
     ) -> list[str]:
-        """Scale and zero point of a weight's codes; a blocked format needs no zero point, for its type is that of the
-        codes."""
+        """Scale and zero point of a weight's codes; blocks need no zero point, for its type is that of the codes."""
         if params.second is not None:
             grid = FORMATS[FORMATS[params.format].scale_format]
             stored = (scale / np.float32(params.second)).astype(grid.dtype)

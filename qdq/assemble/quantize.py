@@ -55,7 +55,7 @@ def quantize(
     """A float model's Q/DQ model, and every value on the way to it.
 
     Args:
-        model: a path, an onnx.ModelProto, an onnx_graphsurgeon.Graph, or what `load_float` gave.
+        model: what `load_float` takes or gave.
         samples: {input name: array} each; read several times. None only with a table; see `Solution.notes` then.
         settings: how to quantize; None takes those of the plan, or the defaults.
         plan: in place of a new one; of the settings, only those apply that decide scales and codes.

@@ -2,7 +2,7 @@
 
     Draft(model) -> passes of `prepare` and `fold` change nodes and tensors, `infer` after each round -> finish()
 It must not change the user's proto or tensors, or decide which passes run. onnx-graphsurgeon does not stand in: its
-`toposort` orders nodes by level, sorted ones too, and its exporter drops metadata and doc strings of nodes.
+`toposort` reorders sorted nodes, and its exporter drops metadata and doc strings of nodes.
 """
 
 from __future__ import annotations
@@ -98,10 +98,9 @@ class Draft:
         for name, tensor in self.tensors.items():
             if tensor_bytes(tensor) > SMALL:
                 proto.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
-            elif is_external(tensor):
-                proto.graph.initializer.append(numpy_helper.from_array(self.array(name), name))
             else:
-                proto.graph.initializer.append(tensor)
+                inside = numpy_helper.from_array(self.array(name), name) if is_external(tensor) else tensor
+                proto.graph.initializer.append(inside)
         return proto
 
     def absorb(self, light: ModelProto) -> None:
@@ -147,10 +146,8 @@ class Draft:
                 self.keep_old_resize()
         used = {node.domain for node in all_nodes(self.graph)} | {f.domain for f in self.proto.functions}
         versions = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in self.proto.opset_import}
-        assign(
-            self.proto.opset_import,
-            [helper.make_opsetid(domain, version) for domain, version in versions.items() if domain in used],
-        )
+        kept = [helper.make_opsetid(domain, version) for domain, version in versions.items() if domain in used]
+        assign(self.proto.opset_import, kept)
         self.proto.ir_version = max(10, helper.find_min_ir_version_for(self.proto.opset_import, ignore_unknown=True))
 
     def keep_old_resize(self) -> None:
@@ -232,8 +229,5 @@ def _constant(node: NodeProto) -> TensorProto | None:
         tensor = TensorProto()
         tensor.CopyFrom(attribute.t)
         return tensor
-    if attribute.name in ("value_int", "value_ints"):
-        return numpy_helper.from_array(np.array(helper.get_attribute_value(attribute), np.int64))
-    if attribute.name in ("value_float", "value_floats"):
-        return numpy_helper.from_array(np.array(helper.get_attribute_value(attribute), np.float32))
-    return None
+    dtype = {"value_int": np.int64, "value_float": np.float32}.get(attribute.name.removesuffix("s"))
+    return None if dtype is None else numpy_helper.from_array(np.array(helper.get_attribute_value(attribute), dtype))

@@ -128,16 +128,14 @@ def _fold_batch_norm(draft: Draft, before: NodeProto, norm: NodeProto) -> bool:
     bias = draft.array(bias_name).astype(np.float64) if bias_name else np.zeros(1)
     if bias.size not in (1, factor.size) or bias.shape[-1:] not in ((), (1,), factor.shape):
         return False  # a Gemm whose C differs from row to row
-    wide = weight.astype(np.float64)
+    wide, along = weight.astype(np.float64), factor
     if before.op_type == "ConvTranspose":  # (C, M / group, ...): output channel g * (M / group) + m
         groups = attribute_value(before, "group", 1)
         wide = wide.reshape(groups, -1, *weight.shape[1:])
-        wide = wide * factor.reshape(groups, 1, weight.shape[1], *[1] * (weight.ndim - 2))
+        along = factor.reshape(groups, 1, weight.shape[1], *[1] * (weight.ndim - 2))
     elif before.op_type == "Conv" or attribute_value(before, "transB", 0):
-        wide = wide * factor.reshape(-1, *[1] * (weight.ndim - 1))
-    else:
-        wide = wide * factor
-    folded = wide.reshape(weight.shape).astype(weight.dtype)
+        along = factor.reshape(-1, *[1] * (weight.ndim - 1))
+    folded = (wide * along).reshape(weight.shape).astype(weight.dtype)
     folded_bias = ((bias.ravel() - mean) * factor + shift).astype(weight.dtype)
     if not (np.isfinite(folded.astype(np.float32)).all() and np.isfinite(folded_bias.astype(np.float32)).all()):
         return False  # float16 would overflow
@@ -151,14 +149,10 @@ def _fold_batch_norm(draft: Draft, before: NodeProto, norm: NodeProto) -> bool:
 
 def _evaluate(draft: Draft, node: NodeProto, limit: int) -> Mapping[str, np.ndarray] | None:
     """The outputs of a node whose inputs are all constant, by name; None if it is to stay."""
-    inputs = [name for name in node.input if name]
-    outputs = [name for name in node.output if name]
-    if (
-        node.domain
-        or node.op_type not in FOLDABLE
-        or any(name not in draft.tensors for name in inputs)
-        or draft.output_names.intersection(outputs)
-    ):
+    inputs, outputs = ([name for name in names if name] for names in (node.input, node.output))
+    if node.domain or node.op_type not in FOLDABLE or not draft.tensors.keys() >= set(inputs):
+        return None
+    if draft.output_names.intersection(outputs):
         return None
     infos = [draft.info(name) for name in outputs]
     limit = max(limit, sum(tensor_bytes(draft.tensors[name]) for name in inputs))
@@ -194,12 +188,10 @@ def _dims(draft: Draft, node: NodeProto, known: Mapping[str, _Dims]) -> _Dims | 
 
     def read(index: int) -> _Dims | None:
         name = node.input[index] if index < len(node.input) else ""
-        if name in known:
-            return known[name]
         tensor = draft.tensors.get(name)
         integer = tensor is not None and tensor.data_type in (TensorProto.INT64, TensorProto.INT32)
-        if tensor is None or not integer or math.prod(tensor.dims) > SHAPE_ELEMENTS:
-            return None
+        if name in known or tensor is None or not integer or math.prod(tensor.dims) > SHAPE_ELEMENTS:
+            return known.get(name)
         return draft.array(name).astype(object)
 
     def constant(index: int, default: list[int]) -> list[int] | None:
@@ -208,11 +200,12 @@ def _dims(draft: Draft, node: NodeProto, known: Mapping[str, _Dims]) -> _Dims | 
         return [int(v) for v in draft.array(node.input[index]).ravel()] if node.input[index] in draft.tensors else None
 
     if node.op_type == "Shape":
-        info = draft.info(node.input[0])
-        if info is None or info.shape is None:
-            return None
-        dims = np.array(info.shape, object)
-        return dims[attribute_value(node, "start", 0) : attribute_value(node, "end", None)]
+        info, start, end = (
+            draft.info(node.input[0]),
+            attribute_value(node, "start", 0),
+            attribute_value(node, "end", None),
+        )
+        return None if info is None or info.shape is None else np.array(info.shape, object)[start:end]
     values = read(0)
     if node.op_type == "Concat":
         parts = [read(i) if read(i) is not None else _unknown(draft.info(name)) for i, name in enumerate(node.input)]
@@ -256,10 +249,8 @@ def _reshape_target(draft: Draft, node: NodeProto, known: Mapping[str, _Dims]) -
         return None
     info = draft.info(node.input[0])
     source = info.shape if info and info.shape else ()
-    target = list(known[node.input[1]])
-    for axis, size in enumerate(target):
-        if isinstance(size, str) and axis < len(source) and source[axis] == size:
-            target[axis] = 0
+    sizes = enumerate(known[node.input[1]])
+    target = [0 if isinstance(size, str) and size in source[axis : axis + 1] else size for axis, size in sizes]
     free = [axis for axis, size in enumerate(target) if not isinstance(size, int)]
     if len(free) > 1 or (free and -1 in target):
         return None

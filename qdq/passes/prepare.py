@@ -24,10 +24,7 @@ from qdq.passes.fold import fold_batch_norms, fold_constants, fold_shapes
 
 
 def load_float(source: ModelSource) -> Model:
-    """A float model, prepared: what every stage starts from.
-
-    Args:
-        source: a path, an onnx.ModelProto or an onnx_graphsurgeon.Graph.
+    """A float model, prepared: what every stage starts from. It is a path, a ModelProto or an onnx_graphsurgeon.Graph.
 
     Raises:
         ModelError: it is no model, or one that is quantized already.
@@ -49,13 +46,8 @@ NEWEST_OPSET = 25  # 22 to 25 are kept and tested; ONNX Runtime 1.31 itself take
 def prepare(model: Model) -> Model:
     """Normalize a float model; the same model always gives the same bytes.
 
-    Args:
-        model: as loaded; opset 9 to 25.
-
-    Returns:
-        A Model of opset 21 (22 to 25 stay) whose nodes all have unique names, whose weights are initializers, and
-        whose tensors have their inferred types and shapes. Inputs and outputs are those of `model`, dynamic sizes
-        included; initializers are no longer listed as inputs.
+    Opset 9 to 25 becomes 21 (22 to 25 stay). Nodes have unique names, weights are initializers and no inputs, tensors
+    have their inferred types and shapes. Inputs and outputs are those of `model`, dynamic sizes included.
 
     Raises:
         ModelError: the opset is too old or too new, or an operator has no equivalent in opset 21.
@@ -86,9 +78,7 @@ def drop_identities(draft: Draft) -> bool:
     rename: dict[str, str] = {}
     keep = []
     for node in draft.graph.node:
-        for index, name in enumerate(node.input):
-            if name in rename:
-                node.input[index] = rename[name]
+        node.input[:] = [rename.get(name, name) for name in node.input]
         if _passes_through(draft, node) and node.output[0] not in fixed:
             rename[node.output[0]] = node.input[0]
         else:
@@ -109,13 +99,12 @@ def pad_explicitly(draft: Draft) -> None:
         sizes = info.shape[2:] if info and info.shape else (None,) * len(kernel)
         strides = attribute_value(node, "strides", [1] * len(kernel))
         dilations = attribute_value(node, "dilations", [1] * len(kernel))
-        totals = [_same_padding(*axis) for axis in zip(sizes, kernel, strides, dilations, strict=True)]
-        if mode == "VALID":
-            totals = [0] * len(kernel)
-        if any(total is None for total in totals):
+        axes = zip(sizes, kernel, strides, dilations, strict=True)
+        found = [0 if mode == "VALID" else _same_padding(*axis) for axis in axes]
+        totals = [total for total in found if total is not None]
+        if len(totals) < len(found):
             continue
-        low = [total // 2 for total in totals if total is not None]
-        high = [total - total // 2 for total in totals if total is not None]
+        low, high = [total // 2 for total in totals], [total - total // 2 for total in totals]
         kept = [a for a in node.attribute if a.name not in ("auto_pad", "pads")]
         pads = low + high if mode == "SAME_UPPER" else high + low
         assign(node.attribute, [*kept, helper.make_attribute("pads", pads)])
@@ -123,13 +112,11 @@ def pad_explicitly(draft: Draft) -> None:
 
 def _same_padding(size: object, kernel: object, stride: int, dilation: int) -> int | None:
     """Padding of one axis so that the output has ceil(size / stride) elements; None if it hangs on a dynamic size."""
-    if not isinstance(kernel, int):
+    if not isinstance(kernel, int) or (stride != 1 and not isinstance(size, int)):
         return None
     reach = (kernel - 1) * dilation + 1
-    if stride == 1:
+    if stride == 1 or not isinstance(size, int):
         return reach - 1
-    if not isinstance(size, int):
-        return None
     return max((math.ceil(size / stride) - 1) * stride + reach - size, 0)
 
 

@@ -55,15 +55,14 @@ def convert(
 ) -> Converted:
     """Make every float32 tensor FP16 or BF16, except what must stay FP32.
 
+    BF16 raises the opset to 22, in which Conv has it. Scales of weights that FP16 cannot hold become its smallest
+    normal number, and the codes of that channel are rounded anew.
+
     Args:
         model: prepared; with or without Q/DQ from `insert`.
         unquantized_type: 'fp16', 'bf16' or 'fp32' (nothing changes).
         keep_io: inputs and outputs stay float32; else they take the new type too.
         table: calibrated ranges; a tensor beyond half of FP16's range stays FP32, one within is trusted to fit.
-
-    Returns:
-        The model and its FP32 nodes. BF16 raises the opset to 22, in which Conv has it. Scales of weights that FP16
-        cannot hold are raised to its smallest normal number and the codes of that channel rounded anew.
 
     Raises:
         InputError: an unknown `unquantized_type`.
@@ -130,15 +129,10 @@ class _Writer:
 
     def _find_aliases(self) -> dict[str, str]:
         """Tensors of the low type that a Cast of the model makes from float32: they are the float32 one from now on."""
-        outputs = {o.name for o in self._model.outputs}
-        inner = {name for node in self._model.graph.node for name in captured(node)}
-        found = {}
-        for node in self._model.graph.node:
-            info = self._model.info(node.output[0]) if node.op_type == "Cast" else None
-            same = info is not None and info.dtype == self._low and self._is_float(node.input[0])
-            if same and node.output[0] not in outputs | inner:
-                found[node.output[0]] = node.input[0]
-        return found
+        fixed = {o.name for o in self._model.outputs}.union(*map(captured, self._model.graph.node))
+        casts = [n for n in self._model.graph.node if n.op_type == "Cast" and n.output[0] not in fixed]
+        low = [n for n in casts if (info := self._model.info(n.output[0])) is not None and info.dtype == self._low]
+        return {node.output[0]: node.input[0] for node in low if self._is_float(node.input[0])}
 
     def _wanted(self, node: NodeProto, index: int) -> str:
         """The type in which a node reads its float operand."""
@@ -149,7 +143,9 @@ class _Writer:
         return self._low if node.name not in self._kept and self._schema.lowers(node, index, output=True) else FLOAT
 
     def _collect(self) -> None:
-        demand = self._demand
+        def demand(tensor: str, dtype: str) -> None:
+            self._demands.setdefault(tensor, set()).add(dtype)
+
         for node in self._model.graph.node:
             for index, tensor in enumerate(node.input):
                 if tensor in self._alias:
@@ -165,9 +161,6 @@ class _Writer:
                 for dtype in self._demands.get(node.output[0], set()):
                     demand(node.input[1], dtype)
 
-    def _demand(self, tensor: str, dtype: str) -> None:
-        self._demands.setdefault(tensor, set()).add(dtype)
-
     def _free(self, node: NodeProto) -> bool:
         """Whether a node can be written once per demanded type: DQ with a constant scale, Cast from another type."""
         if node.op_type == "Cast":
@@ -176,31 +169,25 @@ class _Writer:
 
     def _read(self, tensor: str, dtype: str) -> str:
         """The name of a float tensor in a type; constants are stored when first read."""
-        if (tensor, dtype) not in self._names:
-            self._store(tensor, dtype)
-        return self._names[tensor, dtype]
-
-    def _store(self, tensor: str, dtype: str) -> None:
-        if dtype == FLOAT:
-            self._names[tensor, dtype] = tensor
-            self._constants[tensor] = self._model.initializers[tensor]
-            return
-        values = self._model.array(tensor)
-        name = tensor if FLOAT not in self._demands[tensor] else self._name(f"{tensor}_{dtype}")
+        if (tensor, dtype) in self._names:
+            return self._names[tensor, dtype]
+        name = tensor if dtype == FLOAT or FLOAT not in self._demands[tensor] else self._name(f"{tensor}_{dtype}")
         self._names[tensor, dtype] = name
-        limit = saturated(self._model, tensor, dtype)
-        if limit is not None:
+        if dtype == FLOAT:
+            self._constants[name] = self._model.initializers[tensor]
+            return name
+        values = self._model.array(tensor)
+        if (limit := saturated(self._model, tensor, dtype)) is not None:
             values = np.where(np.isinf(values), values, np.clip(values, -limit, limit))
         self._constants[name] = self._tensor(name, values)
         release(values)
+        return name
 
     def _tensor(self, name: str, values: np.ndarray) -> TensorProto:
         dtype = helper.tensor_dtype_to_np_dtype(self._elem)
         with np.errstate(over="ignore"):  # beyond the range only where no node computes with it
             typed = np.asarray(values).astype(dtype)
-        if self.store is None:
-            return numpy_helper.from_array(typed, name)
-        return self.store.tensor(name, typed)
+        return numpy_helper.from_array(typed, name) if self.store is None else self.store.tensor(name, typed)
 
     def _provide(self, tensor: str, dtype: str, name: str) -> None:
         """Note that `name` holds a float tensor in a type, and cast it for readers of the other type."""
@@ -301,15 +288,11 @@ class _Writer:
         self._nodes.append(copy)
         for index, tensor in made:
             dtype = self._made(node, index)
-            fixed = FLOAT if self._keep_io else self._low
-            reserved = tensor in self._outputs and dtype != fixed
-            inner = FLOAT in self._demands.get(tensor, set()) and dtype == self._low and self._is_captured(tensor)
-            if reserved or inner:
+            reserved = tensor in self._outputs and dtype != (FLOAT if self._keep_io else self._low)
+            captured_float = FLOAT in self._demands.get(tensor, set()) and dtype == self._low
+            if reserved or (captured_float and any(use.index < 0 for use in self._model.consumers(tensor))):
                 copy.output[index] = self._name(f"{tensor}_{dtype}")
             self._provide(tensor, dtype, copy.output[index])
-
-    def _is_captured(self, tensor: str) -> bool:
-        return any(use.index < 0 for use in self._model.consumers(tensor))
 
     def _fill_value(self, node: NodeProto) -> None:
         """The value of ConstantOfShape in the new type."""
@@ -350,6 +333,5 @@ def _retype(node: NodeProto, elem: int) -> None:
     for entry in node.attribute:
         if entry.name in _DTYPE_ATTRIBUTES and entry.i == TensorProto.FLOAT:
             entry.i = elem
-    absent = {"RandomNormal", "RandomUniform"} if not any(a.name == "dtype" for a in node.attribute) else set()
-    if node.op_type in absent:
+    if node.op_type in ("RandomNormal", "RandomUniform") and all(a.name != "dtype" for a in node.attribute):
         node.attribute.append(helper.make_attribute("dtype", elem))

@@ -56,15 +56,10 @@ _REFUSED = {("bfloat16", "ConvTranspose"): "TensorRT-RTX does not compile it in 
 
 
 def decide(model: Model, low: str, table: CalibrationTable | None) -> dict[str, Skip]:
-    """The nodes that keep computing in FP32.
+    """The nodes of a prepared or quantized model, all tensors typed, that keep computing in FP32, by name.
 
-    Args:
-        model: prepared, with or without Q/DQ, all tensors typed.
-        low: 'float16' or 'bfloat16'.
-        table: ranges of some of its tensors; None decides by rules alone.
-
-    Returns:
-        Node name -> Skip. Nodes without any float32 operand are not in it.
+    `low` is 'float16' or 'bfloat16'; no table, of ranges of some tensors, decides by rules alone. Nodes without any
+    float32 operand are not in the result.
     """
     rules = _Rules(model, low, table)
     for node in model.graph.node:
@@ -121,8 +116,8 @@ class _Rules:
 
     def visit(self, node: NodeProto) -> None:
         """Decide about one node whose inputs are known."""
-        floats = [t for t in node.input if self._is_float(t)] + [t for t in captured(node) if self._is_float(t)]
-        made = [t for t in node.output if self._is_float(t)]
+        floats = [*filter(self._is_float, node.input), *filter(self._is_float, captured(node))]
+        made = list(filter(self._is_float, node.output))
         if not floats and not made:
             return
         fp32 = self._rule(node, floats, made)
@@ -138,11 +133,8 @@ class _Rules:
             for n in self._model.graph.node
             if n.op_type in MOVES | POINTWISE and n.name not in self.kept and self._touches_float(n)
         }
-        changed = True
-        while changed:
-            leaves = {name for name in light if not self._surrounded(self._model.node(name), light)}
+        while leaves := {name for name in light if not self._surrounded(self._model.node(name), light)}:
             light -= leaves
-            changed = bool(leaves)
         for name in light:
             reason = "its neighbours compute in FP32: casts there and back would cost more"
             self.kept[name] = Skip(node=name, op_type=self._model.node(name).op_type, rule="island", reason=reason)
@@ -193,10 +185,11 @@ class _Rules:
             return "statistic", "it applies a mean or deviation, a step of a normalization"
         if node.op_type in SUMS:
             return "sum", f"it sums many values, and the sum of ordinary values may exceed {self._info.max:.0f}"
-        if node.op_type == "Exp" or (node.op_type == "Pow" and not self._tame_power(node)) or self._degree(node) > 1:
-            known = [self._range(t) for t in made]
-            if not (known and all(k is not None for k in known)):
-                return "power", f"powers and exponentials of ordinary values exceed {self._info.max:.0f}"
+        steep = (
+            node.op_type == "Exp" or (node.op_type == "Pow" and not self._tame_power(node)) or self._degree(node) > 1
+        )
+        if steep and (not made or any(self._range(t) is None for t in made)):
+            return "power", f"powers and exponentials of ordinary values exceed {self._info.max:.0f}"
         return self._constant_rule(node)
 
     def _constant_rule(self, node: NodeProto) -> tuple[str, str] | None:
@@ -207,8 +200,7 @@ class _Rules:
             values = self._model.array(tensor)
             largest = max(float(values.max()), -float(values.min())) if values.size else 0.0  # without a copy
             if not math.isfinite(largest):
-                finite = np.abs(values[np.isfinite(values)])
-                largest = float(finite.max()) if finite.size else 0.0
+                largest = float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
             if largest > float(self._info.max) and saturated(self._model, tensor, self._low) is None:
                 return "constant", f"its constant {tensor!r} of {largest:.3g} exceeds {self._info.max}"
             if 0 < largest < float(self._info.smallest_normal):
@@ -259,8 +251,7 @@ class _Rules:
         elif node.op_type in SUMS or skip.rule in ("power", "constant"):
             self._mark(tensor, skip.reason)
         elif node.op_type in SUMMED or WIDE not in kinds:
-            wide = [t for t in data if t in self._measured]
-            if wide:
+            if wide := [t for t in data if t in self._measured]:
                 self._mark(tensor, self._why[wide[0]], measured=True)
             elif kinds == {STATISTIC} and node.op_type not in SUMMED:
                 self._kind[tensor] = STATISTIC
@@ -310,8 +301,7 @@ class _Rules:
             return False
         if self._kind.get(producer.input[0]) == WIDE:
             return False
-        before, after = (self._model.info(t) for t in (producer.input[0], producer.output[0]))
-        count = _elements(before) / _elements(after)
+        count = _elements(self._model.info(producer.input[0])) / _elements(self._model.info(producer.output[0]))
         factor = factors[0] if node.op_type == "Mul" else 1 / factors[0]
         return bool((np.abs(factor) * count <= 1.01).all())
 
@@ -324,19 +314,13 @@ class _Rules:
 
     def _surrounded(self, node: NodeProto, light: Set[str]) -> bool:
         """Whether no float neighbour of a light node computes in the low type, except other light nodes."""
-        for tensor in node.input:
-            producer = self._model.producer(tensor) if self._is_float(tensor) else None
-            if producer is not None and not self._free(producer) and producer.name not in self.kept.keys() | light:
+        wide, model = self.kept.keys() | light, self._model
+        for producer in filter(None, map(model.producer, filter(self._is_float, node.input))):
+            free = producer.op_type == "Cast" or dequantizes_constant_scale(model, producer)  # in either type
+            if not free and producer.name not in wide:
                 return False
-        for tensor in filter(self._is_float, node.output):
-            for use in self._model.consumers(tensor):
-                if use.node.name not in self.kept.keys() | light and use.node.op_type not in ("Shape", "Cast"):
-                    return False
-        return True
-
-    def _free(self, producer: NodeProto) -> bool:
-        """Whether a tensor can be made in either type at no cost: dequantized constants, casts."""
-        return producer.op_type == "Cast" or dequantizes_constant_scale(self._model, producer)
+        uses = (use.node for tensor in filter(self._is_float, node.output) for use in model.consumers(tensor))
+        return all(reader.name in wide or reader.op_type in ("Shape", "Cast") for reader in uses)
 
     @cached_property
     def _positions(self) -> frozenset[str]:

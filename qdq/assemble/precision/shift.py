@@ -33,7 +33,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shift:
-    """Offset and scale of a shifted tensor, and the value that zero gets after rounding: -c in exact arithmetic."""
+    """Offset of a shifted tensor, and the value that zero gets after rounding: -c in exact arithmetic."""
 
     offset: float
     zero: float
@@ -42,10 +42,8 @@ class _Shift:
 def compensate(model: Model, low: str, kept: Collection[str]) -> Model:
     """The model, still in float32, with biases behind shifted tensors that are exact in the low type.
 
-    Args:
-        model: all tensors typed; its Q/DQ nodes are those of `insert`, others are left alone.
-        low: 'float16' or 'bfloat16'.
-        kept: names of nodes that stay FP32.
+    All tensors are typed; Q/DQ nodes are those of `insert`, others are left alone. `low` is 'float16' or 'bfloat16';
+    the nodes named in `kept` stay FP32.
     """
     draft = _Draft(model, low)
     for node in model.graph.node:
@@ -87,9 +85,8 @@ def _shift(model: Model, node: NodeProto, low: str) -> _Shift | None:
     offset, scale = model.array(sub.input[1]), model.array(dequantize.input[1])
     if offset.size != 1 or scale.size != 1:
         return None
-    stored = float(rounded(scale, low).reshape(()))
-    code = np.clip(np.rint(-float(offset.reshape(())) / float(scale.reshape(()))), -128, 127)
-    return _Shift(offset=float(offset.reshape(())), zero=float(code) * stored)
+    code = np.clip(np.rint(-float(offset.item()) / float(scale.item())), -128, 127)
+    return _Shift(offset=float(offset.item()), zero=float(code) * rounded(scale, low).item())
 
 
 class _Draft:
@@ -114,15 +111,13 @@ class _Draft:
             self.split(copy, delta, at=2)
             return
         use = self._model.only_use(node.output[0])
-        if use is not None and use.node.op_type == "Add":
-            add = use.node
-            if sum(self._model.is_constant(t) for t in add.input) == 1:
-                rank = delta.ndim
-                values = self._model.array(next(t for t in add.input if self._model.is_constant(t)))
-                if node.op_type == "Conv":
-                    delta = delta.reshape(-1, *[1] * (values.ndim - 1)) if values.ndim > rank else delta
-                if np.broadcast_shapes(delta.shape, values.shape) == values.shape:
-                    self.pending[add.name] = delta
+        constants = list(filter(self._model.is_constant, use.node.input)) if use is not None else []
+        if use is not None and use.node.op_type == "Add" and len(constants) == 1:
+            values = self._model.array(constants[0])
+            if node.op_type == "Conv" and values.ndim > delta.ndim:
+                delta = delta.reshape(-1, *[1] * (values.ndim - 1))
+            if np.broadcast_shapes(delta.shape, values.shape) == values.shape:
+                self.pending[use.node.name] = delta
 
     def coarse(self, node: NodeProto) -> bool:
         """Whether rounding a float product's bias costs as much as rounding its weight, at inputs around 1/4."""
@@ -168,9 +163,8 @@ class _Draft:
     def _weight(self, node: NodeProto) -> tuple[str, str, int]:
         """Codes, scale and axis of a product's weight; two empty names where it is not dequantized constants."""
         producer = self._model.producer(node.input[1])
-        if producer is None or producer.op_type != "DequantizeLinear":
-            return "", "", 0
-        if not all(self._model.is_constant(t) for t in producer.input[:2]):
+        dequantizes = producer is not None and producer.op_type == "DequantizeLinear"
+        if producer is None or not dequantizes or not all(map(self._model.is_constant, producer.input[:2])):
             return "", "", 0
         return producer.input[0], producer.input[1], attribute(producer, "axis", 1)
 
@@ -183,10 +177,9 @@ class _Draft:
         if scales.ndim > 1 or (node.op_type == "Gemm" and attribute(node, "transA", 0)):
             return None
         channels = {"Conv": 0, "Gemm": 0 if attribute(node, "transB", 0) else 1}.get(node.op_type, values.ndim - 1)
-        if node.op_type == "MatMul":
-            total = _exact_sum(values, axis=(-2,), keepdims=values.ndim > 2)
-        else:
-            total = _exact_sum(values, axis=tuple(i for i in range(values.ndim) if i != channels))
+        product = node.op_type == "MatMul"
+        summed = (-2,) if product else tuple(i for i in range(values.ndim) if i != channels)
+        total = _exact_sum(values, axis=summed, keepdims=product and values.ndim > 2)
         release(values)
         if scales.size > 1 and axis % values.ndim != channels:
             return None

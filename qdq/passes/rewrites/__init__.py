@@ -1,9 +1,8 @@
 """Exact rewrites: other operators, the same outputs up to float rounding, a better compiled result.
 
 One file per rewrite, found by itself: `STAGE` ("float": on the prepared model; "quantized": on the Q/DQ model), `RANK`
-(small ones first; the reason stands beside it) and `rewrite(model, only=None) -> Rewritten`, which says of each node
-whose operator it starts from why it does not fit. A rewrite is pure, deterministic and idempotent. Ranks are numbers,
-not names of others: the order is that of the new initializers in the file too, where no rewrite needs another.
+(small ones first; the order of the new initializers too) and `rewrite(model, only=None) -> Rewritten`, which says of
+each node whose operator it starts from why it does not fit. A rewrite is pure, deterministic and idempotent.
 It must not decide whether it pays: the compiled result does, so each can be limited to some nodes.
 """
 
@@ -26,14 +25,9 @@ class Rewriter(Protocol):
     """One rewrite."""
 
     def __call__(self, model: Model, only: Collection[str] | None = None) -> Rewritten:
-        """Rewrite a model.
+        """Rewrite a prepared model, or for the stage "quantized" the Q/DQ model, its float type settled.
 
-        Args:
-            model: prepared, sizes static or dynamic; for the stage "quantized" the Q/DQ model, its float type settled.
-            only: names of the nodes that it may fire on; None for all.
-
-        Returns:
-            The model, the nodes that it fired on, and why it does not fit the others that it starts from.
+        It fires on the nodes named in `only`, or on all.
         """
 
 
@@ -51,12 +45,9 @@ QUANTIZED_REWRITES = found("quantized")
 def applied(
     model: Model, wanted: Iterable[tuple[str, str]], *, stage: str = "float"
 ) -> tuple[Model, tuple[Rewrite, ...]]:
-    """A model after the rewrites of one stage, in the order of their ranks, and what they fired on.
+    """A model as `Rewriter` takes it after the rewrites of one stage, by rank, and what they fired on.
 
-    Args:
-        model: prepared; for the stage "quantized" the Q/DQ model, its float type settled.
-        wanted: (rewrite, node) pairs; those of the other stage, and nodes that a rewrite does not fit, are left aside.
-        stage: "float" or "quantized".
+    Of the (rewrite, node) pairs, those of the other stage, and nodes that a rewrite does not fit, are left aside.
     """
     pairs, fired = set(wanted), []
     for name, rewrite in (FLOAT_REWRITES if stage == "float" else QUANTIZED_REWRITES).items():
@@ -70,10 +61,7 @@ def applied(
 def rewritten(model: Model, rewrites: Sequence[Rewrite], *, stage: str = "float") -> Model:
     """The model that a plan's points and skips name: the prepared one with the plan's rewrites.
 
-    Args:
-        model: prepared; for the stage "quantized" the Q/DQ model, its float type settled.
-        rewrites: a plan's; those of that stage are done. On a Q/DQ model they fire where its scales allow it.
-        stage: "float" or "quantized".
+    Those of the stage are done; on a Q/DQ model they fire where its scales allow it.
 
     Raises:
         InputError: an edited plan names a rewrite or a node that does not exist, or a node that it does not fit.
@@ -82,9 +70,7 @@ def rewritten(model: Model, rewrites: Sequence[Rewrite], *, stage: str = "float"
         choose(planned.name, (*FLOAT_REWRITES, *QUANTIZED_REWRITES), "rewrite")
     done, fired = applied(model, ((r.name, node) for r in rewrites for node in r.nodes), stage=stage)
     names = {node.name for node in model.graph.node}
-    for planned in rewrites:
-        if planned.name not in (FLOAT_REWRITES if stage == "float" else QUANTIZED_REWRITES):
-            continue
+    for planned in (r for r in rewrites if r.name in (FLOAT_REWRITES if stage == "float" else QUANTIZED_REWRITES)):
         fits = {node for r in fired if r.name == planned.name for node in r.nodes} if stage == "float" else names
         if lost := sorted(set(planned.nodes) - fits):
             raise InputError(

@@ -28,17 +28,11 @@ class Rewrite(Part, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rewritten:
-    """A model with the same outputs up to float rounding.
-
-    Attributes:
-        model: the new model; the old one if nothing fired.
-        fired: names of the nodes that the rewrite fired on.
-        unfit: node -> reason, of the others whose operator the rewrite starts from.
-    """
+    """A model with the same outputs up to float rounding; the old one if nothing fired."""
 
     model: Model
-    fired: tuple[str, ...]
-    unfit: Mapping[str, str] = field(default_factory=dict)
+    fired: tuple[str, ...]  # names of the nodes that the rewrite fired on
+    unfit: Mapping[str, str] = field(default_factory=dict)  # reasons, of the others whose operator it starts from
 
 
 class Unfit(Exception):
@@ -111,12 +105,10 @@ class Edit:
         return Rewritten(model=self._draft.finish(), fired=tuple(self._fired), unfit=self._unfit)
 
 
-def each_node(
-    model: Model,
-    only: Collection[str] | None,
-    op_types: Collection[str],
-    change: Callable[[Model, Edit, NodeProto], None],
-) -> Rewritten:
+_Change = Callable[[Model, Edit, NodeProto], None]
+
+
+def each_node(model: Model, only: Collection[str] | None, op_types: Collection[str], change: _Change) -> Rewritten:
     """What a rewrite makes that changes one node after the other: see `Edit.each`."""
     edit = Edit(model, only)
     edit.each(op_types, lambda node: change(model, edit, node))

@@ -35,14 +35,9 @@ def powers(**exponents: int) -> Powers:
 
 
 def polynomial(model: Model, tensor: str, variables: Mapping[str, str], depth: int = DEPTH) -> Polynomial | None:
-    """A tensor as a polynomial in some of the tensors that it is computed from.
+    """A tensor as a polynomial in others that it is computed from: `variables`, tensor -> its name in the result.
 
-    Args:
-        variables: tensor -> the name that it has in the result.
-        depth: operators to look through.
-
-    Returns:
-        Coefficient of each product of powers, without zeros; None if it depends on anything else, or is too long.
+    The coefficients that are not zero; None if it depends on anything else, through `depth` operators, or is too long.
     """
     if tensor in variables:
         return {powers(**{variables[tensor]: 1}): np.ones(())}
@@ -93,10 +88,7 @@ def _combined(node: NodeProto, parts: list[Polynomial]) -> Polynomial | None:
             return _inverse(first)
         case "Add" | "Sub":
             sign = 1 if node.op_type == "Add" else -1
-            total = dict(first)
-            for key, value in rest[0].items():
-                total[key] = total[key] + sign * value if key in total else sign * value
-            return total
+            return dict(first) | {key: first.get(key, 0) + sign * value for key, value in rest[0].items()}
         case "Mul":
             return _product(first, rest[0])
         case "Div":
@@ -113,8 +105,7 @@ def _product(left: Polynomial, right: Polynomial) -> Polynomial:
             names = dict(a)
             for name, exponent in b:
                 names[name] = names.get(name, 0) + exponent
-            key = powers(**names)
-            total[key] = total[key] + x * y if key in total else x * y
+            total[powers(**names)] = total.get(powers(**names), 0) + x * y
     return total
 
 

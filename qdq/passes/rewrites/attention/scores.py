@@ -25,10 +25,8 @@ def product_of(model: Model, softmax: NodeProto, between: Collection[str]) -> li
     """`scores` of a Softmax; raises `Unfit` where it is not that of attention."""
     path = scores(model, softmax.input[0], between)
     if not path:
-        raise Unfit(
-            "what it normalizes does not come from a MatMul of two computed tensors, past "
-            f"{', '.join(between)} whose results are read once"
-        )
+        what = f"past {', '.join(between)} whose results are read once"
+        raise Unfit(f"what it normalizes does not come from a MatMul of two computed tensors, {what}")
     return path
 
 

@@ -60,7 +60,7 @@ def _multiply(
         found = known[mask] if mask else None
         if found is not None:
             try:
-                return _multiplied(model, edit, softmax, path, place, *found)
+                return _multiplied(model, edit, softmax, path[place:], *found)
             except Unfit as other:
                 reason = f"mask {mask!r}: {other}"
     raise Unfit(reason)
@@ -83,16 +83,10 @@ def _groups(mask: np.ndarray) -> tuple[np.ndarray, np.floating] | None:
 
 
 def _multiplied(
-    model: Model,
-    edit: Edit,
-    softmax: NodeProto,
-    path: list[NodeProto],
-    place: int,
-    groups: np.ndarray,
-    value: np.floating,
+    model: Model, edit: Edit, softmax: NodeProto, path: list[NodeProto], groups: np.ndarray, value: np.floating
 ) -> None:
-    """Take the Add at a place of the path out, and widen the product at its end."""
-    add, below, product = path[place], path[place + 1], path[-1]
+    """Take the Add at the start of the path out, and widen the product at its end."""
+    add, below, product = path[0], path[1], path[-1]
     shapes = [model.sizes(t) for t in (add.output[0], product.output[0], *product.input)]
     if any(shape is None for shape in shapes):
         raise Unfit("a size of the scores or of an operand is dynamic")
@@ -131,9 +125,8 @@ def _operand(model: Model, tensor: str, axis: int) -> ScoreOperand | None:
         return None
     axis %= len(shape)
     spare = _zeros_behind(model, made, axis, len(shape)) if made is not None else 0
-    if made is not None and spare:
-        return ScoreOperand(base=made.input[0], axis=axis, size=shape[axis] - spare, spare=spare, turn=turn)
-    return ScoreOperand(base=tensor, axis=axis, size=shape[axis], spare=0, turn=turn)
+    base = made.input[0] if made is not None and spare else tensor
+    return ScoreOperand(base=base, axis=axis, size=shape[axis] - spare, spare=spare, turn=turn)
 
 
 def _zeros_behind(model: Model, node: NodeProto, axis: int, rank: int) -> int:
@@ -141,9 +134,8 @@ def _zeros_behind(model: Model, node: NodeProto, axis: int, rank: int) -> int:
     constant = node.op_type == "Pad" and model.is_constant(node.input[1]) and not any(node.input[2:])
     if not constant or attribute_value(node, "mode", b"constant") != b"constant":
         return 0
-    ends = model.array(node.input[1]).reshape(2, rank)
+    ends = model.array(node.input[1]).reshape(2, rank).copy()
     spare = int(ends[1, axis])
-    ends = ends.copy()
     ends[1, axis] = 0
     return 0 if ends.any() else max(spare, 0)
 

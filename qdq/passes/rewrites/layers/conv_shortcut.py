@@ -30,10 +30,10 @@ def _fold(model: Model, edit: Edit, conv: NodeProto) -> None:
     add = only_reader(model, conv.output[0])
     if add.op_type != "Add" or add.domain or set(add.input) != {conv.input[0], conv.output[0]}:
         raise Unfit(f"its result is read by {add.op_type} {add.name!r}, which does not add what the convolution reads")
-    session = _own_tap(model, conv)
+    tap = _own_tap(model, conv)
     weight = model.array(conv.input[1]).copy()
     channels = np.arange(weight.shape[0])
-    weight[(channels, channels % weight.shape[1], *session)] += 1
+    weight[(channels, channels % weight.shape[1], *tap)] += 1
     wanted = edit.constant(f"{conv.input[1]}_shortcut", weight)
     edit.replace(conv, [])
     edit.replace(add, [altered(conv, {1: wanted}, add.output[0])], conv)
@@ -51,10 +51,7 @@ def _own_tap(model: Model, conv: NodeProto) -> tuple[int, ...]:
     if automatic or any(b % d for b, d in zip(begins, dilations, strict=True)):
         raise Unfit("it says auto_pad, or its padding is no multiple of its dilation")
     same = all(b + e == d * (k - 1) for b, e, d, k in zip(begins, ends, dilations, kernel, strict=True))
-    if (
-        not same
-        or inputs * attribute_value(conv, "group", 1) != outputs
-        or attribute_value(conv, "strides", ones) != ones
-    ):
+    wide = inputs * attribute_value(conv, "group", 1) != outputs
+    if not same or wide or attribute_value(conv, "strides", ones) != ones:
         raise Unfit("its output has not the shape of its input")
     return tuple(b // d for b, d in zip(begins, dilations, strict=True))

@@ -35,11 +35,7 @@ class Axis:
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     """Write ConvTranspose with constant weights as Conv, which takes its name, and a shuffle."""
-    return each_node(model, only, ["ConvTranspose"], _put)
-
-
-def _put(model: Model, edit: Edit, node: NodeProto) -> None:
-    edit.replace(node, _convolution(model, edit, node, _axes(model, node)))
+    return each_node(model, only, ["ConvTranspose"], _convolve)
 
 
 def _axes(model: Model, node: NodeProto) -> list[Axis]:
@@ -47,20 +43,15 @@ def _axes(model: Model, node: NodeProto) -> list[Axis]:
     require_constants(model, node)
     if (group := attribute_value(node, "group", 1)) != 1:
         raise Unfit(f"it has {group} groups, not one")
-    kernel = model.initializers[node.input[1]].dims[2:]
-    rank = len(kernel)
+    rank = len(kernel := model.initializers[node.input[1]].dims[2:])
     ones, zeros = [1] * rank, [0] * rank
-    strides = attribute_value(node, "strides", ones)
-    pads = attribute_value(node, "pads", zeros + zeros)
+    strides, pads = attribute_value(node, "strides", ones), attribute_value(node, "pads", zeros + zeros)
     extra = attribute_value(node, "output_padding", zeros)
     automatic = attribute_value(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")
-    shaped = any(a.name == "output_shape" for a in node.attribute)
-    if automatic or shaped:
+    if automatic or any(a.name == "output_shape" for a in node.attribute):
         raise Unfit("it says auto_pad or output_shape")
-    if strides == ones:
-        raise Unfit("its stride is 1")
-    if attribute_value(node, "dilations", ones) != ones:
-        raise Unfit("it is dilated")
+    if strides == ones or attribute_value(node, "dilations", ones) != ones:
+        raise Unfit("its stride is 1" if strides == ones else "it is dilated")
     return [_axis(*a) for a in zip(kernel, strides, pads[:rank], pads[rank:], extra, strict=True)]
 
 
@@ -77,9 +68,9 @@ def _axis(kernel: int, stride: int, begin: int, end: int, extra: int) -> Axis:
     return Axis(taps=np.array(taps), before=-first, after=after)
 
 
-def _convolution(model: Model, edit: Edit, node: NodeProto, axes: list[Axis]) -> list[NodeProto]:
+def _convolve(model: Model, edit: Edit, node: NodeProto) -> None:
     """Conv and shuffle in place of one node."""
-    weight = model.array(node.input[1])
+    axes, weight = _axes(model, node), model.array(node.input[1])
     rank, channels = len(axes), weight.shape[1]
     wide = np.pad(weight, [(0, 0), (0, 0), *[(0, 1)] * rank])
     for number, axis in enumerate(axes):  # (input, output, phase, offset, phase, offset, ...)
@@ -97,12 +88,14 @@ def _convolution(model: Model, edit: Edit, node: NodeProto, axes: list[Axis]) ->
     conv.name = node.name
     source, output = conv.output[0], node.output[0]
     if rank == 2 and strides[0] == strides[1]:
-        return [conv, edit.node("DepthToSpace", [source], f"{node.name}_DepthToSpace", output, blocksize=strides[0])]
+        shuffle = edit.node("DepthToSpace", [source], f"{node.name}_DepthToSpace", output, blocksize=strides[0])
+        return edit.replace(node, [conv, shuffle])
     order = [0, rank + 1, *(i for axis in range(rank) for i in (rank + 2 + axis, 1 + axis))]
     apart, joined, shapes = _targets(model, edit, node, source, channels, axes)
     split = edit.node("Reshape", [source, apart], f"{node.name}_split")
     turn = edit.node("Transpose", [split.output[0]], f"{node.name}_Transpose", perm=order)
-    return [conv, *shapes, split, turn, edit.node("Reshape", [turn.output[0], joined], f"{node.name}_join", output)]
+    join = edit.node("Reshape", [turn.output[0], joined], f"{node.name}_join", output)
+    edit.replace(node, [conv, *shapes, split, turn, join])
 
 
 def _targets(

@@ -15,17 +15,17 @@ from collections.abc import Collection, Mapping
 import numpy as np
 from onnx import NodeProto
 
+from engines.core.operators import family
 from qdq.model.model import Model
 from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered
 
 STAGE, RANK = "float", 50  # behind all: it takes along what they made elementwise, as Gelu, and they look for the rest
 
 LEAST_AXES = 4
-_ELEMENTWISE = """
-    Abs Add Clip Div Elu Erf Exp Gelu HardSigmoid HardSwish LeakyRelu Mul Neg Pow Reciprocal Relu Sigmoid Softplus Sqrt
-    Sub Tanh
-"""
-ELEMENTWISE = frozenset(_ELEMENTWISE.split())
+ELEMENTWISE = family(
+    "Abs Add Clip Div Elu Erf Exp Gelu HardSigmoid HardSwish LeakyRelu Mul Neg Pow Reciprocal Relu Sigmoid Softplus "
+    "Sqrt Sub Tanh"
+)
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
@@ -52,7 +52,7 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
                 copy.input[index] = tensor if node.name in products else _row(model, edit, tensor)
             elif tensor:
                 if tensor not in entered:
-                    new.append(_reshaped(model, edit, tensor, tensor, None))
+                    new.append(_reshaped(model, edit, tensor, tensor))
                     entered[tensor] = new[-1].output[0]
                 copy.input[index] = entered[tensor]
         new.append(copy)
@@ -76,7 +76,7 @@ def _require_flat(model: Model, node: NodeProto) -> NodeProto:
     """A MatMul itself, if it multiplies a computed tensor of enough axes with a constant matrix."""
     if model.is_constant(node.input[0]) or not model.is_constant(node.input[1]):
         raise Unfit("it does not multiply a computed tensor with a constant one")
-    before, after = _sizes(model, node.input[0]), _sizes(model, node.output[0])
+    before, after = (_sizes(model, t) for t in (node.input[0], node.output[0]))
     if len(model.initializers[node.input[1]].dims) != 2:
         raise Unfit("its weight is no matrix")
     if before is None or after is None:
@@ -108,9 +108,8 @@ def _row(model: Model, edit: Edit, constant: str) -> str:
     return edit.constant(f"{constant}_row", model.array(constant).reshape(-1))
 
 
-def _reshaped(model: Model, edit: Edit, source: str, like: str, output: str | None) -> NodeProto:
+def _reshaped(model: Model, edit: Edit, source: str, like: str, output: str = "") -> NodeProto:
     """A Reshape to the sizes of a tensor, or to a matrix where no output is named."""
-    sizes = _sizes(model, like) or []
-    target = [-1, sizes[-1]] if output is None else sizes
-    shape = edit.constant(f"{like}_{'matrix' if output is None else 'axes'}", np.array(target, np.int64))
-    return edit.node("Reshape", [source, shape], f"{like}_{'matrix' if output is None else 'axes'}", output or "")
+    sizes, name = _sizes(model, like) or [], f"{like}_{'axes' if output else 'matrix'}"
+    shape = edit.constant(name, np.array(sizes if output else [-1, sizes[-1]], np.int64))
+    return edit.node("Reshape", [source, shape], name, output)

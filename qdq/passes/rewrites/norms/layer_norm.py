@@ -11,8 +11,7 @@ next shortcut too). It must not touch statistics over other axes, or an epsilon 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 from onnx import NodeProto
@@ -28,67 +27,32 @@ ROOTS = ("Sqrt", "Pow")
 STEPS = 6  # operators from the standard deviation to the result, at most
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Norm:
-    """A normalization over the last axes of a tensor.
-
-    Attributes:
-        source: the tensor x.
-        axes: how many axes, at the end, the means run over.
-        epsilon: above 0.
-        gain: as large as those axes, in the type of x.
-        shift: of the same kind; None where there is none.
-        last: the node that makes the result.
-    """
-
-    source: str
-    axes: int
-    epsilon: float
-    gain: np.ndarray
-    shift: np.ndarray | None
-    last: NodeProto
-
-
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     """Put LayerNormalization in the place of what is written out; fires on its Sqrt or Pow."""
     return each_node(model, only, ROOTS, _put)
 
 
 def _put(model: Model, edit: Edit, root: NodeProto) -> None:
-    norm = _norm(model, root)
-    inputs = [norm.source, edit.constant(f"{root.name}_gain", norm.gain)]
-    if norm.shift is not None:
-        inputs.append(edit.constant(f"{root.name}_shift", norm.shift))
-    name = f"{root.name}_LayerNormalization"
-    node = edit.node("LayerNormalization", inputs, name, norm.last.output[0], axis=-norm.axes, epsilon=norm.epsilon)
-    edit.replace(norm.last, [node], root)
-
-
-def _norm(model: Model, root: NodeProto) -> Norm:
-    """The normalization whose standard deviation a node makes."""
     exponent = _exponent(model, root)
     values, first, epsilon = _mean_square(model, root.input[0])
     source, means = _centre(model, values, first)
-    info, sizes = model.info(source), model.sizes(source, first)
+    sizes, dtype = model.sizes(source, first), model.dtype(source)
     if not means:
         raise Unfit("the squares are not of values less their mean over the same axes")
-    if info is None or sizes is None or info.dtype not in ("float32", "float16"):
+    if sizes is None or dtype not in ("float32", "float16"):
         raise Unfit("a normalized axis is dynamic, or the type is neither float32 nor float16")
     rank = first + len(sizes)
     variables = {source: "x", root.output[0]: "s", **dict.fromkeys(means, "m")}
-    found = _result(model, root, variables, -1 if exponent > 0 else 1, rank)
-    if found is None:
-        raise Unfit("nothing makes (x - mean) / deviation * gain + shift with it")
-    last, gain, shift = found
-    dtype = np.dtype(info.dtype)
-    return Norm(
-        source=source,
-        axes=len(sizes),
-        epsilon=epsilon,
-        gain=_spread(gain, rank, sizes).astype(dtype),
-        shift=None if shift is None else _spread(shift, rank, sizes).astype(dtype),
-        last=last,
+    last, *constants = _result(
+        model, root, lambda node: _affine(model, node, variables, -1 if exponent > 0 else 1, rank)
     )
+    inputs = [source]
+    for name, constant in zip(("gain", "shift"), constants, strict=True):
+        if constant is not None:
+            inputs.append(edit.constant(f"{root.name}_{name}", _spread(constant, rank, sizes).astype(dtype)))
+    name = f"{root.name}_LayerNormalization"
+    node = edit.node("LayerNormalization", inputs, name, last.output[0], axis=-len(sizes), epsilon=epsilon)
+    edit.replace(last, [node], root)
 
 
 def _exponent(model: Model, root: NodeProto) -> float:
@@ -138,20 +102,13 @@ def _mean(model: Model, tensor: str) -> tuple[str, int] | None:
 
 def _first_axis(model: Model, node: NodeProto) -> int | None:
     """The first of the axes that a reduction runs over, if they are the last ones, kept and not empty."""
-    info = model.info(node.input[0])
-    if (
-        info is None
-        or not info.shape
-        or not attribute_value(node, "keepdims", 1)
-        or len(node.input) < 2
-        or not model.is_constant(node.input[1])
-    ):
+    info, constant = model.info(node.input[0]), len(node.input) > 1 and model.is_constant(node.input[1])
+    if info is None or not info.shape or not attribute_value(node, "keepdims", 1) or not constant:
         return None
     rank = len(info.shape)
     axes = sorted(int(a) % rank for a in model.array(node.input[1]).ravel())
-    if not axes or axes != list(range(axes[0], rank)):
-        return None
-    return None if 0 in info.shape[axes[0] :] else axes[0]
+    last = axes and axes == list(range(axes[0], rank)) and 0 not in info.shape[axes[0] :]
+    return axes[0] if last else None
 
 
 def _centre(model: Model, values: str, axis: int) -> tuple[str, tuple[str, ...]]:
@@ -169,37 +126,23 @@ def _centre(model: Model, values: str, axis: int) -> tuple[str, tuple[str, ...]]
 
 
 def _result(
-    model: Model, root: NodeProto, variables: Mapping[str, str], sign: int, rank: int
-) -> tuple[NodeProto, np.ndarray, np.ndarray | None] | None:
+    model: Model, root: NodeProto, affine: Callable[[NodeProto], tuple[np.ndarray, np.ndarray | None] | None]
+) -> tuple[NodeProto, np.ndarray, np.ndarray | None]:
     """The last node that makes d / s * gain + shift, with gain and shift."""
     front, seen = [root.output[0]], set[str]()
     for _ in range(STEPS):
         nodes = [u.node for t in front for u in model.consumers(t) if u.node.op_type in OPERATORS and not u.node.domain]
         for node in nodes:
-            found = _affine(model, node, variables, sign, rank)
-            if found is not None:
-                return _furthest(model, (node, *found), variables, sign, rank)
+            found = last = affine(node)
+            while found is not None:  # further factors and summands, while nothing else reads what lies between
+                use, last = model.only_use(node.output[0]), found
+                found = None if use is None or use.node.op_type not in OPERATORS else affine(use.node)
+                node = node if use is None or found is None else use.node
+            if last is not None:
+                return node, *last
         seen.update(front)
         front = [node.output[0] for node in nodes if node.output[0] not in seen]
-    return None
-
-
-def _furthest(
-    model: Model,
-    found: tuple[NodeProto, np.ndarray, np.ndarray | None],
-    variables: Mapping[str, str],
-    sign: int,
-    rank: int,
-) -> tuple[NodeProto, np.ndarray, np.ndarray | None]:
-    """The same, with further factors and summands as long as nothing else reads what lies between."""
-    while True:
-        use = model.only_use(found[0].output[0])
-        if use is None or use.node.op_type not in OPERATORS:
-            return found
-        further = _affine(model, use.node, variables, sign, rank)
-        if further is None:
-            return found
-        found = (use.node, *further)
+    raise Unfit("nothing makes (x - mean) / deviation * gain + shift with it")
 
 
 def _affine(

@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 from onnx import NodeProto
 
+from engines.core.operators import family
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
 from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node, only_reader, require_constants
@@ -24,8 +25,7 @@ STAGE, RANK = "float", 15  # behind norm_bias and norm_one_channel, which leave 
 
 MULTIPLE = 8
 # finite at 0, where the added channels are
-_POINTWISE = "Relu LeakyRelu PRelu Elu Selu Sigmoid Tanh Erf Gelu HardSwish Clip Add Sub Mul Div Neg Abs"
-FINITE = frozenset(_POINTWISE.split())
+FINITE = family("Relu LeakyRelu PRelu Elu Selu Sigmoid Tanh Erf Gelu HardSwish Clip Add Sub Mul Div Neg Abs")
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
@@ -54,8 +54,7 @@ def _widen(model: Model, edit: Edit, norm: NodeProto, made: dict[str, NodeProto]
         made[reader.name] = _wider(edit, made.get(reader.name, reader), inputs, missing, bias=False)
         edit.replace(reader, [made[reader.name]], norm)
     if readers is not None:
-        edit.replace(norm, [wide])
-        return
+        return edit.replace(norm, [wide])
     wide.output[0] = edit.name(f"{norm.output[0]}_wide")
     edit.replace(norm, [wide, edit.first(wide.output[0], channels, 1, norm)])
 

@@ -39,20 +39,17 @@ def _move(model: Model, edit: Edit, norm: NodeProto) -> None:
     last = moves[-1].output[0]
     mask = _mask(model, norm.output[0], moves)
     moved = edit.name(f"{last}_moved")
-    early = [
-        altered(node, {i: norm.input[0] for i, tensor in enumerate(node.input) if tensor == norm.output[0]})
-        for node in moves
-    ]
-    for node, copy in zip(moves[:-1], early[:-1], strict=True):
-        edit.replace(node, [copy], norm)
-    early[-1].output[0] = moved
+    for node in moves:
+        early = altered(node, {i: norm.input[0] for i, tensor in enumerate(node.input) if tensor == norm.output[0]})
+        edit.replace(node, [early], norm)
+    early.output[0] = moved
     late = altered(norm, {0: moved}, last)
     for index, tensor in enumerate(norm.input[1:], 1):
         if len(model.initializers[tensor].dims if tensor else ()) > 1:  # more axes than the moved rows may have
             late.input[index] = edit.constant(f"{tensor}_row", model.array(tensor).reshape(-1))
     kept = [a for a in norm.attribute if a.name != "axis"]
     assign(late.attribute, [*kept, helper.make_attribute("axis", -1)])
-    new = [early[-1], late]
+    new = [early, late]
     if not mask.all():
         late.output[0] = edit.name(f"{last}_unmasked")
         zeros = edit.constant(f"{norm.name}_mask", mask.astype(model.array(norm.input[1]).dtype))
@@ -125,5 +122,4 @@ def _mask(model: Model, tensor: str, moves: list[NodeProto]) -> np.ndarray:
     graph = helper.make_graph(moves, "moves", ends[:1], ends[1:], stored)
     proto = helper.make_model(graph, opset_imports=list(model.proto.opset_import))
     (moved,) = ReferenceEvaluator(proto).run(None, {tensor: ones})
-    mask: np.ndarray = np.asarray(moved)[..., :1] != 0
-    return mask
+    return np.asarray(np.asarray(moved)[..., :1] != 0)

@@ -38,10 +38,8 @@ def _one_channel(model: Model, norm: NodeProto) -> NodeProto:
     dims = model.initializers[conv.input[1]].dims
     one = all(s == 1 for s in attribute_value(conv, "strides", [1])) and not any(attribute_value(conv, "pads", [0]))
     if any(d != 1 for d in dims[1:]) or attribute_value(conv, "group", 1) != 1 or not one or len(dims) <= 2:
-        raise Unfit(
-            f"Conv {conv.name!r} before it, with a weight of {list(dims)}, does not multiply one channel by numbers, "
-            "or has a stride or padding"
-        )
+        what = f"Conv {conv.name!r} before it, with a weight of {list(dims)},"
+        raise Unfit(f"{what} does not multiply one channel by numbers, or has a stride or padding")
     return conv
 
 

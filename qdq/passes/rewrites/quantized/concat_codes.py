@@ -46,9 +46,11 @@ def _quantize_parts(model: Model, edit: Edit, concat: NodeProto, place: dict[str
         reason = None
         new: list[NodeProto] = []
         for index, part in enumerate(concat.input):
-            if not made[index]:
-                new += _copies(edit, steps, part)
-                made[index] = new[-1].output[0]
+            for step in () if made[index] else steps:
+                name, part = edit.name(f"{step.name}_part"), part if step is steps[0] else new[-1].output[0]
+                new.append(altered(step, {0: part}, name))
+                new[-1].name = name
+            made[index] = made[index] or new[-1].output[0]
         axis = attribute_value(concat, "axis", 0)
         new.append(helper.make_node("Concat", made, [last.output[0]], edit.name(f"{concat.name}_codes"), axis=axis))
         for step in steps[:-1]:
@@ -105,17 +107,5 @@ def _same(model: Model, one: NodeProto, other: NodeProto) -> bool:
     if sorted(a.SerializeToString() for a in one.attribute) != sorted(a.SerializeToString() for a in other.attribute):
         return False
     pairs = [(a, b) for a, b in zip(one.input[1:], other.input[1:], strict=True) if a != b]
-    return all(
-        a and b and model.array(a).dtype == model.array(b).dtype and np.array_equal(model.array(a), model.array(b))
-        for a, b in pairs
-    )
-
-
-def _copies(edit: Edit, steps: list[NodeProto], part: str) -> list[NodeProto]:
-    """The steps on a part."""
-    copies: list[NodeProto] = []
-    for step in steps:
-        name = edit.name(f"{step.name}_part")
-        copies.append(altered(step, {0: copies[-1].output[0] if copies else part}, name))
-        copies[-1].name = name
-    return copies
+    values = [(model.array(a), model.array(b)) for a, b in pairs if a and b]
+    return len(values) == len(pairs) and all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in values)

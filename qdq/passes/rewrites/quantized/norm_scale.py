@@ -4,10 +4,9 @@
 
 The norm of a channel does not see a factor r_c except through epsilon, on which it acts like epsilon / r_c^2.
 eps' = 2 eps / (min r_c^2 + max r_c^2) makes the largest difference smallest: outputs change by less than a fraction
-eps / (2 variance), where the variance is that of the channel before the norm. With one scale a convolution writes FP16
-and adds its bias itself, and no kernel is left before the norm, where `hoist` leaves its Mul and a shifted input the
-rest of its bias (TensorRT-RTX 1.7.1; SM86, 89, 120). Codes are unchanged; s is the smallest scale, so nothing overflows
-that did not. It must not touch a tensor that others read.
+eps / (2 variance of the channel before the norm). With one scale a convolution writes FP16 and adds its bias itself; no
+kernel is left before the norm, where `hoist` leaves its Mul and a shifted input the rest of its bias (TensorRT-RTX
+1.7.1; SM86, 89, 120). Codes are unchanged, nothing overflows anew. It must not touch a tensor that others read.
 """
 
 from __future__ import annotations

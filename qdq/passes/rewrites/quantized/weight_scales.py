@@ -20,11 +20,8 @@ CODES = (TensorProto.INT8, TensorProto.FLOAT8E4M3FN)
 def channel_scales(model: Model, conv: NodeProto) -> tuple[NodeProto, np.ndarray]:
     """The DequantizeLinear of a Conv's weight and its scales; `Unfit` but for symmetric codes per channel."""
     dequantize = model.producer(conv.input[1])
-    if (
-        dequantize is None
-        or dequantize.op_type != "DequantizeLinear"
-        or any(not model.is_constant(t) for t in dequantize.input)
-    ):
+    dequantizes = dequantize is not None and dequantize.op_type == "DequantizeLinear"
+    if dequantize is None or not dequantizes or not all(map(model.is_constant, dequantize.input)):
         raise Unfit("its weight is not stored in codes")
     codes, scale, *zero = dequantize.input
     if model.initializers[codes].data_type not in CODES or (zero and np.any(model.array(zero[0]).astype(np.float32))):
