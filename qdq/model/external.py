@@ -32,7 +32,7 @@ CHUNK = 1 << 24  # bytes read at once when streaming
 MAPPED = 1 << 20  # bytes; smaller external tensors are read into memory
 LARGE = 1 << 28  # bytes of external data in a model; above, weights are worked on one at a time and kept on disk
 IN_FILE_LIMIT = 1_900_000_000  # bytes; protobuf refuses a message of 2 GiB, the nodes need the rest
-STORE = "store"  # key of a tensor's external data: the folder that its location is in; `graph.load` takes it away
+STORE = "store"  # key of a tensor's external data: the folder that its location is in; `storage.load` takes it away
 _FOUR, _TWO = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1), (TensorProto.INT2, TensorProto.UINT2)
 _BITS: dict[int, int] = {**dict.fromkeys(_FOUR, 4), **dict.fromkeys(_TWO, 2)}
 

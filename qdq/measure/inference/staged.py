@@ -41,7 +41,7 @@ class Stages:
     ) -> None:
         """Cut the model up and take the samples' inputs over; nothing is run yet.
 
-                The tensors `wanted` of a stage depend on none of a later stage. The samples are few, for all that is needed of
+        The tensors `wanted` of a stage depend on none of a later stage. The samples are few, for all that is needed of
         them is kept: up to `memory` bytes, None for a share of `default_bytes`, in memory.
         """
         self._wanted = [frozenset(names) for names in wanted]

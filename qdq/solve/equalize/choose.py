@@ -47,7 +47,7 @@ def equalized(
     and clipping error of sampled channel vectors weighted by the squared weights that read them, plus the weights' own
     rounding error at the mean power of the inputs.
 
-        `params` are those without equalization; tensors that they lack are left alone. At most `second_moments.MAX_SAMPLES`
+    `params` are those without equalization; tensors that they lack are left alone. At most `second_moments.MAX_SAMPLES`
     of the samples, which are read more than once, are run.
 
     Returns:

@@ -47,7 +47,7 @@ def errors(
 ) -> dict[str, Errors]:
     """What the roundings of some tensors and of the weights that read them do to the products.
 
-        `readers` are all that reads a tensor, each a Gemm or MatMul; `params` have one scale, for channels that are divided
+    `readers` are all that reads a tensor, each a Gemm or MatMul; `params` have one scale, for channels that are divided
     by `divisors`, (channels,) each. At most `second_moments.MAX_SAMPLES` of the samples are run.
     """
     found = {}
