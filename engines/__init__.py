@@ -15,7 +15,7 @@ from engines.backends.layers import KernelTensor, Layer, LayerTable
 from engines.core.errors import BuildError, EngineError, MissingRuntimeError, UnsupportedTargetError
 from engines.verify.audit import Audit, NodeAudit
 from engines.verify.compare import Limits, OutputReport, Report
-from engines.verify.manifest import Manifest, sha256_file, sha256_model, sha256_samples
+from engines.verify.manifest import Manifest, sha256_file, sha256_model
 
 __all__ = [
     "Audit",
@@ -38,5 +38,4 @@ __all__ = [
     "diagnose",
     "sha256_file",
     "sha256_model",
-    "sha256_samples",
 ]

@@ -30,31 +30,24 @@ if TYPE_CHECKING:
     from qdq.plan.spec import Spec
     from qdq.solve.solve import Solution
 
-_HOME = {
-    "CalibrationTable": "measure.table",
-    "collect": "measure.collect",
-    "Deployed": "deploy.deploy",
-    "evaluate": "deploy.check",
-    "InputError": "core.errors",
-    "MissingRuntimeError": "core.errors",
-    "ModelError": "core.errors",
-    "QdqError": "core.errors",
-    "StaleFileError": "core.errors",
-    "Model": "model.model",
-    "load": "model.storage",
-    "save": "model.storage",
-    "Quantized": "assemble.quantize",
-    "load_float": "passes.prepare",
-    "quantize": "assemble.quantize",
-    "Plan": "plan.plan",
-    "Point": "plan.plan",
-    "Skip": "plan.plan",
-    "Recipe": "build.recipe",
-    "DeployReport": "deploy.report",
-    "Settings": "plan.settings",
-    "Spec": "plan.spec",
-    "Solution": "solve.solve",
+_NAMES = {  # module -> the public names that it holds
+    "assemble.quantize": "Quantized quantize",
+    "build.recipe": "Recipe",
+    "core.errors": "InputError MissingRuntimeError ModelError QdqError StaleFileError",
+    "deploy.check": "evaluate",
+    "deploy.deploy": "Deployed",
+    "deploy.report": "DeployReport",
+    "measure.collect": "collect",
+    "measure.table": "CalibrationTable",
+    "model.model": "Model",
+    "model.storage": "load save",
+    "passes.prepare": "load_float",
+    "plan.plan": "Plan Point Skip",
+    "plan.settings": "Settings",
+    "plan.spec": "Spec",
+    "solve.solve": "Solution",
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
     "CalibrationTable",

@@ -193,12 +193,9 @@ def compile_model(
 ) -> Compiled:
     """Compiles with the `tensorrt` or the `tensorrt_rtx` module.
 
-    Args:
-        trt: the runtime's module.
-        model: a path (external data is found beside it) or a model without external data.
-        shapes: range of every input with dynamic dimensions.
-        configure: sets what the backend needs on the builder config.
-        on_progress: called with a fraction in 0..1 and the compiler's name of the phase.
+    External data of a path are found beside it. `shapes` has the range of every input with dynamic dimensions;
+    `configure` sets what the backend needs on the builder config; `on_progress` is called with a fraction in 0..1 and
+    the compiler's name of the phase.
 
     Raises:
         BuildError: parse or build error, with the compiler's message.

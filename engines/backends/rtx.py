@@ -101,20 +101,10 @@ def build(
     timing_cache: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Engine:
-    """Compiles one engine that runs on every target. Needs no GPU.
+    """Compiles one engine that runs on every target. Needs no GPU. Arguments and errors as of `backend.Build`.
 
-    Args:
-        model: a path, or a model without external data.
-        targets: such as 'sm89', '8.9' or 'SM120'. The compiler chooses one plan for all of them, so one old target
-            can cost every other its integer kernels (sm75 has no INT8 convolution).
-        shapes: the range of each input with dynamic dimensions. The table knows sizes only where min = opt = max.
-        timing_cache: not used: nothing is timed without a GPU.
-        on_progress: called with a fraction in 0..1 and the name of the phase.
-
-    Raises:
-        UnsupportedTargetError: unknown target, or a data type that a target lacks.
-        BuildError: the parser's or the builder's own message.
-        MissingRuntimeError: tensorrt_rtx is not installed.
+    The compiler chooses one plan for all targets, so an old one can cost every other its integer kernels (sm75 has no
+    INT8 convolution). The table knows sizes only where min = opt = max. A timing cache is not used: nothing is timed.
     """
     proto = load_graph(model)
     names = check_targets(proto, targets)

@@ -51,19 +51,9 @@ def build(
     timing_cache: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Engine:
-    """Compiles an engine for the GPU of this machine.
+    """Compiles an engine for the GPU of this machine. Arguments and errors as of `backend.Build`.
 
-    Args:
-        model: a path, or a model without external data.
-        targets: see `check_targets`.
-        shapes: the range of each input with dynamic dimensions.
-        timing_cache: read if it exists, then written: the next build chooses the same kernels, faster.
-        on_progress: called with a fraction in 0..1 and the name of the phase.
-
-    Raises:
-        UnsupportedTargetError: unknown target.
-        BuildError: the parser's or the builder's own message.
-        MissingRuntimeError: no tensorrt, or no GPU.
+    The timing cache is read if it exists, then written: the next build chooses the same kernels, faster.
     """
     target = _gpu_target()
     check_targets(load_graph(model), targets)

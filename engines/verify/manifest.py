@@ -7,11 +7,9 @@ Must not hold a path of the machine or any sample data: only hashes of them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import onnx
 from msgspec import field
 from onnx.external_data_helper import uses_external_data
@@ -105,15 +103,3 @@ def sha256_model(path: Path | str) -> str:
     if len(lines) == 1:
         return lines[0].strip()
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def sha256_samples(samples: Iterable[Mapping[str, np.ndarray]]) -> str:
-    """The sha256 of samples in their order, read one at a time: names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        for name in sorted(sample):
-            array = np.asarray(sample[name])
-            digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
-            digest.update(array.tobytes())
-        digest.update(b"\1")
-    return digest.hexdigest()

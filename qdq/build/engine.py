@@ -10,13 +10,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from engines.backends.backend import backend_named, predicting
 from engines.backends.compiler import Engine, ShapeRange
 from engines.backends.doctor import gpus
 from engines.backends.layers import LayerTable
-from engines.core.documents import replace
+from engines.core.documents import Document, DocumentError, replace
 from engines.core.files import write_atomic
 from engines.cost.gpus import gpu_named
 from engines.cost.predict import Cost, predict
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qdq.core.progress import Progress
     from qdq.model.model import Model
 
+D = TypeVar("D", bound=Document)
 SHAPE_KEY = "shape."
 
 
@@ -168,8 +169,8 @@ def audit_engine(path: Path) -> Audit:
         InputError: one is missing, or the ONNX file that the engine was compiled from is not in its folder.
         EngineError: one is damaged.
     """
-    table = LayerTable.from_json(_read(path.with_name(path.name + ".json"), path))
-    manifest = Manifest.from_json(_read(_manifest_path(path), path))
+    table = _read(path.with_name(path.name + ".json"), path, LayerTable)
+    manifest = _read(_manifest_path(path), path, Manifest)
     if sha256_file(path) != manifest.engine:
         raise StaleFileError(f"{_manifest_path(path)} belongs to another engine than {path}: build the engine again.")
     for candidate in sorted(path.absolute().parent.glob("*.onnx")):
@@ -193,7 +194,7 @@ def engine_backend(path: Path) -> str:
         InputError: the engine or its layer table is missing.
         MissingRuntimeError: there is no such GPU.
     """
-    table = LayerTable.from_json(_read(path.with_name(path.name + ".json"), path))
+    table = _read(path.with_name(path.name + ".json"), path, LayerTable)
     if not runs_here(table.targets):
         raise MissingRuntimeError(
             f"No GPU here can run {path}, which is for {', '.join(table.targets)}. Give the Q/DQ model in its place "
@@ -216,12 +217,12 @@ def _text(shape: ShapeRange) -> str:
     return str(ShapeOption(name="", min=shape.min, opt=shape.opt, max=shape.max)).removeprefix(":")
 
 
-def _read(path: Path, engine: Path) -> str:
+def _read(path: Path, engine: Path, kind: type[D]) -> D:
     if not engine.is_file():
         raise InputError(f"Cannot read {engine}: there is no such file. Give an .onnx file or an engine.")
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return kind.from_json(path.read_bytes())
+    except (OSError, DocumentError) as error:
         raise InputError(
             f"Cannot read {path}, which belongs to the engine {engine}: {error}. An engine that qdq built has "
             "it; build it again, or give the .onnx file."

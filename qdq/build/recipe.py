@@ -153,6 +153,8 @@ class Recipe:
             InputError: an unknown key or value; the message names the nearest key.
         """
         words = {True: "on", False: "off"}  # YAML reads on and off as booleans
+        if twice := next((key for key, now in OLDER.items() if key in values and now in values), None):
+            raise InputError(f"The recipe has both {twice} and {OLDER[twice]}, its name today. Remove {twice}.")
         named = {OLDER.get(key, key): value for key, value in values.items()}
         named |= {k: words[v] for k, v in named.items() if k in ("tune", "bias_correction") and isinstance(v, bool)}
         file = converted(named, RecipeFile, "recipe key")

@@ -148,7 +148,7 @@ def show_rows(title: str, rows: Iterable[tuple[str, ...]]) -> None:
         highlight=False,
         emoji=False,
     )
-    rows = list(rows)
+    rows = list(rows) or [("nothing",)]
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for _ in range(max((len(row) for row in rows), default=0)):
         table.add_column(overflow="fold")

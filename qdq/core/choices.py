@@ -13,12 +13,7 @@ T = TypeVar("T", bound=Part)
 
 
 def choose(value: str, allowed: Sequence[str], what: str) -> str:
-    """Return `value` if it is one of `allowed`.
-
-    Args:
-        value: what the user gave.
-        allowed: the names that exist.
-        what: the option's name, for the message.
+    """Return `value` if it is one of `allowed`; `what` is the option's name, for the message.
 
     Raises:
         InputError: the name is unknown; the message names the nearest one.
@@ -44,10 +39,7 @@ def checked(part: Part) -> None:
 def converted(values: Mapping[str, object], kind: type[T], what: str) -> T:
     """Plain values, as a file or the command line gives them, as a declared model that checks its own fields.
 
-    Args:
-        values: key -> value.
-        kind: the model.
-        what: a key is called so in messages.
+    `what` is what messages call a key.
 
     Raises:
         InputError: an unknown key, whose nearest known one is named, or a value of another type.

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib import import_module
-from types import MappingProxyType
 from typing import Any
 
 from qdq.core.choices import choose
 
 # name -> module and class of the declared model; imported when it is asked for
-FILES: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "audit": ("engines.verify.audit", "Audit"),
-        "check": ("engines.verify.compare", "Report"),
-        "checkpoint": ("qdq.measure.checkpoint", "CheckpointFile"),
-        "compare": ("qdq.deploy.compare.result", "Comparison"),
-        "layers": ("engines.backends.layers", "LayerTable"),
-        "lint": ("qdq.lint.report", "LintReport"),
-        "manifest": ("engines.verify.manifest", "Manifest"),
-        "plan": ("qdq.plan.plan", "Plan"),
-        "recipe": ("qdq.build.recipe", "RecipeFile"),
-        "report": ("qdq.deploy.report", "DeployReport"),
-        "table": ("qdq.measure.table", "TableFile"),
-        "tuning": ("qdq.tune.tuned", "TuningOutcome"),
-    }
-)
+FILES = {
+    "audit": ("engines.verify.audit", "Audit"),
+    "check": ("engines.verify.compare", "Report"),
+    "checkpoint": ("qdq.measure.checkpoint", "CheckpointFile"),
+    "compare": ("qdq.deploy.compare.result", "Comparison"),
+    "layers": ("engines.backends.layers", "LayerTable"),
+    "lint": ("qdq.lint.report", "LintReport"),
+    "manifest": ("engines.verify.manifest", "Manifest"),
+    "plan": ("qdq.plan.plan", "Plan"),
+    "recipe": ("qdq.build.recipe", "RecipeFile"),
+    "report": ("qdq.deploy.report", "DeployReport"),
+    "table": ("qdq.measure.table", "TableFile"),
+    "tuning": ("qdq.tune.tuned", "TuningOutcome"),
+}
 
 
 def schema(name: str) -> dict[str, Any]:
-    """The JSON Schema (2020-12) of one of the files.
-
-    Args:
-        name: a key of `FILES`.
+    """The JSON Schema (2020-12) of one of `FILES`.
 
     Raises:
         InputError: there is no such file; names the nearest.

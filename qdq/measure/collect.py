@@ -33,8 +33,6 @@ from qdq.model.model import Model
 from qdq.passes.rewrites import FLOAT_REWRITES
 from qdq.plan.plan import Plan
 
-__all__ = ["CalibrationTable", "Progress", "collect", "key"]
-
 
 def collect(
     model: Model,
@@ -178,13 +176,8 @@ def _one_pass(
 def check_same(parts: Sequence[CalibrationTable], model: Model, samples: Iterable[Sample]) -> str:
     """Refuse to go on with tables of samples that are not among those given; reads the samples if there are tables.
 
-    Args:
-        parts: what a checkpoint holds; of several, all but the last are complete.
-        model: says what one sample is.
-        samples: re-iterable.
-
-    Returns:
-        The digest of the samples given, "" if there are no tables.
+    `parts` are what a checkpoint holds: of several, all but the last are complete. Returned is the digest of the
+    re-iterable `samples`, "" if there are no tables.
 
     Raises:
         StaleFileError: says how many are missing.

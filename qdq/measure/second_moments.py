@@ -55,7 +55,6 @@ def collect(
         samples: re-iterable; read twice or more when there are over MAX_SAMPLES or the matrices exceed BUDGET_BYTES.
         most_columns: inputs per output of the weights that are looked at; None for all.
         divisors: activation tensor -> (channels,) float32, what its channels are divided by before quantization.
-        on_progress: called with (samples done, samples in all or None, text).
 
     Returns:
         Weight tensor and axis -> (groups, columns, columns) float64. Weights of more columns than `most_columns`,

@@ -123,7 +123,7 @@ def collect_shards(
     checkpoint: Checkpoint | None = None,
     on_progress: Progress | None = None,
 ) -> CalibrationTable:
-    """The table of `calibrate.collect`, from many workers.
+    """The table of `collect`, from many workers; `provider` and `custom_ops` are as there.
 
     Args:
         model_path: the float model's file; each worker reads and prepares it.
@@ -131,11 +131,8 @@ def collect_shards(
         source: opens the samples anew in each worker; must be picklable (a function of a module, `functools.partial`).
         pool: where.
         total: how many samples there are; None where only reading them tells.
-        provider: see `collect`.
-        custom_ops: see `collect`.
-        memory: bytes for activations of each worker; see `collect`.
+        memory: bytes for activations of each worker.
         checkpoint: receives every shard that is done.
-        on_progress: called with (shards done, shards, text).
 
     Returns:
         The same table, bit by bit.

@@ -36,7 +36,9 @@ def activation_params(
         InputError: the settings say auto, and `methods` lacks a tensor.
     """
     if plan.settings.calibrator == "auto" and any(p.tensor not in methods for p in plan.activations):
-        raise InputError("calibrator auto must be resolved first: use qdq.autocalib.solve_auto, or another calibrator.")
+        raise InputError(
+            "calibrator auto must be resolved first: use qdq.assemble.choose_calibrator.solve_auto, or another one."
+        )
     shared: dict[str, Histogram] = {}
     for members in _groups(plan).values():
         if _alike(members, table):

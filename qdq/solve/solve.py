@@ -79,16 +79,10 @@ def solve(
     """Choose every scale and round every weight.
 
     Args:
-        model: the prepared float model.
-        plan: its points.
         table: histograms of the plan's activation tensors.
         samples: re-iterable calibration samples, for roundings that need the second moments of a layer's inputs;
             without them such weights are rounded to nearest, and a note says so.
-        params: of every activation tensor, as `activation_params` gives them, in place of the plan's calibrator.
-        on_progress: called with (done, in all or None, text).
-
-    Returns:
-        The solution; the same arguments give the same one.
+        params: of every activation tensor, in place of the plan's calibrator.
 
     Raises:
         StaleFileError: plan or table belong to another model.

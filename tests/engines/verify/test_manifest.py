@@ -7,12 +7,11 @@ import shutil
 from pathlib import Path
 
 import engine_graphs as graphs
-import numpy as np
 import onnx
 import pytest
 
 from engines.core.errors import EngineError
-from engines.verify.manifest import Manifest, sha256_file, sha256_model, sha256_samples
+from engines.verify.manifest import Manifest, sha256_file, sha256_model
 
 
 def save_external(folder: Path) -> Path:
@@ -67,18 +66,3 @@ def test_missing_or_outside_external_data_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(model.SerializeToString())
     with pytest.raises(EngineError, match="outside the model's folder"):
         sha256_model(path)
-
-
-def test_sample_hashes_see_names_types_shapes_and_order() -> None:
-    x = np.arange(4, dtype=np.float32)
-    different: list[list[dict[str, np.ndarray]]] = [
-        [{"x": x}],
-        [{"y": x}],
-        [{"x": x.astype(np.float64)}],
-        [{"x": x.reshape(2, 2)}],
-        [{"x": x}, {"x": x + 1}],
-        [{"x": x + 1}, {"x": x}],
-        [{"x": x + 1}],
-    ]
-    assert len({sha256_samples(s) for s in different}) == len(different)
-    assert sha256_samples([{"x": x, "y": x}]) == sha256_samples(iter([{"y": x, "x": x.copy()}]))
