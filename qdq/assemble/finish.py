@@ -36,7 +36,8 @@ def finish(model: Model, plan: Plan, *, unquantized_type: str, table: Calibratio
     plan's; tensors that could overflow by the calibrated ranges of the table stay FP32.
     """
     converted = convert(model, unquantized_type=rest_of(plan, unquantized_type), table=table)
-    rules, why = Counter(skip.rule for skip in converted.kept), {"shift": "to keep shifted inputs exact"}
+    rules = Counter(skip.rule for skip in converted.kept)
+    why = {"shift": "to keep shifted inputs exact", "neighbours": "because their neighbours compute in FP32"}
     said = ", ".join(f"{count} {why.get(rule, f'by rule {rule!r}')}" for rule, count in sorted(rules.items()))
     notes = (f"{len(converted.kept)} nodes stay FP32: {said}",) if converted.kept else ()
     return Finished(model=rewritten(converted.model, plan.rewrites, stage="quantized"), notes=notes)

@@ -64,7 +64,7 @@ def decide(model: Model, low: str, table: CalibrationTable | None) -> dict[str, 
     rules = _Rules(model, low, table)
     for node in model.graph.node:
         rules.visit(node)
-    rules.keep_islands()
+    rules.keep_what_float_surrounds()
     return rules.kept
 
 
@@ -126,7 +126,7 @@ class _Rules:
         for tensor in made:
             self._classify(node, tensor, floats)
 
-    def keep_islands(self) -> None:
+    def keep_what_float_surrounds(self) -> None:
         """Keep light nodes whose neighbours on all sides compute in FP32: casts there and back would cost more."""
         light = {
             n.name
@@ -137,7 +137,7 @@ class _Rules:
             light -= leaves
         for name in light:
             reason = "its neighbours compute in FP32: casts there and back would cost more"
-            self.kept[name] = Skip(node=name, op_type=self._model.node(name).op_type, rule="island", reason=reason)
+            self.kept[name] = Skip(node=name, op_type=self._model.node(name).op_type, rule="neighbours", reason=reason)
 
     def _is_float(self, tensor: str) -> bool:
         info = self._model.info(tensor)

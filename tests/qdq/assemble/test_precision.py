@@ -201,7 +201,7 @@ def test_powers_in_disguise_are_found() -> None:
         c=number(0.5),
         w=WEIGHT,
     )
-    assert {k: v for k, v in rules(convert(model)).items() if v != "island"} == {"square": "power", "tanh": "wide"}
+    assert {k: v for k, v in rules(convert(model)).items() if v != "neighbours"} == {"square": "power", "tanh": "wide"}
 
 
 @pytest.mark.parametrize(("amax", "rule"), [(60.0, None), (1e5, "range"), (1e-5, "range")])
@@ -296,7 +296,7 @@ def test_light_nodes_between_float32_nodes_stay_with_them() -> None:
         shape=np.array([2, 16], np.int64),
     )
     made = convert(model)
-    assert rules(made) == {"first": "schema", "mul": "island", "reshape": "island", "second": "schema"}
+    assert rules(made) == {"first": "schema", "mul": "neighbours", "reshape": "neighbours", "second": "schema"}
     assert casts(made.model) == 0
 
 
@@ -439,7 +439,7 @@ def test_zero_stays_zero_behind_a_shift(kind: str, unquantized_type: str) -> Non
     made = quantized(model, graphs.samples(model, low=0), shift=True, calibrator="max")
     low = ml_dtypes.bfloat16 if unquantized_type == "bf16" else np.float16
     result = convert(made.model, unquantized_type=unquantized_type)
-    assert set(rules(result).values()) <= {"shift", "island"} and "shift" in rules(result).values()
+    assert set(rules(result).values()) <= {"shift", "neighbours"} and "shift" in rules(result).values()
     zero = {i.name: np.zeros([d if isinstance(d, int) else 1 for d in i.shape or ()], np.float32) for i in model.inputs}
     evaluate = ReferenceEvaluator(model.proto).run(None, zero)[0]
     got = _exact(result.model, zero)
