@@ -146,8 +146,9 @@ class Settings(Part, frozen=True, kw_only=True):
         integers = any(f is not None and FORMATS[f].integer for row in rows for f in (row.data, row.convolution))
         rounding, formula = ROUNDINGS[self.rounding], FORMULAS.get(self.equalize)
         rounded = bool(lengths) or (any(fmt.integer for fmt in weights) and not rounding.for_blocks)
-        for_data = formula is None or formula.for_data  # what is for data only leaves 4-bit weights to awq
-        balanced = self.equalize != "none" and ((integers and for_data) or (alone and not (formula and for_data)))
+        of_data, of_weights = (True, True) if formula is None else (formula.for_data, formula.by_weights is not None)
+        of_weights |= not of_data  # awq; what is for data only has no say in weight-only blocks
+        balanced = self.equalize != "none" and ((integers and of_data) or (alone and of_weights))
         by_moments = alone and self.equalize != "none" and (formula is None or formula.by_weights is None)
         asked = CALIBRATORS if self.calibrator == AUTO else (self.calibrator,)
         ranged = any(row.token == BY_RANGE for row in rows)

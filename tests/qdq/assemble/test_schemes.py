@@ -243,6 +243,7 @@ def test_bad_settings_are_refused(values: dict[str, object], message: str) -> No
         ({"equalize": "awq"}, "equalize awq"),
         ({"scheme": "nvfp4", "equalize": "smooth"}, "equalize smooth"),
         ({"scheme": "nvfp4", "equalize": "sinq"}, "equalize sinq"),
+        ({"scheme": "int4", "equalize": "lae"}, "equalize lae"),
         ({"percentile": 99.9}, "percentile 99.9"),
         ({"scheme": "int4", "calibrator": "percentile"}, "calibrator percentile"),
         ({"scheme": "fp8", "shift": False}, "shift False"),
