@@ -130,9 +130,7 @@ def replace(value: T, /, **changes: Any) -> T:
 
 
 def check_fields(part: Part) -> None:
-    """Refuse a value that is not of its field's declared type, which a constructor does not look at.
-
-    Lists become tuples. To be called in `__post_init__`.
+    """Refuse a value that is not of its field's type, which a constructor does not look at; lists become tuples.
 
     Raises:
         DocumentError: says which field is wrong, what is there and what is needed.

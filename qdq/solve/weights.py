@@ -41,7 +41,7 @@ from qdq.core.qtensor import (
 )
 from qdq.core.resources import on_all_cores
 from qdq.plan.spec import Spec
-from qdq.solve.rounding import ROUNDINGS, Kind, Rounding, gptq, nearest
+from qdq.solve.rounding import ROUNDINGS, Dtype, Rounding, gptq, nearest
 
 # Multiples of a channel's INT8 scale that its largest block scale is tried at; -8 times 16 is INT8's -128.
 LARGEST_MULTIPLES = range(8, 17)
@@ -88,7 +88,7 @@ def quantize_weight(
     return weight.two_levels(method, moment, damping, act_order)
 
 
-def _kind(fmt: Format) -> Kind:
+def _float_codes(fmt: Format) -> Dtype:
     """The type whose values the codes of a format have, None for integers."""
     return None if fmt.integer else fmt.dtype
 
@@ -166,24 +166,26 @@ class _Blocks:
         """One level without data: nothing is copied."""
         (axis, block), fmt = self._cut, self._fmt
         view = blocked(self._padded, axis, block)
-        scales = method.block_scales(view, None, low=fmt.low, high=fmt.high, kind=_kind(fmt))
+        scales = method.block_scales(view, None, low=fmt.low, high=fmt.high, float_codes=_float_codes(fmt))
         params = stored_scales(scales, self.values.shape, self.values.dtype.name, axis=axis, block=block, fmt=fmt)
         return QTensor(codes=to_codes(self.values, params), params=params)
 
     def one_level(self, method: Rounding, moment: Floats, damping: float, act_order: bool) -> QTensor:
         """Blocks whose codes a product reads as they are; no row has a larger output error than nearest codes."""
-        fmt, kind, block = self._fmt, _kind(self._fmt), self._cut[1]
+        fmt, float_codes, block = self._fmt, _float_codes(self._fmt), self._cut[1]
         low, high = fmt.low, fmt.high
         rows, view = self._rows()
         stored = self._storing(view)
-        scale, second = stored(method.block_scales(view, moment, low=low, high=high, kind=kind))
+        scale, second = stored(method.block_scales(view, moment, low=low, high=high, float_codes=float_codes))
         if method.round_rows is None:
             params = QParams(scale=scale, axis=1, format=fmt.name, block=block)
             return self._tensor(to_codes(rows, params), scale, second=second)
         wide, every = rows.astype(np.float64), _every(scale, block)
-        better = method.refinement if kind is None else None
+        better = method.refinement if float_codes is None else None
         first = better.start if better else method.round_rows
-        codes = first(wide, every, moment, low=low, high=high, kind=kind, damping=damping, act_order=act_order)
+        codes = first(
+            wide, every, moment, low=low, high=high, float_codes=float_codes, damping=damping, act_order=act_order
+        )
         if better is not None:
             codes, fitted = better.refine(wide, codes, scale.astype(np.float64), moment, low, high, damping)
             scale = representable(fitted, self.values.dtype.name)
@@ -270,7 +272,7 @@ def _no_worse(
     """For each row the better of its codes and the nearest ones with scales that clip nothing, by output error."""
     block = wide.shape[1] // scale.shape[1]
     every = np.repeat(plain, block, axis=1).astype(np.float64)
-    near = nearest.round_rows(wide, every, None, low=fmt.low, high=fmt.high, kind=_kind(fmt))
+    near = nearest.round_rows(wide, every, None, low=fmt.low, high=fmt.high, float_codes=_float_codes(fmt))
     found = gptq.loss(wide - codes * np.repeat(scale, block, axis=1), moment)
     worse = found > gptq.loss(wide - near * every, moment)
     return np.where(worse[:, None], near, codes), np.where(worse[:, None], plain, scale)

@@ -23,7 +23,7 @@ from engines.core.errors import EngineError, MissingRuntimeError, UnsupportedTar
 from engines.cost.gpus import Gpu
 from engines.cost.predict import predict
 from engines.verify.audit import Audit, audit
-from qdq.assemble.finish import rest_of
+from qdq.assemble.finish import float_type_of
 from qdq.assemble.precision.convert import convert
 from qdq.assemble.tables import Tables
 from qdq.build.engine import compile_engine, shape_ranges
@@ -187,7 +187,7 @@ class _Bench:
         plan = placement.plan(self.prepared, Settings())
         table = self.tables.of(plan, self._tell("FP16")) if plan.activations else None
         rows = []
-        for kind in dict.fromkeys(("fp32", "fp16", rest_of(plan, entry.recipe.unquantized_type))):
+        for kind in dict.fromkeys(("fp32", "fp16", float_type_of(plan, entry.recipe.unquantized_type))):
             path, bits = folder / f"{kind}.onnx", f"W{FLOAT_BITS[kind]}A{FLOAT_BITS[kind]}"
             save(convert(self.prepared, unquantized_type=kind, table=table).model, path)
             row = SchemeRow(scheme=kind.upper(), precision=bits, weights_per="-", data_per="-", quantized_nodes=0)
@@ -209,7 +209,7 @@ class _Bench:
         made = done.made
         row = SchemeRow(
             scheme=entry.text,
-            precision=precision(made.plan, rest_of(made.plan, entry.recipe.unquantized_type)),
+            precision=precision(made.plan, float_type_of(made.plan, entry.recipe.unquantized_type)),
             weights_per=_counted(_weight_kind(p.spec.block, p.spec.axis) for p in made.plan.weights),
             data_per=_counted(_data_kind(p, made.solution.tokens) for p in made.plan.activations),
             quantized_nodes=len(made.plan.quantized_nodes),

@@ -18,13 +18,13 @@ from qdq.core.arrays import Floats, Singles
 from qdq.core.members import Members
 
 View = npt.NDArray[np.floating]
-Kind = np.dtype[np.generic] | None  # the type whose values codes have; None for integers
+Dtype = np.dtype[np.generic] | None  # the type whose values codes have; None for integers
 
 
 class BlockScales(Protocol):
     """Chooses scales of blocks whose codes go from `low` to `high`."""
 
-    def __call__(self, view: View, H: Floats | None, *, low: int, high: int, kind: Kind = None) -> Singles:
+    def __call__(self, view: View, H: Floats | None, *, low: int, high: int, float_codes: Dtype = None) -> Singles:
         """(outer, blocks, 1, inner) float32 for an (outer, blocks, block, inner) view, zero for a block of zeros."""
 
 
@@ -42,7 +42,7 @@ class RoundRows(Protocol):
         *,
         low: int,
         high: int,
-        kind: Kind = None,
+        float_codes: Dtype = None,
         damping: float = ...,
         act_order: bool = ...,
     ) -> Floats:

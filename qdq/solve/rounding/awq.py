@@ -11,7 +11,7 @@ import numpy as np
 
 from qdq.core.arrays import Floats, Singles
 from qdq.core.resources import on_all_cores
-from qdq.solve.rounding import Kind, Rounding, View, clip, nearest
+from qdq.solve.rounding import Dtype, Rounding, View, clip, nearest
 from qdq.solve.rounding.clip import RATIOS
 
 ROWS = 1024  # output channels worked on at a time, in each of the threads
@@ -31,10 +31,10 @@ def block_loss(error: Singles, moment: Singles) -> Singles:
     return np.asarray(np.einsum("ij,ij->i", read, error))
 
 
-def block_scales(view: View, H: Floats | None, *, low: int, high: int, kind: Kind = None) -> Singles:
+def block_scales(view: View, H: Floats | None, *, low: int, high: int, float_codes: Dtype = None) -> Singles:
     """Scales of least output error over every other of RATIOS, as `BlockScales`; without H as `clip`."""
     if H is None or not H.any():
-        return clip.block_scales(view, None, low=low, high=high, kind=kind)
+        return clip.block_scales(view, None, low=low, high=high, float_codes=float_codes)
     rows, blocks, block, _ = view.shape
     whole = nearest.block_scales(view, None, low=low, high=high)
     best = whole.copy()
@@ -51,7 +51,7 @@ def block_scales(view: View, H: Floats | None, *, low: int, high: int, kind: Kin
             for ratio in RATIOS[::2]:
                 trial = safe * ratio
                 np.divide(x, trial, out=error)
-                nearest.snap(error, low, high, kind, out=error)
+                nearest.snap(error, low, high, float_codes, out=error)
                 error *= trial
                 error -= x
                 loss = block_loss(error, moments[b])[:, None]

@@ -9,19 +9,19 @@ import numpy as np
 
 from qdq.core.arrays import Floats, Singles
 from qdq.core.qtensor import in_chunks
-from qdq.solve.rounding import Kind, Rounding, View, nearest
+from qdq.solve.rounding import Dtype, Rounding, View, nearest
 
 # Shares of the largest magnitude that are tried. The first clips nothing, so that no block is worse than with nearest;
 # 7/8 lies on the grid: it is exact where the extreme value is negative, for codes go from -8 to 7.
 RATIOS = 1 - np.arange(17, dtype=np.float32) / 32
 
 
-def block_scales(view: View, H: Floats | None, *, low: int, high: int, kind: Kind = None) -> Singles:
+def block_scales(view: View, H: Floats | None, *, low: int, high: int, float_codes: Dtype = None) -> Singles:
     """Scales of least squared weight error over RATIOS, as `BlockScales`; H is unused."""
-    return searched(view, None, low=low, high=high, kind=kind)
+    return searched(view, None, low=low, high=high, float_codes=float_codes)
 
 
-def searched(view: View, importance: Singles | None, *, low: int, high: int, kind: Kind = None) -> Singles:
+def searched(view: View, importance: Singles | None, *, low: int, high: int, float_codes: Dtype = None) -> Singles:
     """Scales of least squared error, weighted by (blocks, block) `importance` of columns; None for equal weights."""
     whole = nearest.block_scales(view, None, low=low, high=high)
     best = whole.copy()
@@ -35,7 +35,7 @@ def searched(view: View, importance: Singles | None, *, low: int, high: int, kin
         for ratio in RATIOS:
             trial = np.where(scale > 0, scale, 1) * ratio
             np.divide(x, trial, out=error)
-            nearest.snap(error, low, high, kind, out=error)
+            nearest.snap(error, low, high, float_codes, out=error)
             error *= trial
             error -= x
             np.square(error, out=error)

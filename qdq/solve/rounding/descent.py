@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from qdq.core.arrays import Floats
-from qdq.solve.rounding import Kind, Refinement, Rounding, gptq, nearest
+from qdq.solve.rounding import Dtype, Refinement, Rounding, gptq, nearest
 
 SWEEPS = 12  # most codes are settled after four
 
@@ -25,15 +25,17 @@ def round_rows(
     *,
     low: int,
     high: int,
-    kind: Kind = None,
+    float_codes: Dtype = None,
     damping: float = gptq.DAMP,
     act_order: bool = True,
 ) -> Floats:
     """Codes that no change of one weight improves; no row is worse than with GPTQ, whose arguments these are."""
-    codes = gptq.round_rows(W, scale, H, low=low, high=high, kind=kind, damping=damping, act_order=act_order)
+    codes = gptq.round_rows(
+        W, scale, H, low=low, high=high, float_codes=float_codes, damping=damping, act_order=act_order
+    )
     if H is None or not H.any():
         return codes
-    return settle(W, codes, scale, H, low, high, damping, kind)
+    return settle(W, codes, scale, H, low, high, damping, float_codes)
 
 
 def settle(
@@ -44,14 +46,14 @@ def settle(
     low: int,
     high: int,
     damping: float = gptq.DAMP,
-    kind: Kind = None,
+    float_codes: Dtype = None,
 ) -> Floats:
     """Codes that no change of one weight improves, found from others; no row gets worse."""
     start, codes = codes, codes.copy()
     step = np.broadcast_to(scale, W.shape)
     damped = gptq.damped(H, damping)
     for _ in range(SWEEPS):
-        if not _sweep(W, codes, step, damped, low, high, kind):
+        if not _sweep(W, codes, step, damped, low, high, float_codes):
             break
     better = gptq.loss(W - codes * step, H) < gptq.loss(W - start * step, H)
     return np.where(better[:, None], codes, start)
@@ -66,12 +68,12 @@ def refine(
     H = gptq.damped(H, damping)
     for _ in range(SWEEPS):
         _refit(W, codes, scales, H)
-        if not _sweep(W, codes, np.repeat(scales, block, axis=1), H, low, high):
+        if not _sweep(W, codes, np.repeat(scales, block, axis=1), H, low, high, None):
             break
     return codes, scales
 
 
-def _sweep(W: Floats, codes: Floats, step: Floats, H: Floats, low: int, high: int, kind: Kind = None) -> bool:
+def _sweep(W: Floats, codes: Floats, step: Floats, H: Floats, low: int, high: int, float_codes: Dtype) -> bool:
     """Visit every column once; whether a code changed. Other columns than a block's own learn of it block by block."""
     pull = ((W - codes * step) @ H).T.copy()  # (columns, rows), as the three below: one column is read at a time
     held, steps = codes.T.copy(), step.T.copy()
@@ -83,7 +85,7 @@ def _sweep(W: Floats, codes: Floats, step: Floats, H: Floats, low: int, high: in
         for i, j in enumerate(range(part.start, part.stop)):
             if H[j, j] <= 0:
                 continue
-            wanted = nearest.snap(held[j] + near[i] / (H[j, j] * steps[j]), low, high, kind)
+            wanted = nearest.snap(held[j] + near[i] / (H[j, j] * steps[j]), low, high, float_codes)
             moves[i] = (wanted - held[j]) * steps[j]
             if moves[i].any():
                 near[i + 1 :] -= np.outer(square[i + 1 :, i], moves[i])
