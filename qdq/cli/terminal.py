@@ -148,7 +148,10 @@ def show_rows(title: str, rows: Iterable[tuple[str, ...]]) -> None:
         highlight=False,
         emoji=False,
     )
-    rows = list(rows) or [("nothing",)]
+    rows = list(rows)
+    if not rows:  # a table without columns would lose its title
+        console.print(title)
+        return
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for _ in range(max((len(row) for row in rows), default=0)):
         table.add_column(overflow="fold")

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from models import images, save_samples, segmenter
 
 from qdq.cli.main import main
-from qdq.cli.terminal import Bars
+from qdq.cli.terminal import Bars, show_rows
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
@@ -405,3 +405,8 @@ def test_an_interrupt_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("qdq.deploy.deploy.compile_engine", interrupt)
     assert "Interrupted" in refused(folder, *DEPLOY, code=130)
+
+
+def test_a_table_without_rows_keeps_its_title(capsys: pytest.CaptureFixture[str]) -> None:
+    show_rows("net.onnx: nothing found", [])
+    assert capsys.readouterr().out.strip() == "net.onnx: nothing found"
