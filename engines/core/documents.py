@@ -188,9 +188,8 @@ def _needed(error: str, kind: Any) -> str:
     found, _, bound = text.partition(", got ")[0].partition("` ")
     words = " or ".join(_WORDS.get(name, name) for name in found.strip("`").split(" | "))
     limits = _bounds(kind) if place == "" else ""
-    return (
-        words + (limits or f" {bound}" * bool(bound)) + (f", at {place.strip('`').removeprefix('$')}" if place else "")
-    )
+    where = f", at {place.strip('`').removeprefix('$')}" if place else ""
+    return words + (limits or f" {bound}" * bool(bound)) + where
 
 
 def _bounds(kind: Any) -> str:
@@ -210,8 +209,10 @@ def _bounds(kind: Any) -> str:
 
 
 def _read(value: Any, kind: type[Document]) -> Any:
-    """One document, or each of a list."""
-    return [kind.from_mapping(part) for part in value] if isinstance(value, list) else kind.from_mapping(value)
+    """One document, each of a list, or none where a field has none."""
+    if isinstance(value, list):
+        return [kind.from_mapping(part) for part in value]
+    return None if value is None else kind.from_mapping(value)
 
 
 def _plain(value: Any) -> Any:

@@ -85,3 +85,21 @@ def test_a_document_inside_another_is_as_it_is_alone() -> None:
     check = jsonschema.Draft202012Validator(Binder.schema())
     check.validate(content)
     assert not check.is_valid({**content, "sheet": {**content["sheet"], "count": "2"}})
+
+
+class Shelf(Document, frozen=True, kw_only=True):
+    FORMAT = "qdq.shelf/1"
+    MAKE = "qdq shelf"
+    best: Sheet | None = None
+    sheets: tuple[Sheet, ...] = ()
+
+
+@pytest.mark.parametrize("shelf", [Shelf(), Shelf(best=SHEET), Shelf(sheets=(SHEET, SHEET))])
+def test_a_document_may_hold_none_or_several_others(shelf: Shelf) -> None:
+    assert Shelf.from_json(shelf.to_json()) == shelf
+    jsonschema.Draft202012Validator(Shelf.schema()).validate(json.loads(shelf.to_json()))
+
+
+def test_none_stays_refused_where_a_document_is_needed() -> None:
+    with pytest.raises(DocumentError, match="sheet"):
+        Binder.from_json('{"format": "qdq.binder/1", "sheet": null}')
