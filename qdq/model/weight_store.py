@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -38,6 +39,7 @@ LEAST = 1 << 20  # bytes of codes; fewer stay in memory and in the model file
 
 _BITS = {np.dtype(row.dtype): row.bits for row in FORMATS.values()}
 _FOLDER: ContextVar[Path | None] = ContextVar("folder of finished weights", default=None)
+_HEADERS = Lock()
 
 
 @contextmanager
@@ -136,7 +138,8 @@ class WeightStore:
         codes, facts = self.folder / f"{key}.codes", self.folder / f"{key}.npz"
         if not (codes.is_file() and facts.is_file()):
             return None
-        with np.load(facts, allow_pickle=False) as held:
+        # numpy reads an array's header by ast.literal_eval, which CPython 3.11 does not run safely in two threads.
+        with _HEADERS, np.load(facts, allow_pickle=False) as held:
             head = json.loads(str(held["head"]))
             scales = {name: held[name] for name in held.files if name != "head"}
         if head["format"] != FORMAT:
