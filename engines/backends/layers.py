@@ -114,8 +114,12 @@ def dtype_name(text: str) -> str:
 
 
 def onnx_node_names(metadata: str) -> tuple[str, ...]:
-    """The node names in '[ONNX Layer: a]<separator>[ONNX Layer: b]'; the separator is \\x1f (RTX), \\x1e or nothing."""
-    parts = re.split(r"\][\x1e\x1f]?\[", metadata.strip().removeprefix("[").removesuffix("]"))
+    """The node names in '[ONNX Layer: a]<separator>[ONNX Layer: b]'; the separator is \\x1f (RTX), \\x1e or nothing.
+
+    A kernel that the compiler made of another form carries a mark behind the bracket: ']__gemm_from_conv1x1'.
+    """
+    entries = re.sub(r"\]__\w+(?=[\x1e\x1f\[]|$)", "]", metadata.strip())
+    parts = re.split(r"\][\x1e\x1f]?\[", entries.removeprefix("[").removesuffix("]"))
     return tuple(p.removeprefix("ONNX Layer: ") for p in parts if p.startswith("ONNX Layer: "))
 
 

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, TensorProto, helper
+from onnx import (
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    OperatorSetIdProto,
+    TensorProto,
+    TensorShapeProto,
+    ValueInfoProto,
+    helper,
+    numpy_helper,
+)
+from onnx.reference import ReferenceEvaluator
 
 from engines.core import fp4
+from engines.core.nodes import bodies
+from engines.core.operators import family
 
 SMALL = 512  # elements; shape inference reads the values of constants up to here, of others type and shape only
+VALUES = 64  # elements; no arithmetic of shapes holds more, and no other values are computed
+# What makes more values than it reads, and what makes other values each time.
+GROWING = family("CenterCropPad ConstantOfShape Expand EyeLike OneHot Pad Range Resize Tile Upsample")
+DRAWN = family("Bernoulli Dropout Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike")
 
 
 def without_initializers(proto: ModelProto) -> ModelProto:
@@ -42,28 +60,125 @@ def inferred(proto: ModelProto) -> GraphProto:
 
     Where inference fails, what the model states is all.
     """
-    shown = light(proto)
-    try:
-        return onnx.shape_inference.infer_shapes(shown, data_prop=True).graph
-    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
-        return shown.graph
+    return _inferred(light(proto))
 
 
 def inferred_at(proto: ModelProto, inputs: Mapping[str, Sequence[int]]) -> GraphProto:
-    """The main graph of a model with all shapes inferred anew at given input shapes; 1 stands for a size left open."""
+    """The main graph of a model with all shapes inferred anew at given input shapes.
+
+    The arithmetic between a Shape and what it sizes is computed where inference does not follow it (a Div, a Where).
+    Of a tensor behind an operator that inference does not know, what the file states is believed. A size that depends
+    on the values of an input, or on an input whose shape is open, stays open.
+    """
     fixed = light(proto)
-    del fixed.graph.value_info[:]
-    for info in fixed.graph.input:
-        for i, dim in enumerate(info.type.tensor_type.shape.dim):
-            if info.name in inputs:
-                dim.dim_value = inputs[info.name][i]
-            elif not dim.dim_value:
-                dim.dim_value = 1
-    for info in fixed.graph.output:
-        info.type.tensor_type.ClearField("shape")
+    beliefs = _fix(fixed.graph, inputs)
     if fp4.holds_fp4(proto):
         fp4.with_function(fixed)
-    return onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
+    work, values = ModelProto(), dict[str, np.ndarray]()
+    work.CopyFrom(fixed)
+    shown = _inferred(work)
+    while lacking := _open(shown):
+        if found := _computed(shown, fixed.opset_import):
+            values |= found
+            kept = [node for node in work.graph.node if found.keys().isdisjoint(node.output)]
+            del work.graph.node[:]
+            work.graph.node.extend(kept)
+            work.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in found.items())
+        elif believed := [beliefs.pop(name) for name in lacking if name in beliefs]:
+            work.graph.value_info.extend(believed)
+        else:
+            break
+        shown = _inferred(work)
+    known = {tuple(node.output): node for node in shown.node}  # with what was inferred inside bodies
+    nodes = [known.get(tuple(node.output), node) for node in fixed.graph.node]
+    made = (helper.make_tensor_value_info(n, numpy_helper.from_array(v).data_type, v.shape) for n, v in values.items())
+    result = GraphProto(input=shown.input, output=shown.output, node=nodes)
+    result.value_info.extend((*shown.value_info, *made))
+    return result
+
+
+def _inferred(proto: ModelProto) -> GraphProto:
+    try:
+        return onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+        return proto.graph
+
+
+def _fix(graph: GraphProto, inputs: Mapping[str, Sequence[int]]) -> dict[str, ValueInfoProto]:
+    """Give the inputs their shapes and take away what is stated of all other tensors.
+
+    Returns what was stated, where the named sizes of inputs decide all of it.
+    """
+    symbols: dict[str, int] = {}
+    for info in graph.input:
+        shape = info.type.tensor_type.shape
+        if info.name in inputs:
+            symbols |= {d.dim_param: n for d, n in zip(shape.dim, inputs[info.name], strict=False) if d.dim_param}
+            del shape.dim[:]
+            shape.dim.extend(TensorShapeProto.Dimension(dim_value=size) for size in inputs[info.name])
+    stated = [*graph.value_info, *graph.output]
+    for dim in (d for info in (*graph.input, *stated) for d in info.type.tensor_type.shape.dim):
+        if dim.dim_param in symbols:
+            dim.dim_value = symbols[dim.dim_param]
+        elif dim.dim_value <= 0:
+            dim.ClearField("value")
+    beliefs = {info.name: ValueInfoProto() for info in stated if _sized(info)}
+    for info in stated:
+        if info.name in beliefs:
+            beliefs[info.name].CopyFrom(info)
+    del graph.value_info[:]
+    for info in graph.output:
+        info.type.tensor_type.ClearField("shape")
+    return beliefs
+
+
+def _sized(info: ValueInfoProto) -> bool:
+    """Whether all sizes of a tensor are known."""
+    tensor = info.type.tensor_type
+    return tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim)
+
+
+def _open(graph: GraphProto) -> list[str]:
+    """What the nodes of a graph make of which not all sizes are known."""
+    sized = {info.name for info in (*graph.value_info, *graph.output) if _sized(info)}
+    return [name for node in graph.node for name in node.output if name and name not in sized]
+
+
+def _computed(graph: GraphProto, opsets: Iterable[OperatorSetIdProto]) -> dict[str, np.ndarray]:
+    """The small values that nodes hold, or compute from constants and from shapes alone."""
+    infos = [info for info in (*graph.input, *graph.value_info, *graph.output) if _sized(info)]
+    shapes = {info.name: tuple(d.dim_value for d in info.type.tensor_type.shape.dim) for info in infos}
+    small = [t for t in graph.initializer if math.prod(t.dims) <= VALUES]
+    known, found = {t.name: numpy_helper.to_array(t) for t in small}, dict[str, np.ndarray]()
+    for node in graph.node:
+        whole = all(math.prod(shapes.get(name, (VALUES + 1,))) <= VALUES for name in node.output if name)
+        if node.domain not in ("", "ai.onnx") or node.op_type in DRAWN or (node.op_type in GROWING and not whole):
+            continue
+        if node.op_type in ("Shape", "Size") and node.input[0] in shapes:
+            feeds = {node.input[0]: np.broadcast_to(np.int8(0), shapes[node.input[0]])}  # takes no memory
+        elif all(name in known for name in node.input if name) and next(bodies(node), None) is None:
+            feeds = {name: known[name] for name in node.input if name}
+        else:
+            continue
+        try:
+            made = _results(node, feeds, opsets)
+        except Exception:  # the reference raises whatever its operators raise: the value stays unknown
+            continue
+        if all(isinstance(value, np.ndarray) and value.size <= VALUES for value in made.values()):
+            known |= made
+            found |= made
+    return found
+
+
+def _results(
+    node: NodeProto, feeds: Mapping[str, np.ndarray], opsets: Iterable[OperatorSetIdProto]
+) -> dict[str, np.ndarray]:
+    """What a node computes."""
+    names = [name for name in node.output if name]
+    if node.op_type == "Constant" and node.attribute[0].name == "value":
+        return {names[0]: numpy_helper.to_array(node.attribute[0].t)}
+    function = helper.make_function("", "values", [*feeds], names, [node], [*opsets])
+    return dict(zip(names, ReferenceEvaluator(function).run(names, feeds, attributes={}), strict=True))
 
 
 def _assign(message: ModelProto | GraphProto, name: str, value: object) -> None:

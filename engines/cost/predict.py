@@ -41,11 +41,19 @@ class KernelCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """The predicted time of one inference. `unplaced_macs` are of nodes that no kernel names: counted nowhere."""
+    """The predicted time of one inference.
+
+    Attributes:
+        gpu: that it is predicted for.
+        kernels: in the order of the engine.
+        unplaced_macs: multiply-adds of nodes whose kernel is not known: counted nowhere.
+        uncounted: the nodes whose multiply-adds are not known.
+    """
 
     gpu: Gpu
     kernels: tuple[KernelCost, ...]
     unplaced_macs: int = 0
+    uncounted: tuple[str, ...] = ()
 
     @property
     def total_us(self) -> float:
@@ -90,14 +98,16 @@ def predict(
         what = "The engine has dynamic shapes, so its kernels' sizes are not known"
         raise EngineError(f"{what}. Compile with min = opt = max.")
     products: dict[str, tuple[int, str]] = {}
-    for node in audit(model, table, shapes=shapes).nodes:
+    nodes = audit(model, table, shapes=shapes).nodes
+    for node in nodes:
         macs, _ = products.get(node.kernel, (0, ""))
-        products[node.kernel] = (macs + node.macs, node.consumed)
+        products[node.kernel] = (macs + (node.macs or 0), "" if node.consumed == "unknown" else node.consumed)
     unplaced, _ = products.pop("", (0, ""))
     layers = [layer for layer in table.layers if layer.kind not in SYNCHRONIZATION]
     # A name that comes twice multiplies once.
     kernels = tuple(_kernel(layer, gpu, *products.pop(layer.name, (0, ""))) for layer in layers)
-    return Cost(gpu=gpu, kernels=kernels, unplaced_macs=unplaced)
+    uncounted = tuple(node.node for node in nodes if node.macs is None)
+    return Cost(gpu=gpu, kernels=kernels, unplaced_macs=unplaced, uncounted=uncounted)
 
 
 def _kernel(layer: Layer, gpu: Gpu, macs: int, dtype: str) -> KernelCost:
@@ -135,6 +145,10 @@ def rows(cost: Cost, count: int = 10) -> list[tuple[str, ...]]:
         table.append(cells(*sums, "", "", f"{len(rest)} others", ""))
     whole = cost.total_us, cost.bytes, sum(k.macs for k in cost.kernels)
     table.append(cells(*whole, "", "", f"{len(cost.kernels)} kernels on {cost.gpu.name}", ""))
+    if cost.unplaced_macs:
+        table.append(("", "", "", "", "", f"{cost.unplaced_macs / 1e9:.3f}", "in no known kernel: not in the time", ""))
+    if cost.uncounted:
+        table.append(("", "", "", "", "", "unknown", "sizes are not known: not in the time", _some(cost.uncounted)))
     return table
 
 

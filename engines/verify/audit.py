@@ -1,13 +1,12 @@
 """What really ran: for every weighted node, the type it asks for and the type its kernel consumes.
 
-Q/DQ model -> requested type and multiply-adds per node; LayerTable -> the kernel of each node; both -> `Audit`.
-Must not trust that a model builds: a badly quantized layer builds too, and runs in float.
+Q/DQ model -> requested type and multiply-adds per node; LayerTable -> the kernels of each node; both -> `Audit`.
+Must not trust that a model builds: a badly quantized layer builds too, and runs in float. Must not guess: what neither
+the model nor the kernels say is 'unknown', with the reason.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -16,25 +15,33 @@ import onnx
 from onnx import TensorProto
 
 from engines.backends.compiler import ShapeRange
-from engines.backends.layers import BITS, Layer, LayerTable
+from engines.backends.layers import DTYPES, Layer, LayerTable
 from engines.core.documents import Document, Part, replace
 from engines.core.load import load_graph
 from engines.core.macs import macs
 from engines.core.nodes import label
 from engines.core.quantizers import LOW, Operand, Product, QuantizedGraph, code_bits, code_name, read_graph
+from engines.verify.kernels import compute_kernel, consumed_dtype, multiplying
+
+__all__ = ["Audit", "NodeAudit", "audit", "compute_kernel", "consumed_dtype", "requested"]
 
 
 class NodeAudit(Part, frozen=True, kw_only=True):
     """One node that multiplies and adds.
 
-    `requested` is '' (float), a low-precision type, or 'weight-only <type>' / 'activation-only <type>'.
-    `consumed` is the type both operands have where the kernel multiplies them; 'unknown' without a kernel.
-    `cause` is '' unless the node was missed or is suspect.
+    Attributes:
+        node: its name.
+        op_type: its operator.
+        macs: multiply-adds of one inference; None where a size that they depend on is not known.
+        requested: '' (float), a low-precision type, or 'weight-only <type>' / 'activation-only <type>'.
+        consumed: the type both operands have where the kernel multiplies them, or 'unknown'.
+        kernel: the name of the kernel that multiplies, '' where none is known.
+        cause: why the node was missed, is suspect or is unknown; else ''.
     """
 
     node: str
     op_type: str
-    macs: int
+    macs: int | None
     requested: str
     consumed: str
     kernel: str
@@ -45,11 +52,16 @@ class NodeAudit(Part, frozen=True, kw_only=True):
         """Asked for a low-precision product and ran in another type (weight-only asks for none)."""
         return bool(self.requested) and not self.requested.startswith("weight-only") and self.consumed != self.requested
 
+    @property
+    def unknown(self) -> bool:
+        """Whether its type or its multiply-adds are not known."""
+        return self.consumed == "unknown" or self.macs is None
+
 
 class Audit(Document, frozen=True, kw_only=True):
     """The nodes of one model and the totals of one engine. `bytes_moved` is None with dynamic shapes."""
 
-    FORMAT: ClassVar[str] = "qdq.audit/2"
+    FORMAT: ClassVar[str] = "qdq.audit/3"
     MAKE: ClassVar[str] = "qdq audit --json"
     COMPUTED: ClassVar[Mapping[str, str]] = {
         "macs": "macs",
@@ -57,6 +69,7 @@ class Audit(Document, frozen=True, kw_only=True):
         "low_precision_share": "low_precision_share",
         "missed": "missed_names",
         "suspect": "suspect_names",
+        "unknown": "unknown_names",
     }
 
     nodes: tuple[NodeAudit, ...]
@@ -71,12 +84,12 @@ class Audit(Document, frozen=True, kw_only=True):
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of one inference."""
-        return sum(n.macs for n in self.nodes)
+        """Multiply-adds of one inference, of the nodes whose are known."""
+        return sum(n.macs or 0 for n in self.nodes)
 
     def share(self, *dtypes: str) -> float:
-        """Fraction of all multiply-adds whose kernel consumes one of these types; 0 for a model without any."""
-        return sum(n.macs for n in self.nodes if n.consumed in dtypes) / max(self.macs, 1)
+        """Fraction of the known multiply-adds whose kernel consumes one of these types; 0 for a model without any."""
+        return sum(n.macs or 0 for n in self.nodes if n.consumed in dtypes) / max(self.macs, 1)
 
     @property
     def int8_share(self) -> float:
@@ -96,7 +109,12 @@ class Audit(Document, frozen=True, kw_only=True):
     @property
     def suspect(self) -> tuple[NodeAudit, ...]:
         """Nodes that run as asked, in a form the compiler is known to get wrong."""
-        return tuple(n for n in self.nodes if n.cause and not n.missed)
+        return tuple(n for n in self.nodes if n.cause and not n.missed and not n.unknown)
+
+    @property
+    def unknown(self) -> tuple[NodeAudit, ...]:
+        """Nodes whose type or multiply-adds are not known, each with the reason; none of those that were missed."""
+        return tuple(n for n in self.nodes if n.unknown and not n.missed)
 
     @property
     def missed_names(self) -> tuple[str, ...]:
@@ -108,6 +126,11 @@ class Audit(Document, frozen=True, kw_only=True):
         """Names of the suspect nodes."""
         return tuple(n.node for n in self.suspect)
 
+    @property
+    def unknown_names(self) -> tuple[str, ...]:
+        """Names of the unknown nodes."""
+        return tuple(n.node for n in self.unknown)
+
 
 def audit(
     model: Path | str | onnx.ModelProto, table: LayerTable, *, shapes: Mapping[str, ShapeRange] | None = None
@@ -117,7 +140,8 @@ def audit(
     Args:
         model: the model the engine was built from; external data is not needed.
         table: the engine's layers.
-        shapes: the range of each dynamic input; multiply-adds are counted at `opt`, any other dimension as 1.
+        shapes: the range of each dynamic input; multiply-adds are counted at `opt`. Those that depend on an input
+            which is not here, or on values of an input, are unknown.
 
     Returns:
         One row per Conv, ConvTranspose, Gemm, MatMul and two-operand Einsum that depends on an input.
@@ -130,15 +154,17 @@ def audit(
         node, asked = product.node, requested(product.operands)
         if asked.startswith("activation-only") and _shared(graph, product):
             asked = ""  # the tensor is quantized for another consumer: nothing was asked here
-        name = label(node)
-        kernel = compute_kernel(table.layers, name)
+        name, elems = label(node), {o.elem for o in product.operands}
+        kernels = multiplying(table.layers, name)
+        stated = DTYPES.get(TensorProto.DataType.Name(elems.pop()).lower(), "") if len(elems) == 1 else ""
+        types = {consumed_dtype(kernel, stated) for kernel in kernels}
         row = NodeAudit(
             node=name,
             op_type=node.op_type,
             macs=macs(graph, node),
             requested=asked,
-            consumed=consumed_dtype(kernel) if kernel else "unknown",
-            kernel=kernel.name if kernel else "",
+            consumed=types.pop() if len(types) == 1 else "unknown",
+            kernel=kernels[0].name if kernels else "",
             cause="",
         )
         rows.append(replace(row, cause=_cause(row, product, table)))
@@ -162,71 +188,20 @@ def _shared(graph: QuantizedGraph, product: Product) -> bool:
     return any(graph.uses[o.dq.node.output[0]] > 1 for o in product.operands if o.dq is not None)
 
 
-def compute_kernel(layers: Sequence[Layer], node: str) -> Layer | None:
-    """The kernel that multiplies for a node, among the several that name it.
-
-    | kernel | rank |
-    |---|---|
-    | correlation, deconv, gemm, Cask convolution or gemm | 0 |
-    | runtime_fusion, fused attention (`_gemm_mha_v2`): a product inside a fusion | 1 |
-    | kgen with a product in its name (a matrix with one row is `Mul..Sum`) | 2 |
-    | any other: padding, scaling or requantizing before or after the product | 3, and the one that reads most |
-
-    Source: layer dumps of tensorrt_rtx 1.7.1 (the first two ranks never name a node that they do not compute).
-    """
-
-    def rank(layer: Layer) -> int:
-        kind = layer.kind.lower()
-        if re.search(r"correlation|conv|gemm|matrix", kind):
-            return 0
-        if "fusion" in kind or "gemm" in layer.name.lower() or "myelin" in kind:
-            return 1
-        return 2 if re.search(r"Mul\w*Sum|Fc|Gemm|Corr|Deco", layer.name) else 3
-
-    named = [la for la in layers if node in la.onnx_nodes]
-    if not any(rank(la) < 2 for la in named):  # metadata is missing on some kernels, the name is not
-        named += [la for la in layers if not la.onnx_nodes and rank(la) < 2 and _in_name(node, la.name)]
-    return min(named, key=lambda la: (rank(la), -_elements(la)), default=None)
-
-
-def _in_name(node: str, kernel: str) -> bool:
-    """Whether a kernel's name ('/wk/MatMul+/wq/MatMul_myl0_1') lists a node."""
-    listed = re.sub(r"_myl\d+_\d+$", "", kernel)
-    return listed == node or node in re.split(r" ?\+ ?", listed)
-
-
-def _elements(layer: Layer) -> int:
-    """Elements read, with 1 for a dimension that only the run decides."""
-    return sum(math.prod(max(d, 1) for d in t.shape) for t in (*layer.inputs, *layer.constants))
-
-
-def consumed_dtype(kernel: Layer) -> str:
-    """The type in which a kernel multiplies.
-
-    It is the first input's type where a second operand (input or constant) has it too; otherwise, and where a fusion
-    casts before it multiplies ('CastMul..Fc'), the widest floating type in reach.
-    """
-    first, *others = (*kernel.inputs, *kernel.constants)
-    product = re.search(r"Fc|Corr|Deco|Gemm|Sum", kernel.name)
-    casts = product is not None and "Cast" in kernel.name[: product.start()]
-    if not casts and (not others or any(t.dtype == first.dtype for t in others)):
-        return first.dtype
-    floats = [t.dtype for t in (*kernel.outputs, first, *others) if t.dtype not in LOW and "float" in t.dtype]
-    return floats[0] if casts and floats else max([first.dtype, *floats], key=lambda t: BITS[t])
-
-
 def _cause(row: NodeAudit, product: Product, table: LayerTable) -> str:
-    """Why a node was missed, the most specific reason first; or why its result is suspect; or ''."""
+    """Why a node is unknown or was missed, the most specific reason first; or why its result is suspect; or ''."""
     node, quantized = product.node, [o.dq for o in product.operands if o.dq is not None]
     blocked = any(q.stored and q.blocked and q.count > 1 for q in quantized)
+    if row.consumed == "unknown":
+        return _why_unknown(row, table.layers)
     if not row.missed:
+        if row.macs is None:
+            return "a size of what it reads depends on data, or on an input without a shape: see --shape"
         if row.consumed in LOW and blocked and row.consumed != "fp4":
             return "block scales on a low-precision product: the sum over blocks cannot be rescaled afterwards"
         if row.consumed in LOW and any(q.dtype == TensorProto.UINT8 for q in quantized):
             return "unsigned codes are read as int8, so the range is halved: use INT8 codes with zero point 0"
         return ""
-    if row.consumed == "unknown":
-        return "no kernel names this node: it was folded away or fused under another name"
     if node.op_type == "ConvTranspose":
         return "a transposed convolution never runs in low precision here: write it as a convolution, or leave it float"
     if row.requested.startswith("activation-only"):
@@ -247,3 +222,14 @@ def _cause(row: NodeAudit, product: Product, table: LayerTable) -> str:
     if "sm75" in table.targets and node.op_type == "Conv":
         return "sm75 has no low-precision convolution, and one plan serves all targets: build for sm75 apart"
     return "unknown: see the kernel in the layer table"
+
+
+def _why_unknown(row: NodeAudit, layers: Sequence[Layer]) -> str:
+    """Why no kernel, or no type, is known of a node."""
+    named = [layer.name for layer in layers if row.node in layer.onnx_nodes]
+    if row.kernel:
+        return f"its kernel {row.kernel} reads several types and does not say which it multiplies"
+    if named:
+        more = f" and {len(named) - 1} more" if len(named) > 1 else ""
+        return f"{named[0]}{more} name this node, and none of them says that it multiplies"
+    return "no kernel names this node: it was folded away or fused under another name"

@@ -65,13 +65,11 @@ def _cost(model: Model, name: str, recipe: Recipe) -> list[str]:
     usual = {n: s.opt for n, s in shape_ranges(model, recipe.shapes, None).items()}
     products = {p.node.name: macs(graph, p.node) for graph, p in read_graph(model.proto, usual).all_products()}
     constants = [model.initializers[t] for t in model.node(name).input if t in model.initializers]
-    weights, total = sum(map(tensor_bytes, constants)), sum(products.values())
+    weights, total = sum(map(tensor_bytes, constants)), sum(filter(None, products.values()))
     lines = []
-    if products.get(name):
-        open_dims = any(not isinstance(d, int) for i in model.inputs if i.name not in usual for d in i.shape or ())
-        at = ", at 1 for every dynamic dimension (see --shape)" if open_dims else ""
-        share = products[name] / total
-        lines.append(f"  cost: {count(products[name])} multiply-adds, {share:.1%} of the model's{at}")
+    if own := products.get(name):
+        known = " that are known" if None in products.values() else ""
+        lines.append(f"  cost: {count(own)} multiply-adds, {own / total:.1%} of the model's{known}")
     elif name in products:
         lines.append("  cost: unknown, for its shape is dynamic: give --shape NAME:SHAPE")
     if weights:

@@ -121,11 +121,12 @@ def audit_rows(audit: Audit) -> list[Row]:
 
 
 def audit_lines(audit: Audit) -> list[str]:
-    """One sentence per node that did not get what it asked for, or is suspect."""
+    """One sentence per node that did not get what it asked for, is suspect, or of which something is unknown."""
     lines = [
         f"{n.node} ({n.op_type}) asked for {n.requested} and runs in {n.consumed}: {n.cause}" for n in audit.missed
     ]
     lines += [f"{n.node} ({n.op_type}) is suspect: {n.cause}" for n in audit.suspect]
+    lines += [f"{n.node} ({n.op_type}) is not fully known: {n.cause}" for n in audit.unknown]
     return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"... and {len(lines) - SHOWN} more; --json lists all"]
 
 
@@ -172,8 +173,12 @@ def count(number: int) -> str:
 
 
 def _types(audit: Audit) -> str:
+    uncounted = sum(node.macs is None for node in audit.nodes)
+    if uncounted and uncounted == len(audit.nodes):
+        return "unknown"
     parts = ", ".join(f"{share:.1%} in {kind}" for kind, share in shares(audit).items())
-    return f"{parts or 'none'}, of {count(audit.macs)}"
+    more = f" and those of {uncounted} nodes that are unknown" if uncounted else ""
+    return f"{parts or 'none'}, of {count(audit.macs)}{more}"
 
 
 def _against(now: int | None, before: int | None) -> str:
