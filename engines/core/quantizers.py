@@ -247,6 +247,10 @@ class QuantizedGraph:
         """The shape as far as it is known, None for a dynamic size."""
         return self._shapes.get(name)
 
+    def producer(self, name: str) -> NodeProto | None:
+        """The node that makes a tensor, None for an input and an initializer."""
+        return self._producers.get(name)
+
     def elem(self, name: str) -> int:
         """The ONNX type of a tensor, 0 where it is not known."""
         return self._types.get(name, 0)

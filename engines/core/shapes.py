@@ -117,7 +117,8 @@ def _fix(graph: GraphProto, inputs: Mapping[str, Sequence[int]]) -> dict[str, Va
             del shape.dim[:]
             shape.dim.extend(TensorShapeProto.Dimension(dim_value=size) for size in inputs[info.name])
     stated = [*graph.value_info, *graph.output]
-    for dim in (d for info in (*graph.input, *stated) for d in info.type.tensor_type.shape.dim):
+    open_inputs = [info for info in graph.input if info.name not in inputs]
+    for dim in (d for info in (*open_inputs, *stated) for d in info.type.tensor_type.shape.dim):
         if dim.dim_param in symbols:
             dim.dim_value = symbols[dim.dim_param]
         elif dim.dim_value <= 0:
@@ -171,14 +172,15 @@ def _computed(graph: GraphProto, opsets: Iterable[OperatorSetIdProto]) -> dict[s
 
 
 def _results(
-    node: NodeProto, feeds: Mapping[str, np.ndarray], opsets: Iterable[OperatorSetIdProto]
+    node: NodeProto, feeds: dict[str, np.ndarray], opsets: Iterable[OperatorSetIdProto]
 ) -> dict[str, np.ndarray]:
     """What a node computes."""
     names = [name for name in node.output if name]
     if node.op_type == "Constant" and node.attribute[0].name == "value":
         return {names[0]: numpy_helper.to_array(node.attribute[0].t)}
-    function = helper.make_function("", "values", [*feeds], names, [node], [*opsets])
-    return dict(zip(names, ReferenceEvaluator(function).run(names, feeds, attributes={}), strict=True))
+    evaluator = ReferenceEvaluator(helper.make_function("", "values", [*feeds], names, [node], [*opsets]))
+    with np.errstate(all="ignore"):
+        return dict(zip(names, list(evaluator.run(names, feeds, attributes={})), strict=True))
 
 
 def _assign(message: ModelProto | GraphProto, name: str, value: object) -> None:

@@ -37,29 +37,33 @@ def package_versions() -> dict[str, str]:
 
 
 class Manifest(Document, frozen=True, kw_only=True):
-    """Hashes are hexadecimal sha256; None where the job had no such thing.
+    """Hashes are hexadecimal sha256, of every file that belongs to the engine; None where the job had no such thing.
 
     Attributes:
         model: of the float model, with its external data.
-        output: of the ONNX file that was compiled.
+        output: of the ONNX file that was compiled, with its external data.
+        engine: of the engine.
+        layers: of its layer table.
         samples: of all calibration samples together.
         plan: of the plan.
         table: of the calibration table.
-        engine: of the engine.
+        report: of the report.
         targets: it was compiled for.
         options: it was made with.
         versions: of the packages that shape a result.
     """
 
-    FORMAT: ClassVar[str] = "qdq.manifest/2"
+    FORMAT: ClassVar[str] = "qdq.manifest/3"
     MAKE: ClassVar[str] = "qdq build"
 
     model: str
     output: str
+    engine: str
+    layers: str
     samples: str | None = None
     plan: str | None = None
     table: str | None = None
-    engine: str | None = None
+    report: str | None = None
     targets: tuple[str, ...] = ()
     options: dict[str, str | int | float | bool | None] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=package_versions)

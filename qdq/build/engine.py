@@ -1,13 +1,14 @@
 """From an ONNX file to an engine with its layer table and manifest, and from these to what the engine does.
 
 recipe + shapes -> engine -> X.engine, X.engine.json (layers), X.engine.manifest.json -> audited later, without a GPU.
-Must not quantize: it takes any ONNX file.
+Must not quantize: it takes any ONNX file. Must not believe a file that the manifest does not cover.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -17,6 +18,7 @@ from engines.backends.compiler import Engine, ShapeRange
 from engines.backends.doctor import gpus
 from engines.backends.layers import LayerTable
 from engines.core.documents import Document, DocumentError, replace
+from engines.core.errors import EngineError
 from engines.core.files import write_atomic
 from engines.cost.gpus import gpu_named
 from engines.cost.predict import Cost, predict
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 D = TypeVar("D", bound=Document)
 SHAPE_KEY = "shape."
+BESIDE = ("plan", "table", "report")  # what `deploy` writes beside an engine as <name>.json
 
 
 def shape_ranges(model: Model, options: Sequence[ShapeOption], samples: Samples | None) -> dict[str, ShapeRange]:
@@ -131,10 +134,17 @@ def save_engine(
         plan=made_from.plan if made_from else None,
         table=made_from.table if made_from else None,
         engine=sha256_file(path),
+        layers=sha256_file(_layers_path(path)),
         targets=engine.table.targets,
         options=options,
     )
     write_atomic(_manifest_path(path), manifest.to_json())
+
+
+def add_report(path: Path, report: Path) -> None:
+    """Put the report of an engine into its manifest."""
+    manifest = _read(_manifest_path(path), path, Manifest)
+    write_atomic(_manifest_path(path), replace(manifest, report=sha256_file(report)).to_json())
 
 
 def audit_model(path: Path, recipe: Recipe, on_progress: Progress | None = None) -> Audit:
@@ -167,23 +177,21 @@ def audit_engine(path: Path) -> Audit:
 
     Raises:
         InputError: one is missing, or the ONNX file that the engine was compiled from is not in its folder.
+        StaleFileError: a file is not the one that the manifest holds the hash of.
         EngineError: one is damaged.
     """
-    table = _read(path.with_name(path.name + ".json"), path, LayerTable)
-    manifest = _read(_manifest_path(path), path, Manifest)
-    if sha256_file(path) != manifest.engine:
-        raise StaleFileError(f"{_manifest_path(path)} belongs to another engine than {path}: build the engine again.")
+    table, manifest = _papers(path)
+    seen = []
     for candidate in sorted(path.absolute().parent.glob("*.onnx")):
-        if sha256_model(candidate) == manifest.output:
-            shapes = {}
-            for key, value in manifest.options.items():
-                if key.startswith(SHAPE_KEY):
-                    option = ShapeOption.parse(f"{key.removeprefix(SHAPE_KEY)}:{value}")
-                    shapes[option.name] = ShapeRange(min=option.min, opt=option.opt, max=option.max)
-            return audit(candidate, table, shapes=shapes)
+        with suppress(EngineError):  # a file that cannot be read is not the one
+            found = sha256_model(candidate)
+            if found == manifest.output:
+                return audit(candidate, table, shapes=_shapes(manifest))
+            seen.append(f"{candidate.name} has {found[:12]}…")
     raise InputError(
-        f"No .onnx file beside {path} is the one it was compiled from (sha256 {manifest.output[:12]}…), and only that "
-        "says what its nodes asked for. Put it there, or audit the ONNX file itself."
+        f"No .onnx file beside {path} is the one it was compiled from (sha256 {manifest.output[:12]}…"
+        f"{''.join(f'; {other}' for other in seen[:3])}), and only that says what its nodes asked for. Put it there, "
+        "or audit the ONNX file itself."
     )
 
 
@@ -191,10 +199,11 @@ def engine_backend(path: Path) -> str:
     """The backend of an engine that a GPU of this machine can run.
 
     Raises:
-        InputError: the engine or its layer table is missing.
+        InputError: the engine, its layer table or its manifest is missing.
+        StaleFileError: a file is not the one that the manifest holds the hash of.
         MissingRuntimeError: there is no such GPU.
     """
-    table = _read(path.with_name(path.name + ".json"), path, LayerTable)
+    table, _ = _papers(path)
     if not runs_here(table.targets):
         raise MissingRuntimeError(
             f"No GPU here can run {path}, which is for {', '.join(table.targets)}. Give the Q/DQ model in its place "
@@ -206,6 +215,45 @@ def engine_backend(path: Path) -> str:
 def runs_here(targets: Sequence[str]) -> bool:
     """Whether a GPU of this machine is one of the targets of an engine."""
     return any(gpu.target in targets for gpu in gpus())
+
+
+def _papers(path: Path) -> tuple[LayerTable, Manifest]:
+    """The layer table and the manifest of an engine, where every file that lies there is the manifest's.
+
+    Plan, table and report need not lie beside it.
+
+    Raises:
+        InputError: one is missing or of another format.
+        StaleFileError: a file is another than the manifest's.
+    """
+    layers = _layers_path(path)
+    table, manifest = _read(layers, path, LayerTable), _read(_manifest_path(path), path, Manifest)
+    files = {path: manifest.engine, layers: manifest.layers}
+    beside = {path.with_name(f"{name}.json"): getattr(manifest, name) for name in BESIDE}
+    files |= {file: held for file, held in beside.items() if held is not None and file.is_file()}
+    for file, held in files.items():
+        if (found := sha256_file(file)) != held:
+            what = "another engine than" if file == path else "not"
+            raise StaleFileError(
+                f"{file} is {what} the one that {_manifest_path(path)} was written with: its sha256 is {found[:12]}…, "
+                f"the manifest says {held[:12]}…. Put that file back, or build the engine again (`qdq build`, or `qdq "
+                "deploy` into a folder of its own)."
+            )
+    return table, manifest
+
+
+def _shapes(manifest: Manifest) -> dict[str, ShapeRange]:
+    """The shapes that an engine was compiled for."""
+    shapes = {}
+    for key, value in manifest.options.items():
+        if key.startswith(SHAPE_KEY):
+            option = ShapeOption.parse(f"{key.removeprefix(SHAPE_KEY)}:{value}")
+            shapes[option.name] = ShapeRange(min=option.min, opt=option.opt, max=option.max)
+    return shapes
+
+
+def _layers_path(engine: Path) -> Path:
+    return engine.with_name(engine.name + ".json")
 
 
 def _manifest_path(engine: Path) -> Path:

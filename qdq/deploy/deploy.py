@@ -22,7 +22,7 @@ from engines.core import onnx_runtime as ort
 from engines.core.errors import BuildError, import_runtime
 from engines.core.files import write_atomic
 from engines.verify.audit import audit
-from qdq.build.engine import compile_engine, runs_here, save_engine, shape_ranges
+from qdq.build.engine import add_report, compile_engine, runs_here, save_engine, shape_ranges
 from qdq.build.pricer import Pricer, gpus_of
 from qdq.build.recipe import Recipe
 from qdq.core.files import folder_beside, move_all
@@ -137,6 +137,7 @@ def deploy(
             tuning=done.tuned.outcome([gpu.name for gpu in pricer.gpus]) if done.tuned and pricer else None,
         )
         write_atomic(folder / "report.json", report.to_json())
+        add_report(engine_path, folder / "report.json")
         return Deployed(folder=out, files=move_all(folder, out), report=report)
 
 

@@ -16,7 +16,7 @@ CHUNK = 1 << 16  # values binned at a time: 0.75 MB of buffers
 Counts = npt.NDArray[np.int64]
 
 
-def _exponent(amax: float) -> int:
+def exponent_of(amax: float) -> int:
     """The smallest e with amax < BINS * 2^e."""
     return int(np.frexp(amax / BINS)[1])
 
@@ -91,7 +91,7 @@ class Histogram:
             raise ValueError("not finite")
         amax = max(-low, high)
         peaks = sum((Fraction(peak) for peak in np.maximum(-lows, highs).tolist()), Fraction())
-        exponent = _exponent(amax) if amax else None
+        exponent = exponent_of(amax) if amax else None
         counts = _count(flat, exponent or 0)  # zeros lie in bin 0 of any width
         return cls(exponent=exponent, counts=counts, low=low, high=high, samples=samples, peaks=peaks)
 

@@ -20,11 +20,12 @@ import numpy as np
 from engines.core.documents import Document, Part
 from qdq.core.errors import InputError, StaleFileError
 from qdq.core.files import read_document, write_text
-from qdq.measure.histogram import BINS, Histogram
+from qdq.measure.histogram import BINS, Histogram, exponent_of
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
+DIGITS = 1200  # a sum of float64 magnitudes has at most 650 before the fraction bar, and 324 behind it
 
 
 class TensorCounts(Part, frozen=True, kw_only=True):
@@ -46,7 +47,7 @@ class TensorCounts(Part, frozen=True, kw_only=True):
     high: float
     exponent: int | None
     samples: Annotated[int, msgspec.Meta(ge=1)]
-    peaks: Annotated[str, msgspec.Meta(pattern=r"^\d+(/\d+)?$")]
+    peaks: Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(/[0-9]+)?$", max_length=DIGITS)]
     first_bin: int
     counts: tuple[Count, ...]
 
@@ -127,7 +128,7 @@ class CalibrationTable:
             InputError: figures of an entry that contradict each other.
         """
         try:
-            tensors = {entry.tensor: _histogram(entry) for entry in file.tensors}
+            tensors = {entry.tensor: _histogram(entry, file.count) for entry in file.tensors}
         except (ValueError, ArithmeticError) as error:
             raise InputError(f"Cannot use the table {where}: {error}. Make it again with `qdq calibrate`.") from None
         return cls(
@@ -208,22 +209,31 @@ def _entry(name: str, h: Histogram) -> dict[str, object]:
     }
 
 
-def _histogram(entry: TensorCounts) -> Histogram:
-    """The histogram of an entry; a ValueError where its figures contradict each other."""
-    counts = np.zeros(2 * BINS, dtype=np.int64)
+def _histogram(entry: TensorCounts, count: int) -> Histogram:
+    """The histogram of an entry of a table of `count` samples; a ValueError where its figures contradict each other."""
+    name, counts = repr(entry.tensor), np.zeros(2 * BINS, dtype=np.int64)
     first, size = entry.first_bin + BINS, len(entry.counts)
     if not 0 <= first < first + size <= 2 * BINS:
-        raise ValueError(f"bins of {entry.tensor!r} lie outside the histogram")
+        raise ValueError(f"bins of {name} lie outside the histogram")
+    total = sum(entry.counts)
+    if not entry.samples <= total <= np.iinfo(np.int64).max:
+        raise ValueError(f"counts of {name} are {total} values in all, of {entry.samples} samples")
+    if entry.samples > count:
+        raise ValueError(f"{name} is of {entry.samples} samples, and the table of {count}")
     counts[first : first + size] = entry.counts
-    if not counts.any():
-        raise ValueError(f"counts of {entry.tensor!r} are all zero")
-    if not -np.inf < entry.low <= 0 <= entry.high < np.inf:
-        raise ValueError(f"the range of {entry.tensor!r} is no range around zero")
-    if (entry.exponent is None) != (entry.low == entry.high):
-        raise ValueError(f"the exponent of {entry.tensor!r} does not fit its range")
+    low, high = entry.low + 0.0, entry.high + 0.0
+    if not -np.inf < low <= 0 <= high < np.inf:
+        raise ValueError(f"the range of {name} is no range around zero")
+    amax = max(-low, high)
+    needed = exponent_of(amax) if amax else None
+    if entry.exponent != needed:
+        raise ValueError(f"the exponent of {name} is {entry.exponent}; that of its range is {needed}")
+    used = np.flatnonzero(counts) - BINS
+    lowest, highest = (int(np.floor(np.ldexp(bound, -(needed or 0)))) for bound in (low, high))
+    # Zeros lie in bin 0, below which nothing is where low is 0, and above which nothing is where high is 0.
+    if not ((used[0] == lowest if low else used[0] >= 0) and (used[-1] == highest if high else used[-1] <= 0)):
+        raise ValueError(f"the range of {name} does not end in its first and last bins that hold values")
     peaks = Fraction(entry.peaks)
-    if not peaks <= entry.samples * Fraction(max(-entry.low, entry.high)):
-        raise ValueError(f"peaks of {entry.tensor!r} are above its range")
-    return Histogram(
-        exponent=entry.exponent, counts=counts, low=entry.low, high=entry.high, samples=entry.samples, peaks=peaks
-    )
+    if not Fraction(amax) <= peaks <= entry.samples * Fraction(amax):
+        raise ValueError(f"peaks of {name} do not fit its range")
+    return Histogram(exponent=needed, counts=counts, low=low, high=high, samples=entry.samples, peaks=peaks)

@@ -111,6 +111,12 @@ def test_node_names_are_split_at_any_separator(separator: str) -> None:
     assert onnx_node_names("") == ()
 
 
+@pytest.mark.parametrize("separator", ["", "\x1e", "\x1f"])
+def test_a_convolution_made_gemm_keeps_its_name(separator: str) -> None:
+    marked = ("[ONNX Layer: a]__gemm_from_conv1x1", "[ONNX Layer: b[0]/x]", "[ONNX Layer: c]__gemm_from_conv1x1")
+    assert onnx_node_names(separator.join(marked)) == ("a", "b[0]/x", "c")
+
+
 def inspector(*, split: bool) -> str:
     """Inspector JSON of one INT8 convolution, in the dialect of 10.x or 11.x."""
 

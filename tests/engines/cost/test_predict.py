@@ -97,6 +97,14 @@ def test_products_without_a_kernel_are_reported() -> None:
     assert cost.unplaced_macs == CONV_MACS and cost.kernels[0].macs == 0
 
 
+def test_what_is_not_in_the_time_is_said() -> None:
+    lost = predict(graphs.conv(data=None, fmt=None), table(replace(CONV, onnx_nodes=("other",))), SLOW)
+    assert "not in the time" in rows(lost)[-1][6] and rows(lost)[-1][5] == "0.000"
+    open_size = predict(graphs.conv(data=None, fmt=None, batch="n"), table(CONV), SLOW)
+    assert open_size.uncounted == ("conv",) and open_size.kernels[0].macs == 0
+    assert rows(open_size)[-1][5:] == ("unknown", "sizes are not known: not in the time", "conv")
+
+
 def test_two_products_in_one_kernel_add_up() -> None:
     fused = layer("_gemm_mha_v2_1", "kgen", [tensor("float16", 1, 4, 64, 64)], [tensor("float16", 1, 4, 64, 64)])
     cost = predict(graphs.attention(dtype=np.float16), table(replace(fused, onnx_nodes=("scores", "mix"))), SLOW)

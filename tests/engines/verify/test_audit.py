@@ -18,7 +18,7 @@ from places import SHARED
 
 from engines.backends import rtx
 from engines.backends.compiler import ShapeRange
-from engines.backends.layers import KernelTensor, Layer
+from engines.backends.layers import KernelTensor, Layer, LayerTable
 from engines.core.documents import replace
 from engines.core.macs import macs
 from engines.core.quantizers import read_graph
@@ -198,6 +198,41 @@ def test_the_compute_kernel_is_chosen_among_those_that_name_the_node() -> None:
     unnamed = replace(product, name="m+n_myl0_1", kind="gemm", onnx_nodes=())
     assert compute_kernel([pad, unnamed], "n") is unnamed
     assert compute_kernel([pad], "absent") is None
+
+
+def bare(*layers: Layer) -> LayerTable:
+    sizes = {"engine_bytes": 0, "weight_bytes": 0, "activation_bytes": 0}
+    return LayerTable(layers=layers, backend="rtx", version="1", targets=("sm89",), **sizes)
+
+
+def test_two_kernels_of_two_types_leave_the_type_unknown_and_say_why() -> None:
+    def half(dtype: str) -> Layer:
+        factors = tuple(KernelTensor(name="t", dtype=dtype, shape=(32, 64)) for _ in range(2))
+        shown = {"name": f"half_{dtype}", "kind": "gemm", "tactic": "", "onnx_nodes": ("product",)}
+        return Layer(inputs=factors, constants=(), outputs=factors[:1], **shown)
+
+    result = audit(graphs.matmul(data=None, fmt=None), bare(half("float16"), half("float32")))
+    (node,) = result.unknown
+    assert node.consumed == "unknown" and "half_float" in node.cause and not result.suspect and not result.missed
+    assert json.loads(result.to_json())["unknown"] == ["product"]
+    same = audit(graphs.matmul(data=None, fmt=None), bare(half("float32"), half("float32")))
+    assert same.nodes[0].consumed == "float32" and not same.unknown
+
+
+def test_a_kernel_that_only_names_a_node_is_not_its_product() -> None:
+    tensor = KernelTensor(name="t", dtype="int8", shape=(32, 128))
+    pad = {"kind": "kgen", "tactic": "", "onnx_nodes": ("product",)}
+    layers = [Layer(name=n, inputs=(tensor,), constants=(), outputs=(tensor,), **pad) for n in ("Conc_1", "Conc_2")]
+    (node,) = audit(graphs.matmul(), bare(*layers)).missed
+    assert node.consumed == "unknown" and node.kernel == "" and "Conc_1 and 1 more" in node.cause
+
+
+def test_a_1x1_convolution_made_gemm_is_found() -> None:
+    """FP16, few positions and many channels: RTX 1.7.1 marks its name with `__gemm_from_conv1x1`."""
+    g = graphs.Graph(HALF)
+    y = g.add("Conv", ["x", g.weight("w", [1024, 256, 1, 1], fmt=None)], name="conv")
+    (node,) = audited(g.finish(y, [1, 256, 6, 6], [1, 1024, 6, 6])).nodes
+    assert (node.consumed, node.macs, node.cause) == ("float16", 256 * 1024 * 36, "") and node.kernel
 
 
 # The shared models, quantized by ONNX Runtime's tool to symmetric INT8 with float biases.

@@ -23,11 +23,13 @@ def save_external(folder: Path) -> Path:
 
 
 def test_the_manifest_survives_its_file_and_is_stable() -> None:
-    manifest = Manifest(model="a", output="b", targets=("sm89",), options={"calibrator": "mse"})
+    manifest = Manifest(model="a", output="b", engine="c", layers="d", targets=("sm89",), options={"calibrator": "mse"})
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert "onnx" in manifest.versions and manifest.to_json() == manifest.to_json()
     with pytest.raises(EngineError, match="another file"):
         Manifest.from_json("{}")
+    with pytest.raises(EngineError, match="made by another version of qdq"):
+        Manifest.from_json(manifest.to_json().replace(Manifest.FORMAT, "qdq.manifest/2"))
 
 
 def test_a_file_hash(tmp_path: Path) -> None:

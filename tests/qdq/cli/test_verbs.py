@@ -121,7 +121,8 @@ def test_deploy_leaves_all_results_and_a_failed_limit_ends_with_1(folder: Path) 
     manifest = json.loads((results / "net.engine.manifest.json").read_text())
     for key, name in (("output", "net.int8.onnx"), ("engine", "net.engine"), ("plan", "plan.json")):
         assert manifest[key] == hashlib.sha256((results / name).read_bytes()).hexdigest()
-    assert manifest["table"] == hashlib.sha256((results / "table.json").read_bytes()).hexdigest()
+    for key, name in (("table", "table.json"), ("report", "report.json"), ("layers", "net.engine.json")):
+        assert manifest[key] == hashlib.sha256((results / name).read_bytes()).hexdigest()
     assert manifest["model"] == hashlib.sha256((folder / "net.onnx").read_bytes()).hexdigest()
     assert str(folder) not in "".join(p.read_text() for p in results.glob("*.json"))
     assert {k: v for k, v in state(folder).items() if not k.startswith(("results", "held_out"))} == before
@@ -369,6 +370,31 @@ def test_an_engine_needs_the_model_it_was_compiled_from(folder: Path) -> None:
     assert "compiled from" in refused(folder, "audit", "net.engine")
     (folder / "net.engine").write_bytes(b"another")
     assert "another engine" in refused(folder, "audit", "net.engine")
+
+
+def test_a_file_that_is_not_the_engines_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer table of another engine would say what that one does; a plan, table or report alike."""
+    monkeypatch.setattr("qdq.build.engine.gpus", list)
+    done("deploy", "net.onnx", "--data", "data", "--out", "out", "--tune", "off")
+    done("build", "net.onnx", "-o", "float.engine")
+    own = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    foreign = {
+        "net.engine.json": (folder / "float.engine.json").read_bytes(),
+        **{name: own[name].replace(b"1", b"2") for name in ("plan.json", "table.json", "report.json")},
+    }
+    for name, other in foreign.items():
+        (folder / "out" / name).write_bytes(other)
+        for args in (("audit", "out/net.engine"), ("check", "net.onnx", "out/net.engine", "--data", "data")):
+            message = refused(folder, *args)
+            begins = [hashlib.sha256(content).hexdigest()[:12] for content in (own[name], other)]
+            assert all(text in message for text in (f"out/{name}", *begins, "qdq build"))
+        (folder / "out" / name).write_bytes(own[name])
+    for name in ("plan.json", "table.json", "report.json"):
+        (folder / "out" / name).unlink()  # they need not go with the engine
+    assert json.loads(done("audit", "out/net.engine", "--json"))["int8_share"] == 1.0
+    (folder / "out/broken.onnx").write_bytes(b"no model")
+    (folder / "out/net.int8.onnx").write_bytes((folder / "net.onnx").read_bytes())
+    assert "net.int8.onnx has" in refused(folder, "audit", "out/net.engine")
 
 
 def test_samples_without_variety_work(folder: Path) -> None:
