@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
+import onnx.inliner
 from onnx import (
+    FunctionProto,
     GraphProto,
     ModelProto,
     NodeProto,
@@ -21,11 +24,12 @@ from onnx import (
 from onnx.reference import ReferenceEvaluator
 
 from engines.core import fp4
-from engines.core.nodes import bodies
+from engines.core.nodes import all_nodes, bodies, label
 from engines.core.operators import family
 
 SMALL = 512  # elements; shape inference reads the values of constants up to here, of others type and shape only
 VALUES = 64  # elements; no arithmetic of shapes holds more, and no other values are computed
+CALLS = 10_000  # of a model's own functions that are followed; twenty that call each other twice would be a million
 # What makes more values than it reads, and what makes other values each time.
 GROWING = family("CenterCropPad ConstantOfShape Expand EyeLike OneHot Pad Range Resize Tile Upsample")
 DRAWN = family("Bernoulli Dropout Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike")
@@ -68,9 +72,10 @@ def inferred_at(proto: ModelProto, inputs: Mapping[str, Sequence[int]]) -> Graph
 
     The arithmetic between a Shape and what it sizes is computed where inference does not follow it (a Div, a Where).
     Of a tensor behind an operator that inference does not know, what the file states is believed. A size that depends
-    on the values of an input, or on an input whose shape is open, stays open.
+    on the values of an input, or on an input whose shape is open, stays open. What calls of the model's own functions
+    stand for is in the graph, under the names that TensorRT's parser gives it: 'node | call (function)'.
     """
-    fixed = light(proto)
+    fixed = _inlined(light(proto))
     beliefs = _fix(fixed.graph, inputs)
     if fp4.holds_fp4(proto):
         fp4.with_function(fixed)
@@ -102,6 +107,44 @@ def _inferred(proto: ModelProto) -> GraphProto:
         return onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
         return proto.graph
+
+
+def _inlined(model: ModelProto) -> ModelProto:
+    """The model with the nodes of its functions in place of their calls; with calls of nothing where these are many."""
+    functions = {(f.domain, f.name): f for f in model.functions}
+    copies: list[FunctionProto] = []
+
+    def call(node: NodeProto, inside: str) -> None:
+        """Let a call, and those inside what it calls, each have a copy of its function, whose nodes say the way."""
+        function = functions.get((node.domain, node.op_type))
+        for inner in (inner for body in bodies(node) for inner in body.node):
+            call(inner, inside)
+        if function is None or len(copies) > CALLS:
+            return
+        way = f" | {label(node)} ({node.op_type}){inside}"
+        copies.append(copy := FunctionProto())
+        copy.CopyFrom(function)
+        copy.name = node.op_type = f"{function.name}_{len(copies)}"
+        for inner in copy.node:
+            name = label(inner) + way
+            call(inner, way)
+            inner.name = name
+
+    named = ModelProto()
+    named.CopyFrom(model)
+    for node in named.graph.node if functions else ():
+        call(node, "")
+    if len(copies) > CALLS:
+        named.CopyFrom(model)
+    del named.functions[:]
+    if not 0 < len(copies) <= CALLS:
+        return named
+    named.functions.extend(copies)
+    flat = onnx.inliner.inline_local_functions(named)
+    for node in all_nodes(flat.graph):
+        if " | " in node.name:
+            node.name = re.sub(r"__\d+$", "", node.name)  # which the inliner adds
+    return flat
 
 
 def _fix(graph: GraphProto, inputs: Mapping[str, Sequence[int]]) -> dict[str, ValueInfoProto]:

@@ -22,6 +22,7 @@ from engines.backends.layers import KernelTensor, Layer, LayerTable
 from engines.core.documents import replace
 from engines.core.macs import macs
 from engines.core.quantizers import read_graph
+from engines.core.shapes import inferred_at
 from engines.verify.audit import Audit, audit, compute_kernel
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
@@ -198,6 +199,49 @@ def test_the_compute_kernel_is_chosen_among_those_that_name_the_node() -> None:
     unnamed = replace(product, name="m+n_myl0_1", kind="gemm", onnx_nodes=())
     assert compute_kernel([pad, unnamed], "n") is unnamed
     assert compute_kernel([pad], "absent") is None
+
+
+def test_products_inside_the_models_own_functions_are_counted_and_found() -> None:
+    """Functions in functions, called more than once, with and without names."""
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("own", 1)]
+    node = helper.make_node
+    once = helper.make_function("own", "Once", ["x", "w"], ["y"], [node("MatMul", ["x", "w"], ["y"], name="m")], opsets)
+    calls = [
+        node("Once", ["x", "w"], ["a"], name="first", domain="own"),
+        node("Once", ["a", "w"], ["b"], domain="own"),
+        node("MatMul", ["b", "w"], ["y"]),
+    ]
+    three = helper.make_function("own", "Three", ["x", "w"], ["y"], calls, opsets)
+    graph = helper.make_graph(
+        [node("Three", ["x", "w"], ["y"], name="call", domain="own"), node("Once", ["y", "w"], ["z"], domain="own")],
+        "g",
+        [graphs.value("x", [8, 64])],
+        [graphs.value("z", [8, 64])],
+        [graphs.const("w", np.eye(64, dtype=np.float32))],
+    )
+    model = helper.make_model(graph, opset_imports=opsets, functions=[once, three], ir_version=10)
+    result = audited(model)
+    assert {n.node: (n.consumed, n.macs) for n in result.nodes} == dict.fromkeys(
+        (
+            "m | first (Once) | call (Three)",
+            "m | node_of_b (Once) | call (Three)",
+            "node_of_y | call (Three)",
+            "m | node_of_z (Once)",
+        ),
+        ("float32", 8 * 64 * 64),
+    )
+
+
+def test_functions_that_double_at_each_level_are_not_followed() -> None:
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("own", 1)]
+    functions = [helper.make_function("own", "F0", ["x"], ["y"], [helper.make_node("Relu", ["x"], ["y"])], opsets)]
+    for k in range(1, 40):
+        calls = [helper.make_node(f"F{k - 1}", [a], [b], domain="own") for a, b in (("x", "a"), ("a", "y"))]
+        functions.append(helper.make_function("own", f"F{k}", ["x"], ["y"], calls, opsets))
+    ends = [graphs.value("x", [4])], [graphs.value("y", [4])]
+    graph = helper.make_graph([helper.make_node("F39", ["x"], ["y"], domain="own")], "g", *ends)
+    model = helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
+    assert [n.op_type for n in inferred_at(model, {}).node] == ["F39"]
 
 
 def bare(*layers: Layer) -> LayerTable:
