@@ -2,7 +2,7 @@
 
 TensorRT-RTX's verbose build log, or TensorRT's engine inspector JSON (10.x and 11.x), becomes a `LayerTable`;
 the table is saved as JSON beside the engine, and `audit` reads it.
-Must not guess: text that it cannot read is an error, never an empty table.
+Must not guess: a line that it cannot read is held as such, and nothing but such lines is an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from engines.core.errors import BuildError
 BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "fp8": 8, "bool": 8}
 BITS |= {"int4": 4, "fp4": 4, "int32": 32, "int64": 64}
 
-SYNCHRONIZATION = ("signal", "wait")  # events between streams: layers of the log, no kernels
+# Events between streams, jumps of an If or a loop, and sizes that go to or come from the host: no kernels.
+SYNCHRONIZATION = ("signal", "wait", "jmp", "cjmp", "TrainStation", "DeviceToShapeHost", "ShapeHostToDevice")
 
 # Names seen in RTX 1.7 logs, in inspector JSON ("Row major linear FP32") and in trt.DataType.
 DTYPES = {name: name for name in BITS}
@@ -61,9 +62,12 @@ class Layer(Part, frozen=True, kw_only=True):
 
 
 class LayerTable(Document, frozen=True, kw_only=True):
-    """Every kernel of one engine, in order, and the sizes the compiler reports."""
+    """Every kernel of one engine, in order, and the sizes the compiler reports.
 
-    FORMAT: ClassVar[str] = "qdq.layers/2"
+    `unread` holds the beginnings of lines about layers that this version cannot read: what they do is in no figure.
+    """
+
+    FORMAT: ClassVar[str] = "qdq.layers/3"
     MAKE: ClassVar[str] = "qdq build"
 
     layers: tuple[Layer, ...]
@@ -73,6 +77,17 @@ class LayerTable(Document, frozen=True, kw_only=True):
     engine_bytes: int
     weight_bytes: int
     activation_bytes: int
+    unread: tuple[str, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """What is not known of the engine; '' where everything is."""
+        if not self.unread:
+            return ""
+        return (
+            f"{len(self.unread)} lines of the compiler's layer dump (version {self.version}) cannot be read, so what "
+            f"they do is in no figure; the first: {self.unread[0]}"
+        )
 
     @property
     def kernels(self) -> int:
@@ -125,10 +140,12 @@ def onnx_node_names(metadata: str) -> tuple[str, ...]:
 
 _LINE = re.compile(
     r"\s*Name: (?P<name>.*), LayerType: (?P<kind>\S+), Inputs: (?P<inputs>.*?)(?:, Constants: (?P<constants>.*?))?"
-    r", Outputs: (?P<outputs>.*?), TacticName: (?P<tactic>.*), StreamId: \d+(?:, EventId: \d+)?"
+    r", Outputs: (?P<outputs>.*?), Tactic(?:Name|Value): (?P<tactic>.*), StreamId: \d+(?:, .*?)??"
     r"(?:, Metadata: (?P<metadata>.*))?$"
 )
-_TENSOR = re.compile(r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[-\d, ]*)\],.*?Datatype: (?P<dtype>\w+)")
+_TENSOR = re.compile(
+    r"\{ Name: (?P<name>.*?)(?:, Location: \w+)?, Dimensions: \[(?P<dims>[-\d, ]*)\],.*?Datatype: (?P<dtype>\w+)"
+)
 
 
 def _log_tensors(text: str | None, line: str) -> tuple[KernelTensor, ...]:
@@ -137,6 +154,25 @@ def _log_tensors(text: str | None, line: str) -> tuple[KernelTensor, ...]:
     if len(matches) != (text or "").count("{ Name: "):
         raise BuildError(f"Cannot read a tensor in the compiler's layer dump: {line[:300]}")
     return tuple(_tensor(m["name"], m["dtype"], (int(d) for d in m["dims"].split(",") if d.strip())) for m in matches)
+
+
+def _log_layer(line: str) -> Layer:
+    """The layer in one line of the log.
+
+    Raises:
+        BuildError: it cannot be read.
+    """
+    if not (m := _LINE.match(line)):
+        raise BuildError(f"Cannot read this line of the compiler's layer dump: {line[:300]}")
+    return Layer(
+        name=m["name"],
+        kind=m["kind"],
+        inputs=_log_tensors(m["inputs"], line),
+        constants=_log_tensors(m["constants"], line),
+        outputs=_log_tensors(m["outputs"], line),
+        tactic=m["tactic"].strip(),
+        onnx_nodes=onnx_node_names(m["metadata"] or ""),
+    )
 
 
 def _memory(lines: Iterable[str], label: str) -> int:
@@ -157,28 +193,19 @@ def table_from_rtx_log(
         backend: name kept in the table.
 
     Raises:
-        BuildError: no layer line, or one that cannot be read. The log is not an API: a new version can do this.
+        BuildError: no layer line, or none that can be read. The log is not an API: a new version can do this.
 
     Source: observed with tensorrt_rtx 1.7.1.116.
     """
-    lines = list(lines)
-    layers = []
-    for line in lines:
-        if "LayerType: " not in line:
-            continue
-        if not (m := _LINE.match(line)):
-            raise BuildError(f"Cannot read this line of the compiler's layer dump (version {version}): {line[:300]}")
-        layers.append(
-            Layer(
-                name=m["name"],
-                kind=m["kind"],
-                inputs=_log_tensors(m["inputs"], line),
-                constants=_log_tensors(m["constants"], line),
-                outputs=_log_tensors(m["outputs"], line),
-                tactic=m["tactic"].strip(),
-                onnx_nodes=onnx_node_names(m["metadata"] or ""),
-            )
-        )
+    lines, layers, unread = list(lines), [], list[str]()
+    for line in (line for line in lines if "LayerType: " in line):
+        try:
+            layers.append(_log_layer(line))
+        except BuildError as error:
+            unread.append(line.strip()[:300])
+            reason = error
+    if unread and not layers:
+        raise BuildError(f"{reason} (of {len(unread)} lines about layers, none can be read; {backend} {version})")
     if not layers:
         raise BuildError(
             f"The build log of {backend} {version} has no 'LayerType:' line, so what it compiled cannot be audited. "
@@ -192,6 +219,7 @@ def table_from_rtx_log(
         engine_bytes=engine_bytes,
         weight_bytes=_memory(lines, "Total Weights Memory"),
         activation_bytes=_memory(lines, "Total Activation Memory"),
+        unread=tuple(unread),
     )
 
 

@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto
 
 from engines.backends.compiler import ShapeRange
-from engines.backends.layers import DTYPES, Layer, LayerTable
+from engines.backends.layers import DTYPES, LayerTable
 from engines.core.documents import Document, Part, replace
 from engines.core.load import load_graph
 from engines.core.macs import macs
@@ -193,7 +193,7 @@ def _cause(row: NodeAudit, product: Product, table: LayerTable) -> str:
     node, quantized = product.node, [o.dq for o in product.operands if o.dq is not None]
     blocked = any(q.stored and q.blocked and q.count > 1 for q in quantized)
     if row.consumed == "unknown":
-        return _why_unknown(row, table.layers)
+        return _why_unknown(row, table)
     if not row.missed:
         if row.macs is None:
             return "a size of what it reads depends on data, or on an input without a shape: see --shape"
@@ -224,12 +224,13 @@ def _cause(row: NodeAudit, product: Product, table: LayerTable) -> str:
     return "unknown: see the kernel in the layer table"
 
 
-def _why_unknown(row: NodeAudit, layers: Sequence[Layer]) -> str:
+def _why_unknown(row: NodeAudit, table: LayerTable) -> str:
     """Why no kernel, or no type, is known of a node."""
-    named = [layer.name for layer in layers if row.node in layer.onnx_nodes]
+    named = [layer.name for layer in table.layers if row.node in layer.onnx_nodes]
     if row.kernel:
         return f"its kernel {row.kernel} reads several types and does not say which it multiplies"
     if named:
         more = f" and {len(named) - 1} more" if len(named) > 1 else ""
         return f"{named[0]}{more} name this node, and none of them says that it multiplies"
-    return "no kernel names this node: it was folded away or fused under another name"
+    lines = f", or is in one of {len(table.unread)} lines of the dump that cannot be read" if table.unread else ""
+    return f"no kernel names this node: it was folded away or fused under another name{lines}"

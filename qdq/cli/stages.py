@@ -129,6 +129,8 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
         shapes = shape_ranges(load(model), recipe.shapes, None)
         engine = compile_engine(model, recipe=recipe, shapes=shapes, timing_cache=timing_cache, on_progress=bars)
         save_engine(engine, output, model, recipe=recipe, shapes=shapes)
+    if engine.table.note:
+        note(engine.table.note)
     click.echo(f"{engine.table.kernels} kernels for {', '.join(engine.table.targets)}: {output}")
 
 

@@ -132,7 +132,12 @@ def deploy(
             float_file_bytes=file_bytes(load(model_path)),
             int8_file_bytes=file_bytes(load(output)),
             evaluated_on="calibration samples" if evaluated is None else "evaluation samples",
-            notes=tuple(filter(None, [*notes, *done.notes, *made.solution.notes, *finished.notes, check.note, reason])),
+            notes=tuple(
+                filter(
+                    None,
+                    [*notes, *done.notes, *made.solution.notes, *finished.notes, engine.table.note, check.note, reason],
+                )
+            ),
             label_dice=label_dice,
             tuning=done.tuned.outcome([gpu.name for gpu in pricer.gpus]) if done.tuned and pricer else None,
         )

@@ -71,6 +71,41 @@ def test_waiting_for_another_stream_is_a_layer_but_no_kernel() -> None:
     assert result.bytes_moved == table(CONV).bytes_moved
 
 
+ENDS = "TacticName: , StreamId: 0"
+HOST = "Location: Device, Dimensions: [1], Datatype: Int64, Format: Format not available due to dynamic shapes"
+NO_KERNELS = {  # of an If, a loop, and sizes that the host computes; tensorrt_rtx 1.7.1.116
+    "jmp": f"Inputs: [], Constants: [], Outputs: [], {ENDS}, JumpTarget: <EXIT>, Metadata: [ONNX Layer: if]",
+    "cjmp": (
+        f"Inputs: [ {{ Name: c, Dimensions: [1], {FORMAT}: Bool, Format: (Linear) }}], Constants: [], Outputs: [], "
+        f"{ENDS}, JumpTargetThen: a_1, JumpTargetElse: b_2, Metadata: [ONNX Layer: if]"
+    ),
+    "TrainStation": "Inputs: [], Outputs: [], TacticValue: 0x0000000000000000, StreamId: 0, Metadata: ",
+    "DeviceToShapeHost": f"Inputs: [ {{ Name: s, {HOST}}}], Outputs: [], TacticValue: 0x0, StreamId: 0, Metadata: ",
+    "ShapeHostToDevice": (
+        f"Inputs: [], Outputs: [ {{ Name: s, {HOST} }}, {{ Name: t, {HOST} }}], ParameterType: ShapeH2D, "
+        "shapeValues0: [-8], shapeValues1: [-23], TacticValue: 0x0, StreamId: 0, Metadata: "
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_KERNELS)
+def test_what_only_steers_is_a_layer_but_no_kernel(kind: str) -> None:
+    result = table(CONV, f"Name: [x 0], LayerType: {kind}, {NO_KERNELS[kind]}")
+    assert [la.kind for la in result.layers] == ["correlation", kind] and result.kernels == 1
+    assert result.layers[1].onnx_nodes == (("if",) if kind.endswith("jmp") else ()) and not result.note
+    assert all(t.name in "cst" for t in (*result.layers[1].inputs, *result.layers[1].outputs))
+
+
+@pytest.mark.parametrize(
+    "line", ["Name: a, LayerType: kgen, Something: else", CONV.replace("Datatype: Half", "Datatype: Posit")]
+)
+def test_a_line_that_cannot_be_read_is_held_and_said(line: str) -> None:
+    result = table(CONV, line)
+    assert result.unread == (line.strip()[:300],) and result.unread[0] in result.note
+    assert result.layers == table(CONV).layers and not table(CONV).note
+    assert LayerTable.from_json(result.to_json()) == result
+
+
 def test_the_table_survives_its_file() -> None:
     result = table(CONV, *MEMORY)
     assert LayerTable.from_json(result.to_json()) == result
