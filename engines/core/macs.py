@@ -12,7 +12,7 @@ from itertools import zip_longest
 from onnx import NodeProto
 
 from engines.core.nodes import attribute, attribute_value, ints
-from engines.core.operators import family
+from engines.core.operators import COMPOUNDS, family
 from engines.core.quantizers import QuantizedGraph
 
 # What leaves every value at its place; where there are two operands, the second is constant.
@@ -20,11 +20,14 @@ IN_PLACE = family("Add Cast DequantizeLinear Div Identity Mul QuantizeLinear Sub
 
 
 def macs(graph: QuantizedGraph, node: NodeProto) -> int | None:
-    """Multiply-adds of a product; None where a size that they depend on is not known.
+    """Multiply-adds of a product or compound; None where a size that they depend on is not known.
 
     Conv: output elements x weight elements per output channel. ConvTranspose: input elements x weight elements
     per input channel. Gemm and MatMul: output elements x inner length. Einsum: product of all index lengths.
+    GRU, LSTM and RNN: steps x batch x weight elements. Attention: those of its two products.
     """
+    if node.op_type in COMPOUNDS:
+        return _compound(graph, node)
     a, b, out = (_sizes(graph, name) for name in (*node.input[:2], node.output[0]))
     if a is None or b is None or (out is None and node.op_type == "Conv"):
         return None
@@ -102,3 +105,20 @@ def _einsum(node: NodeProto, *shapes: tuple[int, ...]) -> int | None:
         for index, size in zip((*before, *range(-hidden, 0), *after), shape, strict=True):
             sizes[index] = _broadcast((sizes.get(index, 1), size))
     return math.prod(sizes.values())
+
+
+def _compound(graph: QuantizedGraph, node: NodeProto) -> int | None:
+    """Of a recurrence or of an Attention; of the latter with the keys and values that it is given of the past."""
+    first, second, third = (_sizes(graph, name) for name in node.input[:3])
+    if first is None or second is None or third is None:
+        return None
+    if node.op_type != "Attention":
+        return first[0] * first[1] * (math.prod(second) + math.prod(third))
+    past = _sizes(graph, node.input[4]) if len(node.input) > 4 and node.input[4] else (0, 0, 0)
+    if past is None:
+        return None
+    if len(first) == 4:  # batch, heads, rows, size
+        return math.prod(first[:3]) * (second[2] + past[2]) * (first[3] + third[3])
+    batch, rows, wide = first
+    mixed = attribute(node, "q_num_heads", 1) * third[2] // attribute(node, "kv_num_heads", 1)
+    return batch * rows * (second[1] + past[2]) * (wide + mixed)

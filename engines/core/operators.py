@@ -17,6 +17,9 @@ WEIGHTED = ("Conv", "Gemm", "MatMul")
 PRODUCTS = frozenset(WEIGHTED) | {"ConvTranspose"}
 # Every operator of two operands that multiplies and adds. DeformConv is none of them: its sampling costs more.
 CONTRACTIONS = PRODUCTS | {"Einsum"}
+# Operators that multiply and add inside, and have no two operands to quantize.
+RECURRENCES = family("GRU LSTM RNN")
+COMPOUNDS = RECURRENCES | {"Attention"}
 
 # One tensor in, the same elements out (or copies, or some of them), in another shape or order.
 MOVERS = family("Expand Flatten Identity Reshape Slice Squeeze Tile Transpose Unsqueeze")

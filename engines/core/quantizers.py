@@ -226,6 +226,12 @@ class QuantizedGraph:
                 inner = QuantizedGraph(body.node, body, body.initializer, opset=self._opset, outer=self)
                 yield from inner.all_products()
 
+    def all_graphs(self) -> Iterator[QuantizedGraph]:
+        """This graph and the bodies inside it."""
+        yield self
+        for body in (body for node in self.nodes for body in bodies(node)):
+            yield from QuantizedGraph(body.node, body, body.initializer, opset=self._opset, outer=self).all_graphs()
+
     def product(self, node: NodeProto) -> Product:
         """A node of two factors as a product."""
         return Product(node=node, operands=(self._operand(node, 0), self._operand(node, 1)))

@@ -20,10 +20,14 @@ from engines.core.documents import Document, Part, replace
 from engines.core.load import load_graph
 from engines.core.macs import macs
 from engines.core.nodes import label
+from engines.core.operators import COMPOUNDS, RECURRENCES
 from engines.core.quantizers import LOW, Operand, Product, QuantizedGraph, code_bits, code_name, read_graph
 from engines.verify.kernels import compute_kernel, consumed_dtype, multiplying
 
 __all__ = ["Audit", "NodeAudit", "audit", "compute_kernel", "consumed_dtype", "requested"]
+
+
+UNSIZED = "a size of what it reads depends on data, or on an input without a shape: see --shape"
 
 
 class NodeAudit(Part, frozen=True, kw_only=True):
@@ -144,32 +148,44 @@ def audit(
             which is not here, or on values of an input, are unknown.
 
     Returns:
-        One row per Conv, ConvTranspose, Gemm, MatMul and two-operand Einsum that depends on an input.
+        One row per Conv, ConvTranspose, Gemm, MatMul and two-operand Einsum that depends on an input, then one per
+        Attention, GRU, LSTM and RNN.
 
     Raises:
         BuildError: the file is not ONNX.
     """
     rows = []
-    for graph, product in read_graph(load_graph(model), {k: v.opt for k, v in (shapes or {}).items()}).all_products():
-        node, asked = product.node, requested(product.operands)
+    read = read_graph(load_graph(model), {k: v.opt for k, v in (shapes or {}).items()})
+    for graph, product in read.all_products():
+        asked = requested(product.operands)
         if asked.startswith("activation-only") and _shared(graph, product):
             asked = ""  # the tensor is quantized for another consumer: nothing was asked here
-        name, elems = label(node), {o.elem for o in product.operands}
-        kernels = multiplying(table.layers, name)
-        stated = DTYPES.get(TensorProto.DataType.Name(elems.pop()).lower(), "") if len(elems) == 1 else ""
-        types = {consumed_dtype(kernel, stated) for kernel in kernels}
-        row = NodeAudit(
-            node=name,
-            op_type=node.op_type,
-            macs=macs(graph, node),
-            requested=asked,
-            consumed=types.pop() if len(types) == 1 else "unknown",
-            kernel=kernels[0].name if kernels else "",
-            cause="",
-        )
+        row = _row(graph, product.node, table, {o.elem for o in product.operands}, asked)
         rows.append(replace(row, cause=_cause(row, product, table)))
+    for graph in read.all_graphs():
+        for node in (n for n in graph.nodes if n.op_type in COMPOUNDS and not graph.is_constant(n.output[0])):
+            row = _row(graph, node, table, {graph.elem(name) for name in node.input[:2]})
+            if node.op_type in RECURRENCES:  # most of its kernels have no name, and those that do need not multiply
+                row = replace(row, consumed="unknown", kernel="", cause="the kernels of a recurrence do not name it")
+            rows.append(row if row.cause else replace(row, cause=_why_unknown(row, table)))
     shared = [name for name in Audit.__struct_fields__ if name != "nodes"]
     return Audit(nodes=tuple(rows), **{name: getattr(table, name) for name in shared})
+
+
+def _row(graph: QuantizedGraph, node: onnx.NodeProto, table: LayerTable, elems: set[int], asked: str = "") -> NodeAudit:
+    """What is counted and what ran for one node, whose factors have these ONNX types; without a cause."""
+    kernels = multiplying(table.layers, label(node))
+    stated = DTYPES.get(TensorProto.DataType.Name(elems.pop()).lower(), "") if len(elems) == 1 else ""
+    types = {consumed_dtype(kernel, stated) for kernel in kernels}
+    return NodeAudit(
+        node=label(node),
+        op_type=node.op_type,
+        macs=macs(graph, node),
+        requested=asked,
+        consumed=types.pop() if len(types) == 1 else "unknown",
+        kernel=kernels[0].name if kernels else "",
+        cause="",
+    )
 
 
 def requested(operands: Sequence[Operand]) -> str:
@@ -192,11 +208,9 @@ def _cause(row: NodeAudit, product: Product, table: LayerTable) -> str:
     """Why a node is unknown or was missed, the most specific reason first; or why its result is suspect; or ''."""
     node, quantized = product.node, [o.dq for o in product.operands if o.dq is not None]
     blocked = any(q.stored and q.blocked and q.count > 1 for q in quantized)
-    if row.consumed == "unknown":
+    if row.consumed == "unknown" or (row.macs is None and not row.missed):
         return _why_unknown(row, table)
     if not row.missed:
-        if row.macs is None:
-            return "a size of what it reads depends on data, or on an input without a shape: see --shape"
         if row.consumed in LOW and blocked and row.consumed != "fp4":
             return "block scales on a low-precision product: the sum over blocks cannot be rescaled afterwards"
         if row.consumed in LOW and any(q.dtype == TensorProto.UINT8 for q in quantized):
@@ -225,7 +239,9 @@ def _cause(row: NodeAudit, product: Product, table: LayerTable) -> str:
 
 
 def _why_unknown(row: NodeAudit, table: LayerTable) -> str:
-    """Why no kernel, or no type, is known of a node."""
+    """Why no kernel, no type or no count is known of a node; '' where all are."""
+    if row.consumed != "unknown":
+        return "" if row.macs is not None else UNSIZED
     named = [layer.name for layer in table.layers if row.node in layer.onnx_nodes]
     if row.kernel:
         return f"its kernel {row.kernel} reads several types and does not say which it multiplies"

@@ -14,6 +14,7 @@ from engines.backends.layers import KernelTensor, Layer
 from engines.core.quantizers import LOW
 
 _NO_FACTORS = ("bool", "int32", "int64")  # masks and indices
+_BODY = r"\((If|Loop|Scan)\)$"  # a node inside a graph of another: 'node | choice (If)'
 _PRODUCT = re.compile(r"Fc|Corr|Deco|Gemm|Sum")
 
 
@@ -31,6 +32,9 @@ def multiplying(layers: Sequence[Layer], node: str) -> tuple[Layer, ...]:
     that they do not compute).
     """
     named = [la for la in layers if node in la.onnx_nodes]
+    named = named or [
+        la for la in layers if any(map(re.compile(rf"{re.escape(node)} \| .*{_BODY}").match, la.onnx_nodes))
+    ]
     if not any(_rank(la) < 2 for la in named):  # metadata is missing on some kernels, the name is not
         named += [la for la in layers if not la.onnx_nodes and _rank(la) < 2 and _in_name(node, la.name)]
     best = min(map(_rank, named), default=3)

@@ -163,3 +163,27 @@ def test_einsum_multiplies_every_index_once(equation: str, a: list[int], b: list
 
 def test_of_nothing_nothing_is_multiplied() -> None:
     assert counted(graphs.conv(batch="n", data=None, fmt=None), x=(0, 16, 8, 8)) == [0]
+
+
+def compound(op_type: str, shapes: Sequence[Sequence[int]], **attributes: int) -> int | None:
+    names = [f"i{k}" if shape else "" for k, shape in enumerate(shapes)]
+    node = helper.make_node(op_type, names, ["y"], name="c", **attributes)
+    inputs = [graphs.value(name, shape) for name, shape in zip(names, shapes, strict=True) if name]
+    graph = helper.make_graph([node], "g", inputs, [graphs.value("y", [])])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])
+    return macs(read_graph(model, {}), node)
+
+
+@pytest.mark.parametrize(("op_type", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+def test_a_recurrence_multiplies_its_weights_at_every_step(op_type: str, gates: int) -> None:
+    shapes = [[20, 2, 32], [1, gates * 16, 32], [1, gates * 16, 16]]
+    assert compound(op_type, shapes, hidden_size=16) == 20 * 2 * gates * 16 * (32 + 16)
+
+
+def test_attention_has_two_products() -> None:
+    expected = 2 * 4 * 10 * 16 * (32 + 24)
+    assert compound("Attention", [[2, 4, 10, 32], [2, 4, 16, 32], [2, 4, 16, 24]]) == expected
+    heads = {"q_num_heads": 4, "kv_num_heads": 2}
+    assert compound("Attention", [[2, 10, 128], [2, 16, 64], [2, 16, 48]], **heads) == expected
+    past = [[2, 4, 10, 32], [2, 4, 6, 32], [2, 4, 6, 24], [], [2, 4, 10, 32], [2, 4, 10, 24]]
+    assert compound("Attention", past) == expected

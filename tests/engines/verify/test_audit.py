@@ -244,6 +244,35 @@ def test_functions_that_double_at_each_level_are_not_followed() -> None:
     assert [n.op_type for n in inferred_at(model, {}).node] == ["F39"]
 
 
+def test_products_inside_an_if_and_a_recurrence_are_found_or_said_to_be_unknown() -> None:
+    node, opsets = helper.make_node, [helper.make_opsetid("", 21)]
+    bodies = {
+        f"{name}_branch": helper.make_graph(
+            [node("MatMul", ["s", name], [f"{name}_y"], name=f"{name}_product")],
+            name,
+            [],
+            [graphs.value(f"{name}_y", [5, 4])],
+        )
+        for name in ("then", "else")
+    }
+    nodes = [
+        node("LSTM", ["x", "w", "r"], ["l"], name="memory", hidden_size=8),
+        node("Squeeze", ["l", "axes"], ["s"], name="squeeze"),
+        node("If", ["c"], ["y"], name="choice", **bodies),
+    ]
+    constants = {"w": (1, 32, 16), "r": (1, 32, 8), "then": (8, 4), "else": (8, 4)}
+    held = [graphs.const(n, np.random.default_rng(0).normal(size=s).astype(np.float32)) for n, s in constants.items()]
+    held.append(graphs.const("axes", np.array([1, 2], np.int64)))
+    ends = [graphs.value("x", [5, 1, 16]), graphs.value("c", [], onnx.TensorProto.BOOL)], [graphs.value("y", [5, 4])]
+    model = helper.make_model(helper.make_graph(nodes, "g", *ends, held), opset_imports=opsets, ir_version=10)
+    result = audited(model)
+    found = {n.node: (n.consumed, n.macs) for n in result.nodes}
+    branch = ("float32", 5 * 8 * 4)
+    assert found == {"then_product": branch, "else_product": branch, "memory": ("unknown", 5 * 32 * (16 + 8))}
+    (unknown,) = result.unknown
+    assert unknown.node == "memory" and "recurrence" in unknown.cause
+
+
 def bare(*layers: Layer) -> LayerTable:
     sizes = {"engine_bytes": 0, "weight_bytes": 0, "activation_bytes": 0}
     return LayerTable(layers=layers, backend="rtx", version="1", targets=("sm89",), **sizes)
