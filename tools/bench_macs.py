@@ -89,7 +89,7 @@ def _bert() -> Any:
 
     sizes = {"num_hidden_layers": 3, "hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 768}
     config = BertConfig(**sizes, vocab_size=1000, return_dict=False)
-    return _of_words(BertModel._from_config(config, attn_implementation="eager"))
+    return _of_words(BertModel._from_config(config, attn_implementation="eager", add_pooling_layer=False))
 
 
 def _yolo() -> Any:
