@@ -322,7 +322,7 @@ class QuantizedGraph:
 
 
 def read_graph(model: ModelProto, inputs: Mapping[str, Sequence[int]]) -> QuantizedGraph:
-    """The main graph of a model, without external data, with shapes inferred at given shapes of inputs (else 1)."""
+    """The main graph of a model, without external data, with all shapes that given shapes of inputs decide."""
     shown = inferred_at(model, inputs)
     opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
     return QuantizedGraph(shown.node, shown, model.graph.initializer, opset=opset)

@@ -28,7 +28,7 @@ def explain(source: Path, node: str, recipe: Recipe, *, engine: Path | None = No
     Args:
         source: a float model, or a plan (.json), which knows neither rewrites nor costs.
         node: its name in the prepared model.
-        recipe: settings to plan with, and shapes to count at; 1 stands for any other dynamic dimension.
+        recipe: settings to plan with, and shapes to count at.
         engine: of this model, to say which kernel runs the node.
 
     Raises:
