@@ -14,6 +14,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,12 +34,16 @@ from qdq.plan import placement
 from qdq.plan.settings import Settings
 
 
-def node_tests(only: str = "") -> Iterator[tuple[str, onnx.ModelProto, dict[str, np.ndarray]]]:
-    """Name, model and inputs of each of onnx's node tests that has a float input or output and tensors alone."""
+@lru_cache(maxsize=1)
+def _cases() -> tuple[Any, ...]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cases = collect_testcases()
-    for case in cases:
+        return tuple(collect_testcases())
+
+
+def node_tests(only: str = "") -> Iterator[tuple[str, onnx.ModelProto, dict[str, np.ndarray]]]:
+    """Name, model and inputs of each of onnx's node tests that has a float input or output and tensors alone."""
+    for case in _cases():
         proto, data = case.model, case.data_sets
         if proto is None or not data or not re.search(only, case.name):
             continue

@@ -25,7 +25,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 from engines.core.shapes import light
 from qdq.assemble.precision.rules import LIMIT, decide, masks, saturated
 from qdq.assemble.precision.shift import compensate
-from qdq.assemble.precision.types import ELEM, Lowered, Schema, dequantizes_constant_scale, finfo, fits
+from qdq.assemble.precision.types import ELEM, Lowered, Schema, dequantizes_constant_scale, finfo, fits, retyped
 from qdq.core.choices import choose
 from qdq.measure.table import CalibrationTable
 from qdq.model.external import is_large, release
@@ -163,6 +163,9 @@ class _Writer:
                 demand(tensor, FLOAT)
         for tensor in filter(self._is_float, self._outputs):
             demand(tensor, FLOAT if self._keep_io or self._model.is_constant(tensor) else self._low)
+        for node in filter(self._free, self._model.graph.node):
+            if self._model.consumers(node.output[0]) and node.output[0] not in self._demands:
+                demand(node.output[0], FLOAT)  # for readers to which the type is all the same
         for node in self._model.graph.node:
             if dequantizes_constant_scale(self._model, node) and self._is_float(node.output[0]):
                 for dtype in self._demands.get(node.output[0], set()):
@@ -246,7 +249,7 @@ class _Writer:
         copy.output[0] = tensor if main else self._name(f"{tensor}_{dtype}")
         copy.name = node.name if main else self._name(f"{node.name}_{dtype}")
         if node.op_type == "Cast" or any(a.name == "output_dtype" for a in node.attribute):
-            copy = self._schema.retyped(copy, self._code(dtype))
+            copy = retyped(copy, self._code(dtype))
         if node.op_type == "DequantizeLinear":
             self._scale(copy, dtype)
         self._nodes.append(copy)
@@ -297,7 +300,7 @@ class _Writer:
         made = [(i, t) for i, t in enumerate(node.output) if self._is_float(t)]
         if any(self._made(node, i) == self._low for i, _ in made):
             limit = LIMIT if masks(self._model, node) else None
-            copy = self._schema.retyped(copy, self._elem, limit=limit)
+            copy = retyped(copy, self._elem, limit=limit)
         self._nodes.append(copy)
         for index, tensor in made:
             dtype = self._made(node, index)

@@ -164,7 +164,8 @@ class _Rules:
             return None
         lowered = self._schema.lowered(node)
         if lowered is None or not (lowered.inputs or lowered.outputs):
-            return "schema", f"ONNX defines {node.op_type} for float32 only" if lowered else _MIXED.format(self._low)
+            named = f"ONNX defines {node.op_type} for float32 only" if floats else "it names float32 as its own type"
+            return "schema", named if lowered else _MIXED.format(self._low)
         if why := refused(self._low, node):
             return "compiler", why
         if node.op_type == "DequantizeLinear" and self._bad_scale(node):
@@ -182,9 +183,9 @@ class _Rules:
         if node.op_type not in SUMMED and any(self._kind.get(t) == STATISTIC for t in floats):
             return "statistic", "it applies a mean or deviation, a step of a normalization"
         if node.op_type in SUMS:
-            why = self._sums.unsafe(node, LIMIT if self._low == "float16" else math.inf)
-            if why is not None:
-                return "sum", why or f"it sums many values, and their sum may exceed {self._info.max:.0f}"
+            unsafe = self._sums.unsafe(node, LIMIT if self._low == "float16" else math.inf)
+            if unsafe is not None:
+                return "sum", unsafe or f"it sums many values, and their sum may exceed {self._info.max:.0f}"
         steep = (
             node.op_type == "Exp" or (node.op_type == "Pow" and not self._tame_power(node)) or self._degree(node) > 1
         )

@@ -23,7 +23,6 @@ from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, attribute_value, bodies
 from qdq.passes.rewrites.edit import altered
 
 ELEM = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
-DTYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "output_datatype")
 _LOW_TYPES = {"float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
 _FP4_SCHEMA = OpSchema(
     FP4_QUANTIZE,
@@ -78,32 +77,6 @@ class Schema:
             self._lowered[node.name] = self._lower(node)
         return self._lowered[node.name]
 
-    def retyped(self, node: NodeProto, elem: int, *, limit: float | None = None) -> NodeProto:
-        """A copy in which attributes that say the type of the output say another, also where they are left out.
-
-        `limit` is the magnitude at which the value of a ConstantOfShape is cut.
-        """
-        copy, schema = altered(node), self.of(node)
-        for entry in copy.attribute:
-            if entry.name in DTYPE_ATTRIBUTES and entry.i == TensorProto.FLOAT:
-                entry.i = elem
-        held = {entry.name for entry in copy.attribute}
-        for name in DTYPE_ATTRIBUTES if schema is not None else ():
-            if (
-                name not in held
-                and (known := schema.attributes.get(name))
-                and known.default_value.i == TensorProto.FLOAT
-            ):
-                copy.attribute.append(helper.make_attribute(name, elem))
-        if node.op_type == "ConstantOfShape" and (value := filling(node)) is not None:
-            cut = value if limit is None else np.clip(value, -limit, limit)
-            kept = [entry for entry in copy.attribute if entry.name != "value"]
-            del copy.attribute[:]
-            with np.errstate(over="ignore"):
-                typed = cut.astype(helper.tensor_dtype_to_np_dtype(elem))
-            copy.attribute.extend([*kept, helper.make_attribute("value", numpy_helper.from_array(typed))])
-        return copy
-
     def _lower(self, node: NodeProto) -> Lowered | None:
         schema = self.of(node)
         if schema is None or has_body(node):
@@ -115,7 +88,7 @@ class Schema:
         if node.domain == TRT_DOMAIN:  # onnx cannot infer TensorRT's own operator
             return Lowered(inputs=frozenset(inputs), outputs=frozenset(i for i in made if i in inputs))
         try:
-            types = self._infer(self.retyped(node, self._elem), {i: self._elem for i in inputs})
+            types = self._infer(retyped(node, self._elem), {i: self._elem for i in inputs})
         except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError):
             return None
         return Lowered(
@@ -146,6 +119,26 @@ class Schema:
         if info is None or info.dtype in ("undefined", "string") or info.dtype.endswith("_type"):
             return TensorProto.STRING if info is not None and info.dtype == "string" else TensorProto.UNDEFINED
         return int(helper.np_dtype_to_tensor_dtype(np.dtype(info.dtype)))
+
+
+def retyped(node: NodeProto, elem: int, *, limit: float | None = None) -> NodeProto:
+    """A copy of a node that makes another type: where Cast, DequantizeLinear or ConstantOfShape name float32.
+
+    What else names the type of its output (windows, random numbers) keeps it: ONNX Runtime has few of them in FP16.
+    `limit` is the magnitude at which the value of a ConstantOfShape is cut.
+    """
+    copy = altered(node)
+    for entry in copy.attribute:
+        if entry.name in ("to", "output_dtype") and entry.i == TensorProto.FLOAT:
+            entry.i = elem
+    if node.op_type == "ConstantOfShape" and (value := filling(node)) is not None:
+        cut = value if limit is None else np.clip(value, -limit, limit)
+        kept = [entry for entry in copy.attribute if entry.name != "value"]
+        del copy.attribute[:]
+        with np.errstate(over="ignore"):
+            typed = cut.astype(helper.tensor_dtype_to_np_dtype(elem))
+        copy.attribute.extend([*kept, helper.make_attribute("value", numpy_helper.from_array(typed))])
+    return copy
 
 
 def filling(node: NodeProto) -> np.ndarray | None:

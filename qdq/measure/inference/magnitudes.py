@@ -26,7 +26,6 @@ from qdq.model.model import Model
 from qdq.model.nodes import Names, all_nodes, bodies
 from qdq.passes.rewrites.edit import altered
 
-FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16}
 # The output holds the magnitudes of the first input, each at least once, and no others.
 SAME = family("Abs DepthToSpace Expand Flatten Identity Neg Reshape SpaceToDepth Squeeze Tile Transpose Unsqueeze")
 _UNSEEN = {"high": -math.inf, "low": math.inf, "squares": 0.0}  # of no values at all
@@ -61,7 +60,7 @@ class WatchedSession:
     def __init__(self, model: Model, tensors: Sequence[str], **options: Any) -> None:
         """Take a prepared model and the tensors whose values are wanted; `options` are those of `Session`."""
         self._model, self._tensors, self._options = model, tuple(tensors), options
-        self._fed = [i.name for i in model.inputs if _elem(i.dtype) in FLOATS]
+        self._fed = [i.name for i in model.inputs if _elem(i.dtype)]
         self._lock = threading.Lock()
         self._current = self._opened(frozenset())
 
@@ -130,9 +129,17 @@ def _of(values: npt.NDArray[Any]) -> Magnitude | None:
     return Magnitude(amax=float(np.abs(finite).max(initial=0)), finite=False)
 
 
+_ELEM = {
+    "float32": TensorProto.FLOAT,
+    "float64": TensorProto.DOUBLE,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+}
+
+
 def _elem(dtype: str) -> int:
-    kinds = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE}
-    return kinds.get(dtype) or {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}.get(dtype, 0)
+    """The element type of a float tensor, 0 for what is no float."""
+    return int(_ELEM.get(dtype, 0))
 
 
 @dataclass(slots=True)
@@ -236,7 +243,7 @@ class _Draft:
             nodes.append(helper.make_node("Cast", [tensor], [read], name=read, to=kind))
         last = "ReduceSumSquare", read
         if tensor in self.careful:
-            largest, zero = self._constant(float(np.finfo(_NUMPY[kind]).max), kind), self._constant(0.0, kind)
+            largest, zero = self._constant(_LARGEST[kind], kind), self._constant(0.0, kind)
             size, fits, finite, lost = map(self._name, ("size", "fits", "finite", "lost"))
             nodes += [
                 helper.make_node("Abs", [read], [size], name=size),
@@ -268,7 +275,7 @@ class _Draft:
         return self._constants[value, elem]
 
 
-_NUMPY = {TensorProto.FLOAT: np.float32, TensorProto.DOUBLE: np.float64}
+_LARGEST = {TensorProto.FLOAT: float(np.finfo(np.float32).max), TensorProto.DOUBLE: float(np.finfo(np.float64).max)}
 
 
 def _end(body: GraphProto, probe: Probe) -> None:
@@ -281,7 +288,7 @@ def _inner_types(proto: ModelProto) -> dict[str, int]:
     for body in _all_bodies(inferred(proto)):
         for value in (*body.input, *body.output, *body.value_info):
             found.setdefault(value.name, set()).add(value.type.tensor_type.elem_type)
-    return {name: kinds.pop() for name, kinds in found.items() if len(kinds) == 1 and kinds <= FLOATS}
+    return {name: kinds.pop() for name, kinds in found.items() if len(kinds) == 1 and kinds <= set(_ELEM.values())}
 
 
 def _all_bodies(graph: GraphProto) -> Iterator[GraphProto]:
