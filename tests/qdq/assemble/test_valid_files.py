@@ -205,6 +205,7 @@ def test_other_domains_and_what_reads_them(low: str) -> None:
     assert {s.node: s.rule for s in made.kept if s.rule != "neighbours"} == {
         "odd": "unknown operator",
         "second": "unknown type",
+        "relu": "unknown type",
     }
 
 
