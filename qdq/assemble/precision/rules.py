@@ -287,7 +287,8 @@ class _Rules:
             if node.op_type in MOVES and kinds == {STATISTIC}:
                 self._kind[tensor] = STATISTIC
         elif skip.rule == "positions":
-            if node.op_type not in ("Sin", "Cos", "Tan", "GridSample"):
+            narrow = self._ranges.get(tensor, math.inf) <= 2.0 ** (self._info.nmant + 1)
+            if not narrow and node.op_type not in ("Sin", "Cos", "Tan", "GridSample"):
                 self._mark(tensor, "positions need whole numbers")
         elif node.op_type in ("Sqrt", "Reciprocal") or (node.op_type == "ReduceMean" and WIDE not in kinds):
             self._kind[tensor] = STATISTIC
