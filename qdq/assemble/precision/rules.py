@@ -186,6 +186,8 @@ class _Rules:
             unsafe = self._sums.unsafe(node, LIMIT if self._low == "float16" else math.inf)
             if unsafe is not None:
                 return "sum", unsafe or f"it sums many values, and their sum may exceed {self._info.max:.0f}"
+        if node.op_type == "LpNormalization":
+            return "power", f"it divides by a sum of powers, of which small ones vanish in {self._low}"
         steep = (
             node.op_type == "Exp" or (node.op_type == "Pow" and not self._tame_power(node)) or self._degree(node) > 1
         )

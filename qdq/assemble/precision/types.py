@@ -90,10 +90,20 @@ class Schema:
         try:
             types = self._infer(retyped(node, self._elem), {i: self._elem for i in inputs})
         except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError):
-            return None
+            if self._infers(node):
+                return None
+            types = {node.output[i]: self._elem for i in made if self._allows(schema.outputs, schema, i)}
         return Lowered(
             inputs=frozenset(inputs), outputs=frozenset(i for i in made if types.get(node.output[i]) == self._elem)
         )
+
+    def _infers(self, node: NodeProto) -> bool:
+        """Whether onnx's inference over the node alone works as it is, in float32."""
+        try:
+            self._infer(node, {})
+        except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError):
+            return False
+        return True
 
     def _infer(self, node: NodeProto, changed: dict[int, int]) -> dict[str, int]:
         """Output -> element type, by inference over the node alone with its operands in their types."""

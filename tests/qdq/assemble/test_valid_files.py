@@ -291,6 +291,29 @@ def test_group_normalization_of_opset_21_stops_inference_and_not_the_conversion(
     assert [d for d in model.info("g").shape or ()] == [1, 4, 5, 5]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("low", LOW)
+def test_sequences_and_a_constant_that_is_an_output(low: str) -> None:
+    constant = numpy_helper.from_array(np.ones(16, np.float32), "c")
+    nodes = [
+        node("Constant", "", "c", value=constant),
+        node("SequenceEmpty", "", "none"),
+        node("MatMul", "x w", "m", "product"),
+        node("SequenceInsert", "none m", "one"),
+        node("SequenceInsert", "one x", "two", "insert2"),
+        node("ConcatFromSequence", "two", "j", axis=0),
+        node("SequenceAt", "two zero", "first"),
+        node("Add", "first c", "a"),
+        node("MatMul", "j w", "k", "second"),
+        node("Multinomial", "k", "drawn", sample_size=2),
+        node("Concat", "k a", "b", axis=0),
+        node("Reshape", "b shape", "y"),
+    ]
+    tensors = {"w": W, "zero": np.array(0, np.int64), "shape": np.array([-1, 16], np.int64)}
+    model = model_of(nodes, tensors, {"y": 1, "c": 1, "drawn": TensorProto.INT32})
+    made = made_valid(model, low, samples(model, 1))
+    assert type_of(made, "m") != "float32" or type_of(made, "k") != "float32"
+
+
 def recurrent(op: str, inputs: str, direction: str) -> Model:
     """x (5, 2, 4) -> one of LSTM, GRU, RNN with the optional inputs of these letters -> Relu -> y."""
     gates, count = {"LSTM": 4, "GRU": 3, "RNN": 1}[op], 2 if direction == "bidirectional" else 1
