@@ -12,7 +12,7 @@ from engines.core.operators import family
 from qdq.model.nodes import attribute_value
 
 _RECURRENT = family("GRU LSTM RNN")
-_BF16 = family("ConvTranspose GRU HardSwish LpNormalization LpPool Mish")
+_BF16 = family("ConvTranspose GRU HardSwish LpNormalization LpPool Mish RandomNormalLike RandomUniformLike")
 _SEQUENCE_LENS = 4  # the input of recurrent nodes
 _SCATTERS = family("ScatterElements ScatterND")
 

@@ -111,12 +111,17 @@ GENERATORS = {
 }
 
 
+def generated(kind: str, outputs: dict[str, int]) -> Model:
+    """A product and, added to it, what an operator makes out of nothing or of a shape."""
+    nodes, tensors = GENERATORS[kind]
+    behind = [node("MatMul", "x w", "m", "product"), node("Add", "m g", "a"), node("Softplus", "a", "y")]
+    return model_of([*nodes, *behind], {**tensors, "w": W}, outputs)
+
+
 @pytest.mark.parametrize("low", LOW)
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_what_names_its_own_type_is_written_in_the_type_that_is_read(kind: str, low: str) -> None:
-    nodes, tensors = GENERATORS[kind]
-    behind = [node("MatMul", "x w", "m", "product"), node("Add", "m g", "a"), node("Softplus", "a", "y")]
-    model = model_of([*nodes, *behind], {**tensors, "w": W}, {"y": TensorProto.FLOAT, "g": TensorProto.FLOAT})
+    model = generated(kind, {"y": TensorProto.FLOAT, "g": TensorProto.FLOAT})
     made = made_valid(model, low, samples(model, 1))
     assert type_of(made, "m") != "float32" and type_of(made, "g") == "float32"  # an output keeps its type
 
@@ -227,7 +232,7 @@ def bodies() -> Model:
     other = helper.make_graph([node("Identity", "m", "r2", "in_same")], "other", [], [info("r2", kind, ["n", 16])])
     nodes = [
         node("MatMul", "x w", "m", "product"),
-        helper.make_node("Loop", ["count", "", "m"], ["l"], "loop", body=rounds),
+        helper.make_node("Loop", ["count", "yes", "m"], ["l"], "loop", body=rounds),
         node("ReduceMax", "l", "top", keepdims=0),
         node("Greater", "top one", "flag"),
         helper.make_node("If", ["flag"], ["i"], "if", then_branch=then, else_branch=other),
@@ -235,7 +240,9 @@ def bodies() -> Model:
         node("Add", "k m", "y"),
     ]
     return model_of(
-        nodes, {"w": W / 16, "count": np.array(3, np.int64), "one": np.array(1, np.float32)}, {"y": 1, "m": 1}
+        nodes,
+        {"w": W / 16, "count": np.array(3, np.int64), "yes": np.array(True), "one": np.array(1, np.float32)},
+        {"y": 1, "m": 1},
     )
 
 
@@ -346,3 +353,20 @@ def test_recurrent_nodes_compile_in_whatever_form(op: str, inputs: str, low: str
     refused = "s" in inputs or (op, low) == ("GRU", "bf16")
     assert (op in {s.op_type for s in made.kept if s.rule == "compiler"}) == refused
     assert not low_types.compiler()(made.model.proto)
+
+
+@pytest.mark.parametrize("low", LOW)
+@pytest.mark.parametrize("kind", [*GENERATORS, "bodies"])
+def test_what_compiles_in_float32_compiles_converted(kind: str, low: str) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
+    from engines.backends import rtx
+    from engines.backends.compiler import ShapeRange
+    from engines.core.errors import EngineError
+
+    model = bodies() if kind == "bodies" else generated(kind, {"y": TensorProto.FLOAT})
+    shapes = {"x": ShapeRange.fixed((16, 16))}
+    try:
+        rtx.build(model.proto, shapes=shapes)
+    except EngineError as error:
+        pytest.skip(f"not in float32 either: {' '.join(str(error).split())[:200]}")
+    rtx.build(made_valid(model, low, [{"x": normal(16, 16)}]).model.proto, shapes=shapes)
