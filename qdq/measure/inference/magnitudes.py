@@ -170,9 +170,8 @@ class _Draft:
             proto.graph.node.extend([copy, *reductions])
             self.probes.extend(probes)
             for name in filter(None, node.output):
-                info = source.info(name)
-                elem = 0 if info is None else _elem(info.dtype)
-                if node.op_type in SAME and not node.domain and elem and not source.is_constant(node.input[0]):
+                elem = self._elem(name)
+                if elem and self._repeats(node):
                     self.same[name] = self.same.get(node.input[0], node.input[0])
                 elif elem:
                     probe, added = self._probe(name, elem)
@@ -182,6 +181,15 @@ class _Draft:
             array = np.array(value, helper.tensor_dtype_to_np_dtype(kind))
             proto.graph.initializer.append(numpy_helper.from_array(array, name))
         self.model = source.replace(proto)
+
+    def _elem(self, name: str) -> int:
+        info = self.source.info(name)
+        return 0 if info is None else _elem(info.dtype)
+
+    def _repeats(self, node: NodeProto) -> bool:
+        """Whether a node's output has the magnitudes of a tensor that is measured."""
+        measured = node.op_type in SAME and not node.domain and self._elem(node.input[0])
+        return bool(measured) and not self.source.is_constant(node.input[0])
 
     def _in_bodies(self, node: NodeProto) -> tuple[list[NodeProto], list[Probe]]:
         """Put probes into the bodies of a node that is a copy, as further outputs of it."""
