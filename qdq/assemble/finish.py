@@ -39,5 +39,7 @@ def finish(model: Model, plan: Plan, *, unquantized_type: str, table: Calibratio
     rules = Counter(skip.rule for skip in converted.kept)
     why = {"shift": "to keep shifted inputs exact", "neighbours": "because their neighbours compute in FP32"}
     said = ", ".join(f"{count} {why.get(rule, f'by rule {rule!r}')}" for rule, count in sorted(rules.items()))
-    notes = (f"{len(converted.kept)} nodes stay FP32: {said}",) if converted.kept else ()
-    return Finished(model=rewritten(converted.model, plan.rewrites, stage="quantized"), notes=notes)
+    notes = [f"{len(converted.kept)} nodes stay FP32: {said}"] if converted.kept else []
+    if table is not None and (odd := sorted(table.not_finite)):
+        notes.append(f"{len(odd)} tensors of the float model hold infinities or NaN on the samples, {odd[0]!r} for one")
+    return Finished(model=rewritten(converted.model, plan.rewrites, stage="quantized"), notes=tuple(notes))

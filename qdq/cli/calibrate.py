@@ -62,7 +62,7 @@ def calibrate(
     plot_folder: Path | None,
     **given: Any,
 ) -> None:
-    """Measure the ranges of the tensors that a plan quantizes.
+    """Measure the tensors that a plan quantizes, and the largest magnitude of every other.
 
     Killed at any moment, the same command goes on where it was. `--merge A.json B.json -o C.json` unites tables of
     different samples.
@@ -84,7 +84,8 @@ def calibrate(
         prepared, plan, table = _measured(
             files[0], data, random_data, plan_file, output, options.recipe_of(given), _pool(workers, cluster), running
         )
-    click.echo(f"{len(table.tensors)} tensors measured on {table.count} samples: {output}")
+    magnitudes = f"the largest magnitude of {len(table.ranges)}"
+    click.echo(f"{len(table.tensors)} tensors measured on {table.count} samples, and {magnitudes}: {output}")
     if table.repeated:
         note(f"{table.repeated} samples are equal to others and count as often as they are there.")
     if plot_folder is not None and not merge:

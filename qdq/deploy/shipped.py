@@ -66,6 +66,11 @@ def written(
     made, finished = by(tuned.plan)
     built = pricer(finished.model)
     notes = [f"tuned: {tuned.summary}", difference(tuned, built)]
+    if pricer.failure is not None:
+        words = " ".join(str(pricer.failure).split())[:300]
+        notes.append(
+            f"Some variants do not compile, so they were not chosen. The compiler said of the last one: {words}"
+        )
     if recipe.tune == "placement" and built.us > tuned.unquantized_us and made.plan.points:
         made, finished = by(tuned.unquantized)
         notes.append("so the model is left in float: as it was built it is predicted slower than that")

@@ -27,7 +27,7 @@ SHARE = 20  # writing takes at most one part in 20 of the time
 class CheckpointFile(Document, frozen=True, kw_only=True):
     """What the file holds; `key` and `state` as in `Checkpoint`; the last of `parts` is perhaps incomplete."""
 
-    FORMAT: ClassVar[str] = "qdq.checkpoint/1"
+    FORMAT: ClassVar[str] = "qdq.checkpoint/2"
     MAKE: ClassVar[str] = "qdq calibrate"
 
     key: dict[str, Any]

@@ -1,6 +1,7 @@
-"""Measure the ranges of the tensors that a plan quantizes.
+"""Measure the tensors that a plan quantizes, and the largest magnitude of every float tensor.
 
-Model + Plan + samples -> one Histogram per activation point -> CalibrationTable -> table.json.
+Model + Plan + samples -> one Histogram per activation point, in the first pass the `Magnitude` of every float tensor ->
+CalibrationTable -> table.json.
 Each sample runs on one thread and several samples run at a time, so a table is bit-identical for every order of the
 same samples, number of cores and split among processes, and no more than those few samples are in memory. Where the
 model's inputs share an open leading dimension, a batch counts as the samples it holds: the table is the same for every
@@ -13,10 +14,11 @@ import hashlib
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +27,11 @@ from qdq.core.errors import InputError, StaleFileError
 from qdq.core.progress import Progress
 from qdq.measure.checkpoint import Checkpoint
 from qdq.measure.histogram import BINS, Histogram
+from qdq.measure.inference.magnitudes import Magnitude, WatchedSession
 from qdq.measure.inference.memory import passes
 from qdq.measure.inference.samples import Sample, counted, length, overlapped, sample_sha256
 from qdq.measure.inference.session import Session
-from qdq.measure.table import CalibrationTable, merged, samples_digest
+from qdq.measure.table import CalibrationTable, TableFile, merged, samples_digest
 from qdq.model.model import Model
 from qdq.passes.rewrites import FLOAT_REWRITES
 from qdq.plan.plan import Plan
@@ -48,6 +51,8 @@ def collect(
     on_progress: Progress | None = None,
 ) -> CalibrationTable:
     """Run the float model on every sample and count the values of the plan's activation points.
+
+    A plan that quantizes nothing has a table too: of magnitudes, which say what may be FP16.
 
     Args:
         model: the prepared model that the plan was made for.
@@ -80,7 +85,7 @@ def collect(
     first, samples = _first(samples)
     check_same(parts, model, samples)
     layout = passes(model, [n for n in names if n not in known] or names, first, memory=memory, threads=threads)
-    groups = [tuple(part.tensors) for part in parts] + [g for g in layout.groups if not known.issuperset(g) or not g]
+    groups = [tuple(part.tensors) for part in parts] + [g for g in layout.groups if not (parts and known.issuperset(g))]
     tables: list[CalibrationTable] = []
     for number, group in enumerate(groups):
         start = parts[number] if number < len(parts) else CalibrationTable.empty(model)
@@ -89,7 +94,7 @@ def collect(
             continue
         found = _one_pass(
             model,
-            Session(model, group, provider=provider, custom_ops=custom_ops, threads=1),
+            _runner(model, group, ranges=not number, provider=provider, custom_ops=custom_ops, threads=1),
             samples,
             start,
             threads=layout.threads,
@@ -112,9 +117,20 @@ def collect(
     )
 
 
+Run = Callable[[Sample], tuple[dict[str, npt.NDArray[np.floating]], Mapping[str, Magnitude]]]
+
+
+def _runner(model: Model, tensors: Sequence[str], *, ranges: bool, **options: Any) -> Run:
+    """What runs a sample in a pass over some tensors: it gives these, and the magnitudes of all tensors if asked to."""
+    if ranges:
+        return WatchedSession(model, tensors, **options)
+    session = Session(model, tensors, **options)
+    return lambda sample: (session(sample), {})
+
+
 def _one_pass(
     model: Model,
-    session: Session,
+    run: Run,
     samples: Iterable[Sample],
     start: CalibrationTable,
     *,
@@ -145,7 +161,7 @@ def _one_pass(
                 "Give the samples in the same batches, or delete its checkpoint to begin anew."
             )
         tensors = {}
-        values = session(sample)
+        values, seen = run(sample)
         while values:
             name, array = values.popitem()
             try:
@@ -156,7 +172,14 @@ def _one_pass(
                     f"{where}: calibration needs finite values. Check the sample and how it was normalised, or exclude "
                     "the nodes that read the tensor."
                 ) from None
-        return replace(start, count=digests.total(), tensors=tensors, samples=tuple(sorted(digests.elements())))
+        return replace(
+            start,
+            count=digests.total(),
+            tensors=tensors,
+            samples=tuple(sorted(digests.elements())),
+            ranges={name: found.amax for name, found in seen.items()},
+            not_finite=frozenset(name for name, found in seen.items() if not found.finite),
+        )
 
     for done, seen in enumerate(overlapped(look, counted(samples), threads), 1):
         if seen is not None:
@@ -256,5 +279,6 @@ def key(model: Model, plan: Plan, *, provider: str = "cpu", custom_ops: Sequence
         "provider": provider,
         "custom operators": sorted(map(str, custom_ops)),
         "bins": BINS,
+        "table": TableFile.FORMAT,
         "runtime": runtimes,
     }

@@ -1,7 +1,7 @@
-"""The calibration table: one histogram per measured tensor, and which samples are in it. A file that merges exactly.
+"""The calibration table: a histogram per quantized tensor, the largest magnitude of every tensor, and which samples.
 
 calibrate, shards -> CalibrationTable -> merged -> table.json -> solve.
-It holds counts and hashes, no sample data. This module must not run a model.
+It is a file that merges exactly, of counts, magnitudes and hashes: no sample data. This module must not run a model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Annotated, ClassVar
 
@@ -26,6 +26,7 @@ from qdq.plan.plan import Plan
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 DIGITS = 1200  # a sum of float64 magnitudes has at most 650 before the fraction bar, and 324 behind it
+Amax = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class TensorCounts(Part, frozen=True, kw_only=True):
@@ -55,19 +56,21 @@ class TensorCounts(Part, frozen=True, kw_only=True):
 class TableFile(Document, frozen=True, kw_only=True):
     """table.json; the attributes are those of `CalibrationTable`."""
 
-    FORMAT: ClassVar[str] = "qdq.table/2"
+    FORMAT: ClassVar[str] = "qdq.table/3"
     MAKE: ClassVar[str] = "qdq calibrate MODEL --data DATA -o table.json"
 
     model_sha256: str
     samples_sha256: str
     count: Count
     samples: tuple[str, ...] = ()
+    ranges: dict[str, Amax]
+    not_finite: tuple[str, ...] = ()
     tensors: tuple[TensorCounts, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationTable:
-    """The histograms of a plan's activation points over some samples.
+    """The histograms of a plan's activation points, and the magnitude of every float tensor, over some samples.
 
     Invariants: depends on the multiset of samples alone, not on their order, batching or split; so does its file.
 
@@ -77,12 +80,17 @@ class CalibrationTable:
         count: how many samples.
         tensors: tensor name -> histogram.
         samples: the SHA-256 of each sample, sorted; () where unknown.
+        ranges: tensor name -> the largest magnitude of its finite values, of every float tensor that the float model
+            reads or computes, in bodies too; empty where only histograms were made.
+        not_finite: tensors that held an infinity or NaN.
     """
 
     model_sha256: str
     samples_sha256: str
     count: int
     tensors: Mapping[str, Histogram]
+    ranges: Mapping[str, float] = field(default_factory=dict)
+    not_finite: frozenset[str] = frozenset()
     samples: tuple[str, ...] = ()
 
     @classmethod
@@ -103,9 +111,12 @@ class CalibrationTable:
             "samples_sha256": self.samples_sha256,
             "count": self.count,
             "samples": list(self.samples),
+            "not_finite": sorted(self.not_finite),
         }
+        ranges = [f"{json.dumps(name, ensure_ascii=False)}: {self.ranges[name]!r}" for name in sorted(self.ranges)]
         lines = [json.dumps(_entry(name, self.tensors[name]), ensure_ascii=False) for name in sorted(self.tensors)]
-        return json.dumps(head, indent=1)[:-2] + ',\n "tensors": [\n' + ",\n".join(lines) + "\n]}\n"
+        head_text, joined = json.dumps(head, indent=1)[:-2], ",\n".join
+        return f'{head_text},\n "ranges": {{\n{joined(ranges)}\n}},\n "tensors": [\n{joined(lines)}\n]}}\n'
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write table.json; it appears whole or not at all."""
@@ -129,6 +140,8 @@ class CalibrationTable:
         """
         try:
             tensors = {entry.tensor: _histogram(entry, file.count) for entry in file.tensors}
+            if odd := [name for name, amax in file.ranges.items() if amax == np.inf]:
+                raise ValueError(f"the largest magnitude of {odd[0]!r} is infinite")
         except (ValueError, ArithmeticError) as error:
             raise InputError(f"Cannot use the table {where}: {error}. Make it again with `qdq calibrate`.") from None
         return cls(
@@ -137,6 +150,8 @@ class CalibrationTable:
             count=file.count,
             tensors=tensors,
             samples=file.samples,
+            ranges=file.ranges,
+            not_finite=frozenset(file.not_finite),
         )
 
     def check(self, model: Model, plan: Plan) -> None:
@@ -190,8 +205,24 @@ def merged(tables: Sequence[CalibrationTable], names: Sequence[str] = ()) -> Cal
     tensors = dict(first.tensors)
     for table in tables[1:]:
         tensors = {name: h.merge(table.tensors[name]) for name, h in tensors.items()}
-    count, digest = sum(t.count for t in tables), samples_digest(samples)
-    return replace(first, samples_sha256=digest, count=count, tensors=tensors, samples=samples)
+    return replace(
+        first,
+        samples_sha256=samples_digest(samples),
+        count=sum(t.count for t in tables),
+        tensors=tensors,
+        samples=samples,
+        ranges=widest(t.ranges for t in tables),
+        not_finite=frozenset().union(*(t.not_finite for t in tables)),
+    )
+
+
+def widest(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The largest magnitude of each tensor; one may be missing where a branch was not taken."""
+    found: dict[str, float] = {}
+    for part in parts:
+        for name, amax in part.items():
+            found[name] = max(amax, found.get(name, 0.0))
+    return found
 
 
 def _entry(name: str, h: Histogram) -> dict[str, object]:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnx.inliner
 import onnx.version_converter
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from qdq.core.errors import ModelError
 from qdq.model.external import is_external, is_large, tensor_array, tensor_bytes
@@ -46,6 +46,7 @@ class Draft:
         self._large = is_large(self.tensors.values())
         self.inputs = [v for v in model.graph.input if v.name not in self.tensors]
         self.outputs = list(model.graph.output)
+        self._stated = {v.name: v for v in model.graph.value_info}
         assign(self.graph.input, self.inputs)
         self.proto.ir_version = max(self.proto.ir_version, 4)  # from 4 on an initializer need not be an input
         for node in all_nodes(self.graph):
@@ -184,9 +185,13 @@ class Draft:
         self.tensors = {name: tensor for name, tensor in self.tensors.items() if name in read}
 
     def infer(self) -> bool:
-        """Infer types and shapes of all tensors; always True."""
+        """Infer types and shapes of all tensors; always True. Where inference stops, what the file says is believed."""
         try:
-            proto = onnx.shape_inference.infer_shapes(self.light(), data_prop=True)
+            light = self.light()
+            proto = onnx.shape_inference.infer_shapes(light, data_prop=True)
+            if believed := self._believed(proto.graph):
+                light.graph.value_info.extend(believed)
+                proto = onnx.shape_inference.infer_shapes(light, data_prop=True)
         except (RuntimeError, onnx.checker.ValidationError) as error:
             raise ModelError(
                 f"Cannot infer the shapes of this model: onnx {onnx.__version__} says: "
@@ -194,6 +199,15 @@ class Draft:
             ) from None
         self.shown = Model(proto=proto, directory=self.directory, sha256="")
         return True
+
+    def _believed(self, inferred: onnx.GraphProto) -> list[ValueInfoProto]:
+        """What the file says of tensors that inference has no rank of; sizes only if it is right about the others."""
+        found = {v.name: v for v in inferred.value_info if v.type.tensor_type.HasField("shape")}
+        made = {name for node in self.graph.node for name in node.output} - found.keys() - self.output_names
+        believed = [v for name, v in self._stated.items() if name in made and v.type.HasField("tensor_type")]
+        if all(_sizes(v) == _sizes(found[v.name]) for v in self._stated.values() if v.name in found):
+            return believed
+        return [helper.make_tensor_value_info(v.name, v.type.tensor_type.elem_type, None) for v in believed]
 
     def finish(self) -> Model:
         """The complete model without what no output depends on, with inferred types and shapes."""
@@ -207,6 +221,11 @@ class Draft:
         assign(self.graph.output, outputs)
         self.graph.initializer.extend(self.tensors.values())
         return self._source.replace(self.proto, keeps=self.store)
+
+
+def _sizes(value: ValueInfoProto) -> list[int]:
+    """The sizes of a tensor, 0 for one that is open."""
+    return [d.dim_value for d in value.type.tensor_type.shape.dim]
 
 
 def assign(field: Any, values: Iterable[Any]) -> None:

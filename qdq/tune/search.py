@@ -323,6 +323,8 @@ class _Search:
             f"{operands} does not pay here: with the choice made, the model is predicted to take {price.us:.1f} us; "
             f"{self.untuned:.1f} with it wherever it is possible, {self.plain:.1f} without any"
         )
+        if math.isinf(self.untuned):
+            why = f"the model does not compile with {operands} wherever it is possible, and no fewer nodes were faster"
         return Tuned(
             variant=self.best,
             plan=self.builder.plan_of(self.best, why),

@@ -81,7 +81,8 @@ class Tuned:
     def summary(self) -> str:
         """One sentence for a person."""
         count, rewrites = len(self.plan.quantized_nodes), ", ".join(sorted({r.name for r in self.plan.rewrites}))
-        quantized = f"{count} nodes in {self.operands}" if count else f"{self.operands} does not pay anywhere"
+        idle = "does not pay anywhere" if math.isfinite(self.untuned) else "wherever it is possible does not compile"
+        quantized = f"{count} nodes in {self.operands}" if count else f"{self.operands} {idle}"
         return f"{quantized}; rewrites: {rewrites or 'none'}; {self.tried} variants compiled" + (
             "" if self.complete else ", until the time limit"
         )

@@ -24,7 +24,7 @@ from qdq.measure.collect import collect
 from qdq.measure.histogram import Histogram
 from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import Session
-from qdq.measure.table import CalibrationTable
+from qdq.measure.table import CalibrationTable, widest
 from qdq.model.model import Model
 from qdq.passes.rewrites import FLOAT_REWRITES, QUANTIZED_REWRITES, applied
 from qdq.passes.rewrites.edit import Rewrite
@@ -71,6 +71,7 @@ class VariantBuilder:
     _bases: dict[frozenset[tuple[str, str]], Base] = field(default_factory=dict)
     _models: dict[frozenset[tuple[str, str]], tuple[Model, tuple[Rewrite, ...]]] = field(default_factory=dict)
     _histograms: dict[str, Histogram] = field(default_factory=dict)
+    _ranges: dict[str, float] = field(default_factory=dict)
     _noises: dict[Variant, float] = field(default_factory=dict)
     _outputs: dict[str, np.ndarray] = field(default_factory=dict)
     _last: tuple[Variant, Model] | None = None
@@ -196,14 +197,26 @@ class VariantBuilder:
 
     def _table(self, model: Model, plan: Plan) -> CalibrationTable:
         names = list(dict.fromkeys(p.tensor for p in plan.activations))
-        if missing := [name for name in names if name not in self._histograms]:
-            if self.samples is None:
-                assumed = Histogram.of(np.linspace(0, 1, 257, dtype=np.float32))
-                self._histograms |= dict.fromkeys(missing, assumed)
-            else:
-                self._histograms |= collect(model, plan, self.samples).tensors
+        missing = [name for name in names if name not in self._histograms]
+        if self.samples is None:
+            assumed = Histogram.of(np.linspace(0, 1, 257, dtype=np.float32))
+            self._histograms |= dict.fromkeys(missing, assumed)
+        elif missing or not self._ranges.keys() >= {
+            n for node in model.graph.node for n in node.output if _float(model, n)
+        }:
+            found = collect(model, plan, self.samples)
+            self._histograms |= found.tensors
+            self._ranges = widest([self._ranges, found.ranges])
         tensors = {name: self._histograms[name] for name in names}
-        return CalibrationTable(model_sha256=model.sha256, samples_sha256="", count=0, tensors=tensors)
+        return CalibrationTable(
+            model_sha256=model.sha256, samples_sha256="", count=0, tensors=tensors, ranges=self._ranges
+        )
+
+
+def _float(model: Model, tensor: str) -> bool:
+    """Whether a tensor is known to be float32."""
+    info = model.info(tensor)
+    return info is not None and info.dtype == "float32"
 
 
 def _float_part(variant: Variant) -> Variant:

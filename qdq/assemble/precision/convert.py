@@ -23,23 +23,23 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from engines.core.shapes import light
-from qdq.assemble.precision.rules import decide, saturated
+from qdq.assemble.precision.rules import LIMIT, decide, masks, saturated
 from qdq.assemble.precision.shift import compensate
-from qdq.assemble.precision.types import Schema, dequantizes_constant_scale, finfo, fits
+from qdq.assemble.precision.types import ELEM, Lowered, Schema, dequantizes_constant_scale, finfo, fits, retyped
 from qdq.core.choices import choose
 from qdq.measure.table import CalibrationTable
 from qdq.model.external import is_large, release
 from qdq.model.model import Model
 from qdq.model.nodes import Names, attribute, captured, reads, without_initializers
 from qdq.model.weight_store import WeightStore
+from qdq.passes.draft import TARGET_OPSET
 from qdq.passes.rewrites.edit import altered
 from qdq.plan.plan import Skip
 
 FLOAT_TYPES: Mapping[str, str] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 BFLOAT16_OPSET = 22  # the first in which Conv, pooling, InstanceNormalization and others take bfloat16 (onnx.defs)
 FLOAT = "float32"
-_DTYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
-_ANY_TYPE = ("Shape", "Size", "Cast")  # read a float in either type with the same result
+_ANY_TYPE = ("Shape", "Size", "Cast")  # read a float in either type, unless a rule keeps them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +82,8 @@ def convert(
 def _typed(model: Model, opset: int) -> ModelProto:
     """A copy with the type of every tensor inferred, and at least the given opset (only types were added to 22)."""
     shown = light(model.proto)
+    if not model.opset:  # of other domains alone; Cast is of the default one
+        shown.opset_import.append(helper.make_opsetid("", TARGET_OPSET))
     for entry in shown.opset_import:
         if entry.domain in ("", "ai.onnx"):
             entry.version = max(entry.version, opset)
@@ -101,7 +103,7 @@ class _Writer:
         self._model, self._low, self._kept, self._keep_io = model, low, kept, keep_io
         self._schema = Schema(model, low)
         self.store = WeightStore() if is_large(model.graph.initializer) else None
-        self._elem = TensorProto.FLOAT16 if low == "float16" else TensorProto.BFLOAT16
+        self._elem = ELEM[low]
         self._alias = self._find_aliases()
         self._nodes: list[NodeProto] = []
         self._constants: dict[str, TensorProto] = {}
@@ -117,8 +119,9 @@ class _Writer:
         """The new graph; its large new tensors lie in `store`."""
         self._collect()
         for info in self._model.inputs:
-            if self._is_float(info.name):
-                self._provide(info.name, FLOAT if self._keep_io else self._low, info.name)
+            if self._is_float(info.name):  # one that only FP32 nodes read may hold more than the low type can
+                wide = self._demands.get(info.name, set()) == {FLOAT}
+                self._provide(info.name, FLOAT if self._keep_io or wide else self._low, info.name)
         for node in self._model.graph.node:
             self._node(node)
         return self._finish()
@@ -136,11 +139,15 @@ class _Writer:
 
     def _wanted(self, node: NodeProto, index: int) -> str:
         """The type in which a node reads its float operand."""
-        return self._low if node.name not in self._kept and self._schema.lowers(node, index) else FLOAT
+        return self._low if index in self._lowered(node).inputs else FLOAT
 
     def _made(self, node: NodeProto, index: int) -> str:
         """The type in which a node makes its float output."""
-        return self._low if node.name not in self._kept and self._schema.lowers(node, index, output=True) else FLOAT
+        return self._low if index in self._lowered(node).outputs else FLOAT
+
+    def _lowered(self, node: NodeProto) -> Lowered:
+        """The operands of a node that take the low type."""
+        return (None if node.name in self._kept else self._schema.lowered(node)) or Lowered()
 
     def _collect(self) -> None:
         def demand(tensor: str, dtype: str) -> None:
@@ -150,12 +157,15 @@ class _Writer:
             for index, tensor in enumerate(node.input):
                 if tensor in self._alias:
                     demand(self._alias[tensor], self._low)
-                elif self._is_float(tensor) and node.op_type not in _ANY_TYPE and not (self._free(node) and index == 1):
+                elif self._is_float(tensor) and not self._any_type(node) and not (self._free(node) and index == 1):
                     demand(tensor, self._wanted(node, index))
             for tensor in filter(self._is_float, captured(node)):
                 demand(tensor, FLOAT)
         for tensor in filter(self._is_float, self._outputs):
             demand(tensor, FLOAT if self._keep_io or self._model.is_constant(tensor) else self._low)
+        for node in filter(self._free, self._model.graph.node):
+            if self._model.consumers(node.output[0]) and node.output[0] not in self._demands:
+                demand(node.output[0], FLOAT)  # for readers to which the type is all the same
         for node in self._model.graph.node:
             if dequantizes_constant_scale(self._model, node) and self._is_float(node.output[0]):
                 for dtype in self._demands.get(node.output[0], set()):
@@ -166,6 +176,10 @@ class _Writer:
         if node.op_type == "Cast":
             return self._is_float(node.output[0]) and not self._is_float(node.input[0])
         return dequantizes_constant_scale(self._model, node) and self._is_float(node.output[0])
+
+    def _any_type(self, node: NodeProto) -> bool:
+        """Whether a node may read a float in either type."""
+        return node.op_type in _ANY_TYPE and node.name not in self._kept
 
     def _read(self, tensor: str, dtype: str) -> str:
         """The name of a float tensor in a type; constants are stored when first read."""
@@ -228,12 +242,14 @@ class _Writer:
             self._names[tensor, dtype] = self._read(self._alias[source], dtype) if source in self._alias else source
             return
         copy = altered(node)
+        if node.input[0] in self._alias:
+            copy.input[0] = self._read(self._alias[node.input[0]], self._low)
         alone = len(self._demands[tensor]) == 1
         main = alone or dtype == (FLOAT if self._keep_io or tensor not in self._outputs else self._low)
         copy.output[0] = tensor if main else self._name(f"{tensor}_{dtype}")
         copy.name = node.name if main else self._name(f"{node.name}_{dtype}")
         if node.op_type == "Cast" or any(a.name == "output_dtype" for a in node.attribute):
-            _retype(copy, self._code(dtype))
+            copy = retyped(copy, self._code(dtype))
         if node.op_type == "DequantizeLinear":
             self._scale(copy, dtype)
         self._nodes.append(copy)
@@ -278,13 +294,13 @@ class _Writer:
                 copy.input[index] = self._read(self._alias[tensor], self._low)
             elif self._is_float(tensor):
                 dtype = self._wanted(node, index)
-                if node.op_type in _ANY_TYPE:
-                    dtype = next((d for d in (self._low, FLOAT) if (tensor, d) in self._names), FLOAT)
+                if self._any_type(node):
+                    dtype = next((d for d in (FLOAT, self._low) if (tensor, d) in self._names), FLOAT)
                 copy.input[index] = self._read(tensor, dtype)
         made = [(i, t) for i, t in enumerate(node.output) if self._is_float(t)]
         if any(self._made(node, i) == self._low for i, _ in made):
-            _retype(copy, self._elem)
-            self._fill_value(copy)
+            limit = LIMIT if masks(self._model, node) else None
+            copy = retyped(copy, self._elem, limit=limit)
         self._nodes.append(copy)
         for index, tensor in made:
             dtype = self._made(node, index)
@@ -293,12 +309,6 @@ class _Writer:
             if reserved or (captured_float and any(use.index < 0 for use in self._model.consumers(tensor))):
                 copy.output[index] = self._name(f"{tensor}_{dtype}")
             self._provide(tensor, dtype, copy.output[index])
-
-    def _fill_value(self, node: NodeProto) -> None:
-        """The value of ConstantOfShape in the new type."""
-        for entry in node.attribute:
-            if node.op_type == "ConstantOfShape" and entry.name == "value" and entry.t.data_type == TensorProto.FLOAT:
-                entry.t.CopyFrom(self._tensor(entry.t.name, numpy_helper.to_array(entry.t)))
 
     def _finish(self) -> ModelProto:
         proto = without_initializers(self._model.proto)
@@ -326,12 +336,3 @@ class _Writer:
     def _change(self, value: ValueInfoProto) -> None:
         if value.name in self._types:
             value.type.tensor_type.elem_type = self._types[value.name]
-
-
-def _retype(node: NodeProto, elem: int) -> None:
-    """Write another type where a node names the type of its float output."""
-    for entry in node.attribute:
-        if entry.name in _DTYPE_ATTRIBUTES and entry.i == TensorProto.FLOAT:
-            entry.i = elem
-    if node.op_type in ("RandomNormal", "RandomUniform") and all(a.name != "dtype" for a in node.attribute):
-        node.attribute.append(helper.make_attribute("dtype", elem))

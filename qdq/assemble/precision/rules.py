@@ -6,37 +6,31 @@ This module must not change a graph.
 | kind of tensor | what may happen to it |
 |---|---|
 | ordinary | it is stored in the low type |
-| wide | it may overflow or lose what matters (squares, sums, exponentials, positions): its readers compute in FP32 |
+| wide | it may overflow or lose what matters (squares, sums, an epsilon, positions): its readers compute in FP32 |
 | statistic | one value for many (mean, deviation): the step that applies it computes in FP32, its result is ordinary |
 
-A measured range beats the rules. A product (Conv, Gemm, MatMul) makes ordinary values again, unless what it reads was
-measured to be wide.
+A measured range beats the rules of what may overflow: beyond half of what FP16 holds a tensor is wide, within it is
+ordinary. What is lost (an epsilon, positions, a normalization's squares) a range does not tell, and rules decide. Where
+nothing was measured, a product (Conv, Gemm, MatMul) makes ordinary values again, unless what it reads was measured to
+be wide.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Set
-from functools import cached_property
+from collections.abc import Set
 
 import numpy as np
 from onnx import NodeProto
 
-from engines.core.operators import (
-    ARITHMETIC,
-    COMPARISONS,
-    CONTRACTIONS,
-    CURVES,
-    NORMS,
-    PICKERS,
-    RAMPS,
-    SOFTMAXES,
-    family,
-)
-from qdq.assemble.precision.types import Schema, dequantizes_constant_scale, finfo, fits, has_body
+from engines.core.operators import ARITHMETIC, CONTRACTIONS, NORMS, SOFTMAXES, family
+from qdq.assemble.precision.positions import MOVES, POINTWISE, Positions
+from qdq.assemble.precision.refused import refused
+from qdq.assemble.precision.sums import SUMS, Sums, behind, elements
+from qdq.assemble.precision.types import Schema, dequantizes_constant_scale, filling, finfo, fits, has_body
 from qdq.measure.table import CalibrationTable
-from qdq.model.model import Model, TensorInfo
-from qdq.model.nodes import captured
+from qdq.model.model import Model
+from qdq.model.nodes import attribute_value, captured
 from qdq.plan.plan import Skip
 
 LIMIT = 2.0**15  # half of what float16 holds: samples are not all that the network will see
@@ -44,15 +38,9 @@ TINY = 2.0**-10  # a float16 tensor whose largest value is below has less than b
 ORDINARY, WIDE, STATISTIC = "ordinary", "wide", "statistic"
 
 SUMMED = CONTRACTIONS | {"DeformConv"}  # products whose sums make ordinary values again
-MOVES = PICKERS | RAMPS | family("Compress Dropout Max Min ReduceMax ReduceMin ReverseSequence ScatterElements Trilu")
-_STEEP = family("Ceil Cos Floor Mod Round Sin Tan")  # a small error of what they read may become a large one
-POINTWISE = CURVES | ARITHMETIC | _STEEP | family("Atan IsInf IsNaN Mean Sign Sum ThresholdedRelu")
-SUMS = family("CumSum ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMean ReduceProd ReduceSum ReduceSumSquare")
 _BOUNDED = SOFTMAXES | family("Atan Cos Erf HardSigmoid Hardmax Log Sigmoid Sign Sin Softsign Tanh")
-_EXACT = COMPARISONS | _STEEP | {"GridSample"}
-_WHOLE = ("int16", "uint16", "int32", "uint32", "int64", "uint64")
-# Measured: TensorRT-RTX 1.7.1 for SM89 fails with "Could not infer output types for operation: deconv", in 2-D and 3-D.
-_REFUSED = {("bfloat16", "ConvTranspose"): "TensorRT-RTX does not compile it in BF16"}
+_BLENDS = ARITHMETIC | family("Clip Max Min Sum Where")  # a constant operand keeps a value from zero
+_MIXED = "ONNX has no such node with operands in {}"
 
 
 def decide(model: Model, low: str, table: CalibrationTable | None) -> dict[str, Skip]:
@@ -77,12 +65,12 @@ def saturated(model: Model, name: str, low: str) -> float | None:
     uses = model.consumers(name)
     if all(u.node.op_type in ("Clip", "Max", "Min") for u in uses):
         return float(finfo(low).max)
-    if all(u.node.op_type in ("Where", "Add", "Sub", "Mul", *MOVES) and _masks(model, u.node) for u in uses):
+    if all(u.node.op_type in ("Where", "Add", "Sub", "Mul", *MOVES) and masks(model, u.node) for u in uses):
         return LIMIT
     return None
 
 
-def _masks(model: Model, node: NodeProto) -> bool:
+def masks(model: Model, node: NodeProto) -> bool:
     """Whether everything that is computed from a node ends in Softmax, through additions and moves."""
     front, seen = [node], set()
     while front:
@@ -107,12 +95,22 @@ class _Rules:
         self._model, self._low = model, low
         self._schema = Schema(model, low)
         self._info = finfo(low)
-        self._table = table.tensors if table is not None else {}
+        held = {} if table is None else {name: h.amax for name, h in table.tensors.items()}
+        self._ranges = {**(table.ranges if table is not None else {}), **held}
+        self._exact = Positions(model, low, self._ranges).reasons
+        self._sums = Sums(model, self._ranges)
+        self._masked: set[str] = set()  # tensors whose largest magnitude is a mask's, which is cut
         self._kind: dict[str, str] = {}
         self._why: dict[str, str] = {}  # of wide tensors
         self._measured: set[str] = set()  # wide by measurement
         self._power: dict[str, tuple[str, int]] = {}  # tensor -> the tensor it is a multiple of a power of
+        self._lost: set[str] = set()  # nodes kept for what vanishes, not for what overflows
+        self._fragile: set[str] = set()  # tensors that hold it
+        self._constants: dict[str, float] = {}
         self.kept: dict[str, Skip] = {}
+        for fed in model.inputs:
+            if self._is_float(fed.name) and (measured := self._range(fed.name)):
+                self._mark(fed.name, measured, measured=self._ranges[fed.name] > LIMIT)
 
     def visit(self, node: NodeProto) -> None:
         """Decide about one node whose inputs are known."""
@@ -120,6 +118,8 @@ class _Rules:
         made = list(filter(self._is_float, node.output))
         if not floats and not made:
             return
+        if self._hides(node):
+            self._masked.update(made)
         fp32 = self._rule(node, floats, made)
         if fp32 is not None:
             self.kept[node.name] = Skip(node=node.name, op_type=node.op_type, rule=fp32[0], reason=fp32[1])
@@ -156,19 +156,18 @@ class _Rules:
         if self._schema.of(node) is None:
             return "unknown operator", f"onnx does not know {node.domain or 'ai.onnx'} {node.op_type}"
         infos = [self._model.info(t) for t in (*node.input, *node.output) if t]
-        if any(info is None or info.dtype.endswith("_type") for info in infos):
+        if any(info is None or info.dtype == "undefined" or info.dtype.endswith("_type") for info in infos):
             return "unknown type", "a value at it is no tensor, or its type cannot be inferred"
-        operands = [self._schema.lowers(node, i) for i, t in enumerate(node.input) if self._is_float(t)]
-        operands += [self._schema.lowers(node, i, output=True) for i, t in enumerate(node.output) if self._is_float(t)]
-        if not any(operands):
-            return "schema", f"ONNX defines {node.op_type} for float32 only"
-        if (self._low, node.op_type) in _REFUSED:
-            return "compiler", _REFUSED[self._low, node.op_type]
-        if node.op_type in ("Cast", "DequantizeLinear") and not made:
+        if node.name in self._exact:
+            return "positions", self._exact[node.name]
+        if node.op_type == "Constant" or (node.op_type in ("Cast", "DequantizeLinear") and not made):
             return None
-        if node.name in self._positions:
-            whole = 2 ** (self._info.nmant + 1)
-            return "positions", f"it computes positions, and {self._low} holds all whole numbers only up to {whole}"
+        lowered = self._schema.lowered(node)
+        if lowered is None or not (lowered.inputs or lowered.outputs):
+            named = f"ONNX defines {node.op_type} for float32 only" if floats else "it names float32 as its own type"
+            return "schema", named if lowered else _MIXED.format(self._low)
+        if why := refused(self._low, node):
+            return "compiler", why
         if node.op_type == "DequantizeLinear" and self._bad_scale(node):
             return "scale", f"{self._low} cannot hold its scale"
         wide = [t for t in floats if self._kind.get(t) == WIDE]
@@ -184,34 +183,87 @@ class _Rules:
         if node.op_type not in SUMMED and any(self._kind.get(t) == STATISTIC for t in floats):
             return "statistic", "it applies a mean or deviation, a step of a normalization"
         if node.op_type in SUMS:
-            return "sum", f"it sums many values, and the sum of ordinary values may exceed {self._info.max:.0f}"
+            unsafe = self._sums.unsafe(node, LIMIT if self._low == "float16" else math.inf)
+            if unsafe is not None:
+                return "sum", unsafe or f"it sums many values, and their sum may exceed {self._info.max:.0f}"
+        if node.op_type == "LpNormalization":
+            return "power", f"it divides by a sum of powers, of which small ones vanish in {self._low}"
         steep = (
             node.op_type == "Exp" or (node.op_type == "Pow" and not self._tame_power(node)) or self._degree(node) > 1
         )
-        if steep and (not made or any(self._range(t) is None for t in made)):
+        if steep and any(self._range(t) is None for t in made):
             return "power", f"powers and exponentials of ordinary values exceed {self._info.max:.0f}"
+        if steep and self._sums.read(node):
+            return "power", f"a sum of powers or exponentials is to keep those that vanish in {self._low}"
         return self._constant_rule(node)
 
     def _constant_rule(self, node: NodeProto) -> tuple[str, str] | None:
-        """Keep a node whose constant operand overflows or vanishes in the low type."""
-        for tensor in node.input:
+        """Keep a node whose constant operand overflows in the low type, or vanishes where it matters."""
+        least = float(self._info.smallest_normal)
+        if (
+            node.op_type in NORMS
+            and 0 < (epsilon := attribute_value(node, "epsilon", 0.0)) < self._info.smallest_subnormal
+        ):
+            return "constant", f"its epsilon of {epsilon:.3g} vanishes in {self._low}"
+        value = filling(node) if node.op_type == "ConstantOfShape" and not masks(self._model, node) else None
+        fill = 0.0 if value is None else abs(float(value[0]))
+        if fill > float(self._info.max) or 0 < fill < least:
+            return "constant", f"{self._low} cannot hold its value of {fill:.3g}"
+        for index, tensor in enumerate(node.input):
             if not self._is_float(tensor) or not self._constant(tensor) or node.op_type == "QuantizeLinear":
                 continue
-            values = self._model.array(tensor)
-            largest = max(float(values.max()), -float(values.min())) if values.size else 0.0  # without a copy
-            if not math.isfinite(largest):
-                largest = float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
+            largest = self._largest(tensor)
             if largest > float(self._info.max) and saturated(self._model, tensor, self._low) is None:
                 return "constant", f"its constant {tensor!r} of {largest:.3g} exceeds {self._info.max}"
-            if 0 < largest < float(self._info.smallest_normal):
+            if 0 < largest < least:
+                self._lost.add(node.name)
                 return "constant", f"its constant {tensor!r} of {largest:.3g} vanishes in {self._low}"
+            if node.op_type in _BLENDS and ((node.op_type == "Div" and index == 1) or self._divides(node)):
+                values = self._model.array(tensor)
+                small = np.abs(values[(values != 0) & (np.abs(values) < least)])
+                if small.size and not fits(small, self._low):
+                    self._lost.add(node.name)
+                    return "constant", f"{small.min():.3g} in its constant {tensor!r} vanishes in {self._low}"
         return None
+
+    def _divides(self, node: NodeProto) -> bool:
+        """Whether somebody divides by what a node makes, or takes its root or logarithm."""
+        ends = ("Sqrt", "Log", "Reciprocal", "Pow")
+        made = (name for near in behind(self._model, node, MOVES) for name in near.output)
+        uses = (use for name in made for use in self._model.consumers(name))
+        return any(u.node.op_type in ends or (u.node.op_type == "Div" and u.index == 1) for u in uses)
+
+    def _hides(self, node: NodeProto) -> bool:
+        """Whether the largest magnitudes that a node makes are those of a mask that is cut: see `saturated`."""
+        if node.op_type == "ConstantOfShape" and (value := filling(node)) is not None:
+            return abs(float(value[0])) > LIMIT and masks(self._model, node)
+        if node.op_type not in ("Where", *ARITHMETIC, *MOVES) or node.op_type in ("Clip", "Div"):
+            return False
+        read = [t for t in node.input if t in self._masked or (self._is_float(t) and self._cut(t))]
+        return bool(read) and masks(self._model, node)
+
+    def _cut(self, tensor: str) -> bool:
+        """Whether a tensor is a constant mask whose values are cut."""
+        large = self._constant(tensor) and self._largest(tensor) > LIMIT
+        return large and saturated(self._model, tensor, self._low) == LIMIT
+
+    def _largest(self, constant: str) -> float:
+        """The largest finite magnitude of a constant."""
+        if constant not in self._constants:
+            values = self._model.array(constant)
+            found = max(float(values.max()), -float(values.min())) if values.size else 0.0  # without a copy
+            if not math.isfinite(found):
+                found = float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
+            self._constants[constant] = found
+        return self._constants[constant]
 
     def _range(self, tensor: str) -> str | None:
         """Why a measured tensor is wide, '' if it is ordinary; None where nothing was measured."""
-        if tensor not in self._table:
+        if tensor in self._masked:
+            return ""
+        if tensor not in self._ranges:
             return None
-        amax = self._table[tensor].amax
+        amax = self._ranges[tensor]
         if self._low == "float16" and amax > LIMIT:
             return f"it reached {amax:.4g} on the samples, float16 ends at 65504"
         if self._low == "float16" and 0 < amax < TINY:
@@ -231,14 +283,14 @@ class _Rules:
                 self._mark(tensor, f"its codes reach {reach:.4g}, float16 ends at 65504", measured=True)
             elif skip is not None:
                 self._mark(tensor, skip.reason)
-        elif measured is not None:
-            if measured:
-                self._mark(tensor, measured, measured=self._table[tensor].amax > LIMIT)
+        elif measured:
+            self._mark(tensor, measured, measured=self._ranges[tensor] > LIMIT)
         elif skip is None or skip.rule in ("body", "unknown operator", "unknown type"):
             if node.op_type in MOVES and kinds == {STATISTIC}:
                 self._kind[tensor] = STATISTIC
         elif skip.rule == "positions":
-            if node.op_type not in ("Sin", "Cos", "Tan", "GridSample"):
+            narrow = self._ranges.get(tensor, math.inf) <= 2.0 ** (self._info.nmant + 1)
+            if not narrow and node.op_type not in ("Sin", "Cos", "Tan", "GridSample"):
                 self._mark(tensor, "positions need whole numbers")
         elif node.op_type in ("Sqrt", "Reciprocal") or (node.op_type == "ReduceMean" and WIDE not in kinds):
             self._kind[tensor] = STATISTIC
@@ -248,6 +300,15 @@ class _Rules:
             pass
         elif self._averages(node):
             self._kind[tensor] = STATISTIC
+        elif node.name in self._lost:
+            self._mark(tensor, skip.reason)
+            self._fragile.add(tensor)
+        elif (held := self._fragile.intersection(data)) and node.op_type in MOVES | ARITHMETIC:
+            self._mark(tensor, self._why[min(held)])
+            self._fragile.add(tensor)
+        elif measured == "":
+            if kinds == {STATISTIC} and node.op_type not in SUMMED:
+                self._kind[tensor] = STATISTIC
         elif node.op_type in SUMS or skip.rule in ("power", "constant"):
             self._mark(tensor, skip.reason)
         elif node.op_type in SUMMED or WIDE not in kinds:
@@ -301,7 +362,7 @@ class _Rules:
             return False
         if self._kind.get(producer.input[0]) == WIDE:
             return False
-        count = _elements(self._model.info(producer.input[0])) / _elements(self._model.info(producer.output[0]))
+        count = elements(self._model.info(producer.input[0])) / elements(self._model.info(producer.output[0]))
         factor = factors[0] if node.op_type == "Mul" else 1 / factors[0]
         return bool((np.abs(factor) * count <= 1.01).all())
 
@@ -321,47 +382,3 @@ class _Rules:
                 return False
         uses = (use.node for tensor in filter(self._is_float, node.output) for use in model.consumers(tensor))
         return all(reader.name in wide or reader.op_type in ("Shape", "Cast") for reader in uses)
-
-    @cached_property
-    def _positions(self) -> frozenset[str]:
-        """Nodes between a whole number (Cast, Range, CumSum) and where its exact value matters (Sin, Floor, ==)."""
-        sources = {n.name for n in self._model.graph.node if self._makes_whole(n)}
-        ends = {n.name for n in self._model.graph.node if n.op_type in _EXACT or self._ends_whole(n)}
-        return frozenset(self._spread(sources, self._readers) & self._spread(ends, self._makers))
-
-    def _readers(self, node: NodeProto) -> Iterable[NodeProto]:
-        return (u.node for t in node.output for u in self._model.consumers(t) if u.index >= 0)
-
-    def _makers(self, node: NodeProto) -> Iterable[NodeProto]:
-        return filter(None, map(self._model.producer, node.input))
-
-    def _makes_whole(self, node: NodeProto) -> bool:
-        if not any(self._is_float(t) for t in node.output):
-            return False
-        info = self._model.info(node.input[0]) if node.input else None
-        return node.op_type == "Range" or (node.op_type == "Cast" and info is not None and info.dtype in _WHOLE)
-
-    def _ends_whole(self, node: NodeProto) -> bool:
-        info = self._model.info(node.output[0]) if node.op_type == "Cast" else None
-        return info is not None and info.dtype in _WHOLE
-
-    def _spread(self, start: set[str], near: Callable[[NodeProto], Iterable[NodeProto]]) -> set[str]:
-        """Nodes reached from `start` through moves, pointwise operators and outer products."""
-        found, front = set(start), [self._model.node(name) for name in start]
-        while front:
-            for node in near(front.pop()):
-                passes = node.op_type in MOVES | POINTWISE | _EXACT | {"Cast", "Range", "CumSum"} or self._outer(node)
-                if node.name not in found and passes and self._touches_float(node):
-                    found.add(node.name)
-                    front.append(node)
-        return found
-
-    def _outer(self, node: NodeProto) -> bool:
-        """Whether a MatMul multiplies without summing: positions times frequencies."""
-        info = self._model.info(node.input[1]) if node.op_type == "MatMul" else None
-        return info is not None and info.shape is not None and len(info.shape) > 1 and info.shape[-2] == 1
-
-
-def _elements(info: TensorInfo | None) -> float:
-    """Elements of a tensor, 1 for each dynamic dimension: those that are not summed cancel in a ratio."""
-    return float(math.prod(d for d in (info.shape if info and info.shape else ()) if isinstance(d, int)))

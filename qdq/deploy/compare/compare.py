@@ -185,7 +185,7 @@ class _Bench:
     def float_rows(self, folder: Path, entry: Entry) -> list[SchemeRow]:
         """The float model as it is, in FP16, and in the recipe's type for what is not quantized if that is another."""
         plan = placement.plan(self.prepared, Settings())
-        table = self.tables.of(plan, self._tell("FP16")) if plan.activations else None
+        table = self.tables.of(plan, self._tell("FP16"))
         rows = []
         for kind in dict.fromkeys(("fp32", "fp16", float_type_of(plan, entry.recipe.unquantized_type))):
             path, bits = folder / f"{kind}.onnx", f"W{FLOAT_BITS[kind]}A{FLOAT_BITS[kind]}"

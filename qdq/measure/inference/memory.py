@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import NodeProto
 
 from qdq.core.resources import cores, default_bytes
 from qdq.measure.inference.samples import Sample
@@ -51,18 +52,18 @@ def passes(
     """
     budget = default_bytes() if memory is None else memory
     sizes = tensor_bytes(model, sample)
-    whole = peak(model, sizes, names)
+    whole = peak(model, sizes, names, model.graph.node)
     most = threads or cores()
     if whole <= budget:
         return Passes(groups=(tuple(names),), threads=max(1, min(most, budget // max(whole, 1))), bytes_each=whole)
     groups: list[list[str]] = []
     largest = 0
     for name in names:
-        if groups and (found := peak(model, sizes, [*groups[-1], name])) <= budget:
+        if groups and (found := peak(model, sizes, [*groups[-1], name], _run(model, groups, name))) <= budget:
             groups[-1].append(name)
         else:
             groups.append([name])
-            found = peak(model, sizes, [name])
+            found = peak(model, sizes, [name], _run(model, groups, name))
         largest = max(largest, found)
     return Passes(groups=tuple(map(tuple, groups)), threads=1, bytes_each=largest)
 
@@ -83,13 +84,17 @@ def tensor_bytes(model: Model, sample: Sample) -> dict[str, int]:
     return sizes
 
 
-def peak(model: Model, sizes: Mapping[str, int], kept: Sequence[str]) -> int:
+def _run(model: Model, groups: Sequence[Sequence[str]], name: str) -> Sequence[NodeProto]:
+    """The nodes that the last of some passes runs with one more tensor: the first runs all, to see every magnitude."""
+    return model.graph.node if len(groups) == 1 else needed(model.graph.node, [*groups[-1], name])
+
+
+def peak(model: Model, sizes: Mapping[str, int], kept: Sequence[str], nodes: Sequence[NodeProto]) -> int:
     """Bytes of the activations alive at once, at most: each from its node to its last reader, `kept` ones to the end.
 
-    Nodes that no kept tensor needs are not run.
+    `nodes` are those that are run.
     """
     last: dict[str, int] = {}
-    nodes = needed(model.graph.node, kept)
     for index, node in enumerate(nodes):
         last.update(dict.fromkeys(reads(node), index))
     ending: dict[int, list[str]] = {}

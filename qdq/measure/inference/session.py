@@ -57,6 +57,7 @@ class Session:
         provider: str = "cpu",
         custom_ops: Sequence[str] = (),
         threads: int = 0,
+        in_order: bool = False,
     ) -> None:
         """Create the session.
 
@@ -66,6 +67,8 @@ class Session:
             provider: "cpu" or "cuda".
             custom_ops: paths of ONNX Runtime custom operator libraries, besides those of `registered`.
             threads: inside one operator; 0 lets ONNX Runtime choose.
+            in_order: run each node as early as the order of the nodes has it. ONNX Runtime would run what makes outputs
+                of the graph as late as it can, and keep all that these read until then.
 
         Raises:
             MissingRuntimeError: onnxruntime or the provider is missing.
@@ -97,6 +100,8 @@ class Session:
 
         def start(proto: bytes, weights: Mapping[str, npt.NDArray[Any]], folder: Path) -> tuple[Any, object]:
             options = self._options(libraries, threads)
+            if in_order:
+                options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
             given = give_weights(options, weights, folder)
             if fp4:
                 proto = runnable(ModelProto.FromString(proto), folder).SerializeToString()

@@ -133,6 +133,12 @@ def test_int8_is_kept_nowhere_if_it_pays_nowhere() -> None:
     assert "INT8 does not pay anywhere" in found.summary
 
 
+def test_a_variant_that_does_not_compile_is_not_said_to_be_slow() -> None:
+    found = tune(builder(chain()), Each(lambda model: Price(us=math.inf if _dequantized(model) else 30.0)))
+    assert not found.plan.points and "INT8 wherever it is possible does not compile" in found.summary
+    assert all("does not compile with INT8" in skip.reason for skip in found.plan.skips if skip.rule == "tuned")
+
+
 def test_the_rest_has_the_type_that_is_faster(tmp_path: Path) -> None:
     def judge(model: Model) -> Price:
         half = any(t.data_type == TensorProto.FLOAT16 for t in model.graph.initializer)
@@ -289,6 +295,26 @@ class Contrary(Pricer):
 
     def many(self, models: Sequence[Model]) -> list[Price]:
         return [Price(us=100.0 - _dequantized(model)) for model in models]
+
+
+class Refusing(Pricer):
+    """The compiler refuses whatever is quantized."""
+
+    def many(self, models: Sequence[Model]) -> list[Price]:
+        if any(map(_dequantized, models)):
+            self.failure = BuildError("node conv_0: no kernel.")
+        return [Price(us=math.inf if _dequantized(model) else 100.0) for model in models]
+
+
+def test_the_words_of_a_compiler_that_refuses_are_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
+    save(chain(blocks=2), tmp_path / "net.onnx")
+    monkeypatch.setattr(deploy, "Pricer", Refusing)
+    made = deploy.deploy(tmp_path / "net.onnx", samples(chain(blocks=2), 3), tmp_path / "out", recipe=Recipe())
+    said = [note for note in made.report.notes if "do not compile" in note]
+    assert len(said) == 1 and said[0].endswith("node conv_0: no kernel.")
 
 
 def _dequantized(model: Model) -> int:
