@@ -155,7 +155,11 @@ def test_labels_are_an_array_of_the_samples(folder: Path) -> None:
     assert found["FP32"]["value"] == right / count < 0.5  # random labels
     alone = report(*args, "--data", "both")
     assert alone["samples"] == 3 and alone["evaluated_on"] == "calibration samples"
-    assert alone["rows"][0]["value"] == rows(*args, "--data", "both", "--eval", "both")["FP32"]["value"]
+    refused = run(*args, "--data", "both", "--eval", "both")
+    assert refused.exit_code == 2 and "3 of the 3 samples of --eval are among those of --data" in refused.stderr
+    same = report(*args, "--data", "both", "--eval", "both", "--allow-overlap")
+    assert same["overlap"] == 3 and any("which was allowed" in note for note in same["notes"])
+    assert alone["rows"][0]["value"] == same["rows"][0]["value"] and alone["overlap"] == 0
     stacked = {k: np.stack([np.load(p)[k] for p in sorted(Path("both").iterdir())]) for k in ("image", "truth")}
     np.savez("both.npz", **stacked)
     assert rows(*args, "--data", "both.npz") == {row["scheme"]: row for row in alone["rows"]}
