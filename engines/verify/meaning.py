@@ -7,12 +7,13 @@ graph + one sample's shapes and outputs -> the operator that ends the graph, beh
 |---|---|
 | Softmax, LogSoftmax (feeding no product: that is attention); values of [0, 1] that sum to 1 along one axis | classes |
 | Gemm or MatMul with weights, Conv at one position or averaged: 2 scores or more, not as many as it reads | classes |
+| the same of rank 3, where integers go in at its positions (tokens) | classes |
 | ConvTranspose or Conv: 2 to 256 channels, not those of an image that goes in, at its positions | spatial classes |
 | Sigmoid, HardSigmoid behind a convolution: channels as above, or one | masks, one per channel |
-| ArgMax, ArgMin; integers behind no arithmetic, booleans, texts | labels, which are equal or not |
+| ArgMax, ArgMin, a comparison; integers behind no arithmetic, booleans, texts | labels, which are equal or not |
 | anything else: boxes, images, features, energies | numbers |
 
-Classes at positions of an image or volume (rank 4 and more) are a segmentation. Boxes of four numbers are no classes.
+Classes at positions of an image or volume (rank 4 and more) are a segmentation.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from engines.core.nodes import attribute, ints
-from engines.core.operators import ARITHMETIC, MOVERS, SOFTMAXES, family
+from engines.core.operators import ARITHMETIC, COMPARISONS, MOVERS, SOFTMAXES, family
 
 Task = Literal["classification", "segmentation", "regression", "labels"]
 TASKS = ("auto", *get_args(Task)[:3])
 MOST_CLASSES = 256  # of a segmentation: more channels than this are features, not classes
 _PASSED = MOVERS - {"Expand", "Slice", "Tile"} | family("Cast Dropout Resize Upsample")
 _SIGMOIDS = family("HardSigmoid Sigmoid")
-_LABELLERS = family("ArgMax ArgMin NonMaxSuppression NonZero TopK Unique")
+_DECIDERS = family("And ArgMax ArgMin Not Or Xor") | COMPARISONS
+_LABELLERS = _DECIDERS | family("NonMaxSuppression NonZero TopK Unique")
+_INTEGERS = (TensorProto.INT32, TensorProto.INT64)
 _FAR = 64  # operators between an output and what decides: more are no head
 
 
@@ -81,6 +84,9 @@ def meanings(
 def _meaning(
     graph: _Graph | None, name: str, array: np.ndarray, seen: FirstSample, task: str, class_axis: int | None
 ) -> Meaning:
+    end = graph.end(name) if graph else None
+    if end is not None and end.op_type in _DECIDERS:
+        return Meaning(task="labels", why=f"{end.op_type} ends the graph")
     if array.dtype.kind not in "fV":
         return _whole(graph, name, array)
     found = _evidence(graph, name, array, seen) or Meaning(task="regression", why="nothing in the graph names classes")
@@ -169,6 +175,7 @@ class _Graph:
         for node in model.graph.node:
             for name in node.input:
                 self._readers.setdefault(name, []).append(node)
+        self._tokens = {v.name for v in model.graph.input if v.type.tensor_type.elem_type in _INTEGERS}
         self._opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1)
         self._shapes: dict[str, tuple[int, ...]] = {**_inferred(model, seen), **self._stored}
         self._shapes |= {name: array.shape for name, array in seen.outputs.items()}
@@ -267,8 +274,10 @@ class _Graph:
         turned = end.op_type == "Gemm" and attribute(end, "transB", 0)
         reads, gives = weight[::-1] if turned else weight
         where = self._forward(len(made) - 1, end.output[0], before)
-        boxes = gives == 4 and len(shape) > 2
-        if where is None or len(shape) not in (2, 3) or not 2 <= gives != reads or shape[where] != gives or boxes:
+        tokens = any(given == tuple(shape[:2]) for name, given in self._seen.inputs.items() if name in self._tokens)
+        if where is None or not (len(shape) == 2 or (len(shape) == 3 and tokens)):
+            return None
+        if not 2 <= gives != reads or shape[where] != gives:
             return None
         return _classes(shape, where, f"{end.op_type} to {gives} scores ends the graph")
 
@@ -284,7 +293,7 @@ class _Graph:
             if weight is None or len(weight) < 2 or weight[1] == made[1]:
                 return None
             return _classes(shape, where, f"{conv.op_type} to {made[1]} scores ends the graph")
-        if not self._at_positions(shape, where) or made[1] > MOST_CLASSES:
+        if not (self._at_positions(shape, where) or self._at_positions(made, 1)) or made[1] > MOST_CLASSES:
             return None
         return _classes(shape, where, f"{conv.op_type} to {made[1]} channels at the input's positions ends the graph")
 

@@ -200,7 +200,7 @@ class Report(Document, frozen=True, kw_only=True):
             said = []
             for value, what in ((o.sqnr_db, "SQNR is"), (o.sqnr_spread_db, "against its spread over samples SQNR is")):
                 if value is not None and not o.identical and not value >= self.alarms.warn_sqnr_db:
-                    said.append(f"{what} {value:.1f} dB, below {self.alarms.warn_sqnr_db:g}")
+                    said.append(_below(what, value, self.alarms.warn_sqnr_db))
             if o.top1 is not None and not o.top1 >= self.alarms.warn_top1:
                 what = "labels are equal" if o.task == "labels" else "the argmax agrees"
                 said.append(f"{what} in {o.top1:.2%}, below {self.alarms.warn_top1:.4g}")
@@ -216,6 +216,13 @@ class Report(Document, frozen=True, kw_only=True):
     def save(self, path: Path | str) -> None:
         """Writes the JSON; complete or absent."""
         write_atomic(path, self.to_json())
+
+
+def _below(what: str, value: float, least: float) -> str:
+    """A ratio that is too low, in words where it is no number."""
+    if math.isnan(value):
+        return "values are not finite"
+    return f"{what} {value:.1f} dB, below {least:g}" if math.isfinite(value) else "it should be 0 and is not"
 
 
 def worst_of(outputs: Sequence[OutputReport]) -> OutputReport:

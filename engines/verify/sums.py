@@ -199,7 +199,12 @@ class _Classes:
 
     def _labels(self, r: np.ndarray, c: np.ndarray) -> None:
         """The overlap of labels at positions, of integers that can be classes."""
-        if r.ndim < 3 or r.dtype.kind not in "iub" or not r.size:
+        if (
+            r.ndim < 3
+            or r.dtype.kind not in "iubf"
+            or not r.size
+            or not (np.isfinite(r).all() and np.isfinite(c).all())
+        ):
             return
         low, high = min(int(r.min()), int(c.min())), max(int(r.max()), int(c.max()))
         if low < 0 or high >= MOST_CLASSES:

@@ -157,13 +157,15 @@ def _decibels(output: OutputReport) -> str:
         return "identical, and constant" if output.constant else "identical"
     if output.sqnr_db is None:
         return "" if output.top1 is None else f"{output.top1:.2%} are equal"
-    return f"{output.sqnr_db:.1f} dB"
+    if math.isnan(output.sqnr_db):
+        return f"{output.non_finite} values are not finite"
+    return "no signal: it should be 0" if output.sqnr_db == -math.inf else f"{output.sqnr_db:.1f} dB"
 
 
 def _figures(output: OutputReport) -> str:
     """What a row says of an output."""
     said = [_decibels(output)]
-    if output.sqnr_db is not None and not output.identical and output.elements:
+    if output.sqnr_db is not None and not (output.identical or math.isnan(output.sqnr_db)) and output.elements:
         if output.constant:
             said[0] += " (the output is constant)"
         else:

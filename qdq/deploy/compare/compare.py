@@ -168,6 +168,7 @@ def compare_schemes(
         gpus=tuple(gpu.name for gpu in gpus),
         shapes={name: shape.opt for name, shape in bench.shapes.items()},
         rows=tuple(rows),
+        outputs=len(prepared.outputs),
         overlap=seen,
         notes=tuple(notes),
     )

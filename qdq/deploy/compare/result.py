@@ -59,7 +59,12 @@ class SchemeRow(Part, frozen=True, kw_only=True):
 
 
 class Comparison(Document, frozen=True, kw_only=True):
-    """All rows, and what they are of; `overlap` counts evaluation samples that are calibration samples too."""
+    """All rows, and what they are of.
+
+    Attributes:
+        outputs: of the model, in number.
+        overlap: evaluation samples that are calibration samples too.
+    """
 
     FORMAT: ClassVar[str] = "qdq.compare/3"
     MAKE: ClassVar[str] = "qdq compare"
@@ -74,6 +79,7 @@ class Comparison(Document, frozen=True, kw_only=True):
     gpus: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
     rows: tuple[SchemeRow, ...]
+    outputs: int
     overlap: int = 0
     notes: tuple[str, ...] = ()
 
@@ -87,20 +93,26 @@ class Comparison(Document, frozen=True, kw_only=True):
         gpu = f" on {', '.join(self.gpus)}" if self.gpus else ""
         head = (
             *("scheme", "precision", "weights per", "data per", "nodes", "model", "engine weights"),
-            *("multiply-adds in", "SQNR dB, worst output", self.task.title, f"predicted us{gpu}"),
+            *(
+                "multiply-adds in",
+                f"SQNR dB{', worst output' if self.outputs > 1 else ''}",
+                self.task.title,
+                f"predicted us{gpu}",
+            ),
         )
-        return [head, *map(_cells, self.rows)]
+        return [head, *(_cells(row, several=self.outputs > 1) for row in self.rows)]
 
 
-def _cells(row: SchemeRow) -> tuple[str, ...]:
+def _cells(row: SchemeRow, *, several: bool) -> tuple[str, ...]:
     """One line of the table."""
+    of = f" {row.worst_output}" if several else ""
     return (
         *(row.scheme, row.precision, row.weights_per, row.data_per),
         "" if row.quantized_nodes is None else str(row.quantized_nodes),
         "" if row.model_bytes is None else size(row.model_bytes),
         "" if row.weight_bytes is None else size(row.weight_bytes),
         ", ".join(f"{kind} {share:.0%}" for kind, share in (row.shares or {}).items() if share >= 0.005),
-        "" if row.sqnr_db is None else "identical" if row.sqnr_db == math.inf else f"{row.sqnr_db:.1f}",
+        "identical" if row.sqnr_db == math.inf else "" if row.sqnr_db is None else f"{row.sqnr_db:.1f}{of}",
         "" if row.value is None else f"{row.value:.4f}" if abs(row.value) < 1e4 else f"{row.value:.3g}",
         _short(row.problem) if row.problem else "" if row.predicted_us is None else f"{row.predicted_us:.1f}",
     )

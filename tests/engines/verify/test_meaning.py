@@ -80,7 +80,8 @@ def heads() -> dict[str, tuple[Callable[[], Net], str, int | None, bool | None]]
         "softmax": (lambda: Net((2, 8)).matmul(8, 3).then("Softmax", axis=-1), cls, 1, False),
         "scores of a product": (lambda: Net((2, 8)).matmul(8, 3), cls, 1, False),
         "scaled scores": (lambda: _halved(Net((2, 8)).matmul(8, 3)), cls, 1, False),
-        "tokens": (lambda: Net((1, 6, 8)).matmul(8, 11), cls, 2, False),
+        "frames": (lambda: Net((1, 6, 8)).matmul(8, 11), num, None, None),
+        "logits in rows": (lambda: _reshaped(segmenter(last=True), [1, 42, 5]), cls, 2, False),
         "scores of a pool": (
             lambda: Net((1, 3, 8, 8)).conv(3, 10).then("GlobalAveragePool").then("Flatten"),
             cls,
@@ -219,9 +220,9 @@ def test_integers_are_numbers_where_they_are_made_of_numbers(kind: str, dtype: t
     assert meanings(model, FirstSample(inputs={"x": net.shape}, outputs=outputs))[net.last].task == task
 
 
-def row(net: Net, noise: float, **options: object) -> OutputReport:
+def row(net: Net, noise: float, *, kind: int = TensorProto.FLOAT, **options: object) -> OutputReport:
     """The output of a net against that of a net with other weights: all stored floats are scaled by 1 + noise."""
-    model, other = net.model(), net.model()
+    model, other = net.model(kind=kind), net.model(kind=kind)
     rng = np.random.default_rng(3)
     for tensor in other.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT:
@@ -246,3 +247,21 @@ def test_classes_of_channels_last_are_no_image_rows() -> None:
 def test_outputs_of_numbers_have_no_dice_and_no_argmax(name: str) -> None:
     found = row(heads()[name][0](), 0.05)
     assert found.dice == {} and found.top1 is None and found.sqnr_db is not None and found.class_axis is None
+
+
+@pytest.mark.parametrize(("made", "task", "axis"), [(11, "classification", 2), (8, "regression", None)])
+def test_scores_of_tokens_are_classes_and_features_of_tokens_are_not(made: int, task: str, axis: int | None) -> None:
+    net = Net((1, 6))
+    net.last = net.add("Gather", [net.stored(9, 8), "x"], name="embed")
+    model = net.then("Relu").matmul(8, made).model()
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.INT64
+    (outputs,) = ort.run(model, [{"x": np.arange(6)[None]}])
+    found = meanings(model, FirstSample(inputs={"x": (1, 6)}, outputs=outputs))[net.last]
+    assert (found.task, found.axis) == (task, axis)
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT64])
+def test_classes_that_the_graph_chose_are_labels_in_every_type(kind: int) -> None:
+    found = row(segmenter().then("ArgMax", axis=1).then("Cast", to=kind), 0.1, kind=kind)
+    assert found.task == "labels" and found.sqnr_db is None and set(found.dice) <= set(range(5)) and found.dice
+    assert found.top1 is not None and 0.5 < found.top1 < 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -208,6 +209,10 @@ def test_rows_say_identical_constant_and_empty_in_place_of_infinity() -> None:
         output([np.zeros((1, 0))], [np.zeros((1, 0))], name="none"),
         output([np.asarray([["a", "b"]])], [np.asarray([["a", "c"]])], task="labels", name="text"),
     )
+    zero = Report(outputs=(output([[0.0, 0.0]], [[0.0, 1.0]]),), samples=1)
+    assert check_rows(zero)[0].value.startswith("no signal: it should be 0") and "should be 0" in zero.poor[0]
+    broken = Report(outputs=(output([[1.0, 2.0]], [[1.0, math.nan]]),), samples=1)
+    assert check_rows(broken)[0].value == "1 values are not finite" and "not finite" in broken.poor[0]
     report = Report(outputs=outputs, samples=2)
     rows = {row.what: row.value for row in check_rows(report)}
     assert rows["SQNR of same against the float model"] == "identical"
