@@ -174,8 +174,9 @@ def score(
             first = FirstSample(inputs={k: np.shape(v) for k, v in inputs.items()}, outputs={of: expected[of]})
             graph = load_graph(reference.path)
             meant = meanings(graph, first, task="classification", class_axis=task.class_axis)[of]
-            if meant.axis is not None:
-                counting, classes = metric(task.metric, axis=meant.axis), f"{of}: {meant.why}"
+            axis = task.class_axis if meant.axis is None else meant.axis  # one that does not fit, the metric refuses
+            if axis is not None:
+                counting, classes = metric(task.metric, axis=axis), f"{of}: {meant.why}"
         labels = next_tokens(sample[tokens]) if tokens else sample[task.array] if task.array else None
         counting.add(found[of], expected[of], labels)
         if on_progress:
