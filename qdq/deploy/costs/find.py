@@ -84,6 +84,7 @@ class _Found:
     tried: int
     tensors: int
     untold: int
+    shifted: bool
 
 
 def _measured(
@@ -119,7 +120,13 @@ def _measured(
             break
     else:
         return _Found(
-            all_db=decibels(signal, whole), none_db=math.nan, costly=(), tried=0, tensors=0, untold=made.untold
+            all_db=decibels(signal, whole),
+            none_db=math.nan,
+            costly=(),
+            tried=0,
+            tensors=0,
+            untold=made.untold,
+            shifted=_shifts(quantized),
         )
     ratios = [_ratio(first[n], first[s]) for n, s in zip(made.noises, made.signals, strict=True)]
     session, known = Session(model, [output]), float_model.names()
@@ -143,7 +150,14 @@ def _measured(
         tried=tried,
         tensors=len(ratios),
         untold=made.untold,
+        shifted=_shifts(quantized),
     )
+
+
+def _shifts(quantized: Model) -> bool:
+    """Whether data are shifted by a constant in front of a quantizer."""
+    makers = (quantized.producer(node.input[0]) for node in quantized.graph.node if node.op_type == "QuantizeLinear")
+    return any(m is not None and m.op_type == "Sub" and quantized.is_constant(m.input[1]) for m in makers)
 
 
 def _named(tensor: str, quantized: Model, known: Collection[str]) -> str:
@@ -173,10 +187,11 @@ def _advice(
     if found.untold:
         said.append(f"{found.untold} quantized weights could not be told apart from the float model's.")
     if not found.none_db > found.all_db + 3:
+        shift = (", in data shifted by a constant", ", --no-shift") if found.shifted else ("", "")
         also = ", in those weights" if found.untold else ""
         said.append(
-            f"So more is lost elsewhere: in what is not quantized{also}, or in biases that were corrected for "
-            "quantized weights. Try --unquantized-type fp32, and --bias-correction off."
+            f"So more is lost elsewhere: in what is not quantized{shift[0]}{also}, or in biases corrected for "
+            f"quantized weights. Try --unquantized-type fp32{shift[1]} and --bias-correction off, one by one."
         )
     known = {node.name for node in float_model.graph.node}
     nodes = [n for row in found.costly for n in row.nodes if n in known]

@@ -29,8 +29,9 @@ from qdq.model.nodes import FP4_QUANTIZE, WEIGHTED, Names, attribute, factor, in
 # three to ten times what rounding to 8 and to 4 bits leaves.
 NEAR = {8: 0.01, 4: 0.1}
 TURNS = 3  # of the fit of factors: inputs, then outputs
+ALIKE = 0.8  # squared cosine of a channel and its codes, below which no factor is taken from them
 _FOUR_BITS = {f.onnx_type for f in FORMATS.values() if f.bits == 4}
-_CODES = re.compile(r"(.+)_quantized(?:_\d+)?")
+_CODES = re.compile(r"(.+?)_quantized(?:_\w+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -98,7 +99,8 @@ def _last(node: NodeProto, quantized: Model) -> str:
 def _fitted(values: np.ndarray, rounded: np.ndarray, node: NodeProto) -> np.ndarray:
     """A weight, padded with zeros to the other's shape, with each input and output channel times a factor.
 
-    The factors bring it nearest to the other: least squares for the inputs, then the outputs, in turn.
+    The factors bring it nearest to the other: least squares for the inputs, then the outputs, in turn. A channel that
+    rounding has left unlike itself keeps its values.
     """
     values = np.pad(values, [(0, there - here) for here, there in zip(values.shape, rounded.shape, strict=True)])
     groups = attribute(node, "group", 1) if node.op_type == "Conv" else 1
@@ -108,8 +110,9 @@ def _fitted(values: np.ndarray, rounded: np.ndarray, node: NodeProto) -> np.ndar
     shape = (w.shape[0], groups, w.shape[1] // groups, -1)
     w, q = w.reshape(shape), q.reshape(shape)
     for axes in ((2, 3), (0, 3)) * TURNS:
-        energy = (w * w).sum(axes, keepdims=True)
-        w = w * ((w * q).sum(axes, keepdims=True) / np.where(energy == 0, 1, energy))
+        of_w, of_q, both = ((a * b).sum(axes, keepdims=True) for a, b in ((w, w), (q, q), (w, q)))
+        alike = both * both > ALIKE * of_w * of_q
+        w = w * np.where(alike, both / np.where(alike, of_w, 1), 1)
     return np.moveaxis(w.reshape(whole), 0, axis)
 
 

@@ -223,3 +223,20 @@ def test_rows_say_identical_constant_and_empty_in_place_of_infinity() -> None:
     assert "inf" not in " ".join(rows.values()) and "nan" not in " ".join(rows.values())
     assert headline(report) == f"{report.sqnr_db:.1f} dB in the worst output, still"
     assert [line for line in warning_lines(report) if "text" in line and "labels are equal in 50.00%" in line]
+
+
+def test_a_weight_whose_large_rows_nothing_reads_is_named(folder: Path) -> None:
+    """Rows of 1000 decide the scales of a weight; the data they meet are zero, and the other rows become zeros."""
+    rng = np.random.default_rng(0)
+    values, mask = rng.normal(size=(32, 16)), np.ones(32)
+    values[8:], mask[8:] = 1000, 0
+    nodes = [
+        helper.make_node("Mul", ["x", "mask"], ["seen"], name="/mask/Mul"),
+        helper.make_node("MatMul", ["seen", "w"], ["y"], name="/rows/MatMul"),
+    ]
+    stored = [constant(name, array.astype(np.float32)) for name, array in (("mask", mask), ("w", values))]
+    onnx.save(assemble(nodes, {"x": ("n", 32)}, {"y": ("n", 16)}, stored), "rows.onnx")
+    args = ("quantize", "rows.onnx", "--data", "rows", "--scheme", "int8-weight", "--rounding", "nearest")
+    assert qdq(*args, "--equalize", "none", "-o", "q.onnx").exit_code == 0
+    done = qdq("check", "rows.onnx", "q.onnx", "--data", "other")
+    assert "w (weight of /rows/MatMul) leaves" in done.stderr and "--exclude /rows/MatMul" in done.stderr
