@@ -61,29 +61,43 @@ class Sums:
             self.equal += int(np.count_nonzero(reference == candidate))
             self._classes.add(reference, candidate)
             return
-        r, c = reference.astype(np.float64), candidate.astype(np.float64)
-        self.non_finite += int(np.count_nonzero(~(np.isfinite(r) & np.isfinite(c))))
-        with np.errstate(invalid="ignore", over="ignore"):
+        if reference.dtype.kind == "V":  # bfloat16 and the like, which NumPy cannot rank
+            reference, candidate = reference.astype(np.float32), candidate.astype(np.float32)
+        self._classes.add(reference, candidate)
+        if reference.size:
+            with np.errstate(invalid="ignore", over="ignore"):
+                self._add(reference, candidate, items)
+        else:
+            self._cosines += 1.0
+
+    def _add(self, reference: np.ndarray, candidate: np.ndarray, items: int | None) -> None:
+        """The sums of a sample that is not empty, block by block: float64 copies of it all would take much memory."""
+        if math.isnan(self._origin):
+            first = float(reference.mean(dtype=np.float64))
+            self._origin = first if math.isfinite(first) else 0.0
+        rows, others = (a.reshape(items or 1, -1) for a in (reference, candidate))
+        self._spread.begin(reference.shape if items is None else reference.shape[1:], rows)
+        signal = power = product = 0.0
+        step = max(1, BLOCK // len(rows))
+        for start in range(0, rows.shape[1], step):
+            part = slice(start, start + step)
+            self._spread.add(rows[:, part].astype(np.float64), part)
+            r, c = (a[:, part].astype(np.float64).ravel() for a in (rows, others))
             difference = np.abs(r - c)
-            signal, power, product = float((r * r).sum()), float((c * c).sum()), float((r * c).sum())
+            self.non_finite += int(np.count_nonzero(~(np.isfinite(r) & np.isfinite(c))))
+            self.equal += int(np.count_nonzero(difference == 0))
             self.noise += float((difference * difference).sum())
-            self._center(r, c)
-            self._spread.add(r, items)
-        self.equal += int(np.count_nonzero(difference == 0))
+            self._error += float(difference.sum())
+            self._largest = float(np.maximum(self._largest, difference.max()))  # NaN stays NaN
+            signal, power, product = (
+                signal + float((r * r).sum()),
+                power + float((c * c).sum()),
+                product + float((r * c).sum()),
+            )
+            x, y = r - self._origin, c - self._origin
+            self._centred += [x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()]
         self.signal, self._power, self._product = self.signal + signal, self._power + power, self._product + product
         self._cosines += _cosine(product, signal, power) if math.isfinite(signal + power + product) else math.nan
-        self._error += float(difference.sum())
-        if r.size:
-            self._largest = float(np.maximum(self._largest, difference.max()))  # NaN stays NaN
-        self._classes.add(r, c)
-
-    def _center(self, r: np.ndarray, c: np.ndarray) -> None:
-        if not r.size:
-            return
-        if math.isnan(self._origin):
-            self._origin = float(r.mean()) if np.isfinite(r).all() else 0.0
-        x, y = r - self._origin, c - self._origin
-        self._centred += [x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()]
 
     def report(self, name: str) -> OutputReport:
         """The metrics of everything added."""
@@ -124,31 +138,33 @@ class Sums:
         )
 
 
+BLOCK = 1 << 18  # elements at a time: their float64 copies stay in a processor's cache
 _LEAST = 1e-28  # of the energy: what float64 leaves of a difference of equal numbers, squared
 
 
 class _Spread:
-    """The variance across samples at each position, of float64 arrays of one shape; memory of two of them."""
+    """The variance across samples at each position, of arrays of one shape; memory of two of them in float64."""
 
     def __init__(self) -> None:
-        self._origin: np.ndarray | None = None
-        self._sum = np.zeros(0)
+        self._shape: tuple[int, ...] | None = None
+        self._origin, self._sum = np.zeros(0), np.zeros(0)
         self._squares, self._count, self._fits = 0.0, 0, True
 
-    def add(self, values: np.ndarray, items: int | None) -> None:
-        """Adds a sample, or each of the `items` of its leading axis; of another shape it ends the sums."""
-        rows = values if items is not None else values[None]
-        if not self._fits or not values.size:
-            return
-        if self._origin is None:
-            self._origin, self._sum = rows[0].copy(), np.zeros(rows.shape[1:])
-        if rows.shape[1:] != self._origin.shape:
-            self._fits, self._origin, self._sum = False, None, np.zeros(0)
-            return
-        away = rows - self._origin
-        self._sum += away.sum(0)
-        self._squares += float((away * away).sum())
+    def begin(self, shape: tuple[int, ...], rows: np.ndarray) -> None:
+        """The next sample has these rows, each of that shape; another shape ends the sums."""
+        if self._shape is None:
+            self._shape, self._origin, self._sum = shape, rows[0].astype(np.float64), np.zeros(rows.shape[1])
+        self._fits = self._fits and shape == self._shape
+        if not self._fits:
+            self._origin, self._sum = np.zeros(0), np.zeros(0)
         self._count += len(rows)
+
+    def add(self, block: np.ndarray, part: slice) -> None:
+        """Adds float64 values of some positions of each row; takes their place."""
+        if self._fits:
+            block -= self._origin[part]
+            self._sum[part] += block.sum(0)
+            self._squares += float((block * block).sum())
 
     @property
     def value(self) -> float | None:
@@ -184,7 +200,7 @@ class _Classes:
         segments = meaning.task == "segmentation"
         if segments and meaning.masks is not False:
             self._low, self._high = min(self._low, float(r.min())), max(self._high, float(r.max()))
-            self._off_one = max(self._off_one, float(np.abs(r.sum(axis) - 1).max()))
+            self._off_one = max(self._off_one, float(np.abs(r.sum(axis, dtype=np.float64) - 1).max()))
             others = tuple(i for i in range(r.ndim) if i != axis)
             for threshold in (0.0, 0.5):
                 on_r, on_c = r > threshold, c > threshold

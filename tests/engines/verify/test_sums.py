@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from places import SHARED
 
+from engines.verify import sums as sums_module
 from engines.verify.meaning import Meaning
 from engines.verify.report import Alarms, Limits, OutputReport, Report
 from engines.verify.sums import Sums, decibels
@@ -93,6 +94,25 @@ def test_order_and_offset_change_rounding_only(offset: float) -> None:
     for name, value in exact.items():
         # float64 sums of 576 values in other orders; an offset of 3e8 leaves 8 digits of a difference, squared twice
         assert getattr(one, name) == pytest.approx(value, rel=1e-7) == pytest.approx(getattr(other, name), rel=1e-7)
+
+
+@pytest.mark.parametrize("items", [None, 4])
+def test_blocks_do_not_show(items: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    pairs = [(r, r + rng.normal(size=r.shape) / 10) for r in rng.normal(size=(3, 4, 3, 5, 7)) + 2]
+
+    def found(block: int) -> OutputReport:
+        monkeypatch.setattr(sums_module, "BLOCK", block)
+        sums = Sums(SEGMENTS)
+        for r, c in pairs:
+            sums.add(r.astype(np.float32), c.astype(np.float32), items)
+        return sums.report("y")
+
+    one, many = found(1 << 18), found(10)
+    for name in OutputReport.__struct_fields__:
+        value = getattr(one, name)
+        # float64 sums of 1260 values in another order
+        assert getattr(many, name) == (pytest.approx(value, rel=1e-12) if isinstance(value, float) else value), name
 
 
 def test_top1_is_along_the_axis_of_the_classes() -> None:
