@@ -25,14 +25,17 @@ from engines.verify.report import OutputReport
 
 
 def decibels(signal: float, noise: float) -> float:
-    """10 log10(signal / noise); inf without noise, -inf without signal.
+    """10 log10(signal / noise); inf without noise, -inf without signal or with infinite noise; NaN stays NaN.
 
     >>> decibels(100.0, 1.0)
     20.0
     """
+    if math.isnan(signal) or math.isnan(noise):
+        return math.nan
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    ratio = signal / noise  # NaN where both are infinite
+    return 10 * math.log10(ratio) if not ratio <= 0 else -math.inf
 
 
 class Sums:
@@ -105,9 +108,9 @@ class Sums:
         top1, dice = self._classes.agreement()
         numeric = self.elements > 0 and not labels
         varies = self._spread.value if numeric else None
-        x, y, xx, yy, xy = self._centred
+        x, y, xx, yy, xy = map(float, self._centred)
         count = max(self.elements, 1)
-        around = [max(float(v), 0.0) for v in (xx - x * x / count, yy - y * y / count)]
+        around = [max(v, 0.0) for v in (xx - x * x / count, yy - y * y / count)]
         if math.isnan(xx + yy):
             around = [math.nan, math.nan]
         flat = numeric and around[0] <= _LEAST * self.signal  # every element has one value
@@ -124,10 +127,10 @@ class Sums:
             constant=bool(flat or varies == 0),
             sqnr_db=decibels(self.signal, self.noise) if numeric else None,
             sqnr_centred_db=decibels(around[0], self.noise) if compared else None,
-            sqnr_spread_db=decibels(varies**2, rms**2) if varies and math.isfinite(varies) else None,
+            sqnr_spread_db=decibels(varies * varies, rms * rms) if varies and math.isfinite(varies) else None,
             spread=varies,
             cosine=_cosine(self._product, self.signal, self._power) if numeric else None,
-            cosine_centred=_cosine(float(xy - x * y / count), *around) if compared else None,
+            cosine_centred=_cosine(xy - x * y / count, *around) if compared else None,
             mean_sample_cosine=self._cosines / max(self.samples, 1) if numeric else None,
             rms_error=rms if numeric else None,
             max_abs_error=self._largest if numeric else None,
@@ -171,7 +174,8 @@ class _Spread:
         """The standard deviation; None for one sample, or where shapes differ."""
         if not self._fits or self._count < 2:
             return None
-        left = self._squares - float((self._sum * self._sum).sum()) / self._count
+        with np.errstate(over="ignore", invalid="ignore"):
+            left = self._squares - float((self._sum * self._sum).sum()) / self._count
         if left <= _LEAST * self._squares:
             return 0.0
         return math.sqrt(left / (self._count - 1) / self._sum.size)

@@ -33,6 +33,7 @@ TIME_LIMIT_S = 20.0
 SHOWN = 5
 SHARE = 0.02  # of the noise with everything quantized: less is not worth a name
 FEW_SAMPLES = 32
+ROLES = frozenset(("data", "weight"))
 NOTHING = "Nothing in the model is quantized, so its float type costs what is lost. Try --unquantized-type fp32."
 
 
@@ -62,7 +63,7 @@ def with_costs(
     if is_large(quantized.graph.initializer):
         return replace(report, advice=("What costs most was not looked for: the model is large.",))
     if worst.task == "labels":
-        return replace(report, advice=_general(settings, calibrated_on))
+        return replace(report, advice=_general(quantized, settings, calibrated_on))
     try:
         found = _measured(worst.name, float_model, quantized, next(iter(samples)), on_progress)
     except InputError as error:
@@ -70,7 +71,9 @@ def with_costs(
     if found is None:
         return replace(report, advice=(NOTHING,))
     return replace(
-        report, costly=found.costly, advice=tuple(_advice(found, worst, float_model, settings, calibrated_on))
+        report,
+        costly=found.costly,
+        advice=tuple(_advice(found, worst, float_model, quantized, settings, calibrated_on)),
     )
 
 
@@ -173,7 +176,12 @@ def _ratio(error: np.ndarray, signal: np.ndarray) -> float:
 
 
 def _advice(
-    found: _Found, worst: OutputReport, float_model: Model, settings: Settings | None, calibrated_on: int | None
+    found: _Found,
+    worst: OutputReport,
+    float_model: Model,
+    quantized: Model,
+    settings: Settings | None,
+    calibrated_on: int | None,
 ) -> list[str]:
     """What was found, then what to try."""
     said = []
@@ -198,20 +206,20 @@ def _advice(
     if nodes:
         options = " ".join(f"--exclude {name}" for name in list(dict.fromkeys(nodes))[:SHOWN])
         said.append(f"Try to leave what costs most in float: {options}")
-    return [*said, *_general(settings, calibrated_on, {row.role for row in found.costly} or {"data", "weight"})]
+    return [*said, *_general(quantized, settings, calibrated_on, {row.role for row in found.costly} or ROLES)]
 
 
 def _general(
-    settings: Settings | None, calibrated_on: int | None, roles: Collection[str] = ("data", "weight")
+    quantized: Model, settings: Settings | None, calibrated_on: int | None, roles: Collection[str] = ROLES
 ) -> tuple[str, ...]:
     """What to try whatever costs most."""
     said = []
-    if "data" in roles:
-        if calibrated_on is not None and calibrated_on < FEW_SAMPLES:
-            said.append(f"Try more calibration samples: there are {calibrated_on}.")
-        if settings is None or settings.calibrator != "auto":
-            used = f"; this was {settings.calibrator}" if settings else ""
-            said.append(f"Try --calibrator auto, which compares all of them{used}.")
+    if "data" in roles and calibrated_on is not None and calibrated_on < FEW_SAMPLES:
+        said.append(f"Try more calibration samples: there are {calibrated_on}.")
+    kinds = {quantized.dtype(n.input[2]) for n in quantized.graph.node if n.op_type == "QuantizeLinear" and n.input[2:]}
+    if "data" in roles and kinds & {"int8", "uint8"} and (settings is None or settings.calibrator != "auto"):
+        used = f"; this was {settings.calibrator}" if settings else ""
+        said.append(f"Try --calibrator auto, which compares all of them{used}.")
     if "weight" in roles and settings is not None and settings.scheme != "int8":
         said.append(
             f"Try finer weights than those of {settings.scheme}: --rounding gptq, a smaller --block, int8-weight."

@@ -221,5 +221,18 @@ def test_one_output_agrees_with_the_shared_tool() -> None:
     assert report_of(r, c).sqnr_db == pytest.approx(zoo.sqnr_db(r, c), rel=1e-12)  # float64 sums in another order
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e200, -3e308])
+@pytest.mark.parametrize("side", [0, 1])
+def test_values_beyond_what_squares_hold_are_no_error(value: float, side: int) -> None:
+    good = [np.asarray([[1.0, 2.0]]), np.asarray([[2.0, 4.0]])]
+    bad = [np.asarray([[1.0, 2.0]]), np.asarray([[2.0, value]])]
+    row = row_of(*((good, bad) if side else (bad, good)))
+    assert row.non_finite == (0 if math.isfinite(value) else 1) and row.max_abs_error >= 1e200
+    assert row.sqnr_db is not None and not row.sqnr_db > 10
+
+
 def test_decibels() -> None:
-    assert decibels(1, 0) == math.inf and decibels(0, 1) == -math.inf
+    assert (
+        decibels(1, 0) == math.inf and decibels(0, 1) == decibels(1, math.inf) == decibels(1e-300, 1e300) == -math.inf
+    )
+    assert math.isnan(decibels(math.nan, 1)) and math.isnan(decibels(1, math.nan)) and math.isnan(decibels(math.nan, 0))

@@ -98,7 +98,10 @@ def test_check_says_the_same_of_a_file(folder: Path) -> None:
     assert qdq("quantize", "wide.onnx", "--data", "rows", "-o", "q.onnx", *scheme).exit_code == 0
     done = qdq("check", "wide.onnx", "q.onnx", "--data", "other", "-o", "check.json")
     assert done.exit_code == 0 and "wide (data of /bad/MatMul)" in done.stderr
-    assert written("check.json")["costly"][0]["nodes"] == ["/bad/MatMul"]
+    assert written("check.json")["costly"][0]["nodes"] == ["/bad/MatMul"] and "--calibrator auto" in done.stderr
+    assert qdq("quantize", "wide.onnx", "--data", "rows", "-o", "f.onnx", "--scheme", "nvfp4").exit_code == 0
+    blocks = qdq("check", "wide.onnx", "f.onnx", "--data", "other", "--warn-sqnr-db", "99")
+    assert "--exclude" in blocks.stderr and "--calibrator" not in blocks.stderr  # no range is chosen for FP4
     Path("recipe.yaml").write_text("warn_sqnr_db: -50\nwarn_top1: 0\ntask: regression\n")
     calm = qdq("check", "wide.onnx", "q.onnx", "--data", "other", "--recipe", "recipe.yaml", "--json")
     assert json.loads(calm.stdout)["poor"] == [] and json.loads(calm.stdout)["outputs"][0]["top1"] is None
@@ -140,6 +143,25 @@ def test_with_every_switch_on_the_model_is_the_quantized_one_and_with_all_off_ne
             assert np.abs(run(True) - as_it_is).max() <= 1e-5 * scale  # float32 sums in another order
         lost, left = (float(((y - expected) ** 2).sum()) for y in (as_it_is, run(False)))
         assert left <= max(0.3 * lost, 1e-5 * float((expected**2).sum()))
+
+
+def test_a_tensor_that_breaks_the_output_is_named(folder: Path) -> None:
+    """exp of a rounded 89 may be infinite; the scale is such that it is."""
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], name="/MatMul"), helper.make_node("Exp", ["h"], ["y"])]
+    weight = np.full((32, 16), 2.77, np.float32)
+    onnx.save(assemble(nodes, {"x": ("n", 32)}, {"y": ("n", 16)}, [constant("w", weight)]), "exp.onnx")
+    save_samples(folder / "ones", [{"x": np.ones((1, 32), np.float32)}])
+    done = qdq(
+        "quantize", "exp.onnx", "--data", "ones", "-o", "q.onnx", "--no-shift", "--rest", "fp32", "--scheme", "int8"
+    )
+    assert done.exit_code == 0, done.output
+    model = onnx.load("q.onnx")
+    (scale,) = [t for t in model.graph.initializer if t.name == "x_scale"]
+    scale.CopyFrom(constant("x_scale", np.asarray(1.6, np.float32)))  # 1 becomes 1.6: exp(142) is infinite
+    onnx.save(model, "q.onnx")
+    checked = qdq("check", "exp.onnx", "q.onnx", "--data", "ones", "-o", "check.json")
+    assert checked.exit_code == 1 and "x (data of /MatMul) leaves -inf dB" in checked.stderr
+    assert written("check.json")["costly"][0]["sqnr_db"] == "-inf"
 
 
 def test_what_cannot_be_measured_is_said(folder: Path) -> None:
