@@ -14,8 +14,8 @@ from engines.backends.doctor import Diagnosis, diagnose
 from engines.backends.layers import KernelTensor, Layer, LayerTable
 from engines.core.errors import BuildError, EngineError, MissingRuntimeError, UnsupportedTargetError
 from engines.verify.audit import Audit, NodeAudit
-from engines.verify.compare import Limits, OutputReport, Report
 from engines.verify.manifest import Manifest, sha256_file, sha256_model
+from engines.verify.report import Limits, OutputReport, Report
 
 __all__ = [
     "Audit",

@@ -57,7 +57,9 @@ def test_every_command_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.M
         if "--json" in command:
             json.loads(result.stdout)
     shown = {name for name in re.findall(r"^\| `(\S+)` \|", README, flags=re.MULTILINE) if "." in name}
-    assert {p.name for p in (tmp_path / "build").iterdir()} == shown
+    made = json.loads((tmp_path / "build/report.json").read_text())["model_file"]
+    assert made in ("unet.int8.onnx", "unet.fp16.onnx")  # so small a network may be left in float
+    assert {p.name for p in (tmp_path / "build").iterdir()} == shown - {"unet.int8.onnx"} | {made}
     report = json.loads((tmp_path / "qdq-demo/report.json").read_text())
     for dice in (report["check"]["outputs"][0]["dice"], report["label_dice"]["quantized model"]):
         assert min(dice.values()) > 0.9  # against the float model, and against the atlas

@@ -28,7 +28,8 @@ from engines.backends.backend import DEFAULT, backend_named, backends
 from engines.backends.compiler import Engine, ShapeRange
 from engines.core import onnx_runtime as ort
 from engines.core.errors import EngineError, MissingRuntimeError
-from engines.verify.compare import Limits, compare
+from engines.verify.compare import compare
+from engines.verify.report import Limits
 
 WARM_UP = 20
 
@@ -138,7 +139,8 @@ def main(argv: list[str] | None = None) -> int:
         data = engine.data if engine else options.model.read_bytes()
         runner = backend_named(options.backend).runner(data)
         limits = Limits(min_sqnr_db=options.min_sqnr_db)
-        report = compare(session, runner, [sample], limits=limits, names=("onnxruntime", options.backend))
+        names = ("onnxruntime", options.backend)
+        report = compare(session, runner, [sample], limits=limits, model=reference, names=names)
         print(f"GPU          {cards[0].name} ({cards[0].target}, {cards[0].memory_bytes / 2**30:.0f} GiB)")
         print(f"engine       {options.model.name}, {options.backend}, {len(data) / 2**20:.1f} MiB")
         if engine:
@@ -149,10 +151,13 @@ def main(argv: list[str] | None = None) -> int:
         )
         print("\n".join(latency(runner, sample, options.runs)))
         for output in report.outputs:
-            print(
-                f"output       {output.name}: SQNR {output.sqnr_db:.1f} dB, cosine {output.cosine:.6f}, "
-                f"largest error {output.max_abs_error:.3g}"
-            )
+            said = "identical" if output.identical else "not identical"
+            if output.sqnr_db is not None and not output.identical:
+                said = (
+                    f"SQNR {output.sqnr_db:.1f} dB, cosine {output.cosine:.6f}, "
+                    f"largest error {output.max_abs_error:.3g}"
+                )
+            print(f"output       {output.name}: {said}")
         print("outcome      " + ("passed" if report.passed else "FAILED: " + " ".join(report.failures)))
         return 0 if report.passed else 1
     except EngineError as error:

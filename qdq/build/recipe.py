@@ -24,6 +24,8 @@ import msgspec
 import yaml
 
 from engines.backends.backend import DEFAULT, backends
+from engines.verify.meaning import TASKS
+from engines.verify.report import Alarms, Limits
 from qdq.core.choices import choose, converted
 from qdq.core.errors import InputError
 from qdq.plan.settings import Settings
@@ -35,6 +37,7 @@ OLDER = {"rest": "unquantized_type"}  # keys that recipes still may have, and wh
 Words = str | tuple[str, ...]  # one text stands for a list of one
 GpuRow = dict[str, str | float | dict[str, float]]  # what `engines.cost.gpus.Gpu` can be made of
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Decibels = Annotated[float, msgspec.Meta(ge=-300, le=300)]
 
 
 class RecipeFile(Settings, frozen=True, kw_only=True):
@@ -49,9 +52,15 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
         backend: a name in `engines.backends.backend.backends`.
         shape: as `ShapeOption.parse` reads them.
         min_sqnr_db: least signal to noise ratio of each output, in dB.
+        min_sqnr_spread_db: least ratio of the spread over samples to the error, of each output that varies, in dB.
         min_cosine: least cosine similarity of each output.
         min_dice: least Dice of each class of each segmentation.
         min_top1: least agreement of the argmax.
+        min_int8_share: least fraction of the multiply-adds that run in INT8 as compiled.
+        warn_sqnr_db: below this an output is called poor, in dB.
+        warn_top1: below this agreement of the argmax, too.
+        task: what the outputs are, one of `engines.verify.meaning.TASKS`.
+        class_axis: axis of their classes.
     """
 
     unquantized_type: str = "auto"
@@ -61,14 +70,20 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
     target: Words = ("sm89",)
     backend: str = DEFAULT
     shape: Words = ()
-    min_sqnr_db: Annotated[float, msgspec.Meta(ge=-300, le=300)] | None = None
+    min_sqnr_db: Decibels | None = None
+    min_sqnr_spread_db: Decibels | None = None
     min_cosine: Annotated[float, msgspec.Meta(ge=-1, le=1)] | None = None
     min_dice: Share | None = None
     min_top1: Share | None = None
+    min_int8_share: Share | None = None
+    warn_sqnr_db: Decibels = Alarms().warn_sqnr_db
+    warn_top1: Share = Alarms().warn_top1
+    task: str = "auto"
+    class_axis: Annotated[int, msgspec.Meta(ge=-64, le=63)] | None = None
 
 
-LIMITS = tuple(name for name in RecipeFile.__struct_fields__ if name.startswith("min_"))
-"""The limits that decide the exit code."""
+LIMITS = Limits.__struct_fields__
+"""The limits on outputs that decide the exit code."""
 
 _SHAPE = r"\d+(?:x\d+)*"
 _SHAPE_OPTION = re.compile(rf"(?P<name>.+?):(?:(?P<fixed>{_SHAPE})|(?P<range>{_SHAPE}:{_SHAPE}:{_SHAPE}))")
@@ -133,6 +148,10 @@ class Recipe:
         backend: that compiles, a name in `engines.backends`.
         shapes: of dynamic inputs.
         limits: keys of `LIMITS`.
+        min_int8_share: least fraction of the multiply-adds that run in INT8 as compiled; None: not checked.
+        alarms: below these a result is called poor.
+        task: what the outputs are; "auto" is what the end of the graph tells.
+        class_axis: axis of their classes; None is what the graph tells.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -144,6 +163,10 @@ class Recipe:
     backend: str = DEFAULT
     shapes: tuple[ShapeOption, ...] = ()
     limits: Mapping[str, float] = field(default_factory=dict)
+    min_int8_share: float | None = None
+    alarms: Alarms = field(default_factory=Alarms)
+    task: str = "auto"
+    class_axis: int | None = None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> Recipe:
@@ -170,6 +193,10 @@ class Recipe:
             backend=choose(file.backend, tuple(backends()), "backend"),
             shapes=tuple(map(ShapeOption.parse, _list(file.shape))),
             limits={name: getattr(file, name) for name in LIMITS if getattr(file, name) is not None},
+            min_int8_share=file.min_int8_share,
+            alarms=Alarms(warn_sqnr_db=file.warn_sqnr_db, warn_top1=file.warn_top1),
+            task=choose(file.task, TASKS, "task"),
+            class_axis=file.class_axis,
         )
 
 

@@ -51,6 +51,8 @@ def _metrics() -> Iterable[str]:
 @click.option("--score-output", default="", metavar="NAME", help="Score this output; default: the first.")
 @click.option("--unit", default="", help="Name the unit of a metric that has one, as mae; for instance kcal/mol.")
 @click.option("--per", type=float, default=1.0, help="Say how much of the output makes one such unit.")
+@click.option("--class-axis", type=int, help="Look for classes on this axis; default: as the end of the graph says.")
+@options.overlap_option
 @click.option("-o", "--output", type=options.PATH, help="Write report.json here.")
 @options.unquantized_option
 @options.tune_options
@@ -69,6 +71,8 @@ def compare(
     score_output: str,
     unit: str,
     per: float,
+    class_axis: int | None,
+    allow_overlap: bool,
     output: Path | None,
     custom_ops: tuple[str, ...],
     as_json: bool,
@@ -87,7 +91,7 @@ def compare(
 
     if output:
         options.check_output(output, model, data, evaluation, given["recipe"])
-    task = Task(metric=metric, labels=labels, output=score_output, unit=unit, per=per)
+    task = Task(metric=metric, labels=labels, output=score_output, unit=unit, per=per, class_axis=class_axis)
     asked = entries(",".join(schemes).split(","), options.recipe_values(given, base={"tune": "off"}))
     recipe = asked[0].recipe
     with Bars() as bars:
@@ -108,6 +112,7 @@ def compare(
             task=task,
             evaluation=held,
             prepared=prepared,
+            allow_overlap=allow_overlap,
             custom_ops=custom_ops,
             on_progress=bars,
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from qdq.cli import options
-from qdq.cli.terminal import Bars, note, show_rows
+from qdq.cli.terminal import Bars, note, show_rows, warn
 
 
 @click.command()
@@ -20,7 +21,9 @@ from qdq.cli.terminal import Bars, note, show_rows
 @options.unquantized_option
 @options.tune_options
 @options.compile_options
-@options.limit_options
+@options.judging_options
+@options.share_option
+@options.overlap_option
 @options.custom_ops_option
 @options.json_option
 def deploy(
@@ -29,12 +32,14 @@ def deploy(
     random_data: int | None,
     out: Path,
     evaluation: str | None,
+    allow_overlap: bool,
     custom_ops: tuple[str, ...],
     as_json: bool,
     **given: Any,
 ) -> None:
     """Do it all: tune, calibrate, quantize, build, audit and check."""
     from qdq.deploy.deploy import deploy as deployed
+    from qdq.deploy.report import warning_lines
 
     recipe = options.recipe_of(given)
     with Bars() as bars:
@@ -46,12 +51,13 @@ def deploy(
             evaluation=(lambda prepared: options.samples_of(prepared, recipe, evaluation, None))
             if evaluation
             else None,
+            allow_overlap=allow_overlap,
             custom_ops=custom_ops,
             on_progress=bars,
             notes=[] if random_data is None else [options.RANDOM_NOTE],
         )
     _show_deployed(done, model.name, as_json)
-    finish_with(done.report.check.failures)
+    finish_with(done.report.failures, warning_lines(done.report.check))
 
 
 def _show_deployed(done: Any, name: str, as_json: bool) -> None:
@@ -66,8 +72,9 @@ def _show_deployed(done: Any, name: str, as_json: bool) -> None:
     click.echo(f"Results: {done.folder.resolve()}")
 
 
-def finish_with(failures: list[str]) -> None:
-    """Name the limits that failed, and end with 1 if there are any."""
+def finish_with(failures: list[str], warnings: Iterable[str] = ()) -> None:
+    """Name what is poor and the limits that failed, and end with 1 if there are any."""
+    warn(warnings)
     for failure in failures:
         click.echo(f"Failed: {failure}", err=True)
     if failures:
@@ -86,6 +93,7 @@ def demo(out: Path, as_json: bool, **given: Any) -> None:
     """Deploy the 3-D brain segmentation network and the brain volume that the package ships."""
     from qdq.deploy.demo import demo_labels, demo_model, demo_samples
     from qdq.deploy.deploy import deploy as deployed
+    from qdq.deploy.report import warning_lines
 
     calibration, evaluation = demo_samples()
     with Bars() as bars:
@@ -99,4 +107,4 @@ def demo(out: Path, as_json: bool, **given: Any) -> None:
             on_progress=bars,
         )
     _show_deployed(done, "Demo: grey and white matter", as_json)
-    finish_with(done.report.check.failures)
+    finish_with(done.report.failures, warning_lines(done.report.check))

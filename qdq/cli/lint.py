@@ -19,7 +19,7 @@ from qdq.cli.terminal import Bars, note, show_rows
 from qdq.core.errors import InputError
 
 if TYPE_CHECKING:
-    from engines.verify.compare import Report
+    from engines.verify.report import Report
     from qdq.build.recipe import Recipe
     from qdq.lint.lint import Finding
     from qdq.lint.repair.repair import Repaired
@@ -95,7 +95,7 @@ def _fix(
         compiler=refused,
         kernels=kernels,
         sqnr_db=compared.sqnr_db if compared else None,
-        max_abs_error=max(o.max_abs_error for o in compared.outputs) if compared else None,
+        max_abs_error=_largest(compared) if compared else None,
         not_compared=difference if isinstance(difference, str) else "",
     )
     if as_json:
@@ -123,6 +123,11 @@ def _compile(model: Model, path: Path, recipe: Recipe, bars: Bars) -> tuple[str,
     return "", int(engine.table.kernels)
 
 
+def _largest(report: Report) -> float | None:
+    """The largest error of an output of numbers; None where there is no such output."""
+    return max((o.max_abs_error for o in report.outputs if o.max_abs_error is not None), default=None)
+
+
 def _difference(model: Path, fixed: Path, repaired: Model, recipe: Recipe) -> Report | str:
     """The repaired model's outputs against those of the model given, on random data; or why not."""
     from calib_data import random_samples
@@ -141,6 +146,8 @@ def _difference(model: Path, fixed: Path, repaired: Model, recipe: Recipe) -> Re
 
 
 def _report(model: Path, output: Path, done: Repaired, refused: str, kernels: int, difference: Report | str) -> None:
+    from qdq.deploy.report import headline
+
     show_rows(
         f"{model.name}: {len(done.changes)} repairs", [(", ".join(c.rules), c.node, c.what) for c in done.changes]
     )
@@ -153,10 +160,10 @@ def _report(model: Path, output: Path, done: Repaired, refused: str, kernels: in
     if isinstance(difference, str):
         note(f"Not compared with {model.name}: {' '.join(difference.split())[:300]}")
     else:
-        worst = max(o.max_abs_error for o in difference.outputs)
+        worst = _largest(difference) or 0.0
         click.echo(
-            f"Against {model.name} in ONNX Runtime, {difference.samples} random samples: {difference.sqnr_db:.1f} dB, "
-            f"largest difference {worst:.3g}"
+            f"Against {model.name} in ONNX Runtime, {difference.samples} random samples: "
+            f"{headline(difference)}, largest difference {worst:.3g}"
         )
 
 

@@ -66,6 +66,13 @@ def _targets() -> Iterable[str]:
     return dict.fromkeys(target for b in backends().values() if not b.needs_gpu for target in b.targets)
 
 
+def _tasks() -> Iterable[str]:
+    """What outputs can be taken for."""
+    from engines.verify.meaning import TASKS
+
+    return TASKS
+
+
 def _setting(option: str, text: str) -> Callable[[F], F]:
     """The option of a setting that takes one of several names; the default is marked."""
     name = option.lstrip("-").replace("-", "_")
@@ -163,9 +170,31 @@ data_options = _options(
 )
 limit_options = _options(
     click.option("--min-sqnr-db", type=float, help="Require this signal to noise ratio of each output, in dB."),
+    click.option(
+        "--min-sqnr-spread-db",
+        type=float,
+        help="Require this ratio of the spread over samples to the error of each output, in dB.",
+    ),
     click.option("--min-cosine", type=float, help="Require this cosine similarity of each output."),
     click.option("--min-dice", type=float, help="Require this Dice of each class of each segmentation."),
     click.option("--min-top1", type=float, help="Require this agreement of the argmax, from 0 to 1."),
+)
+judging_options = _options(
+    limit_options,
+    click.option("--task", cls=Listed, names=_tasks, help="Take the outputs for: {names}; auto: as the graph ends."),
+    click.option(
+        "--class-axis", type=int, help="Look for classes on this axis of the outputs; default: as the graph says."
+    ),
+    click.option("--warn-sqnr-db", type=float, help="Warn below this signal to noise ratio, in dB; default 20."),
+    click.option("--warn-top1", type=float, help="Warn below this agreement of the argmax, from 0 to 1; default 0.99."),
+)
+share_option = click.option(
+    "--min-int8-share",
+    type=float,
+    help="Require this fraction of the multiply-adds in INT8, as compiled, from 0 to 1.",
+)
+overlap_option = click.option(
+    "--allow-overlap", is_flag=True, help="Allow samples of --data among those of --eval; the report says how many."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON to standard output.")
 model_argument = click.argument("model", type=PATH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import click
 from qdq.cli import options
 from qdq.cli.deploy import finish_with
 from qdq.cli.terminal import Bars, note, show_rows
-from qdq.core.errors import InputError
+from qdq.core.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from qdq.build.recipe import Recipe
@@ -140,25 +141,29 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
 @click.option(
     "--gpu", cls=options.Listed, names=options.gpu_names, help="Also predict the time of each kernel: {names}."
 )
+@options.share_option
 @options.recipe_option
 @options.json_option
 def audit(model: Path, gpu: str | None, as_json: bool, **given: Any) -> None:
     """Say in which type each node really runs; MODEL is an engine, or a Q/DQ model, which is compiled first."""
     from qdq.build.engine import audit_engine, audit_model
-    from qdq.deploy.report import audit_lines, audit_rows
+    from qdq.deploy.report import audit_lines, audit_rows, share_failures
 
     recipe = options.recipe_of(given)
     if gpu:
+        if recipe.min_int8_share is not None:
+            note("--min-int8-share is not checked with --gpu: leave one of them out.")
         _show_price(model, recipe, gpu, as_json)
         return
     with Bars() as bars:
         result = audit_model(model, recipe, bars) if model.suffix == ".onnx" else audit_engine(model)
     if as_json:
         click.echo(result.to_json(), nl=False)
-        return
-    show_rows(f"Audit of {model.name}", audit_rows(result))
-    for line in audit_lines(result):
-        note(line)
+    else:
+        show_rows(f"Audit of {model.name}", audit_rows(result))
+        for line in audit_lines(result):
+            note(line)
+    finish_with(share_failures(result, recipe.min_int8_share))
 
 
 def _show_price(model: Path, recipe: Recipe, gpu: str, as_json: bool) -> None:
@@ -180,7 +185,7 @@ def _show_price(model: Path, recipe: Recipe, gpu: str, as_json: bool) -> None:
 @click.argument("float_model", type=options.PATH, metavar="FLOAT.onnx")
 @click.argument("candidate", type=options.PATH, metavar="Q.onnx|ENGINE")
 @options.data_options
-@options.limit_options
+@options.judging_options
 @click.option("-o", "--output", type=options.PATH, help="Write report.json here.")
 @options.custom_ops_option
 @options.shape_option
@@ -199,8 +204,11 @@ def check(
     """Compare a quantized model, or an engine on a GPU, with the float model; limits decide the exit code."""
     from qdq.build.engine import engine_backend
     from qdq.deploy.check import evaluate
-    from qdq.deploy.report import check_rows
+    from qdq.deploy.costs.find import with_costs
+    from qdq.deploy.report import check_rows, warning_lines
+    from qdq.measure.inference.session import registered
     from qdq.model.storage import load
+    from qdq.passes.prepare import load_float
 
     if output:
         options.check_output(output, float_model, candidate, data, given["recipe"])
@@ -214,10 +222,16 @@ def check(
             candidate,
             samples,
             limits=recipe.limits,
+            alarms=recipe.alarms,
+            task=recipe.task,
+            class_axis=recipe.class_axis,
             engine_backend=backend,
             custom_ops=custom_ops,
             on_progress=bars,
         )
+        if report.poor and backend is None:
+            with registered(custom_ops), suppress(ModelError):  # a reference that no plan can be made for
+                report = with_costs(report, load_float(float_model), load(candidate), samples, on_progress=bars)
     if output:
         report.save(output)
     if as_json:
@@ -226,4 +240,4 @@ def check(
         show_rows(f"{candidate.name} against {float_model.name}, {report.samples} samples", check_rows(report))
         if report.note:
             note(report.note)
-    finish_with(report.failures)
+    finish_with(report.failures, warning_lines(report))

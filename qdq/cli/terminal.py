@@ -160,6 +160,12 @@ def show_rows(title: str, rows: Iterable[tuple[str, ...]]) -> None:
     console.print(table)
 
 
+def warn(lines: Iterable[str]) -> None:
+    """Lines on standard error that a reader of the result must not miss."""
+    for text in lines:
+        click.echo(f"Warning: {text}", err=True)
+
+
 def note(text: str) -> None:
     """One line on standard error that a reader of the result must know."""
     click.echo(f"Note: {text}", err=True)

@@ -11,7 +11,8 @@ from engines.backends.backend import backend_named
 from engines.backends.doctor import gpus
 from engines.core import onnx_runtime as ort
 from engines.core.documents import replace
-from engines.verify.compare import Limits, Report, compare
+from engines.verify.compare import compare
+from engines.verify.report import Alarms, Limits, Report
 from qdq.core.progress import Progress
 from qdq.measure.inference.samples import Sample
 from qdq.model.graphsurgeon import ModelSource, called
@@ -24,6 +25,9 @@ def evaluate(
     samples: Samples,
     *,
     limits: Mapping[str, float],
+    alarms: Alarms | None = None,
+    task: str = "auto",
+    class_axis: int | None = None,
     engine_backend: str | None = None,
     custom_ops: Sequence[str] = (),
     on_progress: Progress | None = None,
@@ -34,6 +38,9 @@ def evaluate(
         float_model: a path, an onnx.ModelProto or an onnx_graphsurgeon.Graph.
         candidate: a Q/DQ model in these forms, which stands for its engine; or the path of an engine.
         limits: keys of `qdq.build.recipe.LIMITS`.
+        alarms: below these a result is called poor.
+        task: what the outputs are, as in `engines.verify.meaning.meanings`.
+        class_axis: axis of their classes; None is what the graph tells.
         engine_backend: that runs the candidate where it is an engine.
         custom_ops: libraries of custom operators that ONNX Runtime needs for the models.
     """
@@ -56,6 +63,10 @@ def evaluate(
         backend_named(engine_backend).runner(called(candidate), name="engine") if engine_backend else opened(candidate),
         counted(),
         limits=Limits(**limits),
+        alarms=alarms,
+        task=task,
+        class_axis=class_axis,
+        model=load(float_model).proto if custom_ops else None,
         stood_for_engine=engine_backend is None,
         names=("float model", "engine" if engine_backend else "Q/DQ model"),
     )

@@ -22,6 +22,7 @@ from engines.core import onnx_runtime as ort
 from engines.core.errors import BuildError, import_runtime
 from engines.core.files import write_atomic
 from engines.verify.audit import audit
+from qdq.assemble.finish import float_type_of
 from qdq.build.engine import add_report, compile_engine, runs_here, save_engine, shape_ranges
 from qdq.build.pricer import Pricer, gpus_of
 from qdq.build.recipe import Recipe
@@ -29,6 +30,8 @@ from qdq.core.files import folder_beside, move_all
 from qdq.core.formats import require_targets
 from qdq.core.progress import Progress
 from qdq.deploy.check import evaluate
+from qdq.deploy.costs.find import with_costs
+from qdq.deploy.overlap import overlap
 from qdq.deploy.report import DeployReport, EngineSizes
 from qdq.deploy.shipped import file_bytes, provenance, written
 from qdq.measure.inference.inputs import as_samples
@@ -57,14 +60,16 @@ def deploy(
     recipe: Recipe | None = None,
     evaluation: Iterable[Sample] | Callable[[Model], Samples] | None = None,
     labels: Sequence[np.ndarray] = (),
+    allow_overlap: bool = False,
     custom_ops: Sequence[str] = (),
     on_progress: Progress | None = None,
     notes: Sequence[str] = (),
 ) -> Deployed:
     """A float model and samples become a checked engine, with all that led to it, in one folder.
 
-    `out` receives <stem>.<scheme>.onnx, <stem>.engine with its layers (.json) and manifest (.manifest.json), plan.json,
-    table.json and report.json: all of them, or after an error none. A missed limit is no error.
+    `out` receives <stem>.<scheme>.onnx (where nothing is quantized, <stem>.<float type>.onnx), <stem>.engine with its
+    layers (.json) and manifest (.manifest.json), plan.json, table.json and report.json: all of them, or after an error
+    none. A missed limit is no error.
 
     Args:
         model_path: a float ONNX file; it is not changed.
@@ -73,12 +78,13 @@ def deploy(
         evaluation: to check on; None takes the calibration samples, and the report says so.
         labels: true classes of the evaluation samples, each shaped like the argmax over axis 1 of the first output;
             the report then says how well both models find them.
+        allow_overlap: evaluation samples may be calibration samples too; the report says how many are.
         custom_ops: libraries of custom operators that ONNX Runtime needs for the model; the compiler must know them by
             itself.
         notes: to add to the report.
 
     Raises:
-        QdqError, EngineError, DataError: see the stages.
+        QdqError, EngineError, DataError: see the stages; `overlap` of the samples.
     """
     recipe, out, model_path = recipe or Recipe(), Path(out), Path(model_path)
     backend = backend_named(recipe.backend)
@@ -91,6 +97,7 @@ def deploy(
     assert calibration is not None
     shapes = shape_ranges(prepared, recipe.shapes, calibration)
     _require_runtimes(prepared, recipe)
+    seen = 0 if evaluated is None else overlap(calibration, evaluated, prepared, allowed=allow_overlap)
     stem = model_path.name.removesuffix(".onnx")
     weights = out.absolute().with_name(f".{out.absolute().name}.weights")  # of a large model, if a run is killed
     with folder_beside(out) as folder, registered(custom_ops), kept(weights):
@@ -98,7 +105,8 @@ def deploy(
         pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe)) if tuned else None
         done = written(prepared, calibration, recipe, pricer=pricer, on_progress=on_progress)
         made, finished = done.made, done.finished
-        output, engine_path = folder / f"{stem}.{recipe.settings.scheme}.onnx", folder / f"{stem}.engine"
+        kind = recipe.settings.scheme if made.plan.points else float_type_of(made.plan, recipe.unquantized_type)
+        output, engine_path = folder / f"{stem}.{kind}.onnx", folder / f"{stem}.engine"
         save(finished.model, output)
         made.plan.save(folder / "plan.json")
         made.table.save(folder / "table.json")
@@ -112,10 +120,26 @@ def deploy(
             engine_path if on_engine else output,
             judged,
             limits=recipe.limits,
+            alarms=recipe.alarms,
+            task=recipe.task,
+            class_axis=recipe.class_axis,
             engine_backend=on_engine,
             custom_ops=custom_ops,
             on_progress=on_progress,
         )
+        check = with_costs(
+            check,
+            prepared,
+            finished.model,
+            judged,
+            settings=recipe.settings,
+            calibrated_on=made.table.count,
+            on_progress=on_progress,
+        )
+        if not made.plan.points:
+            notes = [*notes, f"Nothing is quantized, so the model is called {output.name}, by its float type."]
+        if seen:
+            notes = [*notes, f"{seen} of the evaluation samples are calibration samples too, which was allowed."]
         if evaluated is None:
             notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
         if recipe.tune != "off" and not pricer:
@@ -131,6 +155,9 @@ def deploy(
             float_engine=EngineSizes.of(float_table) if float_table else None,
             float_file_bytes=file_bytes(load(model_path)),
             int8_file_bytes=file_bytes(load(output)),
+            model_file=output.name,
+            min_int8_share=recipe.min_int8_share,
+            overlap=seen,
             evaluated_on="calibration samples" if evaluated is None else "evaluation samples",
             notes=tuple(
                 filter(

@@ -105,6 +105,11 @@ def _sqnr_db(hist: Histogram, params: QParams) -> float:
     return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
 
+def _text(sqnr_db: float, unit: str = "") -> str:
+    """A ratio; one without noise is no number."""
+    return "exact" if sqnr_db == math.inf else f"{sqnr_db:.1f}{unit}"
+
+
 def _draw(figure: Any, one: _Drawn) -> None:
     axes = figure.add_subplot()
     used = np.flatnonzero(one.hist.counts)
@@ -118,7 +123,7 @@ def _draw(figure: Any, one: _Drawn) -> None:
         colour, style = hsv_to_rgb(index / len(one.params), 0.9, 0.8), STYLES[index % len(STYLES)]
         fmt = FORMATS[params.format]
         ends = [(code - params.zero_point) * float(params.scale) for code in (fmt.low, fmt.high)]
-        label = f"{method}  {one.sqnr_db[method]:.1f} dB"
+        label = f"{method}  {_text(one.sqnr_db[method], ' dB')}"
         for end, text in zip(ends, (label, None), strict=True):
             axes.axvline(end, color=colour, linestyle=style, linewidth=1.4, label=text)
     axes.set_yscale("log")
@@ -132,7 +137,7 @@ def _draw(figure: Any, one: _Drawn) -> None:
 def _row(one: _Drawn, picture: str) -> str:
     best = max(one.sqnr_db.values())
     cells = "".join(
-        f'<td class="best">{v:.1f}</td>' if v == best else f"<td>{v:.1f}</td>" for v in one.sqnr_db.values()
+        f'<td class="best">{_text(v)}</td>' if v == best else f"<td>{_text(v)}</td>" for v in one.sqnr_db.values()
     )
     image = f'<a href="{quote(picture)}"><img src="{quote(picture)}" alt="histogram" loading="lazy"></a>'
     limits = f"<td>{one.hist.low:.4g}</td><td>{one.hist.high:.4g}</td>"

@@ -7,7 +7,7 @@ Must not print, measure anything or hold sample data.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 from msgspec import field
@@ -15,7 +15,7 @@ from msgspec import field
 from engines.backends.layers import LayerTable
 from engines.core.documents import Document, Part
 from engines.verify.audit import Audit
-from engines.verify.compare import Report
+from engines.verify.report import OutputReport, Report
 from qdq.plan.plan import Plan
 from qdq.tune.tuned import TuningOutcome
 
@@ -49,40 +49,51 @@ class DeployReport(Document, frozen=True, kw_only=True):
 
     Attributes:
         evaluated_on: which samples `check` used.
+        overlap: how many of the samples that were checked on are calibration samples too, where others were given.
         notes: one sentence each: what a reader must know to judge the figures.
+        model_file: name of the model that was compiled: by its scheme, or by its float type if nothing is quantized.
         float_file_bytes: size of the float model with its external data.
         int8_file_bytes: size of the Q/DQ model with its external data.
         float_engine: the float model compiled for the same targets; None where it does not compile.
+        min_int8_share: least fraction of the multiply-adds that must run in INT8; None: not checked.
         label_dice: Dice of each class against true labels, for 'float model' and 'quantized model'; only in the demo.
         tuning: how the plan was chosen by compiled results; None where it was not.
         check: outputs of the engine, or of the Q/DQ model in its place, against the float model.
         audit: what each weighted node asked for and got.
     """
 
-    FORMAT: ClassVar[str] = "qdq.report/2"
+    FORMAT: ClassVar[str] = "qdq.report/3"
     MAKE: ClassVar[str] = "qdq deploy"
-    COMPUTED: ClassVar[Mapping[str, str]] = {"passed": "passed"}
+    COMPUTED: ClassVar[Mapping[str, str]] = {"passed": "passed", "failures": "failures"}
 
     evaluated_on: str
+    overlap: int = 0
     notes: tuple[str, ...] = ()
+    model_file: str
     float_file_bytes: int
     int8_file_bytes: int
     float_engine: EngineSizes | None
     label_dice: dict[str, dict[int, float]] = field(default_factory=dict)
     tuning: TuningOutcome | None = None
+    min_int8_share: float | None = None
     check: Report
     audit: Audit
 
     @property
     def passed(self) -> bool:
         """Whether every limit was kept."""
-        return self.check.passed
+        return not self.failures
+
+    @property
+    def failures(self) -> list[str]:
+        """One sentence per missed limit."""
+        return [*self.check.failures, *share_failures(self.audit, self.min_int8_share)]
 
     def rows(self) -> list[Row]:
         """The short table."""
         before, now = self.float_engine, self.audit
         rows = [
-            Row("model file", _against(self.int8_file_bytes, self.float_file_bytes)),
+            Row(f"model file, {self.model_file}", _against(self.int8_file_bytes, self.float_file_bytes)),
             Row("weights in the engine", _against(now.weight_bytes, before.weight_bytes if before else None)),
             Row("multiply-adds, as compiled", _types(now)),
             Row("bytes moved per inference", _against(now.bytes_moved, before.bytes_moved if before else None)),
@@ -96,16 +107,87 @@ class DeployReport(Document, frozen=True, kw_only=True):
 
 
 def check_rows(report: Report) -> list[Row]:
-    """The outputs of a comparison, one row each, with classes where there are any."""
+    """The outputs of a comparison, the worst first, with what each is taken for and classes where there are any."""
+    several = len(report.outputs) > 1
+    ordered = sorted(report.outputs, key=lambda o: (o is not report.worst, _rank(o)))
     rows = []
-    for output in report.outputs:
-        of = f" of {output.name}" if len(report.outputs) > 1 else ""
-        same = "" if output.top1 is None else f", argmax agrees {output.top1:.2%}"
-        near = f"cosine {output.cosine:.6f}, largest error {output.max_abs_error:.3g}{same}"
-        rows.append(Row(f"SQNR{of} against the float model", f"{output.sqnr_db:.1f} dB, {near}"))
+    for output in ordered[:SHOWN]:
+        of = f" of {output.name}" if several else ""
+        worst = ", the worst output" if several and output is report.worst else ""
+        rows.append(Row(f"{_measure(output)}{of} against the float model{worst}", _figures(output)))
         if output.dice:
             rows.append(Row(f"Dice{of} against the float model", _per_class(output.dice)))
-    return rows
+        axis = "" if output.class_axis is None else f", classes on axis {output.class_axis}"
+        kind = "numbers" if output.task == "regression" else output.task
+        rows.append(Row(f"taken{of} for", f"{kind}{axis}: {output.because}"))
+    more = len(ordered) - SHOWN
+    return [*rows, *([Row("other outputs", f"{more} more, all better; the JSON has them")] if more > 0 else [])]
+
+
+def headline(report: Report) -> str:
+    """The worst output in a few words."""
+    of = f" in the worst output, {report.worst_output}" if len(report.outputs) > 1 else ""
+    return ("all identical" if of and report.worst.identical else f"{_decibels(report.worst)}{of}").strip()
+
+
+def warning_lines(report: Report) -> list[str]:
+    """Sentences for people: what is poor, what costs most, what to try; none where nothing is poor."""
+    worst = report.poorest
+    if worst is None:
+        return []
+    poor = report.poor if len(report.poor) <= SHOWN else [*report.poor[:SHOWN], f"{len(report.poor) - SHOWN} more."]
+    rows = [f"{row.tensor} ({row.role} of {_some(row.nodes)}) leaves {row.sqnr_db:.1f} dB" for row in report.costly]
+    costs = [f"What costs output {worst.name} most, each quantized alone: {'; '.join(rows)}."] if rows else []
+    return [*poor, *costs, *report.advice]
+
+
+def _rank(output: OutputReport) -> float:
+    return -math.inf if math.isnan(output.least_db) else output.least_db
+
+
+def _measure(output: OutputReport) -> str:
+    return "labels" if output.task == "labels" else "SQNR"
+
+
+def _decibels(output: OutputReport) -> str:
+    """SQNR in words; a ratio without noise is no number."""
+    if not output.elements:
+        return "empty"
+    if output.identical:
+        return "identical, and constant" if output.constant else "identical"
+    if output.sqnr_db is None:
+        return "" if output.top1 is None else f"{output.top1:.2%} are equal"
+    if math.isnan(output.sqnr_db):
+        return f"{output.non_finite} values are not finite"
+    return "no signal: it should be 0" if output.sqnr_db == -math.inf else f"{output.sqnr_db:.1f} dB"
+
+
+def _figures(output: OutputReport) -> str:
+    """What a row says of an output."""
+    said = [_decibels(output)]
+    if output.sqnr_db is not None and not (output.identical or math.isnan(output.sqnr_db)) and output.elements:
+        if output.constant:
+            said[0] += " (the output is constant)"
+        else:
+            parts = (
+                ("mean removed", output.sqnr_centred_db),
+                ("against the spread over samples", output.sqnr_spread_db),
+            )
+            known = ", ".join(f"{what} {db:.1f}" for what, db in parts if db is not None)
+            said[0] += f" ({known})" if known else ""
+        centred = "" if output.cosine_centred is None else f" (mean removed {output.cosine_centred:.6f})"
+        said.append(f"cosine {output.cosine:.6f}{centred}")
+        spread = f", spread {output.spread:.3g}" if output.spread else ""
+        said.append(f"error {output.rms_error:.3g} RMS{spread}, largest {output.max_abs_error:.3g}")
+    if output.top1 is not None and output.task != "labels":
+        said.append(f"argmax agrees {output.top1:.2%}")
+    if output.mismatched:
+        said.append(f"another shape in {output.mismatched} samples, which are not compared")
+    return ", ".join(said)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def audit_rows(audit: Audit) -> list[Row]:
@@ -118,6 +200,13 @@ def audit_rows(audit: Audit) -> list[Row]:
         Row("weights in the engine", size(audit.weight_bytes)),
         Row("activation memory", size(audit.activation_bytes)),
     ]
+
+
+def share_failures(audit: Audit, least: float | None) -> list[str]:
+    """A sentence if less of the multiply-adds runs in INT8 than is asked for."""
+    if least is None or audit.int8_share >= least:
+        return []
+    return [f"{audit.int8_share:.4f} of the multiply-adds run in INT8 as compiled: min_int8_share is {least:g}."]
 
 
 def audit_lines(audit: Audit) -> list[str]:

@@ -10,7 +10,7 @@ from qdq.core.choices import choose
 # name -> module and class of the declared model; imported when it is asked for
 FILES = {
     "audit": ("engines.verify.audit", "Audit"),
-    "check": ("engines.verify.compare", "Report"),
+    "check": ("engines.verify.report", "Report"),
     "checkpoint": ("qdq.measure.checkpoint", "CheckpointFile"),
     "compare": ("qdq.deploy.compare.result", "Comparison"),
     "layers": ("engines.backends.layers", "LayerTable"),

@@ -17,7 +17,7 @@ class Proof(Part, frozen=True, kw_only=True):
         compiles: the compiler takes it.
         compiler: its refusal, "" where there is none.
         kernels: of the engine.
-        sqnr_db: of its outputs against those of the model given, on random data; None where they were not compared.
+        sqnr_db: of its worst output against that of the model given, on random data; None where none was compared.
         max_abs_error: largest difference of an output's values; None where they were not compared.
         not_compared: why not.
     """

@@ -36,6 +36,7 @@ from qdq.core.progress import Progress
 from qdq.deploy.compare.result import Comparison, SchemeRow
 from qdq.deploy.compare.score import Reference, inputs_only, score
 from qdq.deploy.compare.task import Task
+from qdq.deploy.overlap import overlap
 from qdq.deploy.report import shares
 from qdq.deploy.shipped import ShippedModel, file_bytes, written
 from qdq.measure.inference.session import registered
@@ -93,6 +94,7 @@ def compare_schemes(
     task: Task | None = None,
     evaluation: Samples | None = None,
     prepared: Model | None = None,
+    allow_overlap: bool = False,
     custom_ops: Sequence[str] = (),
     on_progress: Progress | None = None,
 ) -> Comparison:
@@ -105,10 +107,12 @@ def compare_schemes(
         task: what the outputs are scored by.
         evaluation: samples, with the labels of the task, to score on; None takes those of the calibration.
         prepared: what `load_float` gave for the model, if it is loaded already.
+        allow_overlap: evaluation samples may be calibration samples too; the comparison says how many are.
         custom_ops: libraries of custom operators that ONNX Runtime needs for the model.
 
     Raises:
-        InputError: no scheme could be measured (the first reason), or the task does not fit the model or the labels.
+        InputError: no scheme could be measured (the first reason), the task does not fit the model or the labels, or
+            evaluation samples are calibration samples too.
         DataError: bad samples.
         MissingRuntimeError: ONNX Runtime or the compiler is not installed.
     """
@@ -127,6 +131,7 @@ def compare_schemes(
     if not backend.predicts:
         notes.append(f"no predicted times: they {backend.unpredicted}")
     fed = inputs_only(calibration, prepared)
+    seen = 0 if evaluation is None else overlap(fed, evaluation, prepared, allowed=allow_overlap)
     ranges = shape_ranges(prepared, recipe.shapes, fed)
     bench = _Bench(
         path=model_path,
@@ -145,10 +150,13 @@ def compare_schemes(
     with tempfile.TemporaryDirectory(prefix="qdq-") as folder, registered(custom_ops):
         rows = bench.float_rows(Path(folder), schemes[0])
         rows += [bench.row(entry, Path(folder)) for entry in schemes]
-    if all(row.sqnr_db is None for row in rows[-len(schemes) :]):
+    if all(row.value is None for row in rows[-len(schemes) :]):
         raise InputError(f"None of the schemes could be measured. {rows[-len(schemes)].problem}")
     if evaluation is None:
         notes.append("scored on the calibration samples themselves: give --eval for samples not seen before")
+    if seen:
+        notes.append(f"{seen} of the evaluation samples are calibration samples too, which was allowed")
+    notes += [f"classes of output {bench.classes}"] if bench.classes else []
     notes.append("the models in ONNX Runtime stood for the engines: no engine was run")
     return Comparison(
         model=model_path.name,
@@ -160,6 +168,8 @@ def compare_schemes(
         gpus=tuple(gpu.name for gpu in gpus),
         shapes={name: shape.opt for name, shape in bench.shapes.items()},
         rows=tuple(rows),
+        outputs=len(prepared.outputs),
+        overlap=seen,
         notes=tuple(notes),
     )
 
@@ -181,6 +191,7 @@ class _Bench:
     reference: Reference
     tables: Tables
     samples: int = 0
+    classes: str = ""
 
     def float_rows(self, folder: Path, entry: Entry) -> list[SchemeRow]:
         """The float model as it is, in FP16, and in the recipe's type for what is not quantized if that is another."""
@@ -243,8 +254,14 @@ class _Bench:
                 custom_ops=self.custom_ops,
                 on_progress=on_progress,
             )
-            row = replace(row, sqnr_db=found.sqnr_db, value=found.value)
-            self.samples = found.samples
+            row = replace(
+                row,
+                sqnr_db=found.sqnr_db,
+                sqnr_spread_db=found.sqnr_spread_db,
+                worst_output=found.worst_output,
+                value=found.value,
+            )
+            self.samples, self.classes = found.samples, found.classes
         return replace(row, problem="; ".join(problems))
 
     def _compiled(self, path: Path, recipe: Recipe, on_progress: Progress) -> tuple[Audit, float | None]:

@@ -4,7 +4,7 @@ outputs of one sample + labels, or the float model's outputs where there are non
 A metric is a class that `registered` gives a name. Only sums are kept; rank correlation keeps the values it ranks.
 Must not run models or read files.
 
-Classes lie on the last axis of outputs of rank 3 (tokens), else on axis 1. A label below 0 is left out.
+Classes lie on the metric's `axis`. A label below 0 is left out.
 Sources: Jelinek et al. 1977 (perplexity); Dice 1945; Spearman 1904, ties by mean rank.
 """
 
@@ -30,6 +30,8 @@ class Metric(Protocol):
     higher_is_better: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     has_unit: ClassVar[bool] = False  # its value is in the unit of the output: made with `per`
+    has_classes: ClassVar[bool] = False  # along `axis`
+    axis: int = -1
 
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:
         """Count one sample.
@@ -63,9 +65,16 @@ def registered(name: str) -> Callable[[M], M]:
     return keep
 
 
-def metric(name: str, *, per: float = 1.0) -> Metric:
-    """A new metric, a key of `METRICS`; with a unit, `per` of the output's units make one of those reported."""
+def metric(name: str, *, per: float = 1.0, axis: int = -1) -> Metric:
+    """A new metric, a key of `METRICS`.
+
+    Args:
+        name: of the metric.
+        per: with a unit: how many of the output's units make one of those reported.
+        axis: of the classes, for a metric that has them.
+    """
     found: Metric = METRICS[name](per) if METRICS[name].has_unit else METRICS[name]()
+    found.axis = axis
     return found
 
 
@@ -96,10 +105,11 @@ class Perplexity(_Mean):
 
     higher_is_better: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True
+    has_classes: ClassVar[bool] = True
 
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:
         """See `Metric.add`."""
-        rows = _by_class(found).astype(np.float64)
+        rows = _by_class(found, self.axis).astype(np.float64)
         truth = _labels(labels, rows.shape[:-1], "perplexity")
         if truth.size and int(truth.max()) >= rows.shape[-1]:
             raise InputError(
@@ -108,7 +118,7 @@ class Perplexity(_Mean):
             )
         counted = truth >= 0
         with np.errstate(divide="ignore", invalid="ignore"):
-            if _probabilities(_by_class(reference)):
+            if _probabilities(_by_class(reference, self.axis)):
                 logs = np.log(rows)
             else:
                 shifted = rows - rows.max(axis=-1, keepdims=True)
@@ -128,10 +138,14 @@ class Perplexity(_Mean):
 class Top1(_Mean):
     """Fraction of positions whose argmax is the label, or the argmax of the float model."""
 
+    has_classes: ClassVar[bool] = True
+
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:
         """See `Metric.add`."""
-        best = _by_class(found).argmax(axis=-1)
-        truth = _by_class(reference).argmax(axis=-1) if labels is None else _labels(labels, best.shape, "top1")
+        best = _by_class(found, self.axis).argmax(axis=-1)
+        truth = (
+            _by_class(reference, self.axis).argmax(axis=-1) if labels is None else _labels(labels, best.shape, "top1")
+        )
         self._sum += np.count_nonzero(best == truth)
         self._count += int(np.count_nonzero(truth >= 0))
 
@@ -145,6 +159,8 @@ class Dice(Metric):
     has the class of its largest channel. The first sample decides.
     """
 
+    has_classes: ClassVar[bool] = True
+
     def __init__(self) -> None:
         """Nothing added."""
         self._masks: bool | None = None
@@ -153,7 +169,7 @@ class Dice(Metric):
 
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:
         """See `Metric.add`."""
-        channels = _by_class(reference)
+        channels = _by_class(reference, self.axis)
         classes = channels.shape[-1]
         if self._masks is None:
             within = bool(channels.min() >= 0 and channels.max() <= 1)
@@ -162,11 +178,11 @@ class Dice(Metric):
             self._masks = classes == 1 or apart or same
             self._threshold = 0.5 if within else 0.0
             self._counts = np.zeros((2, classes))
-        ours = self._classes(_by_class(found))
+        ours = self._classes(_by_class(found, self.axis))
         if labels is None:
             theirs = self._classes(channels)
         elif self._masks:
-            theirs = _by_class(_truth(reference, labels, "dice")) > 0
+            theirs = _by_class(_truth(reference, labels, "dice"), self.axis) > 0
         else:
             theirs = _one_hot(_labels(labels, channels.shape[:-1], "dice"), classes)
         others = tuple(range(ours.ndim - 1))
@@ -279,14 +295,14 @@ class MeanAbsoluteError(_Mean):
         return super().value / self._per
 
 
-def _by_class(output: Array) -> Array:
+def _by_class(output: Array, axis: int) -> Array:
     """The output with its classes on the last axis."""
-    if output.ndim < 2:
+    if output.ndim < 2 or not -output.ndim <= axis < output.ndim:
         raise InputError(
-            f"The output has shape {list(output.shape)}, and this metric needs classes: on the last axis of three, "
-            "else on axis 1. Choose another output or metric."
+            f"The output has shape {list(output.shape)}, and this metric needs classes on axis {axis} of two or more. "
+            "Choose another output, metric or --class-axis."
         )
-    return output if output.ndim == 3 else np.moveaxis(output, 1, -1)
+    return np.moveaxis(output, axis, -1)
 
 
 def _probabilities(channels: Array) -> bool:

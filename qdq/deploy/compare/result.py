@@ -6,6 +6,7 @@ Must not print, measure anything or hold sample data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -30,7 +31,9 @@ class SchemeRow(Part, frozen=True, kw_only=True):
         weight_bytes: of the constants in the engine, as its compiler says.
         kernels: launched per inference.
         shares: type that kernels consume -> fraction of the multiply-adds.
-        sqnr_db: signal to quantization noise of all outputs against the float model's.
+        sqnr_db: signal to noise of the worst output against the float model's; infinite where all are identical.
+        sqnr_spread_db: the spread of that output over samples against its error; None where it is not known.
+        worst_output: its name.
         value: of the metric.
         predicted_us: mean over the GPUs, a roofline.
         problem: '' if nothing failed.
@@ -47,6 +50,8 @@ class SchemeRow(Part, frozen=True, kw_only=True):
     kernels: int | None = None
     shares: dict[str, float] | None = None
     sqnr_db: Measured | None = None
+    sqnr_spread_db: Measured | None = None
+    worst_output: str = ""
     value: Measured | None = None
     predicted_us: Measured | None = None
     problem: str = ""
@@ -54,9 +59,14 @@ class SchemeRow(Part, frozen=True, kw_only=True):
 
 
 class Comparison(Document, frozen=True, kw_only=True):
-    """All rows, and what they are of."""
+    """All rows, and what they are of.
 
-    FORMAT: ClassVar[str] = "qdq.compare/2"
+    Attributes:
+        outputs: of the model, in number.
+        overlap: evaluation samples that are calibration samples too.
+    """
+
+    FORMAT: ClassVar[str] = "qdq.compare/3"
     MAKE: ClassVar[str] = "qdq compare"
     COMPUTED: ClassVar[Mapping[str, str]] = {"higher_is_better": "higher_is_better"}
 
@@ -69,6 +79,8 @@ class Comparison(Document, frozen=True, kw_only=True):
     gpus: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
     rows: tuple[SchemeRow, ...]
+    outputs: int
+    overlap: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -81,20 +93,26 @@ class Comparison(Document, frozen=True, kw_only=True):
         gpu = f" on {', '.join(self.gpus)}" if self.gpus else ""
         head = (
             *("scheme", "precision", "weights per", "data per", "nodes", "model", "engine weights"),
-            *("multiply-adds in", "SQNR dB", self.task.title, f"predicted us{gpu}"),
+            *(
+                "multiply-adds in",
+                f"SQNR dB{', worst output' if self.outputs > 1 else ''}",
+                self.task.title,
+                f"predicted us{gpu}",
+            ),
         )
-        return [head, *map(_cells, self.rows)]
+        return [head, *(_cells(row, several=self.outputs > 1) for row in self.rows)]
 
 
-def _cells(row: SchemeRow) -> tuple[str, ...]:
+def _cells(row: SchemeRow, *, several: bool) -> tuple[str, ...]:
     """One line of the table."""
+    of = f" {row.worst_output}" if several else ""
     return (
         *(row.scheme, row.precision, row.weights_per, row.data_per),
         "" if row.quantized_nodes is None else str(row.quantized_nodes),
         "" if row.model_bytes is None else size(row.model_bytes),
         "" if row.weight_bytes is None else size(row.weight_bytes),
         ", ".join(f"{kind} {share:.0%}" for kind, share in (row.shares or {}).items() if share >= 0.005),
-        "" if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
+        "identical" if row.sqnr_db == math.inf else "" if row.sqnr_db is None else f"{row.sqnr_db:.1f}{of}",
         "" if row.value is None else f"{row.value:.4f}" if abs(row.value) < 1e4 else f"{row.value:.3g}",
         _short(row.problem) if row.problem else "" if row.predicted_us is None else f"{row.predicted_us:.1f}",
     )

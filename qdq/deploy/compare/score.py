@@ -1,7 +1,7 @@
 """What a model is asked to do well (`Task`), the samples with their labels, and a candidate's score on them.
 
 folder of .npz with labels -> `labelled` -> Samples that also hold the labels -> `score`: reference and candidate run in
-ONNX Runtime sample by sample -> SQNR of all outputs, and the task's metric of one. `inputs_only` is what models get.
+ONNX Runtime sample by sample -> SQNR of the worst output, the task's metric of one. `inputs_only` is what models get.
 Must not keep more outputs than `KEPT_BYTES`, and must not know how a candidate was made.
 """
 
@@ -13,16 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from calib_data import DataError, InputSpec, Samples, open_samples
 from calib_data.sources import ArrayForm, form_of
 from calib_data.sources.function import PythonFunction
 from engines.core import onnx_runtime as ort
-from engines.verify.compare import decibels
-from qdq.assemble.held_out import energies
+from engines.core.load import load_graph
+from engines.verify.compare import OutputSums
+from engines.verify.meaning import FirstSample, meanings
+from engines.verify.report import worst_of
 from qdq.core.choices import choose
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
-from qdq.deploy.compare.metrics import Array, metric, next_tokens
+from qdq.deploy.compare.metrics import METRICS, Array, metric, next_tokens
 from qdq.deploy.compare.task import Task
 from qdq.measure.inference.inputs import input_specs
 from qdq.model.model import Model
@@ -32,10 +36,22 @@ KEPT_BYTES = 1 << 28  # of the reference's outputs; beyond, it runs again for ev
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """SQNR over all outputs in dB, the metric's value, and how many samples were seen."""
+    """How near the outputs are to the float model's, the metric's value, and how many samples were seen.
 
-    sqnr_db: float
+    Attributes:
+        sqnr_db: of the worst output; None where no output is of numbers.
+        sqnr_spread_db: of that output, against its spread over samples; None where that is not known.
+        worst_output: its name.
+        value: of the metric.
+        classes: on which axis they were taken to be, and why; '' for a metric without classes.
+        samples: seen.
+    """
+
+    sqnr_db: float | None
+    sqnr_spread_db: float | None
+    worst_output: str
     value: float
+    classes: str
     samples: int
 
 
@@ -94,7 +110,7 @@ class Reference:
 
     def __init__(self, path: Path | str, *, custom_ops: Sequence[str] = ()) -> None:
         """Of a model's file; `custom_ops` are libraries for ONNX Runtime."""
-        self._path, self._custom_ops = path, custom_ops
+        self.path, self._custom_ops = path, custom_ops
         self._session: Any = None
         self._kept: dict[int, dict[str, Array]] = {}
         self._bytes = 0
@@ -108,7 +124,7 @@ class Reference:
         if index in self._kept:
             return self._kept[index]
         if self._session is None:
-            self._session = ort.session(str(self._path), custom_ops=self._custom_ops)
+            self._session = ort.session(str(self.path), custom_ops=self._custom_ops)
         found = next(ort.run(self._session, [inputs]))
         self._bytes += sum(array.nbytes for array in found.values())
         if self._bytes <= KEPT_BYTES:
@@ -149,16 +165,28 @@ def score(
             "with real samples that have it, or leave out --labels."
         )
     session = ort.session(str(candidate), custom_ops=custom_ops)
-    counting = metric(task.metric, per=task.per)
-    signal, noise, done = 0.0, 0.0, 0
+    sums, counting, classes, done = OutputSums(reference.path), metric(task.metric, per=task.per), "", 0
     for done, sample in enumerate(samples, 1):
         inputs = {name: sample[name] for name in names}
         found, expected = next(ort.run(session, [inputs])), reference.outputs(done, inputs)
-        seen = energies({name: expected[name] for name in outputs}, found)
-        signal, noise = signal + seen[0], noise + seen[1]
+        sums.add(inputs, {name: expected[name] for name in outputs}, found)
+        if done == 1 and METRICS[task.metric].has_classes:
+            first = FirstSample(inputs={k: np.shape(v) for k, v in inputs.items()}, outputs={of: expected[of]})
+            graph = load_graph(reference.path)
+            meant = meanings(graph, first, task="classification", class_axis=task.class_axis)[of]
+            axis = task.class_axis if meant.axis is None else meant.axis  # one that does not fit, the metric refuses
+            if axis is not None:
+                counting, classes = metric(task.metric, axis=axis), f"{of}: {meant.why}"
         labels = next_tokens(sample[tokens]) if tokens else sample[task.array] if task.array else None
         counting.add(found[of], expected[of], labels)
         if on_progress:
             on_progress(done, total, "score")
-    sqnr = decibels(signal, noise) if math.isfinite(signal + noise) else -math.inf
-    return Score(sqnr_db=sqnr, value=counting.value, samples=done)
+    worst = worst_of(sums.reports())
+    return Score(
+        sqnr_db=-math.inf if worst.sqnr_db is not None and math.isnan(worst.sqnr_db) else worst.sqnr_db,
+        sqnr_spread_db=worst.sqnr_spread_db,
+        worst_output=worst.name,
+        value=counting.value,
+        classes=classes,
+        samples=done,
+    )

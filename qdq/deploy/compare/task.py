@@ -26,6 +26,7 @@ class Task(Part, frozen=True, kw_only=True):
         output: name of the output; '' for the first.
         unit: of a metric that has one, for reports.
         per: of such a metric: how much of the output makes one unit.
+        class_axis: axis of the classes; None is what the end of the graph tells, else a guess that is stated.
 
     Raises:
         InputError: an unknown metric, a unit that is not above zero, or perplexity without labels.
@@ -36,6 +37,7 @@ class Task(Part, frozen=True, kw_only=True):
     output: str = ""
     unit: str = ""
     per: float = 1.0
+    class_axis: int | None = None
 
     def __post_init__(self) -> None:
         """Validate; perplexity is of the next token unless there are labels."""

@@ -1,10 +1,9 @@
-"""Comparing: every metric against numbers computed by hand, limits, NaN, and the files."""
+"""Comparing: two models run on samples, what cannot be compared, and the files."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from places import SHARED
 
 from engines.core import onnx_runtime as ort
 from engines.core.errors import EngineError
-from engines.verify.compare import STOOD_FOR_ENGINE, Limits, Report, Sums, compare, decibels
+from engines.verify.compare import STOOD_FOR_ENGINE, compare
+from engines.verify.report import Limits
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
 
@@ -37,16 +36,6 @@ def samples(*arrays: Any, dtype: type = np.float32) -> Iterator[dict[str, np.nda
     return ({"x": np.asarray(a, dtype)} for a in arrays)
 
 
-def report_of(reference: Any, candidate: Any, **options: Any) -> Report:
-    """Adds pairs of arrays directly."""
-    sums = Sums(options.pop("class_axis", None))
-    for r, c in zip(reference, candidate, strict=True):
-        sums.add(np.asarray(r), np.asarray(c))
-    return Report(
-        outputs=(sums.report("y"),), sqnr_db=decibels(sums.signal, sums.noise), samples=sums.samples, **options
-    )
-
-
 def test_metrics_by_hand() -> None:
     """Reference 3, 4 then 6, 8; the candidate adds 1 to the first element: signal 125, noise 2."""
     shape: list[int | str] = [1, 2]
@@ -57,107 +46,18 @@ def test_metrics_by_hand() -> None:
     each = (28 / math.sqrt(25 * 32), 106 / math.sqrt(100 * 113))
     assert row.mean_sample_cosine == pytest.approx(sum(each) / 2)
     assert (row.max_abs_error, row.mean_abs_error) == (1.0, 0.5)
-    assert row.top1 == 0.5  # 4, 4 is a tie in the candidate: argmax takes class 0, the reference has class 1
+    # The two samples differ by (3, 4): at each position the variance (n - 1) is half the square of that, 4.5 and 8.
+    assert row.spread == pytest.approx(math.sqrt((4.5 + 8) / 2)) and row.rms_error == pytest.approx(math.sqrt(2 / 4))
+    assert row.sqnr_spread_db == pytest.approx(10 * math.log10(6.25 / 0.5))
+    # The mean is 5.25; around it lie 2.25^2 + 1.25^2 + 0.75^2 + 2.75^2.
+    assert row.sqnr_centred_db == pytest.approx(10 * math.log10(14.75 / 2))
+    assert row.cosine_centred == pytest.approx(float(np.corrcoef([3, 4, 6, 8], [4, 4, 7, 8])[0, 1]))
+    assert (row.task, row.top1, row.dice) == ("regression", None, {})  # an Add says nothing of classes
     assert result.samples == 2 and result.passed
-
-
-def test_equal_outputs_have_no_noise() -> None:
-    result = compare(
-        add([0.0], [1, 2]), add([0.0], [1, 2]), samples([[1, 2]]), limits=Limits(min_sqnr_db=200, min_cosine=1)
-    )
-    assert result.sqnr_db == math.inf and result.passed
-    assert json.loads(result.to_json())["sqnr_db"] == "inf"
-
-
-def test_a_reference_without_signal() -> None:
-    assert report_of([[0.0, 0.0]], [[0.0, 1.0]]).sqnr_db == -math.inf
-    assert report_of([[0.0, 0.0]], [[0.0, 1.0]]).outputs[0].cosine == 0.0
-    assert report_of([[0.0, 0.0]], [[0.0, 0.0]]).outputs[0].cosine == 1.0
-
-
-def test_sums_do_not_depend_on_the_batching() -> None:
-    rng = np.random.default_rng(0)
-    r, c = rng.normal(size=(2, 6, 3, 4, 4))
-    whole, parts = report_of([r], [c]).outputs[0], report_of(np.split(r, 3), np.split(c, 3)).outputs[0]
-    assert whole.dice == parts.dice and whole.top1 == parts.top1 and whole.max_abs_error == parts.max_abs_error
-    assert whole.sqnr_db == pytest.approx(parts.sqnr_db, rel=1e-12)  # float64 sums in another order
-
-
-def test_top1_axis() -> None:
-    tokens = np.zeros((1, 2, 3))
-    tokens[0, 0, 1] = tokens[0, 1, 2] = 1
-    other = np.zeros((1, 2, 3))
-    other[0, :, 1] = 1
-    assert report_of([tokens], [other]).outputs[0].top1 == 0.5  # rank 3: the last axis
-    assert report_of([tokens], [other], class_axis=1).outputs[0].top1 == pytest.approx(2 / 3)
-    assert report_of([[1.0, 2.0]], [[1.0, 2.0]]).outputs[0].top1 is None  # rank 1 has no classes
-
-
-def test_integer_outputs_agree_by_element() -> None:
-    row = report_of([np.array([[1, 2, 3, 4]])], [np.array([[1, 2, 0, 4]])]).outputs[0]
-    assert row.top1 == 0.75 and row.dice == {}
-
-
-def test_dice_per_class() -> None:
-    """Labels 0 0 1 1 against 0 1 1 1: class 0 has 2*1/(2+1), class 1 has 2*2/(2+3); class 2 is in neither."""
-    one_hot = np.eye(3)
-    r = one_hot[[0, 0, 1, 1]].T.reshape(1, 3, 2, 2)
-    c = one_hot[[0, 1, 1, 1]].T.reshape(1, 3, 2, 2)
-    row = report_of([r], [c]).outputs[0]
-    assert row.dice == {0: pytest.approx(2 / 3), 1: pytest.approx(4 / 5)} and row.top1 == 0.75
-
-
-@pytest.mark.parametrize(("reference", "expected"), [([0.2, 0.6, 0.9, 0.1], 0.8), ([-0.2, 0.6, 0.9, 0.1], 1.0)])
-def test_dice_of_one_channel(reference: list[float], expected: float) -> None:
-    """Probabilities are cut at 0.5 (2 against 3 above, 2 in both), logits at 0 (the same 3 above)."""
-    candidate = [-0.1, 0.7, 0.8, 0.55]
-    shape = (1, 1, 2, 2)
-    row = report_of([np.reshape(reference, shape)], [np.reshape(candidate, shape)]).outputs[0]
-    assert row.dice == {1: pytest.approx(expected)} and row.top1 is None
-
-
-def test_dice_of_independent_channels() -> None:
-    """Two sigmoid channels, whose argmax means nothing: channel 0 has 1 above in both, channel 1 has 2 against 1."""
-    r = np.array([[0.9, 0.1], [0.8, 0.7]]).reshape(1, 2, 1, 2)
-    c = np.array([[0.8, 0.2], [0.9, 0.3]]).reshape(1, 2, 1, 2)
-    row = report_of([r], [c]).outputs[0]
-    assert row.dice == {0: 1.0, 1: pytest.approx(2 / 3)} and row.top1 is None
-
-
-@pytest.mark.parametrize(
-    ("limits", "sentence"),
-    [
-        (Limits(min_sqnr_db=20), "Output y: sqnr_db 16.0206 is below 20."),
-        (Limits(min_cosine=0.9999), "Output y: cosine 0.9762 is below 0.9999."),
-        (Limits(min_top1=0.9), "Output y: top1 0.5000 is below 0.9."),
-        (Limits(min_dice=0.9), "No output has a dice to check against 0.9: none has classes."),
-    ],
-)
-def test_a_missed_limit_is_one_sentence(limits: Limits, sentence: str) -> None:
-    r = {"sqnr_db": ([[[4.0, 0]]], [[[4.0, math.sqrt(0.4)]]])}.get("sqnr_db")
-    if limits.min_cosine:
-        r = ([[[4.0, 0.0]]], [[[4.0, 0.888]]])
-    if limits.min_top1:
-        r = ([[[4.0, 0.0], [1.0, 0.0]]], [[[4.0, 0.0], [0.0, 1.0]]])
-    assert r is not None
-    result = report_of(*r, limits=limits)
-    assert result.failures == [sentence] and not result.passed
-
-
-def test_a_missed_dice_names_the_class() -> None:
-    r = np.eye(2)[[0, 1]].T.reshape(1, 2, 1, 2)
-    c = np.eye(2)[[0, 0]].T.reshape(1, 2, 1, 2)
-    result = report_of([r], [c], limits=Limits(min_dice=0.5))
-    assert result.failures == ["Output y: dice 0.0000 of class 1 is below 0.5."]
-
-
-def test_nan_fails_every_limit_and_is_reported() -> None:
-    limits = Limits(min_sqnr_db=-1000, min_cosine=-1)
-    result = report_of([[[1.0, 2.0]]], [[[1.0, math.nan]]], limits=limits)
-    assert len(result.failures) == 3 and "1 values" in result.failures[0]
-    assert not report_of([[[1.0, 2.0]]], [[[1.0, math.nan]]]).passed
-    data = json.loads(result.to_json())
-    assert data["passed"] is False and data["outputs"][0]["sqnr_db"] == "nan"
+    forced = compare(add([[0, 0]], shape), add([[1, 0]], shape), samples([[3, 4]], [[6, 8]]), task="classification")
+    assert (
+        forced.outputs[0].top1 == 0.5
+    )  # 4, 4 is a tie in the candidate: argmax takes class 0, the reference has class 1
 
 
 def test_the_report_says_what_stood_for_the_engine(tmp_path: Path) -> None:
@@ -251,15 +151,73 @@ def test_ort_errors_are_one_error(tmp_path: Path) -> None:
         list(ort.run(graphs.identity(), [{"x": np.ones((3, 3), np.float32)}]))
 
 
-def test_one_output_agrees_with_the_shared_tool() -> None:
-    if not (SHARED / "tools/zoo.py").exists():
-        pytest.skip("the shared tools are not here")
-    sys.path.insert(0, str(SHARED / "tools"))
-    try:
-        import zoo  # type: ignore[import-not-found]
-    finally:
-        sys.path.pop(0)
-    rng = np.random.default_rng(0)
-    r = [rng.normal(size=(2, 5)).astype(np.float32) for _ in range(3)]
-    c = [x + rng.normal(size=x.shape).astype(np.float32) / 10 for x in r]
-    assert report_of(r, c).sqnr_db == pytest.approx(zoo.sqnr_db(r, c), rel=1e-12)  # float64 sums in another order
+def two_outputs(first: float, second: float) -> onnx.ModelProto:
+    """big = 1000 x + first, small = x + second: a pool of both hides the small one."""
+    nodes = [
+        helper.make_node("Mul", ["x", "k"], ["m"]),
+        helper.make_node("Add", ["m", "a"], ["big"]),
+        helper.make_node("Add", ["x", "b"], ["small"]),
+    ]
+    constants = [graphs.const(n, np.asarray(v, np.float32)) for n, v in (("k", 1000), ("a", first), ("b", second))]
+    ends = [graphs.value(n, [1, 4], TensorProto.FLOAT) for n in ("x", "big", "small")]
+    return graphs.model(nodes, ends[:1], ends[1:], constants)
+
+
+def test_the_headline_is_the_worst_output() -> None:
+    data = [[[1, 2, 3, 4]], [[4, 3, 2, 1]]]
+    result = compare(two_outputs(0, 0), two_outputs(0, 1), samples(*data), limits=Limits(min_sqnr_db=20))
+    big, small = result.outputs
+    assert result.worst_output == "small" and result.sqnr_db == small.sqnr_db == pytest.approx(10 * math.log10(60 / 8))
+    assert big.identical and big.sqnr_db == math.inf
+    assert [text for text in result.failures if "small" in text] == result.failures != []
+    written = json.loads(result.to_json())
+    assert written["worst_output"] == "small" and written["sqnr_db"] == pytest.approx(result.sqnr_db)
+
+
+def test_labels_texts_and_empty_outputs_are_compared() -> None:
+    """ArgMax, a comparison, texts and an output without elements beside numbers."""
+
+    def model(shift: float) -> onnx.ModelProto:
+        nodes = [
+            helper.make_node("Add", ["x", "v"], ["y"]),
+            helper.make_node("ArgMax", ["y"], ["best"], axis=1),
+            helper.make_node("Greater", ["y", "zero"], ["above"]),
+            helper.make_node("Cast", ["best"], ["text"], to=TensorProto.STRING),
+            helper.make_node("Slice", ["y", "none", "none"], ["empty"]),
+        ]
+        constants = [
+            graphs.const("v", np.asarray([[shift, 0, 0, 0]], np.float32)),
+            graphs.const("zero", np.asarray(0, np.float32)),
+            graphs.const("none", np.asarray([0], np.int64)),
+        ]
+        kinds = {"best": TensorProto.INT64, "above": TensorProto.BOOL, "text": TensorProto.STRING}
+        outputs = [
+            graphs.value(n, s, kinds.get(n, TensorProto.FLOAT))
+            for n, s in (("y", [1, 4]), ("best", [1, 1]), ("above", [1, 4]), ("text", [1, 1]), ("empty", [0, 4]))
+        ]
+        return graphs.model(nodes, [graphs.value("x", [1, 4], TensorProto.FLOAT)], outputs, constants)
+
+    result = compare(model(0), model(5), samples([[-1, 2, 1, 0]], [[0, 2, 6, -1]]))
+    rows = {o.name: o for o in result.outputs}
+    assert {n: o.task for n, o in rows.items() if o.task == "labels"} == dict.fromkeys(
+        ("best", "above", "text"), "labels"
+    )
+    assert rows["best"].top1 == rows["text"].top1 == 0.5 and rows["above"].top1 == 0.75
+    assert rows["best"].sqnr_db is None and rows["best"].because == "ArgMax ends the graph"
+    assert rows["empty"].elements == 0 and rows["empty"].sqnr_db is None and not rows["empty"].identical
+    assert result.worst_output == "y" and result.top1 == 0.5
+
+
+def test_a_shape_that_differs_in_some_samples_is_counted() -> None:
+    """What NonZero finds depends on the values: of two samples one gives another number of indices."""
+
+    def model(shift: float) -> onnx.ModelProto:
+        nodes = [helper.make_node("Add", ["x", "v"], ["y"]), helper.make_node("NonZero", ["y"], ["found"])]
+        outputs = [graphs.value("found", [2, "n"], TensorProto.INT64)]
+        constant = graphs.const("v", np.asarray([[shift, 0]], np.float32))
+        return graphs.model(nodes, [graphs.value("x", [1, 2], TensorProto.FLOAT)], outputs, [constant])
+
+    (row,) = compare(model(0), model(1), samples([[0, 1]], [[1, 1]])).outputs
+    assert (row.mismatched, row.elements, row.identical) == (1, 4, True)
+    with pytest.raises(EngineError, match=r"found has shape \(2, 1\) in the reference and \(2, 2\)"):
+        compare(model(0), model(1), samples([[0, 1]]))

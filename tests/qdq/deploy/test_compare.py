@@ -155,7 +155,11 @@ def test_labels_are_an_array_of_the_samples(folder: Path) -> None:
     assert found["FP32"]["value"] == right / count < 0.5  # random labels
     alone = report(*args, "--data", "both")
     assert alone["samples"] == 3 and alone["evaluated_on"] == "calibration samples"
-    assert alone["rows"][0]["value"] == rows(*args, "--data", "both", "--eval", "both")["FP32"]["value"]
+    refused = run(*args, "--data", "both", "--eval", "both")
+    assert refused.exit_code == 2 and "3 of the 3 samples of --eval are among those of --data" in refused.stderr
+    same = report(*args, "--data", "both", "--eval", "both", "--allow-overlap")
+    assert same["overlap"] == 3 and any("which was allowed" in note for note in same["notes"])
+    assert alone["rows"][0]["value"] == same["rows"][0]["value"] and alone["overlap"] == 0
     stacked = {k: np.stack([np.load(p)[k] for p in sorted(Path("both").iterdir())]) for k in ("image", "truth")}
     np.savez("both.npz", **stacked)
     assert rows(*args, "--data", "both.npz") == {row["scheme"]: row for row in alone["rows"]}
@@ -333,3 +337,29 @@ def test_entries_read_numbers_flags_and_patterns() -> None:
     assert entry.recipe.unquantized_type == "bf16"
     with pytest.raises(InputError, match="Unknown option of int8"):
         entries(["int8:scheme=int4"], {})
+
+
+def test_the_worst_output_is_the_figure_and_classes_lie_where_the_graph_says(folder: Path) -> None:
+    """Logits with channels last, and a large output beside them that would hide their error in a pool."""
+    net = segmenter()
+    shape = [1, 8, 8, 3]
+    net.graph.node.append(helper.make_node("Transpose", ["logits"], ["last"], name="/turn", perm=[0, 2, 3, 1]))
+    net.graph.node.append(helper.make_node("Mul", ["image", "large"], ["copy"], name="/large"))
+    net.graph.initializer.append(constant("large", np.asarray(1000, np.float32)))
+    del net.graph.output[:]
+    for name, dims in (("copy", [1, 1, 8, 8]), ("last", shape)):
+        net.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, dims))
+    onnx.save(net, "turned.onnx")
+    args = ("turned.onnx", "--data", "data", "--schemes", "int8", "--score-output", "last", "--metric", "dice")
+    found = report(*args)
+    row = found["rows"][-1]
+    assert row["worst_output"] == "last" and row["sqnr_db"] < 60 and found["outputs"] == 2
+    assert any("classes on axis 3" in note and "Conv to 3 channels" in note for note in found["notes"])
+    first = rows("net.onnx", "--data", "data", "--schemes", "int8", "--metric", "dice")
+    assert row["value"] == pytest.approx(first["int8"]["value"])
+    rows_of_the_image = report(*args, "--class-axis", "1")["rows"][-1]
+    assert rows_of_the_image["value"] != row["value"]
+    table = run(*args).stdout
+    assert "worst output" in " ".join(table.split()) and "identical" in table  # FP32 against itself
+    refused = run(*args, "--class-axis", "7")
+    assert refused.exit_code == 2 and "needs classes on axis 7" in refused.stderr

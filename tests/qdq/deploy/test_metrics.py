@@ -15,8 +15,10 @@ from qdq.deploy.compare.metrics import METRICS, metric, next_tokens
 RNG = np.random.default_rng(0)
 
 
-def value(name: str, *samples: tuple[np.ndarray, np.ndarray, np.ndarray | None], per: float = 1.0) -> float:
-    counting = metric(name, per=per)
+def value(
+    name: str, *samples: tuple[np.ndarray, np.ndarray, np.ndarray | None], per: float = 1.0, axis: int = -1
+) -> float:
+    counting = metric(name, per=per, axis=axis)
     for found, reference, labels in samples:
         counting.add(found, reference, labels)
     return counting.value
@@ -62,7 +64,9 @@ def test_top1_counts_labels_or_agreement_and_leaves_out_negative_labels() -> Non
     assert value("top1", (found, reference, None)) == 0.75
     assert value("top1", (found, reference, np.asarray([1, 0, 0, -1]))) == pytest.approx(2 / 3)
     grid = np.moveaxis(found[None], 2, 1)[..., None]  # 1 x classes x 4 x 1
-    assert value("top1", (grid, grid, np.asarray([1, 0, 0, 0]))) == 0.75
+    assert value("top1", (grid, grid, np.asarray([1, 0, 0, 0])), axis=1) == 0.75
+    turned = np.moveaxis(grid, 1, -1)  # channels last
+    assert value("top1", (turned, turned, np.asarray([1, 0, 0, 0])), axis=3) == 0.75
 
 
 def test_dice_of_classes_leaves_out_the_background() -> None:
@@ -70,11 +74,11 @@ def test_dice_of_classes_leaves_out_the_background() -> None:
     argmax = np.asarray([0, 1, 1, 1, 2, 2, 2, 0])
     logits = 5.0 * np.moveaxis(np.eye(3)[argmax], -1, 0)[None, :, :, None] - 1
     expected = (2 * 2 / (3 + 2) + 2 * 3 / (3 + 4)) / 2
-    assert value("dice", (logits, logits, labels)) == pytest.approx(expected)
+    assert value("dice", (logits, logits, labels), axis=1) == pytest.approx(expected)
     truth = 5.0 * np.moveaxis(np.eye(3)[labels], -1, 0)[None, :, :, None] - 1
-    assert value("dice", (logits, truth, None)) == pytest.approx(expected)
+    assert value("dice", (logits, truth, None), axis=1) == pytest.approx(expected)
     halves = [(logits[:, :, i : i + 4], truth[:, :, i : i + 4], labels[i : i + 4]) for i in (0, 4)]
-    assert value("dice", *halves) == pytest.approx(expected)  # over all voxels, not the mean of samples
+    assert value("dice", *halves, axis=1) == pytest.approx(expected)  # over all voxels, not the mean of samples
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.1, 0.9)], ids=["logits", "probabilities"])
@@ -82,11 +86,11 @@ def test_dice_of_one_channel_and_of_independent_masks(low: float, high: float) -
     mask, truth = np.asarray([1, 1, 0, 0]), np.asarray([1, 0, 1, 0])
     one = np.where(mask, high, low)[None, None, :, None]
     expected = np.where(truth, high, low)[None, None, :, None]
-    assert value("dice", (one, expected, None)) == 0.5
-    assert value("dice", (one, expected, truth)) == 0.5
+    assert value("dice", (one, expected, None), axis=1) == 0.5
+    assert value("dice", (one, expected, truth), axis=1) == 0.5
     both = np.concatenate([one, expected], axis=1)
     labels = np.concatenate([expected, expected], axis=1)
-    assert value("dice", (both, labels, (labels > 0.5 if low > 0 else labels > 0).astype(int))) == 0.75
+    assert value("dice", (both, labels, (labels > 0.5 if low > 0 else labels > 0).astype(int)), axis=1) == 0.75
 
 
 def test_cosine_is_the_mean_over_items() -> None:

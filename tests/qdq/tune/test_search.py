@@ -330,8 +330,8 @@ def test_what_is_built_slower_than_in_float_is_left_in_float(tmp_path: Path, mon
     made = deploy.deploy(tmp_path / "net.onnx", data, tmp_path / "out", recipe=Recipe())
     assert any("left in float" in note for note in made.report.notes)
     assert not Plan.load(tmp_path / "out" / "plan.json").points
-    built = load(tmp_path / "out" / "net.int8.onnx")
-    assert not _dequantized(built)
+    assert made.report.model_file == "net.fp16.onnx"
+    assert not _dequantized(load(tmp_path / "out" / made.report.model_file))
 
 
 class TestPricing:
