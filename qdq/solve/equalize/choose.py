@@ -28,7 +28,6 @@ from qdq.plan.spec import Spec
 from qdq.plan.weighted_node import WeightedNode
 from qdq.solve.equalize.channels import Equalized, Turn, candidates, look
 from qdq.solve.equalize.formulas import FORMULAS, Formula
-from qdq.solve.shift import shifts
 
 HEADROOM = 1.25  # range of an equalized tensor over its calibrated one: equalized channels all lie near the limit
 HEADROOMS = (1.0, 1.25, 1.5, 2.0)  # tried where samples are held out: a few vectors say little of the largest to come
@@ -75,7 +74,7 @@ def equalized(
         judge = _Judge(
             grid=_Grid(
                 format=FORMATS[points[tensor].spec.format],
-                asymmetric=shifts(model, points[tensor]),
+                asymmetric=params[tensor].zero_point != 0,
                 dtype=model.dtype(tensor),
             ),
             readers=_Readers.of(model, nodes_of, power=np.square(rows).mean(axis=0)),
