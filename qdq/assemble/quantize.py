@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from engines.core.documents import replace
 from qdq.assemble.bias import corrected
 from qdq.assemble.choose_calibrator import solve_auto
-from qdq.assemble.choose_equalization import resolved
 from qdq.assemble.insert import insert
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
@@ -96,12 +95,11 @@ def quantize(
     if auto and checked is None:
         raise InputError("calibrator auto compares models on the samples, and only a table is given: give samples.")
     with registered(custom_ops):
-        chosen, equalized = resolved(prepared, chosen, checked, on_progress=on_progress)
         if auto and checked is not None:
             solution, quantized = solve_auto(
                 prepared, chosen, table, samples=checked, complete=complete, on_progress=on_progress
             )
         else:
             solution, quantized = complete(solve(prepared, chosen, table, samples=checked, on_progress=on_progress))
-    solution = replace(solution, notes=(*chosen.settings.idle, *equalized, *solution.notes))
+    solution = replace(solution, notes=(*chosen.settings.idle, *solution.notes))
     return Quantized(prepared=prepared, plan=chosen, table=table, solution=solution, model=quantized)

@@ -64,7 +64,8 @@ class Settings(Part, frozen=True, kw_only=True):
         percentile: percent of the values that the `percentile` calibrator keeps inside the range.
         rounding: how weights are rounded to codes; "" takes the scheme's default.
         equalize: the formula by which input channels of a layer are balanced where that pays, or "none"; "auto" takes
-            the strong one where held-out samples gain by it (`choose_equalization`); "" takes the scheme's default.
+            for each tensor the one that gains on samples that its ranges were not taken from, or a wider range where
+            that is as good; "" takes the scheme's default.
             Weight-only blocks are balanced as AWQ does, unless it is "none" or "sinq".
         shift: allow `Spec.shift` for activations.
         exclude: glob patterns of node names that stay in float; each must match at least one node.

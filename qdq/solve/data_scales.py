@@ -99,14 +99,19 @@ def _equalized(
     found = choose.equalized(model, plan, nodes, wanted, samples, formula=method, on_progress=on_progress)
     if not found:
         return scales
-    gains = sorted(e.gain_db for e in found.values())
-    note = (
-        f"the channels of {len(found)} of {len(scales.params)} tensors are equalized: {gains[0]:.1f} to "
-        f"{gains[-1]:.1f} dB less noise predicted at their consumers"
-    )
+    divided = {tensor: e for tensor, e in found.items() if not (e.scale == 1).all()}
+    notes = []
+    if divided:
+        gains = sorted(e.gain_db for e in divided.values())
+        notes.append(
+            f"the channels of {len(divided)} of {len(scales.params)} tensors are equalized: {gains[0]:.1f} to "
+            f"{gains[-1]:.1f} dB less noise predicted at their consumers"
+        )
+    if wider := len(found) - len(divided):
+        notes.append(f"{wider} tensors have a wider range than was measured: samples held out went beyond it")
     return replace(
         scales,
         params={**scales.params, **{tensor: e.params for tensor, e in found.items()}},
-        divisors={tensor: e.scale for tensor, e in found.items()},
-        notes=(*scales.notes, note),
+        divisors={tensor: e.scale for tensor, e in divided.items()},
+        notes=(*scales.notes, *notes),
     )

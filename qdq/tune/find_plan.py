@@ -36,10 +36,9 @@ def accuracy(prepared: Model, samples: Iterable[Sample], settings: Settings) -> 
     held: Split | None = None
 
     def measure(plan: Plan) -> float:
-        nonlocal settings, tables, held
+        nonlocal tables, held
         tables = tables or Tables(model=prepared, samples=as_samples(samples, prepared))
         made = quantize(prepared, tables.samples, settings=settings, plan=plan, table=tables.of(plan))
-        settings = replace(settings, equalize=made.plan.settings.equalize)  # 'auto' is settled by the first plan
         held = held or Split(samples=tables.samples, fit=(), held=frozenset(ranked(tables.samples)[:JUDGED]))
         return HeldOutScore(prepared, held).sqnr_db(made.model)
 

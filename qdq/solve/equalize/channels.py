@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,7 @@ from qdq.plan.plan import Plan, Point
 from qdq.plan.weighted_node import WeightedNode
 
 ROWS = 8192  # channel vectors looked at per tensor, over all samples
+TURNS = 3  # parts of the samples, each held out once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,25 +41,72 @@ class Equalized:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Channels:
-    """What samples show of one tensor's channels, as a `Statistic`.
+class SampleChannels:
+    """What one sample shows of a tensor's channels.
 
     Attributes:
         limits: the exact range of each.
-        parts: (vectors, channels) each, some of the channel vectors.
+        rows: (vectors, channels) some of the channel vectors.
     """
 
     limits: ChannelRange
-    parts: tuple[Singles, ...]
+    rows: Singles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """Some samples held out: the ranges of the others, and the (vectors, channels) float64 of those held out."""
+
+    limits: ChannelRange
+    held: Floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Channels:
+    """What samples show of one tensor's channels, as a `Statistic`; the samples' order does not show."""
+
+    parts: tuple[SampleChannels, ...]
 
     def merge(self, other: Channels) -> Channels:
         """What both show."""
-        return Channels(limits=self.limits.merge(other.limits), parts=(*self.parts, *other.parts))
+        return Channels(parts=(*self.parts, *other.parts))
+
+    @property
+    def limits(self) -> ChannelRange:
+        """The exact range of each channel."""
+        return reduce(ChannelRange.merge, (part.limits for part in self.parts))
 
     @property
     def rows(self) -> Floats:
-        """(vectors, channels), a new array: the same whatever the samples' order, so that sums over them are."""
-        return np.concatenate(sorted(self.parts, key=np.ndarray.tobytes)).astype(np.float64)
+        """(vectors, channels), a new array."""
+        return _joined(self.parts)
+
+    def turns(self) -> list[Turn]:
+        """Every sample held out once, in `TURNS` parts that differ as much as possible; none of fewer samples.
+
+        The samples are sorted along the direction in which the peaks of their channels vary most, and cut: a part at
+        either end looks like data of another kind to the rest, which samples drawn at random never do.
+        """
+        if len(self.parts) < TURNS:
+            return []
+        parts = sorted(self.parts, key=lambda part: part.rows.tobytes())
+        peaks = np.array([np.maximum(-part.limits.low, part.limits.high) for part in parts])
+        peaks = (peaks - peaks.mean(axis=0)) / np.maximum(peaks.max(axis=0), np.finfo(np.float64).tiny)
+        along = np.linalg.eigh(peaks @ peaks.T)[1][:, -1]
+        order = [parts[i] for i in np.argsort(along, kind="stable")]
+        cuts = [round(len(order) * turn / TURNS) for turn in range(TURNS + 1)]
+        return [
+            Turn(
+                limits=Channels(parts=(*order[:start], *order[stop:])).limits,
+                held=_joined(order[start:stop]),
+            )
+            for start, stop in pairwise(cuts)
+        ]
+
+
+def _joined(parts: Sequence[SampleChannels]) -> Floats:
+    """The rows of some samples in one order, so that sums over them are the same whatever that of the samples."""
+    return np.concatenate(sorted((part.rows for part in parts), key=np.ndarray.tobytes)).astype(np.float64)
 
 
 def data_readers(point: Point, nodes: Mapping[str, WeightedNode]) -> list[WeightedNode]:
@@ -73,8 +123,8 @@ def data_readers(point: Point, nodes: Mapping[str, WeightedNode]) -> list[Weight
 def candidates(plan: Plan, nodes: Mapping[str, WeightedNode]) -> dict[str, list[WeightedNode]]:
     """Activation tensors that may be equalized -> all that reads them.
 
-    Every reader is an ungrouped Conv, or every one a Gemm or MatMul without transA; no weight is shared with another
-    tensor; the tensor is no shortcut and is tied to no other.
+    Every reader is a Conv without groups or a depthwise one, or every one a Gemm or MatMul without transA; no weight is
+    shared with another tensor; the tensor is no shortcut and is tied to no other.
     """
     reads: dict[str, set[str]] = {}
     for node in nodes.values():
@@ -83,8 +133,13 @@ def candidates(plan: Plan, nodes: Mapping[str, WeightedNode]) -> dict[str, list[
     return {
         tensor: readers
         for tensor, readers in found.items()
-        if readers and all(node.groups == 1 and reads[node.weight] == {tensor} for node in readers)
+        if readers and all(_whole(node) and reads[node.weight] == {tensor} for node in readers)
     }
+
+
+def _whole(node: WeightedNode) -> bool:
+    """Whether each output channel reads all input channels, or one."""
+    return node.groups == 1 or node.shape[1] == 1
 
 
 def look(
@@ -115,4 +170,5 @@ def _one(values: npt.NDArray[np.floating], axis: int, each: int) -> Channels:
     positions = grid.shape[0] * grid.shape[2]
     picked = np.random.default_rng(positions).choice(positions, min(each, positions), replace=False)
     first, last = np.divmod(np.sort(picked), grid.shape[2])
-    return Channels(limits=ChannelRange.of(grid, axis=1), parts=(grid[first, :, last].astype(np.float32),))
+    rows = grid[first, :, last].astype(np.float32)
+    return Channels(parts=(SampleChannels(limits=ChannelRange.of(grid, axis=1), rows=rows),))

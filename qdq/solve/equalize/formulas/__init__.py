@@ -25,6 +25,7 @@ class Formula:
         candidates: (amax, wmax), largest magnitudes by input channel of activations and weights -> divisors to choose
             from, each (channels,) float64, positive and at most 1.
         minimum_gain_db: the predicted gain below which a tensor is left alone.
+        judged: the gain is predicted for samples that the ranges were not taken from, where there are enough.
         for_data: it is meant for data that are quantized; else for weight-only blocks alone.
         by_weights: (output channels, input channels) -> (channels,) divisors for weight-only blocks, from the weights
             alone; None balances those as AWQ does, by the second moments of their inputs.
@@ -32,6 +33,7 @@ class Formula:
 
     candidates: Callable[[Floats, Floats], Sequence[Floats]]
     minimum_gain_db: float = 0.0
+    judged: bool = False
     for_data: bool = True
     by_weights: Callable[[npt.NDArray[np.floating]], Floats] | None = None
 
@@ -39,6 +41,16 @@ class Formula:
 FORMULAS: Members[Formula] = Members(__name__, "FORMULA")
 
 
+AUTO_GAIN_DB = 1.0
+
+
 def formula(equalize: str) -> Formula | None:
-    """The formula of a setting, None where it names none; 'auto' that nobody has resolved is the cautious one."""
-    return FORMULAS.get("smoothquant" if equalize == "auto" else equalize)
+    """The formula of a setting, None where it names none; 'auto' tries those for data and asks for a judged gain."""
+    if equalize != "auto":
+        return FORMULAS.get(equalize)
+    data = [found for found in FORMULAS.values() if found.for_data]
+    return Formula(
+        candidates=lambda amax, wmax: [s for found in data for s in found.candidates(amax, wmax)],
+        minimum_gain_db=AUTO_GAIN_DB,
+        judged=True,
+    )
