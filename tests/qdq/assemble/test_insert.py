@@ -23,7 +23,8 @@ Builder = Callable[[], Model]
 def case(make: Builder, shifted: bool) -> Made:
     """The model and its Q/DQ form, on samples that call for a shift or on others without one; nothing is clipped."""
     model = make()
-    return quantized(model, graphs.samples(model, low=0 if shifted else None), shift=shifted, calibrator="max")
+    data = graphs.samples(model, low=0 if shifted else None)
+    return quantized(model, data, shift=shifted, calibrator="max", equalize="none")
 
 
 def gemm(**attributes: object) -> Model:
