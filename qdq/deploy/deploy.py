@@ -116,6 +116,15 @@ def deploy(
             custom_ops=custom_ops,
             on_progress=on_progress,
         )
+        as_compiled = evaluate(
+            model_path,
+            output,
+            judged,
+            limits=recipe.limits,
+            as_compiled=engine.table,
+            custom_ops=custom_ops,
+            on_progress=on_progress,
+        )
         if evaluated is None:
             notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
         if recipe.tune != "off" and not pricer:
@@ -127,12 +136,18 @@ def deploy(
         }
         report = DeployReport(
             check=check,
+            as_compiled=as_compiled,
             audit=audit(output, engine.table, shapes=shapes),
             float_engine=EngineSizes.of(float_table) if float_table else None,
             float_file_bytes=file_bytes(load(model_path)),
             int8_file_bytes=file_bytes(load(output)),
             evaluated_on="calibration samples" if evaluated is None else "evaluation samples",
-            notes=tuple(filter(None, [*notes, *done.notes, *made.solution.notes, *finished.notes, check.note, reason])),
+            notes=tuple(
+                filter(
+                    None,
+                    [*notes, *done.notes, *made.solution.notes, *finished.notes, check.note, as_compiled.note, reason],
+                )
+            ),
             label_dice=label_dice,
             tuning=done.tuned.outcome([gpu.name for gpu in pricer.gpus]) if done.tuned and pricer else None,
         )
