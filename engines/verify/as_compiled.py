@@ -1,7 +1,7 @@
 """Where a compiled engine rounds: only what a kernel writes for another, in the type in which it writes it.
 
 model + layer table -> `roundings`: each float tensor stays inside a kernel, leaves one in a type, or is not found ->
-`Written` for `engines.verify.arithmetic`. A node belongs to the kernels whose ONNX nodes name it; one that no kernel
+`Written` for `engines.core.arithmetic`. A node belongs to the kernels whose ONNX nodes name it; one that no kernel
 names and that only moves or casts, to those of what it reads. A tensor leaves where a kernel that does not have its
 node reads it; its type is that of what the one writes and the other reads. Codes of weights are exact.
 
@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from onnx import GraphProto, ModelProto, NodeProto
 
 from engines.backends.layers import BITS, SYNCHRONIZATION, KernelTensor, Layer, LayerTable
+from engines.core.arithmetic import LOW, Written, float_types
 from engines.core.nodes import bodies, label
 from engines.core.operators import CONTRACTIONS, PICKERS
 from engines.core.shapes import inferred
-from engines.verify.arithmetic import LOW, Written, float_types
 
 FLOATS = {"float32", *LOW}
 _UNNAMED = PICKERS | {"Cast"}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engines.verify.arithmetic import stand_in
+from engines.core.arithmetic import stand_in
 from qdq.core.resources import cores
 from qdq.measure.inference.samples import Sample, counted, overlapped, sample_sha256
 from qdq.measure.inference.session import Session
@@ -68,7 +68,7 @@ def split(samples: Iterable[Sample]) -> Split:
 class HeldOutScore:
     """Compares models with the float model on some samples; the float outputs are computed anew at each call.
 
-    Candidates are computed in their own types (`engines.verify.arithmetic`), the float model as it is.
+    Candidates are computed in their own types (`engines.core.arithmetic`), the float model as it is.
     """
 
     def __init__(self, model: Model, held: Split) -> None:

@@ -236,7 +236,8 @@ def layers_of(path: Path, recipe: Recipe, samples: Samples | None, on_progress: 
     predicted = backend.needs_gpu and not gpus()
     if predicted:
         other = predicting(recipe.backend)
-        recipe = replace(recipe, backend=other.name, targets=tuple(t for t in recipe.targets if t in other.targets))
+        known = tuple(t for t in recipe.targets if t in other.targets)
+        recipe = replace(recipe, backend=other.name, targets=known or Recipe().targets)
     shapes = shape_ranges(load(path), recipe.shapes, samples)
     engine_made = compile_engine(path, recipe=recipe, shapes=shapes, on_progress=on_progress)
     return Compiled(model=path, table=engine_made.table, shapes=shapes, predicted=predicted)

@@ -14,9 +14,9 @@ from calib_data import Samples
 from engines.backends.backend import backend_named
 from engines.backends.doctor import gpus
 from engines.backends.layers import LayerTable
+from engines.core import arithmetic
 from engines.core import onnx_runtime as ort
 from engines.core.documents import replace
-from engines.verify import arithmetic
 from engines.verify.as_compiled import roundings
 from engines.verify.compare import Limits, Report, compare
 from qdq.core.progress import Progress

@@ -16,8 +16,8 @@ from typing import Any
 from calib_data import DataError, InputSpec, Samples, open_samples
 from calib_data.sources import ArrayForm, form_of
 from calib_data.sources.function import PythonFunction
+from engines.core import arithmetic
 from engines.core import onnx_runtime as ort
-from engines.verify import arithmetic
 from engines.verify.compare import decibels
 from qdq.assemble.held_out import energies
 from qdq.core.choices import choose
