@@ -203,7 +203,6 @@ class _Scope:
     low: set[str] = field(default_factory=set)  # inputs, constants and outputs of the graph that keep their low type
     wide: dict[str, str] = field(default_factory=dict)  # of those: what holds the same values in FP32
     unrounded: dict[str, str] = field(default_factory=dict)  # tensor -> what holds it before it is rounded
-    head: list[NodeProto] = field(default_factory=list)
     nodes: list[NodeProto] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -237,7 +236,7 @@ class _Scope:
             self._ends()
         keep = [v for v in graph.value_info if _elem(v.type) not in _LOW]
         del graph.node[:], graph.value_info[:]
-        graph.node.extend([*self.head, *self.nodes])
+        graph.node.extend(self.nodes)
         graph.value_info.extend(keep)
 
     def _ends(self) -> None:
@@ -292,8 +291,8 @@ class _Scope:
         if name in self.wide:
             return self.wide[name]
         if name in self.low:
-            self.head.append(self._cast(name, TensorProto.FLOAT))
-            self.wide[name] = self.head[-1].output[0]
+            self.nodes.append(self._cast(name, TensorProto.FLOAT))  # at its first use: a large model runs in parts
+            self.wide[name] = self.nodes[-1].output[0]
             return self.wide[name]
         return name if name in self.types or self.parent is None else self.parent._read(name)
 

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from calib_data import Samples
 from engines.backends.backend import backend_named
 from engines.backends.compiler import ShapeRange
 from engines.backends.layers import LayerTable
+from engines.core import arithmetic
 from engines.core import onnx_runtime as ort
 from engines.core.errors import BuildError, import_runtime
 from engines.core.files import write_atomic
@@ -129,9 +131,13 @@ def deploy(
             notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
         if recipe.tune != "off" and not pricer:
             notes = [*notes, f"not tuned: predicted times {backend.unpredicted}"]
+        opened: dict[str, tuple[Callable[..., Any], Path]] = {
+            "float model": (ort.session, model_path),
+            "quantized model": (arithmetic.session, output),
+        }
         label_dice = {
-            name: _label_dice(path, judged, labels)
-            for name, path in (("float model", model_path), ("quantized model", output))
+            name: _label_dice(session(path, custom_ops=custom_ops), judged, labels)
+            for name, (session, path) in opened.items()
             if labels
         }
         report = DeployReport(
@@ -172,11 +178,11 @@ def _float_table(
         shutil.rmtree(place)
 
 
-def _label_dice(path: Path, samples: Iterable[Sample], labels: Sequence[np.ndarray]) -> dict[int, float]:
+def _label_dice(session: Any, samples: Iterable[Sample], labels: Sequence[np.ndarray]) -> dict[int, float]:
     """Dice of each class that the labels hold, over all samples: 2 |both| / (|predicted| + |labelled|)."""
     classes = [int(k) for k in np.unique(np.concatenate([np.unique(label) for label in labels]))]
     both, either = np.zeros(len(classes)), np.zeros(len(classes))
-    for outputs, label in zip(ort.run(str(path), samples), labels, strict=True):
+    for outputs, label in zip(ort.run(session, samples), labels, strict=True):
         found = next(iter(outputs.values())).argmax(1)
         for row, k in enumerate(classes):
             both[row] += np.sum((found == k) & (label == k))
