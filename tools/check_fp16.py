@@ -254,13 +254,17 @@ def node_by_node(model: ModelProto, sample: dict[str, np.ndarray], most: int = 4
         except Exception as error:
             outcomes.append(Outcome(name=node.name, verdict="left out: the reference fails", detail=str(error)[:200]))
             continue
+        known = [name for name in node.output if name in values]
+        if any(np.shape(values[n]) != np.shape(a) for n, a in zip(node.output, wanted, strict=True) if n in known):
+            outcomes.append(Outcome(name=node.name, verdict="left out: the reference gives another shape"))
+            continue
         terms: Any = 0.0
         if node.op_type in CONTRACTIONS:
             terms = one_node(node, [None if a is None else np.abs(a) for a in arrays], model.opset_import)[0]
         far = [
             _tolerant(_wide(values[name]), np.asarray(rounded(array, kinds.get(name, 0))), kinds.get(name, 0), terms)
             for name, array in zip(node.output, wanted, strict=True)
-            if name in values
+            if name in known
         ]
         worst = max(far, default=0)
         verdict = "agrees" if worst <= 1 else "differs"

@@ -78,7 +78,7 @@ def evaluate(
         tried = arithmetic.session(
             model.proto,
             directory=model.directory,
-            where=called(candidate),
+            where=called(candidate) if isinstance(candidate, str | os.PathLike) else "the Q/DQ model",
             written=found.written if found else None,
             custom_ops=custom_ops,
         )
