@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engines.core.arithmetic import stand_in
 from qdq.core.resources import cores
 from qdq.measure.inference.samples import Sample, counted, overlapped, sample_sha256
 from qdq.measure.inference.session import Session
@@ -65,7 +66,10 @@ def split(samples: Iterable[Sample]) -> Split:
 
 
 class HeldOutScore:
-    """Compares models with the float model on some samples; the float outputs are computed anew at each call."""
+    """Compares models with the float model on some samples; the float outputs are computed anew at each call.
+
+    Candidates are computed in their own types (`engines.core.arithmetic`), the float model as it is.
+    """
 
     def __init__(self, model: Model, held: Split) -> None:
         """Open the float model, which is prepared."""
@@ -93,7 +97,10 @@ class HeldOutScore:
         if len(candidates) > AT_ONCE:
             signals, some = self.energies(candidates[:AT_ONCE])
             return signals, some + self.energies(candidates[AT_ONCE:])[1]
-        taps = [Session(candidate, self._outputs, threads=1) for candidate in candidates]
+        taps = [
+            Session(candidate.replace(stand_in(candidate.proto)), self._outputs, threads=1, called="the Q/DQ model")
+            for candidate in candidates
+        ]
 
         def compare(sample: Sample) -> list[float]:
             expected = self._float(sample)

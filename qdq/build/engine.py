@@ -172,8 +172,31 @@ def price(path: Path, recipe: Recipe, gpu: str, on_progress: Progress | None = N
     return predict(path, engine.table, chosen, shapes=shapes)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """A model, the layers that it was compiled to and the shapes it was compiled for.
+
+    `predicted` where the compiler that made the layers stands for another.
+    """
+
+    model: Path
+    table: LayerTable
+    shapes: Mapping[str, ShapeRange]
+    predicted: bool = False
+
+
 def audit_engine(path: Path) -> Audit:
     """Say what each node runs in, from the layer table and manifest of an engine; needs no GPU.
+
+    Raises:
+        InputError, EngineError: see `compiled`.
+    """
+    found = compiled(path)
+    return audit(found.model, found.table, shapes=found.shapes)
+
+
+def compiled(path: Path) -> Compiled:
+    """What an engine was compiled from and to, by its layer table and manifest; needs no GPU.
 
     Raises:
         InputError: one is missing, or the ONNX file that the engine was compiled from is not in its folder.
@@ -186,13 +209,46 @@ def audit_engine(path: Path) -> Audit:
         with suppress(EngineError):  # a file that cannot be read is not the one
             found = sha256_model(candidate)
             if found == manifest.output:
-                return audit(candidate, table, shapes=_shapes(manifest))
+                return Compiled(model=candidate, table=table, shapes=_shapes(manifest))
             seen.append(f"{candidate.name} has {found[:12]}…")
     raise InputError(
         f"No .onnx file beside {path} is the one it was compiled from (sha256 {manifest.output[:12]}…"
         f"{''.join(f'; {other}' for other in seen[:3])}), and only that says what its nodes asked for. Put it there, "
         "or audit the ONNX file itself."
     )
+
+
+def layers_of(path: Path, recipe: Recipe, samples: Samples | None, on_progress: Progress | None = None) -> Compiled:
+    """The layers of an engine, or of an ONNX file: those of an engine beside it, else it is compiled now.
+
+    Where the recipe's backend needs a GPU that is not here, the compiler that predicts its times stands for it.
+
+    Args:
+        path: an engine with its layer table and manifest, or an ONNX file.
+        samples: say the shapes to compile for, where the recipe does not.
+
+    Raises:
+        InputError, EngineError: see `compiled` and `compile_engine`.
+    """
+    if path.suffix != ".onnx":
+        return compiled(path)
+    for manifest in sorted(path.absolute().parent.glob("*.manifest.json")):
+        engine = manifest.with_name(manifest.name.removesuffix(".manifest.json"))
+        try:
+            found = compiled(engine)
+        except (InputError, DocumentError):
+            continue  # of another engine, or damaged: it says nothing of this model
+        if found.model.samefile(path):
+            return found
+    backend = backend_named(recipe.backend)
+    predicted = backend.needs_gpu and not gpus()
+    if predicted:
+        other = predicting(recipe.backend)
+        known = tuple(t for t in recipe.targets if t in other.targets)
+        recipe = replace(recipe, backend=other.name, targets=known or Recipe().targets)
+    shapes = shape_ranges(load(path), recipe.shapes, samples)
+    engine_made = compile_engine(path, recipe=recipe, shapes=shapes, on_progress=on_progress)
+    return Compiled(model=path, table=engine_made.table, shapes=shapes, predicted=predicted)
 
 
 def engine_backend(path: Path) -> str:

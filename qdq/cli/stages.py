@@ -187,6 +187,12 @@ def _show_price(model: Path, recipe: Recipe, gpu: str, as_json: bool) -> None:
 @options.data_options
 @options.judging_options
 @click.option("-o", "--output", type=options.PATH, help="Write report.json here.")
+@click.option(
+    "--as-compiled",
+    is_flag=True,
+    help="Round where the kernels of the engine write their results, not where the file says; needs no GPU. The "
+    "layers are those of the engine given or beside the model; without one the model is compiled.",
+)
 @options.custom_ops_option
 @options.shape_option
 @options.recipe_option
@@ -197,12 +203,16 @@ def check(
     data: str | None,
     random_data: int | None,
     output: Path | None,
+    as_compiled: bool,
     custom_ops: tuple[str, ...],
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Compare a quantized model, or an engine on a GPU, with the float model; limits decide the exit code."""
-    from qdq.build.engine import engine_backend
+    """Compare a quantized model, or an engine on a GPU, with the float model; limits decide the exit code.
+
+    A model is computed in the float types of its file: FP16 rounds and overflows as it does in hardware.
+    """
+    from qdq.build.engine import engine_backend, layers_of
     from qdq.deploy.check import evaluate
     from qdq.deploy.costs.find import with_costs
     from qdq.deploy.report import check_rows, warning_lines
@@ -215,17 +225,20 @@ def check(
     recipe = options.recipe_of(given)
     reference = load(float_model)
     samples = options.samples_of(reference, recipe, data, random_data)
-    backend = None if candidate.suffix == ".onnx" else engine_backend(candidate)
+    backend = None if as_compiled or candidate.suffix == ".onnx" else engine_backend(candidate)
     with Bars() as bars:
+        layers = layers_of(candidate, recipe, samples, bars) if as_compiled else None
         report = evaluate(
             float_model,
-            candidate,
+            layers.model if layers else candidate,
             samples,
             limits=recipe.limits,
             alarms=recipe.alarms,
             task=recipe.task,
             class_axis=recipe.class_axis,
             engine_backend=backend,
+            as_compiled=layers.table if layers else None,
+            predicted=bool(layers and layers.predicted),
             custom_ops=custom_ops,
             on_progress=bars,
         )

@@ -1,4 +1,8 @@
-"""The float model beside a candidate on samples: what `check` and `deploy` report. Must not compile."""
+"""The float model beside a candidate on samples: what `check` and `deploy` report. Must not compile.
+
+A Q/DQ model is computed in the types that its file gives its tensors, or rounded where an engine's kernels write them;
+the float model as the user gave it.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,19 @@ from typing import Any
 from calib_data import Samples
 from engines.backends.backend import backend_named
 from engines.backends.doctor import gpus
+from engines.backends.layers import LayerTable
+from engines.core import arithmetic
 from engines.core import onnx_runtime as ort
 from engines.core.documents import replace
+from engines.verify.as_compiled import roundings
 from engines.verify.compare import compare
 from engines.verify.report import Alarms, Limits, Report
 from qdq.core.progress import Progress
 from qdq.measure.inference.samples import Sample
 from qdq.model.graphsurgeon import ModelSource, called
 from qdq.model.storage import load
+
+NOT_RUN = "the Q/DQ model in ONNX Runtime stood for the engine, which was not run"
 
 
 def evaluate(
@@ -29,6 +38,8 @@ def evaluate(
     task: str = "auto",
     class_axis: int | None = None,
     engine_backend: str | None = None,
+    as_compiled: LayerTable | None = None,
+    predicted: bool = False,
     custom_ops: Sequence[str] = (),
     on_progress: Progress | None = None,
 ) -> Report:
@@ -42,6 +53,9 @@ def evaluate(
         task: what the outputs are, as in `engines.verify.meaning.meanings`.
         class_axis: axis of their classes; None is what the graph tells.
         engine_backend: that runs the candidate where it is an engine.
+        as_compiled: layers of the candidate's engine: values are rounded where its kernels write them, and nowhere
+            else. None rounds where the file says.
+        predicted: the layers are those of another compiler, which predicts the engine.
         custom_ops: libraries of custom operators that ONNX Runtime needs for the models.
     """
     total = samples.len_or_none()
@@ -54,13 +68,30 @@ def evaluate(
         if on_progress and total is not None:
             on_progress(total, total, "Check")
 
-    def opened(model: ModelSource) -> Any:
-        given = str(model) if isinstance(model, str | os.PathLike) else load(model).proto
+    def reference() -> Any:
+        given = str(float_model) if isinstance(float_model, str | os.PathLike) else load(float_model).proto
         return ort.session(given, custom_ops=custom_ops) if custom_ops else given
 
+    name, notes = "engine", []
+    if engine_backend:
+        tried: Any = backend_named(engine_backend).runner(called(candidate), name=name)
+    else:
+        model = load(candidate)
+        found = roundings(model.proto, as_compiled) if as_compiled else None
+        name = "Q/DQ model"
+        if found and as_compiled:
+            name = f"Q/DQ model {'as predicted' if predicted else 'as compiled'}"
+            notes = [f"rounded {'as predicted' if predicted else 'as compiled'} by {as_compiled.backend}: {found.note}"]
+        tried = arithmetic.session(
+            model.proto,
+            directory=model.directory,
+            where=called(candidate) if isinstance(candidate, str | os.PathLike) else "the Q/DQ model",
+            written=found.written if found else None,
+            custom_ops=custom_ops,
+        )
     report = compare(
-        opened(float_model),
-        backend_named(engine_backend).runner(called(candidate), name="engine") if engine_backend else opened(candidate),
+        reference(),
+        tried,
         counted(),
         limits=Limits(**limits),
         alarms=alarms,
@@ -68,8 +99,7 @@ def evaluate(
         class_axis=class_axis,
         model=load(float_model).proto if custom_ops else None,
         stood_for_engine=engine_backend is None,
-        names=("float model", "engine" if engine_backend else "Q/DQ model"),
+        names=("float model", name),
     )
-    if report.stood_for_engine and gpus():
-        return replace(report, note="the Q/DQ model in ONNX Runtime stood for the engine, which was not run")
-    return report
+    stood = [NOT_RUN if gpus() else report.note] if report.stood_for_engine else []
+    return replace(report, note="; ".join([*stood, *notes]))

@@ -10,7 +10,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from calib_data import Samples
 from engines.backends.backend import backend_named
 from engines.backends.compiler import ShapeRange
 from engines.backends.layers import LayerTable
+from engines.core import arithmetic
 from engines.core import onnx_runtime as ort
 from engines.core.errors import BuildError, import_runtime
 from engines.core.files import write_atomic
@@ -115,18 +118,18 @@ def deploy(
         float_table, reason = _float_table(prepared, folder, recipe, shapes, on_progress)
         judged = calibration if evaluated is None else evaluated
         on_engine = recipe.backend if runs_here(engine.table.targets) else None
-        check = evaluate(
+        against_float = partial(
+            evaluate,
             model_path,
-            engine_path if on_engine else output,
-            judged,
+            samples=judged,
             limits=recipe.limits,
             alarms=recipe.alarms,
             task=recipe.task,
             class_axis=recipe.class_axis,
-            engine_backend=on_engine,
             custom_ops=custom_ops,
             on_progress=on_progress,
         )
+        check = against_float(engine_path if on_engine else output, engine_backend=on_engine)
         check = with_costs(
             check,
             prepared,
@@ -140,17 +143,24 @@ def deploy(
             notes = [*notes, f"Nothing is quantized, so the model is called {output.name}, by its float type."]
         if seen:
             notes = [*notes, f"{seen} of the evaluation samples are calibration samples too, which was allowed."]
+        as_compiled = against_float(output, as_compiled=engine.table)
+        said = (engine.table.note, check.note, as_compiled.note)
         if evaluated is None:
             notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
         if recipe.tune != "off" and not pricer:
             notes = [*notes, f"not tuned: predicted times {backend.unpredicted}"]
+        opened: dict[str, tuple[Callable[..., Any], Path]] = {
+            "float model": (ort.session, model_path),
+            "quantized model": (arithmetic.session, output),
+        }
         label_dice = {
-            name: _label_dice(path, judged, labels)
-            for name, path in (("float model", model_path), ("quantized model", output))
+            name: _label_dice(session(path, custom_ops=custom_ops), judged, labels)
+            for name, (session, path) in opened.items()
             if labels
         }
         report = DeployReport(
             check=check,
+            as_compiled=as_compiled,
             audit=audit(output, engine.table, shapes=shapes),
             float_engine=EngineSizes.of(float_table) if float_table else None,
             float_file_bytes=file_bytes(load(model_path)),
@@ -159,12 +169,7 @@ def deploy(
             min_int8_share=recipe.min_int8_share,
             overlap=seen,
             evaluated_on="calibration samples" if evaluated is None else "evaluation samples",
-            notes=tuple(
-                filter(
-                    None,
-                    [*notes, *done.notes, *made.solution.notes, *finished.notes, engine.table.note, check.note, reason],
-                )
-            ),
+            notes=tuple(filter(None, [*notes, *done.notes, *made.solution.notes, *finished.notes, *said, reason])),
             label_dice=label_dice,
             tuning=done.tuned.outcome([gpu.name for gpu in pricer.gpus]) if done.tuned and pricer else None,
         )
@@ -190,11 +195,11 @@ def _float_table(
         shutil.rmtree(place)
 
 
-def _label_dice(path: Path, samples: Iterable[Sample], labels: Sequence[np.ndarray]) -> dict[int, float]:
+def _label_dice(session: Any, samples: Iterable[Sample], labels: Sequence[np.ndarray]) -> dict[int, float]:
     """Dice of each class that the labels hold, over all samples: 2 |both| / (|predicted| + |labelled|)."""
     classes = [int(k) for k in np.unique(np.concatenate([np.unique(label) for label in labels]))]
     both, either = np.zeros(len(classes)), np.zeros(len(classes))
-    for outputs, label in zip(ort.run(str(path), samples), labels, strict=True):
+    for outputs, label in zip(ort.run(session, samples), labels, strict=True):
         found = next(iter(outputs.values())).argmax(1)
         for row, k in enumerate(classes):
             both[row] += np.sum((found == k) & (label == k))

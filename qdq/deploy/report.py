@@ -59,6 +59,8 @@ class DeployReport(Document, frozen=True, kw_only=True):
         label_dice: Dice of each class against true labels, for 'float model' and 'quantized model'; only in the demo.
         tuning: how the plan was chosen by compiled results; None where it was not.
         check: outputs of the engine, or of the Q/DQ model in its place, against the float model.
+        as_compiled: the same of the Q/DQ model rounded where the engine's kernels write their results; None where no
+            engine was compiled.
         audit: what each weighted node asked for and got.
     """
 
@@ -77,6 +79,7 @@ class DeployReport(Document, frozen=True, kw_only=True):
     tuning: TuningOutcome | None = None
     min_int8_share: float | None = None
     check: Report
+    as_compiled: Report | None = None
     audit: Audit
 
     @property
@@ -101,6 +104,8 @@ class DeployReport(Document, frozen=True, kw_only=True):
             *([Row(f"predicted on {', '.join(self.tuning.gpus)}", self.tuning.times)] if self.tuning else []),
             *check_rows(self.check),
         ]
+        if self.as_compiled:
+            rows.append(Row("SQNR, rounded as compiled", f"{self.as_compiled.sqnr_db:.1f} dB over all outputs"))
         for name, dice in self.label_dice.items():
             rows.append(Row(f"Dice of the {name} against the atlas", _per_class(dice)))
         return [*rows, Row("compared on", f"{self.check.samples} {self.evaluated_on}")]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 from engines.core.documents import replace
 from engines.core.errors import BuildError
+from qdq.assemble.finish import finish
 from qdq.assemble.held_out import HeldOutScore, Split, ranked
 from qdq.assemble.quantize import quantize
 from qdq.assemble.tables import Tables
@@ -26,10 +27,13 @@ from qdq.tune.variant_builder import VariantBuilder
 JUDGED = 8  # calibration samples that a tuned plan is measured on, at most
 
 
-def accuracy(prepared: Model, samples: Iterable[Sample], settings: Settings) -> Callable[[Plan], float]:
+def accuracy(
+    prepared: Model, samples: Iterable[Sample], settings: Settings, *, unquantized_type: str = "auto"
+) -> Callable[[Plan], float]:
     """What `tune` measures a plan by: quantized with all samples, the outputs' SQNR in dB on a few of them.
 
-    Biases are not corrected, which takes long; that is done to the final model where it gains.
+    The model is finished as it is compiled, in its float type (`auto`: the plan's) and with the plan's rewrites. Biases
+    are not corrected, which takes long; that is done to the final model where it gains.
     """
     settings = replace(settings, bias_correction="off")
     tables: Tables | None = None
@@ -40,7 +44,8 @@ def accuracy(prepared: Model, samples: Iterable[Sample], settings: Settings) -> 
         tables = tables or Tables(model=prepared, samples=as_samples(samples, prepared))
         made = quantize(prepared, tables.samples, settings=settings, plan=plan, table=tables.of(plan))
         held = held or Split(samples=tables.samples, fit=(), held=frozenset(ranked(tables.samples)[:JUDGED]))
-        return HeldOutScore(prepared, held).sqnr_db(made.model)
+        done = finish(made.model, made.plan, unquantized_type=unquantized_type, table=made.table)
+        return HeldOutScore(prepared, held).sqnr_db(done.model)
 
     return measure
 
@@ -72,7 +77,9 @@ def find_plan(
             pricer,
             placement=recipe.tune == "placement",
             min_sqnr_db=recipe.limits.get("min_sqnr_db", -math.inf),
-            measure=None if samples is None else accuracy(prepared, samples, recipe.settings),
+            measure=None
+            if samples is None
+            else accuracy(prepared, samples, recipe.settings, unquantized_type=recipe.unquantized_type),
             time_limit_s=recipe.time_limit_s,
             on_progress=on_progress,
         )

@@ -18,6 +18,7 @@ import numpy as np
 from calib_data import DataError, InputSpec, Samples, open_samples
 from calib_data.sources import ArrayForm, form_of
 from calib_data.sources.function import PythonFunction
+from engines.core import arithmetic
 from engines.core import onnx_runtime as ort
 from engines.core.load import load_graph
 from engines.verify.compare import OutputSums
@@ -142,7 +143,7 @@ def score(
     custom_ops: Sequence[str] = (),
     on_progress: Progress | None = None,
 ) -> Score:
-    """Run a model on every sample and compare it with the float model.
+    """Run a model on every sample, in its own arithmetic, and compare it with the float model.
 
     Args:
         reference: of the float model, for these samples.
@@ -164,7 +165,7 @@ def score(
             f"The samples to score on hold no array {task.array!r} with labels, only {', '.join(names)}. Give --eval "
             "with real samples that have it, or leave out --labels."
         )
-    session = ort.session(str(candidate), custom_ops=custom_ops)
+    session = arithmetic.session(candidate, custom_ops=custom_ops)
     sums, counting, classes, done = OutputSums(reference.path), metric(task.metric, per=task.per), "", 0
     for done, sample in enumerate(samples, 1):
         inputs = {name: sample[name] for name in names}

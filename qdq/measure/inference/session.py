@@ -1,4 +1,4 @@
-"""Run a float model in ONNX Runtime and see the tensors inside it.
+"""Run a model in ONNX Runtime and see the tensors inside it.
 
 Model + tensor names -> Session -> for each sample tensor name -> array; `overlapped` runs several at a time.
 A model with much external data is run in `partitioned`, so that its weights are never in memory together.
@@ -58,6 +58,7 @@ class Session:
         custom_ops: Sequence[str] = (),
         threads: int = 0,
         in_order: bool = False,
+        called: str = "the float model",
     ) -> None:
         """Create the session.
 
@@ -69,6 +70,7 @@ class Session:
             threads: inside one operator; 0 lets ONNX Runtime choose.
             in_order: run each node as early as the order of the nodes has it. ONNX Runtime would run what makes outputs
                 of the graph as late as it can, and keep all that these read until then.
+            called: what messages call the model.
 
         Raises:
             MissingRuntimeError: onnxruntime or the provider is missing.
@@ -92,6 +94,7 @@ class Session:
         self._given = [t for t in dict.fromkeys(tensors) if t in fed]
         self._computed = [t for t in dict.fromkeys(tensors) if t not in fed]
         self._failures = refusals()
+        self._called = called
         self._session: Any = None
         if not self._computed:
             return
@@ -114,7 +117,7 @@ class Session:
         try:
             self._session, _ = start(_with_outputs(model, self._computed).SerializeToString(), {}, model.directory)
         except self._failures as error:
-            raise _refused(error) from None
+            raise _refused(error, self._called) from None
         used = ", ".join(self._session.get_providers())
         if PROVIDERS[provider] not in used:  # its libraries do not load: ONNX Runtime only prints that and goes on
             raise MissingRuntimeError(
@@ -147,15 +150,15 @@ class Session:
             try:
                 values = self._session.run(self._computed, {name: sample[name] for name in self._inputs})
             except self._failures as error:
-                raise _refused(error) from None
+                raise _refused(error, self._called) from None
             seen.update(zip(self._computed, values, strict=True))
         return seen
 
 
-def _refused(error: Exception) -> InputError:
+def _refused(error: Exception, called: str) -> InputError:
     return InputError(
-        f"ONNX Runtime cannot run the float model: {' '.join(str(error).split())[:500]} Check that the model runs by "
-        "itself on these samples."
+        f"ONNX Runtime cannot run {called}: {' '.join(str(error).split())[:500]} Check that the model runs by itself "
+        "on these samples."
     )
 
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from models import constant, images, save_samples, segmenter
 from onnx import TensorProto, helper
 
+from engines.core import arithmetic
 from engines.core import onnx_runtime as ort
 from engines.cost import predict as predict_module
 from qdq.assemble.held_out import ranked
@@ -134,7 +135,7 @@ def test_a_row_holds_what_the_other_verbs_measure(folder: Path) -> None:
     assert row["model_bytes"] == Path("q.onnx").stat().st_size
     expected = metric("perplexity")
     for sample in (dict(np.load(path)) for path in sorted(Path("unseen").iterdir())):
-        (outputs,) = ort.run("q.onnx", [sample])
+        (outputs,) = ort.run(arithmetic.session("q.onnx"), [sample])
         expected.add(outputs["logits"], outputs["logits"], next_tokens(sample["tokens"]))
     assert row["value"] == pytest.approx(expected.value)
 

@@ -13,11 +13,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from qdq.assemble.finish import finish
+from qdq.assemble.held_out import HeldOutScore, split
 from qdq.assemble.quantize import quantize
 from qdq.core.errors import InputError
 from qdq.core.qtensor import QTensor
+from qdq.deploy.check import evaluate
 from qdq.measure.collect import collect
 from qdq.measure.inference import partitioned
+from qdq.measure.inference.inputs import as_samples
 from qdq.measure.inference.session import Session
 from qdq.model import external, weight_store
 from qdq.model.external import is_stored
@@ -149,6 +153,25 @@ def test_parts_compute_what_the_whole_does(
     assert found.keys() == whole.keys()
     for name in wanted:
         np.testing.assert_allclose(found[name], whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_parts_round_as_the_whole_does(
+    chain: Path, samples: list[dict[str, np.ndarray]], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """FP16 for the rest: each part casts its own weights up, and the file is checked with its data beside it."""
+    settings = Settings(scheme="int8-weight", equalize="none", bias_correction="off")
+    scores = []
+    for large in (False, True):
+        if large:
+            request.getfixturevalue("tiny_is_large")
+        made = quantize(chain, samples, settings=settings)
+        done = finish(made.model, made.plan, unquantized_type="fp16", table=made.table).model
+        assert any(t.data_type == TensorProto.FLOAT16 for t in done.graph.initializer)
+        scores.append(HeldOutScore(made.prepared, split(samples)).sqnr_db(done))
+        save(done, tmp_path / "low.onnx")
+        report = evaluate(chain, tmp_path / "low.onnx", as_samples(samples, load(chain)), limits={})
+        assert report.sqnr_db == pytest.approx(scores[0], abs=1.0)  # of all samples, not of those held out
+    assert scores[1] == pytest.approx(scores[0], abs=0.01)
 
 
 @pytest.mark.usefixtures("tiny_is_large")

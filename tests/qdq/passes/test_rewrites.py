@@ -14,6 +14,9 @@ import pytest
 from graphs import build, conv, node, normal, product, quantized, run, samples
 from transformer_graphs import attention, gelu, grouped, layer_norm, mlp, partition, windows
 
+from engines.core import arithmetic
+from engines.core import onnx_runtime as ort
+from qdq.assemble.precision.convert import convert
 from qdq.model.model import Model
 from qdq.passes import rewrites
 from qdq.passes.rewrites import FLOAT_REWRITES, QUANTIZED_REWRITES
@@ -606,6 +609,37 @@ def test_hoist_bounds_the_unscaled_output() -> None:
         proto.graph.output.append(onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None))
     for values in run(proto, samples(model)):
         assert (np.abs(values[unscaled]) <= np.abs(values["a"]) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_hoist_keeps_the_digits_that_a_large_bias_cancels(dtype: str) -> None:
+    """Products around 40, a bias that takes them to around 1: written without it, they would lose 5 bits."""
+    weight = np.abs(normal(8, 4, 3, 3)) * np.geomspace(1, 4, 8, dtype=np.float32).reshape(-1, 1, 1, 1)
+    tensors = {"w": weight, "b": -weight.sum(axis=(1, 2, 3)).astype(np.float32)}
+    model = build([node("Conv", "x w b", "c"), node("Relu", "c", "y")], {"x": (1, 4, 9, 9)}, tensors)
+    data = [{"x": (1 + 0.05 * normal(1, 4, 9, 9, seed=seed)).astype(np.float32)} for seed in range(3)]
+    full = quantized(model, data, shift=False).model
+    low = convert(full, unquantized_type=dtype).model
+    hoisted = QUANTIZED_REWRITES["hoist"](low).model
+
+    def error(candidate: Model) -> float:
+        pairs = zip(run(full, data), ort.run(arithmetic.session(candidate.proto), data), strict=True)
+        return sum(float(((wanted["y"] - found["y"]) ** 2).sum()) for wanted, found in pairs)
+
+    assert error(hoisted) <= 1.5 * error(low)  # one rounding more, behind the Mul
+
+
+@pytest.mark.parametrize("name", ["hoist", "norm_scale"])
+def test_the_common_scale_is_a_power_of_two_below_all(name: str) -> None:
+    """Its product with any code is exact in FP16 and BF16."""
+    model = scaled(bias=False) if name == "hoist" else normalized_codes()
+    done = QUANTIZED_REWRITES[name](model).model
+    (before,), (after,) = (
+        [m.array(n.input[1]) for n in m.graph.node if n.op_type == "DequantizeLinear" and m.is_constant(n.input[0])]
+        for m in (model, done)
+    )
+    assert after.ndim == 0 and math.frexp(float(after))[0] == 0.5
+    assert before.min() / 2 < after <= before.min()
 
 
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-3])

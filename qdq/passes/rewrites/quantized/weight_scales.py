@@ -1,10 +1,12 @@
 """Per-channel scales of quantized Conv weights and the one scale that can stand for them: what two rewrites share.
 
-DequantizeLinear(codes, s_c)  ->  s_c as values, s = their minimum, DequantizeLinear(codes, s)
+DequantizeLinear(codes, s_c)  ->  s_c as values, s = a power of two below them, DequantizeLinear(codes, s)
 It must not decide where the ratios s_c / s go, or change a code.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from onnx import NodeProto, TensorProto
@@ -41,12 +43,13 @@ def ratios(scales: np.ndarray) -> np.ndarray:
 
 
 def common_scale(scales: np.ndarray) -> float:
-    """The smallest scale, so that nothing becomes larger; in FP16 a normal number.
+    """The largest power of two that is no larger than any scale, so that nothing becomes larger; in FP16 normal.
 
-    A subnormal scale loses digits, and TensorRT works with its reciprocal, which FP16 cannot hold.
+    A power of two times a code is exact in every float type, so that the weights lose nothing more by rounding. A
+    subnormal scale loses digits, and TensorRT works with its reciprocal, which FP16 cannot hold.
     """
-    smallest = float(scales.astype(np.float64).min())
-    return max(smallest, float(np.finfo(np.float16).tiny)) if scales.dtype == np.float16 else smallest
+    below = 2.0 ** math.floor(math.log2(float(scales.astype(np.float64).min())))
+    return max(below, float(np.finfo(np.float16).tiny)) if scales.dtype == np.float16 else below
 
 
 def dequantized(
@@ -59,7 +62,7 @@ def dequantized(
     codes, scale = dequantize.input[:2]
     if (codes, scale) in made:
         return []
-    smallest = edit.constant(f"{codes}_smallest_scale", np.asarray(common, model.array(scale).dtype))
+    single = edit.constant(f"{codes}_common_scale", np.asarray(common, model.array(scale).dtype))
     zero = edit.constant(f"{codes}_zero", np.zeros((), model.array(codes).dtype))
-    made[codes, scale] = edit.node("DequantizeLinear", (codes, smallest, zero), f"{codes}_DequantizeLinear")
+    made[codes, scale] = edit.node("DequantizeLinear", (codes, single, zero), f"{codes}_DequantizeLinear")
     return [made[codes, scale]]
