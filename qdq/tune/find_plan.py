@@ -39,7 +39,7 @@ def accuracy(prepared: Model, samples: Iterable[Sample], settings: Settings) -> 
         nonlocal settings, tables, held
         tables = tables or Tables(model=prepared, samples=as_samples(samples, prepared))
         made = quantize(prepared, tables.samples, settings=settings, plan=plan, table=tables.of(plan))
-        settings = replace(settings, equalize=made.plan.settings.equalize)  # 'auto' is settled by the first plan
+        settings = made.plan.settings  # 'auto' is settled by the first plan
         held = held or Split(samples=tables.samples, fit=(), held=frozenset(ranked(tables.samples)[:JUDGED]))
         return HeldOutScore(prepared, held).sqnr_db(made.model)
 

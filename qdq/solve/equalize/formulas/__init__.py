@@ -40,5 +40,5 @@ FORMULAS: Members[Formula] = Members(__name__, "FORMULA")
 
 
 def formula(equalize: str) -> Formula | None:
-    """The formula of a setting, None where it names none; 'auto' that nobody has resolved is the cautious one."""
-    return FORMULAS.get("smoothquant" if equalize == "auto" else equalize)
+    """The formula of a setting that is settled, None where it names none."""
+    return FORMULAS.get(equalize)
