@@ -183,7 +183,7 @@ def test_an_input_that_nothing_quantizes_may_hold_minus_infinity() -> None:
     made = quantize(model, data)
     assert len(made.plan.quantized_nodes) == 2
     assert np.isfinite(graphs.run(made.model, data[:1])[0]["y"]).all()
-    with pytest.raises(InputError, match="makes tensor '[xp]' of the float model hold"):
+    with pytest.raises(InputError, match=r"makes tensor '[xp]' of the float model hold"):
         quantize(model, [{**s, "x": np.where(s["x"] > 2, -np.inf, s["x"]).astype(np.float32)} for s in data])
 
 
