@@ -44,7 +44,7 @@ class Samples:
     origin: str
 
     def __iter__(self) -> Iterator[dict[str, Array]]:
-        """Yield each sample: input name -> array of the model's dtype and rank, finite.
+        """Yield each sample: input name -> array of the model's dtype and rank, finite or -inf.
 
         Raises:
             DataError: a sample is unreadable or not what the model needs, or there is none.

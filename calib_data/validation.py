@@ -131,10 +131,11 @@ def check_sample(arrays: Mapping[str, Array], inputs: Sequence[InputSpec], where
         where: the file or sample, for messages.
 
     Returns:
-        Input name -> C-contiguous array of the input's dtype and rank, in the order of ``inputs``, all finite.
+        Input name -> C-contiguous array of the input's dtype and rank, in the order of ``inputs``; finite, or -inf as
+        masks have it: whoever measures an input refuses that.
 
     Raises:
-        DataError: wrong names, rank, fixed dimension or dtype; empty; NaN or infinite values.
+        DataError: wrong names, rank, fixed dimension or dtype; empty; NaN or values that are too large.
     """
     check_names(arrays.keys(), inputs, where)
     sample = {}
@@ -147,10 +148,12 @@ def check_sample(arrays: Mapping[str, Array], inputs: Sequence[InputSpec], where
 def _converted(array: Array, spec: InputSpec, where: str) -> Array:
     needed = np.dtype(spec.dtype)
     if array.dtype.kind == "f" and needed.kind == "f":
-        _require_finite(array, spec, where, "Find out where it comes from, or remove this sample.")
+        mask = array == np.asarray(-np.inf, array.dtype)  # of attention: no value of a measured quantity
+        _require(np.isfinite(array) | mask, spec, where, "Find out where it comes from, or remove this sample.")
         with np.errstate(over="ignore"):
             result = np.asarray(array, needed, order="C")
-        _require_finite(result, spec, where, f"The {array.dtype} values exceed {needed}: normalize them.")
+        fix = f"The {array.dtype} values exceed {needed}: normalize them."
+        _require(np.isfinite(result) | mask, spec, where, fix)
         return result
     if array.dtype.kind in "biu" and needed.kind in "iu":
         limits, low, high = np.iinfo(needed), int(array.min()), int(array.max())
@@ -173,13 +176,12 @@ def _converted(array: Array, spec: InputSpec, where: str) -> Array:
     raise DataError(f"Wrong dtype of {spec.name!r} in {where}: got {array.dtype}, the model needs {needed}. {fix}")
 
 
-def _require_finite(array: Array, spec: InputSpec, where: str, fix: str) -> None:
-    finite = np.isfinite(array)
-    if not finite.all():
-        index = tuple(int(i) for i in np.unravel_index(int(np.argmin(finite)), array.shape))
+def _require(good: npt.NDArray[np.bool_], spec: InputSpec, where: str, fix: str) -> None:
+    if not good.all():
+        index = tuple(int(i) for i in np.unravel_index(int(np.argmin(good)), good.shape))
         raise DataError(
-            f"NaN or infinite value in {spec.name!r} in {where}: {int((~finite).sum())} of {array.size} values, the "
-            f"first at index {index}; every value must be a finite {spec.dtype}. {fix}"
+            f"NaN or infinite value in {spec.name!r} in {where}: {int((~good).sum())} of {good.size} values, the first "
+            f"at index {index}; every value must be a finite {spec.dtype}, or -inf in a mask. {fix}"
         )
 
 

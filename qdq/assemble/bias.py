@@ -66,6 +66,8 @@ def corrected(
         The better model, and a note that says which it is and why.
     """
     held = split(samples)
+    if not always and not held.held.isdisjoint(held.fit):
+        return quantized, "bias correction not applied: one calibration sample cannot judge what is made from it"
     changed = correct(model, quantized, nodes, held, factors=factors, on_progress=on_progress)
     if changed is quantized:
         return quantized, "bias correction not applied: no quantized node has one that a correction could be added to"
@@ -193,8 +195,12 @@ def _mean(samples: Iterable[_Sums]) -> dict[str, _Mean]:
 
 
 def _shift(wanted: _Mean, found: _Mean) -> Floats:
-    """What to add to the bias: the error of the mean over the share that moves with it."""
-    return np.asarray((wanted.value - found.value) / np.maximum(found.active, MINIMUM_ACTIVE))
+    """What to add to the bias: the error of the mean over the share that moves with it.
+
+    0 where a mean is not finite.
+    """
+    missing = np.where(np.isfinite(wanted.value) & np.isfinite(found.value), wanted.value - found.value, 0.0)
+    return np.asarray(missing / np.maximum(found.active, MINIMUM_ACTIVE))
 
 
 def _place(model: Model, node: NodeProto) -> tuple[str, int] | None:

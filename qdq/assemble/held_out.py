@@ -113,12 +113,16 @@ class HeldOutScore:
 
 
 def energies(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> tuple[float, float]:
-    """Of one sample: sum y^2 and sum (y - found)^2 over all outputs y, in float64; infinite if not finite."""
+    """Of one sample: sum y^2 and sum (y - found)^2 over all finite outputs y, in float64; infinite if not finite.
+
+    What is not finite in the float model, as the logarithm of a masked probability, is left out.
+    """
     signals, noises = [], []
     for name, output in expected.items():
-        y = output.astype(np.float64)
+        finite = np.isfinite(output)
+        y = output[finite].astype(np.float64)
         signals.append(float(np.sum(y**2)))
-        noises.append(float(np.sum((y - found[name]) ** 2)))
+        noises.append(float(np.sum((y - found[name][finite]) ** 2)))
     return _sum(signals), _sum(noises)
 
 

@@ -1,6 +1,6 @@
 """From a float model and samples to its Q/DQ model, in the order of the stages: values in, values out.
 
-load_float -> plan -> `Tables`, collect -> solve -> insert -> `Quantized`; `accuracy` is what `tune` measures a plan by.
+load_float -> plan -> `Tables`, collect -> judge -> solve -> insert -> leave out -> `Quantized`.
 Must not write files, compile, or hold the arithmetic of a stage.
 """
 
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from engines.core.documents import replace
 from qdq.assemble.bias import corrected
 from qdq.assemble.choose_calibrator import solve_auto
 from qdq.assemble.insert import insert
+from qdq.assemble.judge import judged, unshifted
+from qdq.assemble.leave_out import spared
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
 from qdq.measure.collect import collect
@@ -77,12 +80,12 @@ def quantize(
             table = collect(prepared, chosen, checked, on_progress=on_progress)
     table.check(prepared, chosen)
     if settings is not None:
-        chosen = replace(chosen, settings=settings)
+        chosen = unshifted(replace(chosen, settings=settings))
     correction = chosen.settings.bias_correction if chosen.quantized_nodes else "off"
 
-    def complete(solution: Solution) -> tuple[Solution, Model]:
+    def complete(plan: Plan, solution: Solution) -> tuple[Solution, Model]:
         """What a solution is shipped as."""
-        made = insert(prepared, chosen, solution)
+        made = insert(prepared, plan, solution)
         if checked is None or correction == "off":
             return solution, made
         always, nodes = correction == "on", solution.nodes.values()
@@ -94,12 +97,18 @@ def quantize(
     auto = chosen.settings.calibrator == "auto"
     if auto and checked is None:
         raise InputError("calibrator auto compares models on the samples, and only a table is given: give samples.")
-    with registered(custom_ops):
+
+    def build(plan: Plan) -> tuple[Solution, Model]:
         if auto and checked is not None:
-            solution, quantized = solve_auto(
-                prepared, chosen, table, samples=checked, complete=complete, on_progress=on_progress
-            )
-        else:
-            solution, quantized = complete(solve(prepared, chosen, table, samples=checked, on_progress=on_progress))
-    solution = replace(solution, notes=(*chosen.settings.idle, *solution.notes))
+            done = partial(complete, plan)
+            return solve_auto(prepared, plan, table, samples=checked, complete=done, on_progress=on_progress)
+        return complete(plan, solve(prepared, plan, table, samples=checked, on_progress=on_progress))
+
+    with registered(custom_ops):
+        chosen, choices = judged(prepared, chosen, checked, on_progress=on_progress)
+        made = build(chosen)
+        if checked is not None:
+            chosen, made = spared(prepared, chosen, made, checked, build)
+    solution, quantized = made
+    solution = replace(solution, notes=(*chosen.settings.idle, *choices, *solution.notes))
     return Quantized(prepared=prepared, plan=chosen, table=table, solution=solution, model=quantized)

@@ -29,7 +29,7 @@ from qdq.measure.checkpoint import Checkpoint
 from qdq.measure.histogram import BINS, Histogram
 from qdq.measure.inference.magnitudes import Magnitude, WatchedSession
 from qdq.measure.inference.memory import passes
-from qdq.measure.inference.samples import Sample, counted, length, overlapped, sample_sha256
+from qdq.measure.inference.samples import Sample, counted, length, not_finite, overlapped, sample_sha256
 from qdq.measure.inference.session import Session
 from qdq.measure.table import CalibrationTable, TableFile, merged, samples_digest
 from qdq.model.model import Model
@@ -167,11 +167,7 @@ def _one_pass(
             try:
                 tensors[name] = Histogram.of(*_by_sample(model, name, array, batch, digests.total()))
             except ValueError as error:
-                where = f"Sample {shard[0] + index * shard[1]} makes tensor {name!r} of the float model hold {error}"
-                raise InputError(
-                    f"{where}: calibration needs finite values. Check the sample and how it was normalised, or exclude "
-                    "the nodes that read the tensor."
-                ) from None
+                raise not_finite(name, shard[0] + index * shard[1], str(error)) from None
         return replace(
             start,
             count=digests.total(),

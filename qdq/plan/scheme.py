@@ -19,8 +19,8 @@ class Scheme:
         compute_format: format that the product reads the weight's blocks as; None where it reads them themselves.
         convolution: format of both operands of Conv; None leaves Conv in float.
         token: when the data operand has one scale per token: a name in TOKENS, or None for never.
-        rounding: default of `Settings.rounding`.
-        equalize: default of `Settings.equalize`.
+        roundings: what `Settings.rounding` "auto" is chosen from; the first where nothing can be compared.
+        equalizations: the same of `Settings.equalize`.
     """
 
     name: str
@@ -30,20 +30,37 @@ class Scheme:
     compute_format: str | None = None
     convolution: str | None = "int8"
     token: str | None = None
-    rounding: str = "gptq"
-    equalize: str = "smoothquant"
+    roundings: tuple[str, ...] = ("gptq", "nearest")
+    equalizations: tuple[str, ...] = ("smoothquant", "none")
 
 
 # 4-bit weights are refined by coordinate descent: at 15 levels it is worth a third of what GPTQ is.
+_BLOCKS = ("descent", "clip", "nearest")
+_CHANNELS = ("awq", "sinq", "none")
 _ROWS = (
-    Scheme(name="int8", equalize="auto"),
-    Scheme(name="int8-smooth", equalize="smooth"),
-    Scheme(name="int8-weight", data=None, convolution=None, equalize="none"),
-    Scheme(name="int4", data=None, weight="int4", convolution=None, rounding="descent", equalize="awq"),
-    Scheme(name="w4a8", weight="int4", compute_format="int8", rounding="descent"),
-    Scheme(name="fptq", weight="int4", compute_format="int8", token="fptq", rounding="descent", equalize="lae"),
-    Scheme(name="fp8", data="fp8", weight="fp8", convolution="fp8", rounding="nearest", equalize="none"),
-    Scheme(name="nvfp4", data="nvfp4", weight="nvfp4", convolution=None, rounding="descent", equalize="none"),
-    Scheme(name="nvfp4-weight", data=None, weight="nvfp4", convolution=None, rounding="descent", equalize="awq"),
+    Scheme(name="int8", equalizations=("smoothquant", "judged", "smooth", "none")),
+    Scheme(name="int8-smooth", equalizations=("smooth",)),
+    Scheme(name="int8-weight", data=None, convolution=None, equalizations=("none",)),
+    Scheme(name="int4", data=None, weight="int4", convolution=None, roundings=_BLOCKS, equalizations=_CHANNELS),
+    Scheme(
+        name="w4a8",
+        weight="int4",
+        compute_format="int8",
+        roundings=_BLOCKS,
+        equalizations=("none", "smoothquant"),  # 15 levels have no range to spare for what the data give up
+    ),
+    Scheme(
+        name="fptq",
+        weight="int4",
+        compute_format="int8",
+        token="fptq",
+        roundings=_BLOCKS,
+        equalizations=("lae", "none"),
+    ),
+    Scheme(name="fp8", data="fp8", weight="fp8", convolution="fp8", roundings=("nearest",), equalizations=("none",)),
+    Scheme(name="nvfp4", data="nvfp4", weight="nvfp4", convolution=None, roundings=_BLOCKS, equalizations=("none",)),
+    Scheme(
+        name="nvfp4-weight", data=None, weight="nvfp4", convolution=None, roundings=_BLOCKS, equalizations=_CHANNELS
+    ),
 )
 SCHEMES: Mapping[str, Scheme] = MappingProxyType({row.name: row for row in _ROWS})

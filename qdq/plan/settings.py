@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -20,7 +20,7 @@ from qdq.plan.methods import CALIBRATORS, FORMULAS, ROUNDINGS
 from qdq.plan.scheme import SCHEMES, Scheme
 from qdq.plan.spec import BY_RANGE, Spec
 
-AUTO = "auto"
+AUTO: Literal["auto"] = "auto"
 WHOLE = ("channel", "tensor")  # in place of a block
 BIAS_CORRECTIONS: tuple[str, ...] = ("auto", "on", "off")
 V0, V1 = 15.0, 150.0  # of FPTQ's paper
@@ -39,7 +39,7 @@ def choices(setting: str) -> tuple[str | int, ...]:
     found: Mapping[str, Callable[[], tuple[str | int, ...]]] = {
         "scheme": lambda: tuple(SCHEMES),
         "calibrator": lambda: (*CALIBRATORS, AUTO),
-        "rounding": lambda: tuple(ROUNDINGS),
+        "rounding": lambda: (*ROUNDINGS, AUTO),
         "equalize": lambda: (*FORMULAS, AUTO, "none"),
         "bias_correction": lambda: BIAS_CORRECTIONS,
         "block": lambda: (*sorted({b for f in FORMATS.values() for b in f.blocks}, reverse=True), AUTO, *WHOLE),
@@ -62,12 +62,11 @@ class Settings(Part, frozen=True, kw_only=True):
         scheme: which operands get which format, a name in SCHEMES.
         calibrator: how an activation's range is chosen from its histogram.
         percentile: percent of the values that the `percentile` calibrator keeps inside the range.
-        rounding: how weights are rounded to codes; "" takes the scheme's default.
-        equalize: the formula by which input channels of a layer are balanced where that pays, or "none"; "auto" takes
-            for each tensor the one that gains on samples that its ranges were not taken from, or a wider range where
-            that is as good; "" takes the scheme's default.
-            Weight-only blocks are balanced as AWQ does, unless it is "none" or "sinq".
-        shift: allow `Spec.shift` for activations.
+        rounding: how weights are rounded to codes; "auto" takes that of the scheme's which is best on held-out samples
+            (`qdq.assemble.judge`), as does "", unless the scheme has one only.
+        equalize: the formula by which input channels of a layer are balanced where that pays, or "none"; "auto" and ""
+            as for rounding. Weight-only blocks are balanced as AWQ does, unless it is "none" or "sinq".
+        shift: allow `Spec.shift` for activations; "auto" allows it unless held-out samples lose by it.
         exclude: glob patterns of node names that stay in float; each must match at least one node.
         bias_correction: shift biases so that quantization does not move means; "auto" where held-out samples gain.
         block: weights that share a scale along the reduction axis, for formats that have blocks; "auto" takes for
@@ -91,7 +90,7 @@ class Settings(Part, frozen=True, kw_only=True):
     percentile: Annotated[float, msgspec.Meta(gt=50, le=100)] = 99.99
     rounding: str = ""
     equalize: str = ""
-    shift: bool = True
+    shift: bool | Literal["auto"] = AUTO
     exclude: tuple[Pattern, ...] = ()
     bias_correction: str = "auto"
     block: int | str = "auto"
@@ -113,7 +112,7 @@ class Settings(Part, frozen=True, kw_only=True):
         rows = [SCHEMES[choose(name, tuple(SCHEMES), "scheme")] for name in (self.scheme, *self.overrides.values())]
         for name in ("rounding", "equalize"):
             if getattr(self, name) == "":
-                set_field(self, name, getattr(rows[0], name))
+                set_field(self, name, AUTO if len(self.options(name)) > 1 else self.options(name)[0])
         for name in ("calibrator", "rounding", "equalize", "bias_correction"):
             choose(getattr(self, name), [str(n) for n in choices(name)], name)
         if block not in choices("block"):
@@ -132,6 +131,21 @@ class Settings(Part, frozen=True, kw_only=True):
                 f"choose {', '.join(map(str, fmt.blocks))} or auto, or the weight-only scheme int4."
             )
 
+    def options(self, setting: str) -> tuple[str | bool, ...]:
+        """What 'auto' of `rounding`, `equalize` or `shift` is chosen from; the first where nothing can be compared."""
+        row = SCHEMES[self.scheme]
+        return {"rounding": row.roundings, "equalize": row.equalizations, "shift": (True, False)}[setting]
+
+    @property
+    def open(self) -> tuple[str, ...]:
+        """The settings whose 'auto' is not decided yet, in the order in which they are."""
+        return tuple(name for name in ("shift", "equalize", "rounding") if getattr(self, name) == AUTO)
+
+    @property
+    def settled(self) -> Settings:
+        """The same with the first of the options in place of every one that is open."""
+        return replace(self, **{name: self.options(name)[0] for name in self.open})
+
     @property
     def quick(self) -> Settings:
         """The same, as far as it needs no comparison of models and no second moments."""
@@ -145,7 +159,7 @@ class Settings(Part, frozen=True, kw_only=True):
         lengths = {block for fmt in weights for block in fmt.blocks}
         alone = any(FORMATS[row.weight].blocks and row.data is None for row in rows)
         integers = any(f is not None and FORMATS[f].integer for row in rows for f in (row.data, row.convolution))
-        rounding, formula = ROUNDINGS[self.rounding], FORMULAS.get(self.equalize)
+        rounding, formula = ROUNDINGS[self.settled.rounding], FORMULAS.get(self.settled.equalize)
         rounded = bool(lengths) or (any(fmt.integer for fmt in weights) and not rounding.for_blocks)
         of_data, of_weights = (True, True) if formula is None else (formula.for_data, formula.by_weights is not None)
         of_weights |= not of_data  # awq; what is for data only has no say in weight-only blocks
@@ -160,7 +174,7 @@ class Settings(Part, frozen=True, kw_only=True):
             "equalize": (self.equalize == "none" or balanced, scheme),
             "calibrator": (integers, scheme),
             "percentile": (integers and any("percentile" in CALIBRATORS[c].settings for c in asked), ranges),
-            "shift": (integers, scheme),
+            "shift": (integers or self.shift is not False, scheme),
             "damping": (rounded and "damping" in rounding.settings, method),
             "act_order": (rounded and "act_order" in rounding.settings, method),
             "moment_inputs": ((rounded and rounding.needs_moments) or by_moments, method),
@@ -206,7 +220,7 @@ class Settings(Part, frozen=True, kw_only=True):
         fmt = scheme.convolution if convolution else scheme.data
         if fmt is None:
             return None
-        shift = self.shift and FORMATS[fmt].integer
+        shift = bool(self.shift) and FORMATS[fmt].integer
         return Spec(format=fmt, shift=shift, token=None if convolution else scheme.token)
 
     def weight(

@@ -13,6 +13,7 @@ from importlib.metadata import version
 
 import numpy as np
 
+from engines.core import documents
 from qdq.core.arrays import Floats, Singles
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
@@ -90,6 +91,7 @@ def solve(
     """
     plan.check(model)
     table.check(model, plan)
+    plan = documents.replace(plan, settings=plan.settings.settled)
     nodes = weighted_nodes(model, plan)
     _check_values(model, nodes.values())
     some = None if samples is None else second_moments.few(samples)
@@ -207,7 +209,14 @@ def _moments(
         return _Moments(notes=(note,))
     most, divisors = settings.moment_inputs, data.divisors
     grams = second_moments.collect(
-        model, wanted, data.constant, samples, most_columns=most, divisors=divisors, on_progress=on_progress
+        model,
+        wanted,
+        data.constant,
+        samples,
+        most_columns=most,
+        divisors=divisors,
+        shrink=True,
+        on_progress=on_progress,
     )
     plain = {n.key for n in wanted} - grams.keys()
     if not plain or free:

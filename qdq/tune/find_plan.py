@@ -40,9 +40,10 @@ def accuracy(
     held: Split | None = None
 
     def measure(plan: Plan) -> float:
-        nonlocal tables, held
+        nonlocal settings, tables, held
         tables = tables or Tables(model=prepared, samples=as_samples(samples, prepared))
         made = quantize(prepared, tables.samples, settings=settings, plan=plan, table=tables.of(plan))
+        settings = made.plan.settings  # 'auto' is settled by the first plan
         held = held or Split(samples=tables.samples, fit=(), held=frozenset(ranked(tables.samples)[:JUDGED]))
         done = finish(made.model, made.plan, unquantized_type=unquantized_type, table=made.table)
         return HeldOutScore(prepared, held).sqnr_db(done.model)

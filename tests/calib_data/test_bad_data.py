@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from calib_data import DataError, InputSpec, open_samples, random_samples
+from calib_data.validation import check_sample
 
 IMAGE = InputSpec(name="image", dtype="float32", shape=("batch", 2, None))
 IDS = InputSpec(name="ids", dtype="int32", shape=(1, 3))
@@ -56,6 +57,7 @@ def refused(source: str | Path, *inputs: InputSpec, words: str) -> str:
         ({"image": np.where(np.arange(8) == 5, np.nan, 1).reshape(1, 2, 4)}, [IMAGE], r"NaN & 1 of 8 & \(0, 1, 1\)"),
         ({"image": GOOD * np.inf}, [IMAGE], "NaN or infinite & 8 of 8"),
         ({"image": GOOD * 1e6}, [HALF], "exceed float16: normalize"),
+        ({"image": GOOD * -1e6}, [HALF], "exceed float16: normalize"),
     ],
 )
 def test_wrong_sample(tmp_path: Path, arrays: dict[str, np.ndarray], inputs: list[InputSpec], words: str) -> None:
@@ -264,3 +266,10 @@ def test_bad_arguments(tmp_path: Path) -> None:
         random_samples([IMAGE], 0, seed=0)
     with pytest.raises(DataError, match=r"axis 2 \(unnamed\).*--shape image"):
         random_samples([IMAGE], 1, seed=0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_mask_may_hold_minus_infinity(dtype: str) -> None:
+    low = np.where(np.arange(8) == 5, -np.inf, 0).reshape(1, 2, 4)
+    spec = InputSpec(name="image", dtype=dtype, shape=(1, 2, 4))
+    assert np.array_equal(check_sample({"image": low}, [spec], "here")["image"], low)

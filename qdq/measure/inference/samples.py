@@ -46,6 +46,20 @@ def overlapped(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iter
             yield pending.popleft().result()
 
 
+def not_finite(tensor: str, index: int, what: str = "NaN or infinity") -> InputError:
+    """What to raise where a stage reads a tensor of the float model that a sample, by its number, makes unfit."""
+    return InputError(
+        f"Sample {index} makes tensor {tensor!r} of the float model hold {what}: calibration needs finite values. "
+        "Check the sample and how it was normalised, or exclude the nodes that read the tensor."
+    )
+
+
+def require_finite(values: npt.NDArray[Any], tensor: str, index: int) -> None:
+    """Refuse values that are not finite, with `not_finite`."""
+    if not np.isfinite(values).all():
+        raise not_finite(tensor, index)
+
+
 def counted(samples: Iterable[Sample]) -> Iterator[tuple[int, Sample]]:
     """Number the samples and refuse none at all.
 

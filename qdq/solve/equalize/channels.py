@@ -14,7 +14,7 @@ from qdq.core.arrays import Floats, Singles
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams
 from qdq.measure import second_moments
-from qdq.measure.inference.samples import Sample, counted
+from qdq.measure.inference.samples import Sample, counted, require_finite
 from qdq.measure.inference.session import Session
 from qdq.measure.statistics import ChannelRange, union
 from qdq.model.model import Model
@@ -157,7 +157,10 @@ def look(
 
     def seen() -> Iterator[dict[str, Channels]]:
         for index, sample in counted(samples):
-            yield {t: _one(values, readers[t][0].channel_axis, each) for t, values in session(sample).items()}
+            values = session(sample)
+            for tensor, array in values.items():
+                require_finite(array, tensor, sorted(samples.chosen)[index])
+            yield {t: _one(array, readers[t][0].channel_axis, each) for t, array in values.items()}
             if on_progress is not None:
                 on_progress(index + 1, len(samples), "channel ranges")
 

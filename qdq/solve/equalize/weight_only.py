@@ -44,8 +44,8 @@ def balance(
     found = dict[str, Singles]()
     method = formula(plan.settings.equalize)
     by_weights = method.by_weights if method else None
-    candidates = _candidates(plan, nodes, None if by_weights else grams, divided) if method else {}
-    for tensor, readers in candidates.items():
+    wanted = candidates(plan, nodes, None if by_weights else grams, divided) if method else {}
+    for tensor, readers in wanted.items():
         rows = [np.moveaxis(model.array(n.weight), n.input_axis, -1).astype(np.float32) for n in readers]
         blocks, fmt = [n.spec.block for n in readers if n.spec.block], readers[0].spec.format
         if by_weights:
@@ -54,11 +54,11 @@ def balance(
             divisor = balanced(rows, blocks, grams[readers[0].key][0], fmt=fmt)
         if divisor is not None:
             found[tensor] = divisor
-    note = f"the channels of {len(found)} of {len(candidates)} tensors are balanced for their 4-bit readers"
-    return found, (note,) if candidates else ()
+    note = f"the channels of {len(found)} of {len(wanted)} tensors are balanced for their 4-bit readers"
+    return found, (note,) if wanted else ()
 
 
-def _candidates(
+def candidates(
     plan: Plan, nodes: Collection[WeightedNode], grams: Grams | None, divided: Container[str]
 ) -> dict[str, list[WeightedNode]]:
     """Tensors that may be divided -> the nodes that read them: whole matrices in blocks that nothing else reads."""

@@ -218,7 +218,7 @@ def test_solve_alone_refuses_auto(model: Model, plan: Plan, table: CalibrationTa
 
 
 def test_quantize_takes_auto_and_needs_samples(model: Model, samples: list[Sample]) -> None:
-    settings = Settings(calibrator="auto", rounding="nearest", equalize="none")
+    settings = Settings(calibrator="auto", rounding="nearest", equalize="none", shift=True)
     made = quantize(model, samples, settings=settings)
     assert "calibrator auto took" in made.solution.notes[0] and made.solution.notes[-1].startswith("bias")
     with pytest.raises(InputError, match="auto compares models on the samples"):

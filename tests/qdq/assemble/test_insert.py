@@ -154,7 +154,7 @@ CASES: dict[str, tuple[Builder, bool, str]] = {
         "Pad Sub QuantizeLinear DequantizeLinear",
     ),
     "several readers": (two_readers, True, "Pad Sub QuantizeLinear DequantizeLinear"),
-    "a body": (graphs.conditional, True, "Sub QuantizeLinear DequantizeLinear"),
+    "a body": (graphs.conditional, False, "QuantizeLinear DequantizeLinear"),  # a comparison with zero decides
     "attention": (graphs.attention, True, "Sub QuantizeLinear DequantizeLinear"),
 }
 

@@ -282,9 +282,11 @@ def test_an_empty_weight_stays_float(scheme: str) -> None:
 
 
 def test_defaults_follow_the_scheme_unless_given() -> None:
-    assert (Settings().rounding, Settings().equalize) == ("gptq", "auto")
-    assert (Settings(scheme="int4").rounding, Settings(scheme="int4").equalize) == ("descent", "awq")
+    assert (Settings().rounding, Settings().equalize, Settings().shift) == ("auto", "auto", "auto")
+    settled = Settings(scheme="int4").settled
+    assert (settled.rounding, settled.equalize, settled.shift, settled.open) == ("descent", "awq", True, ())
     assert Settings(scheme="int4", rounding="clip").rounding == "clip"
+    assert (Settings(scheme="fp8").rounding, Settings(scheme="int8-smooth").equalize) == ("nearest", "smooth")
 
 
 @pytest.mark.parametrize(

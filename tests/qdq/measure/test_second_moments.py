@@ -14,8 +14,10 @@ from engines.core import onnx_runtime as ort
 from engines.core.documents import replace
 from qdq.core.qtensor import QParams, to_codes
 from qdq.measure import second_moments
+from qdq.measure.statistics import Moment
 from qdq.model.model import Model
 from qdq.plan import placement
+from qdq.plan.settings import Settings
 from qdq.plan.weighted_node import WeightedNode, weighted_nodes
 from qdq.solve.rounding import gptq
 
@@ -180,3 +182,27 @@ def test_a_small_budget_takes_more_passes_and_finds_the_same(monkeypatch: pytest
     )
     assert passes == [1, 2, 3, 4] * 3
     assert all(np.array_equal(whole[k], parts[k]) for k in whole)
+
+
+def test_few_rows_leave_no_direction_free_and_many_change_little() -> None:
+    """(columns / (rows + columns))^2 of the mean diagonal: 1/4 for as many rows as columns, 1/81 for eight times."""
+    rng = np.random.default_rng(3)
+    for rows, share in ((16, 1 / 4), (128, 1 / 81)):
+        moment = Moment.of(rng.integers(-9, 9, (2, rows, 16)))
+        H = second_moments.shrunk(moment)
+        mean = np.einsum("gii->g", moment.sums) / 16
+        np.testing.assert_allclose(H, (1 - share) * moment.sums + share * mean[:, None, None] * np.eye(16), rtol=1e-12)
+    few = Moment.of(rng.integers(-9, 9, (1, 4, 16)))
+    assert np.linalg.eigvalsh(few.sums[0])[0] < 1e-9
+    assert np.linalg.eigvalsh(second_moments.shrunk(few)[0])[0] > 0.6 * np.diag(few.sums[0]).mean()
+
+
+@pytest.mark.parametrize(("scheme", "pulled"), [("int4", True), ("int8-weight", False)])
+def test_only_codes_of_few_bits_need_it(scheme: str, pulled: bool) -> None:
+    model = graphs.product(weight=(32, 8), data=(5, 32))
+    nodes = list(weighted_nodes(model, placement.plan(model, Settings(scheme=scheme))).values())
+    data = graphs.samples(model, 2)
+    (plain,), (found,) = (
+        second_moments.collect(model, nodes, {}, data, shrink=shrink).values() for shrink in (False, True)
+    )
+    assert np.array_equal(plain, found) != pulled

@@ -178,7 +178,7 @@ def test_parts_round_as_the_whole_does(
 def test_a_killed_run_goes_on(
     chain: Path, samples: list[dict[str, np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = Settings(rounding="nearest", equalize="none", bias_correction="off")
+    settings = Settings(rounding="nearest", equalize="none", bias_correction="off", shift=True)
     model = load_float(chain)
     table = quantize(model, samples, settings=settings).table
     folder = tmp_path / ".out.store"

@@ -41,16 +41,6 @@ class Formula:
 FORMULAS: Members[Formula] = Members(__name__, "FORMULA")
 
 
-AUTO_GAIN_DB = 1.0
-
-
 def formula(equalize: str) -> Formula | None:
-    """The formula of a setting, None where it names none; 'auto' tries those for data and asks for a judged gain."""
-    if equalize != "auto":
-        return FORMULAS.get(equalize)
-    data = [found for found in FORMULAS.values() if found.for_data]
-    return Formula(
-        candidates=lambda amax, wmax: [s for found in data for s in found.candidates(amax, wmax)],
-        minimum_gain_db=AUTO_GAIN_DB,
-        judged=True,
-    )
+    """The formula of a setting that is settled, None where it names none."""
+    return FORMULAS.get(equalize)

@@ -1,0 +1,194 @@
+"""Settings that say 'auto': each option is built and judged on samples that it was not fitted on.
+
+samples -> parts by hash -> in turn each part judges, and ranges, divisors and codes are made from the others -> of each
+setting the option with the least noise at the outputs, over all turns.
+
+| setting | first option, kept unless another clearly beats it | others |
+|---|---|---|
+| shift | asymmetric codes, moved by a constant | symmetric codes |
+| equalize | the scheme's formula, or none | its others |
+| rounding | the scheme's rounding | its other roundings, nearest at last |
+
+One setting after the other, each with those before it decided: at most MOST_BUILDS models are built per turn, all but
+those of the last setting with codes that need no second moments. What is fitted always gains on what it has seen; a
+formula that trusts the ranges of molecules gained 6 dB so and lost 10 dB on others. This module must not see samples
+other than those of the calibration.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from engines.core.documents import replace
+from qdq.assemble.held_out import HeldOutScore, Split, clearly_less, decibels, ranked
+from qdq.assemble.insert import insert
+from qdq.core.progress import Progress
+from qdq.measure.collect import collect
+from qdq.measure.inference.samples import Sample
+from qdq.measure.second_moments import SampleSubset
+from qdq.measure.table import CalibrationTable
+from qdq.model.external import is_large
+from qdq.model.model import Model
+from qdq.plan.methods import ROUNDINGS
+from qdq.plan.plan import Plan
+from qdq.plan.settings import AUTO
+from qdq.plan.weighted_node import weighted_nodes
+from qdq.solve.equalize import channels, weight_only
+from qdq.solve.shift import shifts
+from qdq.solve.solve import solve
+
+PARTS = 3  # with fewer samples as many as there are
+MOST = 24  # samples looked at, over all parts
+MOST_BUILDS = 8
+MARGIN_DB = 0.25  # by which another option must beat the first
+# What balances data takes headroom from channels that were small so far: where it is not the first option it must gain
+# this in every turn. Over all turns it gained 3 dB on a potential for molecules, by one of them, and lost 14 on others.
+DARING = dict.fromkeys(("judged", "smooth", "smoothquant"), 1.0)
+WITHOUT_MOMENTS = "clip"
+
+
+def judged(
+    model: Model, plan: Plan, samples: Iterable[Sample] | None, *, on_progress: Progress | None = None
+) -> tuple[Plan, tuple[str, ...]]:
+    """The plan with every 'auto' of `Settings.open` decided, and why, a sentence each.
+
+    The model is prepared, the samples re-iterable. Where nothing can be compared the first options are taken.
+
+    Raises:
+        InputError: there are no samples in `samples`.
+    """
+    options = {name: found for name in plan.settings.open if len(found := _options(model, plan, name)) > 1}
+    order = () if samples is None or not options else ranked(samples)
+    why = ""
+    if samples is None:
+        why = "only a table is given"
+    elif is_large(model.graph.initializer):
+        why = "a model of this size is not quantized several times to compare"
+    elif len(order) < 2:
+        why = "one calibration sample cannot judge what is made from it"
+    if why or not options:
+        plan = _decided(plan, {})
+        taken = ", ".join(f"{name} {_said(getattr(plan.settings, name))}" for name in options)
+        return plan, (f"{taken}: taken as the scheme has it, nothing compared: {why}",) if options else ()
+    assert samples is not None
+    trials = _Trials(model=model, plan=plan, samples=samples, order=order[:MOST], on_progress=on_progress)
+    chosen: dict[str, str | bool] = {}
+    notes = []
+    for name, values in options.items():
+        noises = trials.noises([{**chosen, name: value} for value in values])
+        noise = dict(zip(values, noises, strict=True))
+        chosen[name] = _best(noise)
+        if all(other == noises[0] for other in noises):  # nothing to say
+            continue
+        listed = ", ".join(f"{_said(v)} {decibels(trials.signals, _all(noise[v])):.1f}" for v in values)
+        notes.append(
+            f"{name} auto took {_said(chosen[name])}: output SQNR in dB, fitted on a part of {len(trials.order)} "
+            f"calibration samples and judged on the others, {len(noises[0])} times: {listed}"
+        )
+    return _decided(plan, chosen), tuple(notes)
+
+
+def unshifted(plan: Plan) -> Plan:
+    """The plan without shifts, where its settings forbid them."""
+    if plan.settings.shift:
+        return plan
+    return replace(plan, points=tuple(replace(p, spec=replace(p.spec, shift=False)) for p in plan.points))
+
+
+def _decided(plan: Plan, chosen: Mapping[str, str | bool]) -> Plan:
+    """The plan with these settings, and the first option of those that are still open."""
+    return unshifted(replace(plan, settings=replace(plan.settings, **chosen).settled))
+
+
+def _said(value: str | bool) -> str:
+    return value if isinstance(value, str) else "on" if value else "off"
+
+
+def _options(model: Model, plan: Plan, name: str) -> tuple[str | bool, ...]:
+    """The options of a setting that differ for this model, the first of them first."""
+    found, nodes = plan.settings.options(name), weighted_nodes(model, plan)
+    if name == "shift":
+        return found if any(shifts(model, point) for point in plan.activations) else found[:1]
+    if name == "rounding":
+        if not nodes:
+            return found[:1]
+        blocks = any(node.spec.block for node in nodes.values())
+        return tuple(o for o in found if blocks or not ROUNDINGS[str(o)].for_blocks)
+    readers = channels.candidates(plan, nodes)
+    convolutions = sum(first.op_type == "Conv" for first, *_ in readers.values())
+    if 2 * convolutions >= len(readers):  # Gemm and MatMul read most of what the strong formula is for
+        found = tuple(option for option in found if option != "smooth")
+    return found if readers or weight_only.candidates(plan, nodes.values(), None, ()) else found[:1]
+
+
+def _best(noise: Mapping[str | bool, Sequence[Sequence[float]]]) -> str | bool:
+    """The option of least noise among the first and those that clearly beat it; noise by option, turn and sample."""
+    first, *others = noise
+
+    def beats(option: str | bool) -> bool:
+        least = DARING.get(str(option))
+        turns = zip(noise[option], noise[first], strict=True) if least else [(_all(noise[option]), _all(noise[first]))]
+        return all(clearly_less(a, b, least_db=least or MARGIN_DB, certainty=0) for a, b in turns)
+
+    return min(filter(beats, others), key=lambda option: math.fsum(_all(noise[option])), default=first)
+
+
+def _all(turns: Iterable[Sequence[float]]) -> list[float]:
+    """The values of all turns."""
+    return list(itertools.chain.from_iterable(turns))
+
+
+@dataclass(slots=True, kw_only=True)
+class _Trials:
+    """The noise of plans, each made from a part of the samples and judged on the others, part by part.
+
+    Attributes:
+        order: the samples, by index.
+        signals: of each sample the energy of its float outputs, turn by turn, once there are noises.
+    """
+
+    model: Model
+    plan: Plan
+    samples: Iterable[Sample]
+    order: tuple[int, ...]
+    on_progress: Progress | None
+    signals: list[float] = field(default_factory=list)
+    _tables: dict[int, CalibrationTable] = field(default_factory=dict)
+    _known: dict[str, list[list[float]]] = field(default_factory=dict)  # plan -> noise by turn and sample
+
+    def noises(self, trials: Sequence[Mapping[str, str | bool]]) -> list[list[list[float]]]:
+        """Of each set of settings the noise by turn and sample, in the order of `signals`."""
+        plans = [self._quick(settings) for settings in trials]
+        keys = [plan.sha256 for plan in plans]
+        new = {key: plan for key, plan in zip(keys, plans, strict=True) if key not in self._known}
+        signals: list[float] = []
+        for fit, held, table in self._turns() if new else ():
+            made = [insert(self.model, p, solve(self.model, p, table, samples=fit)) for p in new.values()]
+            energies, noises = HeldOutScore(self.model, held).energies(made)
+            signals += energies
+            for key, noise in zip(new, noises, strict=True):
+                self._known.setdefault(key, []).append(noise)
+        self.signals = signals or self.signals
+        return [self._known[key] for key in keys]
+
+    def _quick(self, chosen: Mapping[str, str | bool]) -> Plan:
+        """The plan by some settings, as far as it needs no comparison of calibrators."""
+        settings = self.plan.settings
+        quick = {"calibrator": settings.quick.calibrator, **chosen}
+        if settings.rounding == AUTO:
+            quick.setdefault("rounding", WITHOUT_MOMENTS)
+        return _decided(self.plan, quick)
+
+    def _turns(self) -> Iterator[tuple[SampleSubset, Split, CalibrationTable]]:
+        parts = min(PARTS, len(self.order))
+        for turn in range(parts):
+            if self.on_progress is not None:
+                self.on_progress(turn, parts, "comparing choices")
+            part = frozenset(self.order[turn::parts])
+            fit, held = SampleSubset(self.samples, part), frozenset(self.order) - part
+            if turn not in self._tables:
+                self._tables[turn] = collect(self.model, self.plan, fit)
+            yield fit, Split(samples=self.samples, fit=(), held=held), self._tables[turn]

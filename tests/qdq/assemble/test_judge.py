@@ -1,0 +1,194 @@
+"""Settings that say 'auto': what is best on samples it was not fitted on; the first where nothing is clearly so."""
+
+from __future__ import annotations
+
+import graphs
+import numpy as np
+import pytest
+from graphs import build, node, normal
+
+from qdq.assemble import judge
+from qdq.assemble.held_out import energies
+from qdq.assemble.judge import judged
+from qdq.assemble.quantize import quantize
+from qdq.core.errors import InputError
+from qdq.model.model import Model
+from qdq.plan import placement
+from qdq.plan.settings import Settings
+
+POWERS = np.geomspace(1, 300, 32).astype(np.float32)[np.random.default_rng(4).permutation(32)]
+CAUTIOUS, STRONG = "smoothquant", "smooth"
+
+
+def outliers() -> Model:
+    """x -> MatMul -> y, whose small input channels have large weights: all channels matter alike."""
+    return build([node("MatMul", "x w", "y")], {"x": (64, 32)}, {"w": normal(32, 16) / POWERS[:, None]})
+
+
+def steady(count: int = 9) -> list[graphs.Sample]:
+    return [{"x": s["x"] * POWERS} for s in graphs.samples(outliers(), count)]
+
+
+def shifting(count: int = 9) -> list[graphs.Sample]:
+    """Each sample has other channels large: what was small while fitting is large later."""
+    rng = np.random.default_rng(7)
+    return [{"x": s["x"] * POWERS[rng.permutation(32)]} for s in graphs.samples(outliers(), count)]
+
+
+def taken(
+    data: list[graphs.Sample] | None, model: Model | None = None, **settings: object
+) -> tuple[Settings, tuple[str, ...]]:
+    model = model or outliers()
+    given = Settings.from_mapping({"rounding": "nearest", "shift": True, **settings})
+    plan, notes = judged(model, placement.plan(model, given), data)
+    assert not plan.settings.open
+    return plan.settings, notes
+
+
+def test_outlier_channels_that_stay_take_the_strong_formula() -> None:
+    settings, notes = taken(steady())
+    assert settings.equalize == STRONG
+    assert all(f"{name} " in notes[0] for name in (CAUTIOUS, STRONG, "none"))
+
+
+def test_outlier_channels_that_move_do_not() -> None:
+    assert taken(shifting())[0].equalize != STRONG
+
+
+def test_a_daring_option_must_win_in_every_turn_and_another_over_all() -> None:
+    first = [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+    mostly = [[0.1, 0.1], [0.1, 0.1], [0.99, 0.99]]
+    assert judge._best({"smoothquant": first, "smooth": mostly}) == "smoothquant"
+    assert judge._best({"smoothquant": first, "none": mostly}) == "none"
+    slightly = [[0.97, 0.97]] * 3
+    assert judge._best({"gptq": first, "nearest": slightly}) == "gptq"
+
+
+def test_the_order_of_the_samples_changes_nothing() -> None:
+    assert taken(steady(), shift="auto") == taken(steady()[::-1], shift="auto")
+
+
+@pytest.mark.parametrize("settings", [{}, {"scheme": "int4"}, {"scheme": "w4a8", "rounding": "auto"}])
+def test_nothing_is_compared_where_there_is_no_ground_to(settings: dict[str, object]) -> None:
+    for data, why in ((None, "only a table"), (steady(1), "one calibration sample")):
+        found, notes = taken(data, **settings)
+        assert found == Settings.from_mapping({"rounding": "nearest", "shift": True, **settings}).settled
+        assert len(notes) == 1 and why in notes[0]
+
+
+def test_a_large_model_is_not_quantized_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "is_large", lambda tensors: True)
+    settings, notes = taken(steady())
+    assert settings.equalize == CAUTIOUS
+    assert "size" in notes[0]
+
+
+def test_what_is_asked_for_is_not_judged() -> None:
+    plan = placement.plan(outliers(), Settings(equalize="lae", rounding="gptq", shift=True))
+    assert judged(outliers(), plan, steady()) == (plan, ())
+
+
+def fitted() -> tuple[Model, list[graphs.Sample]]:
+    """Products whose samples lie in a few directions each, other ones in every sample."""
+    model = build([node("MatMul", "x w", "y")], {"x": (4, 64)}, {"w": normal(64, 32)})
+    rng = np.random.default_rng(5)
+    return model, [{"x": rng.standard_normal((4, 64)).astype(np.float32)} for _ in range(6)]
+
+
+def test_a_rounding_that_loses_to_a_simpler_one_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without shrinkage, four rows of 64 columns a sample tell the codes nothing of the other samples."""
+    from qdq.measure import second_moments
+
+    monkeypatch.setattr(second_moments, "shrunk", lambda moment: moment.sums)
+    model, data = fitted()
+    settings, notes = taken(data, model, scheme="int4", rounding="auto", equalize="none")
+    assert settings.rounding in ("clip", "nearest")
+    assert "descent" in notes[0] and "dB" in notes[0]
+
+
+def skewed() -> Model:
+    """x -> Conv -> y whose shifted sum is inexact where it counts: a steep curve at zero."""
+    nodes = [
+        node("Conv", "x w", "a"),
+        node("Mul", "a large", "b"),
+        node("Tanh", "b", "t"),
+        node("Conv", "t v", "y"),
+    ]
+    constants = {"w": normal(4, 4, 3, 3), "v": normal(4, 4, 1, 1), "large": np.float32(1e9)}
+    return build(nodes, {"x": (1, 4, 8, 8)}, constants)
+
+
+def test_a_shift_that_loses_is_not_taken_and_both_figures_are_said() -> None:
+    """Half of each input is zero, whose products a shift leaves at 1e-7: the curve makes them whole."""
+    data = [{"x": np.where(np.arange(8) < 5, 0, np.abs(s["x"]))} for s in graphs.samples(skewed(), 4)]
+    made = quantize(skewed(), data)
+    assert not made.plan.settings.shift
+    assert not any(point.spec.shift for point in made.plan.points)
+    assert not any(p.zero_point for p in made.solution.activations.values())
+    assert any(n.startswith("shift auto took off") and ", off " in n for n in made.solution.notes)
+    asked = quantize(skewed(), data, settings=Settings(shift=True))
+    assert any(p.zero_point for p in asked.solution.activations.values())
+
+
+@pytest.mark.parametrize("calibrator", ["mse", "auto"])
+def test_a_quantized_model_says_what_was_taken_and_its_plan_holds_it(calibrator: str) -> None:
+    made = quantize(outliers(), steady(), settings=Settings(calibrator=calibrator))
+    assert made.plan.settings.equalize == STRONG
+    assert any(n.startswith("equalize auto took smooth:") for n in made.solution.notes)
+    again = quantize(outliers(), steady(), plan=made.plan)
+    assert again.model.proto == made.model.proto
+
+
+def hidden(what: float) -> Model:
+    """A product whose data hold NaN in the rows of no valid key, as attention does, which a Where hides behind it."""
+    nodes = [
+        node("MatMul", "x w", "s"),
+        node("Where", "mask s low", "m"),
+        node("Softmax", "m", "p"),
+        node("MatMul", "p v", "o"),
+        node("Where", "valid o zero", "y"),
+    ]
+    mask = np.arange(32) < (np.arange(4)[:, None] > 0) * 20  # the first row has no key
+    constants = {
+        "w": normal(16, 32),
+        "v": normal(32, 16),
+        "mask": mask,
+        "valid": np.arange(4)[:, None] > 0,
+        "low": np.float32(what),
+        "zero": np.float32(0),
+    }
+    return build(nodes, {"x": (4, 16)}, constants)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int8-weight", "w4a8", "fptq", "nvfp4-weight"])
+def test_every_scheme_refuses_data_that_are_not_finite_and_names_the_tensor(scheme: str) -> None:
+    model = hidden(-np.inf)
+    with pytest.raises(InputError, match="makes tensor 'p' of the float model hold"):
+        quantize(model, graphs.samples(model, 4), settings=Settings(scheme=scheme))
+    model = hidden(-1e9)
+    quantize(model, graphs.samples(model, 4), settings=Settings(scheme=scheme))
+
+
+def added() -> tuple[Model, list[graphs.Sample]]:
+    """A mask that is an input, with -inf where no key is."""
+    nodes = [node("MatMul", "x w", "s"), node("Add", "s mask", "a"), node("Softmax", "a", "p")]
+    constants = {"w": normal(16, 8), "v": normal(8, 8)}
+    model = build([*nodes, node("MatMul", "p v", "y")], {"x": (4, 16), "mask": (4, 8)}, constants)
+    low = np.where(np.arange(8) < 5, 0, -np.inf).astype(np.float32) * np.ones((4, 1), np.float32)
+    return model, [{**s, "mask": low} for s in graphs.samples(model, 4)]
+
+
+def test_an_input_that_nothing_quantizes_may_hold_minus_infinity() -> None:
+    model, data = added()
+    made = quantize(model, data)
+    assert len(made.plan.quantized_nodes) == 2
+    assert np.isfinite(graphs.run(made.model, data[:1])[0]["y"]).all()
+    with pytest.raises(InputError, match=r"makes tensor '[xp]' of the float model hold"):
+        quantize(model, [{**s, "x": np.where(s["x"] > 2, -np.inf, s["x"]).astype(np.float32)} for s in data])
+
+
+def test_outputs_that_are_not_finite_in_the_float_model_are_not_compared() -> None:
+    """The logarithm of a masked probability is -inf in both models."""
+    y = np.array([1.0, -np.inf, np.nan], np.float32)
+    assert energies({"y": y}, {"y": np.array([1.5, -np.inf, 0], np.float32)}) == (1.0, 0.25)
+    assert energies({"y": y}, {"y": np.array([np.nan, 0, 0], np.float32)}) == (1.0, np.inf)
