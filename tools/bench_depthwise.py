@@ -36,6 +36,7 @@ TORCHVISION = ("mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0", "m
 TIMM = ("mobilenetv3_small_100", "mobilenetv3_large_100", "efficientnet_b0", "mnasnet_100")
 TRAINED = "efficientnet_lite0"
 PEERS = {"ort": "ONNX Runtime", "modelopt": "Model Optimizer"}
+FAILED = (-np.inf, -np.inf)
 Samples = list[dict[str, np.ndarray]]
 
 
@@ -94,7 +95,10 @@ def peers(folder: Path, zoo: Any) -> None:
                 copy = Path(place) / path.name  # a peer writes beside its input
                 copy.write_bytes(path.read_bytes())
                 case = zoo.Case(path.stem, copy, samples(zoo, path.stem)[0], [])
-                getattr(calls, peer)(case, out)
+                try:
+                    getattr(calls, peer)(case, out)
+                except Exception as error:  # whatever a peer raises: it fails, and the row says so
+                    print(peer, path.stem, "fails:", error, file=sys.stderr)
             print(peer, path.stem, file=sys.stderr, flush=True)
 
 
@@ -117,11 +121,12 @@ def compare(folder: Path, zoo: Any) -> None:
     for path in sorted(folder.glob("*.onnx")):
         calibration, evaluation = samples(zoo, path.stem)
         reference = zoo.run(path, evaluation)
-        found = [scores(zoo, reference, folder / peer / path.name, evaluation) for peer in PEERS]
+        made = [folder / peer / path.name for peer in PEERS]
+        found = [scores(zoo, reference, file, evaluation) if file.exists() else FAILED for file in made]
         with tempfile.TemporaryDirectory() as place:
             save(quantize(str(path), calibration).model, out := Path(place) / path.name)
             found.append(scores(zoo, reference, out, evaluation))
-        cells = [f"{score[kind]:.1f}" for kind in (0, 1) for score in found]
+        cells = [f"{score[kind]:.1f}" if score is not FAILED else "fails" for kind in (0, 1) for score in found]
         ahead = found[-1][0] - max(score[0] for score in found[:-1])
         print(f"| {' | '.join((path.stem, *cells, f'{ahead:+.1f}'))} |", flush=True)
 

@@ -1,7 +1,7 @@
 """Settings that say 'auto': each option is built and judged on samples that it was not fitted on.
 
-samples -> parts by hash -> in turn each part judges, and ranges, divisors and codes are made from the others -> of each
-setting the option with the least noise at the outputs, over all turns.
+samples -> parts that differ as much as possible -> in turn each part judges, and ranges, divisors and codes are made
+from the others -> of each setting the option with the least noise at the outputs, over all turns.
 
 | setting | first option, kept unless another clearly beats it | others |
 |---|---|---|
@@ -22,12 +22,16 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from engines.core.documents import replace
 from qdq.assemble.held_out import HeldOutScore, Split, clearly_less, decibels, ranked
 from qdq.assemble.insert import insert
 from qdq.core.progress import Progress
 from qdq.measure.collect import collect
 from qdq.measure.inference.samples import Sample
+from qdq.measure.inference.session import Session
 from qdq.measure.second_moments import SampleSubset
 from qdq.measure.table import CalibrationTable
 from qdq.model.external import is_large
@@ -43,10 +47,11 @@ from qdq.solve.solve import solve
 PARTS = 3  # with fewer samples as many as there are
 MOST = 24  # samples looked at, over all parts
 MOST_BUILDS = 8
+SKETCH = 4096  # values of an output that samples are compared by, at most
 MARGIN_DB = 0.25  # by which another option must beat the first
 # What balances data takes headroom from channels that were small so far: where it is not the first option it must gain
 # this in every turn. Over all turns it gained 3 dB on a potential for molecules, by one of them, and lost 14 on others.
-DARING = dict.fromkeys(("judged", "smooth", "smoothquant"), 1.0)
+DARING = dict.fromkeys(("smooth", "smoothquant"), 1.0)
 WITHOUT_MOMENTS = "clip"
 
 
@@ -74,7 +79,9 @@ def judged(
         taken = ", ".join(f"{name} {_said(getattr(plan.settings, name))}" for name in options)
         return plan, (f"{taken}: taken as the scheme has it, nothing compared: {why}",) if options else ()
     assert samples is not None
-    trials = _Trials(model=model, plan=plan, samples=samples, order=order[:MOST], on_progress=on_progress)
+    trials = _Trials(
+        model=model, plan=plan, samples=samples, order=_by_output(model, samples, order[:MOST]), on_progress=on_progress
+    )
     chosen: dict[str, str | bool] = {}
     notes = []
     for name, values in options.items():
@@ -89,6 +96,33 @@ def judged(
             f"calibration samples and judged on the others, {len(noises[0])} times: {listed}"
         )
     return _decided(plan, chosen), tuple(notes)
+
+
+def _by_output(model: Model, samples: Iterable[Sample], order: tuple[int, ...]) -> tuple[int, ...]:
+    """The same samples sorted along the direction in which the outputs of the float model vary most.
+
+    What is used later is seldom like what was calibrated on. Cut into parts in this order, those that judge are of
+    another kind than those fitted on; parts drawn by chance are not. Outputs whose size varies keep the order.
+    """
+    outputs = [o.name for o in model.outputs if not model.is_constant(o.name)]
+    session = Session(model, outputs, threads=1)
+    chosen = set(order)
+    found = {i: _sketch(session(sample)) for i, sample in enumerate(samples) if i in chosen}
+    rows = [found[i] for i in order]
+    if len({row.size for row in rows}) > 1:
+        return order
+    values = np.array(rows)
+    values = np.where(np.isfinite(values), values, 0)
+    values -= values.mean(axis=0)
+    values /= max(float(np.abs(values).max()), float(np.finfo(np.float64).tiny))
+    along = np.linalg.eigh(values @ values.T)[1][:, -1]
+    return tuple(order[i] for i in np.argsort(along, kind="stable"))
+
+
+def _sketch(outputs: Mapping[str, npt.NDArray[np.floating]]) -> npt.NDArray[np.float64]:
+    """Some of the values of a sample's outputs, spread over each."""
+    flat = [np.asarray(outputs[name], dtype=np.float64).reshape(-1) for name in sorted(outputs)]
+    return np.concatenate([values[:: -(-values.size // SKETCH) or 1] for values in flat])
 
 
 def unshifted(plan: Plan) -> Plan:
@@ -187,8 +221,9 @@ class _Trials:
         for turn in range(parts):
             if self.on_progress is not None:
                 self.on_progress(turn, parts, "comparing choices")
-            part = frozenset(self.order[turn::parts])
-            fit, held = SampleSubset(self.samples, part), frozenset(self.order) - part
+            start, stop = (round(len(self.order) * t / parts) for t in (turn, turn + 1))
+            held = frozenset(self.order[start:stop])
+            fit = SampleSubset(self.samples, frozenset(self.order) - held)
             if turn not in self._tables:
                 self._tables[turn] = collect(self.model, self.plan, fit)
             yield fit, Split(samples=self.samples, fit=(), held=held), self._tables[turn]

@@ -1,12 +1,13 @@
 """How each quantized data tensor is scaled: by a constant, by one after its channels are divided, or token by token.
 
-Ranges -> FPTQ's rule (`token_scales`) -> divisors where they pay (`equalize`) -> tokens where one scale errs too much.
+Ranges -> FPTQ's rule (`token_scales`) -> divisors where they pay (`equalize`) -> headroom where the largest values were
+not seen (`headroom`) -> tokens where one scale errs too much.
 Every step returns new `DataScales`. It must not round weights or change the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,9 +21,10 @@ from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.plan.weighted_node import WeightedNode
-from qdq.solve import token_scales
+from qdq.solve import headroom, token_scales
 from qdq.solve.activations import activation_params, tie_notes
-from qdq.solve.equalize import choose
+from qdq.solve.equalize import channels, choose
+from qdq.solve.equalize.channels import Channels
 from qdq.solve.equalize.formulas import formula
 
 
@@ -68,7 +70,10 @@ def data_scales(
     classes = token_scales.classes(plan, nodes, table, data=samples is not None)
     scales = DataScales(params=params, tokens=classes.tokens, notes=(*ties, *classes.notes))
     if samples is not None:
-        scales = _equalized(model, plan, nodes, scales, classes.compressed, samples, on_progress)
+        readers = channels.candidates(plan, nodes)
+        seen = channels.look(model, {t: n for t, n in readers.items() if t in scales.constant}, samples, on_progress)
+        scales = _equalized(model, plan, nodes, scales, classes.compressed, seen)
+        scales = _widened(model, readers, scales, seen)
         late = token_scales.by_error(
             model, plan, nodes, scales.constant, scales.divisors, samples, on_progress=on_progress
         )
@@ -88,30 +93,41 @@ def _equalized(
     nodes: Mapping[str, WeightedNode],
     scales: DataScales,
     compressed: tuple[str, ...] | None,
-    samples: SampleSubset,
-    on_progress: Progress | None,
+    seen: Mapping[str, Channels],
 ) -> DataScales:
     """The same with divisors of the tensors that gain by them, of `compressed` or of all."""
     method = formula(plan.settings.equalize)
     if method is None or not method.for_data:
         return scales
     wanted = {t: p for t, p in scales.constant.items() if compressed is None or t in compressed}
-    found = choose.equalized(model, plan, nodes, wanted, samples, formula=method, on_progress=on_progress)
+    found = choose.equalized(model, plan, nodes, wanted, seen, formula=method)
     if not found:
         return scales
-    divided = {tensor: e for tensor, e in found.items() if not (e.scale == 1).all()}
-    notes = []
-    if divided:
-        gains = sorted(e.gain_db for e in divided.values())
-        notes.append(
-            f"the channels of {len(divided)} of {len(scales.params)} tensors are equalized: {gains[0]:.1f} to "
-            f"{gains[-1]:.1f} dB less noise predicted at their consumers"
-        )
-    if wider := len(found) - len(divided):
-        notes.append(f"{wider} tensors have a wider range than was measured: samples held out went beyond it")
+    gains = sorted(e.gain_db for e in found.values())
+    note = (
+        f"the channels of {len(found)} of {len(scales.params)} tensors are equalized: {gains[0]:.1f} to "
+        f"{gains[-1]:.1f} dB less noise predicted at their consumers"
+    )
     return replace(
         scales,
         params={**scales.params, **{tensor: e.params for tensor, e in found.items()}},
-        divisors={tensor: e.scale for tensor, e in divided.items()},
-        notes=(*scales.notes, *notes),
+        divisors={tensor: e.scale for tensor, e in found.items()},
+        notes=(*scales.notes, note),
     )
+
+
+def _widened(
+    model: Model, readers: Mapping[str, Sequence[WeightedNode]], scales: DataScales, seen: Mapping[str, Channels]
+) -> DataScales:
+    """The same with headroom for the tensors that need it and whose channels are not divided."""
+    left = {t: nodes for t, nodes in readers.items() if t in scales.constant and t not in scales.divisors}
+    found = headroom.widened(model, left, scales.constant, seen)
+    if not found:
+        return scales
+    what = (
+        "1 tensor has a wider range than was"
+        if len(found) == 1
+        else f"{len(found)} tensors have wider ranges than were"
+    )
+    note = f"{what} measured: samples held out went beyond those of the others"
+    return replace(scales, params={**scales.params, **found}, notes=(*scales.notes, note))

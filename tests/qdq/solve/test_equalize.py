@@ -59,8 +59,12 @@ def test_the_order_of_the_samples_does_not_change_a_bit(tmp_path):
     model, samples = build(tmp_path, 300.0)
     plan = placement.plan(model)
     params = activation_params(model, plan, collect(model, plan, samples), {})
+    nodes = weighted_nodes(model, plan)
+    read = channels.candidates(plan, nodes)
     forth, back = (
-        choose.equalized(model, plan, weighted_nodes(model, plan), params, order, formula=smoothquant.FORMULA)
+        choose.equalized(
+            model, plan, nodes, params, channels.look(model, read, order, None), formula=smoothquant.FORMULA
+        )
         for order in (samples, samples[::-1])
     )
     assert forth["x"].gain_db == back["x"].gain_db and forth["x"].params == back["x"].params
@@ -101,8 +105,10 @@ def test_dividing_channels_and_scaling_weights_is_exact(tmp_path):
     model, samples = build(tmp_path, 300.0)
     plan = placement.plan(model, Settings())
     params = solve(model, plan, collect(model, plan, samples)).activations
+    nodes = weighted_nodes(model, plan)
+    read = channels.candidates(plan, nodes)
     (found,) = choose.equalized(
-        model, plan, weighted_nodes(model, plan), params, samples, formula=smoothquant.FORMULA
+        model, plan, nodes, params, channels.look(model, read, samples, None), formula=smoothquant.FORMULA
     ).values()
     weight = model.array("w") * found.scale.reshape(1, 16, 1, 1)
     proto = onnx.ModelProto()
