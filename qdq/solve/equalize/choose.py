@@ -107,8 +107,9 @@ class _Weight:
         taps = self.matrix.shape[2]
         if self.depthwise:
             peaks = np.abs(self.matrix).max(axis=2).astype(np.float64)
-            return float(np.square(peaks).sum(axis=1) @ power) * taps
-        return float((_peaks(self.matrix, s) ** 2).sum()) * taps * float((power / s**2).sum())
+            lost = float(np.square(peaks).sum(axis=1) @ power)
+            return lost * float(taps)
+        return float((_peaks(self.matrix, s) ** 2).sum()) * float(taps) * float((power / s**2).sum())
 
 
 def data_errors(rows: Floats, s: Floats, params: QParams) -> Floats:
