@@ -13,7 +13,7 @@ import math
 import typing
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, get_args
 
 import msgspec
 
@@ -183,7 +183,12 @@ def _needed(error: str, kind: Any) -> str:
     'a number above 50 and at most 100'
     >>> _needed("Expected `int | str`, got `bool`", int | str)
     'a whole number or a text'
+    >>> _needed("Invalid enum value 'yes'", bool | Literal["auto"])
+    'true or false or auto'
     """
+    if error.startswith("Invalid enum value"):
+        parts = (get_args(part) or (_WORDS.get(part.__name__, part.__name__),) for part in get_args(kind) or (kind,))
+        return " or ".join(str(value) for values in parts for value in values)
     text, _, place = error.removeprefix("Expected ").partition(" - at ")
     found, _, bound = text.partition(", got ")[0].partition("` ")
     words = " or ".join(_WORDS.get(name, name) for name in found.strip("`").split(" | "))

@@ -228,9 +228,10 @@ def check(
     backend = None if as_compiled or candidate.suffix == ".onnx" else engine_backend(candidate)
     with Bars() as bars:
         layers = layers_of(candidate, recipe, samples, bars) if as_compiled else None
+        model = layers.model if layers else candidate
         report = evaluate(
             float_model,
-            layers.model if layers else candidate,
+            model,
             samples,
             limits=recipe.limits,
             alarms=recipe.alarms,
@@ -244,7 +245,7 @@ def check(
         )
         if report.poor and backend is None:
             with registered(custom_ops), suppress(ModelError):  # a reference that no plan can be made for
-                report = with_costs(report, load_float(float_model), load(candidate), samples, on_progress=bars)
+                report = with_costs(report, load_float(float_model), load(model), samples, on_progress=bars)
     if output:
         report.save(output)
     if as_json:

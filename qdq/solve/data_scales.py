@@ -58,12 +58,14 @@ def data_scales(
     samples: SampleSubset | None,
     *,
     params: Mapping[str, QParams] | None = None,
+    seen: Mapping[str, Channels] | None = None,
     on_progress: Progress | None = None,
 ) -> DataScales:
     """Scales, divisors and tokens of every data tensor.
 
     Without `samples` channels are left as they are, and tokens are chosen by range; `params`, of every activation
-    tensor, take the place of what the plan's calibrator says of the table.
+    tensor, take the place of what the plan's calibrator says of the table. `seen` is what `channels.look` has of these
+    samples, if it is known.
     """
     ties = () if params is not None else tie_notes(plan, table)
     params = activation_params(model, plan, table, {}) if params is None else params
@@ -71,7 +73,8 @@ def data_scales(
     scales = DataScales(params=params, tokens=classes.tokens, notes=(*ties, *classes.notes))
     if samples is not None:
         readers = channels.candidates(plan, nodes)
-        seen = channels.look(model, {t: n for t, n in readers.items() if t in scales.constant}, samples, on_progress)
+        if seen is None:
+            seen = channels.look(model, readers, samples, on_progress)
         scales = _equalized(model, plan, nodes, scales, classes.compressed, seen)
         scales = _widened(model, readers, scales, seen)
         late = token_scales.by_error(
@@ -120,8 +123,9 @@ def _widened(
     model: Model, readers: Mapping[str, Sequence[WeightedNode]], scales: DataScales, seen: Mapping[str, Channels]
 ) -> DataScales:
     """The same with headroom for the tensors that need it and whose channels are not divided."""
-    left = {t: nodes for t, nodes in readers.items() if t in scales.constant and t not in scales.divisors}
-    found = headroom.widened(model, left, scales.constant, seen)
+    constant = scales.constant
+    left = {t: nodes for t, nodes in readers.items() if t in constant and t not in scales.divisors}
+    found = headroom.widened(model, left, constant, seen)
     if not found:
         return scales
     what = (

@@ -30,6 +30,7 @@ from qdq.plan.weighted_node import Weight, WeightedNode, by_weight, weighted_nod
 from qdq.solve.data_scales import DataScales, data_scales
 from qdq.solve.equalize import weight_only
 from qdq.solve.equalize.carriers import Carrier, carried, factors, scaled
+from qdq.solve.equalize.channels import Channels
 from qdq.solve.equalize.formulas import formula
 from qdq.solve.rounding import ROUNDINGS
 from qdq.solve.weights import quantize_weight
@@ -75,6 +76,7 @@ def solve(
     *,
     samples: Iterable[Sample] | None = None,
     params: Mapping[str, QParams] | None = None,
+    seen: Mapping[str, Channels] | None = None,
     on_progress: Progress | None = None,
 ) -> Solution:
     """Choose every scale and round every weight.
@@ -84,6 +86,7 @@ def solve(
         samples: re-iterable calibration samples, for roundings that need the second moments of a layer's inputs;
             without them such weights are rounded to nearest, and a note says so.
         params: of every activation tensor, in place of the plan's calibrator.
+        seen: what `channels.look` has of the samples, if it is known.
 
     Raises:
         StaleFileError: plan or table belong to another model.
@@ -95,14 +98,14 @@ def solve(
     nodes = weighted_nodes(model, plan)
     _check_values(model, nodes.values())
     some = None if samples is None else second_moments.few(samples)
-    data = data_scales(model, plan, nodes, table, some, params=params, on_progress=on_progress)
-    seen = _moments(model, plan, nodes.values(), data, some, on_progress)
-    balanced, said = weight_only.balance(model, plan, nodes.values(), seen.grams, data.divisors)
+    data = data_scales(model, plan, nodes, table, some, params=params, seen=seen, on_progress=on_progress)
+    moments = _moments(model, plan, nodes.values(), data, some, on_progress)
+    balanced, said = weight_only.balance(model, plan, nodes.values(), moments.grams, data.divisors)
     divisors = {**data.divisors, **balanced}
     carriers = carried(model, nodes, divisors)
     store = WeightStore() if is_large(model.graph.initializer) else None
-    seen = replace(seen, divisors=balanced)
-    weights = _weights(model, plan, nodes.values(), seen, divisors, factors(carriers, divisors), store, on_progress)
+    moments = replace(moments, divisors=balanced)
+    weights = _weights(model, plan, nodes.values(), moments, divisors, factors(carriers, divisors), store, on_progress)
     rescaled = (
         f"{len(divisors)} tensors are rescaled per channel: {len(carriers)} inside the previous layer, "
         f"{len(divisors) - len(carriers)} by one extra Mul each"
@@ -112,7 +115,7 @@ def solve(
         activations=data.params,
         divisors=divisors,
         weights=weights,
-        notes=(*data.notes, *seen.notes, *said, *([rescaled] if divisors else [])),
+        notes=(*data.notes, *moments.notes, *said, *([rescaled] if divisors else [])),
         tokens=frozenset(data.tokens),
         store=store,
         carriers=carriers,
