@@ -27,7 +27,15 @@ from engines.core.operators import ARITHMETIC, CONTRACTIONS, NORMS, SOFTMAXES, f
 from qdq.assemble.precision.positions import MOVES, POINTWISE, Positions
 from qdq.assemble.precision.refused import refused
 from qdq.assemble.precision.sums import SUMS, Sums, behind, elements
-from qdq.assemble.precision.types import Schema, dequantizes_constant_scale, filling, finfo, fits, has_body
+from qdq.assemble.precision.types import (
+    Schema,
+    dequantizes_constant_scale,
+    filling,
+    finfo,
+    fits,
+    has_body,
+    largest_code,
+)
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value, captured
@@ -103,6 +111,7 @@ class _Rules:
         self._kind: dict[str, str] = {}
         self._why: dict[str, str] = {}  # of wide tensors
         self._measured: set[str] = set()  # wide by measurement
+        self._reach: dict[str, float] = {}  # dequantized tensor -> the largest magnitude of its codes
         self._power: dict[str, tuple[str, int]] = {}  # tensor -> the tensor it is a multiple of a power of
         self._lost: set[str] = set()  # nodes kept for what vanishes, not for what overflows
         self._fragile: set[str] = set()  # tensors that hold it
@@ -171,12 +180,15 @@ class _Rules:
         if node.op_type == "DequantizeLinear" and self._bad_scale(node):
             return "scale", f"{self._low} cannot hold its scale"
         wide = [t for t in floats if self._kind.get(t) == WIDE]
-        if wide and node.op_type != "DequantizeLinear":
+        free = dequantizes_constant_scale(self._model, node)  # it is written in the types of its readers
+        if wide and not free:
             return "wide", f"it reads {wide[0]!r}: {self._why[wide[0]]}"
         if self._shifts(node):
             return "shift", f"codes lie around its offset, where {self._low} resolves a small part of a step too little"
         if node.op_type == "QuantizeLinear" and self._bad_scale(node):
             return "scale", f"{self._low} cannot hold its scale"
+        if node.op_type == "DequantizeLinear" and not free and (far := self._too_far(node)):
+            return "range", far
         for tensor in made:
             if measured := self._range(tensor):
                 return "range", f"it makes {tensor!r}: {measured}"
@@ -188,22 +200,18 @@ class _Rules:
                 return "sum", unsafe or f"it sums many values, and their sum may exceed {self._info.max:.0f}"
         if node.op_type == "LpNormalization":
             return "power", f"it divides by a sum of powers, of which small ones vanish in {self._low}"
-        steep = (
-            node.op_type == "Exp" or (node.op_type == "Pow" and not self._tame_power(node)) or self._degree(node) > 1
-        )
-        if steep and any(self._range(t) is None for t in made):
+        tame = node.op_type != "Exp" and (node.op_type != "Pow" or self._tame_power(node)) and self._degree(node) <= 1
+        if not tame and any(self._range(t) is None for t in made):
             return "power", f"powers and exponentials of ordinary values exceed {self._info.max:.0f}"
-        if steep and self._sums.read(node):
+        if not tame and self._sums.read(node):
             return "power", f"a sum of powers or exponentials is to keep those that vanish in {self._low}"
         return self._constant_rule(node)
 
     def _constant_rule(self, node: NodeProto) -> tuple[str, str] | None:
         """Keep a node whose constant operand overflows in the low type, or vanishes where it matters."""
         least = float(self._info.smallest_normal)
-        if (
-            node.op_type in NORMS
-            and 0 < (epsilon := attribute_value(node, "epsilon", 0.0)) < self._info.smallest_subnormal
-        ):
+        epsilon = attribute_value(node, "epsilon", 0.0) if node.op_type in NORMS else 0.0
+        if 0 < epsilon < self._info.smallest_subnormal:
             return "constant", f"its epsilon of {epsilon:.3g} vanishes in {self._low}"
         value = filling(node) if node.op_type == "ConstantOfShape" and not masks(self._model, node) else None
         fill = 0.0 if value is None else abs(float(value[0]))
@@ -277,11 +285,10 @@ class _Rules:
         skip = self.kept.get(node.name)
         self._kind[tensor] = ORDINARY
         self._track_power(node, tensor, data)
-        if dequantizes_constant_scale(self._model, node):
-            reach = 128 * float(np.max(self._model.array(node.input[1])))
-            if self._low == "float16" and reach > LIMIT:
-                self._mark(tensor, f"its codes reach {reach:.4g}, float16 ends at 65504", measured=True)
-            elif skip is not None:
+        if node.op_type == "DequantizeLinear" and (far := self._too_far(node)):
+            self._mark(tensor, far, measured=True)
+        elif dequantizes_constant_scale(self._model, node):
+            if skip is not None:
                 self._mark(tensor, skip.reason)
         elif measured:
             self._mark(tensor, measured, measured=self._ranges[tensor] > LIMIT)
@@ -325,6 +332,14 @@ class _Rules:
         self._kind[tensor], self._why[tensor] = WIDE, why
         if measured:
             self._measured.add(tensor)
+
+    def _too_far(self, node: NodeProto) -> str:
+        """Why the largest codes of a DequantizeLinear are wide once dequantized, '' if not or if no scale is known."""
+        scale = node.input[1]
+        largest = self._largest(scale) if self._constant(scale) else self._reach.get(scale, 0.0)
+        reach = self._reach[node.output[0]] = largest_code(self._model, node.input[0]) * largest
+        far = self._low == "float16" and reach > LIMIT
+        return f"its codes reach {reach:.4g}, float16 ends at 65504" if far else ""
 
     def _bad_scale(self, node: NodeProto) -> bool:
         """Whether an activation's constant scale is lost in the low type; weights are rescaled instead."""

@@ -176,6 +176,18 @@ def fits(scale: np.ndarray, low: str) -> bool:
     return bool((np.isfinite(stored) & (np.abs(stored - wanted) <= wanted * 2.0**-8)).all())
 
 
+def largest_code(model: Model, tensor: str) -> float:
+    """The largest magnitude that codes can have, less their zero point: 128 of INT8, 448 of FP8, 6 of FP4.
+
+    Stored codes of more than 8 bits, biases, are looked at: hardly any reaches what its type holds.
+    """
+    kind = np.dtype(model.dtype(tensor))
+    if kind.itemsize > 1 and model.is_constant(tensor):
+        return float(np.abs(model.array(tensor).astype(np.float64)).max(initial=0))
+    limits: Any = finfo(kind.name) if "float" in kind.name else ml_dtypes.iinfo(kind)  # type: ignore[no-untyped-call]
+    return max(float(limits.max), -float(limits.min))
+
+
 def dequantizes_constant_scale(model: Model, node: NodeProto) -> bool:
     """Whether a node is a DequantizeLinear that can be made in another type by converting its scale."""
     return node.op_type == "DequantizeLinear" and not node.domain and model.is_constant(node.input[1])

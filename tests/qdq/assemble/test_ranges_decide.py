@@ -14,7 +14,9 @@ from graphs import build, node, normal
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
+from engines.core import arithmetic
 from qdq.assemble.precision.convert import Converted, convert
+from qdq.assemble.quantize import quantize
 from qdq.measure.collect import collect
 from qdq.model.model import Model
 from qdq.plan import placement
@@ -259,3 +261,17 @@ def test_infinities_are_said() -> None:
     table = collect(model, plan, [{"x": np.zeros((4, 16), np.float32)}])
     notes = finish(model, plan, unquantized_type="fp16", table=table).notes
     assert "1 tensors of the float model hold infinities or NaN on the samples, 'a' for one" in notes
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "nvfp4"])
+def test_codes_of_8_bit_floats_and_of_blocks_reach_further_than_integers(scheme: str) -> None:
+    """9e4 is 448 steps of 201, or 6 steps of 448 steps of 33: each more than float16 holds, 128 steps are not."""
+    rng = np.random.default_rng(0)
+    model = pointwise(node("MatMul", "x w", "a", "first"), node("MatMul", "a w", "y", "last"), w=W / 20)
+    data = [{"x": rng.uniform(-9e4, 9e4, (4, 16)).astype(np.float32)} for _ in range(3)]
+    data[0]["x"][0, 0] = 9e4
+    made = quantize(model, data, settings=Settings(scheme=scheme, equalize="none"))
+    low = convert(made.model, unquantized_type="fp16", table=made.table)
+    assert {"first", "last"} & set(rules(low)) == {"first"}
+    (got,), (want,) = (arithmetic.session(m.proto).run(None, data[0]) for m in (low.model, made.model))
+    assert np.isfinite(got).all() and np.abs(got - want).max() < 0.01 * np.abs(want).max()
