@@ -74,7 +74,7 @@ def corrected(
     if always:
         return changed, "biases are corrected, as asked for"
     before, after = HeldOutScore(model, held).sqnrs_db([quantized, changed])
-    better = after >= before + MINIMUM_GAIN_DB
+    better = after > before and after >= before + MINIMUM_GAIN_DB  # two infinities are no gain
     return changed if better else quantized, (
         f"{'biases are corrected' if better else 'bias correction not applied'}: output SQNR on {len(held.held)} "
         f"held-out calibration samples {before:.1f} dB without, {after:.1f} dB with"

@@ -65,6 +65,17 @@ def split(samples: Iterable[Sample]) -> Split:
     return Split(samples=samples, fit=fit or held, held=frozenset(held))
 
 
+def comparable(model: Model) -> list[str]:
+    """The outputs that tell how well a candidate does: floats, or other numbers where there are none.
+
+    An error of labels is how far their indices are apart, which means little beside floats. Constants, texts and
+    sequences are left out.
+    """
+    kinds = {o.name: o.dtype for o in model.outputs if not model.is_constant(o.name)}
+    floats = [name for name, kind in kinds.items() if "float" in kind]
+    return floats or [name for name, kind in kinds.items() if kind.startswith(("bool", "int", "uint"))]
+
+
 class HeldOutScore:
     """Compares models with the float model on some samples; the float outputs are computed anew at each call.
 
@@ -73,7 +84,7 @@ class HeldOutScore:
 
     def __init__(self, model: Model, held: Split) -> None:
         """Open the float model, which is prepared."""
-        self._outputs = [o.name for o in model.outputs if not model.is_constant(o.name)]
+        self._outputs = comparable(model)
         self._float, self._held = Session(model, self._outputs, threads=1), held
 
     def sqnr_db(self, candidate: Model) -> float:
@@ -94,6 +105,8 @@ class HeldOutScore:
 
         Infinite where a candidate's outputs are not finite. The samples are in the order in which they are read.
         """
+        if not self._outputs:
+            return [0.0], [[0.0] for _ in candidates]
         if len(candidates) > AT_ONCE:
             signals, some = self.energies(candidates[:AT_ONCE])
             return signals, some + self.energies(candidates[AT_ONCE:])[1]
@@ -115,14 +128,16 @@ class HeldOutScore:
 def energies(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> tuple[float, float]:
     """Of one sample: sum y^2 and sum (y - found)^2 over all finite outputs y, in float64; infinite if not finite.
 
-    What is not finite in the float model, as the logarithm of a masked probability, is left out.
+    What is not finite in the float model, as the logarithm of a masked probability, is left out. An output of another
+    shape, which depends on values, counts as one of zeros.
     """
     signals, noises = [], []
     for name, output in expected.items():
         finite = np.isfinite(output)
         y = output[finite].astype(np.float64)
+        other = found[name][finite] if found[name].shape == output.shape else 0.0
         signals.append(float(np.sum(y**2)))
-        noises.append(float(np.sum((y - found[name][finite]) ** 2)))
+        noises.append(float(np.sum((y - other) ** 2)))
     return _sum(signals), _sum(noises)
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engines.core.documents import replace
-from qdq.assemble.held_out import HeldOutScore, Split, clearly_less, decibels, ranked
+from qdq.assemble.held_out import HeldOutScore, Split, clearly_less, comparable, decibels, ranked
 from qdq.assemble.insert import insert
 from qdq.core.progress import Progress
 from qdq.measure.collect import collect
@@ -73,6 +73,8 @@ def judged(
         why = "only a table is given"
     elif is_large(model.graph.initializer):
         why = "a model of this size is not quantized several times to compare"
+    elif not comparable(model):
+        why = "no output holds numbers"
     elif len(order) < 2:
         why = "one calibration sample cannot judge what is made from it"
     if why or not options:
@@ -107,8 +109,7 @@ def _by_output(model: Model, samples: Iterable[Sample], order: tuple[int, ...]) 
     What is used later is seldom like what was calibrated on. Cut into parts in this order, those that judge are of
     another kind than those fitted on; parts drawn by chance are not. Outputs whose size varies keep the order.
     """
-    outputs = [o.name for o in model.outputs if not model.is_constant(o.name)]
-    session = Session(model, outputs, threads=1)
+    session = Session(model, comparable(model), threads=1)
     chosen = set(order)
     found = {i: _sketch(session(sample)) for i, sample in enumerate(samples) if i in chosen}
     rows = [found[i] for i in order]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 import numpy as np
 
 from engines.core.documents import replace
-from qdq.assemble.held_out import HeldOutScore, Split, decibels, energies, ranked
+from qdq.assemble.held_out import HeldOutScore, Split, comparable, decibels, energies, ranked
 from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import Session
 from qdq.model.external import is_large
@@ -42,7 +42,8 @@ def spared(
         samples: re-iterable calibration samples.
         build: makes the Q/DQ model of another plan.
     """
-    if is_large(model.graph.initializer) or not plan.quantized_nodes:
+    floats = any("float" in model.dtype(name) for name in comparable(model))  # ratios of labels say nothing
+    if is_large(model.graph.initializer) or not plan.quantized_nodes or not floats:
         return plan, made
     held = Split(samples=samples, fit=(), held=frozenset(ranked(samples)[:JUDGED]))
     score = HeldOutScore(model, held)

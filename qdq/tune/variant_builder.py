@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engines.core.documents import replace
-from qdq.assemble.held_out import energies
+from qdq.assemble.held_out import comparable, energies
 from qdq.assemble.insert import insert
 from qdq.assemble.precision.convert import convert
 from qdq.measure.collect import collect
@@ -139,14 +139,14 @@ class VariantBuilder:
         return self._finished(variant)[0]
 
     def noise(self, variant: Variant) -> float | None:
-        """Noise over signal of all outputs, with quick scales and codes; None without samples.
+        """Noise over signal of all outputs, with quick scales and codes; None without samples or numbers.
 
         sum (y - float y)^2 / sum (float y)^2 of the first sample, with float32 elsewhere. Calibration, second
         moments and bias correction do better than this.
         """
-        if not self.samples:
+        outputs = comparable(self.model)
+        if not self.samples or not outputs:
             return None
-        outputs = [o.name for o in self.model.outputs if not self.model.is_constant(o.name)]
         if not self._outputs:
             self._outputs = dict(Session(self.model, outputs)(self.samples[0]))
         key = replace(_float_part(variant), unquantized_type="")

@@ -175,3 +175,12 @@ def test_split_does_not_depend_on_order_and_is_disjoint() -> None:
     assert {11 - i for i in back.held} == there.held
     alone = split(samples[:1])
     assert alone.fit == (0,) and alone.held == {0}
+
+
+@pytest.mark.parametrize("both", [np.inf, -np.inf])
+def test_two_infinities_are_no_gain(both: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [{"x": s} for s in np.random.default_rng(1).normal(size=(4, 8, 16)).astype(np.float32)]
+    found = made(perceptron(bias=True), samples)
+    monkeypatch.setattr(HeldOutScore, "sqnrs_db", lambda self, candidates: [both] * len(candidates))
+    model, note = corrected(found.prepared, found.model, found.solution.nodes.values(), samples, always=False)
+    assert model is found.model and "not applied" in note

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import graphs
 import numpy as np
+import onnx
 import pytest
 from graphs import build, node, normal
+from models import assemble, constant
+from onnx import helper
 
 from qdq.assemble import judge
-from qdq.assemble.held_out import energies
+from qdq.assemble.held_out import comparable, energies
 from qdq.assemble.judge import judged
 from qdq.assemble.quantize import quantize
 from qdq.core.errors import InputError
 from qdq.model.model import Model
+from qdq.passes.prepare import prepare
 from qdq.plan import placement
 from qdq.plan.settings import Settings
 
@@ -192,3 +198,34 @@ def test_outputs_that_are_not_finite_in_the_float_model_are_not_compared() -> No
     y = np.array([1.0, -np.inf, np.nan], np.float32)
     assert energies({"y": y}, {"y": np.array([1.5, -np.inf, 0], np.float32)}) == (1.0, 0.25)
     assert energies({"y": y}, {"y": np.array([np.nan, 0, 0], np.float32)}) == (1.0, np.inf)
+
+
+NUMBERS, LABELS, TEXTS = ("y",), ("best",), ("text", "both")
+
+
+@pytest.mark.parametrize("ends", [NUMBERS + LABELS + TEXTS + ("found",), LABELS, ("found",), TEXTS])
+def test_outputs_are_judged_by_floats_else_by_other_numbers(ends: tuple[str, ...]) -> None:
+    """Labels, indices whose number depends on values, texts and sequences stand beside scores, or alone."""
+    nodes = [
+        node("MatMul", "x w", "y"),
+        node("ArgMax", "y", "best", axis=1),
+        node("Relu", "y", "r"),
+        node("NonZero", "r", "found"),
+        node("Cast", "best", "text", to=onnx.TensorProto.STRING),
+        node("SequenceConstruct", "y y", "both"),
+    ]
+    proto = assemble(nodes, {"x": (64, 32)}, {}, [constant("w", normal(32, 16))])
+    kinds = {"best": onnx.TensorProto.INT64, "found": onnx.TensorProto.INT64, "text": onnx.TensorProto.STRING}
+    for name in ends:
+        make = helper.make_tensor_sequence_value_info if name == "both" else helper.make_tensor_value_info
+        proto.graph.output.append(make(name, kinds.get(name, onnx.TensorProto.FLOAT), None))
+    model = prepare(Model(proto=proto, directory=Path(), sha256="m"))
+    data = graphs.samples(model, 4)
+    assert comparable(model) == [n for n in (NUMBERS if "y" in ends else (*LABELS, "found")) if n in ends]
+    made = quantize(model, data, settings=Settings())
+    assert any("nothing compared: no output holds numbers" in n for n in made.solution.notes) is (ends == TEXTS)
+    assert not any("of no use" in n for n in made.solution.notes)
+
+
+def test_an_output_of_another_shape_counts_as_zeros() -> None:
+    assert energies({"y": np.float32([3, 4])}, {"y": np.float32([3, 4, 5])}) == (25.0, 25.0)
