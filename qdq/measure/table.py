@@ -27,6 +27,7 @@ from qdq.plan.plan import Plan
 Count = Annotated[int, msgspec.Meta(ge=0)]
 DIGITS = 1200  # a sum of float64 magnitudes has at most 650 before the fraction bar, and 324 behind it
 Amax = Annotated[float, msgspec.Meta(ge=0)]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class TensorCounts(Part, frozen=True, kw_only=True):
@@ -48,7 +49,7 @@ class TensorCounts(Part, frozen=True, kw_only=True):
     high: float
     exponent: int | None
     samples: Annotated[int, msgspec.Meta(ge=1)]
-    peaks: Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(/[0-9]+)?$", max_length=DIGITS)]
+    peaks: Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(/0*[1-9][0-9]*)?$", max_length=DIGITS)]
     first_bin: int
     counts: tuple[Count, ...]
 
@@ -62,7 +63,7 @@ class TableFile(Document, frozen=True, kw_only=True):
     model_sha256: str
     samples_sha256: str
     count: Count
-    samples: tuple[str, ...] = ()
+    samples: tuple[Sha256, ...] = ()
     ranges: dict[str, Amax]
     not_finite: tuple[str, ...] = ()
     tensors: tuple[TensorCounts, ...]
@@ -142,6 +143,7 @@ class CalibrationTable:
             tensors = {entry.tensor: _histogram(entry, file.count) for entry in file.tensors}
             if odd := [name for name, amax in file.ranges.items() if amax == np.inf]:
                 raise ValueError(f"the largest magnitude of {odd[0]!r} is infinite")
+            _check_whole(file, tensors)
         except (ValueError, ArithmeticError) as error:
             raise InputError(f"Cannot use the table {where}: {error}. Make it again with `qdq calibrate`.") from None
         return cls(
@@ -238,6 +240,19 @@ def _entry(name: str, h: Histogram) -> dict[str, object]:
         "first_bin": first - BINS,
         "counts": h.counts[first : last + 1].tolist(),
     }
+
+
+def _check_whole(file: TableFile, tensors: Mapping[str, Histogram]) -> None:
+    """A ValueError where figures of different entries of a table contradict each other."""
+    if len(tensors) < len(file.tensors):
+        raise ValueError("it has two entries of one tensor")
+    for name, found in tensors.items():
+        if (amax := file.ranges.get(name, found.amax)) != found.amax:
+            raise ValueError(
+                f"the largest magnitude of {name!r} is {amax:.6g} in one entry and {found.amax:.6g} in one"
+            )
+    if file.samples and (len(file.samples) != file.count or samples_digest(file.samples) != file.samples_sha256):
+        raise ValueError(f"the hashes of its {file.count} samples are not those of which it holds the hash")
 
 
 def _histogram(entry: TensorCounts, count: int) -> Histogram:

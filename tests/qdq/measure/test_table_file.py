@@ -87,3 +87,26 @@ def test_every_histogram_is_read_back(values: list[float], tmp_path: Path) -> No
 def test_the_longest_sum_of_peaks_fits() -> None:
     longest = 10**12 * Fraction(1.7976931348623157e308) + Fraction(5e-324)
     assert len(str(longest)) < DIGITS
+
+
+WHOLE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a range that the histogram has not": lambda t: t["ranges"].update({t["tensors"][0]["tensor"]: 1e-3}),
+    "two entries of one tensor": lambda t: t["tensors"].append(t["tensors"][0]),
+    "more samples than hashes": lambda t: t.update(count=600),
+    "fewer hashes than samples": lambda t: t["samples"].pop(),
+    "another hash of all": lambda t: t.update(samples_sha256="0" * 64),
+    "hashes that are none": lambda t: t.update(samples=["zz"] * 2),
+    "peaks of nothing": lambda t: t["tensors"][0].update(peaks="1/0"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_entries_that_contradict_each_other_are_refused(name: str, tmp_path: Path) -> None:
+    content = json.loads(table().to_json())
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(content))
+    assert CalibrationTable.load(path).count == 2
+    WHOLE[name](content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"table\.json"):
+        CalibrationTable.load(path)
