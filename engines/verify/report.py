@@ -185,7 +185,7 @@ class Report(Document, frozen=True, kw_only=True):
 
     @property
     def poor(self) -> list[str]:
-        """One sentence per output below an alarm, the worst first."""
+        """One sentence per output below an alarm, or of another shape, the worst first."""
         return [text for _, text in self._poor]
 
     @property
@@ -204,8 +204,10 @@ class Report(Document, frozen=True, kw_only=True):
             if o.top1 is not None and not o.top1 >= self.alarms.warn_top1:
                 what = "labels are equal" if o.task == "labels" else "the argmax agrees"
                 said.append(f"{what} in {o.top1:.2%}, below {self.alarms.warn_top1:.4g}")
+            if o.mismatched:
+                said.append(f"it has another shape in {o.mismatched} samples")
             if said:
-                found.append((o, f"Output {o.name}: {'; '.join(said)}."))
+                found.append((o, f"Output {o.name}: {'; '.join(dict.fromkeys(said))}."))
         return sorted(found, key=lambda pair: -math.inf if math.isnan(pair[0].least_db) else pair[0].least_db)
 
     @property
@@ -226,11 +228,15 @@ def _below(what: str, value: float, least: float) -> str:
 
 
 def worst_of(outputs: Sequence[OutputReport]) -> OutputReport:
-    """The output with the least signal to noise; where none has one, with the least agreement."""
-    numeric = [o for o in outputs if o.sqnr_db is not None]
+    """The output with the least signal to noise; where none has one, with the least agreement.
+
+    Identical and empty ones only where there are no others.
+    """
+    differ = [o for o in outputs if o.elements and not o.identical] or outputs
+    numeric = [o for o in differ if o.sqnr_db is not None]
     if not numeric:
-        return min(outputs, key=lambda o: math.inf if o.top1 is None else o.top1)
-    return min(numeric, key=lambda o: -math.inf if math.isnan(o.sqnr_db or 0) else (o.sqnr_db or 0, o.least_db))
+        return min(differ, key=lambda o: math.inf if o.top1 is None else o.top1)
+    return min(numeric, key=lambda o: tuple(-math.inf if math.isnan(v) else v for v in (o.sqnr_db or 0, o.least_db)))
 
 
 _MISSING = {

@@ -217,7 +217,29 @@ def test_a_shape_that_differs_in_some_samples_is_counted() -> None:
         constant = graphs.const("v", np.asarray([[shift, 0]], np.float32))
         return graphs.model(nodes, [graphs.value("x", [1, 2], TensorProto.FLOAT)], outputs, [constant])
 
-    (row,) = compare(model(0), model(1), samples([[0, 1]], [[1, 1]])).outputs
+    found = compare(model(0), model(1), samples([[0, 1]], [[1, 1]]))
+    (row,) = found.outputs
     assert (row.mismatched, row.elements, row.identical) == (1, 4, True)
+    assert found.poor == ["Output found: it has another shape in 1 samples."]
     with pytest.raises(EngineError, match=r"found has shape \(2, 1\) in the reference and \(2, 2\)"):
         compare(model(0), model(1), samples([[0, 1]]))
+
+
+def test_the_worst_output_is_one_that_is_not_finite_then_one_that_differs() -> None:
+    """Outputs with numbers beside one with NaN, and labels that differ beside numbers that do not."""
+    first = compare(two_outputs(0, 0), two_outputs(1, math.nan), samples([[1, 2, 3, 4]]))
+    assert first.worst_output == "small" and first.poorest is first.outputs[1]
+    assert first.poor[0] == "Output small: values are not finite."
+
+    def model(shift: float) -> onnx.ModelProto:
+        nodes = [
+            helper.make_node("Identity", ["x"], ["y"]),
+            helper.make_node("Add", ["x", "v"], ["z"]),
+            helper.make_node("ArgMax", ["z"], ["best"], axis=1),
+        ]
+        ends = [graphs.value("y", [1, 2], TensorProto.FLOAT), graphs.value("best", [1, 1], TensorProto.INT64)]
+        constant = graphs.const("v", np.asarray([[shift, 0]], np.float32))
+        return graphs.model(nodes, [graphs.value("x", [1, 2], TensorProto.FLOAT)], ends, [constant])
+
+    assert compare(model(0), model(5), samples([[0, 1]])).worst_output == "best"
+    assert compare(model(0), model(0), samples([[0, 1]])).worst.identical
