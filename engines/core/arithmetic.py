@@ -116,7 +116,7 @@ def stand_in(model: ModelProto, *, written: Written | None = None) -> ModelProto
     Raises:
         EngineError: the model passes sequences of a low type in or out.
     """
-    if not written and not _holds_low(model):
+    if not written and not holds_low(model):
         return model
     known = [(f.domain, f.name) for f in model.functions if f.domain != fp4.DOMAIN]
     flat = inliner.inline_selected_functions(model, known) if known else model
@@ -135,6 +135,14 @@ def float_types(model: ModelProto) -> dict[str, int]:
     return {name: kind for name, kind in scope.types.items() if kind in _FLOATS}
 
 
+def holds_low(model: ModelProto) -> bool:
+    """Whether a model stores, takes, gives or makes anything in a low type."""
+    ends = any(_elem(v.type) in _LOW for v in (*model.graph.input, *model.graph.output))
+    nodes = [*all_nodes(model.graph), *(node for f in model.functions for node in f.node)]
+    named = any(a.i in _LOW and a.name in _TYPE_ATTRIBUTES for node in nodes for a in node.attribute)
+    return ends or named or any(t.data_type in _LOW for t in all_tensors(model))
+
+
 def rounds(node: NodeProto) -> bool:
     """Whether an operator makes values that the type of its inputs may not hold."""
     if node.op_type in ("If", "Loop", "Scan", "SequenceMap"):
@@ -146,14 +154,6 @@ def rounds(node: NodeProto) -> bool:
     if node.op_type in ("ScatterElements", "ScatterND"):
         return attribute_value(node, "reduction", b"none") in (b"add", b"mul")
     return node.op_type not in EXACT or node.domain not in ("", "ai.onnx")
-
-
-def _holds_low(model: ModelProto) -> bool:
-    """Whether a model stores, takes, gives or makes anything in a low type."""
-    ends = any(_elem(v.type) in _LOW for v in (*model.graph.input, *model.graph.output))
-    nodes = [*all_nodes(model.graph), *(node for f in model.functions for node in f.node)]
-    named = any(a.i in _LOW and a.name in _TYPE_ATTRIBUTES for node in nodes for a in node.attribute)
-    return ends or named or any(t.data_type in _LOW for t in all_tensors(model))
 
 
 def _graphs(graph: GraphProto) -> Iterator[GraphProto]:

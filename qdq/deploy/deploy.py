@@ -108,7 +108,10 @@ def deploy(
         pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe)) if tuned else None
         done = written(prepared, calibration, recipe, pricer=pricer, on_progress=on_progress)
         made, finished = done.made, done.finished
-        kind = recipe.settings.scheme if made.plan.points else float_type_of(made.plan, recipe.unquantized_type)
+        low = (
+            float_type_of(made.plan, recipe.unquantized_type) if arithmetic.holds_low(finished.model.proto) else "fp32"
+        )
+        kind = recipe.settings.scheme if made.plan.points else low
         output, engine_path = folder / f"{stem}.{kind}.onnx", folder / f"{stem}.engine"
         save(finished.model, output)
         made.plan.save(folder / "plan.json")

@@ -105,7 +105,7 @@ class DeployReport(Document, frozen=True, kw_only=True):
             *check_rows(self.check),
         ]
         if self.as_compiled:
-            rows.append(Row("SQNR, rounded as compiled", f"{self.as_compiled.sqnr_db:.1f} dB over all outputs"))
+            rows.append(Row(f"{_measure(self.as_compiled.worst)}, rounded as compiled", headline(self.as_compiled)))
         for name, dice in self.label_dice.items():
             rows.append(Row(f"Dice of the {name} against the atlas", _per_class(dice)))
         return [*rows, Row("compared on", f"{self.check.samples} {self.evaluated_on}")]

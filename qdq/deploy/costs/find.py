@@ -1,7 +1,7 @@
 """Which quantized tensors cost a poor output most, and what to try: run only where a result is poor.
 
 report, float and Q/DQ model -> `switches` -> the output with nothing, with everything and with one tensor at a time
-quantized, on one sample -> those that cost most alone, and advice from what was found.
+quantized, on one sample, in the types of the file -> those that cost most alone, and advice from what was found.
 Must not change a figure of the report, and must not take long: a time limit, no large models.
 
 Where the output with every weight in float is further from the float model than the quantized one, the float weights
@@ -18,11 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from engines.core.documents import replace
+from engines.core.errors import EngineError
 from engines.verify.report import OutputReport, Report, TensorCost
 from engines.verify.sums import decibels
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
-from qdq.deploy.costs.switches import float_weights, switched
+from qdq.deploy.costs.switches import float_weights, in_its_types, switched
 from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import Session
 from qdq.model.external import is_large
@@ -66,7 +67,7 @@ def with_costs(
         return replace(report, advice=_general(quantized, settings, calibrated_on))
     try:
         found = _measured(worst.name, float_model, quantized, next(iter(samples)), on_progress)
-    except InputError as error:
+    except (InputError, EngineError) as error:
         return replace(report, advice=(f"What costs most was not found: {error}",))
     if found is None:
         return replace(report, advice=(NOTHING,))
@@ -96,10 +97,13 @@ def _measured(
     """Run one sample; None where nothing is quantized.
 
     Raises:
-        InputError: ONNX Runtime refuses the model with switches.
+        InputError: ONNX Runtime refuses the model with switches, or the float model's output is not finite.
+        EngineError: the model passes sequences of a low type in or out.
     """
     expected = np.asarray(Session(float_model, [output])(sample)[output], np.float64)
     signal = float((expected * expected).sum())
+    if not math.isfinite(signal):
+        raise InputError(f"output {output} of the float model itself is not finite on the first sample.")
 
     def noise(values: np.ndarray, against: np.ndarray) -> float:
         if values.shape != against.shape:
@@ -108,7 +112,7 @@ def _measured(
         found = float((error * error).sum())
         return found if math.isfinite(found) else math.inf
 
-    whole = noise(Session(quantized, [output])(sample)[output], expected)
+    whole = noise(in_its_types(quantized, [output])(sample)[output], expected)
     for weights in (float_weights(quantized, float_model, sample), {}):
         made = switched(quantized, weights)
         if not made.switches:
@@ -117,9 +121,9 @@ def _measured(
             continue
         model = quantized.replace(made.proto)
         off = {**sample, **{name: np.asarray(False) for name in made.switches}}
-        first = Session(model, [output, *made.noises, *made.signals])(off)
+        first = in_its_types(model, [output, *made.noises, *made.signals])(off)
         nothing = np.asarray(first[output], np.float64)
-        if noise(nothing, expected) <= 1.25 * whole:
+        if np.isfinite(nothing).all() and noise(nothing, expected) <= 1.25 * whole:
             break
     else:
         return _Found(
@@ -132,7 +136,7 @@ def _measured(
             shifted=_shifts(quantized),
         )
     ratios = [_ratio(first[n], first[s]) for n, s in zip(made.noises, made.signals, strict=True)]
-    session, known = Session(model, [output]), float_model.names()
+    session, known = in_its_types(model, [output]), float_model.names()
     started, tried, costs = time.monotonic(), 0, list[tuple[float, TensorCost]]()
     for index in sorted(range(len(ratios)), key=lambda i: -ratios[i]):
         if time.monotonic() - started > TIME_LIMIT_S:

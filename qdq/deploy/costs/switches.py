@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from engines.core import arithmetic
 from engines.verify.report import TensorCost
 from qdq.core.formats import FORMATS
 from qdq.measure.inference.samples import Sample
@@ -61,6 +62,11 @@ class Switched:
     untold: int = 0  # quantized weights whose float values are not known
 
 
+def in_its_types(model: Model, tensors: Sequence[str]) -> Session:
+    """A session of a model that computes in the float types of its file; see `engines.core.arithmetic`."""
+    return Session(model.replace(arithmetic.stand_in(model.proto)), tensors, called="the Q/DQ model")
+
+
 def float_weights(quantized: Model, float_model: Model, sample: Sample) -> dict[str, FloatWeight]:
     """The weights whose float values can be told, by the output of their last DequantizeLinear.
 
@@ -73,7 +79,7 @@ def float_weights(quantized: Model, float_model: Model, sample: Sample) -> dict[
         if match and quantized.is_constant(node.input[0]) and float_model.is_constant(match[1]):
             found[_last(node, quantized)] = (match[1], quantized.initializers[node.input[0]].data_type)
     near: dict[str, FloatWeight] = {}
-    made = Session(quantized, found)(sample) if found else {}
+    made = in_its_types(quantized, list(found))(sample) if found else {}
     for output, (name, kind) in found.items():
         use = quantized.only_use(output)
         values, rounded = (np.asarray(a, np.float64) for a in (float_model.array(name), made[output]))

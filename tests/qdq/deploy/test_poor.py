@@ -262,3 +262,40 @@ def test_a_weight_whose_large_rows_nothing_reads_is_named(folder: Path) -> None:
     assert qdq(*args, "--equalize", "none", "-o", "q.onnx").exit_code == 0
     done = qdq("check", "rows.onnx", "q.onnx", "--data", "other")
     assert "w (weight of /rows/MatMul) leaves" in done.stderr and "--exclude /rows/MatMul" in done.stderr
+
+
+def test_a_deployed_model_may_have_labels_alone(folder: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["y"], name="/MatMul"),
+        helper.make_node("ArgMax", ["y"], ["best"], axis=1),
+    ]
+    model = assemble(nodes, {"x": (4, 32)}, {"best": (4, 1)}, [constant("w", np.eye(32, 16, dtype=np.float32))])
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    onnx.save(model, "best.onnx")
+    done = qdq("deploy", "best.onnx", "--data", "rows", "--tune", "off", "--out", "out")
+    assert done.exit_code == 0, done.output
+    assert "labels, rounded as compiled" in done.stdout and "inf dB" not in done.stdout
+
+
+def test_a_float_file_in_which_nothing_became_fp16_is_called_fp32(folder: Path) -> None:
+    nodes = [helper.make_node("Sin", ["x"], ["a"], name="/Sin"), helper.make_node("Exp", ["a"], ["y"], name="/Exp")]
+    onnx.save(assemble(nodes, {"x": (4, 32)}, {"y": (4, 32)}, []), "plain.onnx")
+    done = qdq("deploy", "plain.onnx", "--data", "rows", "--tune", "off", "--out", "out")
+    assert done.exit_code == 0 and (folder / "out/plain.fp32.onnx").exists()
+    assert "identical" in next(line for line in done.stdout.splitlines() if "rounded as compiled" in line)
+
+
+def test_what_costs_most_is_measured_in_the_types_of_the_file(folder: Path) -> None:
+    """ONNX Runtime has no BF16 products; NaN of the float model itself is said."""
+    args = ("quantize", "wide.onnx", "--data", "rows", *PLAIN[2:], "--rest", "bf16", "-o", "q.onnx")
+    assert qdq(*args).exit_code == 0
+    done = qdq("check", "wide.onnx", "q.onnx", "--data", "other")
+    assert "--exclude /bad/MatMul" in done.stderr and "was not found" not in done.stderr
+    model = onnx.load("wide.onnx")
+    model.graph.node[-1].output[0] = "z"
+    model.graph.node.append(helper.make_node("Log", ["z"], ["y"], name="/Log"))
+    onnx.save(model, "log.onnx")
+    assert qdq("quantize", "log.onnx", "--data", "rows", *PLAIN[2:], "-o", "q.onnx").exit_code == 0
+    done = qdq("check", "log.onnx", "q.onnx", "--data", "other")
+    assert "output y of the float model itself is not finite" in done.stderr
+    assert "nan dB" not in done.output and "more is lost elsewhere" not in done.output
