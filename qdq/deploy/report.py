@@ -208,9 +208,12 @@ def audit_rows(audit: Audit) -> list[Row]:
 
 
 def share_failures(audit: Audit, least: float | None) -> list[str]:
-    """A sentence if less of the multiply-adds runs in INT8 than is asked for."""
-    if least is None or audit.int8_share >= least:
+    """A sentence if less of the multiply-adds runs in INT8 than is asked for, or if that cannot be told."""
+    uncounted = sum(node.macs is None and node.consumed != "int8" for node in audit.nodes)
+    if least is None or (audit.int8_share >= least and not (uncounted and least)):
         return []
+    if audit.int8_share >= least:
+        return [f"min_int8_share is {least:g}, which cannot be checked: {uncounted} nodes have unknown multiply-adds."]
     return [f"{audit.int8_share:.4f} of the multiply-adds run in INT8 as compiled: min_int8_share is {least:g}."]
 
 

@@ -17,13 +17,14 @@ from models import assemble, constant, images, save_samples, segmenter
 from onnx import helper
 
 from engines.core.documents import replace
+from engines.verify.audit import Audit, NodeAudit
 from engines.verify.meaning import Meaning
 from engines.verify.report import OutputReport, Report
 from engines.verify.sums import Sums
 from qdq.cli.main import main
 from qdq.deploy.costs.find import NOTHING, with_costs
 from qdq.deploy.costs.switches import float_weights, switched
-from qdq.deploy.report import check_rows, headline, warning_lines
+from qdq.deploy.report import check_rows, headline, share_failures, warning_lines
 from qdq.measure.inference.session import Session
 from qdq.model.storage import load
 from qdq.passes.prepare import load_float
@@ -299,3 +300,16 @@ def test_what_costs_most_is_measured_in_the_types_of_the_file(folder: Path) -> N
     done = qdq("check", "log.onnx", "q.onnx", "--data", "other")
     assert "output y of the float model itself is not finite" in done.stderr
     assert "nan dB" not in done.output and "more is lost elsewhere" not in done.output
+
+
+@pytest.mark.parametrize(("consumed", "passes"), [("int8", True), ("float16", False), ("unknown", False)])
+def test_a_share_of_int8_is_not_kept_by_nodes_that_cannot_be_counted(consumed: str, passes: bool) -> None:
+    totals = {"kernels": 1, "bytes_moved": None, "weight_bytes": 0, "activation_bytes": 0, "engine_bytes": 0}
+    more = {"backend": "rtx", "version": "1", "targets": ("sm89",), **totals}
+    node = {"op_type": "MatMul", "requested": "", "kernel": "", "cause": ""}
+    nodes = (
+        NodeAudit(node="known", macs=100, consumed="int8", **node),
+        NodeAudit(node="open", macs=None, consumed=consumed, **node),
+    )
+    said = share_failures(Audit(nodes=nodes, **more), 0.5)
+    assert not said if passes else "cannot be checked: 1 nodes have unknown multiply-adds" in said[0]
