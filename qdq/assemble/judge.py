@@ -107,13 +107,13 @@ def _by_output(model: Model, samples: Iterable[Sample], order: tuple[int, ...]) 
     """The same samples sorted along the direction in which the outputs of the float model vary most.
 
     What is used later is seldom like what was calibrated on. Cut into parts in this order, those that judge are of
-    another kind than those fitted on; parts drawn by chance are not. Outputs whose size varies keep the order.
+    another kind than those fitted on; parts drawn by chance are not. Outputs whose size varies or is 0 keep the order.
     """
     session = Session(model, comparable(model), threads=1)
     chosen = set(order)
     found = {i: _sketch(session(sample)) for i, sample in enumerate(samples) if i in chosen}
     rows = [found[i] for i in order]
-    if len({row.size for row in rows}) > 1:
+    if len({row.size for row in rows}) > 1 or not rows[0].size:
         return order
     values = np.array(rows)
     values = np.where(np.isfinite(values), values, 0)

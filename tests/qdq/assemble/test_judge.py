@@ -229,3 +229,13 @@ def test_outputs_are_judged_by_floats_else_by_other_numbers(ends: tuple[str, ...
 
 def test_an_output_of_another_shape_counts_as_zeros() -> None:
     assert energies({"y": np.float32([3, 4])}, {"y": np.float32([3, 4, 5])}) == (25.0, 25.0)
+
+
+def test_outputs_that_are_empty_on_every_sample_decide_nothing() -> None:
+    nodes = [node("MatMul", "x w", "y"), node("Mul", "y zero", "z"), node("NonZero", "z", "found")]
+    stored = [constant("w", normal(32, 16)), constant("zero", np.zeros(1, np.float32))]
+    proto = assemble(nodes, {"x": (64, 32)}, {"found": (2, "n")}, stored)
+    proto.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    model = prepare(Model(proto=proto, directory=Path(), sha256="m"))
+    made = quantize(model, graphs.samples(model, 4), settings=Settings())
+    assert not any(" auto took " in note for note in made.solution.notes)
