@@ -1,7 +1,7 @@
 """Weighted nodes whose codes destroy the model's outputs, left in float, and said.
 
 Q/DQ model + a few calibration samples -> outputs with hardly any signal -> the first nodes on the way there whose own
-outputs have none -> the plan without them -> built again, and kept where the outputs gain.
+outputs have none -> the plan without them -> built again, in turns, of which the best is kept.
 A weight whose scale is decided by values that a mask hides is the usual cause: nothing is left of the others. Samples
 that the codes were fitted on are enough to see that much. This module must not change weights or scales.
 """
@@ -25,7 +25,7 @@ from qdq.solve.solve import Solution
 
 JUDGED = 4  # samples looked at, at most
 LEAST_DB = 6.0  # a quarter of the energy of the outputs, or more, is error: nobody wants such a model
-TURNS = 4  # a node that is left out may have hidden one behind it
+TURNS = 4  # a node that is left out may have hidden one behind it, without which the outputs gain nothing
 RULE = "destroyed"
 
 Build = Callable[[Plan], tuple[Solution, Model]]
@@ -47,26 +47,30 @@ def spared(
         return plan, made
     held = Split(samples=samples, fit=(), held=frozenset(ranked(samples)[:JUDGED]))
     score = HeldOutScore(model, held)
-    first = before = score.sqnr_db(made[1])
-    lost: list[str] = []
+    first = best = score.sqnr_db(made[1])
+    lost, tried, kept = list[str](), (plan, made), (plan, made)
+    left: tuple[str, ...] = ()
     for _ in range(TURNS):
-        if before >= LEAST_DB or not (found := _destroyed(model, made, held)):
+        if best >= LEAST_DB or not (found := _destroyed(model, tried[1], held)):
             break
-        tried = without(plan, model, found, f"its codes leave its output less than {LEAST_DB:g} dB of signal to noise")
-        other = build(tried)
-        after = score.sqnr_db(other[1])
-        if not after > before:
-            break
-        lost, plan, made, before = [*lost, *found], tried, other, after
-    notes = []
-    if lost:
-        notes.append(
-            f"{len(lost)} nodes are left in float, their codes destroy the outputs: {', '.join(lost[:3])}: output SQNR "
-            f"in dB on {len(held.held)} calibration samples {first:.1f} with, {before:.1f} without"
+        lost += found
+        less = without(
+            tried[0], model, found, f"its codes leave its output less than {LEAST_DB:g} dB of signal to noise"
         )
-    if before < LEAST_DB:
+        tried = less, build(less)
+        after = score.sqnr_db(tried[1][1])
+        if after > best:
+            best, kept, left = after, tried, tuple(lost)
+    plan, made = kept
+    notes = []
+    if left:
         notes.append(
-            f"the output SQNR on {len(held.held)} calibration samples is {before:.1f} dB: the model is of no use so. "
+            f"{len(left)} nodes are left in float, their codes destroy the outputs: {', '.join(left[:3])}: output SQNR "
+            f"in dB on {len(held.held)} calibration samples {first:.1f} with, {best:.1f} without"
+        )
+    if best < LEAST_DB:
+        notes.append(
+            f"the output SQNR on {len(held.held)} calibration samples is {best:.1f} dB: the model is of no use so. "
             "Exclude nodes, or choose another scheme"
         )
     return plan, (dataclasses.replace(made[0], notes=(*made[0].notes, *notes)), made[1])

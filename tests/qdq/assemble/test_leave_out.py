@@ -28,7 +28,8 @@ def masked(rows: int = 2) -> Model:
 def sqnr_db(model: Model, candidate: Model) -> float:
     data = graphs.samples(model, 6, seed=11)
     pairs = [(a["y"], b["y"]) for a, b in zip(graphs.run(model, data), graphs.run(candidate, data), strict=True)]
-    return float(10 * np.log10(sum((a**2).sum() for a, _ in pairs) / sum(((a - b) ** 2).sum() for a, b in pairs)))
+    error = sum(((a - b) ** 2).sum() for a, b in pairs)
+    return float(10 * np.log10(sum((a**2).sum() for a, _ in pairs) / max(error, 1e-30)))
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -66,3 +67,14 @@ def test_a_model_that_cannot_be_saved_is_warned_of() -> None:
     model = build(nodes, {"x": (4, 16)}, {"w": weight, "v": weight + 1e-5 * normal(16, 8, seed=2)})
     made = quantize(model, graphs.samples(model, 4), settings=Settings(scheme="int8-weight"))
     assert "of no use" in made.solution.notes[-1]
+
+
+def test_two_nodes_of_which_each_alone_destroys_the_outputs_stay_float() -> None:
+    """Scales of 4-bit weights end at the smallest normal float16: all codes of both weights are 0."""
+    nodes = [node("MatMul", "x w", "a", "first"), node("Mul", "a k", "b"), node("MatMul", "b v", "y", "second")]
+    tensors = {"w": normal(16, 16) * 1e-8, "v": normal(16, 8) * 1e-7, "k": np.full(1, 1e10)}
+    model = build(nodes, {"x": (4, 16)}, tensors)
+    made = quantize(model, graphs.samples(model, 4), settings=Settings(scheme="w4a8"))
+    assert made.plan.quantized_nodes == () and sqnr_db(model, made.model) > 100
+    (said,) = [n for n in made.solution.notes if "destroy" in n]
+    assert "first, second" in said
