@@ -98,7 +98,7 @@ def judged(
         listed = ", ".join(f"{_said(v)} {decibels(trials.signals, _all(noise[v])):.1f}" for v in values)
         notes.append(
             f"{name} auto took {_said(chosen[name])}: output SQNR in dB, fitted on a part of {len(trials.order)} "
-            f"calibration samples and judged on the others, in {turns} turns: {listed}"
+            f"calibration samples and judged on the others, {turns}-fold: {listed}"
         )
     return _decided(plan, chosen), tuple(notes)
 
