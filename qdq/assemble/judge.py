@@ -5,6 +5,7 @@ from the others -> of each setting the option with the least noise at the output
 
 | setting | first option, kept unless another clearly beats it | others |
 |---|---|---|
+| calibrator | mse | max |
 | shift | asymmetric codes, moved by a constant | symmetric codes |
 | equalize | the scheme's formula, or none | its others |
 | rounding | the scheme's rounding | its other roundings, nearest at last |
@@ -28,6 +29,7 @@ import numpy.typing as npt
 from engines.core.documents import replace
 from qdq.assemble.held_out import HeldOutScore, Split, clearly_less, comparable, decibels, ranked
 from qdq.assemble.insert import insert
+from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.measure.collect import collect
 from qdq.measure.inference.samples import Sample
@@ -53,6 +55,8 @@ MARGIN_DB = 0.25  # by which another option must beat the first
 # What balances data takes headroom from channels that were small so far: where it is not the first option it must gain
 # this in every turn. Over all turns it gained 3 dB on a potential for molecules, by one of them, and lost 14 on others.
 DARING = dict.fromkeys(("smooth", "smoothquant"), 1.0)
+# The whole range in place of that of least error: where what comes later is larger, clipping costs far more than this.
+CAUTION = {"max": 1.0}
 WITHOUT_MOMENTS = "clip"
 
 
@@ -97,7 +101,7 @@ def judged(
             continue
         listed = ", ".join(f"{_said(v)} {decibels(trials.signals, _all(noise[v])):.1f}" for v in values)
         notes.append(
-            f"{name} auto took {_said(chosen[name])}: output SQNR in dB, fitted on a part of {len(trials.order)} "
+            f"{name}: took {_said(chosen[name])}; output SQNR in dB, fitted on a part of {len(trials.order)} "
             f"calibration samples and judged on the others, {turns}-fold: {listed}"
         )
     return _decided(plan, chosen), tuple(notes)
@@ -148,6 +152,8 @@ def _said(value: str | bool) -> str:
 def _options(model: Model, plan: Plan, name: str) -> tuple[str | bool, ...]:
     """The options of a setting that differ for this model, the first of them first."""
     found, nodes = plan.settings.options(name), weighted_nodes(model, plan)
+    if name == "calibrator":
+        return found if any(FORMATS[point.spec.format].integer for point in plan.activations) else found[:1]
     if name == "shift":
         return found if any(shifts(model, point) for point in plan.activations) else found[:1]
     if name == "rounding":
@@ -169,7 +175,8 @@ def _best(noise: Mapping[str | bool, Sequence[Sequence[float]]]) -> str | bool:
     def beats(option: str | bool) -> bool:
         least = DARING.get(str(option))
         turns = zip(noise[option], noise[first], strict=True) if least else [(_all(noise[option]), _all(noise[first]))]
-        return all(clearly_less(a, b, least_db=least or MARGIN_DB, certainty=0) for a, b in turns)
+        margin = least or CAUTION.get(str(option), MARGIN_DB)
+        return all(clearly_less(a, b, least_db=margin, certainty=0) for a, b in turns)
 
     return min(filter(beats, others), key=lambda option: math.fsum(_all(noise[option])), default=first)
 

@@ -21,6 +21,7 @@ from qdq.plan.scheme import SCHEMES, Scheme
 from qdq.plan.spec import BY_RANGE, Spec
 
 AUTO: Literal["auto"] = "auto"
+USUAL_CALIBRATORS = ("mse", "max")
 WHOLE = ("channel", "tensor")  # in place of a block
 BIAS_CORRECTIONS: tuple[str, ...] = ("auto", "on", "off")
 V0, V1 = 15.0, 150.0  # of FPTQ's paper
@@ -60,7 +61,8 @@ class Settings(Part, frozen=True, kw_only=True):
 
     Attributes:
         scheme: which operands get which format, a name in SCHEMES.
-        calibrator: how an activation's range is chosen from its histogram.
+        calibrator: how an activation's range is chosen from its histogram; "" takes "mse", or "max" where held-out
+            samples clearly gain by it (`qdq.assemble.judge`), and "auto" compares all of them, tensor by tensor.
         percentile: percent of the values that the `percentile` calibrator keeps inside the range.
         rounding: how weights are rounded to codes; "auto" takes that of the scheme's which is best on held-out samples
             (`qdq.assemble.judge`), as does "", unless the scheme has one only.
@@ -86,7 +88,7 @@ class Settings(Part, frozen=True, kw_only=True):
     """
 
     scheme: str = "int8"
-    calibrator: str = "mse"
+    calibrator: str = ""
     percentile: Annotated[float, msgspec.Meta(gt=50, le=100)] = 99.99
     rounding: str = ""
     equalize: str = ""
@@ -114,7 +116,8 @@ class Settings(Part, frozen=True, kw_only=True):
             if getattr(self, name) == "":
                 set_field(self, name, AUTO if len(self.options(name)) > 1 else self.options(name)[0])
         for name in ("calibrator", "rounding", "equalize", "bias_correction"):
-            choose(getattr(self, name), [str(n) for n in choices(name)], name)
+            if getattr(self, name) or name != "calibrator":
+                choose(getattr(self, name), [str(n) for n in choices(name)], name)
         if block not in choices("block"):
             raise InputError(f"block is {block!r}: it must be one of {', '.join(map(str, choices('block')))}.")
         for name, low in (("v0", 0.0), ("v1", 0.0 if isinstance(self.v0, str) else self.v0)):
@@ -132,14 +135,26 @@ class Settings(Part, frozen=True, kw_only=True):
             )
 
     def options(self, setting: str) -> tuple[str | bool, ...]:
-        """What 'auto' of `rounding`, `equalize` or `shift` is chosen from; the first where nothing can be compared."""
+        """What an open setting is chosen from; the first where nothing can be compared."""
         row = SCHEMES[self.scheme]
-        return {"rounding": row.roundings, "equalize": row.equalizations, "shift": (True, False)}[setting]
+        found: Mapping[str, tuple[str | bool, ...]] = {
+            "calibrator": USUAL_CALIBRATORS,
+            "rounding": row.roundings,
+            "equalize": row.equalizations,
+            "shift": (True, False),
+        }
+        return found[setting]
+
+    @property
+    def range_by(self) -> str:
+        """The calibrator, the first of the usual ones where none is asked for or chosen yet."""
+        return self.calibrator or USUAL_CALIBRATORS[0]
 
     @property
     def open(self) -> tuple[str, ...]:
-        """The settings whose 'auto' is not decided yet, in the order in which they are."""
-        return tuple(name for name in ("shift", "equalize", "rounding") if getattr(self, name) == AUTO)
+        """The settings that are not decided yet, in the order in which they are."""
+        usual = () if self.calibrator else ("calibrator",)
+        return (*usual, *(name for name in ("shift", "equalize", "rounding") if getattr(self, name) == AUTO))
 
     @property
     def settled(self) -> Settings:
@@ -149,7 +164,7 @@ class Settings(Part, frozen=True, kw_only=True):
     @property
     def quick(self) -> Settings:
         """The same, as far as it needs no comparison of models and no second moments."""
-        return replace(self, calibrator="mse" if self.calibrator == "auto" else self.calibrator, rounding="nearest")
+        return replace(self, calibrator="mse" if self.calibrator == AUTO else self.range_by, rounding="nearest")
 
     @property
     def idle(self) -> tuple[str, ...]:
@@ -165,9 +180,9 @@ class Settings(Part, frozen=True, kw_only=True):
         of_weights |= not of_data  # awq; what is for data only has no say in weight-only blocks
         balanced = self.equalize != "none" and ((integers and of_data) or (alone and of_weights))
         by_moments = alone and self.equalize != "none" and (formula is None or formula.by_weights is None)
-        asked = CALIBRATORS if self.calibrator == AUTO else (self.calibrator,)
+        asked = CALIBRATORS if self.calibrator == AUTO else (self.range_by,)
         ranged = any(row.token == BY_RANGE for row in rows)
-        scheme, method, ranges = f"scheme {self.scheme}", f"rounding {self.rounding}", f"calibrator {self.calibrator}"
+        scheme, method, ranges = f"scheme {self.scheme}", f"rounding {self.rounding}", f"calibrator {self.range_by}"
         means = {  # setting -> whether it has an effect, and what it has none with
             "block": (self.block == AUTO or self.block in lengths or len(lengths) > 1, scheme),
             "rounding": (self.rounding == "nearest" or rounded, scheme),

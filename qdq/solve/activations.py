@@ -59,7 +59,7 @@ def activation_params(
             continue
         chosen[point.tensor] = ranges.choose(
             hist,
-            method=methods.get(point.tensor, plan.settings.calibrator),
+            method=methods.get(point.tensor, plan.settings.range_by),
             percentile=plan.settings.percentile,
             shift=shifts(model, point),
             fmt_name=point.spec.format,

@@ -222,7 +222,7 @@ def _general(
         said.append(f"Try more calibration samples: there are {calibrated_on}.")
     kinds = {quantized.dtype(n.input[2]) for n in quantized.graph.node if n.op_type == "QuantizeLinear" and n.input[2:]}
     if "data" in roles and kinds & {"int8", "uint8"} and (settings is None or settings.calibrator != "auto"):
-        used = f"; this was {settings.calibrator}" if settings else ""
+        used = f"; this was {settings.range_by}" if settings else ""
         said.append(f"Try --calibrator auto, which compares all of them{used}.")
     if "weight" in roles and settings is not None and settings.scheme != "int8":
         said.append(
