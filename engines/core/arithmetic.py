@@ -37,7 +37,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, help
 from engines.core import fp4
 from engines.core import onnx_runtime as ort
 from engines.core.errors import EngineError
-from engines.core.nodes import all_nodes, all_tensors, attribute_value, bodies, label
+from engines.core.nodes import all_graphs, all_nodes, all_tensors, attribute_value, label
 from engines.core.operators import PICKERS, RAMPS, family
 from engines.core.shapes import inferred
 
@@ -122,7 +122,7 @@ def stand_in(model: ModelProto, *, written: Written | None = None) -> ModelProto
     flat = inliner.inline_selected_functions(model, known) if known else model
     result = ModelProto()
     result.CopyFrom(flat)
-    names = {name for graph in _graphs(result.graph) for name in _names(graph)}
+    names = {name for graph in all_graphs(result.graph) for name in _names(graph)}
     _Scope(result, inferred(flat), names=names, written=written).rewrite()
     return result
 
@@ -154,14 +154,6 @@ def rounds(node: NodeProto) -> bool:
     if node.op_type in ("ScatterElements", "ScatterND"):
         return attribute_value(node, "reduction", b"none") in (b"add", b"mul")
     return node.op_type not in EXACT or node.domain not in ("", "ai.onnx")
-
-
-def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """A graph and all bodies in it."""
-    yield graph
-    for node in graph.node:
-        for body in bodies(node):
-            yield from _graphs(body)
 
 
 def _names(graph: GraphProto) -> Iterator[str]:

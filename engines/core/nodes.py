@@ -44,12 +44,38 @@ def bodies(node: NodeProto) -> Iterator[GraphProto]:
         yield from held.graphs
 
 
+def all_graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """A graph and all bodies in it."""
+    yield graph
+    for node in graph.node:
+        for body in bodies(node):
+            yield from all_graphs(body)
+
+
 def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
     """Every node of a graph and of the bodies inside it."""
     for node in graph.node:
         yield node
         for body in bodies(node):
             yield from all_nodes(body)
+
+
+def captured(node: NodeProto) -> frozenset[str]:
+    """Names that the bodies of a node read from the graphs around it."""
+    found: set[str] = set()
+    for body in bodies(node):
+        own = {v.name for v in body.input} | {t.name for t in body.initializer}
+        read = {v.name for v in body.output}
+        for inner in body.node:
+            read |= set(inner.input) | captured(inner)
+            own |= set(inner.output)
+        found |= read - own
+    return frozenset(found - {""})
+
+
+def reads(node: NodeProto) -> list[str]:
+    """Names of the tensors that a node and its bodies read."""
+    return [*filter(None, node.input), *sorted(captured(node))]
 
 
 def all_tensors(proto: ModelProto) -> Iterator[TensorProto]:

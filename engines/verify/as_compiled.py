@@ -19,7 +19,7 @@ from onnx import GraphProto, ModelProto, NodeProto
 
 from engines.backends.layers import BITS, SYNCHRONIZATION, KernelTensor, Layer, LayerTable
 from engines.core.arithmetic import LOW, Written, float_types
-from engines.core.nodes import bodies, label
+from engines.core.nodes import label, reads
 from engines.core.operators import CONTRACTIONS, PICKERS
 from engines.core.shapes import inferred
 
@@ -66,7 +66,7 @@ class _Map:
         self._outputs = {o.name for o in model.graph.output}
         self._readers: dict[str, list[NodeProto]] = {}
         for node in model.graph.node:
-            for name in dict.fromkeys(_reads(node)):
+            for name in dict.fromkeys(reads(node)):
                 self._readers.setdefault(name, []).append(node)
         self._homes = self._find_homes()
 
@@ -79,7 +79,7 @@ class _Map:
         makers: dict[str, NodeProto] = {}
         homes: dict[str, list[int]] = {}
         for node in self._graph.node:
-            if all(name in self._fixed for name in _reads(node)):
+            if all(name in self._fixed for name in reads(node)):
                 self._fixed.update(node.output)
             where = set(named.get(label(node), ()))
             if not where and node.op_type in _UNNAMED:
@@ -157,17 +157,6 @@ class _Map:
             if len(kinds) == 1:
                 return kinds.pop()
         return ""
-
-
-def _reads(node: NodeProto) -> list[str]:
-    """The tensors that a node reads, those that its bodies take from outside included."""
-    names = [name for name in node.input if name]
-    for body in bodies(node):
-        made = {v.name for v in body.input} | {t.name for t in body.initializer}
-        for inner in body.node:
-            names += [name for name in _reads(inner) if name not in made]
-            made.update(inner.output)
-    return names
 
 
 def _sizes(graph: GraphProto) -> Mapping[str, int]:

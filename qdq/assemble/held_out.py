@@ -76,6 +76,11 @@ def comparable(model: Model) -> list[str]:
     return floats or [name for name, kind in kinds.items() if kind.startswith(("bool", "int", "uint"))]
 
 
+def in_its_types(model: Model, tensors: Iterable[str], *, threads: int = 0) -> Session:
+    """A session of a Q/DQ model that computes in the float types of its file; see `engines.core.arithmetic`."""
+    return Session(model.replace(stand_in(model.proto)), tensors, threads=threads, called="the Q/DQ model")
+
+
 class HeldOutScore:
     """Compares models with the float model on some samples; the float outputs are computed anew at each call.
 
@@ -110,10 +115,7 @@ class HeldOutScore:
         if len(candidates) > AT_ONCE:
             signals, some = self.energies(candidates[:AT_ONCE])
             return signals, some + self.energies(candidates[AT_ONCE:])[1]
-        taps = [
-            Session(candidate.replace(stand_in(candidate.proto)), self._outputs, threads=1, called="the Q/DQ model")
-            for candidate in candidates
-        ]
+        taps = [in_its_types(candidate, self._outputs, threads=1) for candidate in candidates]
 
         def compare(sample: Sample) -> list[float]:
             expected = self._float(sample)

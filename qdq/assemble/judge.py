@@ -10,9 +10,9 @@ from the others -> of each setting the option with the least noise at the output
 | equalize | the scheme's formula, or none | its others |
 | rounding | the scheme's rounding | its other roundings, nearest at last |
 
-One setting after the other, each with those before it decided: at most MOST_BUILDS models are built per turn, all but
-those of the last setting with codes that need no second moments. The rounding of 8-bit weights decides little and takes
-long, so it has one turn. What is fitted always gains on what it has seen; a formula that trusts the ranges of molecules
+One setting after the other, each with those before it decided: at most seven models are built per turn, all but those
+of the last setting with codes that need no second moments. The rounding of 8-bit weights decides little and takes long,
+so it has one turn. What is fitted always gains on what it has seen; a formula that trusts the ranges of molecules
 gained 6 dB so and lost 10 dB on others. This module must not see samples other than those of the calibration.
 """
 
@@ -29,6 +29,7 @@ import numpy.typing as npt
 from engines.core.documents import replace
 from qdq.assemble.held_out import HeldOutScore, Split, clearly_less, comparable, decibels, ranked
 from qdq.assemble.insert import insert
+from qdq.core.arrays import along_widest, part
 from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.measure.collect import collect
@@ -41,7 +42,7 @@ from qdq.model.model import Model
 from qdq.plan.methods import ROUNDINGS
 from qdq.plan.plan import Plan
 from qdq.plan.settings import AUTO
-from qdq.plan.weighted_node import weighted_nodes
+from qdq.plan.weighted_node import WeightedNode, weighted_nodes
 from qdq.solve.equalize import channels, weight_only
 from qdq.solve.equalize.channels import Channels
 from qdq.solve.shift import shifts
@@ -49,7 +50,6 @@ from qdq.solve.solve import solve
 
 PARTS = 3  # with fewer samples as many as there are
 MOST = 24  # samples looked at, over all parts
-MOST_BUILDS = 8
 SKETCH = 4096  # values of an output that samples are compared by, at most
 MARGIN_DB = 0.25  # by which another option must beat the first
 # What balances data takes headroom from channels that were small so far: where it is not the first option it must gain
@@ -70,7 +70,8 @@ def judged(
     Raises:
         InputError: there are no samples in `samples`.
     """
-    options = {name: found for name in plan.settings.open if len(found := _options(model, plan, name)) > 1}
+    nodes = weighted_nodes(model, plan)
+    options = {name: found for name in plan.settings.open if len(found := _options(model, plan, nodes, name)) > 1}
     order = () if samples is None or not options else ranked(samples)
     why = ""
     if samples is None:
@@ -92,8 +93,7 @@ def judged(
     chosen: dict[str, str | bool] = {}
     notes = []
     for name, values in options.items():
-        cheap = name != "rounding" or any(node.spec.block for node in weighted_nodes(model, plan).values())
-        turns = trials.parts if cheap else 1
+        turns = 1 if name == "rounding" and not any(node.spec.block for node in nodes.values()) else trials.parts
         noises = trials.noises([{**chosen, name: value} for value in values], turns)
         noise = dict(zip(values, noises, strict=True))
         chosen[name] = _best(noise)
@@ -110,8 +110,8 @@ def judged(
 def _by_output(model: Model, samples: Iterable[Sample], order: tuple[int, ...]) -> tuple[int, ...]:
     """The same samples sorted along the direction in which the outputs of the float model vary most.
 
-    What is used later is seldom like what was calibrated on. Cut into parts in this order, those that judge are of
-    another kind than those fitted on; parts drawn by chance are not. Outputs whose size varies or is 0 keep the order.
+    Cut into parts in this order, those that judge are of another kind than those fitted on (`along_widest`). Outputs
+    whose size varies or is 0 keep the order.
     """
     session = Session(model, comparable(model), threads=1)
     chosen = set(order)
@@ -123,8 +123,7 @@ def _by_output(model: Model, samples: Iterable[Sample], order: tuple[int, ...]) 
     values = np.where(np.isfinite(values), values, 0)
     values -= values.mean(axis=0)
     values /= max(float(np.abs(values).max()), float(np.finfo(np.float64).tiny))
-    along = np.linalg.eigh(values @ values.T)[1][:, -1]
-    return tuple(order[i] for i in np.argsort(along, kind="stable"))
+    return tuple(order[i] for i in along_widest(values))
 
 
 def _sketch(outputs: Mapping[str, npt.NDArray[np.floating]]) -> npt.NDArray[np.float64]:
@@ -149,9 +148,9 @@ def _said(value: str | bool) -> str:
     return value if isinstance(value, str) else "on" if value else "off"
 
 
-def _options(model: Model, plan: Plan, name: str) -> tuple[str | bool, ...]:
+def _options(model: Model, plan: Plan, nodes: Mapping[str, WeightedNode], name: str) -> tuple[str | bool, ...]:
     """The options of a setting that differ for this model, the first of them first."""
-    found, nodes = plan.settings.options(name), weighted_nodes(model, plan)
+    found = plan.settings.options(name)
     if name == "calibrator":
         return found if any(FORMATS[point.spec.format].integer for point in plan.activations) else found[:1]
     if name == "shift":
@@ -240,8 +239,7 @@ class _Trials:
         """The samples to fit on, those that judge, and what was measured on the first."""
         if self.on_progress is not None:
             self.on_progress(turn, self.parts, "comparing choices")
-        start, stop = (round(len(self.order) * t / self.parts) for t in (turn, turn + 1))
-        held = frozenset(self.order[start:stop])
+        held = frozenset(self.order[part(len(self.order), turn, self.parts)])
         fit = SampleSubset(self.samples, frozenset(self.order) - held)
         if turn not in self._measured:
             readers = channels.candidates(self.plan, weighted_nodes(self.model, self.plan))

@@ -30,6 +30,15 @@ def asymmetric(low: float, high: float, fmt: Format) -> tuple[float, int]:
     return scale, int(np.clip(np.rint(fmt.low - low / scale), fmt.low, fmt.high))
 
 
+def covering(low: float, high: float, *, fmt_name: str, dtype: str, shift: bool) -> QParams:
+    """Scale and zero point with which codes reach from `low`, at most 0, to `high`; scale 1 where both are 0."""
+    fmt = FORMATS[fmt_name]
+    if not high > low:
+        return _per_tensor(1.0, 0, fmt_name)
+    scale, zero_point = asymmetric(low, high, fmt) if shift else (max(-low, high) / fmt.high, 0)
+    return _per_tensor(float(representable(scale, dtype)), zero_point, fmt_name)
+
+
 def _per_tensor(scale: float, zero_point: int, fmt_name: str) -> QParams:
     return QParams(scale=np.asarray(scale, dtype=np.float32), zero_point=zero_point, format=fmt_name)
 

@@ -15,9 +15,11 @@ from engines.core.nodes import all_tensors as all_tensors
 from engines.core.nodes import attribute as attribute
 from engines.core.nodes import attribute_value as attribute_value
 from engines.core.nodes import bodies as bodies
+from engines.core.nodes import captured as captured
 from engines.core.nodes import factor as factor
 from engines.core.nodes import input_axis as input_axis
 from engines.core.nodes import ints as ints
+from engines.core.nodes import reads as reads
 from engines.core.nodes import weight_axis as weight_axis
 from engines.core.operators import WEIGHTED as WEIGHTED
 from engines.core.shapes import without_initializers as without_initializers
@@ -45,24 +47,6 @@ class Names:
             name = f"{wanted}_{number}"
         self._taken.add(name)
         return name
-
-
-def captured(node: NodeProto) -> frozenset[str]:
-    """Names that the bodies of a node read from the graphs around it."""
-    found: set[str] = set()
-    for body in bodies(node):
-        own = {v.name for v in body.input} | {t.name for t in body.initializer}
-        read = {v.name for v in body.output}
-        for inner in body.node:
-            read |= set(inner.input) | captured(inner)
-            own |= set(inner.output)
-        found |= read - own
-    return frozenset(found - {""})
-
-
-def reads(node: NodeProto) -> list[str]:
-    """Names of the tensors that a node and its bodies read."""
-    return [*filter(None, node.input), *sorted(captured(node))]
 
 
 def needed(nodes: Sequence[NodeProto], wanted: Iterable[str]) -> list[NodeProto]:

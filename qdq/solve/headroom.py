@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from qdq.core.arrays import Floats
 from qdq.core.formats import FORMATS, Format
-from qdq.core.qtensor import QParams, representable
-from qdq.measure.ranges import asymmetric
+from qdq.core.qtensor import QParams
+from qdq.measure.ranges import covering
 from qdq.measure.statistics import ChannelRange
 from qdq.model.model import Model
 from qdq.plan.weighted_node import WeightedNode
@@ -84,8 +84,7 @@ def _noise(turns: Sequence[Turn], params: Sequence[QParams], read: Floats) -> fl
 def _wide(limits: ChannelRange, headroom: float, fmt: Format, dtype: str, *, shifted: bool) -> QParams:
     """One scale for the whole range and some headroom."""
     low, high = headroom * min(float(limits.low.min()), 0.0), headroom * max(float(limits.high.max()), 0.0)
-    scale, zero_point = asymmetric(low, high, fmt) if shifted else (max(-low, high) / fmt.high, 0)
-    return QParams(scale=representable(scale if high > low else 1.0, dtype), zero_point=zero_point, format=fmt.name)
+    return covering(low, high, fmt_name=fmt.name, dtype=dtype, shift=shifted)
 
 
 def _times(params: QParams, factor: float) -> QParams:

@@ -21,9 +21,10 @@ from engines.core.documents import replace
 from engines.core.errors import EngineError
 from engines.verify.report import OutputReport, Report, TensorCost
 from engines.verify.sums import decibels
+from qdq.assemble.held_out import in_its_types
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
-from qdq.deploy.costs.switches import float_weights, in_its_types, switched
+from qdq.deploy.costs.switches import float_weights, switched
 from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import Session
 from qdq.model.external import is_large

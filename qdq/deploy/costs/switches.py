@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from engines.core import arithmetic
 from engines.verify.report import TensorCost
+from qdq.assemble.held_out import in_its_types
 from qdq.core.formats import FORMATS
 from qdq.measure.inference.samples import Sample
-from qdq.measure.inference.session import Session
 from qdq.model.model import Model
 from qdq.model.nodes import FP4_QUANTIZE, WEIGHTED, Names, attribute, factor, input_axis, weight_axis
 
@@ -60,11 +59,6 @@ class Switched:
     noises: list[str] = field(default_factory=list)
     signals: list[str] = field(default_factory=list)
     untold: int = 0  # quantized weights whose float values are not known
-
-
-def in_its_types(model: Model, tensors: Sequence[str]) -> Session:
-    """A session of a model that computes in the float types of its file; see `engines.core.arithmetic`."""
-    return Session(model.replace(arithmetic.stand_in(model.proto)), tensors, called="the Q/DQ model")
 
 
 def float_weights(quantized: Model, float_model: Model, sample: Sample) -> dict[str, FloatWeight]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from engines.core.nodes import all_graphs
 from engines.core.operators import family
 from engines.core.shapes import inferred
 from qdq.measure.inference.samples import Sample
@@ -293,14 +294,7 @@ def _end(body: GraphProto, probe: Probe) -> None:
 def _inner_types(proto: ModelProto) -> dict[str, int]:
     """Name -> element type of the float tensors in all bodies, where that is known and the same in each."""
     found: dict[str, set[int]] = {}
-    for body in _all_bodies(inferred(proto)):
+    for body in list(all_graphs(inferred(proto)))[1:]:
         for value in (*body.input, *body.output, *body.value_info):
             found.setdefault(value.name, set()).add(value.type.tensor_type.elem_type)
     return {name: kinds.pop() for name, kinds in found.items() if len(kinds) == 1 and kinds <= set(_ELEM.values())}
-
-
-def _all_bodies(graph: GraphProto) -> Iterator[GraphProto]:
-    for node in graph.node:
-        for body in bodies(node):
-            yield body
-            yield from _all_bodies(body)

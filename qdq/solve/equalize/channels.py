@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from qdq.core.arrays import Floats, Singles
+from qdq.core.arrays import Floats, Singles, along_widest, part
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams
 from qdq.measure import second_moments
@@ -74,7 +73,7 @@ class Channels:
     @property
     def limits(self) -> ChannelRange:
         """The exact range of each channel."""
-        return reduce(ChannelRange.merge, (part.limits for part in self.parts))
+        return reduce(ChannelRange.merge, (each.limits for each in self.parts))
 
     @property
     def rows(self) -> Floats:
@@ -84,29 +83,24 @@ class Channels:
     def turns(self) -> list[Turn]:
         """Every sample held out once, in `TURNS` parts that differ as much as possible; none of fewer samples.
 
-        The samples are sorted along the direction in which the peaks of their channels vary most, and cut: a part at
-        either end looks like data of another kind to the rest, which samples drawn at random never do.
+        The samples are cut along the direction in which the peaks of their channels vary most (`along_widest`).
         """
         if len(self.parts) < TURNS:
             return []
-        parts = sorted(self.parts, key=lambda part: part.rows.tobytes())
-        peaks = np.array([np.maximum(-part.limits.low, part.limits.high) for part in parts])
+        parts = sorted(self.parts, key=lambda each: each.rows.tobytes())
+        peaks = np.array([np.maximum(-each.limits.low, each.limits.high) for each in parts])
         peaks = (peaks - peaks.mean(axis=0)) / np.maximum(peaks.max(axis=0), np.finfo(np.float64).tiny)
-        along = np.linalg.eigh(peaks @ peaks.T)[1][:, -1]
-        order = [parts[i] for i in np.argsort(along, kind="stable")]
-        cuts = [round(len(order) * turn / TURNS) for turn in range(TURNS + 1)]
+        order = [parts[i] for i in along_widest(peaks)]
+        cuts = [part(len(order), turn, TURNS) for turn in range(TURNS)]
         return [
-            Turn(
-                limits=Channels(parts=(*order[:start], *order[stop:])).limits,
-                held=_joined(order[start:stop]),
-            )
-            for start, stop in pairwise(cuts)
+            Turn(limits=Channels(parts=(*order[: cut.start], *order[cut.stop :])).limits, held=_joined(order[cut]))
+            for cut in cuts
         ]
 
 
 def _joined(parts: Sequence[SampleChannels]) -> Floats:
     """The rows of some samples in one order, so that sums over them are the same whatever that of the samples."""
-    return np.concatenate(sorted((part.rows for part in parts), key=np.ndarray.tobytes)).astype(np.float64)
+    return np.concatenate(sorted((each.rows for each in parts), key=np.ndarray.tobytes)).astype(np.float64)
 
 
 def data_readers(point: Point, nodes: Mapping[str, WeightedNode]) -> list[WeightedNode]:

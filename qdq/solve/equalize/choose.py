@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from qdq.core.arrays import Floats
 from qdq.core.formats import FORMATS
-from qdq.core.qtensor import CHUNK, QParams, from_codes, representable, to_codes
+from qdq.core.qtensor import CHUNK, QParams, from_codes, to_codes
 from qdq.core.resources import cores
 from qdq.measure.inference.samples import overlapped
-from qdq.measure.ranges import asymmetric
+from qdq.measure.ranges import covering
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.plan.spec import Spec
@@ -63,7 +63,7 @@ def equalized(
         each = [sizes(weight.matrix) for weight in weights]
         wmax, read = np.max([most for most, _ in each], axis=0), np.sum([power for _, power in each], axis=0)
         amax = np.maximum(-limits.low, limits.high)
-        fmt = FORMATS[points[tensor].spec.format]
+        fmt = points[tensor].spec.format
         shifted = shifts(model, points[tensor])
         limit = min(FORMATS[node.spec.format].high for node in readers)  # of the coarsest weight
         plain = _noise(rows, weights, read, np.ones_like(amax), params[tensor], limit)
@@ -72,9 +72,7 @@ def equalized(
             high = HEADROOM * max(float((limits.high / s).max()), 0.0)
             if high - low <= 0:
                 continue
-            scale, zero_point = asymmetric(low, high, fmt) if shifted else (max(-low, high) / fmt.high, 0)
-            stored = representable(scale, model.dtype(tensor))
-            divided = QParams(scale=stored, zero_point=zero_point, format=fmt.name)
+            divided = covering(low, high, fmt_name=fmt, dtype=model.dtype(tensor), shift=shifted)
             equalized = _noise(rows, weights, read, s, divided, limit)
             gain_db = 10 * np.log10(plain / equalized) if equalized > 0 and plain > 0 else 0.0
             if gain_db >= formula.minimum_gain_db and (tensor not in found or gain_db > found[tensor].gain_db):
