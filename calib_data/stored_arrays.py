@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import IO
 
 import numpy as np
@@ -86,9 +86,12 @@ def stored_arrays(path: Path) -> dict[str, StoredArray]:
     """
     if path.suffix == ".npy":
         return {"": _header(path, None, size=path.stat().st_size if path.is_file() else 0)}
-    with _explained(path, None), zipfile.ZipFile(path) as archive:
+    with _explained(path, None), _regular(path).open("rb") as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()
-    return {m.filename.removesuffix(".npy"): _header(path, m.filename, size=m.file_size) for m in members}
+        names = [member.filename.removesuffix(".npy") for member in members]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"it holds {twice!r} more than once")
+    return {name: _header(path, m.filename, size=m.file_size) for name, m in zip(names, members, strict=True)}
 
 
 def _header(path: Path, member: str | None, *, size: int) -> StoredArray:
@@ -98,6 +101,8 @@ def _header(path: Path, member: str | None, *, size: int) -> StoredArray:
             raise ValueError(f"npy format version {version} holds structured arrays only")
         shape, fortran_order, dtype = _READERS[version](file)
         offset = file.tell()
+        if min(shape, default=0) < 0:
+            raise ValueError(f"its header has the shape {shape}")
         missing = offset + math.prod(shape) * dtype.itemsize - size
         if missing > 0 and not dtype.hasobject:  # before a damaged header makes us ask for terabytes
             raise ValueError(f"the file ends {missing} bytes early")
@@ -111,23 +116,32 @@ def _header(path: Path, member: str | None, *, size: int) -> StoredArray:
 
 @contextmanager
 def _open(path: Path, member: str | None) -> Iterator[IO[bytes]]:
-    with _explained(path, member):
+    with _explained(path, member), _regular(path).open("rb") as file:
         if member is None:
-            with path.open("rb") as file:
-                yield file
+            yield file
         else:
-            with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+            with zipfile.ZipFile(file) as archive, archive.open(member) as stream:
                 yield stream
+
+
+def _regular(path: Path) -> Path:
+    """The path, where it leads to a file: a pipe or a device may never end."""
+    if not S_ISREG(path.stat().st_mode):
+        raise ValueError("it is a device, a pipe or a folder, and no file")
+    return path
 
 
 @contextmanager
 def _explained(path: Path, member: str | None) -> Iterator[None]:
-    """Turn what zipfile, zlib and numpy raise on a bad file into a DataError; RuntimeError is an encrypted member."""
+    """Turn whatever zipfile, its decompressors and numpy's reader of headers raise on a bad file into a DataError."""
     try:
         yield
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except DataError:
+        raise
+    except Exception as error:  # lzma, tokenize, ast and others have errors of their own, which share no base
+        why = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(
-            f"Cannot read {_label(path, member)}: {' '.join(str(error).split()) or type(error).__name__}. An undamaged "
+            f"Cannot read {_label(path, member)}: {why}. An undamaged "
             f"{path.suffix} file as numpy.{'save' if path.suffix == '.npy' else 'savez'} writes it is needed. Write "
             "the file again, or remove it."
         ) from error

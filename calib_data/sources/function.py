@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +19,12 @@ from calib_data.validation import Array, DataError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PythonFunction:
-    """A user's function, called afresh for each pass; it returns or yields dicts of arrays.
-
-    What the function itself raises is not caught: its traceback points at the user's own code.
-    """
+    """A user's function, called afresh for each pass; it returns or yields dicts of arrays."""
 
     where: str
     function: Callable[[], object]
     count: int | None = None
+    path: Path | None = None
 
     @classmethod
     def open(cls, source: str) -> PythonFunction:
@@ -43,10 +43,8 @@ class PythonFunction:
         sys.modules[module_name] = module
         sys.path.insert(0, str(path.resolve().parent))  # as for a script: modules beside the file can be imported
         try:
-            spec.loader.exec_module(module)
-        except (SyntaxError, ImportError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise DataError(f"Cannot import the data source {path}: {what}. Mend it.") from error
+            with _users_code(path, f"Cannot import the data source {path}"):
+                spec.loader.exec_module(module)
         finally:
             sys.path.remove(str(path.resolve().parent))
         function = getattr(module, name, None)
@@ -56,18 +54,23 @@ class PythonFunction:
                 f"No function {name!r} in {path}: it has {there}; a function without arguments that yields dicts "
                 "(input name -> array) is needed. Check the name after the colon."
             )
-        return cls(where=f"{path}:{name}", function=function)
+        return cls(where=f"{path}:{name}", function=function, path=path)
 
     def read(self, indices: range) -> Iterator[RawSample]:
-        """Call the function and pick the samples asked for; the others are drawn and dropped."""
-        result = self.function()
+        """Call the function and pick the samples asked for; the others are drawn and dropped.
+
+        Raises:
+            DataError: the function raises, ends Python or gives something else; says where.
+        """
+        with self._guarded():
+            result = self.function()
         items = [result] if isinstance(result, Mapping) else result
         if not isinstance(items, Iterable):
             raise DataError(
                 f"{self.where} returned {type(result).__name__}; an iterable of dicts is needed. Yield one dict per "
                 "sample."
             )
-        for i, item in itertools.islice(enumerate(items), indices.start, indices.stop, indices.step):
+        for i, item in itertools.islice(enumerate(self._drawn(items)), indices.start, indices.stop, indices.step):
             where = f"{self.where}, sample {i}"
             if not isinstance(item, Mapping):
                 raise DataError(
@@ -76,16 +79,49 @@ class PythonFunction:
                 )
             yield RawSample(where, {str(name): _as_array(value, str(name), where) for name, value in item.items()})
 
+    def _guarded(self) -> AbstractContextManager[None]:
+        return _users_code(self.path, f"The data source {self.where} failed")
+
+    def _drawn(self, items: Iterable[object]) -> Iterator[object]:
+        with self._guarded():
+            drawn = iter(items)
+        while True:
+            with self._guarded():
+                try:
+                    item = next(drawn)
+                except StopIteration:
+                    return
+            yield item
+
     def shapes(self, indices: range) -> Iterator[SampleShapes]:
         """Call the function and look at its arrays: there is no header to read."""
         for where, arrays in self.read(indices):
             yield SampleShapes(where, {name: array.shape for name, array in arrays.items()})
 
 
+@contextmanager
+def _users_code(path: Path | None, doing: str) -> Iterator[None]:
+    """Run what the user wrote; whatever it raises, `sys.exit` too, becomes a DataError that says what and where."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SyntaxError):
+            line = error.lineno
+        else:
+            frames = traceback.extract_tb(error.__traceback__)
+            line = next((f.lineno for f in reversed(frames) if f.filename == str(path)), None)
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise DataError(
+            f"{doing}: {what}{f' (line {line})' if line else ''}. It must give samples and not end Python. Mend it."
+        ) from error
+
+
 def _as_array(value: object, name: str, where: str) -> Array:
     try:
         return np.asarray(value)
-    except ValueError as error:
+    except Exception as error:  # an object may bring its own way to become an array
         raise DataError(f"{name!r} in {where} is not an array: {error}. Yield a numpy array.") from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
 import re
 import zipfile
@@ -238,10 +240,61 @@ def test_function_file_missing_or_generator_used_up(tmp_path: Path) -> None:
         samples.shapes()
 
 
-def test_what_the_users_function_raises_is_left_as_it_is(tmp_path: Path) -> None:
-    (tmp_path / "source.py").write_text("def samples():\n    raise KeyError('mine')")
-    with pytest.raises(KeyError, match="mine"):
-        list(open_samples(f"{tmp_path / 'source.py'}:samples", [IMAGE]))
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("def samples():\n    raise KeyError('mine')", "KeyError & mine & line 2"),
+        ("def samples():\n    yield {'image': 1.0}\n    raise KeyError('mine')", "KeyError & line 3"),
+        ("import sys\ndef samples():\n    sys.exit(7)", "SystemExit: 7 & line 3"),
+        ("raise SystemExit", "Cannot import & SystemExit & line 1"),
+    ],
+)
+def test_what_the_users_code_raises_is_said_with_its_line(tmp_path: Path, body: str, words: str) -> None:
+    (tmp_path / "source.py").write_text(body)
+    scalar = InputSpec(name="image", dtype="float64", shape=())
+    refused(f"{tmp_path / 'source.py'}:samples", scalar, words=words)
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "0.npy")  # who opens it waits for a writer for ever
+    refused(tmp_path, words="no file & 0.npy")
+    (tmp_path / "0.npy").unlink()
+    (tmp_path / "0.npy").symlink_to("/dev/zero")
+    refused(tmp_path, words="no file & 0.npy")
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damaged_members_of_every_kind_of_compression(tmp_path: Path, kind: int) -> None:
+    file = tmp_path / "0.npz"
+    with zipfile.ZipFile(file, "w", kind) as archive:
+        archive.writestr("image.npy", stored(GOOD))
+    data = bytearray(file.read_bytes())
+    data[45:70] = bytes(25)  # behind the header of the member
+    file.write_bytes(data)
+    refused(tmp_path, words="Cannot read & 0.npz")
+
+
+def test_a_member_twice(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "0.npz", "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("image.npy", stored(GOOD))
+        archive.writestr("image.npy", stored(GOOD))
+    refused(tmp_path, words="'image' more than once")
+
+
+@pytest.mark.parametrize(
+    "header", ["{'descr': '<f4', 'fortran_order': False, 'shape': (-2, -1), }", "{'descr': " + "'" * 3]
+)
+def test_headers_that_are_no_header(tmp_path: Path, header: str) -> None:
+    text = header.ljust(117) + "\n"
+    (tmp_path / "0.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + bytes(8))
+    refused(tmp_path, words="Cannot read & 0.npy")
+
+
+def stored(array: np.ndarray) -> bytes:
+    """The bytes of a .npy file."""
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
 
 
 def test_shapes_are_checked_too(tmp_path: Path) -> None:
