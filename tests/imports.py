@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("engines", "calib_data", "qdq")
-AT_TOP = {"__init__.py", "README.md", "py.typed", "demo_data"}  # of a package, beside its folders
+AT_TOP = {"__init__.py", "__main__.py", "README.md", "py.typed", "demo_data"}  # of a package, beside its folders
 
 Graph = Mapping[str, set[str]]
 
@@ -72,9 +72,14 @@ def folder(module: str) -> str:
 
 
 def folder_graph(files: Graph) -> dict[str, set[str]]:
-    """Folder -> folders that it imports. A package's own `__init__` is a table of names, not a layer."""
+    """Folder -> folders that it imports.
+
+    A package's own `__init__` is a table of names, and `__main__` a call, not a layer.
+    """
     graph: dict[str, set[str]] = {}
     for module, used in files.items():
+        if module.endswith(".__main__"):
+            continue
         if "." in module or module == "calib_data":
             mine = graph.setdefault(folder(module), set())
             mine |= {folder(m) for m in used if "." in m or m == "calib_data"} - {folder(module)}

@@ -206,7 +206,7 @@ def audited(path: Path, kind: str, shapes: Sequence[str]) -> dict[str, Any]:
 
 def _qdq(*arguments: object) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "qdq.cli.main", *map(str, arguments)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "qdq", *map(str, arguments)], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise RuntimeError((done.stderr or done.stdout).strip())

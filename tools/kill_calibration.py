@@ -23,7 +23,7 @@ def main(model: str, data: str, kills: int = 50) -> None:
     moments = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "table.json"
-        command = [sys.executable, "-m", "qdq.cli.main", "calibrate", model, "--data", data, "-o", str(table)]
+        command = [sys.executable, "-m", "qdq", "calibrate", model, "--data", data, "-o", str(table)]
         began = time.monotonic()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         duration_s, expected = time.monotonic() - began, table.read_bytes()

@@ -121,7 +121,7 @@ def _inputs(path: Path) -> dict[str, list[int]]:
 
 def run(command: Command, folder: Path, limit: float) -> tuple[str, str]:
     """What a command ended with and what it said."""
-    program = [sys.executable, "-m", "qdq.cli.main"] if command[0] == "qdq" else [sys.executable]
+    program = [sys.executable, "-m", "qdq"] if command[0] == "qdq" else [sys.executable]
     with subprocess.Popen(
         [*program, *command[1:]],
         cwd=folder,

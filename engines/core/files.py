@@ -1,15 +1,34 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and read only where they end.
+
+A temporary file is locked by the run that writes it: what is not locked was left by a run that was killed, and goes
+when the same file is written again.
+"""
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
 import secrets
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
+from types import FrameType
 from typing import BinaryIO
 
 from engines.core.errors import EngineError
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed run leaves stays
+    fcntl = None  # type: ignore[assignment]
+
+YOUNG_S = 2.0  # what is younger may be about to be locked
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
@@ -25,11 +44,17 @@ def new_files(*paths: Path, resumed: bool = False) -> Iterator[list[BinaryIO]]:
         OSError: of the folder or the disk.
     """
     temporary = [unfinished(p) if resumed else p.with_name(f".{p.name}.{secrets.token_hex(4)}.part") for p in paths]
+    for path in paths:
+        _remove_abandoned(path)
     try:
         with ExitStack() as stack:
-            yield [stack.enter_context(path.open("wb")) for path in temporary]
-        for path, final in zip(temporary, paths, strict=True):
-            path.replace(final)
+            files: list[BinaryIO] = [stack.enter_context(path.open("wb")) for path in temporary]
+            for file in files:
+                lock(file.fileno())
+            yield files
+        with uninterrupted():
+            for path, final in zip(temporary, paths, strict=True):
+                path.replace(final)
     finally:
         for path in temporary:
             with suppress(OSError):
@@ -56,3 +81,62 @@ def write_atomic(
     except OSError as cause:
         reason = cause.strerror or cause
         raise error(f"Cannot write {path}: {reason}. Choose a folder that exists and is writable.") from cause
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file; a pipe or a device, which may never end, is not opened.
+
+    Raises:
+        OSError: it cannot be read, or is no file.
+    """
+    if not S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a file", os.fspath(path))
+    return Path(path).read_bytes()
+
+
+def lock(descriptor: int) -> bool:
+    """Locks an open file or folder for this process, as long as it is open; False where another process holds it."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, or a file system without locks
+        return False
+    return True
+
+
+def abandoned(path: Path) -> bool:
+    """Whether no process holds the lock of a file or folder that it would hold if it lived."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except OSError:  # gone, or of another user
+        return False
+    try:
+        return time.time() - os.fstat(descriptor).st_mtime > YOUNG_S and lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary files of a path that killed runs left."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????.part"):
+        if abandoned(left):
+            with suppress(OSError):
+                left.unlink()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C and SIGTERM back until the end, for a few renames that belong together."""
+    held: list[tuple[int, FrameType | None]] = []
+    if threading.current_thread() is not threading.main_thread():  # which signals do not reach
+        yield
+        return
+    before = {number: signal.signal(number, lambda *seen: held.append(seen)) for number in _STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0][0])

@@ -19,7 +19,7 @@ from engines.backends.doctor import gpus
 from engines.backends.layers import LayerTable
 from engines.core.documents import Document, DocumentError, replace
 from engines.core.errors import EngineError
-from engines.core.files import write_atomic
+from engines.core.files import read_file, write_atomic
 from engines.cost.gpus import gpu_named
 from engines.cost.predict import Cost, predict
 from engines.verify.audit import Audit, audit
@@ -325,7 +325,7 @@ def _read(path: Path, engine: Path, kind: type[D]) -> D:
     if not engine.is_file():
         raise InputError(f"Cannot read {engine}: there is no such file. Give an .onnx file or an engine.")
     try:
-        return kind.from_json(path.read_bytes())
+        return kind.from_json(read_file(path))
     except (OSError, DocumentError) as error:
         raise InputError(
             f"Cannot read {path}, which belongs to the engine {engine}: {error}. An engine that qdq built has "

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from onnx import TensorProto
 from engines.backends.backend import backend_named
 from engines.backends.compiler import ShapeRange
 from engines.core.errors import BuildError, UnsupportedTargetError, import_runtime
+from engines.core.files import read_file
 from engines.cost.gpus import GPUS, Gpu, gpu_named
 from qdq.build.cost import Kernel, Price
 from qdq.build.processes import Job, Workers, price_of
@@ -28,6 +28,7 @@ from qdq.build.recipe import Recipe
 from qdq.core.errors import InputError
 from qdq.core.files import write_text
 from qdq.core.resources import cores
+from qdq.core.scratch import Scratch
 from qdq.model.model import Model
 from qdq.model.nodes import without_initializers
 from qdq.model.storage import save
@@ -67,8 +68,8 @@ class Pricer:
         """The price of each model, `width` at a time."""
         keys = [self._key(model) for model in models]
         unknown = {key: model for key, model in zip(keys, models, strict=True) if not self._stored(key)}
-        with tempfile.TemporaryDirectory(prefix="qdq-") as name:
-            found = self._compiled([self._job(model, Path(name) / key) for key, model in unknown.items()])
+        with Scratch() as folder:
+            found = self._compiled([self._job(model, folder / key) for key, model in unknown.items()])
         for key, price in zip(unknown, found, strict=True):
             self._known[key] = price
             if self.cache is not None and math.isfinite(price.us):  # a refusal may be of the machine, not of the model
@@ -87,8 +88,12 @@ class Pricer:
         self._workers = Workers(min(cores(), MOST_WORKERS), self.recipe.backend)
         try:
             yield
-        finally:
+        except BaseException:
+            self._workers.close(now=True)
+            raise
+        else:
             self._workers.close()
+        finally:
             self._workers = None
 
     def _stored(self, key: str) -> bool:
@@ -162,7 +167,7 @@ def _here(job: Job) -> Price | BuildError:
 def _read(path: Path) -> Price | None:
     """A stored price; None where there is no file, or one of another format, or a damaged one."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_file(path))
         if content["format"] != FORMAT:
             return None
         kernels = tuple(Kernel(**{**k, "nodes": tuple(k["nodes"])}) for k in content["kernels"])

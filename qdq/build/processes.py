@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from engines.cost.predict import predict
 from qdq.build.cost import Kernel, Price
 from qdq.build.engine import compile_engine
 from qdq.build.recipe import Recipe
+from qdq.core.child import as_child
 
 _READY = b"ready"
 _START = "import sys; sys.path[:] = {path!r}; from qdq.build.processes import serve; serve({answers}, {backend!r})"
@@ -74,7 +74,7 @@ def signatures(table: LayerTable) -> tuple[str, ...]:
     return tuple(found)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Worker:
     """A process, which takes jobs from its standard input, and the pipe that its answers come from."""
 
@@ -103,6 +103,8 @@ class Workers:
         self.count, self._backend = count, backend
         self._threads = ThreadPoolExecutor(count)
         self._free: SimpleQueue[_Worker | None] = SimpleQueue()
+        self._running: set[_Worker] = set()
+        self._stopped = False
         for _ in range(count):
             self._free.put(None)
 
@@ -111,24 +113,32 @@ class Workers:
         return list(self._threads.map(self._one, jobs))
 
     def _one(self, job: Job) -> Price | BuildError:
-        worker = self._free.get()
+        worker: _Worker | None = self._free.get()
+        code = 0
         try:
             for _ in range(TRIES):
+                if self._stopped:
+                    break
                 worker = worker or _started(self._backend)
+                self._running.add(worker)
                 try:
                     return worker.ask(job)
                 except (EOFError, OSError, pickle.UnpicklingError):
+                    self._running.discard(worker)
                     code, worker = worker.end(), None
             return BuildError(f"The compiler's process died with exit code {code} on this model.")
         finally:
             self._free.put(worker)
 
-    def close(self) -> None:
-        """End the processes; what is being compiled is waited for."""
+    def close(self, *, now: bool = False) -> None:
+        """End the processes; what is being compiled is waited for, unless they are to end `now`."""
+        self._stopped = now
+        for worker in tuple(self._running) if now else ():
+            worker.process.kill()
         self._threads.shutdown(cancel_futures=True)
         for _ in range(self.count):
-            if worker := self._free.get():
-                worker.end()
+            if idle := self._free.get():
+                idle.end()
 
 
 def _started(backend: str) -> _Worker:
@@ -154,7 +164,7 @@ def _started(backend: str) -> _Worker:
 
 def serve(answers: int, backend: str) -> None:
     """What a worker does: jobs from standard input, prices to a pipe, until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    as_child()
     out = os.fdopen(answers, "wb")
     import_runtime(backend_named(backend).runtime)
     out.write(_READY)

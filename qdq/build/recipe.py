@@ -24,6 +24,7 @@ import msgspec
 import yaml
 
 from engines.backends.backend import DEFAULT, backends
+from engines.core.files import read_file
 from engines.verify.meaning import TASKS
 from engines.verify.report import Alarms, Limits
 from qdq.core.choices import choose, converted
@@ -33,6 +34,7 @@ from qdq.plan.settings import Settings
 UNQUANTIZED_TYPES = ("auto", "fp16", "bf16", "fp32")
 TUNES = ("placement", "rewrites", "off")
 TIME_LIMIT_S = 110.0
+MOST_BYTES = 1 << 20  # of a recipe
 OLDER = {"rest": "unquantized_type"}  # keys that recipes still may have, and what they are called now
 Words = str | tuple[str, ...]  # one text stands for a list of one
 GpuRow = dict[str, str | float | dict[str, float]]  # what `engines.cost.gpus.Gpu` can be made of
@@ -200,6 +202,16 @@ class Recipe:
         )
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a few lines of them stand for more values than any memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """A node; an alias is refused."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name); write the value out")
+        return super().compose_node(parent, index)
+
+
 def read_recipe(path: Path | str) -> dict[str, object]:
     """The keys of a recipe file, not yet checked.
 
@@ -207,11 +219,17 @@ def read_recipe(path: Path | str) -> dict[str, object]:
         InputError: the file is unreadable, no YAML, or no mapping.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = read_file(path)
+        if len(text) > MOST_BYTES:
+            raise InputError(f"The recipe {path} has {len(text)} bytes; a recipe has at most {MOST_BYTES}.")
+        values = yaml.load(text.decode(), _PlainLoader)
     except OSError as error:
-        raise InputError(f"Cannot read the recipe {path}: {error.strerror}. Check the path.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"The recipe {path} is not YAML: {' '.join(str(error).split())}.") from error
+        raise InputError(f"Cannot read the recipe {path}: {error.strerror or error}. Check the path.") from error
+    except RecursionError:
+        raise InputError(f"The recipe {path} is nested too deeply; a recipe holds texts, numbers and lists.") from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
+        # what PyYAML's resolvers raise for a date or a number that is none has no base of its own
+        raise InputError(f"The recipe {path} is not YAML: {' '.join(str(error).split())[:300]}.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

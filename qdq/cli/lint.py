@@ -8,7 +8,6 @@ it does not compile; 2 bad input; 3 a runtime is missing. Registered by `cli`.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ import click
 
 from qdq.cli.terminal import Bars, note, show_rows
 from qdq.core.errors import InputError
+from qdq.core.scratch import Scratch
 
 if TYPE_CHECKING:
     from engines.verify.report import Report
@@ -81,8 +81,8 @@ def _fix(
     given: Mapping[str, object] = {k: list(v) for k, v in (("target", target), ("shape", shape)) if v}
     recipe = Recipe.from_mapping(given)
     done = repair(loaded)
-    with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.") as folder, Bars() as bars:
-        draft = Path(folder) / output.name
+    with Scratch(output.absolute().parent) as folder, Bars() as bars:
+        draft = folder / output.name
         save(done.model, draft)
         refused, kernels = _compile(done.model, draft, recipe, bars)
         difference = _difference(model, draft, done.model, recipe)

@@ -1,8 +1,7 @@
 """The command line: every verb is one stage, and starts from the file of the stage before it.
 
 arguments -> recipe (file, then options) -> functions of qdq, engines and calib_data -> files, a table or JSON.
-Modules that load a runtime are imported inside the verbs. Exit codes: 0 done and passed, 1 a limit failed,
-2 bad input, 3 a needed runtime is missing.
+Modules that load a runtime are imported inside the verbs. `entry` starts it and says what each exit code means.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from qdq.cli.deploy import demo, deploy
 from qdq.cli.inspect import doctor, explain, schema
 from qdq.cli.lint import lint_command as lint
 from qdq.cli.stages import audit, build, check, plan, quantize
-from qdq.cli.terminal import Verbs
+from qdq.cli.terminal import Verbs, voice_options
 from qdq.cli.tune import tune
 
 
@@ -26,13 +25,12 @@ def main() -> None:
 
     `qdq demo` shows it; `qdq deploy MODEL --data DATA --out DIR` does it all; the other verbs are its stages.
 
-    Exit codes: 0 done and passed, 1 a limit failed, 2 bad input, 3 a needed runtime is missing.
+    Exit codes: 0 done and passed, 1 a limit failed, 2 bad input, 3 a needed runtime is missing, 70 a fault of qdq,
+    130 interrupted, 143 terminated.
     """
 
 
 VERBS = (plan, tune, calibrate, quantize, build, audit, check, deploy, compare, explain, lint, doctor, schema, demo)
 for verb in VERBS:
+    verb.params += voice_options()
     main.add_command(verb)
-
-if __name__ == "__main__":
-    main()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from engines.core.documents import Document, DocumentError
-from engines.core.files import write_atomic
+from engines.core.files import read_file, uninterrupted, write_atomic
 from qdq.core.errors import InputError
+from qdq.core.scratch import Scratch
 
 D = TypeVar("D", bound=Document)
 
@@ -33,7 +32,7 @@ def read_document(path: str | os.PathLike[str], kind: type[D], what: str) -> D:
         InputError: missing, not JSON, of another kind or version, or a key that is missing, unknown or of another type.
     """
     try:
-        return kind.from_json(Path(path).read_bytes())
+        return kind.from_json(read_file(path))
     except OSError as error:
         raise InputError(
             f"Cannot read the {what} {path}: {error.strerror or error}. Make it with `{kind.MAKE}`."
@@ -55,24 +54,39 @@ def folder_beside(out: Path) -> Iterator[Path]:
     try:
         if not place.is_dir():
             raise NotADirectoryError(20, f"{place} is a file")
-        folder = Path(tempfile.mkdtemp(prefix=".qdq-", dir=place))
+        scratch = Scratch(place)
     except OSError as error:
         raise InputError(
             f"Cannot write to the folder {out}: {error.strerror}. Choose a folder that is writable."
         ) from error
-    try:
+    with scratch as folder:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def move_all(folder: Path, out: Path) -> tuple[str, ...]:
-    """Moves every file into `out` and returns their names."""
+    """Moves every file into `out`, all or none, and returns their names; what they replace is then gone.
+
+    Raises:
+        InputError: `out` is not writable, or holds a folder where a file is to lie; nothing is changed then.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    if taken := next((out / name for name in names if (out / name).is_dir()), None):
+        raise InputError(f"Cannot write {taken}: it is a folder. Move it away, or choose another folder.")
+    done: list[str] = []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        names = sorted(path.name for path in folder.iterdir())
-        for name in names:
-            os.replace(folder / name, out / name)
+        with Scratch(out) as old, uninterrupted():
+            try:
+                for name in names:
+                    with suppress(FileNotFoundError):
+                        os.replace(out / name, old / name)
+                    done.append(name)
+                    os.replace(folder / name, out / name)
+            except OSError:
+                for name in done:
+                    with suppress(FileNotFoundError):
+                        os.replace(old / name, out / name)
+                raise
     except OSError as error:
-        raise InputError(f"Cannot write to the folder {out}: {error.strerror}.") from error
+        raise InputError(f"Cannot write to the folder {out}: {error.strerror or error}.") from error
     return tuple(names)

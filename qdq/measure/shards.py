@@ -13,10 +13,11 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, Protocol
 
+from qdq.core.child import as_child
 from qdq.core.errors import InputError, MissingRuntimeError, StaleFileError
 from qdq.core.progress import Progress
 from qdq.core.resources import cores
@@ -68,8 +69,17 @@ def local_pool(workers: int) -> Pool:
     if workers < 1:
         raise InputError(f"--workers is {workers}: it must be at least 1.")
 
-    def start() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))  # fork would copy ONNX Runtime's locks
+    @contextmanager
+    def start() -> Iterator[Executor]:
+        context = get_context("spawn")  # fork would copy ONNX Runtime's locks
+        others = set(active_children())
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=as_child) as executor:
+            try:
+                yield executor
+            except BaseException:
+                for child in set(active_children()) - others:  # a shard may take minutes
+                    child.kill()
+                raise
 
     return Pool(open=start, workers=workers, threads=max(1, cores() // workers))
 

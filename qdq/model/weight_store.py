@@ -32,6 +32,7 @@ from engines.core.files import new_files
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, QTensor
+from qdq.core.scratch import Scratch
 from qdq.model.external import CHUNK, placed, release
 
 FORMAT = "qdq.weights/2"
@@ -69,8 +70,9 @@ class WeightStore:
         folder = _FOLDER.get()
         try:
             if folder is None:
-                folder = Path(tempfile.mkdtemp(prefix="qdq-"))
-                weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+                scratch = Scratch()
+                weakref.finalize(self, scratch.remove)
+                folder = scratch.path
             folder.mkdir(exist_ok=True)
         except OSError as error:
             raise _unwritable(folder, error) from None

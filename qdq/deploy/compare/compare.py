@@ -7,7 +7,6 @@ A scheme that cannot be written or compiled is a row with the reason. Must not c
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from qdq.core.choices import choose
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS, require_targets
 from qdq.core.progress import Progress
+from qdq.core.scratch import Scratch
 from qdq.deploy.compare.result import Comparison, SchemeRow
 from qdq.deploy.compare.score import Reference, inputs_only, score
 from qdq.deploy.compare.task import Task
@@ -147,9 +147,9 @@ def compare_schemes(
         reference=Reference(model_path, custom_ops=custom_ops),
         tables=Tables(model=prepared, samples=fed),
     )
-    with tempfile.TemporaryDirectory(prefix="qdq-") as folder, registered(custom_ops):
-        rows = bench.float_rows(Path(folder), schemes[0])
-        rows += [bench.row(entry, Path(folder)) for entry in schemes]
+    with Scratch() as folder, registered(custom_ops):
+        rows = bench.float_rows(folder, schemes[0])
+        rows += [bench.row(entry, folder) for entry in schemes]
     if all(row.value is None for row in rows[-len(schemes) :]):
         raise InputError(f"None of the schemes could be measured. {rows[-len(schemes)].problem}")
     if evaluation is None:

@@ -8,7 +8,6 @@ read are kept, in memory up to a limit and beyond it in files. This module must 
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qdq.core.resources import cores, default_bytes
+from qdq.core.scratch import Scratch
 from qdq.measure.inference.partitioned import excerpt
 from qdq.measure.inference.samples import Sample, overlapped
 from qdq.measure.inference.session import Session
@@ -176,7 +176,7 @@ class _Kept:
     def _mapped(self, key: tuple[int, str], array: Array) -> Array:
         with self._lock:
             if self._folder is None:
-                self._folder = Path(self._files.enter_context(tempfile.TemporaryDirectory(prefix="qdq-")))
+                self._folder = self._files.enter_context(Scratch())
             path = self._folder / str(self._count)
             self._count += 1
             self._paths[key] = path

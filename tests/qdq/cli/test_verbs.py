@@ -426,14 +426,6 @@ def test_bars_show_on_a_terminal_and_stay_silent_elsewhere(monkeypatch: pytest.M
         assert shown or not stream.getvalue()
 
 
-def test_an_interrupt_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*args: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("qdq.deploy.deploy.compile_engine", interrupt)
-    assert "Interrupted" in refused(folder, *DEPLOY, code=130)
-
-
 def test_a_table_without_rows_keeps_its_title(capsys: pytest.CaptureFixture[str]) -> None:
     show_rows("net.onnx: nothing found", [])
     assert capsys.readouterr().out.strip() == "net.onnx: nothing found"

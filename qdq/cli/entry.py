@@ -1,0 +1,93 @@
+"""Where the command starts: what ends it, and with which exit code.
+
+    0   done and passed             70  a fault of ours, with a log file for a report
+    1   a limit failed             130  Ctrl-C
+    2   bad input                  141  nobody reads the output any more
+    3   a runtime is missing       143  SIGTERM
+
+Everything else is imported inside `main`, so that Ctrl-C during the imports ends with its one line too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+FAULT = 70  # EX_SOFTWARE of sysexits.h
+CLOSED = 128 + 13  # as after SIGPIPE
+_ENDINGS = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM, raised wherever the main thread is. No KeyboardInterrupt: click says `Aborted!` to that."""
+
+
+class _Signals:
+    """What arrived; the first of them raises `Stopped`, a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+        raise Stopped
+
+
+def main() -> None:
+    """Run the command line of this process, and exit."""
+    stopped = _Signals()
+    try:
+        for number in _ENDINGS:
+            signal.signal(number, stopped)
+        code = _run()
+    except BaseException as error:
+        if not stopped.number:  # else whatever it became on its way: numpy and others catch what is raised in them
+            code = _ending(error)
+    if stopped.number:
+        code = 128 + stopped.number
+        print(f"{_ENDINGS[signal.Signals(stopped.number)]}; nothing was written.", file=sys.stderr)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """The exit code of the verb."""
+    from qdq.cli.main import main as verbs
+
+    code = int(verbs.main(standalone_mode=False) or 0)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _closed()
+    return code
+
+
+def _ending(error: BaseException) -> int:
+    """The exit code of what was raised, said in one paragraph."""
+    import click
+
+    from qdq.cli.terminal import ClosedError
+
+    if isinstance(error, ClosedError):
+        return _closed()
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    if not isinstance(error, Exception):
+        raise error
+    from qdq.cli.fault import report
+
+    print(report(error, sys.argv), file=sys.stderr)
+    return FAULT
+
+
+def _closed() -> int:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in the buffer would fail again
+    return CLOSED
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""A fault of ours: a log file with what a report of it needs, and nothing of the user's data.
+
+exception -> file in the folder for temporary files -> one paragraph that names it.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def report(error: BaseException, arguments: Sequence[str]) -> str:
+    """Write the log file; what to tell the user.
+
+    The file holds versions, the traceback and which options were given, without their values or any array.
+    """
+    from engines.verify.manifest import package_versions
+
+    options = [word.partition("=")[0] for word in arguments[1:] if word.startswith("-")]
+    verb = next((word for word in arguments[1:] if not word.startswith("-")), "")
+    lines = [
+        f"qdq {verb} {' '.join(options)}",
+        f"Python {sys.version.split()[0]} on {platform.platform()}",
+        *(f"{name} {version}" for name, version in package_versions().items()),
+        "",
+        *traceback.format_exception(error),
+    ]
+    what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    try:
+        folder = Path(tempfile.gettempdir())
+        path = folder / f"qdq-fault-{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() % 10**6}.log"
+        path.write_text("\n".join(lines), encoding="utf-8")
+        where = f"{path} says where; it holds no data of yours"
+    except OSError:
+        sys.stderr.write("\n".join(lines))
+        where = "the lines above say where"
+    return f"Error: this is a fault of qdq, not of your input: {what}. Nothing was written. Please report it: {where}."

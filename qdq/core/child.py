@@ -1,0 +1,27 @@
+"""What every process that qdq starts does first: it ends with the one that started it, and leaves Ctrl-C to that."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+LOOK_S = 0.5
+
+
+def as_child() -> None:
+    """Ignore Ctrl-C, which a terminal sends to all; end where the parent is gone, even if it was killed.
+
+    A look at the parent twice a second, for a pipe ends only between two jobs, and the signal that Linux sends follows
+    the thread that started the process, not the parent.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="watch the parent").start()
