@@ -16,7 +16,6 @@ import click
 
 from qdq.cli.terminal import Bars, note, show_rows
 from qdq.core.errors import InputError
-from qdq.core.scratch import Scratch
 
 if TYPE_CHECKING:
     from engines.verify.report import Report
@@ -73,6 +72,7 @@ def _fix(
 ) -> int:
     """Repair, prove, write, report; returns the exit code."""
     from qdq.build.recipe import Recipe
+    from qdq.core.scratch import Scratch
     from qdq.lint.lint import lint
     from qdq.lint.repair.repair import repair
     from qdq.lint.report import LintReport, Proof
