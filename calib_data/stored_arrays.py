@@ -101,7 +101,7 @@ def _header(path: Path, member: str | None, *, size: int) -> StoredArray:
             raise ValueError(f"npy format version {version} holds structured arrays only")
         shape, fortran_order, dtype = _READERS[version](file)
         offset = file.tell()
-        if min(shape, default=0) < 0:
+        if any(type(size) is not int or size < 0 for size in shape):
             raise ValueError(f"its header has the shape {shape}")
         missing = offset + math.prod(shape) * dtype.itemsize - size
         if missing > 0 and not dtype.hasobject:  # before a damaged header makes us ask for terabytes

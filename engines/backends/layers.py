@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from engines.core.documents import Document, Part
+from engines.core.documents import Document, DocumentError, Part
 from engines.core.errors import BuildError
 
 BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "fp8": 8, "bool": 8}
@@ -34,6 +34,11 @@ class KernelTensor(Part, frozen=True, kw_only=True):
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse a type that has no size."""
+        if self.dtype not in BITS:
+            raise DocumentError(f"tensor {self.name!r} has the type {self.dtype!r}, which is none of a layer table")
 
     @property
     def nbytes(self) -> int | None:

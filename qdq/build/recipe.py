@@ -34,7 +34,7 @@ from qdq.plan.settings import Settings
 UNQUANTIZED_TYPES = ("auto", "fp16", "bf16", "fp32")
 TUNES = ("placement", "rewrites", "off")
 TIME_LIMIT_S = 110.0
-MOST_BYTES = 1 << 20  # of a recipe
+MOST_BYTES, MOST_CHARACTERS = 1 << 20, 1000  # of a recipe, and of one value in it
 OLDER = {"rest": "unquantized_type"}  # keys that recipes still may have, and what they are called now
 Words = str | tuple[str, ...]  # one text stands for a list of one
 GpuRow = dict[str, str | float | dict[str, float]]  # what `engines.cost.gpus.Gpu` can be made of
@@ -87,7 +87,7 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
 LIMITS = Limits.__struct_fields__
 """The limits on outputs that decide the exit code."""
 
-_SHAPE = r"\d+(?:x\d+)*"
+_SHAPE = r"\d{1,18}(?:x\d{1,18})*"
 _SHAPE_OPTION = re.compile(rf"(?P<name>.+?):(?:(?P<fixed>{_SHAPE})|(?P<range>{_SHAPE}:{_SHAPE}:{_SHAPE}))")
 
 
@@ -209,7 +209,10 @@ class _PlainLoader(yaml.SafeLoader):
         """A node; an alias is refused."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has an alias (*name); write the value out")
-        return super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
+        if isinstance(node, yaml.ScalarNode) and len(node.value) > MOST_CHARACTERS:
+            raise yaml.YAMLError(f"a value has {len(node.value)} characters; at most {MOST_CHARACTERS} are taken")
+        return node
 
 
 def read_recipe(path: Path | str) -> dict[str, object]:
