@@ -14,8 +14,9 @@ from onnx import ModelProto
 
 from engines.core.files import new_files
 from qdq.core.errors import InputError, ModelError
+from qdq.model.accept import accept
 from qdq.model.external import IN_FILE_LIMIT, External, is_external, move, stream, tensor_bytes, without_store_key
-from qdq.model.graphsurgeon import ModelSource, called, content, sort_nodes
+from qdq.model.graphsurgeon import ModelSource, called, content
 from qdq.model.model import Model
 from qdq.model.nodes import all_nodes, all_tensors, without_initializers
 
@@ -30,8 +31,8 @@ def load(source: ModelSource) -> Model:
         source: the path of an .onnx file; or an onnx.ModelProto or an onnx_graphsurgeon.Graph, which is not changed.
 
     Returns:
-        The Model, each node behind those that it reads. Its sha256 is over the bytes of the file, or those that a model
-        in memory is written as, then of each external tensor in the order of the file.
+        The Model, repaired by `accept`. Its sha256 is over the bytes of the file, or those that a model in memory is
+        written as, then of each external tensor in the order of the file.
 
     Raises:
         ModelError: the file is missing, a folder, empty, truncated, not ONNX, has no nodes or breaks the standard, or
@@ -62,15 +63,16 @@ def load(source: ModelSource) -> Model:
         without_store_key(tensor)
         for chunk in stream(tensor, directory):
             digest.update(chunk)
-    sort_nodes(proto.graph)
     try:
+        repaired = accept(proto, directory)
         check(proto)
     except (onnx.checker.ValidationError, ValueError) as error:
         raise ModelError(
             f"Cannot use {name}: it is not a valid ONNX model, or only a part of one. The checker of onnx "
             f"{onnx.__version__} says: {' '.join(str(error).split())[:600]} Export the model again."
         ) from None
-    return Model(proto=proto, directory=directory, sha256=digest.hexdigest())
+    file = Path(source) if isinstance(source, str | os.PathLike) and not repaired else None
+    return Model(proto=proto, directory=directory, sha256=digest.hexdigest(), file=file)
 
 
 def check(proto: ModelProto) -> None:
@@ -139,9 +141,8 @@ def save(
 
 
 def is_quantized(model: Model) -> bool:
-    """Whether the model already holds quantized operators, in any graph or function of it."""
-    nodes = [*all_nodes(model.graph), *(n for f in model.proto.functions for n in f.node)]
-    return any(_QUANTIZED_OP.search(n.op_type) for n in nodes)
+    """Whether a loaded model already holds quantized operators, in any graph of it."""
+    return any(_QUANTIZED_OP.search(n.op_type) for n in all_nodes(model.graph))
 
 
 def _read(path: Path) -> bytes:

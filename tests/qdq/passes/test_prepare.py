@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +55,7 @@ def build(
 
 
 def as_model(proto: ModelProto, directory: Path = Path()) -> Model:
-    storage.check(proto)
-    return Model(proto=proto, directory=directory, sha256="0")
+    return replace(storage.load(proto), directory=directory, sha256="0")
 
 
 def run(proto: ModelProto | str, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -83,7 +83,7 @@ def same(proto: ModelProto, *shapes: Sequence[int], floor_db: float = 100.0) -> 
     again = prepare(as_model(proto)).proto.SerializeToString(deterministic=True)
     assert done.proto.SerializeToString(deterministic=True) == again, "not deterministic"
     storage.check(done.proto)
-    assert done.opset >= 21 and done.proto.ir_version >= 10
+    assert 21 <= done.opset <= 25 and done.proto.ir_version >= 10
     names = [n.name for n in done.graph.node]
     assert all(names) and len(set(names)) == len(names)
     info = done.inputs[0]
@@ -119,7 +119,7 @@ def test_names_are_unique_and_the_users_are_kept() -> None:
         node("Abs", "c", "y"),
     ]
     done = prepare(as_model(build(nodes)))  # ONNX Runtime refuses the original for its two equal names
-    assert [n.name for n in done.graph.node] == ["Relu_0", "mine", "mine_1", "Abs_3"]
+    assert [n.name for n in done.graph.node] == ["Relu_0", "mine", "mine_2", "Abs_3"]
     run(done.proto, {"x": floats(2, 3, 8, 8)})
 
 
@@ -453,10 +453,9 @@ def test_newer_opsets_stay(opset: int) -> None:
     )
 
 
-@pytest.mark.parametrize("opset", [8, 26])
-def test_opsets_out_of_range_are_refused(opset: int) -> None:
-    with pytest.raises(ModelError, match=f"of opset {opset}, qdq takes opset 9 to 25"):
-        prepare(as_model(build([node("Relu", "x", "y")], opset=opset)))
+def test_opsets_out_of_range_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"opset 6, and qdq takes 7 or newer"):
+        prepare(as_model(build([node("Add", "x x", "y")], opset=6)))
 
 
 def test_bodies_are_raised_too_or_refused() -> None:
