@@ -17,7 +17,7 @@ from onnx import NodeProto, helper
 from qdq.core.errors import ModelError
 from qdq.model.graphsurgeon import ModelSource, called
 from qdq.model.model import Model, dtype_name
-from qdq.model.nodes import attribute_value
+from qdq.model.nodes import all_nodes, attribute_value
 from qdq.model.opset import is_same
 from qdq.model.storage import is_quantized, load
 from qdq.passes.draft import Draft, assign
@@ -58,6 +58,7 @@ def prepare(model: Model) -> Model:
             "Runtime does. Export it again with opset 17 to 21."
         )
     draft = Draft(model)
+    write_out_axes(draft)
     draft.name_nodes()
     draft.lift_constants()
     draft.raise_opset()
@@ -69,6 +70,13 @@ def prepare(model: Model) -> Model:
     fold_batch_norms(draft)
     pad_explicitly(draft)
     return draft.finish()
+
+
+def write_out_axes(draft: Draft) -> None:
+    """Give MeanVarianceNormalization its axes: without them onnx's own check refuses what it stands for."""
+    for node in all_nodes(draft.graph):
+        if node.op_type == "MeanVarianceNormalization" and not any(a.name == "axes" for a in node.attribute):
+            node.attribute.append(helper.make_attribute("axes", [0, 2, 3]))
 
 
 def drop_identities(draft: Draft) -> bool:
