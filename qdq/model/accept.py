@@ -11,7 +11,8 @@
     | nodes in any order, in bodies too               | each behind those that it reads                     |
     | nodes with the same name                        | one keeps it, the others get a number               |
     | optional outputs that nobody reads              | dropped                                             |
-    | an initializer that is an output                | read under another name; an Identity makes the output |
+    | an output that is an initializer or is read as  | made by an Identity, its value read by another name |
+    | a constant                                      |                                                     |
     | stated types and shapes that are not true       | left out; of outputs, the true ones                 |
 
 No value changes, and no name of an input or output. It must not read the values of dense tensors, fold anything, or
@@ -27,7 +28,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import (
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    SparseTensorProto,
+    TensorProto,
+    ValueInfoProto,
+    helper,
+    numpy_helper,
+)
 
 from engines.core.nodes import all_graphs, all_nodes, reads
 from engines.core.shapes import inferred, inlined, light
@@ -70,7 +81,7 @@ def accept(proto: ModelProto, directory: Path) -> bool:
     return any([step() for step in steps])
 
 
-def sort_nodes(graph: GraphProto) -> bool:
+def sort_nodes(graph: GraphProto | FunctionProto) -> bool:
     """Put each node behind those whose results it, or a body in it, reads; the first that can be is the next.
 
     Nodes in a circle leave the order as it is, and the checker of onnx says so.
@@ -119,6 +130,8 @@ def _inline(proto: ModelProto) -> bool:
     """Put the nodes of the model's own functions in place of their calls."""
     if not proto.functions:
         return False
+    for function in proto.functions:
+        sort_nodes(function)
     flat = inlined(without_initializers(proto))
     if flat is None:
         raise ModelError(
@@ -238,17 +251,22 @@ def _drop_unread(graph: GraphProto, proto: ModelProto) -> bool:
 
 
 def _make_outputs(graph: GraphProto) -> bool:
-    """Let a node make each output that is an initializer; what reads the initializer reads it by another name."""
-    outputs = {v.name for v in graph.output}
+    """Let an Identity make each output that is a constant which is read; its readers read it by another name."""
+    outputs, read = {v.name for v in graph.output}, {name for node in graph.node for name in reads(node)}
     stored = [t for t in graph.initializer if t.name in outputs]
-    if not stored:
+    constants = [n for n in graph.node if n.op_type == "Constant" and not n.domain and n.output[0] in outputs & read]
+    if not stored and not constants:
         return False
-    names = Names({*outputs, *(t.name for t in graph.initializer), *_tensor_names(graph)})
-    fresh = {tensor.name: names.fresh(f"{tensor.name}_value") for tensor in stored}
+    names = Names({*outputs, *_tensor_names(graph)})
+    fresh = {
+        name: names.fresh(f"{name}_value") for name in (*(t.name for t in stored), *(n.output[0] for n in constants))
+    }
     for node in graph.node:
         _read_as(node, fresh)
     for tensor in stored:
         tensor.name = fresh[tensor.name]
+    for node in constants:
+        node.output[0] = fresh[node.output[0]]
     kept = [v for v in graph.input if v.name not in fresh]
     del graph.input[:]
     graph.input.extend(kept)
