@@ -15,10 +15,11 @@ from models import save_samples
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from engines.core import onnx_runtime as ort
+from qdq.assemble.quantize import quantize
 from qdq.build.engine import compile_engine, shape_ranges
 from qdq.build.recipe import Recipe
 from qdq.cli.main import main
-from qdq.core.errors import ModelError
+from qdq.core.errors import InputError, ModelError
 from qdq.model import accept
 from qdq.model.model import Model
 from qdq.model.storage import load
@@ -334,6 +335,28 @@ def test_a_convolution_behind_an_unknown_shape_has_the_rank_of_its_weight() -> N
         (4, 8),
         (4, 4),
     ]
+
+
+def behind_a_custom_operator(stated: list[int]) -> ModelProto:
+    """x -> an operator that onnx does not know -> c, of a stated shape -> Conv -> y."""
+    nodes = [
+        helper.make_node("FusedConv", ["x", "w"], ["c"], "first", domain="com.microsoft", pads=[1] * 4),
+        node("Conv", "c v", "y", "last"),
+    ]
+    tensors = [numpy_helper.from_array(a, n) for n, a in {"w": W, "v": normal(4, 8, 1, 1)}.items()]
+    ends = [value("x", FLOAT, [1, 4, 8, 8])], [value("y", FLOAT, None)]
+    graph = helper.make_graph(nodes, "net", *ends, tensors, value_info=[value("c", FLOAT, stated)])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def test_what_the_file_says_of_a_shape_is_believed_and_checked_on_a_sample() -> None:
+    true, untrue = (prepare(load(behind_a_custom_operator(s))) for s in ([1, 8, 8, 8], [1, 8, 9, 8]))
+    assert true.sizes("y") == (1, 4, 8, 8)
+    made = quantize(true, [{"x": SAMPLE["x"]}])
+    assert made.plan.quantized_nodes == ("last",)
+    with pytest.raises(InputError, match=r"'c' has shape \[1, 8, 8, 8\] on a sample, and \[1, 8, 9, 8\] is what"):
+        quantize(untrue, [{"x": SAMPLE["x"]}])
 
 
 @pytest.fixture
