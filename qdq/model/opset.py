@@ -7,11 +7,20 @@ converter works, which gets no large weights. Must not know passes.
 from __future__ import annotations
 
 import onnx
+import onnx.shape_inference
 import onnx.version_converter
 from onnx import ModelProto
 
 from engines.core.nodes import all_nodes
 from qdq.core.errors import ModelError
+
+FAILURES = (  # of onnx's converter
+    onnx.shape_inference.InferenceError,
+    onnx.version_converter.ConvertError,
+    RuntimeError,
+    ValueError,
+    IndexError,
+)
 
 
 def opset_of(proto: ModelProto) -> int:
@@ -39,7 +48,7 @@ def with_opset(proto: ModelProto, target: int) -> ModelProto:
         )
     try:
         return onnx.version_converter.convert_version(proto, target)
-    except (RuntimeError, ValueError, IndexError) as error:
+    except FAILURES as error:
         raise ModelError(
             f"Cannot convert this model from opset {source} to {target}: the converter of onnx {onnx.__version__} "
             f"says: {' '.join(str(error).split())[:500]} Export the model again with opset 17 to {target}."

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from engines.core.files import new_files
 from qdq.core.errors import InputError, ModelError
@@ -56,6 +56,13 @@ def load(source: ModelSource) -> Model:
         raise ModelError(
             f"Cannot use {name}: it holds no nodes, so it is not an ONNX model or an empty one. "
             "Give the .onnx file of a network."
+        )
+    if not proto.graph.output:
+        raise ModelError(f"Cannot use {name}: it has no outputs, so it computes nothing. Export the model again.")
+    if odd := next((t for t in all_tensors(proto) if t.data_type not in TensorProto.DataType.values()), None):
+        raise ModelError(
+            f"Cannot use {name}: tensor {odd.name!r} is of type {odd.data_type}, which onnx {onnx.__version__} does "
+            "not know. Export the model again, or install a newer onnx."
         )
     digest = hashlib.sha256(read)
     del read

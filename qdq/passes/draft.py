@@ -180,7 +180,7 @@ class Draft:
             if believed := self._believed(proto.graph):
                 light.graph.value_info.extend(believed)
                 proto = onnx.shape_inference.infer_shapes(light, data_prop=True)
-        except (RuntimeError, onnx.checker.ValidationError) as error:
+        except (RuntimeError, onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
             raise ModelError(
                 f"Cannot infer the shapes of this model: onnx {onnx.__version__} says: "
                 f"{' '.join(str(error).split())[:500]} Export the model again."

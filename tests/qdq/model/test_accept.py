@@ -427,3 +427,30 @@ def test_a_model_of_empty_arrays_is_quantized(tmp_path: Path) -> None:
 
 def test_a_model_in_memory_has_no_file() -> None:
     assert load(net()).file is None and isinstance(load(net()), Model)
+
+
+def of_unknown_type(proto: ModelProto) -> None:
+    proto.graph.initializer[0].data_type = 999
+
+
+def without_outputs(proto: ModelProto) -> None:
+    del proto.graph.output[:]
+
+
+def made_twice(proto: ModelProto) -> None:
+    proto.graph.node[1].output[0] = "c"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (of_unknown_type, "tensor 'w' is of type 999"),
+        (without_outputs, "it has no outputs"),
+        (made_twice, "used as output names multiple times"),
+    ],
+)
+def test_what_cannot_be_repaired_is_refused(make: Callable[[ModelProto], None], message: str) -> None:
+    proto = net()
+    make(proto)
+    with pytest.raises(ModelError, match=message):
+        load(proto)
