@@ -5,6 +5,7 @@
     | domain "ai.onnx"                                | "", its short name                                  |
     | calls of the model's own functions              | their nodes, named as TensorRT's parser names them  |
     | opset 26 or newer                               | 25, where onnx can convert it                       |
+    | GroupNormalization of opset 18 to 20            | its groups' InstanceNormalization                   |
     | IR version below 4, or newer than it has to be  | 4; the oldest that holds it                         |
     | a graph or body without a name                  | "graph"                                             |
     | sparse initializers and constants               | dense ones                                          |
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ from engines.core.shapes import inferred, inlined, light
 from qdq.core.errors import ModelError
 from qdq.model.external import embedded, tensor_bytes
 from qdq.model.nodes import Names, without_initializers
-from qdq.model.opset import opset_of, with_opset
+from qdq.model.opset import group_norm, opset_of, tensor_names, with_opset, write_out
 
 NEWEST_OPSET = 25  # ONNX Runtime 1.31 takes 26 at most, and 25 is what the passes are tested with
 FIRST_IR, PLAIN_IR = 4, 11  # from 4 on an initializer need not be an input; 11 is what ONNX Runtime 1.24 takes
@@ -69,6 +70,7 @@ def accept(proto: ModelProto, directory: Path) -> bool:
         lambda: _short_domain(proto),
         lambda: _inline(proto),
         lambda: _lower_opset(proto),
+        lambda: 18 <= opset_of(proto) < 21 and write_out(proto.graph, "GroupNormalization", group_norm),
         lambda: _mark_ir(proto),
         lambda: _name_graphs(proto.graph),
         lambda: _make_dense(proto.graph, directory),
@@ -257,7 +259,7 @@ def _make_outputs(graph: GraphProto) -> bool:
     constants = [n for n in graph.node if n.op_type == "Constant" and not n.domain and n.output[0] in outputs & read]
     if not stored and not constants:
         return False
-    names = Names({*outputs, *_tensor_names(graph)})
+    names = Names(tensor_names(graph))
     fresh = {
         name: names.fresh(f"{name}_value") for name in (*(t.name for t in stored), *(n.output[0] for n in constants))
     }
@@ -272,13 +274,6 @@ def _make_outputs(graph: GraphProto) -> bool:
     graph.input.extend(kept)
     graph.node.extend(helper.make_node("Identity", [inner], [name]) for name, inner in fresh.items())
     return True
-
-
-def _tensor_names(graph: GraphProto) -> Iterator[str]:
-    for each in all_graphs(graph):
-        yield from (v.name for v in (*each.input, *each.initializer))
-        for node in each.node:
-            yield from (*node.input, *node.output)
 
 
 def _read_as(node: NodeProto, fresh: dict[str, str]) -> None:

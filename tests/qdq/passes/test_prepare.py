@@ -398,6 +398,9 @@ def test_functions_are_inlined() -> None:
     assert [o.domain for o in done.proto.opset_import] == [""]
 
 
+GRU = {"s": np.int64([6, 8, 8]), "w": floats(1, 12, 8), "r": floats(1, 12, 4)}
+
+
 def test_other_domains_are_kept() -> None:
     nodes = [helper.make_node("Gelu", ["x"], ["h"], domain="com.microsoft"), node("Relu", "h", "y")]
     done = same(build(nodes, domains=["com.microsoft"]))
@@ -407,6 +410,15 @@ def test_other_domains_are_kept() -> None:
 @pytest.mark.parametrize(
     ("opset", "nodes", "tensors"),
     [
+        (7, [node("Upsample", "x", "y", scales=[1.0, 1, 2, 2], mode="nearest")], {}),
+        (7, [node("BatchNormalization", "x scale shift mean var", "y")], norm_tensors(3)),
+        (7, [node("Dropout", "x", "h m", ratio=0.3), node("Relu", "h", "y")], {}),
+        (8, [node("MaxPool", "x", "y i", kernel_shape=[2, 2], auto_pad="SAME_UPPER", strides=[2, 2])], {}),
+        (8, [node("Reshape", "x s", "q"), node("GRU", "q w r", "y", hidden_size=4)], GRU),
+        *((opset, [node("Hardmax", "x", "y", axis=axis)], {}) for opset in (8, 12) for axis in (0, 1, 2, 3)),
+        (11, [node("Hardmax", "x", "y", axis=-2)], {}),
+        *((opset, [node("GroupNormalization", "x s s", "y", num_groups=3)], {"s": floats(3)}) for opset in (18, 20)),
+        (18, [node("GroupNormalization", "x s s", "y", num_groups=1, epsilon=0.1)], {"s": floats(1)}),
         (9, [node("Upsample", "x s", "y", mode="nearest")], {"s": np.float32([1, 1, 2, 2])}),
         (9, [node("Upsample", "x s", "y", mode="linear")], {"s": np.float32([1, 1, 2, 2])}),
         (10, [node("Resize", "x s", "y", mode="nearest")], {"s": np.float32([1, 1, 2, 2])}),
