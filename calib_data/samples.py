@@ -17,7 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from calib_data.sources import Source, form_of
-from calib_data.validation import Array, DataError, InputSpec, check_names, check_sample, check_shape
+from calib_data.validation import (
+    Array,
+    DataError,
+    InputSpec,
+    check_elements,
+    check_names,
+    check_sample,
+    check_shape,
+)
 
 _BEYOND_ANY = 1 << 40  # stands for the number of samples where it is unknown: more than anyone has
 
@@ -93,6 +101,7 @@ class Samples:
         for where, shapes in self.source.shapes(self.indices):
             if (key := tuple(sorted(shapes.items()))) not in checked:
                 check_names(shapes.keys(), self.inputs, where)
+                check_elements(shapes, self.inputs, where)
                 for spec in self.inputs:
                     check_shape(shapes[spec.name], spec, where)
                 checked.add(key)

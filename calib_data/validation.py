@@ -94,7 +94,7 @@ def check_shape(shape: tuple[int, ...], spec: InputSpec, where: str) -> None:
     """Require the rank and the fixed dimensions of an input.
 
     Raises:
-        DataError: another rank, another size of a fixed dimension, or a dimension of size zero.
+        DataError: another rank, or another size of a fixed dimension.
     """
     if len(shape) != len(spec.shape):
         fix = "Reshape it to the model's rank."
@@ -106,17 +106,28 @@ def check_shape(shape: tuple[int, ...], spec: InputSpec, where: str) -> None:
             f"Wrong rank of {spec.name!r} in {where}: got shape {_shape(shape)} of rank {len(shape)}, the model needs "
             f"{_shape(spec.shape)} of rank {len(spec.shape)}. {fix}"
         )
-    if 0 in shape:
-        raise DataError(
-            f"Empty array for {spec.name!r} in {where}: got shape {_shape(shape)}, the model needs "
-            f"{_shape(spec.shape)} with at least one element. Remove this sample or save its values."
-        )
     for axis, (got, needed) in enumerate(zip(shape, spec.shape, strict=True)):
         if isinstance(needed, int) and got != needed:
             raise DataError(
                 f"Wrong shape of {spec.name!r} in {where}: got {_shape(shape)}, the model needs {_shape(spec.shape)}; "
                 f"axis {axis} is {got} and must be {needed}. Crop, pad or transpose the sample as for inference."
             )
+
+
+def check_elements(shapes: Mapping[str, tuple[int, ...]], inputs: Sequence[InputSpec], where: str) -> None:
+    """Require that some array of a sample has elements, unless the model declares sizes of zero.
+
+    One that is empty beside others that are not is what a decoder's cache is before the first step.
+
+    Raises:
+        DataError: all are empty.
+    """
+    empty = [spec for spec in inputs if 0 in shapes[spec.name] and 0 not in spec.shape]
+    if empty and all(0 in shapes[spec.name] for spec in inputs):
+        raise DataError(
+            f"Empty array for {empty[0].name!r} in {where}: got shape {_shape(shapes[empty[0].name])}, the model needs "
+            f"{_shape(empty[0].shape)} with at least one element. Remove this sample or save its values."
+        )
 
 
 def check_sample(arrays: Mapping[str, Array], inputs: Sequence[InputSpec], where: str) -> dict[str, Array]:
@@ -138,6 +149,7 @@ def check_sample(arrays: Mapping[str, Array], inputs: Sequence[InputSpec], where
         DataError: wrong names, rank, fixed dimension or dtype; empty; NaN or values that are too large.
     """
     check_names(arrays.keys(), inputs, where)
+    check_elements({name: array.shape for name, array in arrays.items()}, inputs, where)
     sample = {}
     for spec in inputs:
         check_shape(arrays[spec.name].shape, spec, where)
@@ -156,7 +168,7 @@ def _converted(array: Array, spec: InputSpec, where: str) -> Array:
         _require(np.isfinite(result) | mask, spec, where, fix)
         return result
     if array.dtype.kind in "biu" and needed.kind in "iu":
-        limits, low, high = np.iinfo(needed), int(array.min()), int(array.max())
+        limits, low, high = np.iinfo(needed), int(array.min(initial=0)), int(array.max(initial=0))
         if low < limits.min or high > limits.max:
             raise DataError(
                 f"Values of {spec.name!r} in {where} do not fit: got {array.dtype} from {low} to {high}, the model "

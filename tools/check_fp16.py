@@ -17,12 +17,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from node_tests import RANDOM, collected
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -33,15 +33,6 @@ from engines.core.operators import CONTRACTIONS
 from engines.core.shapes import inferred
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
-RANDOM = {
-    "Bernoulli",
-    "Dropout",
-    "Multinomial",
-    "RandomNormal",
-    "RandomNormalLike",
-    "RandomUniform",
-    "RandomUniformLike",
-}
 OLDER = 23  # an opset whose quantizers ONNX Runtime has
 LOST = 1e-6  # what FP32 loses at most of the largest value that goes into a sum
 TYPES = ("to", "dtype", "output_dtype", "output_datatype")
@@ -56,19 +47,9 @@ class Outcome:
     detail: str = ""
 
 
-@cache
-def _collected() -> tuple[Any, ...]:
-    """All of ONNX's node tests; onnx makes them once in a process, and then only those first asked for."""
-    from onnx.backend.test.case.node import collect_testcases
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return tuple(collect_testcases(None))
-
-
 def node_tests(op_type: str | None = None) -> Iterator[Any]:
     """ONNX's node tests, of one operator or all."""
-    yield from (c for c in _collected() if op_type in (None, *(node.op_type for node in c.model.graph.node)))
+    yield from (c for c in collected() if op_type in (None, *(node.op_type for node in c.model.graph.node)))
 
 
 def halved(model: ModelProto) -> ModelProto:

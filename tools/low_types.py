@@ -11,72 +11,24 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import onnx
-from onnx.backend.test.case.node import collect_testcases
+from node_tests import float_tests, with_constants
 
 from engines.core.onnx_runtime import refusals
 from qdq.assemble.precision import rules
 from qdq.assemble.precision.convert import convert
 from qdq.core.errors import QdqError
 from qdq.measure.collect import collect
-from qdq.model.model import Model
-from qdq.passes.prepare import NEWEST_OPSET, prepare
+from qdq.model.storage import load
+from qdq.passes.prepare import prepare
 from qdq.plan import placement
 from qdq.plan.settings import Settings
-
-
-@lru_cache(maxsize=1)
-def _cases() -> tuple[Any, ...]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return tuple(collect_testcases())
-
-
-def node_tests(only: str = "") -> Iterator[tuple[str, onnx.ModelProto, dict[str, np.ndarray]]]:
-    """Name, model and inputs of each of onnx's node tests that has a float input or output and tensors alone."""
-    for case in _cases():
-        proto, data = case.model, case.data_sets
-        if proto is None or not data or not re.search(only, case.name):
-            continue
-        kinds = {v.type.tensor_type.elem_type for v in (*proto.graph.input, *proto.graph.output)}
-        arrays = data[0][0]
-        tensors = all(isinstance(a, np.ndarray) and a.dtype.kind in "fiub" for a in arrays)
-        if onnx.TensorProto.FLOAT in kinds and tensors:
-            yield case.name, proto, dict(zip((v.name for v in proto.graph.input), arrays, strict=False))
-
-
-def at_known_opset(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model marked with an operator set that `prepare` takes."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
-    for entry in copy.opset_import:
-        if entry.domain in ("", "ai.onnx"):
-            entry.version = min(entry.version, NEWEST_OPSET)
-    copy.ir_version = min(copy.ir_version, 11)
-    return copy
-
-
-def with_constants(proto: onnx.ModelProto, sample: dict[str, np.ndarray]) -> onnx.ModelProto:
-    """The same model, in which all inputs but the first that is float32 are constants, as weights and shapes are."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
-    fed = next((v.name for v in proto.graph.input if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT), "")
-    for name, array in sample.items():
-        if name != fed:
-            copy.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-    kept = [v for v in proto.graph.input if v.name == fed]
-    del copy.graph.input[:]
-    copy.graph.input.extend(kept)
-    return copy
 
 
 def runs(proto: onnx.ModelProto, sample: dict[str, np.ndarray]) -> str:
@@ -100,11 +52,11 @@ def verdicts(
 
     Each node takes the low type even between FP32 neighbours, which in a model would be two Casts for nothing.
     """
-    for name, proto, sample in itertools.islice(node_tests(only), 0, None, every):
+    for name, proto, sample in itertools.islice((t for t in float_tests() if re.search(only, t[0])), 0, None, every):
         try:
             if compile_ is not None:
                 proto = with_constants(proto, sample)
-            model = prepare(Model(proto=at_known_opset(proto), directory=Path(), sha256=name))
+            model = prepare(load(proto))
             onnx.checker.check_model(model.proto, full_check=True)
         except (QdqError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError):
             yield name, "not taken", ""

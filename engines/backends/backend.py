@@ -33,9 +33,12 @@ class Build(Protocol):
         targets: Sequence[str],
         shapes: Mapping[str, ShapeRange] | None,
         timing_cache: Path | None,
+        directory: Path | None,
         on_progress: OnProgress | None,
     ) -> Engine:
-        """Compile a path, or a model without external data; a timing cache is read and written where kernels are timed.
+        """Compile a path, or a model; a timing cache is read and written where kernels are timed.
+
+        External data of a path are found beside it, those of a model in `directory`.
 
         Raises:
             EngineError: what was asked for is refused, or the runtime is missing; says why.

@@ -123,10 +123,14 @@ def _monitor(trt: ModuleType, on_progress: OnProgress) -> Any:
     return Monitor()
 
 
-def _parse(parser: Any, model: Path | str | onnx.ModelProto) -> None:
+def _parse(parser: Any, model: Path | str | onnx.ModelProto, directory: Path | None) -> None:
     """Parses the model, or raises the parser's own errors with the nodes they are about."""
-    data = model.SerializeToString() if isinstance(model, onnx.ModelProto) else None
-    if parser.parse(data) if data is not None else parser.parse_from_file(str(model)):
+    if isinstance(model, onnx.ModelProto):
+        beside = None if directory is None else str(directory / "model.onnx")  # only its folder is looked at
+        parsed = parser.parse(model.SerializeToString(), beside)
+    else:
+        parsed = parser.parse_from_file(str(model))
+    if parsed:
         return
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
     parts = [f"{e.desc()} (node {e.node_name() or '?'}, {e.node_operator() or '?'})" for e in errors]
@@ -140,7 +144,11 @@ def _profile(builder: Any, config: Any, network: Any, shapes: Mapping[str, Shape
     Raises:
         BuildError: an unknown input name, a dynamic input without a range, or a range against a fixed dimension.
     """
-    tensors = {t.name: t for t in (network.get_input(i) for i in range(network.num_inputs))}
+    outputs = {network.get_output(i).name for i in range(network.num_outputs)}
+    tensors = {}
+    for tensor in (network.get_input(i) for i in range(network.num_inputs)):
+        own = tensor.name.removeprefix("__")  # the parser renames an input that is an output too
+        tensors[own if own in outputs else tensor.name] = tensor
     if unknown := sorted(set(shapes) - set(tensors)):
         raise BuildError(f"No input is named {', '.join(unknown)}; the model's inputs are {', '.join(tensors)}.")
     profile = builder.create_optimization_profile()
@@ -161,7 +169,7 @@ def _profile(builder: Any, config: Any, network: Any, shapes: Mapping[str, Shape
             )
         dynamic = True
         set_shape = profile.set_shape_input if tensor.is_shape_tensor else profile.set_shape
-        set_shape(name, given.min, given.opt, given.max)
+        set_shape(tensor.name, given.min, given.opt, given.max)
     if dynamic:
         config.add_optimization_profile(profile)
 
@@ -189,13 +197,14 @@ def compile_model(
     *,
     shapes: Mapping[str, ShapeRange],
     configure: Callable[[Any], None],
+    directory: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Compiled:
     """Compiles with the `tensorrt` or the `tensorrt_rtx` module.
 
-    External data of a path are found beside it. `shapes` has the range of every input with dynamic dimensions;
-    `configure` sets what the backend needs on the builder config; `on_progress` is called with a fraction in 0..1 and
-    the compiler's name of the phase.
+    External data of a path are found beside it, those of a model in `directory`. `shapes` has the range of every input
+    with dynamic dimensions; `configure` sets what the backend needs on the builder config; `on_progress` is called with
+    a fraction in 0..1 and the compiler's name of the phase.
 
     Raises:
         BuildError: parse or build error, with the compiler's message.
@@ -204,7 +213,7 @@ def compile_model(
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    _parse(parser, model)
+    _parse(parser, model, directory)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     _profile(builder, config, network, shapes)

@@ -99,6 +99,7 @@ def build(
     targets: Sequence[str] = ("sm89",),
     shapes: Mapping[str, ShapeRange] | None = None,
     timing_cache: Path | None = None,
+    directory: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Engine:
     """Compiles one engine that runs on every target. Needs no GPU. Arguments and errors as of `backend.Build`.
@@ -108,8 +109,9 @@ def build(
     """
     proto = load_graph(model)
     names = check_targets(proto, targets)
-    if proto is model and any(i.data_location == TensorProto.EXTERNAL for i in proto.graph.initializer):
-        raise BuildError("The model keeps weights in external files: give its path, not the loaded model.")
+    external = any(i.data_location == TensorProto.EXTERNAL for i in proto.graph.initializer)
+    if proto is model and directory is None and external:
+        raise BuildError("The model keeps weights in external files: give its path, or their folder.")
     trt = import_runtime("tensorrt_rtx")
 
     def configure(config: Any) -> None:
@@ -118,7 +120,9 @@ def build(
             config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index)
 
     try:
-        compiled = compile_model(trt, model, shapes=shapes or {}, configure=configure, on_progress=on_progress)
+        compiled = compile_model(
+            trt, model, shapes=shapes or {}, configure=configure, directory=directory, on_progress=on_progress
+        )
     except BuildError:
         _forget_failure(trt)
         raise

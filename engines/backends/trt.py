@@ -49,6 +49,7 @@ def build(
     targets: Sequence[str] = (),
     shapes: Mapping[str, ShapeRange] | None = None,
     timing_cache: Path | None = None,
+    directory: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Engine:
     """Compiles an engine for the GPU of this machine. Arguments and errors as of `backend.Build`.
@@ -66,7 +67,9 @@ def build(
             config.set_timing_cache(cache, False)
             caches.append((config, cache))
 
-    compiled = compile_model(trt, model, shapes=shapes or {}, configure=configure, on_progress=on_progress)
+    compiled = compile_model(
+        trt, model, shapes=shapes or {}, configure=configure, directory=directory, on_progress=on_progress
+    )
     for config, _ in caches:
         write_atomic(timing_cache or Path(), bytes(config.get_timing_cache().serialize()))
     return Engine(data=compiled.data, table=inspect(trt, compiled.data, target=target, backend="trt"))

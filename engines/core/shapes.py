@@ -75,7 +75,8 @@ def inferred_at(proto: ModelProto, inputs: Mapping[str, Sequence[int]]) -> Graph
     on the values of an input, or on an input whose shape is open, stays open. What calls of the model's own functions
     stand for is in the graph, under the names that TensorRT's parser gives it: 'node | call (function)'.
     """
-    fixed = _inlined(light(proto))
+    fixed = inlined(given := light(proto)) or given
+    del fixed.functions[:]
     beliefs = _fix(fixed.graph, inputs)
     if fp4.holds_fp4(proto):
         fp4.with_function(fixed)
@@ -109,8 +110,13 @@ def _inferred(proto: ModelProto) -> GraphProto:
         return proto.graph
 
 
-def _inlined(model: ModelProto) -> ModelProto:
-    """The model with the nodes of its functions in place of their calls; with calls of nothing where these are many."""
+def inlined(model: ModelProto) -> ModelProto | None:
+    """A model with the nodes of its functions in place of their calls, which may be itself; None where these are many.
+
+    TensorRT's parser gives the nodes the same names: 'node | call (function)'.
+    """
+    if not model.functions:
+        return model
     functions = {(f.domain, f.name): f for f in model.functions}
     copies: list[FunctionProto] = []
 
@@ -132,15 +138,13 @@ def _inlined(model: ModelProto) -> ModelProto:
 
     named = ModelProto()
     named.CopyFrom(model)
-    for node in named.graph.node if functions else ():
+    for node in named.graph.node:
         call(node, "")
     if len(copies) > CALLS:
-        named.CopyFrom(model)
+        return None
     del named.functions[:]
-    if not 0 < len(copies) <= CALLS:
-        return named
     named.functions.extend(copies)
-    flat = onnx.inliner.inline_local_functions(named)
+    flat = onnx.inliner.inline_local_functions(named, convert_version=True)
     for node in all_nodes(flat.graph):
         if " | " in node.name:
             node.name = re.sub(r"__\d+$", "", node.name)  # which the inliner adds

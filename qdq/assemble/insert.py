@@ -304,7 +304,8 @@ class _Writer(GraphWriter):
             codes = self._codes(f"{tensor}_quantized", np.ascontiguousarray(values))
             dtype = self._model.dtype(tensor)
             extra = {"block_size": params.block} if params.block else {}
-            inputs = [codes, *self._weight_scale(tensor, scales, values.dtype, dtype, params)]
+            stack = node.op_type == "MatMul" and values.ndim > 2
+            inputs = [codes, *self._weight_scale(tensor, scales, None if stack else values.dtype, dtype, params)]
             made = self._append("DequantizeLinear", inputs, f"{tensor}_DequantizeLinear", axis=axis, **extra)
             if compute_params is not None:
                 assert compute_params.axis is not None
@@ -318,16 +319,25 @@ class _Writer(GraphWriter):
         return self._made[key]
 
     def _weight_scale(
-        self, tensor: str, scale: npt.NDArray[np.float32], codes: np.dtype[np.generic], dtype: str, params: QParams
+        self,
+        tensor: str,
+        scale: npt.NDArray[np.float32],
+        codes: np.dtype[np.generic] | None,
+        dtype: str,
+        params: QParams,
     ) -> list[str]:
-        """Scale and zero point of a weight's codes; blocks need no zero point, for its type is that of the codes."""
+        """Scale and zero point of a weight's codes.
+
+        Blocks need no zero point, for its type is that of the codes. A stack of matrices must have none (`codes` is
+        None): ONNX Runtime 1.32 fuses its product and then refuses a vector of them (MatMulIntegerToFloat).
+        """
         if params.second is not None:
             grid = FORMATS[FORMATS[params.format].scale_format]
             stored = (scale / np.float32(params.second)).astype(grid.dtype)
             second = self._constant(f"{tensor}_tensor_scale", np.asarray(params.second), dtype)
             inputs = (self._codes(f"{tensor}_block_codes", np.ascontiguousarray(stored)), second)
             return [self._append("DequantizeLinear", inputs, f"{tensor}_block_scale")]
-        if params.block is None:
+        if params.block is None and codes is not None:
             zeros = np.zeros(scale.shape, dtype=codes)
             return [self._constant(f"{tensor}_scale", scale, dtype), self._constant(f"{tensor}_zero_point", zeros)]
         return [self._constant(f"{tensor}_scale", np.ascontiguousarray(scale), dtype)]

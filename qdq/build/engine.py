@@ -27,13 +27,13 @@ from engines.verify.manifest import Manifest, sha256_file, sha256_model
 from qdq.build.recipe import Recipe, ShapeOption
 from qdq.core.choices import choose
 from qdq.core.errors import InputError, MissingRuntimeError, StaleFileError
+from qdq.model.model import Model
 from qdq.model.storage import load
 from qdq.plan.settings import Settings
 
 if TYPE_CHECKING:
     from calib_data import Samples
     from qdq.core.progress import Progress
-    from qdq.model.model import Model
 
 D = TypeVar("D", bound=Document)
 SHAPE_KEY = "shape."
@@ -65,7 +65,7 @@ def shape_ranges(model: Model, options: Sequence[ShapeOption], samples: Samples 
 
 
 def compile_engine(
-    path: Path | str,
+    model: Model | Path,
     *,
     recipe: Recipe,
     shapes: Mapping[str, ShapeRange],
@@ -73,7 +73,11 @@ def compile_engine(
     on_progress: Progress | None = None,
     label: str = "Compile",
 ) -> Engine:
-    """The engine of an ONNX file, by the recipe's backend.
+    """The engine of a model, by the recipe's backend.
+
+    Args:
+        model: as it was loaded; or the path of a file that qdq wrote, which needs no repair.
+        shapes: the range of each dynamic input.
 
     Raises:
         EngineError: see `build` of the backend.
@@ -84,8 +88,14 @@ def compile_engine(
             on_progress(int(fraction * 100), 100, label)
 
     report(0, "")
-    build = backend_named(recipe.backend).build
-    return build(path, targets=recipe.targets, shapes=shapes, timing_cache=timing_cache, on_progress=report)
+    return backend_named(recipe.backend).build(
+        (model.file or model.proto) if isinstance(model, Model) else model,
+        targets=recipe.targets,
+        shapes=shapes,
+        timing_cache=timing_cache,
+        directory=model.directory if isinstance(model, Model) else None,
+        on_progress=report,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,9 +163,10 @@ def audit_model(path: Path, recipe: Recipe, on_progress: Progress | None = None)
     Raises:
         EngineError: see `compile_engine`.
     """
-    shapes = shape_ranges(load(path), recipe.shapes, None)
-    engine = compile_engine(path, recipe=recipe, shapes=shapes, on_progress=on_progress)
-    return audit(path, engine.table, shapes=shapes)
+    model = load(path)
+    shapes = shape_ranges(model, recipe.shapes, None)
+    engine = compile_engine(model, recipe=recipe, shapes=shapes, on_progress=on_progress)
+    return audit(model.proto, engine.table, shapes=shapes)
 
 
 def price(path: Path, recipe: Recipe, gpu: str, on_progress: Progress | None = None) -> Cost:
@@ -164,12 +175,12 @@ def price(path: Path, recipe: Recipe, gpu: str, on_progress: Progress | None = N
     Raises:
         EngineError: an unknown GPU; see `compile_engine`.
     """
-    chosen = gpu_named(gpu)
-    ranges = shape_ranges(load(path), recipe.shapes, None)
+    chosen, model = gpu_named(gpu), load(path)
+    ranges = shape_ranges(model, recipe.shapes, None)
     shapes = {name: ShapeRange.fixed(shape.opt) for name, shape in ranges.items()}
     recipe = replace(recipe, targets=(chosen.target,), backend=predicting(recipe.backend).name)
-    engine = compile_engine(path, recipe=recipe, shapes=shapes, on_progress=on_progress)
-    return predict(path, engine.table, chosen, shapes=shapes)
+    engine = compile_engine(model, recipe=recipe, shapes=shapes, on_progress=on_progress)
+    return predict(model.proto, engine.table, chosen, shapes=shapes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +203,7 @@ def audit_engine(path: Path) -> Audit:
         InputError, EngineError: see `compiled`.
     """
     found = compiled(path)
-    return audit(found.model, found.table, shapes=found.shapes)
+    return audit(load(found.model).proto, found.table, shapes=found.shapes)
 
 
 def compiled(path: Path) -> Compiled:
@@ -246,8 +257,9 @@ def layers_of(path: Path, recipe: Recipe, samples: Samples | None, on_progress: 
         other = predicting(recipe.backend)
         known = tuple(t for t in recipe.targets if t in other.targets)
         recipe = replace(recipe, backend=other.name, targets=known or Recipe().targets)
-    shapes = shape_ranges(load(path), recipe.shapes, samples)
-    engine_made = compile_engine(path, recipe=recipe, shapes=shapes, on_progress=on_progress)
+    model = load(path)
+    shapes = shape_ranges(model, recipe.shapes, samples)
+    engine_made = compile_engine(model, recipe=recipe, shapes=shapes, on_progress=on_progress)
     return Compiled(model=path, table=engine_made.table, shapes=shapes, predicted=predicted)
 
 

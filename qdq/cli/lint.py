@@ -85,7 +85,7 @@ def _fix(
         draft = folder / output.name
         save(done.model, draft)
         refused, kernels = _compile(done.model, draft, recipe, bars)
-        difference = _difference(model, draft, done.model, recipe)
+        difference = _difference(loaded, model, draft, done.model, recipe)
         if not refused:
             save(done.model, output)
     errors = any(f.severity == "error" for f in done.left)
@@ -128,11 +128,12 @@ def _largest(report: Report) -> float | None:
     return max((o.max_abs_error for o in report.outputs if o.max_abs_error is not None), default=None)
 
 
-def _difference(model: Path, fixed: Path, repaired: Model, recipe: Recipe) -> Report | str:
+def _difference(loaded: Model, model: Path, fixed: Path, repaired: Model, recipe: Recipe) -> Report | str:
     """The repaired model's outputs against those of the model given, on random data; or why not."""
     from calib_data import random_samples
     from engines.core.errors import EngineError
     from engines.verify.compare import compare
+    from qdq.deploy.check import float_session
     from qdq.measure.inference.inputs import input_specs
 
     sizes: dict[str | tuple[str, int], int] = {
@@ -140,7 +141,8 @@ def _difference(model: Path, fixed: Path, repaired: Model, recipe: Recipe) -> Re
     }
     samples = random_samples(input_specs(repaired), PROOF_SAMPLES, seed=0, sizes=sizes)
     try:
-        return compare(str(model), str(fixed), samples, names=("model given", "repaired model"))
+        given = float_session(loaded, str(model))
+        return compare(given, str(fixed), samples, model=loaded.proto, names=("model given", "repaired model"))
     except EngineError as error:
         return str(error)
 

@@ -127,8 +127,9 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
     options.check_output(output, model, given["recipe"])
     recipe = options.recipe_of(given)
     with Bars() as bars:
-        shapes = shape_ranges(load(model), recipe.shapes, None)
-        engine = compile_engine(model, recipe=recipe, shapes=shapes, timing_cache=timing_cache, on_progress=bars)
+        loaded = load(model)
+        shapes = shape_ranges(loaded, recipe.shapes, None)
+        engine = compile_engine(loaded, recipe=recipe, shapes=shapes, timing_cache=timing_cache, on_progress=bars)
         save_engine(engine, output, model, recipe=recipe, shapes=shapes)
     if engine.table.note:
         note(engine.table.note)

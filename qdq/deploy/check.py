@@ -23,9 +23,26 @@ from engines.verify.report import Alarms, Limits, Report
 from qdq.core.progress import Progress
 from qdq.measure.inference.samples import Sample
 from qdq.model.graphsurgeon import ModelSource, called
+from qdq.model.model import Model
 from qdq.model.storage import load
 
 NOT_RUN = "the Q/DQ model in ONNX Runtime stood for the engine, which was not run"
+
+
+def float_session(model: Model, where: str, *, custom_ops: Sequence[str] = ()) -> Any:
+    """ONNX Runtime's session of a float model as the user gave it, repaired where it had to be.
+
+    Args:
+        model: as it was loaded.
+        where: what messages call it.
+        custom_ops: libraries of custom operators that ONNX Runtime needs for it.
+
+    Raises:
+        EngineError: ONNX Runtime refuses the model or a library.
+    """
+    if model.file is not None:
+        return ort.session(model.file, custom_ops=custom_ops)
+    return ort.session(model.proto, directory=model.directory, where=where, custom_ops=custom_ops)
 
 
 def evaluate(
@@ -68,10 +85,7 @@ def evaluate(
         if on_progress and total is not None:
             on_progress(total, total, "Check")
 
-    def reference() -> Any:
-        given = str(float_model) if isinstance(float_model, str | os.PathLike) else load(float_model).proto
-        return ort.session(given, custom_ops=custom_ops) if custom_ops else given
-
+    reference = load(float_model)
     name, notes = "engine", []
     if engine_backend:
         tried: Any = backend_named(engine_backend).runner(called(candidate), name=name)
@@ -90,14 +104,14 @@ def evaluate(
             custom_ops=custom_ops,
         )
     report = compare(
-        reference(),
+        float_session(reference, called(float_model), custom_ops=custom_ops),
         tried,
         counted(),
         limits=Limits(**limits),
         alarms=alarms,
         task=task,
         class_axis=class_axis,
-        model=load(float_model).proto if custom_ops else None,
+        model=reference.proto,
         stood_for_engine=engine_backend is None,
         names=("float model", name),
     )

@@ -32,7 +32,7 @@ from qdq.build.recipe import Recipe
 from qdq.core.files import folder_beside, move_all
 from qdq.core.formats import require_targets
 from qdq.core.progress import Progress
-from qdq.deploy.check import evaluate
+from qdq.deploy.check import evaluate, float_session
 from qdq.deploy.costs.find import with_costs
 from qdq.deploy.overlap import overlap
 from qdq.deploy.report import DeployReport, EngineSizes
@@ -152,15 +152,11 @@ def deploy(
             notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
         if recipe.tune != "off" and not pricer:
             notes = [*notes, f"not tuned: predicted times {backend.unpredicted}"]
-        opened: dict[str, tuple[Callable[..., Any], Path]] = {
-            "float model": (ort.session, model_path),
-            "quantized model": (arithmetic.session, output),
+        opened: dict[str, Callable[[], Any]] = {
+            "float model": lambda: float_session(load(model_path), str(model_path), custom_ops=custom_ops),
+            "quantized model": lambda: arithmetic.session(output, custom_ops=custom_ops),
         }
-        label_dice = {
-            name: _label_dice(session(path, custom_ops=custom_ops), judged, labels)
-            for name, (session, path) in opened.items()
-            if labels
-        }
+        label_dice = {name: _label_dice(session(), judged, labels) for name, session in opened.items() if labels}
         report = DeployReport(
             check=check,
             as_compiled=as_compiled,

@@ -75,7 +75,7 @@ def collect(
 
     Raises:
         InputError: no samples, samples that differ between passes, or a tensor that is empty, NaN or infinite inside
-            the model.
+            the model, or of another shape than the file says.
         StaleFileError: the plan or the checkpoint belongs to something else.
     """
     plan.check(model)
@@ -164,6 +164,7 @@ def _one_pass(
         values, seen = run(sample)
         while values:
             name, array = values.popitem()
+            _require_stated(model, name, array.shape)
             try:
                 tensors[name] = Histogram.of(*_by_sample(model, name, array, batch, digests.total()))
             except ValueError as error:
@@ -190,6 +191,21 @@ def _one_pass(
             "the source yield the same samples each time (seed its random numbers), and delete its checkpoint."
         )
     return table
+
+
+def _require_stated(model: Model, tensor: str, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape than the model's, which behind an unknown operator is what the file says.
+
+    Raises:
+        InputError: names both shapes.
+    """
+    info = model.info(tensor)
+    stated = shape if info is None or info.shape is None else info.shape
+    if len(stated) != len(shape) or any(isinstance(a, int) and a != b for a, b in zip(stated, shape, strict=True)):
+        raise InputError(
+            f"Tensor {tensor!r} has shape {list(shape)} on a sample, and {list(stated)} is what the model's file says "
+            "or onnx infers from it. Leave that out of the file's value_info, or export the model again."
+        )
 
 
 def check_same(parts: Sequence[CalibrationTable], model: Model, samples: Iterable[Sample]) -> str:

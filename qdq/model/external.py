@@ -94,8 +94,9 @@ def release(array: np.ndarray) -> None:
 
 
 def tensor_bytes(tensor: TensorProto) -> int:
-    """Bytes of a tensor's packed values; 0 for text, which has no fixed size."""
-    if tensor.data_type in (TensorProto.STRING, TensorProto.UNDEFINED):
+    """Bytes of a tensor's packed values; 0 for text, which has no fixed size, and for types that onnx does not know."""
+    sizeless = (TensorProto.STRING, TensorProto.UNDEFINED)
+    if tensor.data_type in sizeless or tensor.data_type not in TensorProto.DataType.values():
         return 0
     bits = _BITS.get(tensor.data_type) or 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     return int(math.prod(tensor.dims) * bits + 7) // 8
@@ -146,7 +147,11 @@ class External:
         what = f"Cannot read the external data of tensor {tensor.name!r}"
         directory = Path(entries.get(STORE, directory))
         path = directory / location
-        if not location or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
+        if (
+            not location
+            or "\0" in location
+            or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
+        ):
             raise ModelError(
                 f"{what}: its location {location!r} is not inside the model's folder {directory}, so it "
                 "is not followed. Put the data file itself (no link) into that folder."

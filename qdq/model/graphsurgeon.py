@@ -1,24 +1,22 @@
-"""What a caller may give as a model, and the parts of it that onnx-graphsurgeon does.
+"""What a caller may give as a model, and how it is read.
 
     path, ModelProto, onnx_graphsurgeon.Graph  ->  `content`: the bytes of an ONNX file, which `storage.load` reads
-    nodes in any order                         ->  `sort_nodes`: each behind those that it reads
 
-onnx-graphsurgeon is imported where a graph of it is given or wanted, or nodes are to be sorted. It must not write a
-model that qdq has made: the exporter drops metadata, attributes of rare types and unread initializers.
+onnx-graphsurgeon is imported where a graph of it is given or wanted. It must not write a model that qdq has made: the
+exporter drops metadata, attributes of rare types and unread initializers.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias, Union
 
-from onnx import GraphProto, ModelProto, NodeProto
+from onnx import ModelProto
 
 from qdq.core.errors import InputError, ModelError
 from qdq.model.external import IN_FILE_LIMIT, is_external, tensor_bytes
-from qdq.model.nodes import all_tensors, reads
+from qdq.model.nodes import all_tensors
 
 if TYPE_CHECKING:
     from onnx_graphsurgeon import Graph
@@ -56,32 +54,6 @@ def content(source: ModelProto | Graph) -> bytes:
     return bytes(proto.SerializeToString(deterministic=True))
 
 
-def sort_nodes(graph: GraphProto) -> None:
-    """Put each node behind those whose results it, or a body in it, reads; nodes in such an order stay as they are.
-
-    Where that cannot be done, the order stays too, and the checker of onnx says so: nodes in a circle, or more than
-    some hundreds in a row that each read the one behind (onnx-graphsurgeon visits them recursively).
-    """
-    if not _is_sorted(graph.node):
-        import onnx_graphsurgeon as gs
-        from onnx_graphsurgeon.util.exception import OnnxGraphSurgeonException
-
-        tensors = {name: gs.Variable(name) for node in graph.node for name in (*reads(node), *node.output)}
-        nodes = [
-            gs.Node(node.op_type, inputs=[tensors[t] for t in reads(node)], outputs=[tensors[t] for t in node.output])
-            for node in graph.node
-        ]
-        place = {id(node): index for index, node in enumerate(nodes)}
-        try:
-            with gs.logger.G_LOGGER.suppress():
-                ordered = gs.Graph(nodes=nodes[:]).toposort(mode="nodes").nodes
-        except (OnnxGraphSurgeonException, RecursionError):
-            return
-        found = [graph.node[place[id(node)]] for node in ordered]
-        del graph.node[:]
-        graph.node.extend(found)
-
-
 def _exported(source: object) -> ModelProto:
     """The ModelProto of a graph; whoever has one has imported onnx-graphsurgeon."""
     gs = sys.modules.get("onnx_graphsurgeon")
@@ -97,13 +69,3 @@ def _exported(source: object) -> ModelProto:
             f"Cannot use this onnx_graphsurgeon.Graph: its export says: {' '.join(str(error).split())[:500]}"
         ) from None
     return proto
-
-
-def _is_sorted(nodes: Sequence[NodeProto]) -> bool:
-    """Whether no node reads what a later one makes."""
-    later = {name for node in nodes for name in node.output if name}
-    for node in nodes:
-        if not later.isdisjoint(reads(node)):
-            return False
-        later.difference_update(node.output)
-    return True

@@ -21,6 +21,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from qdq.model.external import embedded, tensor_array
 from qdq.model.nodes import all_tensors, captured, reads
+from qdq.model.opset import opset_of
 
 if TYPE_CHECKING:
     from onnx_graphsurgeon import Graph
@@ -54,19 +55,23 @@ class Model:
     `proto` holds no external tensor data; `directory` is the folder that such data lies in, unless it is in a store.
     `sha256` is of the file and the external data as the user gave them, and stays the same through all passes.
     `keeps` are what must live as long as the model: the stores of its tensors.
+    `file` holds exactly this model; None where `proto` was repaired or changed, or never was in a file.
     """
 
     proto: ModelProto
     directory: Path
     sha256: str
     keeps: tuple[object, ...] = ()
+    file: Path | None = None
 
     def replace(self, proto: ModelProto, *, keeps: object = None) -> Model:
         """The same user's model with another graph: a changed copy, and the store of tensors that are new in it.
 
         External tensors still lie in `directory`, or in a store.
         """
-        return replace(self, proto=proto, keeps=self.keeps if keeps in (None, *self.keeps) else (*self.keeps, keeps))
+        return replace(
+            self, proto=proto, file=None, keeps=self.keeps if keeps in (None, *self.keeps) else (*self.keeps, keeps)
+        )
 
     def to_graphsurgeon(self) -> Graph:
         """A copy for onnx-graphsurgeon, its values in memory; 4-bit codes are exported again if nobody reads them.
@@ -90,7 +95,7 @@ class Model:
     @cached_property
     def opset(self) -> int:
         """The version of the default operator set, 0 if it is not imported."""
-        return max((o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx")), default=0)
+        return opset_of(self.proto)
 
     @cached_property
     def initializers(self) -> Mapping[str, TensorProto]:

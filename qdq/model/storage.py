@@ -10,12 +10,13 @@ from typing import BinaryIO
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from engines.core.files import new_files
 from qdq.core.errors import InputError, ModelError
+from qdq.model.accept import accept
 from qdq.model.external import IN_FILE_LIMIT, External, is_external, move, stream, tensor_bytes, without_store_key
-from qdq.model.graphsurgeon import ModelSource, called, content, sort_nodes
+from qdq.model.graphsurgeon import ModelSource, called, content
 from qdq.model.model import Model
 from qdq.model.nodes import all_nodes, all_tensors, without_initializers
 
@@ -30,8 +31,8 @@ def load(source: ModelSource) -> Model:
         source: the path of an .onnx file; or an onnx.ModelProto or an onnx_graphsurgeon.Graph, which is not changed.
 
     Returns:
-        The Model, each node behind those that it reads. Its sha256 is over the bytes of the file, or those that a model
-        in memory is written as, then of each external tensor in the order of the file.
+        The Model, repaired by `accept`. Its sha256 is over the bytes of the file, or those that a model in memory is
+        written as, then of each external tensor in the order of the file.
 
     Raises:
         ModelError: the file is missing, a folder, empty, truncated, not ONNX, has no nodes or breaks the standard, or
@@ -56,21 +57,29 @@ def load(source: ModelSource) -> Model:
             f"Cannot use {name}: it holds no nodes, so it is not an ONNX model or an empty one. "
             "Give the .onnx file of a network."
         )
+    if not proto.graph.output:
+        raise ModelError(f"Cannot use {name}: it has no outputs, so it computes nothing. Export the model again.")
+    if odd := next((t for t in all_tensors(proto) if t.data_type not in TensorProto.DataType.values()), None):
+        raise ModelError(
+            f"Cannot use {name}: tensor {odd.name!r} is of type {odd.data_type}, which onnx {onnx.__version__} does "
+            "not know. Export the model again, or install a newer onnx."
+        )
     digest = hashlib.sha256(read)
     del read
     for tensor in filter(is_external, all_tensors(proto)):
         without_store_key(tensor)
         for chunk in stream(tensor, directory):
             digest.update(chunk)
-    sort_nodes(proto.graph)
     try:
+        repaired = accept(proto, directory)
         check(proto)
     except (onnx.checker.ValidationError, ValueError) as error:
         raise ModelError(
             f"Cannot use {name}: it is not a valid ONNX model, or only a part of one. The checker of onnx "
             f"{onnx.__version__} says: {' '.join(str(error).split())[:600]} Export the model again."
         ) from None
-    return Model(proto=proto, directory=directory, sha256=digest.hexdigest())
+    file = Path(source) if isinstance(source, str | os.PathLike) and not repaired else None
+    return Model(proto=proto, directory=directory, sha256=digest.hexdigest(), file=file)
 
 
 def check(proto: ModelProto) -> None:
@@ -139,9 +148,8 @@ def save(
 
 
 def is_quantized(model: Model) -> bool:
-    """Whether the model already holds quantized operators, in any graph or function of it."""
-    nodes = [*all_nodes(model.graph), *(n for f in model.proto.functions for n in f.node)]
-    return any(_QUANTIZED_OP.search(n.op_type) for n in nodes)
+    """Whether a loaded model already holds quantized operators, in any graph of it."""
+    return any(_QUANTIZED_OP.search(n.op_type) for n in all_nodes(model.graph))
 
 
 def _read(path: Path) -> bytes:

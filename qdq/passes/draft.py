@@ -8,20 +8,19 @@ It must not change the user's proto or tensors, or decide which passes run. onnx
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
-import onnx.version_converter
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from qdq.core.errors import ModelError
 from qdq.model.external import is_external, is_large, tensor_array, tensor_bytes
 from qdq.model.model import Model, TensorInfo
-from qdq.model.nodes import all_nodes, bodies, captured, needed, reads, without_initializers
+from qdq.model.nodes import all_nodes, attribute, captured, needed, reads, without_initializers
+from qdq.model.opset import with_opset
 from qdq.model.storage import check
 from qdq.model.weight_store import LEAST, WeightStore
 
@@ -49,9 +48,6 @@ class Draft:
         self._stated = {v.name: v for v in model.graph.value_info}
         assign(self.graph.input, self.inputs)
         self.proto.ir_version = max(self.proto.ir_version, 4)  # from 4 on an initializer need not be an input
-        for node in all_nodes(self.graph):
-            if node.domain == "ai.onnx":  # the long name of the default domain
-                node.domain = ""
 
     @property
     def graph(self) -> onnx.GraphProto:
@@ -113,42 +109,31 @@ class Draft:
         assign(self.graph.input, self.inputs)
         assign(self.graph.output, self.outputs)
 
-    def inline_functions(self) -> None:
-        """Replace calls of the model's own functions by their nodes."""
-        if self.proto.functions:
-            self.absorb(onnx.inliner.inline_local_functions(self.light(), convert_version=True))
-
     def name_nodes(self) -> None:
-        """Give every node a unique name: the user's where it is one, else <OpType>_<index>."""
-        inside = {n.name for node in self.graph.node for g in bodies(node) for n in all_nodes(g)}
-        taken = inside | {node.name for node in self.graph.node}
-        seen = {""}
+        """Give every node without a name one of its own: <OpType>_<index>."""
+        taken = {node.name for node in all_nodes(self.graph)}
         for index, node in enumerate(self.graph.node):
-            if node.name in seen:
-                node.name = unique(node.name or f"{node.op_type}_{index}", taken)
-            seen.add(node.name)
-            taken.add(node.name)
+            if not node.name:
+                node.name = unique(f"{node.op_type}_{index}", taken)
+                taken.add(node.name)
 
     def raise_opset(self) -> None:
-        """Convert to opset 21 with onnx's converter; weights are not given to it."""
+        """Convert to opset 21 where the model's is older; large weights are not given to onnx's converter."""
         opset = self.shown.opset
         if 0 < opset < TARGET_OPSET:
             try:
-                light = onnx.version_converter.convert_version(self.light(), TARGET_OPSET)
-                check(light)
-            except (RuntimeError, ValueError, IndexError, onnx.checker.ValidationError) as error:
+                raised = with_opset(self.light(), TARGET_OPSET)
+                check(raised)
+            except (ValueError, onnx.checker.ValidationError) as error:
                 raise ModelError(
-                    f"Cannot raise this model from opset {opset} to {TARGET_OPSET}: the converter of onnx "
-                    f"{onnx.__version__} says: {' '.join(str(error).split())[:500]} "
-                    "Export the model again with opset 17 or newer."
+                    f"Cannot raise this model from opset {opset} to {TARGET_OPSET}: onnx {onnx.__version__} says: "
+                    f"{' '.join(str(error).split())[:500]} Export the model again with opset 17 or newer."
                 ) from None
-            self.absorb(light)
+            self.absorb(raised)
             if opset < 11:
                 self.keep_old_resize()
-        used = {node.domain for node in all_nodes(self.graph)} | {f.domain for f in self.proto.functions}
-        versions = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in self.proto.opset_import}
-        kept = [helper.make_opsetid(domain, version) for domain, version in versions.items() if domain in used]
-        assign(self.proto.opset_import, kept)
+        used = {node.domain for node in all_nodes(self.graph)}
+        assign(self.proto.opset_import, [entry for entry in self.proto.opset_import if entry.domain in used])
         self.proto.ir_version = max(10, helper.find_min_ir_version_for(self.proto.opset_import, ignore_unknown=True))
 
     def keep_old_resize(self) -> None:
@@ -185,14 +170,17 @@ class Draft:
         self.tensors = {name: tensor for name, tensor in self.tensors.items() if name in read}
 
     def infer(self) -> bool:
-        """Infer types and shapes of all tensors; always True. Where inference stops, what the file says is believed."""
+        """Infer types and shapes of all tensors; always True.
+
+        Where inference stops, what the file says is believed, and then what the weights of convolutions say.
+        """
         try:
             light = self.light()
             proto = onnx.shape_inference.infer_shapes(light, data_prop=True)
             if believed := self._believed(proto.graph):
                 light.graph.value_info.extend(believed)
                 proto = onnx.shape_inference.infer_shapes(light, data_prop=True)
-        except (RuntimeError, onnx.checker.ValidationError) as error:
+        except (RuntimeError, onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
             raise ModelError(
                 f"Cannot infer the shapes of this model: onnx {onnx.__version__} says: "
                 f"{' '.join(str(error).split())[:500]} Export the model again."
@@ -205,9 +193,21 @@ class Draft:
         found = {v.name: v for v in inferred.value_info if v.type.tensor_type.HasField("shape")}
         made = {name for node in self.graph.node for name in node.output} - found.keys() - self.output_names
         believed = [v for name, v in self._stated.items() if name in made and v.type.HasField("tensor_type")]
-        if all(_sizes(v) == _sizes(found[v.name]) for v in self._stated.values() if v.name in found):
-            return believed
-        return [helper.make_tensor_value_info(v.name, v.type.tensor_type.elem_type, None) for v in believed]
+        if not all(_sizes(v) == _sizes(found[v.name]) for v in self._stated.values() if v.name in found):
+            believed = [helper.make_tensor_value_info(v.name, v.type.tensor_type.elem_type, None) for v in believed]
+        ranked = {v.name for v in believed if v.type.tensor_type.HasField("shape")}
+        shown = {v.name: v for v in self._read_by_convolutions() if v.name in made - ranked}
+        return [*(v for v in believed if v.name not in shown), *shown.values()]
+
+    def _read_by_convolutions(self) -> Iterator[ValueInfoProto]:
+        """The rank and the channels of what convolutions read, which their weights say."""
+        for node in self.graph.node:
+            weight = self.tensors.get(node.input[1]) if node.op_type in ("Conv", "ConvTranspose") else None
+            if weight is not None and not node.domain:
+                transposed = node.op_type == "ConvTranspose"
+                channels = weight.dims[0] if transposed else weight.dims[1] * attribute(node, "group", 1)
+                shape = [None, channels, *[None] * (len(weight.dims) - 2)]
+                yield helper.make_tensor_value_info(node.input[0], weight.data_type, shape)
 
     def finish(self) -> Model:
         """The complete model without what no output depends on, with inferred types and shapes."""

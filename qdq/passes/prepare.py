@@ -1,6 +1,6 @@
 """Bring a float model into the one form that every later pass expects, with the same outputs.
 
-    functions inlined, node names unique, initializers no longer inputs -> opset 21
+    every node has a name, initializers are no longer inputs -> opset 21
     constants, shapes, BatchNormalization and automatic padding folded; identities, unused nodes and tensors dropped
     shapes of all tensors inferred -> Model (IR version 10)
 
@@ -17,7 +17,8 @@ from onnx import NodeProto, helper
 from qdq.core.errors import ModelError
 from qdq.model.graphsurgeon import ModelSource, called
 from qdq.model.model import Model, dtype_name
-from qdq.model.nodes import attribute_value
+from qdq.model.nodes import all_nodes, attribute_value
+from qdq.model.opset import is_same
 from qdq.model.storage import is_quantized, load
 from qdq.passes.draft import Draft, assign
 from qdq.passes.fold import fold_batch_norms, fold_constants, fold_shapes
@@ -39,26 +40,25 @@ def load_float(source: ModelSource) -> Model:
     return prepare(model)
 
 
-OLDEST_OPSET = 9
-NEWEST_OPSET = 25  # 22 to 25 are kept and tested; ONNX Runtime 1.31 itself takes 26
+OLDEST_OPSET = 7  # as in ONNX Runtime
 
 
 def prepare(model: Model) -> Model:
     """Normalize a float model; the same model always gives the same bytes.
 
-    Opset 9 to 25 becomes 21 (22 to 25 stay). Nodes have unique names, weights are initializers and no inputs, tensors
+    Opset 7 to 20 becomes 21; a newer one stays. Nodes have names, weights are initializers and no inputs, tensors
     have their inferred types and shapes. Inputs and outputs are those of `model`, dynamic sizes included.
 
     Raises:
         ModelError: the opset is too old or too new, or an operator has no equivalent in opset 21.
     """
-    if model.opset and not OLDEST_OPSET <= model.opset <= NEWEST_OPSET:
+    if 0 < model.opset < OLDEST_OPSET and not is_same(model.proto, OLDEST_OPSET):
         raise ModelError(
-            f"Cannot use this model: it is of opset {model.opset}, qdq takes opset {OLDEST_OPSET} to {NEWEST_OPSET}. "
-            "Export it again with opset 17 to 21."
+            f"Cannot use this model: it is of opset {model.opset}, and qdq takes {OLDEST_OPSET} or newer, as ONNX "
+            "Runtime does. Export it again with opset 17 to 21."
         )
     draft = Draft(model)
-    draft.inline_functions()
+    write_out_axes(draft)
     draft.name_nodes()
     draft.lift_constants()
     draft.raise_opset()
@@ -70,6 +70,13 @@ def prepare(model: Model) -> Model:
     fold_batch_norms(draft)
     pad_explicitly(draft)
     return draft.finish()
+
+
+def write_out_axes(draft: Draft) -> None:
+    """Give MeanVarianceNormalization its axes: without them onnx's own check refuses what it stands for."""
+    for node in all_nodes(draft.graph):
+        if node.op_type == "MeanVarianceNormalization" and not any(a.name == "axes" for a in node.attribute):
+            node.attribute.append(helper.make_attribute("axes", [0, 2, 3]))
 
 
 def drop_identities(draft: Draft) -> bool:

@@ -14,23 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from onnx import ModelProto
 
 from calib_data import DataError, InputSpec, Samples, open_samples
 from calib_data.sources import ArrayForm, form_of
 from calib_data.sources.function import PythonFunction
 from engines.core import arithmetic
 from engines.core import onnx_runtime as ort
-from engines.core.load import load_graph
 from engines.verify.compare import OutputSums
 from engines.verify.meaning import FirstSample, meanings
 from engines.verify.report import worst_of
 from qdq.core.choices import choose
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
+from qdq.deploy.check import float_session
 from qdq.deploy.compare.metrics import METRICS, Array, metric, next_tokens
 from qdq.deploy.compare.task import Task
 from qdq.measure.inference.inputs import input_specs
 from qdq.model.model import Model
+from qdq.model.storage import load
 
 KEPT_BYTES = 1 << 28  # of the reference's outputs; beyond, it runs again for every candidate
 
@@ -111,10 +113,15 @@ class Reference:
 
     def __init__(self, path: Path | str, *, custom_ops: Sequence[str] = ()) -> None:
         """Of a model's file; `custom_ops` are libraries for ONNX Runtime."""
-        self.path, self._custom_ops = path, custom_ops
+        self._model, self._path, self._custom_ops = load(path), path, custom_ops
         self._session: Any = None
         self._kept: dict[int, dict[str, Array]] = {}
         self._bytes = 0
+
+    @property
+    def graph(self) -> ModelProto:
+        """The model without its external data."""
+        return self._model.proto
 
     def outputs(self, index: int, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs for the sample of an index.
@@ -125,7 +132,7 @@ class Reference:
         if index in self._kept:
             return self._kept[index]
         if self._session is None:
-            self._session = ort.session(str(self.path), custom_ops=self._custom_ops)
+            self._session = float_session(self._model, str(self._path), custom_ops=self._custom_ops)
         found = next(ort.run(self._session, [inputs]))
         self._bytes += sum(array.nbytes for array in found.values())
         if self._bytes <= KEPT_BYTES:
@@ -165,16 +172,16 @@ def score(
             f"The samples to score on hold no array {task.array!r} with labels, only {', '.join(names)}. Give --eval "
             "with real samples that have it, or leave out --labels."
         )
-    session = arithmetic.session(candidate, custom_ops=custom_ops)
-    sums, counting, classes, done = OutputSums(reference.path), metric(task.metric, per=task.per), "", 0
+    tried = load(candidate)
+    session = arithmetic.session(tried.proto, directory=tried.directory, where=str(candidate), custom_ops=custom_ops)
+    sums, counting, classes, done = OutputSums(reference.graph), metric(task.metric, per=task.per), "", 0
     for done, sample in enumerate(samples, 1):
         inputs = {name: sample[name] for name in names}
         found, expected = next(ort.run(session, [inputs])), reference.outputs(done, inputs)
         sums.add(inputs, {name: expected[name] for name in outputs}, found)
         if done == 1 and METRICS[task.metric].has_classes:
             first = FirstSample(inputs={k: np.shape(v) for k, v in inputs.items()}, outputs={of: expected[of]})
-            graph = load_graph(reference.path)
-            meant = meanings(graph, first, task="classification", class_axis=task.class_axis)[of]
+            meant = meanings(reference.graph, first, task="classification", class_axis=task.class_axis)[of]
             axis = task.class_axis if meant.axis is None else meant.axis  # one that does not fit, the metric refuses
             if axis is not None:
                 counting, classes = metric(task.metric, axis=axis), f"{of}: {meant.why}"

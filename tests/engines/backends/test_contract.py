@@ -40,7 +40,7 @@ def check_targets(model, targets):
     return tuple(BACKEND.target(target) for target in targets)
 
 
-def build(model, *, targets=("sm42",), shapes=None, timing_cache=None, on_progress=None):
+def build(model, *, targets=("sm42",), shapes=None, timing_cache=None, directory=None, on_progress=None):
     proto = load_graph(model)
     names = check_targets(proto, targets)
     if on_progress:
@@ -119,7 +119,9 @@ class TestEveryBackend:
         with pytest.raises(MissingRuntimeError):
             import_runtime(backend.runtime)
         with pytest.raises(MissingRuntimeError):
-            backend.build(graphs.identity(), targets=["sm89"], shapes={}, timing_cache=None, on_progress=None)
+            backend.build(
+                graphs.identity(), targets=["sm89"], shapes={}, timing_cache=None, directory=None, on_progress=None
+            )
 
     def test_the_doctor_looks_for_it(self, backend: Backend) -> None:
         assert {backend.runtime, f"compile with {backend.title}"} <= {row.name for row in doctor.diagnose()}
