@@ -111,7 +111,9 @@ def _inferred(proto: ModelProto) -> GraphProto:
 
 
 def inlined(model: ModelProto) -> ModelProto | None:
-    """A model with the nodes of its functions in place of their calls, which may be itself; None where these are many.
+    """A model with the nodes of its functions in place of their calls, which may be itself.
+
+    None where calls are very many, go in a circle or do not fit their functions.
 
     TensorRT's parser gives the nodes the same names: 'node | call (function)'.
     """
@@ -138,13 +140,16 @@ def inlined(model: ModelProto) -> ModelProto | None:
 
     named = ModelProto()
     named.CopyFrom(model)
-    for node in named.graph.node:
-        call(node, "")
-    if len(copies) > CALLS:
+    try:
+        for node in named.graph.node:
+            call(node, "")
+        if len(copies) > CALLS:
+            return None
+        del named.functions[:]
+        named.functions.extend(copies)
+        flat = onnx.inliner.inline_local_functions(named, convert_version=True)
+    except RuntimeError:  # Python's of a circle, or onnx's of a call that does not fit its function
         return None
-    del named.functions[:]
-    named.functions.extend(copies)
-    flat = onnx.inliner.inline_local_functions(named, convert_version=True)
     for node in all_nodes(flat.graph):
         if " | " in node.name:
             node.name = re.sub(r"__\d+$", "", node.name)  # which the inliner adds

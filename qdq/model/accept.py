@@ -62,8 +62,8 @@ def accept(proto: ModelProto, directory: Path) -> bool:
         directory: of its external data.
 
     Raises:
-        ModelError: a sparse tensor would become too large, or its indices lie outside of it; functions call each other
-            too often.
+        ModelError: a sparse tensor would become too large, or its indices lie outside of it; functions cannot be put in
+            place of their calls.
         onnx.checker.ValidationError: a sparse tensor is malformed.
     """
     steps: tuple[Callable[[], bool], ...] = (
@@ -137,8 +137,8 @@ def _inline(proto: ModelProto) -> bool:
     flat = inlined(without_initializers(proto))
     if flat is None:
         raise ModelError(
-            "Cannot use this model: its functions call each other so often that it would have too many nodes. "
-            "Export it again without functions that call functions."
+            "Cannot use this model: its functions cannot be put in place of their calls, which are very many, go in a "
+            "circle, or do not fit the functions. Export it again without functions of its own."
         )
     _take(proto, flat)
     return True
