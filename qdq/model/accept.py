@@ -45,6 +45,7 @@ from engines.core.nodes import all_graphs, all_nodes, reads
 from engines.core.shapes import inferred, inlined, light
 from qdq.core.errors import ModelError
 from qdq.model.external import embedded, tensor_bytes
+from qdq.model.model import dtype_name
 from qdq.model.nodes import Names, without_initializers
 from qdq.model.opset import group_norm, opset_of, tensor_names, with_opset, write_out
 
@@ -290,15 +291,16 @@ def _read_as(node: NodeProto, fresh: dict[str, str]) -> None:
 
 
 def _leave_out_untrue(proto: ModelProto) -> bool:
-    """Forget stated types and shapes that inference contradicts; an output gets its inferred shape then."""
+    """Forget stated types and shapes that inference contradicts; an output gets its inferred shape then.
+
+    An output of another type than its node makes is refused, as ONNX Runtime does.
+    """
     stated = [*proto.graph.value_info, *proto.graph.output]
     if not any(v.type.HasField("tensor_type") for v in stated):
         return False
     bare = light(proto)
     del bare.graph.value_info[:]
-    for value in bare.graph.output:
-        if value.type.HasField("tensor_type"):
-            value.type.tensor_type.ClearField("shape")
+    del bare.graph.output[:]
     shown = inferred(bare)
     found = {v.name: v for v in (*shown.value_info, *shown.output)}
     untrue = {v.name for v in stated if v.name in found and _contradict(v, found[v.name])}
@@ -308,7 +310,13 @@ def _leave_out_untrue(proto: ModelProto) -> bool:
         del proto.graph.value_info[:]
         proto.graph.value_info.extend(kept)
     for value in proto.graph.output:
-        if value.name in untrue and value.type.tensor_type.elem_type == found[value.name].type.tensor_type.elem_type:
+        if value.name in untrue:
+            says, makes = value.type.tensor_type.elem_type, found[value.name].type.tensor_type.elem_type
+            if says != makes:
+                raise ModelError(
+                    f"Cannot use this model: its output {value.name!r} is stated as {dtype_name(says)}, but it is made "
+                    f"as {dtype_name(makes)}. Export it again."
+                )
             value.CopyFrom(found[value.name])
             changed = True
     return changed

@@ -250,6 +250,31 @@ def test_functions_that_call_each_other_without_end_are_refused_at_once() -> Non
 
 
 @pytest.mark.parametrize(
+    "calls",
+    [
+        [helper.make_node("F", ["a"], ["b"], domain="mine")],  # itself
+        [helper.make_node("Relu", ["a"], ["b"]), helper.make_node("G", ["a", "a", "a"], ["c"], domain="mine")],
+    ],
+)
+def test_functions_that_cannot_be_put_in_place_of_their_calls(calls: list[onnx.NodeProto]) -> None:
+    proto = net()
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("mine", 1)]
+    proto.functions.append(helper.make_function("mine", "F", ["a"], ["b"], calls, opsets))
+    proto.functions.append(helper.make_function("mine", "G", ["a"], ["b"], [node("Relu", "a", "b")], opsets[:1]))
+    proto.graph.node[1].CopyFrom(helper.make_node("F", ["c"], ["r"], domain="mine"))
+    proto.opset_import.append(helper.make_opsetid("mine", 1))
+    with pytest.raises(ModelError, match="cannot be put in place of their calls"):
+        load(proto)
+
+
+def test_an_output_of_another_type_than_its_node_makes_is_refused() -> None:
+    proto = net()
+    proto.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
+    with pytest.raises(ModelError, match="is stated as int64, but it is made as float32"):
+        load(proto)
+
+
+@pytest.mark.parametrize(
     ("tensor", "message"),
     [
         (
