@@ -278,6 +278,10 @@ def test_bad_arguments(tmp_path: Path) -> None:
         random_samples([IMAGE], 0, seed=0)
     with pytest.raises(DataError, match=r"axis 2 \(unnamed\).*--shape image"):
         random_samples([IMAGE], 1, seed=0)
+    large, none = (InputSpec(name="x", dtype="float32", shape=shape) for shape in ((1 << 40, 4), (2, 0)))
+    with pytest.raises(DataError, match=r"shape \(1099511627776, 4\) has more than 4294967296 elements"):
+        random_samples([large], 1, seed=0)
+    assert next(iter(random_samples([none], 1, seed=0)))["x"].shape == (2, 0)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
