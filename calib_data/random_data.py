@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ import numpy as np
 from calib_data.samples import Samples
 from calib_data.sources import RawSample, SampleShapes
 from calib_data.validation import Array, DataError, InputSpec
+
+MOST = 1 << 32  # elements of one array: 16 GiB in FP32
 
 
 def random_samples(
@@ -25,7 +28,7 @@ def random_samples(
             A dynamic leading dimension defaults to 1.
 
     Raises:
-        DataError: n is below one, or a dynamic dimension has no size.
+        DataError: n is below one, a dynamic dimension has no size, or an array would be too large.
     """
     if n < 1:
         raise DataError(f"Cannot make {n} random samples: at least one is needed.")
@@ -35,13 +38,18 @@ def random_samples(
         shape: list[int] = []
         for axis, dim in enumerate(spec.shape):
             size = dim if isinstance(dim, int) else sizes.get((spec.name, axis), sizes.get(dim or "", int(axis == 0)))
-            if size < 1:
+            if size < 1 and dim != 0:
                 raise DataError(
                     f"Cannot make random data for {spec.name!r}: axis {axis} ({dim or 'unnamed'}) of its shape "
                     f"{spec.shape} is dynamic and no size is given. Give the whole shape with --shape {spec.name}:..."
                 )
             shape.append(size)
         dims[spec.name] = tuple(shape)
+        if math.prod(shape) > MOST:
+            raise DataError(
+                f"Cannot make random data for {spec.name!r}: an array of shape {dims[spec.name]} has more than {MOST} "
+                "elements. Give a smaller --shape, or another model where the size is fixed."
+            )
     source = RandomNumbers(inputs=tuple(inputs), dims=dims, count=n, seed=seed)
     return Samples(inputs=tuple(inputs), source=source, indices=range(n), origin=f"{n} random samples, seed {seed}")
 

@@ -33,6 +33,7 @@ MAPPED = 1 << 20  # bytes; smaller external tensors are read into memory
 LARGE = 1 << 28  # bytes of external data in a model; above, weights are worked on one at a time and kept on disk
 IN_FILE_LIMIT = 1_900_000_000  # bytes; protobuf refuses a message of 2 GiB, the nodes need the rest
 STORE = "store"  # key of a tensor's external data: the folder that its location is in; `storage.load` takes it away
+KNOWN = frozenset(TensorProto.DataType.values())  # types of tensors
 _FOUR, _TWO = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1), (TensorProto.INT2, TensorProto.UINT2)
 _BITS: dict[int, int] = {**dict.fromkeys(_FOUR, 4), **dict.fromkeys(_TWO, 2)}
 
@@ -95,8 +96,7 @@ def release(array: np.ndarray) -> None:
 
 def tensor_bytes(tensor: TensorProto) -> int:
     """Bytes of a tensor's packed values; 0 for text, which has no fixed size, and for types that onnx does not know."""
-    sizeless = (TensorProto.STRING, TensorProto.UNDEFINED)
-    if tensor.data_type in sizeless or tensor.data_type not in TensorProto.DataType.values():
+    if tensor.data_type in (TensorProto.STRING, TensorProto.UNDEFINED) or tensor.data_type not in KNOWN:
         return 0
     bits = _BITS.get(tensor.data_type) or 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     return int(math.prod(tensor.dims) * bits + 7) // 8

@@ -10,12 +10,21 @@ from typing import BinaryIO
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 
 from engines.core.files import new_files
 from qdq.core.errors import InputError, ModelError
 from qdq.model.accept import accept
-from qdq.model.external import IN_FILE_LIMIT, External, is_external, move, stream, tensor_bytes, without_store_key
+from qdq.model.external import (
+    IN_FILE_LIMIT,
+    KNOWN,
+    External,
+    is_external,
+    move,
+    stream,
+    tensor_bytes,
+    without_store_key,
+)
 from qdq.model.graphsurgeon import ModelSource, called, content
 from qdq.model.model import Model
 from qdq.model.nodes import all_nodes, all_tensors, without_initializers
@@ -59,7 +68,7 @@ def load(source: ModelSource) -> Model:
         )
     if not proto.graph.output:
         raise ModelError(f"Cannot use {name}: it has no outputs, so it computes nothing. Export the model again.")
-    if odd := next((t for t in all_tensors(proto) if t.data_type not in TensorProto.DataType.values()), None):
+    if odd := next((t for t in all_tensors(proto) if t.data_type not in KNOWN), None):
         raise ModelError(
             f"Cannot use {name}: tensor {odd.name!r} is of type {odd.data_type}, which onnx {onnx.__version__} does "
             "not know. Export the model again, or install a newer onnx."

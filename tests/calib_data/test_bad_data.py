@@ -87,6 +87,18 @@ def test_conversions_that_keep_the_meaning(tmp_path: Path, array: np.ndarray, sp
     np.testing.assert_array_equal(sample[spec.name], array)
 
 
+def test_arrays_may_be_empty_beside_others_or_where_the_model_says_so(tmp_path: Path) -> None:
+    none = InputSpec(name="none", dtype="float32", shape=(2, 0))
+    empty = {"image": GOOD[..., :0], "ids": np.ones((1, 3), np.int32), "none": np.zeros((2, 0), np.float32)}
+    np.savez(tmp_path / "0.npz", **empty)
+    samples = open_samples(tmp_path, [IMAGE, IDS, none])
+    assert {name: array.shape for name, array in next(iter(samples)).items()} == {k: v.shape for k, v in empty.items()}
+    assert samples.shapes()["image"].opt == (1, 2, 0)
+    (tmp_path / "alone").mkdir()
+    np.savez(tmp_path / "alone" / "0.npz", none=empty["none"])
+    assert len(list(open_samples(tmp_path / "alone", [none]))) == 1
+
+
 def test_where_in_a_stacked_file(tmp_path: Path) -> None:
     stack = np.ones((4, 1, 2, 4), np.float32)
     stack[2, 0, 0, 0] = np.nan
@@ -319,6 +331,10 @@ def test_bad_arguments(tmp_path: Path) -> None:
         random_samples([IMAGE], 0, seed=0)
     with pytest.raises(DataError, match=r"axis 2 \(unnamed\).*--shape image"):
         random_samples([IMAGE], 1, seed=0)
+    large, none = (InputSpec(name="x", dtype="float32", shape=shape) for shape in ((1 << 40, 4), (2, 0)))
+    with pytest.raises(DataError, match=r"shape \(1099511627776, 4\) has more than 4294967296 elements"):
+        random_samples([large], 1, seed=0)
+    assert next(iter(random_samples([none], 1, seed=0)))["x"].shape == (2, 0)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
