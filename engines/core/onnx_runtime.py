@@ -169,14 +169,14 @@ def run(model: Any, samples: Iterable[Sample]) -> Iterator[dict[str, np.ndarray]
         samples: {input name: array}.
 
     Yields:
-        {output name: array} for each sample.
+        {output name: array} for each sample, without the outputs that are no tensors.
 
     Raises:
         EngineError: wrong input names, or ONNX Runtime's own message.
     """
     opened = model if hasattr(model, "get_inputs") else session(model)
     inputs = [i.name for i in opened.get_inputs()]
-    outputs = [o.name for o in opened.get_outputs()]
+    outputs = [o.name for o in opened.get_outputs() if _is_tensor(o)]
     for sample in samples:
         check_sample(sample, inputs)
         try:
@@ -190,4 +190,30 @@ def runner(model: Any, *, name: str = "onnxrt", **options: Any) -> Any:
     """A Polygraphy `OnnxrtRunner` of a session, or of what `session` takes with its options; reports show its name."""
     polygraphy = import_runtime("polygraphy.backend.onnxrt")
     opened = model if hasattr(model, "get_inputs") else session(model, **options)
-    return polygraphy.OnnxrtRunner(opened, name=name)
+    return polygraphy.OnnxrtRunner(_TensorsOnly(opened), name=name)
+
+
+def no_tensors(model: Any) -> dict[str, str]:
+    """The outputs of a session that are no tensors, and what they are: 'a sequence', 'an optional', 'a map'."""
+    kinds = {"seq": "a sequence", "optional": "an optional", "map": "a map"}
+    others = (o for o in model.get_outputs() if not _is_tensor(o))
+    return {o.name: kinds.get(o.type.partition("(")[0], o.type) for o in others}
+
+
+def _is_tensor(output: Any) -> bool:
+    return str(output.type).startswith("tensor(")
+
+
+class _TensorsOnly:
+    """A session as a runner sees it, without the outputs that are no tensors."""
+
+    def __init__(self, opened: Any) -> None:
+        self._session, self.get_inputs = opened, opened.get_inputs
+
+    def get_outputs(self) -> list[Any]:
+        return [o for o in self._session.get_outputs() if _is_tensor(o)]
+
+    def run(self, _: object, feeds: Sample) -> list[np.ndarray]:
+        names = [o.name for o in self.get_outputs()]
+        found: list[np.ndarray] = self._session.run(names, feeds) if names else []
+        return found

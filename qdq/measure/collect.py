@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engines.core.shapes import leading_is_batch
 from qdq.core.errors import InputError, StaleFileError
 from qdq.core.progress import Progress
 from qdq.measure.checkpoint import Checkpoint
@@ -222,6 +223,8 @@ def check_same(parts: Sequence[CalibrationTable], model: Model, samples: Iterabl
 
 def batch_dimension(model: Model) -> str | None:
     """The name of the open leading dimension that all inputs share: a sample then holds as many as its size says."""
+    if not leading_is_batch(model.graph):
+        return None
     names = {fed.shape[0] if fed.shape else None for fed in model.inputs}
     return next((name for name in names if len(names) == 1 and isinstance(name, str)), None)
 
