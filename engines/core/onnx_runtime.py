@@ -7,7 +7,10 @@ Must not let ONNX Runtime fuse Q/DQ into its own integer kernels: their arithmet
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,9 @@ from google.protobuf.message import DecodeError
 
 from engines.core.errors import EngineError, import_runtime
 from engines.core.fp4 import holds_fp4, runnable
+
+_MMAP_THRESHOLD = -3
+LARGE_BLOCK = 1 << 20
 
 Sample = Mapping[str, np.ndarray]
 
@@ -82,13 +88,28 @@ def session_options(*, threads: int, severity: int) -> Any:
         threads: inside one operator; 0 lets ONNX Runtime choose.
         severity: of the messages that ONNX Runtime prints: 3 errors, 4 fatal ones only.
 
+    What a run allocates is given back when it ends: an arena would keep the most that it ever took, or twice that, in
+    each session (a 3-D U-Net: 201 MB where 105 are in use, and 21 between runs; 8 % of the time).
+
     Source: session option `session.disable_quant_qdq`, onnxruntime_session_options_config_keys.h.
     """
     options = import_runtime("onnxruntime").SessionOptions()
+    options.enable_cpu_mem_arena = False
+    _give_back()
     options.log_severity_level = severity
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
+
+
+@cache
+def _give_back() -> None:
+    """Let the C library return every large block that is freed, as it does until it has freed one of 32 MB.
+
+    Source: mallopt(3), M_MMAP_THRESHOLD; other C libraries have no such function.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def give_weights(options: Any, weights: Mapping[str, np.ndarray], folder: Path) -> list[Any]:
@@ -103,7 +124,6 @@ def give_weights(options: Any, weights: Mapping[str, np.ndarray], folder: Path) 
         options.add_initializer(name, value)
     if weights:  # else every weight would be copied, to be packed for the product and to an arena that grows
         options.add_session_config_entry("session.disable_prepacking", "1")
-        options.enable_cpu_mem_arena = False
         # Optimizers read a weight from the file that the graph names, not the values given here.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return given

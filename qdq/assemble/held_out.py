@@ -15,7 +15,7 @@ import numpy as np
 
 from engines.core.arithmetic import stand_in
 from engines.core.nodes import sized_by_values
-from qdq.core.resources import cores
+from qdq.measure.inference.memory import at_once
 from qdq.measure.inference.samples import Sample, counted, overlapped, sample_sha256
 from qdq.measure.inference.session import Session
 from qdq.model.model import Model
@@ -102,6 +102,7 @@ class HeldOutScore:
         """Open the float model, which is prepared."""
         self._outputs = comparable(model)
         self._float, self._held = Session(model, self._outputs, threads=1), held
+        self._threads = at_once(model, held.holding(), copies=2)  # a Q/DQ model has more tensors beside each other
 
     def sqnr_db(self, candidate: Model) -> float:
         """See `sqnrs_db`."""
@@ -135,7 +136,7 @@ class HeldOutScore:
             both = [energies(expected, session(sample)) for session in taps]
             return [both[0][0], *(noise for _, noise in both)]
 
-        each = list(overlapped(compare, self._held.holding(), cores()))
+        each = list(overlapped(compare, self._held.holding(), self._threads))
         found, *noises = ([*values] for values in zip(*each, strict=True))
         return found, noises
 

@@ -28,6 +28,7 @@ from engines.verify.report import worst_of
 from qdq.core.choices import choose
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
+from qdq.core.resources import default_bytes
 from qdq.deploy.compare.metrics import METRICS, Array, metric, next_tokens
 from qdq.deploy.compare.task import Task
 from qdq.measure.inference.inputs import input_specs
@@ -129,7 +130,7 @@ class Reference:
             self._session = ort.session(str(self.path), custom_ops=self._custom_ops)
         found = next(ort.run(self._session, [inputs]))
         self._bytes += sum(array.nbytes for array in found.values())
-        if self._bytes <= KEPT_BYTES:
+        if self._bytes <= min(KEPT_BYTES, default_bytes() // 4):
             self._kept[index] = found
         return found
 
