@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from engines.core.errors import EngineError, import_runtime
 from engines.core.fp4 import holds_fp4, runnable
 
-_MMAP_THRESHOLD = -3
+_MMAP_THRESHOLD, _ARENA_MAX = -3, -8
 LARGE_BLOCK = 1 << 20
 
 Sample = Mapping[str, np.ndarray]
@@ -106,10 +106,14 @@ def session_options(*, threads: int, severity: int) -> Any:
 def _give_back() -> None:
     """Let the C library return every large block that is freed, as it does until it has freed one of 32 MB.
 
-    Source: mallopt(3), M_MMAP_THRESHOLD; other C libraries have no such function.
+    Small blocks come from one heap: of a heap for each thread, what one thread frees is of no use to the next.
+
+    Source: mallopt(3), M_MMAP_THRESHOLD and M_ARENA_MAX; other C libraries have no such function.
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, LARGE_BLOCK)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_THRESHOLD, LARGE_BLOCK)
+        mallopt(_ARENA_MAX, 1)
 
 
 def give_weights(options: Any, weights: Mapping[str, np.ndarray], folder: Path) -> list[Any]:
