@@ -10,6 +10,10 @@ from typing import Any
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
+from engines.core.operators import SIZED_BY_VALUES, family
+
+_SCATTERS = family("Scatter ScatterElements ScatterND TensorScatter")
+
 
 def attribute(node: NodeProto, name: str, default: int) -> int:
     """An integer attribute of a node."""
@@ -58,6 +62,20 @@ def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
         yield node
         for body in bodies(node):
             yield from all_nodes(body)
+
+
+def sized_by_values(graph: GraphProto) -> frozenset[str]:
+    """Tensors of a graph whose size depends on values: what such an operator gives, and what is computed from that.
+
+    What is scattered into a tensor leaves it its size.
+    """
+    found: set[str] = set()
+    for node in graph.node:
+        read = node.input[:1] if node.op_type in _SCATTERS else reads(node)
+        inside = (inner.op_type in SIZED_BY_VALUES for body in bodies(node) for inner in all_nodes(body))
+        if node.op_type in SIZED_BY_VALUES or not found.isdisjoint(read) or any(inside):
+            found.update(filter(None, node.output))
+    return frozenset(found)
 
 
 def captured(node: NodeProto) -> frozenset[str]:

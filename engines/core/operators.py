@@ -50,4 +50,6 @@ RAMPS = family("Abs Clip Neg Relu")
 # f(a x) = a f(x) for every a > 0, value by value.
 HOMOGENEOUS = family("Dropout Identity LeakyRelu PRelu Relu")
 ARITHMETIC = family("Add Div Mul Sub")
+# How many elements the outputs have depends on the values of the inputs.
+SIZED_BY_VALUES = family("Compress NonMaxSuppression NonZero Unique")
 COMPARISONS = family("Equal Greater GreaterOrEqual Less LessOrEqual")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ import onnx
 from engines.core import onnx_runtime as ort
 from engines.core.errors import EngineError, import_runtime
 from engines.core.load import load_graph
-from engines.verify.meaning import FirstSample, meanings
+from engines.core.nodes import sized_by_values
+from engines.core.shapes import leading_is_batch
+from engines.verify.meaning import FirstSample, Meaning, meanings
 from engines.verify.report import Alarms, Limits, OutputReport, Report
 from engines.verify.sums import Sums
 
@@ -33,6 +36,8 @@ class OutputSums:
         """Of a float model; None where there is only a runner of it. `task` and `class_axis` as in `meanings`."""
         self._model, self._task, self._class_axis = model, task, class_axis
         self._sums: dict[str, Sums] = {}
+        self._sized: frozenset[str] = frozenset()
+        self._batched = True  # along the leading axis that all inputs share lie samples
         self._unlike: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self.samples = 0
 
@@ -46,27 +51,38 @@ class OutputSums:
             graph = load_graph(self._model) if self._model is not None else None
             found = meanings(graph, seen, task=self._task, class_axis=self._class_axis)
             self._sums = {name: Sums(found[name]) for name in reference}
+            self._sized = sized_by_values(graph.graph) if graph is not None else frozenset()
+            self._batched = graph is None or leading_is_batch(graph.graph)
         batches = {shape[0] if shape else 0 for shape in shapes.values()}
         for name, array in reference.items():
             leading = array.shape[0] if array.ndim else 0
+            batched = self._batched and batches == {leading}
             if array.shape != candidate[name].shape:
                 self._unlike.setdefault(name, (array.shape, candidate[name].shape))
-            self._sums[name].add(array, candidate[name], leading if leading and batches == {leading} else None)
+            self._sums[name].add(array, candidate[name], leading if leading and batched else None)
         self.samples += 1
 
-    def reports(self) -> tuple[OutputReport, ...]:
-        """The metrics of each output.
+    def reports(self, others: Mapping[str, str] = MappingProxyType({})) -> tuple[OutputReport, ...]:
+        """The metrics of each output; `others` are those that are no tensors, and what they are.
 
         Raises:
-            EngineError: there was no sample, or an output never had the shape of the reference.
+            EngineError: there was no sample, or an output whose size does not depend on values never had the shape of
+                the reference.
         """
         if not self.samples:
             raise EngineError("There is no sample to compare on: give at least one.")
+        found = []
         for name, sums in self._sums.items():
-            if not sums.samples:
+            if not sums.samples and name not in self._sized:
                 shape, other = self._unlike[name]
                 raise EngineError(f"Output {name} has shape {shape} in the reference and {other} elsewhere.")
-        return tuple(sums.report(name) for name, sums in self._sums.items())
+            why = f"its size depends on the data ({sums.samples} of {self.samples} samples had the same shape)"
+            left = why if sums.mismatched and name in self._sized else ""
+            found.append(sums.report(name, not_compared=left))
+        none = (
+            Sums(Meaning(task="none", why=f"it is {kind}")).report(n, not_compared=kind) for n, kind in others.items()
+        )
+        return (*found, *none)
 
 
 def compare(
@@ -104,7 +120,11 @@ def compare(
     polygraphy = import_runtime("polygraphy.comparator")
     exceptions = import_runtime("polygraphy.exception")
     log = import_runtime("polygraphy.logger").G_LOGGER
-    runners = [_runner(x, name) for x, name in zip((reference, candidate), names, strict=True)]
+    sources = [_opened(x) for x in (reference, candidate)]
+    others: dict[str, str] = {}
+    for source in sources:
+        others |= ort.no_tensors(source) if hasattr(source, "get_outputs") else {}
+    runners = [_runner(x, name) for x, name in zip(sources, names, strict=True)]
     if model is None and isinstance(reference, str | Path | onnx.ModelProto):
         model = reference
     sums = OutputSums(model, task=task, class_axis=class_axis)
@@ -130,7 +150,7 @@ def compare(
         except failures as error:
             raise EngineError(f"Running {names[0]} and {names[1]} on a sample failed: {error}") from error
     return Report(
-        outputs=sums.reports(),
+        outputs=sums.reports(others),
         samples=sums.samples,
         limits=limits or Limits(),
         alarms=alarms or Alarms(),
@@ -141,9 +161,14 @@ def compare(
     )
 
 
+def _opened(source: Any) -> Any:
+    """A session of a path or a model; a session or a runner as it is."""
+    return ort.session(source) if isinstance(source, str | Path | onnx.ModelProto) else source
+
+
 def _runner(source: Any, name: str) -> Any:
-    """A Polygraphy runner of a path, a model, a session or a runner, under a name."""
-    if isinstance(source, str | Path | onnx.ModelProto) or hasattr(source, "get_inputs"):
+    """A Polygraphy runner of a session or a runner, under a name."""
+    if hasattr(source, "get_inputs"):
         return ort.runner(source, name=name)
     source.name = name
     return source

@@ -30,7 +30,7 @@ from onnx import NodeProto, TensorProto
 from engines.core.nodes import attribute, ints
 from engines.core.operators import ARITHMETIC, COMPARISONS, MOVERS, SOFTMAXES, family
 
-Task = Literal["classification", "segmentation", "regression", "labels"]
+Task = Literal["classification", "segmentation", "regression", "labels", "none"]
 TASKS = ("auto", *get_args(Task)[:3])
 MOST_CLASSES = 256  # of a segmentation: more channels than this are features, not classes
 _PASSED = MOVERS - {"Expand", "Slice", "Tile"} | family("Cast Dropout Resize Upsample")
@@ -46,7 +46,8 @@ class Meaning:
     """What an output is taken for.
 
     Attributes:
-        task: 'labels' are compared for equality, the others as numbers; classification and segmentation have classes.
+        task: 'labels' are compared for equality, 'none' not at all, the others as numbers; classification and
+            segmentation have classes.
         axis: of the classes, from 0; None without any.
         masks: whether the channels of a segmentation are independent; None where only the values tell.
         why: the evidence, a clause.

@@ -42,7 +42,8 @@ class OutputReport(Part, frozen=True, kw_only=True):
 
     Attributes:
         name: of the output.
-        task: 'classification' and 'segmentation' have classes, 'regression' numbers, 'labels' are equal or not.
+        task: 'classification' and 'segmentation' have classes, 'regression' numbers, 'labels' are equal or not; 'none'
+            is not compared.
         class_axis: axis of the classes, from 0.
         because: why it is taken for that.
         elements: compared.
@@ -62,6 +63,8 @@ class OutputReport(Part, frozen=True, kw_only=True):
         top1: of an argmax, or of labels that are equal.
         dice: by class.
         non_finite: values of either that are not finite.
+        first_non_finite: the first sample, from 0, that holds such values, and of which side; "" where none does.
+        not_compared: why it is not, or not on every sample; "" where it is.
     """
 
     name: str
@@ -85,6 +88,8 @@ class OutputReport(Part, frozen=True, kw_only=True):
     top1: Measured | None
     dice: dict[int, float]
     non_finite: int
+    first_non_finite: str = ""
+    not_compared: str = ""
 
     @property
     def least_db(self) -> float:
@@ -171,8 +176,8 @@ class Report(Document, frozen=True, kw_only=True):
     @property
     def failures(self) -> list[str]:
         """One sentence per missed limit, per limit that no output has a value for, and per output with NaN."""
-        wrong = [(o.name, o.non_finite) for o in self.outputs if o.non_finite]
-        found = [f"Output {name}: {n} values of the candidate or the reference are not finite." for name, n in wrong]
+        wrong = [o for o in self.outputs if o.non_finite]
+        found = [f"Output {o.name}: {o.non_finite} values are not finite, the first in {self._side(o)}." for o in wrong]
         for limit, least in ((name, getattr(self.limits, name)) for name in Limits.__struct_fields__):
             if least is None:
                 continue
@@ -205,10 +210,16 @@ class Report(Document, frozen=True, kw_only=True):
                 what = "labels are equal" if o.task == "labels" else "the argmax agrees"
                 said.append(f"{what} in {o.top1:.2%}, below {self.alarms.warn_top1:.4g}")
             if o.mismatched:
-                said.append(f"it has another shape in {o.mismatched} samples")
+                said.append(o.not_compared or f"it has another shape in {o.mismatched} samples")
             if said:
                 found.append((o, f"Output {o.name}: {'; '.join(dict.fromkeys(said))}."))
         return sorted(found, key=lambda pair: -math.inf if math.isnan(pair[0].least_db) else pair[0].least_db)
+
+    def _side(self, output: OutputReport) -> str:
+        """Where an output is not finite, by the names of both sides."""
+        sample, _, sides = output.first_non_finite.partition(" of the ")
+        named = {"reference": self.reference, "candidate": self.candidate}
+        return f"{sample} of the {' and the '.join(named[side] for side in sides.split(' and the '))}"
 
     @property
     def passed(self) -> bool:

@@ -45,6 +45,7 @@ class Sums:
         """Empty sums of an output with that meaning."""
         self.meaning = meaning
         self.samples = self.mismatched = self.elements = self.non_finite = self.equal = 0
+        self.first_non_finite: tuple[int, bool, bool] | None = None  # sample, in the reference, in the candidate
         self._classes = _Classes(meaning)
         self._spread = _Spread()
         self.signal = self.noise = self._power = self._product = self._error = self._largest = self._cosines = 0.0
@@ -87,7 +88,12 @@ class Sums:
             self._spread.add(rows[:, part].astype(np.float64), part)
             r, c = (a[:, part].astype(np.float64).ravel() for a in (rows, others))
             difference = np.abs(r - c)
-            self.non_finite += int(np.count_nonzero(~(np.isfinite(r) & np.isfinite(c))))
+            odd = ~np.isfinite(r), ~np.isfinite(c)
+            if count := int(np.count_nonzero(odd[0] | odd[1])):
+                self.non_finite += count
+                index, *sides = self.first_non_finite or (self.samples + self.mismatched - 1, False, False)
+                if index == self.samples + self.mismatched - 1:
+                    self.first_non_finite = index, sides[0] or bool(odd[0].any()), sides[1] or bool(odd[1].any())
             self.equal += int(np.count_nonzero(difference == 0))
             self.noise += float((difference * difference).sum())
             self._error += float(difference.sum())
@@ -102,8 +108,8 @@ class Sums:
         self.signal, self._power, self._product = self.signal + signal, self._power + power, self._product + product
         self._cosines += _cosine(product, signal, power) if math.isfinite(signal + power + product) else math.nan
 
-    def report(self, name: str) -> OutputReport:
-        """The metrics of everything added."""
+    def report(self, name: str, *, not_compared: str = "") -> OutputReport:
+        """The metrics of everything added; `not_compared` says why something was not."""
         meaning, labels = self.meaning, self.meaning.task == "labels"
         top1, dice = self._classes.agreement()
         numeric = self.elements > 0 and not labels
@@ -138,7 +144,18 @@ class Sums:
             top1=self.equal / count if labels and self.elements else top1,
             dice=dice,
             non_finite=self.non_finite,
+            first_non_finite=self._first_non_finite,
+            not_compared=not_compared,
         )
+
+    @property
+    def _first_non_finite(self) -> str:
+        """Where the first values are that are not finite, in words."""
+        if self.first_non_finite is None:
+            return ""
+        sample, in_reference, in_candidate = self.first_non_finite
+        sides = [side for side, there in (("reference", in_reference), ("candidate", in_candidate)) if there]
+        return f"sample {sample} of the {' and the '.join(sides)}"
 
 
 BLOCK = 1 << 18  # elements at a time: their float64 copies stay in a processor's cache

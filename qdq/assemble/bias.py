@@ -26,7 +26,7 @@ from engines.core.documents import replace
 from qdq.assemble.held_out import HeldOutScore, Split, split
 from qdq.core.arrays import Floats
 from qdq.core.progress import Progress
-from qdq.core.resources import cores
+from qdq.measure.inference.memory import at_once, groups_of, passes
 from qdq.measure.inference.samples import Sample, overlapped
 from qdq.measure.inference.session import Session
 from qdq.measure.inference.staged import Stages, can_stage
@@ -103,7 +103,8 @@ def correct(
         wanted[name] = replace(wanted[name], value=wanted[name].value * factors[name])
     staged = can_stage(quantized)
     cuts = [[node.output for node in level] for level in levels] if staged else []
-    with Stages(quantized, cuts, held.fitting() if staged else ()) as run:
+    threads = at_once(model, held.fitting(), copies=2)
+    with Stages(quantized, cuts, held.fitting() if staged else (), threads=threads) as run:
         for number, level in enumerate(levels):
             if on_progress is not None:
                 on_progress(number, len(levels), "correcting biases")
@@ -161,9 +162,20 @@ class _Mean:
 
 
 def _means(model: Model, nodes: Sequence[WeightedNode], held: Split) -> dict[str, _Mean]:
-    """The means of nodes' outputs in one pass over the whole model."""
-    session, look = Session(model, [node.output for node in nodes], threads=1), _look(model, nodes)
-    return _mean(overlapped(lambda sample: look(session(sample)), held.fitting(), cores()))
+    """The means of nodes' outputs in passes over the whole model, one if the memory allows."""
+    found: dict[str, _Mean] = {}
+    for group in groups_of(model, (node.output for node in nodes), held.fitting()):
+        run = _run(model, [node for node in nodes if node.output in group])
+        threads = passes(model, group, next(held.fitting())).threads
+        found |= _mean(overlapped(run, held.fitting(), threads))
+    return found
+
+
+def _run(model: Model, nodes: Sequence[WeightedNode]) -> Callable[[Sample], _Sums]:
+    """A function from a sample to what `_mean` sums up of some nodes' outputs."""
+    session = Session(model, [node.output for node in nodes], threads=1, in_order=True)
+    look = _look(model, nodes)
+    return lambda sample: look(session(sample))
 
 
 def _look(model: Model, nodes: Sequence[WeightedNode]) -> Callable[[Mapping[str, npt.NDArray[Any]]], _Sums]:

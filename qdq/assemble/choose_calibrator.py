@@ -28,9 +28,9 @@ from qdq.assemble.held_out import HeldOutScore, Split, clearly_less, decibels, r
 from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams
-from qdq.core.resources import cores
 from qdq.measure import second_moments
 from qdq.measure.calibrators import CALIBRATORS
+from qdq.measure.inference.memory import at_once
 from qdq.measure.inference.samples import Sample, overlapped
 from qdq.measure.inference.session import Session
 from qdq.measure.table import CalibrationTable
@@ -148,9 +148,10 @@ def pick(
             error = probe.error(point.tensor, params[method][point.tensor])
             energies = [probe.energy(node, error) for node in readers]
             wanted[point.tensor, method] = list(zip(energies, signals, strict=True))
-    session = Session(probe.model(), probe.outputs, threads=1)
+    session = Session(probe.model(), probe.outputs, threads=1, in_order=True)
+    threads = at_once(model, held.fitting(), copies=2)
     sums: dict[str, float] = dict.fromkeys(probe.outputs, 0.0)
-    for done, values in enumerate(overlapped(session, held.fitting(), cores()), 1):
+    for done, values in enumerate(overlapped(session, held.fitting(), threads), 1):
         for name, value in values.items():
             sums[name] += float(value)
         if on_progress is not None:

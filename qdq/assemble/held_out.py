@@ -8,13 +8,14 @@ samples are seen here, never those that a report is made on. This module must no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from engines.core.arithmetic import stand_in
-from qdq.core.resources import cores
+from engines.core.nodes import sized_by_values
+from qdq.measure.inference.memory import at_once
 from qdq.measure.inference.samples import Sample, counted, overlapped, sample_sha256
 from qdq.measure.inference.session import Session
 from qdq.model.model import Model
@@ -66,14 +67,24 @@ def split(samples: Iterable[Sample]) -> Split:
 
 
 def comparable(model: Model) -> list[str]:
-    """The outputs that tell how well a candidate does: floats, or other numbers where there are none.
+    """The tensors that tell how well a candidate does: outputs of floats, or of other numbers where there are none.
 
     An error of labels is how far their indices are apart, which means little beside floats. Constants, texts and
-    sequences are left out.
+    sequences are left out. Of outputs whose size depends on values, as boxes behind a NonMaxSuppression, one value more
+    or less moves all others: they are left out where others are not so, else what they are chosen from counts.
     """
     kinds = {o.name: o.dtype for o in model.outputs if not model.is_constant(o.name)}
     floats = [name for name, kind in kinds.items() if "float" in kind]
-    return floats or [name for name, kind in kinds.items() if kind.startswith(("bool", "int", "uint"))]
+    found = floats or [name for name, kind in kinds.items() if kind.startswith(("bool", "int", "uint"))]
+    sized = sized_by_values(model.graph)
+    return [name for name in found if name not in sized] or _chosen_from(model, sized) or found
+
+
+def _chosen_from(model: Model, sized: Collection[str]) -> list[str]:
+    """The computed float tensors that nodes read whose outputs have a size that depends on values."""
+    read = (name for node in model.graph.node if any(name in sized for name in node.output) for name in node.input)
+    made = (name for name in dict.fromkeys(read) if name not in sized and model.producer(name) is not None)
+    return [name for name in made if (info := model.info(name)) is not None and "float" in info.dtype]
 
 
 def in_its_types(model: Model, tensors: Iterable[str], *, threads: int = 0) -> Session:
@@ -91,6 +102,7 @@ class HeldOutScore:
         """Open the float model, which is prepared."""
         self._outputs = comparable(model)
         self._float, self._held = Session(model, self._outputs, threads=1), held
+        self._threads = at_once(model, held.holding(), copies=2)  # a Q/DQ model has more tensors beside each other
 
     def sqnr_db(self, candidate: Model) -> float:
         """See `sqnrs_db`."""
@@ -115,14 +127,16 @@ class HeldOutScore:
         if len(candidates) > AT_ONCE:
             signals, some = self.energies(candidates[:AT_ONCE])
             return signals, some + self.energies(candidates[AT_ONCE:])[1]
-        taps = [in_its_types(candidate, self._outputs, threads=1) for candidate in candidates]
+        lost = {name for name in self._outputs for each in candidates if name not in each.names()}
+        outputs = [name for name in self._outputs if name not in lost]
+        taps = [in_its_types(candidate, outputs, threads=1) for candidate in candidates]
 
         def compare(sample: Sample) -> list[float]:
-            expected = self._float(sample)
+            expected = {name: value for name, value in self._float(sample).items() if name not in lost}
             both = [energies(expected, session(sample)) for session in taps]
             return [both[0][0], *(noise for _, noise in both)]
 
-        each = list(overlapped(compare, self._held.holding(), cores()))
+        each = list(overlapped(compare, self._held.holding(), self._threads))
         found, *noises = ([*values] for values in zip(*each, strict=True))
         return found, noises
 

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import NodeProto, helper
+from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, QTensor
@@ -97,6 +97,7 @@ class _Writer(GraphWriter):
         self._solution = solution
         self._readers = by_data(solution.nodes.values())
         self._made: dict[tuple[object, ...], str] = {}
+        self._deep: dict[str, int] = {}  # output of a MatMul of integer codes -> its rank, where that is 3 or more
         self._carried: dict[str, list[tuple[str, CarryingConstant]]] = {}
         for tensor, carrier in solution.carriers.items():
             for operand in carrier.operands:
@@ -132,6 +133,28 @@ class _Writer(GraphWriter):
         self._nodes.append(copy)
         if params.zero_point:
             self._correct(copy, weight, params)
+        rank = self._model.rank(weighted.output) or 0
+        if copy.op_type == "MatMul" and rank > 2 and FORMATS[params.format].integer:
+            self._deep[copy.output[0]] = rank
+
+    def finish(self, opset: int) -> ModelProto:
+        """The new model; a constant added to a product of rank 3 or more has that rank.
+
+        Of a vector behind such a MatMul, ONNX Runtime makes a Reshape and a Gemm, and 1.31 and 1.32 move the quantizer
+        in front across the Reshape, by a QuantizeLinear that they refuse from opset 21 on.
+        """
+        for node in self._nodes:
+            if node.op_type != "Add" or (rank := max(self._deep.get(name, 0) for name in node.input)) == 0:
+                continue
+            for index, name in enumerate(node.input):
+                new, old = self._constants.get(name), self._model.initializers.get(name)
+                stored = new or old
+                if stored is not None and len(stored.dims) < rank:
+                    values = numpy_helper.to_array(new) if new else self._model.array(name)
+                    values = values.reshape(*(1,) * (rank - values.ndim), *values.shape)
+                    node.input[index] = self._constant(f"{name}_rank_{rank}", values)
+                    self._constants.pop(name, None)  # a correction, which nothing else reads
+        return super().finish(opset)
 
     def _carrying(self, node: NodeProto) -> NodeProto:
         """A copy of a node whose constants hold the factors of a tensor made from its output."""

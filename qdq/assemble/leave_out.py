@@ -16,6 +16,7 @@ import numpy as np
 
 from engines.core.documents import replace
 from qdq.assemble.held_out import HeldOutScore, Split, comparable, decibels, energies, ranked
+from qdq.measure.inference.memory import groups_of
 from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import Session
 from qdq.model.external import is_large
@@ -94,19 +95,20 @@ def _destroyed(model: Model, made: tuple[Solution, Model], held: Split) -> tuple
     """The nodes with an output of less than LEAST_DB whose inputs no other such node has spoiled."""
     solution, quantized = made
     nodes = {node.output: node for node in solution.nodes.values()}
-    exact, coded = Session(model, nodes, threads=1), Session(quantized, nodes, threads=1)
     signals: dict[str, list[float]] = {tensor: [] for tensor in nodes}
     noises: dict[str, list[float]] = {tensor: [] for tensor in nodes}
-    for sample in held.holding():
-        wanted, found = exact(sample), coded(sample)
-        for tensor, node in nodes.items():
-            factor = solution.factors.get(node.name)
-            if factor is not None:  # the Q/DQ model's output is multiplied by it
-                shape = (-1, *(1,) * node.spatial)
-                wanted[tensor] = np.asarray(wanted[tensor] * factor.reshape(shape))
-            signal, noise = energies({tensor: wanted[tensor]}, found)
-            signals[tensor].append(signal)
-            noises[tensor].append(noise)
+    for group in groups_of(model, nodes, held.holding()):
+        exact, coded = (Session(each, group, threads=1, in_order=True) for each in (model, quantized))
+        for sample in held.holding():
+            wanted, found = exact(sample), coded(sample)
+            for tensor in group:
+                factor = solution.factors.get(nodes[tensor].name)
+                if factor is not None:  # the Q/DQ model's output is multiplied by it
+                    shape = (-1, *(1,) * nodes[tensor].spatial)
+                    wanted[tensor] = np.asarray(wanted[tensor] * factor.reshape(shape))
+                signal, noise = energies({tensor: wanted[tensor]}, found)
+                signals[tensor].append(signal)
+                noises[tensor].append(noise)
     spoiled: set[str] = set()
     first = []
     for node in model.graph.node:

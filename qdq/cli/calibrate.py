@@ -33,11 +33,6 @@ if TYPE_CHECKING:
 @click.option("--plan", "plan_file", type=options.PATH, help="Take this plan.json in place of a new plan.")
 @options.output_option("table.json")
 @click.option("--merge", is_flag=True, help="Make one table of several, given in place of MODEL.")
-@click.option(
-    "--memory",
-    metavar="SIZE",
-    help="Use at most this much for activations, as 2G; takes more passes where that is too little.",
-)
 @click.option("--workers", type=int, metavar="N", help="Calibrate on N processes of this machine; default: one.")
 @click.option("--cluster", metavar="tcp://HOST:PORT", help="Calibrate on the workers of this Dask cluster.")
 @click.option("--provider", default="cpu", show_default=True, help="Run ONNX Runtime on cpu or cuda.")
@@ -54,7 +49,6 @@ def calibrate(
     plan_file: Path | None,
     output: Path,
     merge: bool,
-    memory: str | None,
     workers: int | None,
     cluster: str | None,
     provider: str,
@@ -74,12 +68,12 @@ def calibrate(
     elif len(files) != 1:
         raise InputError(f"{len(files)} files are given: `qdq calibrate` takes one model, or tables with --merge.")
     else:
-        from qdq.core.resources import parse_bytes
+        from qdq.core.resources import given_bytes
 
         running: dict[str, Any] = {
             "provider": provider,
             "custom_ops": tuple(os.path.abspath(path) for path in custom_ops),
-            "memory": parse_bytes(memory) if memory else None,
+            "memory": given_bytes(),
         }
         prepared, plan, table = _measured(
             files[0], data, random_data, plan_file, output, options.recipe_of(given), _pool(workers, cluster), running

@@ -164,7 +164,26 @@ compile_options = _options(
     click.option("--backend", cls=Listed, names=_backends, help="Compile with {names}."),
     shape_option,
 )
+
+
+def _keep_to(context: click.Context, _: click.Parameter, size: str | None) -> None:
+    """Let everything that the verb runs keep to a budget; checked here, so that a wrong one is said first."""
+    from qdq.core.resources import parse_bytes, within
+
+    if size is not None:
+        context.with_resource(within(parse_bytes(size)))
+
+
+memory_option = click.option(
+    "--memory",
+    metavar="SIZE",
+    expose_value=False,
+    callback=_keep_to,
+    help="Use at most this much to run samples, as 2G: weights and activations; more passes, or fewer samples at a "
+    "time, where that is little. Default: 4G, or half of what is free.",
+)
 data_options = _options(
+    memory_option,
     click.option("--data", cls=Listed, names=_forms, help="Read samples from {names}."),
     click.option("--random-data", type=int, metavar="N", help="Make N random samples in place of --data."),
 )
@@ -246,12 +265,25 @@ def samples_of(model: Model, recipe: Recipe, data: str | None, random_data: int 
         )
     specs = input_specs(model)
     if data is not None:
-        return open_samples(data, specs)
+        found = open_samples(data, specs)
+        _require_room(model, found)
+        return found
     note(RANDOM_NOTE)
     sizes: dict[str | tuple[str, int], int] = {
         (shape.name, axis): size for shape in recipe.shapes for axis, size in enumerate(shape.opt)
     }
-    return random_samples(specs, random_data or 0, seed=0, sizes=sizes)
+    found = random_samples(specs, random_data or 0, seed=0, sizes=sizes)
+    _require_room(model, found)
+    return found
+
+
+def _require_room(model: Model, samples: Samples) -> None:
+    """Say before any work starts that a budget cannot be met."""
+    from qdq.core.resources import given_bytes
+    from qdq.measure.inference.memory import require_room
+
+    if given_bytes() is not None and (first := next(iter(samples), None)) is not None:
+        require_room(model, first)
 
 
 def check_output(path: Path, *inputs: Path | str | None) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,8 @@ from qdq.core.errors import InputError
 
 DEFAULT_BYTES = 4 << 30  # for the activations of all samples that run at a time, or half of the free memory if less
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+_GIVEN: ContextVar[int | None] = ContextVar("memory budget in bytes", default=None)
 
 T = TypeVar("T")
 
@@ -40,8 +43,34 @@ def parse_bytes(text: str) -> int:
         raise InputError(f"--memory is {text!r}: it must be a size such as 800M, 2G or 1.5GiB.") from None
 
 
+@contextmanager
+def within(memory: int | None) -> Iterator[None]:
+    """Everything that runs samples inside keeps to this many bytes, whichever stage it is; None changes nothing."""
+    token = _GIVEN.set(_GIVEN.get() if memory is None else memory)
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
+def given_bytes() -> int | None:
+    """The budget of `within`, None where none is given."""
+    return _GIVEN.get()
+
+
+def said_bytes(size: int) -> str:
+    """Bytes in words.
+
+    >>> said_bytes(123456789), said_bytes(7_000)
+    ('123 MB', '0.007 MB')
+    """
+    return f"{size / 1e6:.3g} MB"
+
+
 def default_bytes() -> int:
-    """DEFAULT_BYTES, or half of the memory that is free now where that is less and known."""
+    """The budget of `within`; else DEFAULT_BYTES, or half of the memory that is free now if that is less and known."""
+    if (given := _GIVEN.get()) is not None:
+        return given
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -116,6 +116,8 @@ def check_rows(report: Report) -> list[Row]:
     several = len(report.outputs) > 1
     ordered = sorted(report.outputs, key=lambda o: (o is not report.worst, _rank(o)))
     rows = []
+    none = [o for o in ordered if o.task == "none"]
+    ordered = [o for o in ordered if o.task != "none"]
     for output in ordered[:SHOWN]:
         of = f" of {output.name}" if several else ""
         worst = ", the worst output" if several and output is report.worst else ""
@@ -126,7 +128,9 @@ def check_rows(report: Report) -> list[Row]:
         kind = "numbers" if output.task == "regression" else output.task
         rows.append(Row(f"taken{of} for", f"{kind}{axis}: {output.because}"))
     more = len(ordered) - SHOWN
-    return [*rows, *([Row("other outputs", f"{more} more, all better; the JSON has them")] if more > 0 else [])]
+    if more > 0:
+        rows.append(Row("other outputs", f"{more} more, all better; the JSON has them"))
+    return [*rows, *(Row("not compared", f"{o.name}: {o.not_compared}") for o in none)]
 
 
 def headline(report: Report) -> str:
@@ -157,7 +161,7 @@ def _measure(output: OutputReport) -> str:
 def _decibels(output: OutputReport) -> str:
     """SQNR in words; a ratio without noise is no number."""
     if not output.elements:
-        return "empty"
+        return "not compared" if output.not_compared else "empty"
     if output.identical:
         return "identical, and constant" if output.constant else "identical"
     if output.sqnr_db is None:
@@ -187,7 +191,8 @@ def _figures(output: OutputReport) -> str:
     if output.top1 is not None and output.task != "labels":
         said.append(f"argmax agrees {output.top1:.2%}")
     if output.mismatched:
-        said.append(f"another shape in {output.mismatched} samples, which are not compared")
+        why = f": {output.not_compared}" if output.not_compared else ""
+        said.append(f"another shape in {output.mismatched} samples, which are not compared{why}")
     return ", ".join(said)
 
 

@@ -16,19 +16,21 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from engines.core.shapes import leading_is_batch
 from qdq.core.errors import InputError, StaleFileError
 from qdq.core.progress import Progress
+from qdq.core.resources import MemoryBudget
 from qdq.measure.checkpoint import Checkpoint
 from qdq.measure.histogram import BINS, Histogram
 from qdq.measure.inference.magnitudes import Magnitude, WatchedSession
-from qdq.measure.inference.memory import passes
+from qdq.measure.inference.memory import passes, peak, tensor_bytes
 from qdq.measure.inference.samples import Sample, counted, length, not_finite, overlapped, sample_sha256
 from qdq.measure.inference.session import Session
 from qdq.measure.table import CalibrationTable, TableFile, merged, samples_digest
@@ -94,10 +96,12 @@ def collect(
             continue
         found = _one_pass(
             model,
+            group,
             _runner(model, group, ranges=not number, provider=provider, custom_ops=custom_ops, threads=1),
             samples,
             start,
             threads=layout.threads,
+            room=layout.room,
             label=f"calibrating, pass {number + 1} of {len(groups)}" if len(groups) > 1 else "calibrating",
             before=tables,
             checkpoint=checkpoint,
@@ -117,6 +121,15 @@ def collect(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """A sample to run, by its number, and the bytes that its activations take."""
+
+    index: int
+    sample: Sample
+    needs: int
+
+
 Run = Callable[[Sample], tuple[dict[str, npt.NDArray[np.floating]], Mapping[str, Magnitude]]]
 
 
@@ -130,25 +143,36 @@ def _runner(model: Model, tensors: Sequence[str], *, ranges: bool, **options: An
 
 def _one_pass(
     model: Model,
+    group: Sequence[str],
     run: Run,
     samples: Iterable[Sample],
     start: CalibrationTable,
     *,
     threads: int,
+    room: int,
     label: str,
     before: Sequence[CalibrationTable],
     checkpoint: Checkpoint | None,
     shard: tuple[int, int],
     on_progress: Progress | None,
 ) -> CalibrationTable:
-    """The table of one group of tensors; samples that `start` holds are not run again."""
+    """The table of one group of tensors; samples that `start` holds are not run again.
+
+    As many run at a time as have room together, by their shapes.
+    """
     total = length(samples)
+    budget = MemoryBudget(room)
     table, held = start, Counter(start.samples)
     lock = threading.Lock()
     batch = batch_dimension(model)
 
-    def look(numbered: tuple[int, Sample]) -> CalibrationTable | None:
-        index, sample = numbered
+    def sized() -> Iterator[_Work]:
+        for index, sample in counted(samples):
+            needs = peak(model, tensor_bytes(model, sample), group, model.graph.node)
+            yield _Work(index=index, sample=sample, needs=needs)
+
+    def look(work: _Work) -> CalibrationTable | None:
+        index, sample = work.index, work.sample
         digests = Counter(_digests(sample, batch))
         with lock:
             if known := digests & held:
@@ -161,24 +185,27 @@ def _one_pass(
                 "Give the samples in the same batches, or delete its checkpoint to begin anew."
             )
         tensors = {}
-        values, seen = run(sample)
-        while values:
-            name, array = values.popitem()
-            _require_stated(model, name, array.shape)
-            try:
-                tensors[name] = Histogram.of(*_by_sample(model, name, array, batch, digests.total()))
-            except ValueError as error:
-                raise not_finite(name, shard[0] + index * shard[1], str(error)) from None
+        with budget.taken(work.needs):
+            values, seen = run(sample)
+            while values:
+                name, array = values.popitem()
+                _require_stated(model, name, array.shape)
+                try:
+                    tensors[name] = Histogram.of(*_by_sample(model, name, array, batch, digests.total()))
+                except ValueError as error:
+                    raise not_finite(name, shard[0] + index * shard[1], str(error)) from None
+                del array
         return replace(
             start,
             count=digests.total(),
             tensors=tensors,
             samples=tuple(sorted(digests.elements())),
+            samples_sha256=samples_digest(digests.elements()),
             ranges={name: found.amax for name, found in seen.items()},
             not_finite=frozenset(name for name, found in seen.items() if not found.finite),
         )
 
-    for done, seen in enumerate(overlapped(look, counted(samples), threads), 1):
+    for done, seen in enumerate(overlapped(look, sized(), threads), 1):
         if seen is not None:
             table = merged([table, seen]) if table.count else seen
             if checkpoint is not None and checkpoint.due:
@@ -238,6 +265,8 @@ def check_same(parts: Sequence[CalibrationTable], model: Model, samples: Iterabl
 
 def batch_dimension(model: Model) -> str | None:
     """The name of the open leading dimension that all inputs share: a sample then holds as many as its size says."""
+    if not leading_is_batch(model.graph):
+        return None
     names = {fed.shape[0] if fed.shape else None for fed in model.inputs}
     return next((name for name in names if len(names) == 1 and isinstance(name, str)), None)
 

@@ -20,6 +20,8 @@ from qdq.core.arrays import Floats, Singles
 from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams, to_codes
+from qdq.core.resources import default_bytes
+from qdq.measure.inference.memory import groups_of
 from qdq.measure.inference.samples import Sample, counted, length, require_finite
 from qdq.measure.inference.session import Session
 from qdq.measure.statistics import Moment, union
@@ -72,9 +74,11 @@ def collect(
     grams: Grams = {}
     for batch in _batches(weights):
         readers = [node for weight in batch for node in weights[weight]]
-        session = Session(model, {node.data for node in readers}, threads=THREADS)
+        groups = groups_of(model, (node.data for node in readers), samples)
 
-        def found(readers: list[WeightedNode] = readers, session: Session = session) -> Iterator[dict[Weight, Moment]]:
+        def found(group: tuple[str, ...], of: list[WeightedNode] = readers) -> Iterator[dict[Weight, Moment]]:
+            session = Session(model, group, threads=THREADS, in_order=True)
+            readers = [node for node in of if node.data in group]
             for index, sample in counted(samples):
                 values, codes = session(sample), dict[str, Singles]()
                 for node in readers:
@@ -87,7 +91,7 @@ def collect(
                 if on_progress is not None:
                     on_progress(index + 1, len(samples), "second moments")
 
-        for weight, moment in union(found()).items():
+        for weight, moment in union(each for group in groups for each in found(group)).items():
             coarse = FORMATS[weights[weight][0].spec.format].bits < 8
             grams[weight] = shrunk(moment) if shrink and coarse else moment.sums
     return grams
@@ -178,7 +182,7 @@ def _batches(weights: Mapping[Weight, Sequence[WeightedNode]]) -> list[list[Weig
         size = 8 * node.columns**2 * node.groups
         if size > room:
             batches.append([])
-            room = BUDGET_BYTES
+            room = min(BUDGET_BYTES, default_bytes() // 2)
         batches[-1].append(weight)
         room -= size
     return batches

@@ -108,6 +108,11 @@ class Model:
         return tuple(_info(v) for v in self.graph.input if v.name not in self.initializers)
 
     @cached_property
+    def measured(self) -> dict[tuple[tuple[int, ...], ...], Mapping[str, int]]:
+        """What was measured of this very model: shapes of the inputs -> tensor -> bytes; empty at first."""
+        return {}
+
+    @cached_property
     def outputs(self) -> tuple[TensorInfo, ...]:
         """The graph's outputs."""
         return tuple(_info(v) for v in self.graph.output)

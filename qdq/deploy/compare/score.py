@@ -21,12 +21,14 @@ from calib_data.sources import ArrayForm, form_of
 from calib_data.sources.function import PythonFunction
 from engines.core import arithmetic
 from engines.core import onnx_runtime as ort
+from engines.core.errors import EngineError
 from engines.verify.compare import OutputSums
 from engines.verify.meaning import FirstSample, meanings
 from engines.verify.report import worst_of
 from qdq.core.choices import choose
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
+from qdq.core.resources import default_bytes
 from qdq.deploy.check import float_session
 from qdq.deploy.compare.metrics import METRICS, Array, metric, next_tokens
 from qdq.deploy.compare.task import Task
@@ -135,7 +137,7 @@ class Reference:
             self._session = float_session(self._model, str(self._path), custom_ops=self._custom_ops)
         found = next(ort.run(self._session, [inputs]))
         self._bytes += sum(array.nbytes for array in found.values())
-        if self._bytes <= KEPT_BYTES:
+        if self._bytes <= min(KEPT_BYTES, default_bytes() // 4):
             self._kept[index] = found
         return found
 
@@ -163,7 +165,9 @@ def score(
         InputError: the task does not fit the model or the labels.
         EngineError: ONNX Runtime refuses a model or a sample.
     """
-    outputs = [o.name for o in model.outputs]
+    outputs = [o.name for o in model.outputs if not o.dtype.endswith("_type")]
+    if not outputs:
+        raise EngineError("No output is a tensor, so there is nothing to score.")
     of = choose(task.output, outputs, "output") if task.output else outputs[0]
     names = [i.name for i in model.inputs]
     tokens, total = task.source(model), samples.len_or_none()
@@ -186,7 +190,8 @@ def score(
             if axis is not None:
                 counting, classes = metric(task.metric, axis=axis), f"{of}: {meant.why}"
         labels = next_tokens(sample[tokens]) if tokens else sample[task.array] if task.array else None
-        counting.add(found[of], expected[of], labels)
+        if labels is not None or found[of].shape == expected[of].shape:
+            counting.add(found[of], expected[of], labels)
         if on_progress:
             on_progress(done, total, "score")
     worst = worst_of(sums.reports())

@@ -37,13 +37,21 @@ class Stages:
     """A model cut into stages, and what is kept of each sample between them. A context manager: it may hold files."""
 
     def __init__(
-        self, model: Model, wanted: Sequence[Collection[str]], samples: Iterable[Sample], *, memory: int | None = None
+        self,
+        model: Model,
+        wanted: Sequence[Collection[str]],
+        samples: Iterable[Sample],
+        *,
+        memory: int | None = None,
+        threads: int | None = None,
     ) -> None:
         """Cut the model up and take the samples' inputs over; nothing is run yet.
 
         The tensors `wanted` of a stage depend on none of a later stage. The samples are few, for all that is needed of
-        them is kept: up to `memory` bytes, None for a share of `default_bytes`, in memory.
+        them is kept: up to `memory` bytes, None for a share of `default_bytes`, in memory. `threads` samples run at a
+        time, None for one per core.
         """
+        self._threads = threads or cores()
         self._wanted = [frozenset(names) for names in wanted]
         self._fixed = _fixed(model)
         self._groups = _groups(model, self._wanted, self._fixed)
@@ -93,7 +101,7 @@ class Stages:
             self._kept.put(number, {name: found[name] for name in left})
             return look({name: found[name] for name in self._wanted[stage]})
 
-        return list(overlapped(one, range(self._samples), cores()))
+        return list(overlapped(one, range(self._samples), self._threads))
 
     def add(self, tensor: str, values: Array, *, axis: int) -> None:
         """Add (channels,) values along an axis of a tensor of a stage that was run, if later stages read it."""

@@ -13,6 +13,7 @@ from qdq.core.arrays import Floats, Singles, along_widest, part
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams
 from qdq.measure import second_moments
+from qdq.measure.inference.memory import groups_of
 from qdq.measure.inference.samples import Sample, counted, require_finite
 from qdq.measure.inference.session import Session
 from qdq.measure.statistics import ChannelRange, union
@@ -145,11 +146,11 @@ def look(
     """
     if not readers:
         return {}
-    session = Session(model, list(readers), threads=second_moments.THREADS)
     samples = second_moments.few(samples)
     each = max(1, ROWS // len(samples))
 
-    def seen() -> Iterator[dict[str, Channels]]:
+    def seen(group: Sequence[str]) -> Iterator[dict[str, Channels]]:
+        session = Session(model, group, threads=second_moments.THREADS, in_order=True)
         for index, sample in counted(samples):
             values = session(sample)
             for tensor, array in values.items():
@@ -158,7 +159,7 @@ def look(
             if on_progress is not None:
                 on_progress(index + 1, len(samples), "channel ranges")
 
-    return union(seen())
+    return union(found for group in groups_of(model, readers, samples) for found in seen(group))
 
 
 def _one(values: npt.NDArray[np.floating], axis: int, each: int) -> Channels:

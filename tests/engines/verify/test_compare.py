@@ -220,9 +220,71 @@ def test_a_shape_that_differs_in_some_samples_is_counted() -> None:
     found = compare(model(0), model(1), samples([[0, 1]], [[1, 1]]))
     (row,) = found.outputs
     assert (row.mismatched, row.elements, row.identical) == (1, 4, True)
-    assert found.poor == ["Output found: it has another shape in 1 samples."]
-    with pytest.raises(EngineError, match=r"found has shape \(2, 1\) in the reference and \(2, 2\)"):
+    why = "its size depends on the data (1 of 2 samples had the same shape)"
+    assert found.poor == [f"Output found: {why}."] and row.not_compared == why
+    (none,) = compare(model(0), model(1), samples([[0, 1]])).outputs
+    assert (none.elements, none.sqnr_db, none.top1) == (0, None, None) and "(0 of 1 samples" in none.not_compared
+
+
+def test_a_shape_that_no_values_decide_must_be_that_of_the_reference() -> None:
+    def model(axis: int) -> onnx.ModelProto:
+        nodes = [helper.make_node("Concat", ["x", "x"], ["y"], axis=axis)]
+        ends = [graphs.value("x", [1, 2], TensorProto.FLOAT), graphs.value("y", ["a", "b"], TensorProto.FLOAT)]
+        return graphs.model(nodes, ends[:1], ends[1:], [])
+
+    with pytest.raises(EngineError, match=r"y has shape \(2, 2\) in the reference and \(1, 4\)"):
         compare(model(0), model(1), samples([[0, 1]]))
+
+
+def test_what_is_no_tensor_is_named_and_the_others_are_compared() -> None:
+    """A sequence and an optional beside numbers, and alone."""
+
+    def model(shift: float, *names: str) -> onnx.ModelProto:
+        nodes = [
+            helper.make_node("Add", ["x", "v"], ["y"]),
+            helper.make_node("SplitToSequence", ["y"], ["parts"], axis=1),
+            helper.make_node("Optional", ["y"], ["maybe"]),
+        ]
+        tensor = helper.make_tensor_type_proto(TensorProto.FLOAT, ["a", "b"])
+        kinds = {
+            "y": tensor,
+            "parts": helper.make_sequence_type_proto(tensor),
+            "maybe": helper.make_optional_type_proto(tensor),
+        }
+        ends = [helper.make_value_info(name, kinds[name]) for name in names]
+        constant = graphs.const("v", np.asarray([[shift, 0]], np.float32))
+        return graphs.model(nodes, [graphs.value("x", [1, 2], TensorProto.FLOAT)], ends, [constant])
+
+    found = compare(model(0, "y", "parts"), model(1, "y", "parts"), samples([[3, 4]]))
+    assert {o.name: o.not_compared for o in found.outputs} == {"y": "", "parts": "a sequence"}
+    assert found.worst_output == "y" and found.sqnr_db == pytest.approx(10 * math.log10(25)) and found.passed
+    alone = compare(model(0, "parts", "maybe"), model(1, "parts", "maybe"), samples([[3, 4]]))
+    assert [(o.task, o.not_compared) for o in alone.outputs] == [("none", "a sequence"), ("none", "an optional")]
+    assert alone.sqnr_db is None and alone.passed and not alone.poor
+
+
+def test_a_value_that_is_not_finite_is_placed() -> None:
+    given = list(samples([[1, 2, 3, 4]], [[1, 2, 3, 4]]))
+    found = compare(two_outputs(0, 0), two_outputs(1, math.nan), given, names=("float model", "engine"))
+    assert found.failures == ["Output small: 8 values are not finite, the first in sample 0 of the engine."]
+    both = compare(two_outputs(0, math.inf), two_outputs(1, math.nan), given)
+    assert both.failures[0].endswith("sample 0 of the reference and the candidate.")
+
+
+@pytest.mark.parametrize(
+    ("symbol", "axis", "samples_lead"), [("N", 0, True), ("time", 1, False), ("s", 0, False), ("s", 1, True)]
+)
+def test_a_time_axis_holds_no_samples(symbol: str, axis: int, samples_lead: bool) -> None:
+    """What lies along the leading axis of the inputs: by its symbol, else by a sum along it."""
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"]),
+        helper.make_node("ReduceMean", ["r", "axes"], ["m"]),
+        helper.make_node("Sub", ["x", "m"], ["y"]),
+    ]
+    ends = [graphs.value(name, [symbol, 2], TensorProto.FLOAT) for name in "xy"]
+    made = graphs.model(nodes, ends[:1], ends[1:], [graphs.const("axes", np.asarray([axis]))])
+    (row,) = compare(made, made, samples([[1, 2], [3, 5]])).outputs
+    assert (row.spread is not None) == samples_lead
 
 
 def test_the_worst_output_is_one_that_is_not_finite_then_one_that_differs() -> None:

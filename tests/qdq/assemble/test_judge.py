@@ -236,7 +236,8 @@ def test_outputs_are_judged_by_floats_else_by_other_numbers(ends: tuple[str, ...
         proto.graph.output.append(make(name, kinds.get(name, onnx.TensorProto.FLOAT), None))
     model = prepare(Model(proto=proto, directory=Path(), sha256="m"))
     data = graphs.samples(model, 4)
-    assert comparable(model) == [n for n in (NUMBERS if "y" in ends else (*LABELS, "found")) if n in ends]
+    first = next((kind for kind in (NUMBERS, LABELS, ("found",)) if set(kind) <= set(ends)), ())
+    assert comparable(model) == (["r"] if first == ("found",) else list(first))  # what NonZero reads has one size
     made = quantize(model, data, settings=Settings())
     assert any("nothing compared: no output holds numbers" in n for n in made.solution.notes) is (ends == TEXTS)
     assert not any("of no use" in n for n in made.solution.notes)

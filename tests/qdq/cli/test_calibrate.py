@@ -42,17 +42,16 @@ def test_merging_workers_and_memory_give_the_same_table(folder: Path) -> None:
         ("all",),
         ("a",),
         ("b",),
-        ("passes", "--memory", "1k"),
+        ("budget", "--memory", "4k"),
         ("workers", "--workers", "2"),
     ):
         data = name if (folder / name).is_dir() else "all"
         done = run(folder / "m.onnx", "--data", folder / data, "-o", folder / f"{name}.json", *options)
         assert done.exit_code == 0, done.output
-        assert ("2 passes over the samples" in done.stderr) == (name == "passes")
     merged = run("--merge", folder / "b.json", folder / "a.json", "-o", folder / "merged.json")
     assert merged.exit_code == 0 and "2 tensors measured on 5 samples" in merged.output
     whole = (folder / "all.json").read_bytes()
-    assert all((folder / f"{n}.json").read_bytes() == whole for n in ("passes", "workers", "merged"))
+    assert all((folder / f"{n}.json").read_bytes() == whole for n in ("budget", "workers", "merged"))
     twice = run("--merge", folder / "a.json", folder / "a.json", "-o", folder / "twice.json")
     assert "2 samples are equal to others" in twice.stderr
     assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
@@ -64,6 +63,7 @@ def test_merging_workers_and_memory_give_the_same_table(folder: Path) -> None:
         (["--merge"], "needs two tables or more", 2),
         ([], "0 files are given", 2),
         (["m.onnx", "--data", "all", "--workers", "2", "--cluster", "tcp://x:1"], "Both --workers and --cluster", 2),
+        (["m.onnx", "--data", "all", "--memory", "1k"], "--memory gives 0.001 MB, but one sample needs", 2),
         (["m.onnx", "--data", "all", "--memory", "lots"], "--memory is 'lots'", 2),
         (["m.onnx", "--data", "all", "--provider", "gpu"], "Unknown provider 'gpu': it must be one of cpu, cuda", 2),
         (["m.onnx", "--data", "all", "--custom-ops", "none.so"], "cannot load the custom operators of", 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from qdq.core.errors import InputError, StaleFileError
 from qdq.core.files import write_text
 from qdq.measure.checkpoint import Checkpoint
 from qdq.measure.collect import collect, key
-from qdq.measure.inference.memory import passes
+from qdq.measure.inference.memory import OVERHEAD, held_bytes, passes
 from qdq.measure.inference.samples import sample_sha256
 from qdq.measure.inference.session import Session
 from qdq.measure.table import CalibrationTable, merged, samples_digest
@@ -252,7 +253,11 @@ def test_budget_makes_passes_and_threads(model: Model) -> None:
     bytes_of_b = 4 * 8 * 8 * 4  # float32 (1, 4, 8, 8); the Relu's input of the same size lives beside it
     assert passes(model, ["b"], sample, memory=10**9, threads=3).threads == 3
     assert passes(model, ["b"], sample, memory=10**9).bytes_each == 2 * bytes_of_b
-    assert passes(model, ["b"], sample, memory=4 * bytes_of_b, threads=3).threads == 2
-    both = passes(model, ["a", "b", "logits"], sample, memory=2 * bytes_of_b, threads=3)
+
+    def room(tensors: int) -> int:  # a budget for as many tensors like b, beside the weights
+        return held_bytes(model) + math.ceil(OVERHEAD * tensors * bytes_of_b)
+
+    assert passes(model, ["b"], sample, memory=room(4), threads=3).threads == 2
+    both = passes(model, ["a", "b", "logits"], sample, memory=room(2), threads=3)
     # the first pass runs the whole model, to see every magnitude: with a and b kept, logits would be too much
     assert both.groups == (("a",), ("b", "logits")) and both.threads == 1
