@@ -291,7 +291,7 @@ NEGATIVE: dict[str, dict[str, Callable[[], Model]]] = {
     "constants": {
         "beyond the limit": too_large,
         "another operator": lambda: build(
-            [node("Sinh", "s", "c"), node("Mul", "x c", "y")], {"x": (1, 4)}, {"s": normal(4)}
+            [node("RandomNormalLike", "s", "c"), node("Mul", "x c", "y")], {"x": (1, 4)}, {"s": normal(4)}
         ),
         "nothing constant": conv,
     },
@@ -393,7 +393,7 @@ REASONS: dict[str, dict[str, str]] = {
         "another size": "not the shape of its input",
         "no Add": "Relu 'relu', which does not add",
     },
-    "constants": {"beyond the limit": "larger than 256 MiB", "another operator": "Sinh is not among"},
+    "constants": {"beyond the limit": "larger than 256 MiB", "another operator": "its result is random"},
     "norm_scale": {
         "also an output": "'a' is an output",
         "no norm": "'a' is not read by InstanceNormalization alone",
