@@ -1,6 +1,6 @@
 """Models as exporters write them, not prepared, and what preparing must keep: the results in ONNX Runtime.
 
-`raw(nodes, inputs, tensors)` -> Model -> `prepared_alike` -> the prepared Model, its outputs compared on random samples.
+`raw(nodes, inputs, tensors)` -> Model -> `prepared_alike` -> the prepared Model, compared on random samples.
 """
 
 from __future__ import annotations

@@ -58,19 +58,31 @@ CHAINS: dict[str, tuple[list[NodeProto], dict[str, np.ndarray]]] = {
         {"ax": LAST, "tiny": np.float32(1e-6)},
     ),
     "masked": (
-        [node("Sign", "v", "s"), node("Abs", "v", "a"), node("Clip", "a lo", "c"), node("Mul", "s c", "p")]
-        + [node("Greater", "a lo", "k"), node("Where", "k p z", "w")],
+        [
+            node("Sign", "v", "s"),
+            node("Abs", "v", "a"),
+            node("Clip", "a lo", "c"),
+            node("Mul", "s c", "p"),
+            node("Greater", "a lo", "k"),
+            node("Where", "k p z", "w"),
+        ],
         {"lo": np.float32(0.2), "z": np.float32(0)},
     ),
     "joined": (
-        [node("Split", "v", "p q", num_outputs=2), node("Neg", "q", "r"), node("PRelu", "r g4", "t")]
-        + [node("Concat", "p t", "w", axis=0)],
+        [
+            node("Split", "v", "p q", num_outputs=2),
+            node("Neg", "q", "r"),
+            node("PRelu", "r g4", "t"),
+            node("Concat", "p t", "w", axis=0),
+        ],
         {"g4": np.float32([0.3])},
     ),
     "softmax": ([node("Softmax", "v", "w", axis=0)], {}),
     "filled": (
-        [node("ConstantOfShape", "big", "o", value=onnx.numpy_helper.from_array(np.float32([2])))]
-        + [node("Add", "v o", "w")],
+        [
+            node("ConstantOfShape", "big", "o", value=onnx.numpy_helper.from_array(np.float32([2]))),
+            node("Add", "v o", "w"),
+        ],
         {"big": np.int64([8, 4, 3])},
     ),
     "sorted": (
