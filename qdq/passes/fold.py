@@ -200,7 +200,7 @@ def _evaluate(draft: Draft, node: NodeProto, limit: int) -> Mapping[str, np.ndar
         with np.errstate(all="ignore"):
             results = ReferenceEvaluator(model).run(None, arrays)
             if node.op_type == "LpNormalization":
-                results = [np.copysign(*results, signed[inputs[0]])]
+                results = [np.copysign(np.asarray(next(iter(results))), signed[inputs[0]])]
             return {
                 name: np.asarray(values).astype(info.dtype if info else np.int64, copy=False)
                 for name, info, values in zip(outputs, infos, results, strict=True)

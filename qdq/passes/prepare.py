@@ -2,7 +2,8 @@
 
     functions inlined, node names unique, initializers no longer inputs -> opset 21
     constants, shapes, BatchNormalization and automatic padding folded; identities, unused nodes and tensors dropped
-    shapes of all tensors inferred -> Model (IR version 10)
+    shapes of all tensors inferred, what the compiler refuses and products without a weight on the right written in
+    another form (`rewrites/prepared`) -> Model (IR version 10)
 
 It must not change what the model computes beyond float rounding, touch the bodies of If, Loop and Scan, make dynamic
 dimensions static, rename inputs, outputs or named nodes, or need a runtime.
@@ -21,6 +22,8 @@ from qdq.model.nodes import attribute_value
 from qdq.model.storage import is_quantized, load
 from qdq.passes.draft import Draft, assign
 from qdq.passes.fold import fold_batch_norms, fold_constants, fold_shapes
+from qdq.passes.rewrites import PREPARED_REWRITES
+from qdq.passes.transposes import merge_transposes
 
 
 def load_float(source: ModelSource) -> Model:
@@ -69,6 +72,20 @@ def prepare(model: Model) -> Model:
         draft.drop_unused()
     fold_batch_norms(draft)
     pad_explicitly(draft)
+    return _acceptable(draft.finish())
+
+
+def _acceptable(model: Model) -> Model:
+    """The model after the rewrites that are always done; what they leave superfluous is dropped."""
+    done = model
+    for rewrite in PREPARED_REWRITES.values():
+        done = rewrite(done).model
+    if done is model:
+        return model
+    draft = Draft(done)
+    draft.infer()
+    merge_transposes(draft)
+    drop_identities(draft)
     return draft.finish()
 
 

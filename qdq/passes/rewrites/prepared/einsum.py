@@ -1,0 +1,210 @@
+"""Einsum with constant operands and one computed tensor, which no quantizer reads: a product with a weight.
+
+    batch letters    in the data, the constant and the result          MatMul: leading axes
+    rows             in the data and the result                        MatMul: axes of the data before the last
+    sums             in the data and the constant                      MatMul: the last axis of the data, one or several
+    columns          in the constant and the result                    MatMul: the last axis of the result, likewise
+    others           of one operand alone: summed before
+
+    bcij,oc->boij    channels on axis 1, two or more axes behind: a 1 x 1 Conv, with nothing around it
+    any other        Transpose, Reshape (several sums), MatMul, Reshape (several columns), Transpose; as far as needed
+
+Sizes of the data may be dynamic: those of sums and columns are the constant's. Several constants are multiplied first.
+It must not touch an Einsum of two computed tensors, one without a sum, or the scores of attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto
+
+from qdq.model.model import Model
+from qdq.model.nodes import attribute_value
+from qdq.passes.fold import GROWTH_LIMIT
+from qdq.passes.rewrites.attention.scores import weighs_values
+from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, each_node
+from qdq.passes.rewrites.prepared.left_weight import FLOATS
+
+STAGE, RANK = "prepared", 1
+
+HIDDEN = [chr(code) for code in range(0x3B1, 0x3C1)]  # letters for the axes of an ellipsis: no equation has Greek ones
+
+
+def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
+    """Write Einsum as MatMul or Conv, which takes its name."""
+    return each_node(model, only, ["Einsum"], _multiply)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """The letters of the axes of each operand and of the result."""
+
+    operands: tuple[str, ...]
+    result: str
+
+    @classmethod
+    def of(cls, equation: str, ranks: list[int]) -> Terms:
+        """Read an equation; an ellipsis becomes letters of its own, and a result that it leaves out is written out."""
+        left, arrow, right = equation.replace(" ", "").partition("->")
+        counts = [rank - len(t.replace("...", "")) for t, rank in zip(left.split(","), ranks, strict=True)]
+        wide = max((n for n, t in zip(counts, left.split(","), strict=True) if "..." in t), default=0)
+        if wide > len(HIDDEN):
+            raise Unfit(f"its ellipsis stands for {wide} axes")
+        hidden = "".join(HIDDEN[:wide])
+        operands = [t.replace("...", hidden[wide - n :]) for n, t in zip(counts, left.split(","), strict=True)]
+        if not arrow:
+            letters = left.replace(",", "").replace(".", "")
+            right = ("..." if "..." in left else "") + "".join(sorted(c for c in letters if letters.count(c) == 1))
+        return cls(operands=tuple(operands), result=right.replace("...", hidden))
+
+
+def _multiply(model: Model, edit: Edit, node: NodeProto) -> None:
+    computed = [i for i, name in enumerate(node.input) if not model.is_constant(name)]
+    if len(computed) != 1 or len(node.input) < 2:
+        raise Unfit(f"{len(computed)} of its {len(node.input)} operands are computed, not one of several")
+    ranks = [model.rank(name) for name in node.input]
+    if None in ranks or model.dtype(node.input[computed[0]]) not in FLOATS:
+        raise Unfit("the rank of its data is not known, or they are no floats")
+    terms = Terms.of(attribute_value(node, "equation", b"").decode(), [r or 0 for r in ranks])
+    data = node.input[computed[0]]
+    axes = terms.operands[computed[0]]
+    if len(set(axes)) < len(axes) or len(set(terms.result)) < len(terms.result):
+        raise Unfit("its equation takes a diagonal")
+    letters, weight = _weight(model, node, terms, computed[0])
+    if weighs_values(model, node.output[0]):
+        raise Unfit("it makes the scores of attention")
+    info = model.info(data)
+    sizes = dict(zip(axes, info.shape or (), strict=True)) if info else {}
+    if lost := [c for c in letters if sizes.get(c) == 1]:
+        raise Unfit(f"axis {lost[0]!r} has one element in its data and several in the constant")
+    batch, rows = ([c for c in terms.result if c in axes and (c in letters) is shared] for shared in (True, False))
+    sums = [c for c in axes if c in letters and c not in terms.result]
+    columns = [c for c in terms.result if c not in axes]
+    if not sums or not columns:
+        raise Unfit("it sums over no axis, or its constant has no columns")
+    wide = dict(zip(letters, weight.shape, strict=True))
+    nodes = []
+    if alone := [i for i, c in enumerate(axes) if c not in letters and c not in terms.result]:
+        over = edit.constant(f"{node.name}_axes", np.array(alone, np.int64))
+        nodes.append(edit.node("ReduceSum", [data, over], f"{node.name}_ReduceSum", keepdims=0))
+        data, axes = nodes[-1].output[0], "".join(c for i, c in enumerate(axes) if i not in alone)
+    name = f"{node.name}_weight"
+    if _is_convolution(axes, batch, rows, sums, columns, terms.result):
+        held = _arranged(letters, weight, [*columns, *sums]).reshape(
+            *_lengths(wide, columns, sums), *[1] * (len(axes) - 2)
+        )
+        product = edit.node("Conv", [data, edit.constant(name, held)], f"{node.name}_Conv", node.output[0])
+        product.name = node.name
+        return edit.replace(node, [*nodes, product])
+    _matmul(edit, node, nodes, data, axes, terms.result, _Split(batch, rows, sums, columns), letters, weight)
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    batch: list[str]
+    rows: list[str]
+    sums: list[str]
+    columns: list[str]
+
+
+def _matmul(
+    edit: Edit,
+    node: NodeProto,
+    nodes: list[NodeProto],
+    data: str,
+    axes: str,
+    result: str,
+    split: _Split,
+    letters: str,
+    weight: np.ndarray,
+) -> None:
+    """The general form, as its nodes one after the other."""
+    wide = dict(zip(letters, weight.shape, strict=True))
+    kept = [c for c in axes if c in result]
+    if split.rows:  # the last axis before the sums is that of the rows of a matrix; others may broadcast
+        last = next(c for c in reversed(kept) if c in split.rows)
+        kept = [*(c for c in kept if c != last), last]
+
+    def then(op_type: str, *constants: list[int], **attributes: Any) -> None:
+        inputs = [edit.constant(f"{node.name}_{op_type}_{i}", np.array(v, np.int64)) for i, v in enumerate(constants)]
+        nodes.append(
+            edit.node(
+                op_type, [nodes[-1].output[0] if nodes else data, *inputs], f"{node.name}_{op_type}", **attributes
+            )
+        )
+
+    def turned(before: list[str], after: list[str]) -> None:
+        if before != after:
+            then("Transpose", perm=[before.index(c) for c in after])
+
+    turned(list(axes), [*kept, *split.sums])
+    if len(split.sums) > 1:
+        then("Reshape", [0] * len(kept) + _lengths(wide, split.sums))
+    lone = bool(split.batch) and not split.rows  # a vector for each of the batch: as a matrix of one row
+    if lone:
+        then("Unsqueeze", [len(kept)])
+    batch = [c for c in kept if c in split.batch]
+    leading = kept if lone else kept[:-1]
+    shape = [wide[c] if c in batch else 1 for c in leading[leading.index(batch[0]) :]] if batch else []
+    held = _arranged(letters, weight, [*batch, *split.sums, *split.columns])
+    held = held.reshape(*shape, *_lengths(wide, split.sums, split.columns))
+    source = nodes[-1].output[0] if nodes else data
+    product = edit.node("MatMul", [source, edit.constant(f"{node.name}_weight", held)], f"{node.name}_product")
+    product.name = node.name
+    nodes.append(product)
+    if lone:
+        then("Squeeze", [len(kept)])
+    if len(split.columns) > 1:
+        then("Reshape", [0] * len(kept) + [wide[c] for c in split.columns])
+    turned([*kept, *split.columns], list(result))
+    nodes[-1].output[0] = node.output[0]
+    edit.replace(node, nodes)
+
+
+def _weight(model: Model, node: NodeProto, terms: Terms, computed: int) -> tuple[str, np.ndarray]:
+    """The product of all constants, as the letters of its axes and its values; axes of their own are summed over.
+
+    An axis of one element in a constant stands for all of the data's, and is no axis of the weight.
+    """
+    needed = {*terms.operands[computed], *terms.result}
+    places = {letter: i for i, letter in enumerate(dict.fromkeys("".join(terms.operands)))}
+    operands: list[object] = []
+    sizes: dict[str, int] = {}
+    arrays = [(terms.operands[i], model.array(name)) for i, name in enumerate(node.input) if i != computed]
+    for axes, values in arrays:
+        for letter, size in zip(axes, values.shape, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
+    shared = set(terms.operands[computed])
+    for axes, values in arrays:
+        one = tuple(i for i, (c, n) in enumerate(zip(axes, values.shape, strict=True)) if n == 1 and c in shared)
+        kept = [c for i, c in enumerate(axes) if i not in one]
+        exact = values.squeeze(one).astype(np.float64 if len(arrays) > 1 else np.float32)
+        operands += [exact, [places[c] for c in kept]]
+        needed -= {c for c in axes if sizes[c] == 1 and c in shared}
+    letters = "".join(c for c in sizes if c in needed)
+    if math.prod(sizes[c] for c in letters) * 4 > max(GROWTH_LIMIT, sum(2 * v.nbytes for _, v in arrays)):
+        raise Unfit("the product of its constants would be larger than they are")
+    made = np.einsum(*operands, [places[c] for c in letters])  # type: ignore[call-overload]
+    return letters, np.asarray(made).astype(arrays[0][1].dtype)
+
+
+def _is_convolution(
+    axes: str, batch: list[str], rows: list[str], sums: list[str], columns: list[str], result: str
+) -> bool:
+    """Whether the data are a feature map whose channels, on axis 1, become others."""
+    plain = not batch and len(sums) == len(columns) == 1 and 4 <= len(axes) <= 5
+    return plain and list(axes) == [rows[0], *sums, *rows[1:]] and list(result) == [rows[0], *columns, *rows[1:]]
+
+
+def _arranged(letters: str, weight: np.ndarray, order: list[str]) -> np.ndarray:
+    return weight.transpose([letters.index(c) for c in order])
+
+
+def _lengths(sizes: dict[str, int], *groups: list[str]) -> list[int]:
+    """How many elements the axes of each group have together."""
+    return [math.prod(sizes[c] for c in group) for group in groups]
