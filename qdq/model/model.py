@@ -53,20 +53,23 @@ class Model:
 
     `proto` holds no external tensor data; `directory` is the folder that such data lies in, unless it is in a store.
     `sha256` is of the file and the external data as the user gave them, and stays the same through all passes.
-    `keeps` are what must live as long as the model: the stores of its tensors.
+    `keeps` are what must live as long as the model: the stores of its tensors. `notes` are what a user must know of how
+    it was prepared, one sentence each.
     """
 
     proto: ModelProto
     directory: Path
     sha256: str
     keeps: tuple[object, ...] = ()
+    notes: tuple[str, ...] = ()
 
-    def replace(self, proto: ModelProto, *, keeps: object = None) -> Model:
-        """The same user's model with another graph: a changed copy, and the store of tensors that are new in it.
+    def replace(self, proto: ModelProto, *, keeps: object = None, notes: tuple[str, ...] = ()) -> Model:
+        """The same user's model with another graph: a changed copy, the store of tensors that are new in it, new notes.
 
         External tensors still lie in `directory`, or in a store.
         """
-        return replace(self, proto=proto, keeps=self.keeps if keeps in (None, *self.keeps) else (*self.keeps, keeps))
+        kept = self.keeps if keeps in (None, *self.keeps) else (*self.keeps, keeps)
+        return replace(self, proto=proto, keeps=kept, notes=(*self.notes, *notes))
 
     def to_graphsurgeon(self) -> Graph:
         """A copy for onnx-graphsurgeon, its values in memory; 4-bit codes are exported again if nobody reads them.

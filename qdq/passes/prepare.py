@@ -2,8 +2,8 @@
 
     functions inlined, node names unique, initializers no longer inputs -> opset 21
     constants, shapes, BatchNormalization and automatic padding folded; identities, unused nodes and tensors dropped
-    shapes of all tensors inferred, what the compiler refuses and products without a weight on the right written in
-    another form (`rewrites/prepared`) -> Model (IR version 10)
+    FP64 made FP32, shapes of all tensors inferred
+    products without a weight on the right, and what the compiler refuses, in another form -> Model (IR version 10)
 
 It must not change what the model computes beyond float rounding, touch the bodies of If, Loop and Scan, make dynamic
 dimensions static, rename inputs, outputs or named nodes, or need a runtime.
@@ -20,6 +20,7 @@ from qdq.model.graphsurgeon import ModelSource, called
 from qdq.model.model import Model, dtype_name
 from qdq.model.nodes import attribute_value
 from qdq.model.storage import is_quantized, load
+from qdq.passes.doubles import has_doubles, single_precision
 from qdq.passes.draft import Draft, assign
 from qdq.passes.fold import fold_batch_norms, fold_constants, fold_shapes
 from qdq.passes.rewrites import PREPARED_REWRITES
@@ -68,11 +69,19 @@ def prepare(model: Model) -> Model:
     draft.name_nodes()
     draft.lift_constants()  # those that the converter made
     draft.drop_unused()
-    while draft.infer() and (fold_shapes(draft) | fold_constants(draft) | drop_identities(draft)):
-        draft.drop_unused()
+    fold(draft)
+    if has_doubles(draft):
+        draft = Draft(single_precision(draft.finish()))
+        fold(draft)
     fold_batch_norms(draft)
     pad_explicitly(draft)
     return _acceptable(draft.finish())
+
+
+def fold(draft: Draft) -> None:
+    """Compute what depends on no input and drop what passes through, until nothing changes."""
+    while draft.infer() and (fold_shapes(draft) | fold_constants(draft) | drop_identities(draft)):
+        draft.drop_unused()
 
 
 def _acceptable(model: Model) -> Model:

@@ -259,7 +259,6 @@ NEGATIVE: dict[str, dict[str, Callable[[], Model]]] = {
     "conv_transpose": {
         "stride 1": lambda: transposed(kernel=3, stride=1),
         "odd output": lambda: transposed(kernel=3),
-        "dilated": lambda: transposed(kernel=3, pads=[1] * 4, output_padding=[1, 1], dilations=[2, 2]),
         "grouped": lambda: transposed(group=2),
         "automatic": lambda: transposed(auto_pad="SAME_UPPER"),
         "no ConvTranspose": conv,
@@ -366,7 +365,6 @@ REASONS: dict[str, dict[str, str]] = {
     "conv_transpose": {
         "stride 1": "its stride is 1",
         "odd output": r"not 2 \* \(input",
-        "dilated": "it is dilated",
         "grouped": "2 groups, not one",
         "automatic": "auto_pad",
     },

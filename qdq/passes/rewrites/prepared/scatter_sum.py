@@ -14,7 +14,7 @@ import math
 from collections.abc import Collection
 
 import numpy as np
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto, TensorProto, helper
 
 from engines.core.nodes import attribute_value
 from qdq.model.model import Model
@@ -49,7 +49,7 @@ class _Sum:
     def __init__(self, model: Model, edit: Edit, node: NodeProto) -> None:
         self.model, self.edit, self.node = model, edit, node
         self.data, self.indices, self.updates = node.input[:3]
-        self.shape, self.places, self.given = (self._shape(name) for name in node.input[:3])
+        self.shape, self.places = self._shape(self.data), self._shape(self.indices)
         self.nodes: list[NodeProto] = []
 
     def write(self) -> None:
@@ -86,19 +86,21 @@ class _Sum:
         rank = len(self.shape)
         axis = attribute_value(self.node, "axis", 0) % rank
         others = [i for i in range(rank) if i != axis]
-        if any(self.places[i] != self.shape[i] and None not in (self.places[i], self.shape[i]) for i in others):
+        lines = [(self.places[i], self.shape[i]) for i in others]
+        if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in lines):
             raise Unfit("its indices do not cover all lines of its data")
-        _, rows = self._leading(self.shape[axis : axis + 1])
+        size, rows = self._leading(self.shape[axis : axis + 1], axis)
         shared, count = self._shared(axis), self.places[axis]
-        lines = 1 if shared else _product([self.shape[i] for i in others])
+        alike = 1 if shared else _product([self.shape[i] for i in others])
         self._limit(
             _product(self.shape[axis : axis + 1]),
-            None if lines is None or not isinstance(count, int) else lines * count,
+            None if alike is None or not isinstance(count, int) else alike * count,
         )
-        size = self._leading(self.shape[axis : axis + 1])[0]
         index = self._put("Mod", [shared or self.indices, size])
+        if shared and axis == rank - 2:
+            index = self._put("Reshape", [index, self._integers([1, -1])])
+            return self._put("MatMul", [self._one_hot(rows, index), self.updates], named=True)
         last = [*others, axis]
-        back = [last.index(i) for i in range(rank)]
         updates = self._turned(self.updates, last)
         if shared:
             index = self._put("Reshape", [index, self._integers([1, -1])])
@@ -110,7 +112,7 @@ class _Sum:
             column = self._put("Unsqueeze", [updates, behind])
             total = self._put("MatMul", [self._one_hot(rows, index), column], named=True)
             total = self._put("Squeeze", [total, behind])
-        return self._turned(total, back)
+        return self._turned(total, [last.index(i) for i in range(rank)])
 
     def _shared(self, axis: int) -> str:
         """A tensor with the indices of every line, where they are the same; "" elsewhere."""
@@ -127,22 +129,16 @@ class _Sum:
 
     def _one_hot(self, rows: str, index: str) -> str:
         """1 where a row number, down, is the index, across."""
-        kind = TensorProto.DataType.Value(
-            {"float32": "FLOAT"}.get(self.model.dtype(self.data), self.model.dtype(self.data).upper())
-        )
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(self.model.dtype(self.data)))
         return self._put("Cast", [self._put("Equal", [rows, index])], to=kind)
 
-    def _leading(self, lead: list[int | str | None]) -> tuple[str, str]:
-        """The sizes of the axes that are indexed, and the numbers of all rows, as a column."""
+    def _leading(self, lead: list[int | str | None], start: int = 0) -> tuple[str, str]:
+        """The sizes of the axes that are indexed, from one on, and the numbers of all rows, as a column."""
         kind = np.dtype(self.model.dtype(self.indices))
         static = [n for n in lead if isinstance(n, int)]
         if len(static) == len(lead):
             numbers = np.arange(math.prod(static), dtype=kind).reshape(-1, 1)
             return self._constant("sizes", np.array(static, kind)), self._constant("rows", numbers)
-        start = self.shape.index(lead[0]) if len(lead) == 1 and self.node.op_type == "ScatterElements" else 0
-        start = (
-            attribute_value(self.node, "axis", 0) % len(self.shape) if self.node.op_type == "ScatterElements" else start
-        )
         sizes = self._put("Shape", [self.data], start=start, end=start + len(lead))
         count = self._put("ReduceProd", [sizes, self._integers([0])], keepdims=0)
         scalars = [self._constant("bound", np.array(n, np.int64)) for n in (0, 1)]
