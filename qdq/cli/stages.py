@@ -33,9 +33,12 @@ def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
     if output:
         options.check_output(output, model, given["recipe"])
     recipe = options.recipe_of(given)
-    made = placement.plan(load_float(model), recipe.settings)
+    prepared = load_float(model)
+    made = placement.plan(prepared, recipe.settings)
     if output:
         made.save(output)
+    for text in filter(None, (*prepared.notes, made.why_nothing)):
+        note(text)
     if as_json:
         click.echo(made.to_json(), nl=False)
     else:
@@ -99,7 +102,7 @@ def quantize(
             )
             done = finish(made.model, made.plan, unquantized_type=recipe.unquantized_type, table=made.table)
             save(done.model, output)
-    for text in (*made.solution.notes, *done.notes):
+    for text in filter(None, (*prepared.notes, made.plan.why_nothing, *made.solution.notes, *done.notes)):
         note(text)
     click.echo(f"{len(made.plan.quantized_nodes)} nodes in {made.plan.operands}: {output}")
 

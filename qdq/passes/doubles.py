@@ -3,7 +3,7 @@
     double x -> [MatMul ...] -> double y    ->    double x -> Cast -> [float MatMul ...] -> Cast -> double y
 
 Inputs and outputs keep their type, so that what a caller feeds and reads stays right. What overflows FP32 is refused by
-name. Nodes that make FP64 of integers and integers of it again (the sizes of a Resize) stay: FP32 would round them above
+name. Nodes that make FP64 of integers and integers of it again (sizes of a Resize) stay: FP32 would round them above
 2^24, and the compiler's parser takes them. Operators of other domains keep the types that they were made for.
 It must not change a model without FP64, or the size of a number by more than FP32 rounds it.
 """
