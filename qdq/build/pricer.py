@@ -23,6 +23,7 @@ from engines.backends.compiler import ShapeRange
 from engines.core.errors import BuildError, UnsupportedTargetError, import_runtime
 from engines.cost.gpus import GPUS, Gpu, gpu_named
 from qdq.build.cost import Kernel, Price
+from qdq.build.engine import compile_engine
 from qdq.build.processes import Job, Workers, price_of
 from qdq.build.recipe import Recipe
 from qdq.core.errors import InputError
@@ -75,6 +76,16 @@ class Pricer:
                 self.cache.mkdir(parents=True, exist_ok=True)
                 write_text(self.cache / f"{key}.json", json.dumps({"format": FORMAT, **asdict(price)}))
         return [self._known[key] for key in keys]
+
+    def refusal(self, model: Model) -> BuildError:
+        """Why a model does not compile, with the node that the compiler refuses; the last refusal, if it does."""
+        with tempfile.TemporaryDirectory(prefix="qdq-") as name:
+            job = self._job(model, Path(name) / "refused")
+            try:
+                compile_engine(job.path, recipe=self.recipe, shapes=job.shapes)
+            except BuildError as error:
+                return error
+        return self.failure or BuildError("No way to write the model compiles.")
 
     @property
     def width(self) -> int:

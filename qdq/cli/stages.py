@@ -123,16 +123,25 @@ def _places(settings: Settings) -> tuple[object, ...]:
 )
 @options.recipe_option
 def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) -> None:
-    """Compile an engine from an ONNX model, quantized or not."""
-    from qdq.build.engine import compile_engine, save_engine, shape_ranges
+    """Compile an engine from an ONNX model, quantized or not.
+
+    A float model that the compiler refuses is written again, beside the engine, in a form that it takes.
+    """
+    from qdq.build.any_model import compile_any
+    from qdq.build.engine import save_engine, shape_ranges
     from qdq.model.storage import load
 
     options.check_output(output, model, given["recipe"])
     recipe = options.recipe_of(given)
     with Bars() as bars:
         shapes = shape_ranges(load(model), recipe.shapes, None)
-        engine = compile_engine(model, recipe=recipe, shapes=shapes, timing_cache=timing_cache, on_progress=bars)
-        save_engine(engine, output, model, recipe=recipe, shapes=shapes)
+        prepared = output.with_name(f"{output.name.removesuffix('.engine')}.prepared.onnx")
+        engine, source = compile_any(
+            model, prepared, recipe=recipe, shapes=shapes, timing_cache=timing_cache, on_progress=bars
+        )
+        save_engine(engine, output, source, recipe=recipe, shapes=shapes)
+    if source is prepared:
+        note(f"{model.name} itself does not compile; the engine is of {prepared}, which computes the same.")
     if engine.table.note:
         note(engine.table.note)
     click.echo(f"{engine.table.kernels} kernels for {', '.join(engine.table.targets)}: {output}")
