@@ -17,29 +17,31 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from engines.core.errors import BuildError
-from engines.core.load import load_graph
 from engines.core.nodes import all_tensors, label, reads
 from engines.core.shapes import inferred
 
 WORDS = 100  # characters of two refusals that are compared: where they were raised, without the names that follow
 
 
-def located(error: BuildError, model: Path | str, build: Callable[[Path], object], *, seconds: float) -> BuildError:
+def located(
+    error: BuildError, proto: ModelProto, directory: Path, build: Callable[[Path], object], *, seconds: float
+) -> BuildError:
     """The refusal with the node that it is about; the same one where that was not found.
 
     Args:
         error: what `build` raised for the whole model.
-        model: the ONNX file.
+        proto: the model, without its external data, which lies in `directory`.
+        directory: of the ONNX file.
         build: compiles a file, and raises BuildError.
         seconds: of compiling, after which the search ends.
     """
-    began, proto = time.monotonic(), load_graph(model)
+    began = time.monotonic()
     graph = inferred(proto)
     types = {v.name: v for v in (*graph.value_info, *graph.output)}
     nodes = list(proto.graph.node)
     taken, refused = 0, len(nodes)
     with tempfile.TemporaryDirectory(prefix="qdq-") as name:
-        _link(proto, Path(model).absolute().parent, Path(name))
+        _link(proto, directory.absolute(), Path(name))
         while refused - taken > 1 and time.monotonic() - began < seconds:
             middle = (taken + refused) // 2
             path = Path(name) / "beginning.onnx"

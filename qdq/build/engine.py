@@ -102,7 +102,7 @@ def compile_engine(
         used = {name: shape for name, shape in shapes.items() if name in there}
         return build(part, targets=recipe.targets, shapes=used, timing_cache=None, on_progress=lambda *_: None)
 
-    raise located(refusal, path, trial, seconds=max(LOCATE_S, SEARCHES * took))
+    raise located(refusal, load_graph(path), Path(path).parent, trial, seconds=max(LOCATE_S, SEARCHES * took))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,13 +17,16 @@ from engines.backends.layers import LayerTable
 from engines.core import arithmetic
 from engines.core import onnx_runtime as ort
 from engines.core.documents import replace
+from engines.core.errors import EngineError
 from engines.verify.as_compiled import roundings
 from engines.verify.compare import compare
 from engines.verify.report import Alarms, Limits, Report
 from qdq.core.progress import Progress
 from qdq.measure.inference.samples import Sample
 from qdq.model.graphsurgeon import ModelSource, called
+from qdq.model.model import Model
 from qdq.model.storage import load
+from qdq.passes.prepare import prepare
 
 NOT_RUN = "the Q/DQ model in ONNX Runtime stood for the engine, which was not run"
 
@@ -68,10 +71,7 @@ def evaluate(
         if on_progress and total is not None:
             on_progress(total, total, "Check")
 
-    def reference() -> Any:
-        given = str(float_model) if isinstance(float_model, str | os.PathLike) else load(float_model).proto
-        return ort.session(given, custom_ops=custom_ops) if custom_ops else given
-
+    reference = load(float_model)
     name, notes = "engine", []
     if engine_backend:
         tried: Any = backend_named(engine_backend).runner(called(candidate), name=name)
@@ -90,16 +90,38 @@ def evaluate(
             custom_ops=custom_ops,
         )
     report = compare(
-        reference(),
+        float_session(float_model, reference, custom_ops=custom_ops),
         tried,
         counted(),
         limits=Limits(**limits),
         alarms=alarms,
         task=task,
         class_axis=class_axis,
-        model=load(float_model).proto if custom_ops else None,
+        model=reference.proto,
         stood_for_engine=engine_backend is None,
         names=("float model", name),
     )
     stood = [NOT_RUN if gpus() else report.note] if report.stood_for_engine else []
     return replace(report, note="; ".join([*stood, *notes]))
+
+
+def float_session(source: ModelSource, model: Model, *, custom_ops: Sequence[str] = ()) -> Any:
+    """ONNX Runtime's session of a float model as the user gave it; in FP32 where it has no FP64 kernels for that.
+
+    Args:
+        source: what was loaded.
+        model: what `load` made of it.
+        custom_ops: libraries of custom operators that ONNX Runtime needs for it.
+
+    Raises:
+        EngineError: ONNX Runtime refuses the model or a library.
+    """
+    try:
+        if isinstance(source, str | os.PathLike):
+            return ort.session(str(source), custom_ops=custom_ops)
+        return ort.session(model.proto, custom_ops=custom_ops)
+    except EngineError:
+        single = prepare(model)
+        if not single.notes:
+            raise
+    return ort.session(single.proto, directory=model.directory, where=called(source), custom_ops=custom_ops)

@@ -53,9 +53,9 @@ def single_precision(model: Model) -> Model:
     names = {node.name for node in changed}
     _Change(model, draft, names).make()
     done = draft.finish()
-    note = (
+    note = (  # TensorRT-RTX 1.7.1 takes a double input or output for one of float
         f"{len(changed)} of {len(model.graph.node)} nodes compute in FP64, which TensorRT does not: they become FP32. "
-        "Inputs and outputs keep their types."
+        "Inputs and outputs of the files keep their types; an engine reads and gives FP32 there."
     )
     return done.replace(done.proto, notes=(note,))
 

@@ -51,7 +51,7 @@ def test_a_name_inside_a_word_is_not_taken_for_a_node(tmp_path: Path) -> None:
 
 
 def test_a_search_ends_with_its_time_or_with_other_words(tmp_path: Path) -> None:
-    path, refusal = deep(tmp_path / "deep.onnx"), BuildError("The engine builder failed: no kernel")
+    proto, refusal = onnx.load(deep(tmp_path / "deep.onnx")), BuildError("The engine builder failed: no kernel")
 
     def refuse(words: str) -> object:
         def build(part: Path) -> object:
@@ -61,10 +61,10 @@ def test_a_search_ends_with_its_time_or_with_other_words(tmp_path: Path) -> None
 
         return build
 
-    found = located(refusal, path, refuse(str(refusal)), seconds=0)  # type: ignore[arg-type]
+    found = located(refusal, proto, tmp_path, refuse(str(refusal)), seconds=0)  # type: ignore[arg-type]
     assert "one of the 13 nodes from Conv 'conv0' to Conv 'conv11'" in str(found)
-    assert located(refusal, path, refuse("The ONNX parser refused it"), seconds=60) is refusal  # type: ignore[arg-type]
-    assert located(refusal, path, refuse(str(refusal)), seconds=60).nodes == ("up",)  # type: ignore[arg-type]
+    assert located(refusal, proto, tmp_path, refuse("The ONNX parser refused it"), seconds=60) is refusal  # type: ignore[arg-type]
+    assert located(refusal, proto, tmp_path, refuse(str(refusal)), seconds=60).nodes == ("up",)  # type: ignore[arg-type]
 
 
 def test_messages_of_ours_start_no_search() -> None:
