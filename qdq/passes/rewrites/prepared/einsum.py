@@ -82,88 +82,107 @@ def _multiply(model: Model, edit: Edit, node: NodeProto) -> None:
     sizes = dict(zip(axes, info.shape or (), strict=True)) if info else {}
     if lost := [c for c in letters if sizes.get(c) == 1]:
         raise Unfit(f"axis {lost[0]!r} has one element in its data and several in the constant")
-    batch, rows = ([c for c in terms.result if c in axes and (c in letters) is shared] for shared in (True, False))
-    sums = [c for c in axes if c in letters and c not in terms.result]
-    columns = [c for c in terms.result if c not in axes]
-    if not sums or not columns:
-        raise Unfit("it sums over no axis, or its constant has no columns")
-    wide = dict(zip(letters, weight.shape, strict=True))
-    nodes = []
+    split = _Split.of(axes, letters, terms.result)
+    chain = _Chain(edit, node, data)
     if alone := [i for i, c in enumerate(axes) if c not in letters and c not in terms.result]:
-        over = edit.constant(f"{node.name}_axes", np.array(alone, np.int64))
-        nodes.append(edit.node("ReduceSum", [data, over], f"{node.name}_ReduceSum", keepdims=0))
-        data, axes = nodes[-1].output[0], "".join(c for i, c in enumerate(axes) if i not in alone)
-    name = f"{node.name}_weight"
-    if _is_convolution(axes, batch, rows, sums, columns, terms.result):
-        held = _arranged(letters, weight, [*columns, *sums]).reshape(
-            *_lengths(wide, columns, sums), *[1] * (len(axes) - 2)
-        )
-        product = edit.node("Conv", [data, edit.constant(name, held)], f"{node.name}_Conv", node.output[0])
-        product.name = node.name
-        return edit.replace(node, [*nodes, product])
-    _matmul(edit, node, nodes, data, axes, terms.result, _Split(batch, rows, sums, columns), letters, weight)
+        chain.then("ReduceSum", np.array(alone, np.int64), keepdims=0)
+        axes = "".join(c for i, c in enumerate(axes) if i not in alone)
+    write = _convolve if _is_convolution(axes, split, terms.result) else _matmul
+    write(chain, axes, terms.result, split, _Weight(letters, weight))
+    chain.close()
 
 
 @dataclass(frozen=True, slots=True)
 class _Split:
+    """The letters of a product by what they do in it."""
+
     batch: list[str]
     rows: list[str]
     sums: list[str]
     columns: list[str]
 
+    @classmethod
+    def of(cls, axes: str, letters: str, result: str) -> _Split:
+        """Of the axes of the data and the letters of the constant; `Unfit` where that is no matrix."""
+        batch, rows = ([c for c in result if c in axes and (c in letters) is shared] for shared in (True, False))
+        sums = [c for c in axes if c in letters and c not in result]
+        columns = [c for c in result if c not in axes]
+        if not sums or not columns:
+            raise Unfit("it sums over no axis, or its constant has no columns")
+        return cls(batch, rows, sums, columns)
 
-def _matmul(
-    edit: Edit,
-    node: NodeProto,
-    nodes: list[NodeProto],
-    data: str,
-    axes: str,
-    result: str,
-    split: _Split,
-    letters: str,
-    weight: np.ndarray,
-) -> None:
-    """The general form, as its nodes one after the other."""
-    wide = dict(zip(letters, weight.shape, strict=True))
+
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    letters: str
+    values: np.ndarray
+
+    def size(self, *letters: str) -> int:
+        """How many elements some axes have together."""
+        return math.prod(self.values.shape[self.letters.index(c)] for c in letters)
+
+    def arranged(self, *groups: list[str]) -> np.ndarray:
+        """The values with their axes in this order, those of a group as one."""
+        order = [self.letters.index(c) for group in groups for c in group]
+        return self.values.transpose(order).reshape([self.size(*group) for group in groups])
+
+
+class _Chain:
+    """Nodes one after the other that take the place of one."""
+
+    def __init__(self, edit: Edit, node: NodeProto, source: str) -> None:
+        self._edit, self._node, self._last, self._nodes = edit, node, source, list[NodeProto]()
+
+    def then(self, op_type: str, *constants: np.ndarray, product: bool = False, **attributes: Any) -> None:
+        """Add a node that reads what the last one makes, and constants; the product takes the name of the node."""
+        name = f"{self._node.name}_{'weight' if product else op_type}"
+        inputs = [self._edit.constant(name, values) for values in constants]
+        made = self._edit.node(op_type, [self._last, *inputs], f"{self._node.name}_{op_type}", **attributes)
+        self._last = made.output[0]
+        if product:
+            made.name = self._node.name
+        self._nodes.append(made)
+
+    def turned(self, before: list[str], after: list[str]) -> None:
+        """Transpose axes into another order, if it is another."""
+        if before != after:
+            self.then("Transpose", perm=[before.index(c) for c in after])
+
+    def close(self) -> None:
+        """Put the nodes in the place of the one."""
+        self._nodes[-1].output[0] = self._node.output[0]
+        self._edit.replace(self._node, self._nodes)
+
+
+def _convolve(chain: _Chain, axes: str, result: str, split: _Split, weight: _Weight) -> None:
+    """A 1 x 1 convolution."""
+    held = weight.arranged(split.columns, split.sums)
+    chain.then("Conv", held.reshape(*held.shape, *[1] * (len(axes) - 2)), product=True)
+
+
+def _matmul(chain: _Chain, axes: str, result: str, split: _Split, weight: _Weight) -> None:
+    """The general form."""
     kept = [c for c in axes if c in result]
     if split.rows:  # the last axis before the sums is that of the rows of a matrix; others may broadcast
         last = next(c for c in reversed(kept) if c in split.rows)
         kept = [*(c for c in kept if c != last), last]
-
-    def then(op_type: str, *constants: list[int], **attributes: Any) -> None:
-        inputs = [edit.constant(f"{node.name}_{op_type}_{i}", np.array(v, np.int64)) for i, v in enumerate(constants)]
-        nodes.append(
-            edit.node(
-                op_type, [nodes[-1].output[0] if nodes else data, *inputs], f"{node.name}_{op_type}", **attributes
-            )
-        )
-
-    def turned(before: list[str], after: list[str]) -> None:
-        if before != after:
-            then("Transpose", perm=[before.index(c) for c in after])
-
-    turned(list(axes), [*kept, *split.sums])
+    chain.turned(list(axes), [*kept, *split.sums])
     if len(split.sums) > 1:
-        then("Reshape", [0] * len(kept) + _lengths(wide, split.sums))
+        chain.then("Reshape", np.array([0] * len(kept) + [weight.size(*split.sums)], np.int64))
     lone = bool(split.batch) and not split.rows  # a vector for each of the batch: as a matrix of one row
+    behind = np.array([len(kept)], np.int64)
     if lone:
-        then("Unsqueeze", [len(kept)])
+        chain.then("Unsqueeze", behind)
     batch = [c for c in kept if c in split.batch]
     leading = kept if lone else kept[:-1]
-    shape = [wide[c] if c in batch else 1 for c in leading[leading.index(batch[0]) :]] if batch else []
-    held = _arranged(letters, weight, [*batch, *split.sums, *split.columns])
-    held = held.reshape(*shape, *_lengths(wide, split.sums, split.columns))
-    source = nodes[-1].output[0] if nodes else data
-    product = edit.node("MatMul", [source, edit.constant(f"{node.name}_weight", held)], f"{node.name}_product")
-    product.name = node.name
-    nodes.append(product)
+    shape = [weight.size(c) if c in batch else 1 for c in leading[leading.index(batch[0]) :]] if batch else []
+    held = weight.arranged(batch, split.sums, split.columns)
+    chain.then("MatMul", held.reshape(*shape, *held.shape[1:]), product=True)
     if lone:
-        then("Squeeze", [len(kept)])
+        chain.then("Squeeze", behind)
     if len(split.columns) > 1:
-        then("Reshape", [0] * len(kept) + [wide[c] for c in split.columns])
-    turned([*kept, *split.columns], list(result))
-    nodes[-1].output[0] = node.output[0]
-    edit.replace(node, nodes)
+        chain.then("Reshape", np.array([0] * len(kept) + [weight.size(c) for c in split.columns], np.int64))
+    chain.turned([*kept, *split.columns], list(result))
 
 
 def _weight(model: Model, node: NodeProto, terms: Terms, computed: int) -> tuple[str, np.ndarray]:
@@ -193,18 +212,9 @@ def _weight(model: Model, node: NodeProto, terms: Terms, computed: int) -> tuple
     return letters, np.asarray(made).astype(arrays[0][1].dtype)
 
 
-def _is_convolution(
-    axes: str, batch: list[str], rows: list[str], sums: list[str], columns: list[str], result: str
-) -> bool:
+def _is_convolution(axes: str, split: _Split, result: str) -> bool:
     """Whether the data are a feature map whose channels, on axis 1, become others."""
-    plain = not batch and len(sums) == len(columns) == 1 and 4 <= len(axes) <= 5
-    return plain and list(axes) == [rows[0], *sums, *rows[1:]] and list(result) == [rows[0], *columns, *rows[1:]]
-
-
-def _arranged(letters: str, weight: np.ndarray, order: list[str]) -> np.ndarray:
-    return weight.transpose([letters.index(c) for c in order])
-
-
-def _lengths(sizes: dict[str, int], *groups: list[str]) -> list[int]:
-    """How many elements the axes of each group have together."""
-    return [math.prod(sizes[c] for c in group) for group in groups]
+    if split.batch or len(split.sums) != 1 or len(split.columns) != 1 or not 4 <= len(axes) <= 5:
+        return False
+    first, *others = split.rows
+    return list(axes) == [first, *split.sums, *others] and list(result) == [first, *split.columns, *others]
