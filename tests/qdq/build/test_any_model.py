@@ -12,8 +12,10 @@ from raw_models import raw
 from engines.core.errors import BuildError
 from qdq.build.any_model import compile_any
 from qdq.build.engine import audit_engine, save_engine
+from qdq.build.pricer import Pricer, gpus_of
 from qdq.build.recipe import Recipe
 from qdq.model.model import Model
+from qdq.passes.prepare import prepare
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -49,3 +51,11 @@ def test_what_stays_refused_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="ScatterND"):
         compile_any(path, tmp_path / "p.onnx", recipe=Recipe(), shapes={})
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_a_price_that_nothing_has_names_the_node() -> None:
+    nodes = [node("Relu", "x", "a"), node("ConvTranspose", "a w", "y", "up", strides=[2, 2], dilations=[2, 2])]
+    model = prepare(raw(nodes, {"x": (1, 8, 6, 6), "w": (8, 8, 3, 3)}))  # no constant: it cannot be rewritten
+    pricer = Pricer(recipe=Recipe(), shapes={}, gpus=gpus_of(Recipe()))
+    assert pricer(model).us == float("inf")
+    assert pricer.refusal(model).nodes == ("up",)

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from graphs import node, normal
 from onnx import TensorProto, helper, numpy_helper
-from raw_models import operators, prepared_alike, raw
+from raw_models import feeds, operators, prepared_alike, raw
 
+from engines.core import onnx_runtime as ort
+from engines.core.errors import EngineError
 from qdq.core.errors import ModelError
+from qdq.deploy.check import float_session
 from qdq.model.model import Model
 from qdq.passes.doubles import narrowed
 from qdq.passes.prepare import prepare
@@ -111,3 +114,13 @@ def test_limits_stay_limits_and_small_scalars_no_zero() -> None:
     assert made.tolist() == [float(narrow.max), float(narrow.min), np.inf, -np.inf, 0, 0]
     assert narrowed(np.float64([-1e-300]), "epsilon").item() == -narrow.tiny
     assert np.isnan(narrowed(np.array([np.nan, 1]), "nan")).tolist() == [True, False]
+
+
+def test_what_onnx_runtime_has_no_fp64_kernel_for_is_compared_in_fp32() -> None:
+    model = raw(
+        [node("Conv", "x w", "y")], {"x": ((1, 4, 6, 6), "float64")}, {"w": normal(4, 4, 3, 3).astype(np.float64)}
+    )
+    with pytest.raises(EngineError, match="Could not find an implementation for Conv"):
+        ort.session(model.proto)
+    (made,) = float_session(model.proto, model).run(None, feeds(model))
+    assert made.dtype == np.float64
