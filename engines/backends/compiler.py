@@ -7,6 +7,7 @@ Always strongly typed and DETAILED. Must not set a precision: the ONNX graph car
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -138,6 +139,11 @@ def _parse(parser: Any, model: Path | str | onnx.ModelProto, directory: Path | N
     raise BuildError("The ONNX parser refused the model: " + "; ".join(parts or ["no reason given"]), nodes=nodes)
 
 
+def _names(text: str, node: str) -> bool:
+    """Whether a message holds the name of a node, and not as a part of a word or of another name."""
+    return re.search(rf"(?<![\w/]){re.escape(node)}(?![\w/])", text) is not None
+
+
 def _profile(builder: Any, config: Any, network: Any, shapes: Mapping[str, ShapeRange]) -> None:
     """One optimization profile for the inputs with dynamic dimensions.
 
@@ -227,7 +233,7 @@ def compile_model(
     if plan is None:
         graph = load_graph(model).graph
         text = " | ".join(log.errors) or "the builder gave no reason"
-        nodes = tuple(n.name for n in graph.node if n.name and n.name in text)
+        nodes = tuple(n.name for n in graph.node if n.name and _names(text, n.name))
         raise BuildError(f"The engine builder failed: {text}", nodes=nodes)
     if on_progress:
         on_progress(1.0, "Engine built")

@@ -1,7 +1,7 @@
-"""Files that are written whole or not at all, and read only where they end.
+"""Files written whole or not at all, read only where they end; temporary folders that no run leaves behind.
 
-A temporary file is locked by the run that writes it: what is not locked was left by a run that was killed, and goes
-when the same file is written again.
+A temporary file or folder is locked by the run that makes it: what is not locked was left by a run that was killed, and
+goes when the same file is written again, or the next folder made there.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ import errno
 import glob
 import os
 import secrets
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import BinaryIO
 
 from engines.core.errors import EngineError
@@ -27,6 +29,7 @@ try:
 except ImportError:  # Windows: what a killed run leaves stays
     fcntl = None  # type: ignore[assignment]
 
+PREFIX = "qdq-"  # of temporary folders
 YOUNG_S = 2.0  # what is younger may be about to be locked
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
@@ -115,6 +118,46 @@ def abandoned(path: Path) -> bool:
         return time.time() - os.fstat(descriptor).st_mtime > YOUNG_S and lock(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Scratch:
+    """A new folder; use it as a context manager, which gives its path, or call `remove`."""
+
+    def __init__(self, place: Path | None = None) -> None:
+        """Make it in `place`, hidden, or where the system has its temporary files.
+
+        Folders that killed runs left there go first.
+
+        Raises:
+            OSError: the place is not writable.
+        """
+        prefix = f".{PREFIX}" if place else PREFIX
+        within = place or Path(tempfile.gettempdir())
+        for left in within.glob(f"{prefix}????????"):
+            if left.is_dir() and not left.is_symlink() and abandoned(left):
+                shutil.rmtree(left, ignore_errors=True)
+        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=within))
+        self._lock = os.open(self.path, os.O_RDONLY) if hasattr(os, "O_DIRECTORY") else -1
+        if self._lock >= 0:
+            lock(self._lock)
+
+    def remove(self) -> None:
+        """Remove it; a second time does nothing."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        descriptor, self._lock = self._lock, -1
+        if descriptor >= 0:
+            with suppress(OSError):
+                os.close(descriptor)
+
+    def __enter__(self) -> Path:
+        """Its path."""
+        return self.path
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove it."""
+        self.remove()
 
 
 def _remove_abandoned(path: Path) -> None:

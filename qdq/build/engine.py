@@ -7,19 +7,24 @@ Must not quantize: it takes any ONNX file. Must not believe a file that the mani
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from onnx import ModelProto
+
 from engines.backends.backend import backend_named, predicting
 from engines.backends.compiler import Engine, ShapeRange
 from engines.backends.doctor import gpus
 from engines.backends.layers import LayerTable
+from engines.backends.locate import located, nothing_named
 from engines.core.documents import Document, DocumentError, replace
-from engines.core.errors import EngineError
+from engines.core.errors import BuildError, EngineError
 from engines.core.files import read_file, write_atomic
+from engines.core.load import load_graph
 from engines.cost.gpus import gpu_named
 from engines.cost.predict import Cost, predict
 from engines.verify.audit import Audit, audit
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
 
 D = TypeVar("D", bound=Document)
 SHAPE_KEY = "shape."
+LOCATE_S, SEARCHES = 20, 4  # seconds, or times what the refusal took: the longest search for the node that it is about
 BESIDE = ("plan", "table", "report")  # what `deploy` writes beside an engine as <name>.json
 
 
@@ -72,6 +78,7 @@ def compile_engine(
     timing_cache: Path | None = None,
     on_progress: Progress | None = None,
     label: str = "Compile",
+    locate: bool = True,
 ) -> Engine:
     """The engine of a model, by the recipe's backend.
 
@@ -80,7 +87,7 @@ def compile_engine(
         shapes: the range of each dynamic input.
 
     Raises:
-        EngineError: see `build` of the backend.
+        EngineError: see `build` of the backend. `locate` searches for the node where the compiler names none.
     """
 
     def report(fraction: float, _phase: str) -> None:
@@ -88,14 +95,32 @@ def compile_engine(
             on_progress(int(fraction * 100), 100, label)
 
     report(0, "")
-    return backend_named(recipe.backend).build(
-        (model.file or model.proto) if isinstance(model, Model) else model,
-        targets=recipe.targets,
-        shapes=shapes,
-        timing_cache=timing_cache,
-        directory=model.directory if isinstance(model, Model) else None,
-        on_progress=report,
-    )
+    build, began = backend_named(recipe.backend).build, time.monotonic()
+    source: Path | ModelProto = model if isinstance(model, Path) else model.file or model.proto
+    directory = None if isinstance(model, Path) else model.directory
+    try:
+        return build(
+            source,
+            targets=recipe.targets,
+            shapes=shapes,
+            timing_cache=timing_cache,
+            directory=directory,
+            on_progress=report,
+        )
+    except BuildError as error:
+        if not locate or not nothing_named(error):
+            raise
+        refusal, took = error, time.monotonic() - began
+
+    def trial(part: Path) -> Engine:
+        there = {v.name for v in load_graph(part).graph.input}
+        used = {name: shape for name, shape in shapes.items() if name in there}
+        return build(
+            part, targets=recipe.targets, shapes=used, timing_cache=None, directory=None, on_progress=lambda *_: None
+        )
+
+    place = directory or (source.parent if isinstance(source, Path) else Path())
+    raise located(refusal, load_graph(source), place, trial, seconds=max(LOCATE_S, SEARCHES * took))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,15 +20,15 @@ from onnx import TensorProto
 from engines.backends.backend import backend_named
 from engines.backends.compiler import ShapeRange
 from engines.core.errors import BuildError, UnsupportedTargetError, import_runtime
-from engines.core.files import read_file
+from engines.core.files import Scratch, read_file
 from engines.cost.gpus import GPUS, Gpu, gpu_named
 from qdq.build.cost import Kernel, Price
+from qdq.build.engine import compile_engine
 from qdq.build.processes import Job, Workers, price_of
 from qdq.build.recipe import Recipe
 from qdq.core.errors import InputError
 from qdq.core.files import write_text
 from qdq.core.resources import cores
-from qdq.core.scratch import Scratch
 from qdq.model.model import Model
 from qdq.model.nodes import without_initializers
 from qdq.model.storage import save
@@ -76,6 +76,16 @@ class Pricer:
                 self.cache.mkdir(parents=True, exist_ok=True)
                 write_text(self.cache / f"{key}.json", json.dumps({"format": FORMAT, **asdict(price)}))
         return [self._known[key] for key in keys]
+
+    def refusal(self, model: Model) -> BuildError:
+        """Why a model does not compile, with the node that the compiler refuses; the last refusal, if it does."""
+        with Scratch() as folder:
+            job = self._job(model, folder / "refused")
+            try:
+                compile_engine(job.path, recipe=self.recipe, shapes=job.shapes)
+            except BuildError as error:
+                return error
+        return self.failure or BuildError("No way to write the model compiles.")
 
     @property
     def width(self) -> int:

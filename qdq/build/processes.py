@@ -52,7 +52,10 @@ def price_of(job: Job) -> Price:
     """
     kernels: list[Kernel] = []
     recipes = {gpu.target: Recipe(targets=(gpu.target,), backend=job.backend) for gpu in job.gpus}
-    tables = {t: compile_engine(job.path, recipe=recipe, shapes=job.shapes).table for t, recipe in recipes.items()}
+    tables = {
+        target: compile_engine(job.path, recipe=recipe, shapes=job.shapes, locate=False).table
+        for target, recipe in recipes.items()
+    }
     for gpu in job.gpus:
         table = tables[gpu.target]
         cost = predict(job.path, table, gpu, shapes=job.shapes)

@@ -71,8 +71,8 @@ def _fix(
     loaded: Model, model: Path, output: Path, target: tuple[str, ...], shape: tuple[str, ...], as_json: bool
 ) -> int:
     """Repair, prove, write, report; returns the exit code."""
+    from engines.core.files import Scratch
     from qdq.build.recipe import Recipe
-    from qdq.core.scratch import Scratch
     from qdq.lint.lint import lint
     from qdq.lint.repair.repair import repair
     from qdq.lint.report import LintReport, Proof

@@ -33,9 +33,12 @@ def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
     if output:
         options.check_output(output, model, given["recipe"])
     recipe = options.recipe_of(given)
-    made = placement.plan(load_float(model), recipe.settings)
+    prepared = load_float(model)
+    made = placement.plan(prepared, recipe.settings)
     if output:
         made.save(output)
+    for text in filter(None, (*prepared.notes, made.why_nothing)):
+        note(text)
     if as_json:
         click.echo(made.to_json(), nl=False)
     else:
@@ -99,7 +102,7 @@ def quantize(
             )
             done = finish(made.model, made.plan, unquantized_type=recipe.unquantized_type, table=made.table)
             save(done.model, output)
-    for text in (*made.solution.notes, *done.notes):
+    for text in filter(None, (*prepared.notes, made.plan.why_nothing, *made.solution.notes, *done.notes)):
         note(text)
     click.echo(f"{len(made.plan.quantized_nodes)} nodes in {made.plan.operands}: {output}")
 
@@ -120,8 +123,12 @@ def _places(settings: Settings) -> tuple[object, ...]:
 )
 @options.recipe_option
 def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) -> None:
-    """Compile an engine from an ONNX model, quantized or not."""
-    from qdq.build.engine import compile_engine, save_engine, shape_ranges
+    """Compile an engine from an ONNX model, quantized or not.
+
+    A float model that the compiler refuses is written again, beside the engine, in a form that it takes.
+    """
+    from qdq.build.any_model import compile_any
+    from qdq.build.engine import save_engine, shape_ranges
     from qdq.model.storage import load
 
     options.check_output(output, model, given["recipe"])
@@ -129,8 +136,13 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
     with Bars() as bars:
         loaded = load(model)
         shapes = shape_ranges(loaded, recipe.shapes, None)
-        engine = compile_engine(loaded, recipe=recipe, shapes=shapes, timing_cache=timing_cache, on_progress=bars)
-        save_engine(engine, output, model, recipe=recipe, shapes=shapes)
+        prepared = output.with_name(f"{output.name.removesuffix('.engine')}.prepared.onnx")
+        engine, source = compile_any(
+            loaded, prepared, recipe=recipe, shapes=shapes, timing_cache=timing_cache, on_progress=bars
+        )
+        save_engine(engine, output, source or model, recipe=recipe, shapes=shapes)
+    if source:
+        note(f"{model.name} itself does not compile; the engine is of {source}, which computes the same.")
     if engine.table.note:
         note(engine.table.note)
     click.echo(f"{engine.table.kernels} kernels for {', '.join(engine.table.targets)}: {output}")

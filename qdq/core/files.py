@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from engines.core.documents import Document, DocumentError
-from engines.core.files import read_file, uninterrupted, write_atomic
+from engines.core.files import Scratch, read_file, uninterrupted, write_atomic
 from qdq.core.errors import InputError
-from qdq.core.scratch import Scratch
 
 D = TypeVar("D", bound=Document)
 

@@ -17,6 +17,7 @@ from engines.backends.layers import LayerTable
 from engines.core import arithmetic
 from engines.core import onnx_runtime as ort
 from engines.core.documents import replace
+from engines.core.errors import EngineError
 from engines.verify.as_compiled import roundings
 from engines.verify.compare import compare
 from engines.verify.report import Alarms, Limits, Report
@@ -25,12 +26,15 @@ from qdq.measure.inference.samples import Sample
 from qdq.model.graphsurgeon import ModelSource, called
 from qdq.model.model import Model
 from qdq.model.storage import load
+from qdq.passes.prepare import prepare
 
 NOT_RUN = "the Q/DQ model in ONNX Runtime stood for the engine, which was not run"
 
 
 def float_session(model: Model, where: str, *, custom_ops: Sequence[str] = ()) -> Any:
     """ONNX Runtime's session of a float model as the user gave it, repaired where it had to be.
+
+    In FP32 where ONNX Runtime has no FP64 kernels for it.
 
     Args:
         model: as it was loaded.
@@ -40,9 +44,15 @@ def float_session(model: Model, where: str, *, custom_ops: Sequence[str] = ()) -
     Raises:
         EngineError: ONNX Runtime refuses the model or a library.
     """
-    if model.file is not None:
-        return ort.session(model.file, custom_ops=custom_ops)
-    return ort.session(model.proto, directory=model.directory, where=where, custom_ops=custom_ops)
+    try:
+        if model.file is not None:
+            return ort.session(model.file, custom_ops=custom_ops)
+        return ort.session(model.proto, directory=model.directory, where=where, custom_ops=custom_ops)
+    except EngineError:
+        single = prepare(model)
+        if not single.notes:
+            raise
+    return ort.session(single.proto, directory=model.directory, where=where, custom_ops=custom_ops)
 
 
 def evaluate(

@@ -143,7 +143,7 @@ def deploy(
             on_progress=on_progress,
         )
         if not made.plan.points:
-            notes = [*notes, f"Nothing is quantized, so the model is called {output.name}, by its float type."]
+            notes = [*notes, made.plan.why_nothing, f"The model is called {output.name}, by its float type."]
         if seen:
             notes = [*notes, f"{seen} of the evaluation samples are calibration samples too, which was allowed."]
         as_compiled = against_float(output, as_compiled=engine.table)
@@ -168,7 +168,11 @@ def deploy(
             min_int8_share=recipe.min_int8_share,
             overlap=seen,
             evaluated_on="calibration samples" if evaluated is None else "evaluation samples",
-            notes=tuple(filter(None, [*notes, *done.notes, *made.solution.notes, *finished.notes, *said, reason])),
+            notes=tuple(
+                filter(
+                    None, [*prepared.notes, *notes, *done.notes, *made.solution.notes, *finished.notes, *said, reason]
+                )
+            ),
             label_dice=label_dice,
             tuning=done.tuned.outcome([gpu.name for gpu in pricer.gpus]) if done.tuned and pricer else None,
         )

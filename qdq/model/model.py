@@ -56,6 +56,7 @@ class Model:
     `sha256` is of the file and the external data as the user gave them, and stays the same through all passes.
     `keeps` are what must live as long as the model: the stores of its tensors.
     `file` holds exactly this model; None where `proto` was repaired or changed, or never was in a file.
+    `notes` are what a user must know of how it was prepared, one sentence each.
     """
 
     proto: ModelProto
@@ -63,15 +64,15 @@ class Model:
     sha256: str
     keeps: tuple[object, ...] = ()
     file: Path | None = None
+    notes: tuple[str, ...] = ()
 
-    def replace(self, proto: ModelProto, *, keeps: object = None) -> Model:
-        """The same user's model with another graph: a changed copy, and the store of tensors that are new in it.
+    def replace(self, proto: ModelProto, *, keeps: object = None, notes: tuple[str, ...] = ()) -> Model:
+        """The same user's model with another graph: a changed copy, the store of tensors that are new in it, new notes.
 
         External tensors still lie in `directory`, or in a store.
         """
-        return replace(
-            self, proto=proto, file=None, keeps=self.keeps if keeps in (None, *self.keeps) else (*self.keeps, keeps)
-        )
+        kept = self.keeps if keeps in (None, *self.keeps) else (*self.keeps, keeps)
+        return replace(self, proto=proto, file=None, keeps=kept, notes=(*self.notes, *notes))
 
     def to_graphsurgeon(self) -> Graph:
         """A copy for onnx-graphsurgeon, its values in memory; 4-bit codes are exported again if nobody reads them.

@@ -28,11 +28,10 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.core.files import new_files
+from engines.core.files import Scratch, new_files
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, QTensor
-from qdq.core.scratch import Scratch
 from qdq.model.external import CHUNK, placed, release
 
 FORMAT = "qdq.weights/2"

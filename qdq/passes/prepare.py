@@ -2,7 +2,8 @@
 
     every node has a name, initializers are no longer inputs -> opset 21
     constants, shapes, BatchNormalization and automatic padding folded; identities, unused nodes and tensors dropped
-    shapes of all tensors inferred -> Model (IR version 10)
+    FP64 made FP32, shapes of all tensors inferred
+    products without a weight on the right, and what the compiler refuses, in another form -> Model (IR version 10)
 
 It must not change what the model computes beyond float rounding, touch the bodies of If, Loop and Scan, make dynamic
 dimensions static, rename inputs, outputs or named nodes, or need a runtime.
@@ -20,8 +21,11 @@ from qdq.model.model import Model, dtype_name
 from qdq.model.nodes import all_nodes, attribute_value
 from qdq.model.opset import is_same
 from qdq.model.storage import is_quantized, load
+from qdq.passes.doubles import has_doubles, single_precision
 from qdq.passes.draft import Draft, assign
 from qdq.passes.fold import fold_batch_norms, fold_constants, fold_shapes
+from qdq.passes.rewrites import PREPARED_REWRITES
+from qdq.passes.transposes import merge_transposes
 
 
 def load_float(source: ModelSource) -> Model:
@@ -65,10 +69,32 @@ def prepare(model: Model) -> Model:
     draft.name_nodes()
     draft.lift_constants()  # those that the converter made
     draft.drop_unused()
-    while draft.infer() and (fold_shapes(draft) | fold_constants(draft) | drop_identities(draft)):
-        draft.drop_unused()
+    fold(draft)
+    if has_doubles(draft):
+        draft = Draft(single_precision(draft.finish()))
+        fold(draft)
     fold_batch_norms(draft)
     pad_explicitly(draft)
+    return _acceptable(draft.finish())
+
+
+def fold(draft: Draft) -> None:
+    """Compute what depends on no input and drop what passes through, until nothing changes."""
+    while draft.infer() and (fold_shapes(draft) | fold_constants(draft) | drop_identities(draft)):
+        draft.drop_unused()
+
+
+def _acceptable(model: Model) -> Model:
+    """The model after the rewrites that are always done; what they leave superfluous is dropped."""
+    done = model
+    for rewrite in PREPARED_REWRITES.values():
+        done = rewrite(done).model
+    if done is model:
+        return model
+    draft = Draft(done)
+    draft.infer()
+    merge_transposes(draft)
+    drop_identities(draft)
     return draft.finish()
 
 

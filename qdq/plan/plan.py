@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+from collections import Counter
 from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
 from engines.core.documents import Document, Part
+from engines.core.operators import COMPOUNDS, CONTRACTIONS, WEIGHTED
 from qdq.core.errors import InputError, StaleFileError
 from qdq.core.files import read_document, write_text
 from qdq.core.formats import FORMATS
@@ -24,6 +26,8 @@ from qdq.plan.spec import Spec
 
 Consumer = Annotated[str, msgspec.Meta(pattern=r"^.+:\d+$")]
 Role = Literal["activation", "weight"]
+REASONS = 5  # that `Plan.why_nothing` names; the plan has all
+_MULTIPLYING = CONTRACTIONS | COMPOUNDS
 
 
 class Point(Part, frozen=True, kw_only=True, omit_defaults=True):
@@ -110,6 +114,22 @@ class Plan(Document, frozen=True, kw_only=True):
         if not weights or weights == data:
             return weights or "low precision"
         return f"{weights} weights" + (f", {data} data" if data else "")
+
+    @property
+    def why_nothing(self) -> str:
+        """Why no node is quantized, counted by reason: what to tell who expected some; "" where some are.
+
+        Of each node with weights, or that may hold such nodes; the most frequent reasons first.
+        """
+        if self.quantized_nodes:
+            return ""
+        told = [s for s in self.skips if s.op_type in _MULTIPLYING or s.rule in ("containers", "foreign", "excluded")]
+        counts = Counter((skip.op_type, skip.reason) for skip in told).most_common()
+        parts = [f"{count} {op_type}: {reason}" for (op_type, reason), count in counts[:REASONS]]
+        more = sum(count for _, count in counts[REASONS:])
+        if not parts:
+            return f"Nothing is quantized: none of the {len(self.skips)} nodes is a {', '.join(WEIGHTED)}."
+        return f"Nothing is quantized. {'; '.join(parts)}{f'; {more} more' if more else ''}."
 
     @property
     def sha256(self) -> str:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from engines.core.documents import replace
-from engines.core.errors import BuildError
 from qdq.assemble.finish import finish
 from qdq.assemble.held_out import HeldOutScore, Split, ranked
 from qdq.assemble.quantize import quantize
@@ -85,7 +84,7 @@ def find_plan(
             on_progress=on_progress,
         )
     if math.isinf(found.price.us):
-        raise pricer.failure or BuildError("No way to write the model compiles.")
+        raise pricer.refusal(prepared)
     return found
 
 

@@ -19,6 +19,7 @@ from engines.backends.backend import backend_named
 from engines.backends.compiler import ShapeRange
 from engines.core.documents import replace
 from engines.core.errors import EngineError, MissingRuntimeError, UnsupportedTargetError, import_runtime
+from engines.core.files import Scratch
 from engines.cost.gpus import Gpu
 from engines.cost.predict import predict
 from engines.verify.audit import Audit, audit
@@ -32,7 +33,6 @@ from qdq.core.choices import choose
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS, require_targets
 from qdq.core.progress import Progress
-from qdq.core.scratch import Scratch
 from qdq.deploy.compare.result import Comparison, SchemeRow
 from qdq.deploy.compare.score import Reference, inputs_only, score
 from qdq.deploy.compare.task import Task

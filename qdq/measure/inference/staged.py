@@ -18,8 +18,8 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from engines.core.files import Scratch
 from qdq.core.resources import cores, default_bytes
-from qdq.core.scratch import Scratch
 from qdq.measure.inference.partitioned import excerpt
 from qdq.measure.inference.samples import Sample, overlapped
 from qdq.measure.inference.session import Session

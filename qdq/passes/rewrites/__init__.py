@@ -1,8 +1,9 @@
 """Exact rewrites: other operators, the same outputs up to float rounding, a better compiled result.
 
-One file per rewrite, found by itself: `STAGE` ("float": on the prepared model; "quantized": on the Q/DQ model), `RANK`
-(small ones first; the order of the new initializers too) and `rewrite(model, only=None) -> Rewritten`, which says of
-each node whose operator it starts from why it does not fit. A rewrite is pure, deterministic and idempotent.
+One file per rewrite, found by itself: `STAGE` ("prepared": what `prepare` always does; "float": on the prepared model;
+"quantized": on the Q/DQ model), `RANK` (small ones first; the order of the new initializers too) and `rewrite(model,
+only=None) -> Rewritten`, which says of each node whose operator it starts from why it does not fit. A rewrite is pure,
+deterministic and idempotent.
 It must not decide whether it pays: the compiled result does, so each can be limited to some nodes.
 """
 
@@ -18,7 +19,7 @@ from qdq.core.errors import InputError
 from qdq.model.model import Model
 from qdq.passes.rewrites.edit import Rewrite, Rewritten
 
-__all__ = ["FLOAT_REWRITES", "QUANTIZED_REWRITES", "Rewriter", "Rewritten", "applied", "rewritten"]
+__all__ = ["FLOAT_REWRITES", "PREPARED_REWRITES", "QUANTIZED_REWRITES", "Rewriter", "Rewritten", "applied", "rewritten"]
 
 
 class Rewriter(Protocol):
@@ -38,6 +39,7 @@ def found(stage: str) -> Mapping[str, Rewriter]:
     return {name: those[name].rewrite for name in sorted(those, key=lambda name: (those[name].RANK, name))}
 
 
+PREPARED_REWRITES = found("prepared")
 FLOAT_REWRITES = found("float")
 QUANTIZED_REWRITES = found("quantized")
 

@@ -180,7 +180,7 @@ def test_a_file_without_quantized_tensors_is_named_by_its_float_type(folder: Pat
     for rest, extra in (("fp16", ()), ("fp32", ("--rest", "fp32"))):
         done = qdq(*args, *extra, "--out", rest)
         assert done.exit_code == 0 and f"net.{rest}.onnx" in done.stdout
-        assert f"Nothing is quantized, so the model is called net.{rest}.onnx" in done.stderr
+        assert f"The model is called net.{rest}.onnx, by its float type" in done.stderr
         report = written(f"{rest}/report.json")
         assert report["model_file"] == f"net.{rest}.onnx" and (folder / rest / f"net.{rest}.onnx").exists()
         assert not list((folder / rest).glob("*.int8.onnx"))

@@ -259,7 +259,6 @@ NEGATIVE: dict[str, dict[str, Callable[[], Model]]] = {
     "conv_transpose": {
         "stride 1": lambda: transposed(kernel=3, stride=1),
         "odd output": lambda: transposed(kernel=3),
-        "dilated": lambda: transposed(kernel=3, pads=[1] * 4, output_padding=[1, 1], dilations=[2, 2]),
         "grouped": lambda: transposed(group=2),
         "automatic": lambda: transposed(auto_pad="SAME_UPPER"),
         "no ConvTranspose": conv,
@@ -291,7 +290,7 @@ NEGATIVE: dict[str, dict[str, Callable[[], Model]]] = {
     "constants": {
         "beyond the limit": too_large,
         "another operator": lambda: build(
-            [node("Sinh", "s", "c"), node("Mul", "x c", "y")], {"x": (1, 4)}, {"s": normal(4)}
+            [node("RandomNormalLike", "s", "c"), node("Mul", "x c", "y")], {"x": (1, 4)}, {"s": normal(4)}
         ),
         "nothing constant": conv,
     },
@@ -366,7 +365,6 @@ REASONS: dict[str, dict[str, str]] = {
     "conv_transpose": {
         "stride 1": "its stride is 1",
         "odd output": r"not 2 \* \(input",
-        "dilated": "it is dilated",
         "grouped": "2 groups, not one",
         "automatic": "auto_pad",
     },
@@ -393,7 +391,7 @@ REASONS: dict[str, dict[str, str]] = {
         "another size": "not the shape of its input",
         "no Add": "Relu 'relu', which does not add",
     },
-    "constants": {"beyond the limit": "larger than 256 MiB", "another operator": "Sinh is not among"},
+    "constants": {"beyond the limit": "larger than 256 MiB", "another operator": "its result is random"},
     "norm_scale": {
         "also an output": "'a' is an output",
         "no norm": "'a' is not read by InstanceNormalization alone",

@@ -38,7 +38,8 @@ def computed() -> Model:
 
 
 def left_constant() -> Model:
-    return build([node("MatMul", "w x", "y")], {"x": (4, 5)}, {"w": normal(3, 4)})
+    """A vector: of a matrix `prepare` makes a weight on the right."""
+    return build([node("MatMul", "w x", "y")], {"x": (4, 5)}, {"w": normal(4)})
 
 
 def vector() -> Model:

@@ -162,3 +162,25 @@ def test_explain_says_what_happens_to_a_node_and_why() -> None:
         plan.explain("lef_conv")
     with pytest.raises(InputError, match="no node"):
         replace(plan, points=(), skips=()).explain("x")
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "said"),
+    [
+        (graphs.conv, Settings(exclude=("*",)), "Nothing is quantized. 1 Conv: excluded by the pattern '*'; 1 Relu: "),
+        (graphs.conv, Settings(), ""),
+        (
+            lambda: graphs.build([graphs.node("MatMul", "x z", "y")], {"x": (4, 4), "z": (4, 4)}),
+            Settings(),
+            "Nothing is quantized. 1 MatMul: a product of two computed tensors",
+        ),
+        (
+            lambda: graphs.build([graphs.node("Relu", "x", "y")], {"x": (4, 4)}),
+            Settings(),
+            "Nothing is quantized: none of the 1 nodes is a Conv, Gemm, MatMul.",
+        ),
+    ],
+)
+def test_a_plan_without_points_says_why(make: Callable[[], Any], settings: Settings, said: str) -> None:
+    why = placement.plan(make(), settings).why_nothing
+    assert why.startswith(said) and bool(why) is bool(said)

@@ -44,3 +44,18 @@ def scores(model: Model, tensor: str, between: Collection[str]) -> list[NodeProt
     operands = node.input if node.op_type in between else ()
     below = next((path for t in operands if (path := scores(model, t, between))), [])
     return [node, *below] if below else []
+
+
+def weighs_values(model: Model, tensor: str) -> bool:
+    """Whether a tensor becomes the weights of attention: past scale, bias and mask to a Softmax before a product."""
+    for _ in range(8):
+        use = model.only_use(tensor)
+        if use is None or use.index < 0 or use.node.domain:
+            return False
+        tensor = use.node.output[0]
+        if use.node.op_type == "Softmax":
+            readers = [u.node.op_type for u in model.consumers(tensor)]
+            return bool(readers) and all(op in ("MatMul", "Einsum") for op in readers)
+        if use.node.op_type not in (*BETWEEN, "Transpose"):
+            return False
+    return False

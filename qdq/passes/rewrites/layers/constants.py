@@ -15,7 +15,7 @@ from onnx import NodeProto
 
 from qdq.model.model import Model
 from qdq.passes.draft import Draft
-from qdq.passes.fold import FOLDABLE, fold_constants
+from qdq.passes.fold import fold_constants, why_kept
 from qdq.passes.rewrites.edit import Rewritten
 
 STAGE, RANK = "float", 25  # before window_mask, which looks for masks that are constants
@@ -41,6 +41,6 @@ def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
 
 def _reason(node: NodeProto) -> str:
     """Why a node whose inputs are constant was not computed."""
-    if node.domain or node.op_type not in FOLDABLE:
-        return f"{node.op_type} is not among the operators that are computed here"
+    if reason := why_kept(node.op_type, node.domain):
+        return f"{node.op_type} is not computed here: {reason}"
     return f"its result is an output, larger than {LIMIT >> 20} MiB, of unknown size, or left to the runtime"

@@ -50,8 +50,8 @@ def _axes(model: Model, node: NodeProto) -> list[Axis]:
     automatic = attribute_value(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")
     if automatic or any(a.name == "output_shape" for a in node.attribute):
         raise Unfit("it says auto_pad or output_shape")
-    if strides == ones or attribute_value(node, "dilations", ones) != ones:
-        raise Unfit("its stride is 1" if strides == ones else "it is dilated")
+    if strides == ones:  # else it has no dilation: `strided_dilation` has put that into the weight
+        raise Unfit("its stride is 1")
     return [_axis(*a) for a in zip(kernel, strides, pads[:rank], pads[rank:], extra, strict=True)]
 
 

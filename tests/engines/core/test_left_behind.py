@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from engines.core.files import YOUNG_S, new_files, read_file, uninterrupted
+from engines.core.files import YOUNG_S, Scratch, new_files, read_file, uninterrupted
 from qdq.core.errors import InputError
 from qdq.core.files import folder_beside, move_all
-from qdq.core.scratch import Scratch
 
 
 def killed(program: str) -> None:
@@ -29,7 +28,7 @@ def aged(path: Path) -> Path:
 
 
 def test_a_folder_of_a_killed_run_goes_and_one_in_use_stays(tmp_path: Path) -> None:
-    killed(f"from pathlib import Path; from qdq.core.scratch import Scratch; s = Scratch(Path({str(tmp_path)!r}))")
+    killed(f"from pathlib import Path; from engines.core.files import Scratch; s = Scratch(Path({str(tmp_path)!r}))")
     (left,) = tmp_path.iterdir()
     (left / "file").write_text("x")
     aged(left)
