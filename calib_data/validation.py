@@ -90,11 +90,29 @@ def require_one_input(path: Path, inputs: Sequence[InputSpec]) -> None:
         )
 
 
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], inputs: Sequence[InputSpec], where: str) -> None:
+    """Require the rank and the fixed dimensions of every input, and that the sample holds something.
+
+    An input may be empty along a dynamic dimension, as the cache of a decoder's first step is, but not all may.
+
+    Raises:
+        DataError: another rank, another size of a fixed dimension, or no element in any input.
+    """
+    for spec in inputs:
+        check_shape(shapes[spec.name], spec, where)
+    if inputs and all(0 in shapes[spec.name] for spec in inputs):
+        name, shape = inputs[0].name, shapes[inputs[0].name]
+        raise DataError(
+            f"Empty array for {name!r} in {where}: got shape {_shape(shape)}, and a sample needs at least one element. "
+            "Remove this sample or save its values."
+        )
+
+
 def check_shape(shape: tuple[int, ...], spec: InputSpec, where: str) -> None:
     """Require the rank and the fixed dimensions of an input.
 
     Raises:
-        DataError: another rank, another size of a fixed dimension, or a dimension of size zero.
+        DataError: another rank, or another size of a fixed dimension.
     """
     if len(shape) != len(spec.shape):
         fix = "Reshape it to the model's rank."
@@ -105,11 +123,6 @@ def check_shape(shape: tuple[int, ...], spec: InputSpec, where: str) -> None:
         raise DataError(
             f"Wrong rank of {spec.name!r} in {where}: got shape {_shape(shape)} of rank {len(shape)}, the model needs "
             f"{_shape(spec.shape)} of rank {len(spec.shape)}. {fix}"
-        )
-    if 0 in shape:
-        raise DataError(
-            f"Empty array for {spec.name!r} in {where}: got shape {_shape(shape)}, the model needs "
-            f"{_shape(spec.shape)} with at least one element. Remove this sample or save its values."
         )
     for axis, (got, needed) in enumerate(zip(shape, spec.shape, strict=True)):
         if isinstance(needed, int) and got != needed:
@@ -135,14 +148,11 @@ def check_sample(arrays: Mapping[str, Array], inputs: Sequence[InputSpec], where
         masks have it: whoever measures an input refuses that.
 
     Raises:
-        DataError: wrong names, rank, fixed dimension or dtype; empty; NaN or values that are too large.
+        DataError: wrong names, rank, fixed dimension or dtype; all empty; NaN or values that are too large.
     """
     check_names(arrays.keys(), inputs, where)
-    sample = {}
-    for spec in inputs:
-        check_shape(arrays[spec.name].shape, spec, where)
-        sample[spec.name] = _converted(arrays[spec.name], spec, where)
-    return sample
+    check_shapes({name: array.shape for name, array in arrays.items()}, inputs, where)
+    return {spec.name: _converted(arrays[spec.name], spec, where) for spec in inputs}
 
 
 def _converted(array: Array, spec: InputSpec, where: str) -> Array:
@@ -156,7 +166,7 @@ def _converted(array: Array, spec: InputSpec, where: str) -> Array:
         _require(np.isfinite(result) | mask, spec, where, fix)
         return result
     if array.dtype.kind in "biu" and needed.kind in "iu":
-        limits, low, high = np.iinfo(needed), int(array.min()), int(array.max())
+        limits, low, high = np.iinfo(needed), int(array.min(initial=0)), int(array.max(initial=0))
         if low < limits.min or high > limits.max:
             raise DataError(
                 f"Values of {spec.name!r} in {where} do not fit: got {array.dtype} from {low} to {high}, the model "

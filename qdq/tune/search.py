@@ -113,7 +113,8 @@ class _Search:
     def start(self) -> None:
         """Compile the starting points and stand on the best."""
         builder = self.builder
-        everything = self.hoisted(Variant(quantized=frozenset(builder.quantizable(Variant()))))
+        everything = replace(builder.usual, quantized=frozenset(builder.quantizable(builder.usual)))
+        everything = self.hoisted(everything)
         self.untuned = self.price(everything).us
         self.plain = self.price(Variant()).us
         first = self.best = Variant() if self.placement else everything
