@@ -47,9 +47,10 @@ def usual(model: Model, settings: Settings) -> frozenset[tuple[str, str]]:
     """The (rewrite, node) pairs that every plan has: without them the compiler has no integer kernel."""
     return frozenset(
         (name, node)
-        for name in USUAL_REWRITES
+        for name, formats in USUAL_REWRITES.items()
         for node in FLOAT_REWRITES[name](model).fired
-        if not any(fnmatch.fnmatchcase(node, pattern) for pattern in settings.exclude)
+        if settings.scheme_of(node).weight in formats
+        and not any(fnmatch.fnmatchcase(node, pattern) for pattern in settings.exclude)
     )
 
 

@@ -3,8 +3,8 @@
 One file per rewrite, found by itself: `STAGE` ("float": on the prepared model; "quantized": on the Q/DQ model), `RANK`
 (small ones first; the order of the new initializers too) and `rewrite(model, only=None) -> Rewritten`, which says of
 each node whose operator it starts from why it does not fit. A rewrite is pure, deterministic and idempotent.
-It must not decide whether it pays: the compiled result does, so each can be limited to some nodes. `USUAL` ones every
-plan has, tuned or not: without them the compiler has no integer kernel.
+It must not decide whether it pays: the compiled result does, so each can be limited to some nodes. A module's `USUAL`
+are formats of weights with which every plan has it, tuned or not: without it the compiler has no integer kernel.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def found(stage: str) -> Mapping[str, Rewriter]:
 
 FLOAT_REWRITES = found("float")
 QUANTIZED_REWRITES = found("quantized")
-USUAL_REWRITES = tuple(name for name, m in _modules().items() if getattr(m, "USUAL", False))  # of the float model
+USUAL_REWRITES: Mapping[str, tuple[str, ...]] = {n: m.USUAL for n, m in _modules().items() if hasattr(m, "USUAL")}
 
 
 def applied(

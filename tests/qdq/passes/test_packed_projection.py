@@ -114,8 +114,13 @@ def test_every_plan_has_it_but_for_excluded_nodes() -> None:
     plan = placement.plan(model)
     assert [r.nodes for r in plan.rewrites] == [("qkv",)]
     assert plan.quantized_nodes == ("qkv_0", "qkv_1", "qkv_2", "proj")
+    assert plan.explain("qkv")[:2] == [
+        "qkv: the plan's rewrite 'packed_projection' makes other nodes of it: qkv_0, qkv_1, qkv_2",
+        "qkv_0: quantized",
+    ]
     left = placement.plan(model, Settings(exclude=("qkv",)))
     assert left.quantized_nodes == ("proj",) and not left.rewrites
+    assert not placement.plan(model, Settings(scheme="fp8")).rewrites
     over = placement.plan(model, Settings(overrides={"qkv": "int8-weight"}))
     assert {p.spec.weight_only for p in over.weights if p.uses[0][0] != "proj"} == {True}
     assert over.settings.overrides == {"qkv": "int8-weight"}

@@ -3,9 +3,9 @@
     Split(X W + b) -> Q, K, V     becomes     X W_q + b_q,  X W_k + b_k,  X W_v + b_v
 
 Columns of the weight and of what is added stay what they are, so every number is the same. TensorRT-RTX 1.7.1 moves the
-cuts above the product itself where the parts become heads, but not with quantizers: it then dequantizes the weight in a
-kernel of its own, in every inference, and multiplies in float. Of three products it makes one integer kernel (measured,
-SM86 and SM89; FP32 and FP16; static and dynamic shapes). A gated unit, whose parts do not become heads, stays whole.
+cuts above the product itself where the parts become heads; of an INT8 weight it cannot, so it dequantizes it in a kernel
+of its own, in every inference, and multiplies in float. Of three products it makes one integer kernel (measured, SM80,
+86, 89 and 120; FP32 and FP16; static and dynamic shapes). A gated unit, whose parts do not become heads, stays whole.
 
 A cut moves up by one node at a time, as the elements that it takes of one axis:
 
@@ -35,7 +35,9 @@ from qdq.model.nodes import attribute, attribute_value, weight_axis
 from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node
 
 STAGE, RANK = "float", 20  # before the others of attention, which read Q, K and V
-USUAL = True  # without it the compiler has no integer kernel
+USUAL = (
+    "int8",
+)  # FP8, FP4 and 4-bit weights are multiplied whole as asked for, with as few bytes or fewer (SM89, 120)
 
 CUTS = family("Split Slice Gather GatherND")
 MOVES = family("Transpose Squeeze Unsqueeze Reshape")
