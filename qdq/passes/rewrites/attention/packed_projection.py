@@ -3,9 +3,9 @@
     Split(X W + b) -> Q, K, V     becomes     X W_q + b_q,  X W_k + b_k,  X W_v + b_v
 
 Columns of the weight and of what is added stay what they are, so every number is the same. TensorRT-RTX 1.7.1 moves the
-cuts above the product itself where the parts become heads; of an INT8 weight it cannot, so it dequantizes it in a kernel
-of its own, in every inference, and multiplies in float. Of three products it makes one integer kernel (measured, SM80,
-86, 89 and 120; FP32 and FP16; static and dynamic shapes). A gated unit, whose parts do not become heads, stays whole.
+cuts above the product itself where the parts become heads; there it dequantizes an INT8 weight in a kernel of its own,
+in every inference, and multiplies in float. Of three products it makes one integer kernel (measured, SM80, 86, 89 and
+120; FP32 and FP16; static and dynamic shapes). A gated unit, whose parts do not become heads, stays whole.
 
 A cut moves up by one node at a time, as the elements that it takes of one axis:
 
