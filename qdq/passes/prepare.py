@@ -2,7 +2,7 @@
 
     functions inlined, node names unique, initializers no longer inputs -> opset 21
     constants, shapes, BatchNormalization and automatic padding folded; identities, unused nodes and tensors dropped
-    shapes of all tensors inferred -> Model (IR version 10)
+    shapes of all tensors inferred, composite operators without a kernel written out -> Model (IR version 10)
 
 It must not change what the model computes beyond float rounding, touch the bodies of If, Loop and Scan, make dynamic
 dimensions static, rename inputs, outputs or named nodes, or need a runtime.
@@ -19,6 +19,7 @@ from qdq.model.graphsurgeon import ModelSource, called
 from qdq.model.model import Model, dtype_name
 from qdq.model.nodes import attribute_value
 from qdq.model.storage import is_quantized, load
+from qdq.passes.composites import written_out
 from qdq.passes.draft import Draft, assign
 from qdq.passes.fold import fold_batch_norms, fold_constants, fold_shapes
 
@@ -69,7 +70,9 @@ def prepare(model: Model) -> Model:
         draft.drop_unused()
     fold_batch_norms(draft)
     pad_explicitly(draft)
-    return draft.finish()
+    done = draft.finish()
+    written = written_out(done, low=True)
+    return done if written is done else prepare(written)
 
 
 def drop_identities(draft: Draft) -> bool:

@@ -78,6 +78,7 @@ def test_a_part_that_is_cut_again() -> None:
         ("output", "is an output of the model"),
         ("rows", "is cut out of rows"),
         ("twice", "its parts overlap"),
+        ("rotary", "come together again in one operand"),
     ],
 )
 def test_what_stays_whole_and_why(change: str, reason: str) -> None:
@@ -93,6 +94,8 @@ def test_what_stays_whole_and_why(change: str, reason: str) -> None:
         nodes += [node("Split", "z one", "a b", "split", axis=-1), node("Transpose", "b", "bt", "t", perm=[0, 2, 1])]
     if change == "gate":
         nodes += [node("Sigmoid", "b", "s"), node("Mul", "a s", "g", "gate"), node("MatMul", "g v", "y", "down")]
+    elif change == "rotary":
+        nodes += [node("Neg", "b", "m"), node("Concat", "m a", "r", axis=-1), node("MatMul", "r r", "y", "mix")]
     elif change == "twice":
         nodes += [
             node("ReduceMax", "bt axis", "m"),
@@ -104,7 +107,7 @@ def test_what_stays_whole_and_why(change: str, reason: str) -> None:
     if change == "whole":
         nodes.append(node("Relu", "z", "r"))
     outputs = {"whole": ("y", "r"), "output": ("y", "z")}.get(change, ("y",))
-    model = build(nodes, {"x": (1, 5, 8)}, tensors, outputs=outputs)
+    model = build(nodes, {"x": (1, 5 if change != "rotary" else 16, 8)}, tensors, outputs=outputs)
     done = REWRITE(model, {"qkv"})
     assert not done.fired and done.model is model and reason in done.unfit["qkv"]
 

@@ -17,7 +17,8 @@ A cut moves up by one node at a time, as the elements that it takes of one axis:
 | Reshape of one axis into some, the cut one among them | of that axis: the elements that the cut leaves of it |
 | MatMul, Gemm with a constant matrix | columns of the matrix, and of the bias |
 
-It must not touch a product whose result is also read whole, or compute an element twice.
+It must not touch a product whose result is also read whole, part what comes together again (the halves of rotary
+positions), or compute an element twice.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ CUTS = family("Split Slice Gather GatherND")
 MOVES = family("Transpose Squeeze Unsqueeze Reshape")
 PAIRS = family("Add Sub Mul Div")
 SINGLES = family("Cast Clip")
+PRODUCTS = family("MatMul Gemm Conv Einsum")
 COMPOUNDS = family("Attention MultiHeadAttention GroupQueryAttention")
 
 
@@ -87,8 +89,13 @@ def _separate(model: Model, edit: Edit, product: NodeProto) -> None:
         raise Unfit("its result is not cut into parts")
     if whole:
         raise Unfit(f"its result is cut into parts, but also read whole: {whole[0]}")
-    if not any(_meets(model, part.output) for part in parts):
+    if not all(len(part.elements) for part in parts):
+        raise Unfit("a part of its result is empty")
+    reached = [found for part in parts if (found := _reached(model, part.output))]
+    if not reached:
         raise Unfit("no part of its result comes to a product of two computed tensors: the compiler keeps it whole")
+    if sum(map(len, reached)) > len(frozenset().union(*reached)):
+        raise Unfit("parts of its result come together again in one operand, as the halves of rotary positions do")
     made: dict[str, list[NodeProto]] = {c.node.name: [] for c in cuts}
     columns = 0
     for number, (cut, part) in enumerate((c, p) for c in cuts for p in c.parts):
@@ -173,22 +180,22 @@ def _end(end: int, step: int) -> int | None:
     return None if step < 0 and end < -(2**30) else end
 
 
-def _meets(model: Model, tensor: str) -> bool:
-    """Whether a tensor comes to a product of two computed tensors before any with a weight."""
-    seen, todo = {tensor}, [tensor]
+def _reached(model: Model, tensor: str) -> frozenset[tuple[str, int]]:
+    """The operands of products of two computed tensors that a tensor comes to before any product with a weight."""
+    seen, todo, found = {tensor}, [tensor], set()
     while todo:
         for use in model.consumers(todo.pop()):
             node = use.node
             if node.op_type in COMPOUNDS:
-                return True
-            if node.op_type in ("MatMul", "Gemm", "Conv", "Einsum"):
+                found.add((node.name, use.index))
+            elif node.op_type in PRODUCTS:
                 if not any(map(model.is_constant, node.input[:2])):
-                    return True
-                continue
-            new = set(node.output) - seen
-            seen |= new
-            todo += new
-    return False
+                    found.add((node.name, use.index))
+            else:
+                new = set(node.output) - seen
+                seen |= new
+                todo += new
+    return frozenset(found)
 
 
 def _copied(
