@@ -37,6 +37,6 @@ def test_the_next_step_has_a_longer_mask_and_the_next_position(tool: ModuleType)
     assert after["past.0"].shape == (1, 2, 2, 4) and after["encoder"] is sample["encoder"]
 
 
-def test_drift_is_what_the_last_quarter_lacks(tool: ModuleType) -> None:
+def test_drift_is_what_the_own_cache_costs_the_last_quarter(tool: ModuleType) -> None:
     steps = [tool.Step(signal=100.0, own=1.0 if i < 6 else 10.0, fresh=1.0, agrees=True) for i in range(8)]
     assert tool.drift_db(steps) == pytest.approx(10) and tool.sqnr_db(steps, fresh=True) == pytest.approx(20)
