@@ -166,7 +166,8 @@ def _converted(array: Array, spec: InputSpec, where: str) -> Array:
         _require(np.isfinite(result) | mask, spec, where, fix)
         return result
     if array.dtype.kind in "biu" and needed.kind in "iu":
-        limits, low, high = np.iinfo(needed), int(array.min(initial=0)), int(array.max(initial=0))
+        limits = np.iinfo(needed)
+        low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
         if low < limits.min or high > limits.max:
             raise DataError(
                 f"Values of {spec.name!r} in {where} do not fit: got {array.dtype} from {low} to {high}, the model "

@@ -18,6 +18,8 @@ from qdq.model.model import Model
 from qdq.passes.rewrites import FLOAT_REWRITES
 from qdq.plan import placement
 from qdq.plan.settings import Settings
+from qdq.tune.variant import Variant
+from qdq.tune.variant_builder import VariantBuilder
 
 REWRITE = FLOAT_REWRITES["packed_projection"]
 
@@ -129,6 +131,18 @@ def test_every_plan_has_it_but_for_excluded_nodes() -> None:
     assert over.settings.overrides == {"qkv": "int8-weight"}
     with pytest.raises(InputError, match="matches none"):
         placement.plan(model, Settings(exclude=("qkv_0",)))
+
+
+def test_the_tuner_starts_from_it_and_carries_what_was_said_of_the_whole() -> None:
+    model = packed("slice")
+    builder = VariantBuilder(model=model, settings=Settings(), unquantized_types=("fp16",))
+    assert builder.usual.rewrites == {("packed_projection", "qkv")}
+    assert builder.quantizable(builder.usual) == placement.plan(model).quantized_nodes
+    assert builder.quantizable(Variant()) == ("qkv", "proj")
+    excluding = VariantBuilder(model=model, settings=Settings(exclude=("qkv",)), unquantized_types=("fp16",))
+    assert not excluding.usual.rewrites
+    assert excluding.quantizable(builder.usual) == ("proj",)
+    assert excluding.base(builder.usual).plan.settings.exclude == ("qkv",)
 
 
 def test_a_quantized_model_has_the_parts() -> None:
