@@ -16,7 +16,8 @@ from collections import Counter
 from engines.core.documents import replace
 from qdq.core.errors import InputError
 from qdq.model.model import Model
-from qdq.passes.rewrites import FLOAT_REWRITES, USUAL_REWRITES, applied
+from qdq.model.nodes import WEIGHTED
+from qdq.passes.rewrites import USUAL_REWRITES, applied
 from qdq.plan.plan import Plan, Point, Skip
 from qdq.plan.rules import RULES, Tie, Veto, Want, check_patterns, why_float
 from qdq.plan.settings import Settings
@@ -44,13 +45,14 @@ def plan(model: Model, settings: Settings | None = None) -> Plan:
 
 
 def usual(model: Model, settings: Settings) -> frozenset[tuple[str, str]]:
-    """The (rewrite, node) pairs that every plan has: without them the compiler has no integer kernel."""
+    """The (rewrite, node) pairs that every plan has where they fit: else the compiler has no integer kernel."""
     return frozenset(
-        (name, node)
+        (name, node.name)
         for name, formats in USUAL_REWRITES.items()
-        for node in FLOAT_REWRITES[name](model).fired
-        if settings.scheme_of(node).weight in formats
-        and not any(fnmatch.fnmatchcase(node, pattern) for pattern in settings.exclude)
+        for node in model.graph.node
+        if node.op_type in WEIGHTED
+        and settings.scheme_of(node.name).weight in formats
+        and not any(fnmatch.fnmatchcase(node.name, pattern) for pattern in settings.exclude)
     )
 
 

@@ -112,7 +112,8 @@ class VariantBuilder:
     @property
     def usual(self) -> Variant:
         """Nothing but the rewrites that every plan has."""
-        return Variant(rewrites=placement.usual(self.model, self.settings))
+        _, fired = applied(self.model, placement.usual(self.model, self.settings))
+        return Variant(rewrites=frozenset((r.name, node) for r in fired for node in r.nodes))
 
     def quantizable(self, variant: Variant) -> tuple[str, ...]:
         """The weighted nodes that the rules would quantize after the variant's rewrites."""
