@@ -17,15 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from calib_data.sources import Source, form_of
-from calib_data.validation import (
-    Array,
-    DataError,
-    InputSpec,
-    check_elements,
-    check_names,
-    check_sample,
-    check_shape,
-)
+from calib_data.validation import Array, DataError, InputSpec, check_names, check_sample, check_shapes
 
 _BEYOND_ANY = 1 << 40  # stands for the number of samples where it is unknown: more than anyone has
 
@@ -91,25 +83,24 @@ class Samples:
     def shapes(self) -> dict[str, ShapeBounds]:
         """Input name -> its shapes over the samples, from file headers where there are files.
 
-        Of equally common shapes, ``opt`` is the largest, so order does not matter.
+        ``opt`` are the shapes that most samples have together, of equally common ones the largest: they fit each other,
+        and order does not matter.
 
         Raises:
             DataError: a file is unreadable, a shape is not what the model takes, or there are no samples.
         """
-        seen: dict[str, Counter[tuple[int, ...]]] = {spec.name: Counter() for spec in self.inputs}
-        checked: set[tuple[tuple[str, tuple[int, ...]], ...]] = set()
+        seen: Counter[tuple[tuple[str, tuple[int, ...]], ...]] = Counter()
         for where, shapes in self.source.shapes(self.indices):
-            if (key := tuple(sorted(shapes.items()))) not in checked:
+            key = tuple(sorted(shapes.items()))
+            if key not in seen:
                 check_names(shapes.keys(), self.inputs, where)
-                check_elements(shapes, self.inputs, where)
-                for spec in self.inputs:
-                    check_shape(shapes[spec.name], spec, where)
-                checked.add(key)
-            for name, shape in shapes.items():
-                seen[name][shape] += 1
-        if not checked:
+                check_shapes(shapes, self.inputs, where)
+            seen[key] += 1
+        if not seen:
             self._refuse_empty()
-        return {name: _range_of(shapes) for name, shapes in seen.items() if shapes}
+            return {}
+        usual = max(seen, key=lambda key: (seen[key], sum(math.prod(shape) for _, shape in key), key))
+        return {name: _range_of([dict(key)[name] for key in seen], opt) for name, opt in usual}
 
     def sha256(self) -> str:
         """Fingerprint of what the model will see: hexadecimal SHA-256 over the sorted SHA-256 of each sample.
@@ -151,12 +142,9 @@ def open_samples(source: str | Path, inputs: Sequence[InputSpec], *, limit: int 
     return Samples(inputs=tuple(inputs), source=opened, indices=range(count)[:limit], origin=str(source))
 
 
-def _range_of(shapes: Counter[tuple[int, ...]]) -> ShapeBounds:
-    return ShapeBounds(
-        min=tuple(int(size) for size in np.min(list(shapes), axis=0)),
-        opt=max(shapes, key=lambda shape: (shapes[shape], math.prod(shape), shape)),
-        max=tuple(int(size) for size in np.max(list(shapes), axis=0)),
-    )
+def _range_of(shapes: Sequence[tuple[int, ...]], opt: tuple[int, ...]) -> ShapeBounds:
+    low, high = (tuple(int(size) for size in of(shapes, axis=0)) for of in (np.min, np.max))
+    return ShapeBounds(min=low, opt=opt, max=high)
 
 
 def _sample_sha256(sample: Mapping[str, Array]) -> bytes:

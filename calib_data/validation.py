@@ -90,6 +90,25 @@ def require_one_input(path: Path, inputs: Sequence[InputSpec]) -> None:
         )
 
 
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], inputs: Sequence[InputSpec], where: str) -> None:
+    """Require the rank and the fixed dimensions of every input, and that the sample holds something.
+
+    An input may be empty along a dynamic dimension, as the cache of a decoder's first step is, but not all may, unless
+    the model declares sizes of zero.
+
+    Raises:
+        DataError: another rank, another size of a fixed dimension, or no element in any input.
+    """
+    for spec in inputs:
+        check_shape(shapes[spec.name], spec, where)
+    empty = [spec for spec in inputs if 0 in shapes[spec.name] and 0 not in spec.shape]
+    if empty and all(0 in shapes[spec.name] for spec in inputs):
+        raise DataError(
+            f"Empty array for {empty[0].name!r} in {where}: got shape {_shape(shapes[empty[0].name])}, the model needs "
+            f"{_shape(empty[0].shape)} with at least one element. Remove this sample or save its values."
+        )
+
+
 def check_shape(shape: tuple[int, ...], spec: InputSpec, where: str) -> None:
     """Require the rank and the fixed dimensions of an input.
 
@@ -114,22 +133,6 @@ def check_shape(shape: tuple[int, ...], spec: InputSpec, where: str) -> None:
             )
 
 
-def check_elements(shapes: Mapping[str, tuple[int, ...]], inputs: Sequence[InputSpec], where: str) -> None:
-    """Require that some array of a sample has elements, unless the model declares sizes of zero.
-
-    One that is empty beside others that are not is what a decoder's cache is before the first step.
-
-    Raises:
-        DataError: all are empty.
-    """
-    empty = [spec for spec in inputs if 0 in shapes[spec.name] and 0 not in spec.shape]
-    if empty and all(0 in shapes[spec.name] for spec in inputs):
-        raise DataError(
-            f"Empty array for {empty[0].name!r} in {where}: got shape {_shape(shapes[empty[0].name])}, the model needs "
-            f"{_shape(empty[0].shape)} with at least one element. Remove this sample or save its values."
-        )
-
-
 def check_sample(arrays: Mapping[str, Array], inputs: Sequence[InputSpec], where: str) -> dict[str, Array]:
     """Check one sample and bring it to the model's dtypes.
 
@@ -146,15 +149,11 @@ def check_sample(arrays: Mapping[str, Array], inputs: Sequence[InputSpec], where
         masks have it: whoever measures an input refuses that.
 
     Raises:
-        DataError: wrong names, rank, fixed dimension or dtype; empty; NaN or values that are too large.
+        DataError: wrong names, rank, fixed dimension or dtype; all empty; NaN or values that are too large.
     """
     check_names(arrays.keys(), inputs, where)
-    check_elements({name: array.shape for name, array in arrays.items()}, inputs, where)
-    sample = {}
-    for spec in inputs:
-        check_shape(arrays[spec.name].shape, spec, where)
-        sample[spec.name] = _converted(arrays[spec.name], spec, where)
-    return sample
+    check_shapes({name: array.shape for name, array in arrays.items()}, inputs, where)
+    return {spec.name: _converted(arrays[spec.name], spec, where) for spec in inputs}
 
 
 def _converted(array: Array, spec: InputSpec, where: str) -> Array:
@@ -168,7 +167,8 @@ def _converted(array: Array, spec: InputSpec, where: str) -> Array:
         _require(np.isfinite(result) | mask, spec, where, fix)
         return result
     if array.dtype.kind in "biu" and needed.kind in "iu":
-        limits, low, high = np.iinfo(needed), int(array.min(initial=0)), int(array.max(initial=0))
+        limits = np.iinfo(needed)
+        low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
         if low < limits.min or high > limits.max:
             raise DataError(
                 f"Values of {spec.name!r} in {where} do not fit: got {array.dtype} from {low} to {high}, the model "

@@ -24,6 +24,7 @@ from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
 from qdq.model.nodes import input_axis, weight_axis
 from qdq.passes.prepare import prepare
+from qdq.passes.rewrites import rewritten
 from qdq.plan import placement
 from qdq.plan.plan import Plan, Point
 from qdq.plan.settings import Settings
@@ -179,8 +180,13 @@ class Made:
 
 
 def quantized(model: Model, data: Sequence[Sample], **settings: Any) -> Made:
-    """Plan, calibrate, solve and insert."""
-    plan = placement.plan(model, Settings(**settings))
+    """Plan, rewrite, calibrate, solve and insert."""
+    return written(model, placement.plan(model, Settings(**settings)), data)
+
+
+def written(model: Model, plan: Plan, data: Sequence[Sample]) -> Made:
+    """Rewrite, calibrate, solve and insert."""
+    model = rewritten(model, plan.rewrites)
     table = collect.collect(model, plan, data)
     solution = solve.solve(model, plan, table, samples=data)
     made = insert.insert(model, plan, solution)

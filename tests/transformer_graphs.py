@@ -141,6 +141,100 @@ def attention(
     return build(nodes, sizes, tensors)
 
 
+PACKED = ("split", "slice", "gather", "gather_nd", "flat", "interleaved", "multihead", "computed", "first axis")
+
+
+def packed(form: str = "split", *, heads: int = 2, groups: int = 0, size: int = 16, dynamic: bool = False) -> Model:
+    """x (2, 5, C) -> one product for queries, keys and values, cut into heads -> attention -> product -> y.
+
+    Forms: 'split', 'slice'; 'gather' of an axis of three in front (timm, Swin), 'gather_nd' (torch.export); 'flat' on
+    matrices (GPT-2); 'interleaved' within each head (GPT-NeoX); 'multihead' with Unsqueeze and Squeeze (PyTorch's own);
+    'computed' has shapes computed from the input; 'first axis' joins batch and heads before the cut (ViTDet).
+
+    Args:
+        heads: of queries.
+        groups: heads of keys and of values, with 'split'; 0 for as many.
+        size: values per head.
+        dynamic: batch and length are.
+    """
+    wide, kept = heads * size, (groups or heads) * size
+    total, lead = wide + 2 * kept, [0, 0]
+    tensors = {"w": normal(wide, total, seed=1) / 4, "b": normal(total, seed=2), "v": normal(wide, wide, seed=3) / 4}
+    tensors |= {"parts": np.array([wide, kept, kept]), "flat": np.array([-1, wide]), "root": np.float32([size**-0.5])}
+    tensors |= {"heads": np.array([*lead, -1, size]), "five": np.array([*lead, 3, heads, size])}
+    tensors |= {"mixed": np.array([*lead, heads, 3 * size]), "joined": np.array([*lead, wide]), "two": np.array([2])}
+    nodes = [node("MatMul", "x w", "m", "qkv"), node("Add", "b m", "z", "bias")]
+    if form == "flat":
+        nodes = [node("Reshape", "x flat", "rows"), node("Gemm", "rows w b", "m", "qkv"), node("Shape", "x", "size")]
+        tensors |= {"zero": np.array([0]), "total": np.array([total])}
+        nodes += [node("Slice", "size zero two", "front"), node("Concat", "front total", "shape", axis=0)]
+        nodes.append(node("Reshape", "m shape", "z", "back"))
+    if form in ("split", "flat"):
+        nodes.append(node("Split", "z parts", "q0 k0 v0", axis=-1))
+    elif form == "slice":
+        for index, part in enumerate("qkv"):
+            tensors |= {f"from_{part}": np.array([index * wide]), f"to_{part}": np.array([(index + 1) * wide])}
+            nodes.append(node("Slice", f"z from_{part} to_{part} two", f"{part}0", f"cut_{part}"))
+    elif form == "interleaved":
+        nodes += [node("Reshape", "z mixed", "h"), node("Transpose", "h", "t", perm=[0, 2, 1, 3])]
+        nodes.append(node("Split", "t", "qh kh vh", axis=-1, num_outputs=3))
+    else:
+        shape = "five"
+        if form == "computed":
+            tensors |= {"zero": np.array([0]), "tail": np.array([3, heads, size])}
+            nodes += [node("Shape", "x", "size"), node("Slice", "size zero two", "front")]
+            nodes.append(node("Concat", "front tail", "shape", axis=0))
+            shape = "shape"
+        nodes += [
+            node("Reshape", f"z {shape}", "h", "apart"),
+            node("Transpose", "h", "t", "turn", perm=[2, 0, 3, 1, 4]),
+        ]
+        last = "t"
+        if form == "multihead":
+            tensors["front"] = np.array([0])
+            nodes += [node("Unsqueeze", "t front", "u"), node("Squeeze", "u front", "s")]
+            last = "s"
+        if form == "first axis":
+            tensors |= {"join": np.array([3, -1, 5, size]), "split_heads": np.array([-1, heads, 5, size])}
+            nodes.append(node("Reshape", "t join", "j"))
+            last = "j"
+        for index, part in enumerate("qkv"):
+            name = f"{part}j" if form == "first axis" else f"{part}h"
+            if form == "gather_nd":
+                tensors |= {f"at_{part}": np.array([[index]]), "front": np.array([0])}
+                nodes.append(node("GatherND", f"{last} at_{part}", f"{part}n", f"pick_{part}"))
+                nodes.append(node("Squeeze", f"{part}n front", name, f"drop_{part}"))
+            else:
+                nodes.append(node("Constant", "", f"at_{part}", f"index_{part}", value_int=index))
+                nodes.append(node("Gather", f"{last} at_{part}", name, f"pick_{part}", axis=0))
+            if form == "first axis":
+                nodes.append(node("Reshape", f"{name} split_heads", f"{part}h", f"heads_{part}"))
+    if form in ("split", "flat", "slice"):
+        for part in "qkv":
+            nodes.append(node("Reshape", f"{part}0 heads", f"{part}4", f"heads_{part}"))
+            nodes.append(node("Transpose", f"{part}4", f"{part}h", f"turn_{part}", perm=[0, 2, 1, 3]))
+    keys, values = "kh", "vh"
+    if groups and groups != heads:
+        tensors |= {"axis": np.array([2]), "many": np.array([1, 1, heads // groups, 1, 1])}
+        tensors["all"] = np.array([0, heads, -1, size])
+        for part in "kv":
+            nodes += [node("Unsqueeze", f"{part}h axis", f"{part}u", f"apart_{part}")]
+            nodes += [node("Expand", f"{part}u many", f"{part}e", f"repeat_{part}")]
+            nodes += [node("Reshape", f"{part}e all", f"{part}a", f"all_{part}")]
+        keys, values = "ka", "va"
+    nodes += [
+        node("Transpose", keys, "kt", "turn_keys", perm=[0, 1, 3, 2]),
+        node("Mul", "qh root", "qs", "scale"),
+        node("MatMul", "qs kt", "s0", "scores"),
+        node("Softmax", "s0", "p", "weights"),
+        node("MatMul", f"p {values}", "c", "mix"),
+        node("Transpose", "c", "ct", "back_turn", perm=[0, 2, 1, 3]),
+        node("Reshape", "ct joined", "o", "merge"),
+        node("MatMul", "o v", "y", "proj"),
+    ]
+    return build(nodes, {"x": ("batch", "length", wide) if dynamic else (2, 5, wide)}, tensors)
+
+
 def windows(count: int = 8, tokens: int = 200) -> Model:
     """Attention in shifted windows: softmax(q k + mask) v, the mask 0 where two tokens have one label, else -100."""
     labels = np.random.default_rng(0).integers(0, 4, (count, tokens)).astype(np.float32)

@@ -43,6 +43,7 @@ from qdq.measure.inference.session import registered
 from qdq.model.model import Model
 from qdq.model.storage import load, save
 from qdq.model.weight_store import kept
+from qdq.passes.composites import written_out
 from qdq.passes.prepare import load_float
 
 
@@ -188,7 +189,7 @@ def _float_table(
     place = folder / "float"
     place.mkdir()
     try:
-        save(prepared, place / "float.onnx")
+        save(written_out(prepared), place / "float.onnx")
         return compile_engine(
             place / "float.onnx", recipe=recipe, shapes=shapes, on_progress=on_progress, label="Compile FP32"
         ).table, ""

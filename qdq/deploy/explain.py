@@ -17,7 +17,7 @@ from qdq.deploy.report import count, size
 from qdq.model.external import tensor_bytes
 from qdq.model.model import Model
 from qdq.passes.prepare import load_float
-from qdq.passes.rewrites import FLOAT_REWRITES
+from qdq.passes.rewrites import FLOAT_REWRITES, USUAL_REWRITES
 from qdq.plan import placement
 from qdq.plan.plan import Plan
 
@@ -55,7 +55,12 @@ def _rewrites(model: Model, node: str) -> list[str]:
     for name, rewrite in FLOAT_REWRITES.items():
         done = rewrite(model, {node})
         if done.fired or node in done.unfit:
-            said = f"does not fit: {done.unfit[node]}" if node in done.unfit else "fits; `tune` says whether it pays"
+            fits = (
+                "fits; every plan of INT8 weights has it"
+                if name in USUAL_REWRITES
+                else "fits; `tune` says whether it pays"
+            )
+            said = f"does not fit: {done.unfit[node]}" if node in done.unfit else fits
             lines.append(f"  rewrite {name}: {said}")
     return lines
 

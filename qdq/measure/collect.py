@@ -76,8 +76,8 @@ def collect(
         The table, independent of the samples' order.
 
     Raises:
-        InputError: no samples, samples that differ between passes, or a tensor that is empty, NaN or infinite inside
-            the model, or of another shape than the file says.
+        InputError: no samples, samples that differ between passes, or a tensor inside the model that is NaN or infinite
+            on a sample, empty on all, or of another shape than the file says.
         StaleFileError: the plan or the checkpoint belongs to something else.
     """
     plan.check(model)
@@ -114,11 +114,13 @@ def collect(
                 "ones. Let the source yield the same samples each time (seed its random numbers), or raise --memory."
             )
         tables.append(found)
-    return replace(
-        tables[0],
-        samples_sha256=samples_digest(tables[0].samples),
-        tensors={name: h for table in tables for name, h in table.tensors.items()},
-    )
+    tensors = {name: h for table in tables for name, h in table.tensors.items()}
+    if empty := sorted(name for name, h in tensors.items() if not h.samples):
+        raise InputError(
+            f"Tensor {empty[0]!r} of the float model holds no values on any sample, so its range is not known. Give "
+            "samples in which it has some, or exclude the nodes that read it."
+        )
+    return replace(tables[0], samples_sha256=samples_digest(tables[0].samples), tensors=tensors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -70,10 +70,10 @@ class Histogram:
     def of(cls, values: npt.NDArray[np.floating], samples: int = 1) -> Histogram:
         """Count the values of one array.
 
-        It holds `samples` of them, equally long one after the other in C order.
+        It holds `samples` of them, equally long one after the other in C order; an empty array is no sample.
 
         Raises:
-            ValueError: an empty array, NaN or infinity.
+            ValueError: NaN or infinity.
 
         >>> h = Histogram.of(np.float32([0.0, 1.0, -2.0]))
         >>> int(h.counts.sum()), h.low, h.high
@@ -83,7 +83,8 @@ class Histogram:
         if flat.dtype != np.float64:
             flat = flat.astype(np.float32, copy=False)
         if flat.size == 0:
-            raise ValueError("no values")
+            none = np.zeros(2 * BINS, dtype=np.int64)
+            return cls(exponent=None, counts=none, low=0.0, high=0.0, samples=0, peaks=Fraction())
         rows = flat.reshape(samples, -1)
         lows, highs = rows.min(axis=1).astype(np.float64), rows.max(axis=1).astype(np.float64)
         low, high = min(float(lows.min()), 0.0) + 0.0, max(float(highs.max()), 0.0) + 0.0  # -0.0 becomes 0.0

@@ -2,7 +2,7 @@
 
     every node has a name, initializers are no longer inputs -> opset 21
     constants, shapes, BatchNormalization and automatic padding folded; identities, unused nodes and tensors dropped
-    FP64 made FP32, shapes of all tensors inferred
+    FP64 made FP32, composite operators without a kernel written out, shapes of all tensors inferred
     products without a weight on the right, and what the compiler refuses, in another form -> Model (IR version 10)
 
 It must not change what the model computes beyond float rounding, touch the bodies of If, Loop and Scan, make dynamic
@@ -21,6 +21,7 @@ from qdq.model.model import Model, dtype_name
 from qdq.model.nodes import all_nodes, attribute_value
 from qdq.model.opset import is_same
 from qdq.model.storage import is_quantized, load
+from qdq.passes.composites import written_out
 from qdq.passes.doubles import has_doubles, single_precision
 from qdq.passes.draft import Draft, assign
 from qdq.passes.fold import fold_batch_norms, fold_constants, fold_shapes
@@ -75,7 +76,9 @@ def prepare(model: Model) -> Model:
         fold(draft)
     fold_batch_norms(draft)
     pad_explicitly(draft)
-    return _acceptable(draft.finish())
+    done = draft.finish()
+    written = written_out(done, low=True)
+    return _acceptable(done) if written is done else prepare(written)
 
 
 def fold(draft: Draft) -> None:

@@ -1,6 +1,6 @@
 """Where quantizers go: rules over a prepared float graph, united into a readable, editable plan.
 
-Model + Settings -> every rule says Want, Veto, Tie or nothing for every node -> Plan (points and skips).
+Model + Settings -> rewrites that every plan has -> every rule says Want, Veto, Tie or nothing for every node -> Plan.
 Rules are order-free: a veto beats a want, ties of the same point are united. No rule sees data, so the plan can be
 made, read and edited before anything is measured. This module must not compute scales or change the model.
 
@@ -9,11 +9,15 @@ Sources: NVIDIA's placement advice and what TensorRT-RTX 1.7.1 compiled from abo
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 from collections import Counter
 
 from engines.core.documents import replace
 from qdq.core.errors import InputError
 from qdq.model.model import Model
+from qdq.model.nodes import WEIGHTED
+from qdq.passes.rewrites import USUAL_REWRITES, applied
 from qdq.plan.plan import Plan, Point, Skip
 from qdq.plan.rules import RULES, Tie, Veto, Want, check_patterns, why_float
 from qdq.plan.settings import Settings
@@ -27,7 +31,8 @@ def plan(model: Model, settings: Settings | None = None) -> Plan:
         settings: scheme and exclusions.
 
     Returns:
-        The plan: points sorted by their first use in the graph, and one Skip with a reason for every other node.
+        The plan: points sorted by their first use in the graph, and one Skip with a reason for every other node. Its
+        rewrites are `usual`; points and skips are of the rewritten model.
 
     Raises:
         InputError: an exclude or override pattern that matches nothing, or nodes of different schemes that read one
@@ -35,6 +40,45 @@ def plan(model: Model, settings: Settings | None = None) -> Plan:
     """
     settings = settings or Settings()
     check_patterns(model, settings)
+    written, rewrites = applied(model, usual(model, settings))
+    return replace(placed(written, carried(settings, model, written)), settings=settings, rewrites=rewrites)
+
+
+def usual(model: Model, settings: Settings) -> frozenset[tuple[str, str]]:
+    """The (rewrite, node) pairs that every plan has where they fit: else the compiler has no integer kernel."""
+    return frozenset(
+        (name, node.name)
+        for name, formats in USUAL_REWRITES.items()
+        for node in model.graph.node
+        if node.op_type in WEIGHTED
+        and settings.scheme_of(node.name).weight in formats
+        and not any(fnmatch.fnmatchcase(node.name, pattern) for pattern in settings.exclude)
+    )
+
+
+def carried(settings: Settings, before: Model, after: Model) -> Settings:
+    """The settings for a model after rewrites.
+
+    A pattern for a node that is gone means what was made of it, which has the node's name and more. Patterns that match
+    nothing any more are left out.
+    """
+    old, new = ({node.name for node in model.graph.node} for model in (before, after))
+    made: dict[str, list[str]] = {gone: [] for gone in old - new}
+    for name in sorted(new - old):
+        if origin := max((gone for gone in made if name.startswith(gone)), key=len, default=""):
+            made[origin].append(name)
+
+    def names(pattern: str) -> list[str]:
+        live = [pattern] if fnmatch.filter(new, pattern) else []
+        return [*live, *(glob.escape(name) for gone in fnmatch.filter(made, pattern) for name in made[gone])]
+
+    exclude = tuple(name for pattern in settings.exclude for name in names(pattern))
+    overrides = {name: scheme for pattern, scheme in settings.overrides.items() for name in names(pattern)}
+    return replace(settings, exclude=exclude, overrides=overrides)
+
+
+def placed(model: Model, settings: Settings) -> Plan:
+    """What the rules say of a model as it is; raises as `plan` does."""
     found: dict[tuple[str, str, int | None], Point] = {}
     shortcuts: list[tuple[str, str]] = []
     skips: list[Skip] = []

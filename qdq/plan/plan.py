@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import re
 from collections import Counter
 from typing import Annotated, ClassVar, Literal
 
@@ -202,8 +203,12 @@ class Plan(Document, frozen=True, kw_only=True):
         """
         mine = [p for p in self.points if any(name == node for name, _ in p.uses)]
         skip = next((s for s in self.skips if s.node == node), None)
+        names = [*self.quantized_nodes, *(s.node for s in self.skips)]
+        if rewrite := next((r.name for r in self.rewrites if node in r.nodes and node not in names), ""):
+            parts = [name for name in names if re.fullmatch(rf"{re.escape(node)}(_\d+)+", name)]
+            first = f"{node}: the plan's rewrite {rewrite!r} makes other nodes of it: {', '.join(parts)}"
+            return [first, *(line for part in parts for line in self.explain(part))]
         if not mine and skip is None:
-            names = [*self.quantized_nodes, *(s.node for s in self.skips)]
             near = difflib.get_close_matches(node, names, n=3, cutoff=0.3)
             raise InputError(f"The plan has no node {node!r}." + (f" Near names: {', '.join(near)}." if near else ""))
         lines = []

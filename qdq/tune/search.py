@@ -113,7 +113,8 @@ class _Search:
     def start(self) -> None:
         """Compile the starting points and stand on the best."""
         builder = self.builder
-        everything = self.hoisted(Variant(quantized=frozenset(builder.quantizable(Variant()))))
+        usual = builder.usual
+        everything = self.hoisted(replace(usual, quantized=frozenset(builder.quantizable(usual))))
         self.untuned = self.price(everything).us
         self.plain = self.price(Variant()).us
         first = self.best = Variant() if self.placement else everything

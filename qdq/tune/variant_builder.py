@@ -8,7 +8,6 @@ It must not decide which variant is good.
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -89,7 +88,8 @@ class VariantBuilder:
         key = _float_part(variant).rewrites
         if key not in self._bases:
             model, fired = self._rewritten(key)
-            full = placement.plan(model, self._settings_for(model))
+            placed = placement.placed(model, placement.carried(self.settings, self.model, model))
+            full = replace(placed, settings=self.settings)
             table = self._table(model, full)
             solution = solve(model, _quick(full), table)
             self._bases[key] = Base(model=model, fired=fired, plan=full, table=table, solution=solution)
@@ -108,6 +108,12 @@ class VariantBuilder:
                 self._models.pop(next(iter(self._models)))
             self._models[pairs] = model, (*done, *fired)
         return self._models[pairs]
+
+    @property
+    def usual(self) -> Variant:
+        """Nothing but the rewrites that every plan has."""
+        _, fired = applied(self.model, placement.usual(self.model, self.settings))
+        return Variant(rewrites=frozenset((r.name, node) for r in fired for node in r.nodes))
 
     def quantizable(self, variant: Variant) -> tuple[str, ...]:
         """The weighted nodes that the rules would quantize after the variant's rewrites."""
@@ -187,13 +193,6 @@ class VariantBuilder:
             unquantized_type = variant.unquantized_type or self.unquantized_types[0]
             self._last = key, convert(model, unquantized_type=unquantized_type, table=base.table).model
         return self._last[1]
-
-    def _settings_for(self, model: Model) -> Settings:
-        """The settings without patterns that match no node any more: the rewrites took those nodes away."""
-        names, given = [node.name for node in model.graph.node], self.settings
-        live = {p for p in (*given.exclude, *given.overrides) if any(fnmatch.fnmatchcase(name, p) for name in names)}
-        overrides = {p: scheme for p, scheme in given.overrides.items() if p in live}
-        return replace(given, exclude=tuple(p for p in given.exclude if p in live), overrides=overrides)
 
     def _table(self, model: Model, plan: Plan) -> CalibrationTable:
         names = list(dict.fromkeys(p.tensor for p in plan.activations))

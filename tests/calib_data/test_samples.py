@@ -203,6 +203,22 @@ def test_shapes_of_equally_common_sizes_do_not_depend_on_order(tmp_path: Path) -
         assert open_samples(write_function(tmp_path, body), [IMAGE]).shapes()["image"].opt == (1, 2, 9)
 
 
+def test_a_sample_may_be_empty_along_dynamic_axes_and_usual_shapes_fit_each_other(tmp_path: Path) -> None:
+    """A decoder: three prompts with an empty cache, then steps with caches of other lengths."""
+    specs = [
+        InputSpec(name="ids", dtype="int64", shape=("b", "t")),
+        InputSpec(name="past", dtype="float32", shape=("b", "p")),
+    ]
+    for index, (past, new) in enumerate(((0, 7), (0, 7), (0, 7), (8, 1), (9, 1), (10, 1), (11, 1))):
+        arrays = {"ids": np.ones((1, new), np.int64), "past": np.ones((1, past), np.float32)}
+        np.savez(tmp_path / f"{index}.npz", **arrays)  # type: ignore[arg-type]
+    samples = open_samples(tmp_path, specs)
+    assert [sample["past"].shape for sample in samples][:2] == [(1, 0), (1, 0)]
+    shapes = samples.shapes()
+    assert (shapes["past"].min, shapes["past"].opt, shapes["past"].max) == ((1, 0), (1, 0), (1, 11))
+    assert (shapes["ids"].min, shapes["ids"].opt, shapes["ids"].max) == ((1, 1), (1, 7), (1, 7))
+
+
 def test_shapes_of_a_stacked_file_are_those_of_its_samples(tmp_path: Path) -> None:
     np.savez(tmp_path / "all.npz", image=np.zeros((5, 2, 4)), mask=np.zeros((5, 1, 3), np.int64))
     shapes = open_samples(tmp_path / "all.npz", [IMAGE, MASK]).shapes()

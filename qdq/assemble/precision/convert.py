@@ -32,6 +32,7 @@ from qdq.model.external import is_large, release
 from qdq.model.model import Model
 from qdq.model.nodes import Names, attribute, captured, reads, without_initializers
 from qdq.model.weight_store import WeightStore
+from qdq.passes.composites import written_out
 from qdq.passes.draft import TARGET_OPSET
 from qdq.passes.rewrites.edit import altered
 from qdq.plan.plan import Skip
@@ -60,7 +61,7 @@ def convert(
 
     Args:
         model: prepared; with or without Q/DQ from `insert`.
-        unquantized_type: 'fp16', 'bf16' or 'fp32' (nothing changes).
+        unquantized_type: 'fp16', 'bf16' or 'fp32': nothing changes but `composites` that FP32 has no kernel for.
         keep_io: inputs and outputs stay float32; else they take the new type too.
         table: calibrated ranges; a tensor beyond half of FP16's range stays FP32, one within is trusted to fit.
 
@@ -69,14 +70,14 @@ def convert(
     """
     low = FLOAT_TYPES[choose(unquantized_type, tuple(FLOAT_TYPES), "type for what is not quantized")]
     if low == FLOAT:
-        return Converted(model=model, kept=())
+        return Converted(model=written_out(model), kept=())
     proto = _typed(model, BFLOAT16_OPSET if low == "bfloat16" else 0)
     typed = model.replace(proto)
     kept = decide(typed, low, table)
     typed = compensate(typed, low, kept)
     writer = _Writer(typed, low, frozenset(kept), keep_io)
     order = (kept[node.name] for node in typed.graph.node if node.name in kept)
-    return Converted(model=model.replace(writer.write(), keeps=writer.store), kept=tuple(order))
+    return Converted(model=written_out(model.replace(writer.write(), keeps=writer.store)), kept=tuple(order))
 
 
 def _typed(model: Model, opset: int) -> ModelProto:

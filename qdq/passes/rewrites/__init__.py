@@ -4,7 +4,8 @@ One file per rewrite, found by itself: `STAGE` ("prepared": what `prepare` alway
 "quantized": on the Q/DQ model), `RANK` (small ones first; the order of the new initializers too) and `rewrite(model,
 only=None) -> Rewritten`, which says of each node whose operator it starts from why it does not fit. A rewrite is pure,
 deterministic and idempotent.
-It must not decide whether it pays: the compiled result does, so each can be limited to some nodes.
+It must not decide whether it pays: the compiled result does, so each can be limited to some nodes. A module's `USUAL`
+are formats of weights with which every plan has it, tuned or not: without it the compiler has no integer kernel.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Protocol
 
 from qdq.core.choices import choose
@@ -19,7 +21,16 @@ from qdq.core.errors import InputError
 from qdq.model.model import Model
 from qdq.passes.rewrites.edit import Rewrite, Rewritten
 
-__all__ = ["FLOAT_REWRITES", "PREPARED_REWRITES", "QUANTIZED_REWRITES", "Rewriter", "Rewritten", "applied", "rewritten"]
+__all__ = [
+    "FLOAT_REWRITES",
+    "PREPARED_REWRITES",
+    "QUANTIZED_REWRITES",
+    "USUAL_REWRITES",
+    "Rewriter",
+    "Rewritten",
+    "applied",
+    "rewritten",
+]
 
 
 class Rewriter(Protocol):
@@ -32,16 +43,22 @@ class Rewriter(Protocol):
         """
 
 
-def found(stage: str) -> Mapping[str, Rewriter]:
-    """The rewrites of a stage by name, in the order of their ranks: one module each, in this folder or below."""
+def _modules() -> dict[str, ModuleType]:
+    """Every module in this folder or below by its last name."""
     modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(__path__, f"{__name__}.")]
-    those = {m.__name__.rpartition(".")[2]: m for m in modules if getattr(m, "STAGE", None) == stage}
+    return {m.__name__.rpartition(".")[2]: m for m in modules}
+
+
+def found(stage: str) -> Mapping[str, Rewriter]:
+    """The rewrites of a stage by name, in the order of their ranks."""
+    those = {name: m for name, m in _modules().items() if getattr(m, "STAGE", None) == stage}
     return {name: those[name].rewrite for name in sorted(those, key=lambda name: (those[name].RANK, name))}
 
 
 PREPARED_REWRITES = found("prepared")
 FLOAT_REWRITES = found("float")
 QUANTIZED_REWRITES = found("quantized")
+USUAL_REWRITES: Mapping[str, tuple[str, ...]] = {n: m.USUAL for n, m in _modules().items() if hasattr(m, "USUAL")}
 
 
 def applied(

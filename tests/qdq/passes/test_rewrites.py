@@ -6,13 +6,14 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from graphs import build, conv, node, normal, product, quantized, run, samples
-from transformer_graphs import attention, gelu, grouped, layer_norm, mlp, partition, windows
+from transformer_graphs import PACKED, attention, gelu, grouped, layer_norm, mlp, packed, partition, windows
 
 from engines.core import arithmetic
 from engines.core import onnx_runtime as ort
@@ -155,6 +156,7 @@ def skipped(*, alike: bool = True, channels: int = 4, shift: bool = True) -> Mod
 
 
 POSITIVE: dict[str, dict[str, Callable[[], Model]]] = {
+    "packed_projection": {form: partial(packed, form) for form in PACKED},
     "conv_transpose": {
         "2-D": transposed,
         "3-D": lambda: transposed(3),
@@ -256,6 +258,7 @@ POSITIVE: dict[str, dict[str, Callable[[], Model]]] = {
     },
 }
 NEGATIVE: dict[str, dict[str, Callable[[], Model]]] = {
+    "packed_projection": {"not cut": product, "two computed tensors": attention},
     "conv_transpose": {
         "stride 1": lambda: transposed(kernel=3, stride=1),
         "odd output": lambda: transposed(kernel=3),
@@ -362,6 +365,7 @@ NEGATIVE: dict[str, dict[str, Callable[[], Model]]] = {
 
 # Why; the cases that are not listed have no node that the rewrite starts from.
 REASONS: dict[str, dict[str, str]] = {
+    "packed_projection": {"not cut": "not cut into parts", "two computed tensors": "with a constant matrix"},
     "conv_transpose": {
         "stride 1": "its stride is 1",
         "odd output": r"not 2 \* \(input",
