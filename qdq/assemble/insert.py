@@ -17,6 +17,7 @@ consumers, each weight becomes codes behind a DequantizeLinear. It must not choo
 | I one scale per token | Div by s = max abs over the last axis / 127, Q and DQ of scale 1 | Mul by s, then the bias |
 | J two-level weight (instead of codes and DQ) | DQ of the blocks, Q and DQ of INT8 per channel | as A to I |
 | K NVFP4, weight and data | data: first TRT_FP4DynamicQuantize; DQ of the block scales, DQ of the blocks | nothing |
+| L in a body of If, Loop or Scan | as A to K, in the body; codes and scales are constants of the main graph | as A to K |
 
 TensorRT reads zero point 0 only; c = -zero_point * scale makes the same codes as a zero point would, and 0 keeps an
 exact code. On TensorRT-RTX Pad, Sub and Q fuse into the kernel that produced the tensor (measured: the same number of
@@ -35,15 +36,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import NodeProto, helper
+from onnx import GraphProto, NodeProto, helper
 
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, QTensor
 from qdq.model.external import release
 from qdq.model.model import Model
-from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, weight_axis
+from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, bodies, controls, weight_axis
 from qdq.model.shift_correction import channel_sums, correct
 from qdq.model.writer import GraphWriter
+from qdq.passes.draft import assign
 from qdq.passes.rewrites.edit import altered
 from qdq.plan.plan import Plan, Point
 from qdq.plan.weighted_node import WeightedNode, by_data
@@ -106,6 +108,9 @@ class _Writer(GraphWriter):
         """Append one node of the float model, rewired where the plan says so."""
         weighted = self._solution.nodes.get(node.name)
         copy = self._carrying(node)
+        if controls(node):
+            for body in bodies(copy):
+                self._body(body, operands)
         if weighted is None:
             for index in range(len(node.input)):
                 if (point := operands.get((node.name, index))) is not None:
@@ -118,6 +123,18 @@ class _Writer(GraphWriter):
         else:
             return self._product(copy, weighted, operands[node.name, 1])
         self._nodes.append(copy)
+
+    def _body(self, body: GraphProto, operands: dict[tuple[str, int], Point]) -> None:
+        """Rewire the nodes of a body; what quantizes and dequantizes for them is made in it anew.
+
+        Behind a DQ outside of an If its products run in float (measured with TensorRT-RTX 1.7.1, SM86 and SM89).
+        """
+        nodes, made = self._nodes, self._made
+        self._nodes, self._made = [], {}
+        for node in body.node:
+            self.node(node, operands)
+        assign(body.node, self._nodes)
+        self._nodes, self._made = nodes, made
 
     def _product(self, copy: NodeProto, weighted: WeightedNode, weight: Point) -> None:
         """A node whose data and weight are quantized, with the correction for a shift of its data."""

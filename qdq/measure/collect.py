@@ -95,6 +95,7 @@ def collect(
         found = _one_pass(
             model,
             _runner(model, group, ranges=not number, provider=provider, custom_ops=custom_ops, threads=1),
+            frozenset(group),
             samples,
             start,
             threads=layout.threads,
@@ -131,6 +132,7 @@ def _runner(model: Model, tensors: Sequence[str], *, ranges: bool, **options: An
 def _one_pass(
     model: Model,
     run: Run,
+    wanted: frozenset[str],
     samples: Iterable[Sample],
     start: CalibrationTable,
     *,
@@ -160,8 +162,8 @@ def _one_pass(
                 "The unfinished calibration holds some samples of a batch but not all: the batches are others now. "
                 "Give the samples in the same batches, or delete its checkpoint to begin anew."
             )
-        tensors = {}
         values, seen = run(sample)
+        tensors = dict.fromkeys(wanted.difference(values), Histogram.nothing())  # in bodies that no run reached
         while values:
             name, array = values.popitem()
             try:

@@ -169,11 +169,10 @@ class Draft:
         """Turn Constant nodes into initializers; text, sparse values and outputs of the model stay nodes."""
         keep = []
         for node in self.graph.node:
-            tensor = _constant(node) if node.op_type == "Constant" and not node.domain else None
+            tensor = constant_tensor(node)
             if tensor is None or node.output[0] in self.output_names:
                 keep.append(node)
             else:
-                tensor.name = node.output[0]
                 self.tensors[tensor.name] = tensor
         assign(self.graph.node, keep)
 
@@ -241,12 +240,17 @@ def unique(name: str, taken: Collection[str]) -> str:
     return name if name not in taken else next(c for c in candidates if c not in taken)
 
 
-def _constant(node: NodeProto) -> TensorProto | None:
-    """A copy of the value of a Constant node; None for text and sparse values."""
-    attribute = node.attribute[0]
-    if attribute.name == "value":
-        tensor = TensorProto()
-        tensor.CopyFrom(attribute.t)
-        return tensor
+def constant_tensor(node: NodeProto) -> TensorProto | None:
+    """A copy of the value of a Constant node, named as its output; None for text, sparse values and other nodes."""
+    if node.op_type != "Constant" or node.domain:
+        return None
+    attribute, tensor = node.attribute[0], TensorProto()
     dtype = {"value_int": np.int64, "value_float": np.float32}.get(attribute.name.removesuffix("s"))
-    return None if dtype is None else numpy_helper.from_array(np.array(helper.get_attribute_value(attribute), dtype))
+    if attribute.name == "value":
+        tensor.CopyFrom(attribute.t)
+    elif dtype is not None:
+        tensor = numpy_helper.from_array(np.array(helper.get_attribute_value(attribute), dtype))
+    else:
+        return None
+    tensor.name = node.output[0]
+    return tensor

@@ -2,10 +2,11 @@
 
     functions inlined, node names unique, initializers no longer inputs -> opset 21
     constants, shapes, BatchNormalization and automatic padding folded; identities, unused nodes and tensors dropped
+    bodies of If, Loop and Scan named and their constants lifted; the branch of a constant condition taken
     shapes of all tensors inferred -> Model (IR version 10)
 
-It must not change what the model computes beyond float rounding, touch the bodies of If, Loop and Scan, make dynamic
-dimensions static, rename inputs, outputs or named nodes, or need a runtime.
+It must not change what the model computes beyond float rounding, make dynamic dimensions static, rename inputs, outputs
+or named nodes, or need a runtime.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from onnx import NodeProto, helper
 from qdq.core.errors import ModelError
 from qdq.model.graphsurgeon import ModelSource, called
 from qdq.model.model import Model, dtype_name
-from qdq.model.nodes import attribute_value
+from qdq.model.nodes import attribute_value, controlled_nodes
 from qdq.model.storage import is_quantized, load
+from qdq.passes.bodies import lift_bodies, name_bodies, show_bodies, take_branches
 from qdq.passes.draft import Draft, assign
 from qdq.passes.fold import fold_batch_norms, fold_constants, fold_shapes
 
@@ -64,11 +66,16 @@ def prepare(model: Model) -> Model:
     draft.raise_opset()
     draft.name_nodes()
     draft.lift_constants()  # those that the converter made
+    name_bodies(draft)
+    lift_bodies(draft)
     draft.drop_unused()
-    while draft.infer() and (fold_shapes(draft) | fold_constants(draft) | drop_identities(draft)):
+    while draft.infer() and (
+        fold_shapes(draft) | fold_constants(draft) | take_branches(draft) | drop_identities(draft)
+    ):
         draft.drop_unused()
     fold_batch_norms(draft)
     pad_explicitly(draft)
+    show_bodies(draft)
     return draft.finish()
 
 
@@ -89,7 +96,7 @@ def drop_identities(draft: Draft) -> bool:
 
 def pad_explicitly(draft: Draft) -> None:
     """Write the padding of Conv nodes that have `auto_pad`, where it does not depend on a dynamic size."""
-    for node in draft.graph.node:
+    for node in (*draft.graph.node, *controlled_nodes(draft.graph)):
         mode = str(attribute_value(node, "auto_pad", b"NOTSET").decode())
         weight = draft.info(node.input[1]) if node.op_type == "Conv" and not node.domain else None
         if weight is None or weight.shape is None or mode not in ("VALID", "SAME_UPPER", "SAME_LOWER"):

@@ -14,6 +14,7 @@ from collections import Counter
 from engines.core.documents import replace
 from qdq.core.errors import InputError
 from qdq.model.model import Model
+from qdq.model.nodes import controlled_nodes
 from qdq.plan.plan import Plan, Point, Skip
 from qdq.plan.rules import RULES, Tie, Veto, Want, check_patterns, why_float
 from qdq.plan.settings import Settings
@@ -39,7 +40,7 @@ def plan(model: Model, settings: Settings | None = None) -> Plan:
     shortcuts: list[tuple[str, str]] = []
     skips: list[Skip] = []
     ties: list[Tie] = []
-    for node in model.graph.node:
+    for node in (*model.graph.node, *controlled_nodes(model.graph)):
         decisions = [d for rule in RULES for d in rule(model, node, settings)]
         ties += [d for d in decisions if isinstance(d, Tie)]
         vetoes = [d for d in decisions if isinstance(d, Veto)]

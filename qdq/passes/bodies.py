@@ -1,0 +1,111 @@
+"""Bring the bodies of If, Loop and Scan into a form in which later passes see what they hold.
+
+    name_bodies     every node and tensor in a body has a name that nothing else in the model has
+    lift_bodies     constants of bodies -> initializers of the main graph, which the bodies read from outside
+    take_branches   an If whose condition is constant -> the nodes of its branch
+    show_bodies     the shapes that inference found inside bodies -> the bodies
+
+It must not change what a body computes, nor unroll: TensorRT-RTX 1.7.1 does so by itself with Scan of static length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from onnx import GraphProto, NodeProto, TensorProto, helper
+
+from qdq.model.nodes import Names, all_graphs, all_nodes, bodies, controls
+from qdq.passes.draft import Draft, assign, constant_tensor
+
+
+def name_bodies(draft: Draft) -> None:
+    """Give the nodes and tensors in all bodies names of their own; sibling bodies often share theirs."""
+    held = [node for node in draft.graph.node if any(True for _ in bodies(node))]
+    if not held:
+        return
+    main = draft.graph
+    tensors = Names([*draft.tensors, *(v.name for v in main.input), *(t for n in main.node for t in n.output)])
+    nodes = Names(node.name for node in main.node)
+    for body in (body for node in held for body in bodies(node)):
+        _rename(body, {}, tensors, nodes)
+
+
+def _rename(body: GraphProto, around: Mapping[str, str], tensors: Names, nodes: Names) -> None:
+    """Rename what a body defines; `around` has the new names of what the bodies around it define."""
+    defined = [v.name for v in body.input] + [t.name for t in body.initializer]
+    defined += [name for node in body.node for name in node.output if name]
+    del body.value_info[:]  # as `Draft.light` has it: inference finds all of it that is right
+    scope = {**around, **{name: tensors.fresh(name) for name in dict.fromkeys(defined)}}
+    for value in (*body.input, *body.output, *body.initializer):
+        value.name = scope.get(value.name, value.name)
+    for node in body.node:
+        node.name = nodes.fresh(node.name or node.op_type)
+        node.input[:] = [scope.get(name, name) for name in node.input]
+        node.output[:] = [scope.get(name, name) for name in node.output]
+        for inner in bodies(node):
+            _rename(inner, scope, tensors, nodes)
+
+
+def lift_bodies(draft: Draft) -> None:
+    """Make initializers of the main graph of the constants in bodies, but for those that a body gives out."""
+    for body in _controlled(draft):
+        given = {v.name for v in body.output}
+        kept, stored = list[NodeProto](), list[TensorProto]()
+        for node in body.node:
+            tensor = constant_tensor(node) if node.output[0] not in given else None
+            if tensor is None:
+                kept.append(node)
+            else:
+                draft.tensors[tensor.name] = tensor
+        for tensor in body.initializer:
+            if tensor.name in given or any(tensor.name == v.name for v in body.input):
+                stored.append(tensor)
+            else:
+                draft.tensors[tensor.name] = TensorProto.FromString(tensor.SerializeToString())
+        assign(body.node, kept)
+        assign(body.initializer, stored)
+
+
+def take_branches(draft: Draft) -> bool:
+    """Put the nodes of the branch in place of each If of a graph whose condition is constant; True if there was one."""
+    for graph in (draft.graph, *_controlled(draft)):
+        branches = {id(node): branch for node in graph.node if (branch := _branch(draft, node)) is not None}
+        if branches:
+            assign(graph.node, [new for node in graph.node for new in _taken(draft, node, branches.get(id(node)))])
+            draft.lift_constants()
+            return True
+    return False
+
+
+def _taken(draft: Draft, node: NodeProto, branch: GraphProto | None) -> Iterator[NodeProto]:
+    """Copies of the nodes that stand for a node, which is an If where there is a branch."""
+    for kept in [node] if branch is None else branch.node:
+        yield NodeProto.FromString(kept.SerializeToString())
+    if branch is not None:
+        draft.tensors.update((t.name, TensorProto.FromString(t.SerializeToString())) for t in branch.initializer)
+        for end, name in zip(branch.output, node.output, strict=False):
+            if name:
+                yield helper.make_node("Identity", [end.name], [name], name=f"{node.name}_{name}")
+
+
+def _branch(draft: Draft, node: NodeProto) -> GraphProto | None:
+    """The branch that an If takes whatever the inputs are; None where that is not known."""
+    if node.op_type != "If" or node.domain or node.input[0] not in draft.tensors:
+        return None
+    wanted = "then_branch" if draft.array(node.input[0]).any() else "else_branch"
+    return next(a.g for a in node.attribute if a.name == wanted)
+
+
+def show_bodies(draft: Draft) -> None:
+    """Write into bodies the types and shapes of their tensors, as last inferred."""
+    shown = {tuple(node.output): node for node in all_nodes(draft.shown.graph) if node.output}
+    for node in all_nodes(draft.graph):
+        for body, found in zip(bodies(node), bodies(shown.get(tuple(node.output), node)), strict=False):
+            if body is not found:
+                assign(body.value_info, list(found.value_info))
+
+
+def _controlled(draft: Draft) -> Iterator[GraphProto]:
+    """The bodies of If, Loop and Scan, and those in them; bodies of other operators are theirs alone."""
+    held = [body for node in draft.graph.node if controls(node) for body in bodies(node)]
+    return (graph for body in held for graph in all_graphs(body))
