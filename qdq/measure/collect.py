@@ -175,6 +175,7 @@ def _one_pass(
             count=digests.total(),
             tensors=tensors,
             samples=tuple(sorted(digests.elements())),
+            samples_sha256=samples_digest(digests.elements()),
             ranges={name: found.amax for name, found in seen.items()},
             not_finite=frozenset(name for name, found in seen.items() if not found.finite),
         )

@@ -1,7 +1,7 @@
 """Bring the bodies of If, Loop and Scan into a form in which later passes see what they hold.
 
     name_bodies     every node and tensor in a body has a name that nothing else in the model has
-    lift_bodies     constants of bodies -> initializers of the main graph, which the bodies read from outside
+    lift_bodies     weights of bodies, and what is computed of weights alone -> the main graph; bodies read it from there
     take_branches   an If whose condition is constant -> the nodes of its branch
     show_bodies     the shapes that inference found inside bodies -> the bodies
 
@@ -14,8 +14,13 @@ from collections.abc import Iterator, Mapping
 
 from onnx import GraphProto, NodeProto, TensorProto, helper
 
-from qdq.model.nodes import Names, all_graphs, all_nodes, bodies, controls
+from qdq.model.nodes import WEIGHTED, Names, all_graphs, all_nodes, bodies, controls
 from qdq.passes.draft import Draft, assign, constant_tensor
+from qdq.passes.fold import FOLDABLE
+
+
+_READERS = (*WEIGHTED, "ConvTranspose")
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 
 def name_bodies(draft: Draft) -> None:
@@ -46,24 +51,40 @@ def _rename(body: GraphProto, around: Mapping[str, str], tensors: Names, nodes: 
             _rename(inner, scope, tensors, nodes)
 
 
-def lift_bodies(draft: Draft) -> None:
-    """Make initializers of the main graph of the constants in bodies, but for those that a body gives out."""
+def lift_bodies(draft: Draft) -> bool:
+    """Move weights of bodies, and what is computed of them alone, to the main graph; True if there were any.
+
+    Other constants stay: onnx's shape inference sees the values of those in a body only.
+    """
+    weights = {name for name, tensor in draft.tensors.items() if _is_weight(tensor)}
+    known, moved = set(draft.tensors), list[NodeProto]()
+    before = len(known)
     for body in _controlled(draft):
-        given = {v.name for v in body.output}
-        kept, stored = list[NodeProto](), list[TensorProto]()
+        given = {v.name for v in (*body.input, *body.output)}
+        held = {t.name: t for t in body.initializer}
+        held |= {node.output[0]: t for node in body.node if (t := constant_tensor(node)) is not None}
+        read = {name for node in body.node if node.op_type in _READERS for name in node.input[1:]}
+        leaving = {name for name, t in held.items() if name not in given and (_is_weight(t) or name in read)}
         for node in body.node:
-            tensor = constant_tensor(node) if node.output[0] not in given else None
-            if tensor is None:
-                kept.append(node)
-            else:
-                draft.tensors[tensor.name] = tensor
-        for tensor in body.initializer:
-            if tensor.name in given or any(tensor.name == v.name for v in body.input):
-                stored.append(tensor)
-            else:
-                draft.tensors[tensor.name] = TensorProto.FromString(tensor.SerializeToString())
-        assign(body.node, kept)
-        assign(body.initializer, stored)
+            weighty = any(name in weights or name in leaving for name in node.input[:1])
+            constant = all(name in known or (name in held and name not in given) for name in filter(None, node.input))
+            if weighty and constant and node.op_type in FOLDABLE and not node.domain and given.isdisjoint(node.output):
+                moved.append(NodeProto.FromString(node.SerializeToString()))
+                leaving |= {*node.output, *(held.keys() & set(node.input))}
+                known |= {*node.output}
+        draft.tensors |= {n: TensorProto.FromString(held[n].SerializeToString()) for n in leaving & held.keys()}
+        known |= leaving
+        weights |= leaving
+        assign(body.node, [node for node in body.node if leaving.isdisjoint(node.output)])
+        assign(body.initializer, [t for t in body.initializer if t.name not in leaving])
+    nodes = [NodeProto.FromString(node.SerializeToString()) for node in draft.graph.node]
+    assign(draft.graph.node, [*moved, *nodes])
+    return len(known) > before
+
+
+def _is_weight(tensor: TensorProto) -> bool:
+    """Whether a constant is a weight: a float of several axes."""
+    return tensor.data_type in _FLOATS and len(tensor.dims) > 1
 
 
 def take_branches(draft: Draft) -> bool:

@@ -67,10 +67,9 @@ def prepare(model: Model) -> Model:
     draft.name_nodes()
     draft.lift_constants()  # those that the converter made
     name_bodies(draft)
-    lift_bodies(draft)
     draft.drop_unused()
     while draft.infer() and (
-        fold_shapes(draft) | fold_constants(draft) | take_branches(draft) | drop_identities(draft)
+        fold_shapes(draft) | fold_constants(draft) | lift_bodies(draft) | take_branches(draft) | drop_identities(draft)
     ):
         draft.drop_unused()
     fold_batch_norms(draft)
