@@ -17,7 +17,7 @@ consumers, each weight becomes codes behind a DequantizeLinear. It must not choo
 | I one scale per token | Div by s = max abs over the last axis / 127, Q and DQ of scale 1 | Mul by s, then the bias |
 | J two-level weight (instead of codes and DQ) | DQ of the blocks, Q and DQ of INT8 per channel | as A to I |
 | K NVFP4, weight and data | data: first TRT_FP4DynamicQuantize; DQ of the block scales, DQ of the blocks | nothing |
-| L in a body of If, Loop or Scan | as A to K, in the body; codes and scales are constants of the main graph | as A to K |
+| L in a body of If, Loop or Scan | as A to K, in the body; codes and scales are in the main graph | as A to K |
 
 TensorRT reads zero point 0 only; c = -zero_point * scale makes the same codes as a zero point would, and 0 keeps an
 exact code. On TensorRT-RTX Pad, Sub and Q fuse into the kernel that produced the tensor (measured: the same number of

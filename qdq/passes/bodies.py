@@ -18,7 +18,6 @@ from qdq.model.nodes import WEIGHTED, Names, all_graphs, all_nodes, bodies, cont
 from qdq.passes.draft import Draft, assign, constant_tensor
 from qdq.passes.fold import FOLDABLE
 
-
 _READERS = (*WEIGHTED, "ConvTranspose")
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
@@ -90,9 +89,9 @@ def _is_weight(tensor: TensorProto) -> bool:
 def take_branches(draft: Draft) -> bool:
     """Put the nodes of the branch in place of each If of a graph whose condition is constant; True if there was one."""
     for graph in (draft.graph, *_controlled(draft)):
-        branches = {id(node): branch for node in graph.node if (branch := _branch(draft, node)) is not None}
-        if branches:
-            assign(graph.node, [new for node in graph.node for new in _taken(draft, node, branches.get(id(node)))])
+        branches = [(node, _branch(draft, node)) for node in graph.node]
+        if any(branch is not None for _, branch in branches):
+            assign(graph.node, [new for node, branch in branches for new in _taken(draft, node, branch)])
             draft.lift_constants()
             return True
     return False
