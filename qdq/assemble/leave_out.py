@@ -78,11 +78,11 @@ def spared(
 
 def reached(model: Model, plan: Plan, table: CalibrationTable) -> Plan:
     """The plan without the nodes in bodies that no calibration sample reached: nobody knows their ranges."""
-    unseen = {p.tensor for p in plan.activations if p.tensor in table.tensors and not table.tensors[p.tensor].samples}
+    unseen = {p.tensor for p in plan.activations if not table.tensors[p.tensor].samples}
+    if not unseen:
+        return plan
     nodes = tuple(dict.fromkeys(name for p in plan.activations if p.tensor in unseen for name, _ in p.uses))
-    return (
-        without(plan, model, nodes, UNREACHED, "no calibration sample runs the body that it is in") if nodes else plan
-    )
+    return without(plan, model, nodes, UNREACHED, "no calibration sample runs the body that it is in")
 
 
 def without(plan: Plan, model: Model, nodes: Collection[str], rule: str, why: str) -> Plan:

@@ -57,7 +57,7 @@ def made(nodes: Iterable[NodeProto]) -> Iterator[str]:
 
 
 def controls(node: NodeProto) -> bool:
-    """Whether a node is an If, Loop or Scan: its bodies run as graphs do, and the nodes in them are nodes like others."""
+    """Whether a node is an If, Loop or Scan, whose bodies are graphs like the one around them."""
     return node.op_type in CONTROLS and node.domain in ("", "ai.onnx")
 
 

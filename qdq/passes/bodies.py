@@ -1,7 +1,7 @@
 """Bring the bodies of If, Loop and Scan into a form in which later passes see what they hold.
 
     name_bodies     every node and tensor in a body has a name that nothing else in the model has
-    lift_bodies     weights of bodies, and what is computed of weights alone -> the main graph; bodies read it from there
+    lift_bodies     weights of bodies, and what is computed of them alone -> the main graph, where bodies read it
     take_branches   an If whose condition is constant -> the nodes of its branch
     show_bodies     the shapes that inference found inside bodies -> the bodies
 
@@ -113,7 +113,8 @@ def _branch(draft: Draft, node: NodeProto) -> GraphProto | None:
     if node.op_type != "If" or node.domain or node.input[0] not in draft.tensors:
         return None
     wanted = "then_branch" if draft.array(node.input[0]).any() else "else_branch"
-    return next(a.g for a in node.attribute if a.name == wanted)
+    branches: list[GraphProto] = [a.g for a in node.attribute if a.name == wanted]
+    return branches[0]
 
 
 def show_bodies(draft: Draft) -> None:

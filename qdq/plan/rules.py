@@ -209,8 +209,8 @@ def containers(model: Model, node: NodeProto, settings: Settings) -> list[Decisi
     """Veto quantizers on an If, Loop or Scan itself: the nodes of its bodies are planned one by one.
 
     Measured with TensorRT-RTX 1.7.1 for SM86 and SM89: products in the bodies of If, Loop and Scan run INT8 where Q and
-    DQ of the data are in the body, wherever codes and scales lie; behind a DQ outside of an If they run in float. Bodies
-    of other operators are their own affair.
+    DQ of the data are in the body, wherever codes and scales lie; behind a DQ outside of an If they run in float.
+    Bodies of other operators are their own affair.
     """
     inner = [n for body in bodies(node) for n in body.node]
     if not inner:

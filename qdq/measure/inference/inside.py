@@ -9,6 +9,7 @@ It must not change what the model computes.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -175,7 +176,7 @@ class _Draft:
         self.constants.append(numpy_helper.from_array(np.array(values, np.int64), name))
         return name
 
-    def _node(self, op_type: str, inputs: Sequence[str], output: str = "", **attributes: object) -> NodeProto:
+    def _node(self, op_type: str, inputs: Sequence[str], output: str = "", **attributes: Any) -> NodeProto:
         name = self._names.fresh(f"sequence_{op_type}")
         return helper.make_node(op_type, list(inputs), [output or name], name=name, **attributes)
 

@@ -158,8 +158,8 @@ class Session:
                 raise _refused(error, self._called) from None
             seen.update(zip(self._wanted, values, strict=True))
         for name in self._sequences:
-            values = joined(seen.pop(name))
-            seen.update({} if values is None else {name: values})
+            whole = joined(list(seen.pop(name)))
+            seen.update({} if whole is None else {name: whole})
         return seen
 
 
