@@ -132,7 +132,7 @@ def _enough(model: Model, nodes: Sequence[WeightedNode]) -> int:
     fewest = POSITIONS
     for node in nodes:
         info = model.info(node.output)
-        shape = list(info.shape) if info is not None and info.shape is not None else [None]
+        shape = list(info.shape) if info is not None and info.shape is not None else [None] * (node.spatial + 2)
         shape.pop(node.channel_axis)
         fewest = min(fewest, math.prod(d for d in shape if isinstance(d, int)))
     return max(MINIMUM_SAMPLES, -(-POSITIONS // max(fewest, 1)))

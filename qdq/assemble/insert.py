@@ -38,11 +38,12 @@ import numpy as np
 import numpy.typing as npt
 from onnx import GraphProto, NodeProto, helper
 
+from engines.core.operators import MOVERS
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, QTensor
 from qdq.model.external import release
 from qdq.model.model import Model
-from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, bodies, controls, weight_axis
+from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, attribute_value, bodies, controls, weight_axis
 from qdq.model.shift_correction import channel_sums, correct
 from qdq.model.writer import GraphWriter
 from qdq.passes.draft import assign
@@ -222,10 +223,23 @@ class _Writer(GraphWriter):
         source = base = self._padded(tensor, self._divided(tensor), border)
         if params.zero_point:
             source = self._append("Sub", (source, self._offset(tensor, params)), f"{base}_Sub")
+        elif self._reflected(tensor):
+            nothing = self._constant(f"{tensor}_nothing", np.zeros(()), self._model.dtype(tensor))
+            source = self._append("Add", (source, nothing), f"{base}_Add")
         scale, zero = self._scale(tensor, params)
         codes = self._append("QuantizeLinear", (source, scale, zero), f"{base}_QuantizeLinear")
         self._made[key] = self._append("DequantizeLinear", (codes, scale, zero), f"{base}_DequantizeLinear")
         return self._made[key]
+
+    def _reflected(self, tensor: str) -> bool:
+        """Whether a tensor of a body is padded by reflection and then moved or multiplied at most.
+
+        TensorRT-RTX 1.7.1 fails on a Q behind that ("CHECK(append_to->parent() == this)"), but not behind an Add of 0.
+        """
+        maker = self._model.producer(tensor) if tensor in self._model.inner_tensors else None
+        while maker is not None and maker.op_type in MOVERS | {"Div", "Mul"}:
+            maker = self._model.producer(maker.input[0])
+        return maker is not None and maker.op_type == "Pad" and attribute_value(maker, "mode", b"") == b"reflect"
 
     def _in_blocks(self, tensor: str, params: QParams, border: _Border | _Rows | None) -> str:
         """Case K, data: codes and block scales are computed as the engine runs, the scale of these scales is not."""

@@ -15,7 +15,7 @@ from qdq.assemble.bias import corrected
 from qdq.assemble.choose_calibrator import solve_auto
 from qdq.assemble.insert import insert
 from qdq.assemble.judge import judged, unshifted
-from qdq.assemble.leave_out import reached, spared
+from qdq.assemble.leave_out import UNREACHED, reached, spared
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
 from qdq.measure.collect import collect
@@ -112,5 +112,8 @@ def quantize(
         if checked is not None:
             chosen, made = spared(prepared, chosen, made, checked, build)
     solution, quantized = made
-    solution = replace(solution, notes=(*chosen.settings.idle, *choices, *solution.notes))
+    unseen = [skip.node for skip in chosen.skips if skip.rule == UNREACHED]
+    unrun = f"{len(unseen)} nodes stay in float, for no calibration sample runs their bodies"
+    said = [f"{unrun}: {unseen[0]}"] if unseen else []
+    solution = replace(solution, notes=(*chosen.settings.idle, *said, *choices, *solution.notes))
     return Quantized(prepared=prepared, plan=chosen, table=table, solution=solution, model=quantized)

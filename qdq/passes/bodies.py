@@ -3,6 +3,7 @@
     name_bodies     every node and tensor in a body has a name that nothing else in the model has
     lift_bodies     weights of bodies, and what is computed of them alone -> the main graph, where bodies read it
     take_branches   an If whose condition is constant -> the nodes of its branch
+    simplify_bodies what folds a graph -> done to bodies as well
     show_bodies     the shapes that inference found inside bodies -> the bodies
 
 It must not change what a body computes, nor unroll: TensorRT-RTX 1.7.1 does so by itself with Scan of static length.
@@ -10,11 +11,21 @@ It must not change what a body computes, nor unroll: TensorRT-RTX 1.7.1 does so 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from onnx import GraphProto, NodeProto, TensorProto, helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from qdq.model.nodes import WEIGHTED, Names, all_graphs, all_nodes, bodies, controls
+from qdq.model.model import Model
+from qdq.model.nodes import (
+    WEIGHTED,
+    Names,
+    all_graphs,
+    all_nodes,
+    bodies,
+    captured,
+    controls,
+    without_initializers,
+)
 from qdq.passes.draft import Draft, assign, constant_tensor
 from qdq.passes.fold import FOLDABLE
 
@@ -124,6 +135,46 @@ def show_bodies(draft: Draft) -> None:
         for body, found in zip(bodies(node), bodies(shown.get(tuple(node.output), node)), strict=False):
             if body is not found:
                 assign(body.value_info, list(found.value_info))
+
+
+def simplify_bodies(draft: Draft, simplify: Callable[[Draft], None]) -> bool:
+    """Do to each body of the main graph what is done to the graph itself; True if that changed one.
+
+    A body is a model of its own, whose inputs are the tensors that it reads from around it too. Sizes that a Loop or
+    Scan states of what it carries are not believed: they may have been written before a size became open.
+    """
+    changed = False
+    for node in filter(controls, draft.graph.node):
+        for body in bodies(node):
+            inner = _inner_draft(draft, body)
+            if inner is None:
+                continue
+            before = body.SerializeToString(deterministic=True)
+            simplify(inner)
+            assign(body.node, list(inner.graph.node))
+            assign(body.initializer, [t for name, t in inner.tensors.items() if name not in draft.tensors])
+            changed = changed or body.SerializeToString(deterministic=True) != before
+    return changed
+
+
+def _inner_draft(draft: Draft, body: GraphProto) -> Draft | None:
+    """A body as a model; None where the type of something that it reads is not known."""
+    own = NodeProto(attribute=[AttributeProto(name="body", type=AttributeProto.GRAPH, g=body)])
+    around = captured(own)
+    shown = {v.name: v for g in (draft.shown.graph,) for v in (*g.value_info, *g.output, *g.input)}
+    read = sorted(around - draft.tensors.keys())
+    if any(name not in shown for name in read) or not all(v.type.WhichOneof("value") for v in body.input):
+        return None
+    proto = ModelProto()
+    proto.CopyFrom(without_initializers(draft.proto))
+    proto.graph.CopyFrom(GraphProto(name=body.name, node=body.node, input=body.input, output=body.output))
+    for dim in (d for v in proto.graph.input for d in v.type.tensor_type.shape.dim):
+        dim.Clear()
+    for value in proto.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    proto.graph.input.extend(shown[name] for name in read)
+    proto.graph.initializer.extend([*body.initializer, *(draft.tensors[name] for name in sorted(around - {*read}))])
+    return Draft(Model(proto=proto, directory=draft.directory, sha256=""), taken=draft.names())
 
 
 def _controlled(draft: Draft) -> Iterator[GraphProto]:

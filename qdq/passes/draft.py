@@ -18,10 +18,11 @@ import onnx.inliner
 import onnx.version_converter
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from engines.core.shapes import show_constants
 from qdq.core.errors import ModelError
 from qdq.model.external import is_external, is_large, tensor_array, tensor_bytes
 from qdq.model.model import Model, TensorInfo
-from qdq.model.nodes import all_nodes, bodies, captured, needed, reads, without_initializers
+from qdq.model.nodes import all_graphs, all_nodes, bodies, captured, needed, reads, without_initializers
 from qdq.model.storage import check
 from qdq.model.weight_store import LEAST, WeightStore
 
@@ -35,9 +36,9 @@ class Draft:
     The user's tensors are shared, never changed: a new value is a new TensorProto.
     """
 
-    def __init__(self, model: Model) -> None:
-        """Take a model apart."""
-        self._source = model
+    def __init__(self, model: Model, taken: Collection[str] = ()) -> None:
+        """Take a model apart; `taken` are names that nothing new may have."""
+        self._source, self._taken = model, taken
         self.directory: Path = model.directory
         self.tensors: dict[str, TensorProto] = dict(model.initializers)
         self.proto = without_initializers(model.proto)
@@ -81,9 +82,13 @@ class Draft:
 
     def unique(self, name: str) -> str:
         """A tensor name that nothing in the model has yet: `name`, or `name` with a number."""
+        return unique(name, self.names())
+
+    def names(self) -> set[str]:
+        """The names of all tensors, in bodies too."""
         inner = [tensor for node in all_nodes(self.graph) for tensor in (*node.input, *node.output)]
-        graph = [v.name for v in (*self.graph.input, *self.graph.output)]
-        return unique(name, {*self.tensors, *inner, *graph})
+        graphs = [v.name for graph in all_graphs(self.graph) for v in (*graph.input, *graph.output)]
+        return {*self.tensors, *inner, *graphs, *self._taken}
 
     def captured_names(self) -> frozenset[str]:
         """Tensors that bodies read from the main graph."""
@@ -102,6 +107,12 @@ class Draft:
             else:
                 inside = numpy_helper.from_array(self.array(name), name) if is_external(tensor) else tensor
                 proto.graph.initializer.append(inside)
+        return proto
+
+    def _shown(self) -> ModelProto:
+        """The light model for shape inference."""
+        proto = self.light()
+        show_constants(proto.graph, {tensor.name: tensor for tensor in proto.graph.initializer})
         return proto
 
     def absorb(self, light: ModelProto) -> None:
@@ -186,7 +197,7 @@ class Draft:
     def infer(self) -> bool:
         """Infer types and shapes of all tensors; always True. Where inference stops, what the file says is believed."""
         try:
-            light = self.light()
+            light = self._shown()
             proto = onnx.shape_inference.infer_shapes(light, data_prop=True)
             if believed := self._believed(proto.graph):
                 light.graph.value_info.extend(believed)

@@ -20,7 +20,7 @@ from qdq.model.graphsurgeon import ModelSource, called
 from qdq.model.model import Model, dtype_name
 from qdq.model.nodes import attribute_value, controlled_nodes
 from qdq.model.storage import is_quantized, load
-from qdq.passes.bodies import lift_bodies, name_bodies, show_bodies, take_branches
+from qdq.passes.bodies import lift_bodies, name_bodies, show_bodies, simplify_bodies, take_branches
 from qdq.passes.draft import Draft, assign
 from qdq.passes.fold import fold_batch_norms, fold_constants, fold_shapes
 
@@ -65,17 +65,23 @@ def prepare(model: Model) -> Model:
     draft.lift_constants()
     draft.raise_opset()
     draft.name_nodes()
-    draft.lift_constants()  # those that the converter made
     name_bodies(draft)
-    draft.drop_unused()
-    while draft.infer() and (
-        fold_shapes(draft) | fold_constants(draft) | lift_bodies(draft) | take_branches(draft) | drop_identities(draft)
-    ):
-        draft.drop_unused()
+    simplify(draft)
     fold_batch_norms(draft)
     pad_explicitly(draft)
     show_bodies(draft)
     return draft.finish()
+
+
+def simplify(draft: Draft) -> None:
+    """Fold what does not depend on the inputs, in the main graph and in bodies, until nothing is left to fold."""
+    draft.lift_constants()
+    draft.drop_unused()
+    while draft.infer() and (
+        fold_shapes(draft) | fold_constants(draft) | lift_bodies(draft) | take_branches(draft) | drop_identities(draft)
+        or simplify_bodies(draft, simplify)
+    ):
+        draft.drop_unused()
 
 
 def drop_identities(draft: Draft) -> bool:

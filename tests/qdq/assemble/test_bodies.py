@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import graphs
@@ -191,6 +192,7 @@ def sqnr_db(wanted: Sequence[graphs.Sample], found: Sequence[graphs.Sample], nam
     return float(10 * np.log10(sum((a[name].astype(np.float64) ** 2).sum() for a in wanted) / max(error, 1e-30)))
 
 
+@cache
 def made(name: str) -> tuple[Model, Quantized, list[graphs.Sample]]:
     raw = MODELS[name]()
     prepared = prepare(raw)
