@@ -219,7 +219,8 @@ class Model:
     def names(self) -> set[str]:
         """What no new node or tensor can be called."""
         used = (name for node in all_nodes(self.graph) for name in (node.name, *node.input, *node.output))
-        return {*self.initializers, *(v.name for graph in all_graphs(self.graph) for v in graph.input), *used}
+        ends = (v.name for graph in all_graphs(self.graph) for v in graph.input)
+        return {*self.initializers, *ends, *used} - {""}
 
     def array(self, name: str) -> np.ndarray:
         """The values of an initializer, read from its side file if it has one, in its own type; perhaps read-only.
