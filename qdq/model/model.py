@@ -245,5 +245,6 @@ def _info(value: ValueInfoProto) -> TensorInfo:
     tensor = value.type.tensor_type
     shape = None
     if tensor.HasField("shape"):
-        shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
+        sized = ((d, d.HasField("dim_value") and d.dim_value >= 0) for d in tensor.shape.dim)  # some write -1 for open
+        shape = tuple(d.dim_value if known else d.dim_param or None for d, known in sized)
     return TensorInfo(name=value.name, dtype=dtype_name(tensor.elem_type), shape=shape)

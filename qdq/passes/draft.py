@@ -45,10 +45,11 @@ class Draft:
         self.shown = model
         self.store: WeightStore | None = None  # of new tensors of a large model
         self._large = is_large(self.tensors.values())
-        self.inputs = [v for v in model.graph.input if v.name not in self.tensors]
-        self.outputs = list(model.graph.output)
+        self.inputs = [_opened(v) for v in model.graph.input if v.name not in self.tensors]
+        self.outputs = list(map(_opened, model.graph.output))
         self._stated = {v.name: v for v in model.graph.value_info}
         assign(self.graph.input, self.inputs)
+        assign(self.graph.output, self.outputs)
         self.proto.ir_version = max(self.proto.ir_version, 4)  # from 4 on an initializer need not be an input
         for node in all_nodes(self.graph):
             if node.domain == "ai.onnx":  # the long name of the default domain
@@ -231,6 +232,16 @@ class Draft:
         assign(self.graph.output, outputs)
         self.graph.initializer.extend(self.tensors.values())
         return self._source.replace(self.proto, keeps=self.store)
+
+
+def _opened(value: ValueInfoProto) -> ValueInfoProto:
+    """A copy in which open sizes are so: some exporters write -1, or call each of them "?", as if they were equal."""
+    copy = ValueInfoProto()
+    copy.CopyFrom(value)
+    for dim in copy.type.tensor_type.shape.dim:
+        if dim.dim_value < 0 or dim.dim_param == "?":
+            dim.Clear()
+    return copy
 
 
 def _sizes(value: ValueInfoProto) -> list[int]:

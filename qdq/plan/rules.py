@@ -38,7 +38,10 @@ _FLOAT_OPS = {
     family(
         "Shape Size Cast ConstantOfShape Range NonZero Constant OneHot TopK ArgMax ArgMin EyeLike"
     ): "it handles shapes, indices or types, not data",
-    family("LSTM GRU RNN"): "recurrent operators have no INT8 kernel in TensorRT",
+    family(
+        "LSTM GRU RNN"
+    ): "recurrent operators have no INT8 kernel in TensorRT; the compiler computes the product with "
+    "their inputs for all steps at once, in float",
 }
 
 

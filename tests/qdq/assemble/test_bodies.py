@@ -21,6 +21,7 @@ from qdq.assemble.quantize import Quantized, quantize
 from qdq.measure.inference.session import Session
 from qdq.model.model import Model
 from qdq.passes.prepare import prepare
+from qdq.plan.settings import Settings
 
 SIZE = 64
 FLOAT, INT, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
@@ -311,3 +312,83 @@ def test_the_branch_of_a_constant_condition_takes_the_place_of_the_if() -> None:
     data = samples(prepared, 2)
     for a, b in zip(graphs.run(raw, data), graphs.run(prepared, data), strict=True):
         np.testing.assert_array_equal(a["y"], b["y"])
+
+
+def test_what_shapes_decide_is_folded_in_bodies() -> None:
+    """A branch that asks whether a size is 1, as torch exports squeeze; the size is static."""
+    single = body([node("Tanh", "p", "o")], [], [rows("o")], "yes")
+    several = body([node("Relu", "p", "o")], [], [rows("o")], "no")
+    nodes = [
+        node("MatMul", "a w", "p", "product"),
+        node("Shape", "p", "shape"),
+        node("Gather", "shape zero", "size"),
+        node("Equal", "size one", "single"),
+        node("If", "single", "q", "inner", then_branch=single, else_branch=several),
+    ]
+    then = body(nodes, [], [rows("q")], "then", w=weight(1), zero=np.array(0), one=np.array(1))
+    other = body([node("Neg", "a", "q")], [], [rows("q")], "other")
+    main = [
+        node("Relu", "x", "a"),
+        node("ReduceSum", "x", "s", keepdims=0),
+        node("Greater", "s none", "c"),
+        node("If", "c", "y", "outer", then_branch=then, else_branch=other),
+    ]
+    raw = model(main, [rows("x")], [rows("y")], none=np.float32(0))
+    prepared = prepare(raw)
+    branch = next(a.g for a in prepared.node("outer").attribute if a.name == "then_branch")
+    assert [n.op_type for n in branch.node if n.op_type != "Identity"] == ["MatMul", "Relu"]
+    data = samples(prepared, 4)
+    for a, b in zip(graphs.run(raw, data), graphs.run(prepared, data), strict=True):
+        np.testing.assert_array_equal(a["y"], b["y"])
+
+
+def test_a_quantizer_behind_a_reflected_border_in_a_body_compiles() -> None:
+    """As voice detectors pad what they hear; TensorRT-RTX fails on it without an Add in between."""
+    pytest.importorskip("tensorrt_rtx")
+
+    def branch(name: str, seed: int) -> GraphProto:
+        nodes = [
+            node("Pad", "a pads", "b", "border", mode="reflect"),
+            node("Unsqueeze", "b one", "c"),
+            node("Conv", "c w", "r", "heard"),
+        ]
+        w, pads = normal(8, 1, 8, seed=seed) / 4, np.array([0, 4, 0, 4])
+        return body(nodes, [], [value("r", 4, 8, SIZE + 1)], name, w=w, pads=pads, one=np.array([1]))
+
+    main = [
+        node("Identity", "x", "a"),
+        node("ReduceSum", "x", "s", keepdims=0),
+        node("Greater", "s none", "k"),
+        node("If", "k", "y", then_branch=branch("yes", 1), else_branch=branch("no", 2)),
+    ]
+    raw = model(main, [rows("x")], [value("y", 4, 8, SIZE + 1)], none=np.float32(0))
+    prepared = prepare(raw)
+    data = samples(prepared)
+    q = quantize(prepared, data, settings=Settings(shift=False, rounding="nearest", bias_correction="off"))
+    assert set(q.plan.quantized_nodes) == {"heard", "heard_2"}
+    assert sqnr_db(graphs.run(raw, data), graphs.run(q.model, data), "y") > 33
+    seen = audit(q.model.proto, rtx.build(q.model.proto).table)
+    assert {n.node: n.consumed for n in seen.nodes} == {"heard": "int8", "heard_2": "int8"}
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
+def test_a_recurrence_in_fp32_behind_fp16_compiles(kind: str) -> None:
+    """One with sequence_lens stays FP32; TensorRT-RTX fails on the Cast in front of it without an Add in between."""
+    pytest.importorskip("tensorrt_rtx")
+    gates = {"GRU": 3, "LSTM": 4, "RNN": 1}[kind] * 32
+    tensors = {"w": weight(1, SIZE, 16), "W": weight(2, 1, gates, 16), "R": weight(3, 1, gates, 32)}
+    nodes = [
+        node("MatMul", "x w", "p", "before"),
+        node("Transpose", "p", "t", perm=[1, 0, 2]),
+        node(kind, "t W R - lengths", "h", "recurrence", hidden_size=32),
+        node("Squeeze", "h one", "s"),
+        node("MatMul", "s v", "y", "after"),
+    ]
+    tensors |= {"v": weight(4, 32, 8), "lengths": np.array([7, 4], np.int32), "one": np.array([1])}
+    prepared = graphs.build(nodes, {"x": (2, 7, SIZE)}, tensors)
+    data = graphs.samples(prepared)
+    q = quantize(prepared, data, settings=Settings(rounding="nearest", bias_correction="off"))
+    proto = convert(q.model, table=q.table).model.proto
+    seen = audit(proto, rtx.build(proto).table)
+    assert {n.node: n.consumed for n in seen.nodes if n.op_type == "MatMul"} == {"before": "int8", "after": "int8"}
+    assert sqnr_db(graphs.run(prepared, data), graphs.run(proto, data), "y") > 33
