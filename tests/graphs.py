@@ -22,7 +22,7 @@ from qdq.core.formats import FORMATS
 from qdq.measure import collect
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
-from qdq.model.nodes import input_axis, weight_axis
+from qdq.model.nodes import all_nodes, input_axis, weight_axis
 from qdq.passes.prepare import prepare
 from qdq.passes.rewrites import rewritten
 from qdq.plan import placement
@@ -208,7 +208,7 @@ def intended(made: Made) -> onnx.ModelProto:
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(made.float_model.proto)
-    nodes = {n.name: n for n in proto.graph.node}
+    nodes = {n.name: n for n in all_nodes(proto.graph)}
     front: dict[str, list[NodeProto]] = {}
     for point in made.plan.points:
         if point.role == "weight":

@@ -24,7 +24,7 @@ from onnx import (
 from onnx.reference import ReferenceEvaluator
 
 from engines.core import fp4
-from engines.core.nodes import all_nodes, attribute, bodies, ints, label
+from engines.core.nodes import all_nodes, attribute, bodies, ints, label, reads
 from engines.core.operators import ARITHMETIC, CURVES, LAST_AXIS_NORMS, RAMPS, RECURRENCES, SOFTMAXES, family
 
 SMALL = 512  # elements; shape inference reads the values of constants up to here, of others type and shape only
@@ -56,7 +56,17 @@ def light(proto: ModelProto) -> ModelProto:
             copy.graph.initializer.append(tensor)
         elif tensor.name not in listed:
             copy.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    show_constants(copy.graph, {tensor.name: tensor for tensor in copy.graph.initializer})
     return copy
+
+
+def show_constants(graph: GraphProto, stored: Mapping[str, TensorProto]) -> None:
+    """Give the bodies in a graph copies of the constants that they read: inference sees no values around a body."""
+    for body in (body for node in graph.node for body in bodies(node)):
+        own = {v.name for v in (*body.input, *body.initializer)}
+        read = {name for node in body.node for name in reads(node)} - own
+        body.initializer.extend(stored[name] for name in sorted(read & stored.keys()))
+        show_constants(body, stored)
 
 
 def inferred(proto: ModelProto) -> GraphProto:

@@ -141,7 +141,8 @@ def pick(
     """
     probe = _Probe(model)
     wanted: dict[tuple[str, str], list[tuple[str, str]]] = {}  # (tensor, method) -> (error, signal) outputs
-    for point in plan.activations:
+    points = [point for point in plan.activations if point.tensor not in model.inner_tensors]  # others: the first
+    for point in points:
         readers = [model.node(n) for n, i in point.uses if i == 0 and model.node(n).op_type in WEIGHTED]
         signals = [probe.energy(node, point.tensor) for node in readers]
         for method in METHODS:
@@ -157,9 +158,9 @@ def pick(
         if on_progress is not None:
             on_progress(done, len(held.fit), "comparing calibrators")
     groups: dict[str, list[str]] = {}
-    for point in plan.activations:
+    for point in points:
         groups.setdefault(point.tie or point.tensor, []).append(point.tensor)
-    chosen = {}
+    chosen = dict.fromkeys((point.tensor for point in plan.activations), METHODS[0])
     for tensors in groups.values():
         errors = {
             m: sum(sums[e] / max(sums[s], 1e-30) for tensor in tensors for e, s in wanted[tensor, m]) for m in METHODS

@@ -17,6 +17,7 @@ consumers, each weight becomes codes behind a DequantizeLinear. It must not choo
 | I one scale per token | Div by s = max abs over the last axis / 127, Q and DQ of scale 1 | Mul by s, then the bias |
 | J two-level weight (instead of codes and DQ) | DQ of the blocks, Q and DQ of INT8 per channel | as A to I |
 | K NVFP4, weight and data | data: first TRT_FP4DynamicQuantize; DQ of the block scales, DQ of the blocks | nothing |
+| L in a body of If, Loop or Scan | as A to K, in the body; codes and scales are in the main graph | as A to K |
 
 TensorRT reads zero point 0 only; c = -zero_point * scale makes the same codes as a zero point would, and 0 keeps an
 exact code. On TensorRT-RTX Pad, Sub and Q fuse into the kernel that produced the tensor (measured: the same number of
@@ -30,27 +31,28 @@ block scales in behind the sum over all blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
+from engines.core.operators import MOVERS
+from qdq.assemble.borders import Border, Rows, border, missing_channels, rows
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, QTensor
 from qdq.model.external import release
 from qdq.model.model import Model
-from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, weight_axis
+from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, attribute_value, bodies, controls, weight_axis
 from qdq.model.shift_correction import channel_sums, correct
 from qdq.model.writer import GraphWriter
+from qdq.passes.draft import assign
 from qdq.passes.rewrites.edit import altered
 from qdq.plan.plan import Plan, Point
 from qdq.plan.weighted_node import WeightedNode, by_data
 from qdq.solve.equalize.carriers import CarryingConstant
 from qdq.solve.solve import Solution
 
-CHANNEL_MULTIPLE = 4
 SUMMED = 1 << 22  # weights whose values are summed at a time
 LEAST_TOKEN_SCALE = 2.0**-14  # FP16's smallest normal number: a smaller scale would lose digits, or be zero
 
@@ -68,25 +70,6 @@ def insert(model: Model, plan: Plan, solution: Solution) -> Model:
     params = (*solution.activations.values(), *(w.params for w in solution.weights.values()))
     opset = max((FORMATS[p.format].minimum_opset for p in params), default=0)
     return model.replace(writer.finish(opset), keeps=solution.store)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Border:
-    """What is added around a tensor: zeros before and after each spatial axis, zero channels behind each group."""
-
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    channels: int
-    groups: int
-    spatial: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rows:
-    """Zeros behind one axis of the data of a product, which fill up the last block of its weight."""
-
-    axis: int
-    missing: int
 
 
 class _Writer(GraphWriter):
@@ -107,6 +90,9 @@ class _Writer(GraphWriter):
         """Append one node of the float model, rewired where the plan says so."""
         weighted = self._solution.nodes.get(node.name)
         copy = self._carrying(node)
+        if controls(node):
+            for body in bodies(copy):
+                self._body(body, operands)
         if weighted is None:
             for index in range(len(node.input)):
                 if (point := operands.get((node.name, index))) is not None:
@@ -120,13 +106,25 @@ class _Writer(GraphWriter):
             return self._product(copy, weighted, operands[node.name, 1])
         self._nodes.append(copy)
 
+    def _body(self, body: GraphProto, operands: dict[tuple[str, int], Point]) -> None:
+        """Rewire the nodes of a body; what quantizes and dequantizes for them is made in it anew.
+
+        Behind a DQ outside of an If its products run in float (measured with TensorRT-RTX 1.7.1, SM86 and SM89).
+        """
+        nodes, made = self._nodes, self._made
+        self._nodes, self._made = [], {}
+        for node in body.node:
+            self.node(node, operands)
+        assign(body.node, self._nodes)
+        self._nodes, self._made = nodes, made
+
     def _product(self, copy: NodeProto, weighted: WeightedNode, weight: Point) -> None:
         """A node whose data and weight are quantized, with the correction for a shift of its data."""
         params = self._solution.activations[weighted.data]
-        channels = self._missing_channels(weighted)
+        channels = missing_channels(self._model, weighted)
         pads = weighted.window.pads if weighted.window and (params.zero_point or channels) else ()
-        border = self._border(weighted, pads, channels) if weighted.window else self._rows(weighted)
-        copy.input[0] = self._activation(weighted.data, params, border)
+        around = border(self._model, weighted, pads, channels) if weighted.window else self._rows(weighted)
+        copy.input[0] = self._activation(weighted.data, params, around)
         copy.input[1] = self._weight(weighted, channels)
         if any(pads):
             next(a for a in copy.attribute if a.name == "pads").ints[:] = [0] * len(pads)
@@ -168,26 +166,9 @@ class _Writer(GraphWriter):
             copy.input[operand.index] = write(f"{node.input[operand.index]}_divided", values)
         return copy
 
-    def _missing_channels(self, node: WeightedNode) -> int:
-        """Zero channels that bring each group of a Conv's input to a multiple of CHANNEL_MULTIPLE."""
-        if node.window is None or (node.groups > 1 and self._model.sizes(node.data, 2) is None):
-            return 0
-        return -node.shape[1] % CHANNEL_MULTIPLE
-
-    def _border(self, node: WeightedNode, pads: tuple[int, ...], channels: int) -> _Border | None:
-        """What is padded in front of a node; None for nothing."""
-        if not any(pads) and not channels:
-            return None
-        groups, axes = node.groups if channels else 1, node.spatial
-        spatial = self._model.sizes(node.data, 2) or () if groups > 1 else ()
-        return _Border(before=pads[:axes], after=pads[axes:], channels=channels, groups=groups, spatial=spatial)
-
-    def _rows(self, node: WeightedNode) -> _Rows | None:
+    def _rows(self, node: WeightedNode) -> Rows | None:
         """Case H: what the last block of a product's weight lacks."""
-        params = self._solution.weights[node.key].params
-        if params.block is None or params.length is None or not (missing := -params.length % params.block):
-            return None
-        return _Rows(axis=-2 if node.data_transposed else -1, missing=missing)
+        return rows(node, self._solution.weights[node.key].params)
 
     def _per_token(self, node: WeightedNode, bias: str) -> None:
         """Case I: x W = s (round(x / s) W) for the scale s of each row of x; a Gemm becomes the MatMul that it is."""
@@ -218,26 +199,39 @@ class _Writer(GraphWriter):
         if bias:
             self._nodes.append(helper.make_node("Add", [scaled, bias], [output], self._name(f"{node.name}_token_Add")))
 
-    def _activation(self, tensor: str, params: QParams, border: _Border | _Rows | None) -> str:
-        """Cases A, B, C, E, F and H: the dequantized tensor, made once per tensor and border."""
-        key = (tensor, border)
+    def _activation(self, tensor: str, params: QParams, around: Border | Rows | None) -> str:
+        """Cases A, B, C, E, F and H: the dequantized tensor, made once per tensor and around."""
+        key = (tensor, around)
         if key in self._made:
             return self._made[key]
         if FORMATS[params.format].scale_format:
-            return self._made.setdefault(key, self._in_blocks(tensor, params, border))
-        source = base = self._padded(tensor, self._divided(tensor), border)
+            return self._made.setdefault(key, self._in_blocks(tensor, params, around))
+        source = base = self._padded(tensor, self._divided(tensor), around)
         if params.zero_point:
             source = self._append("Sub", (source, self._offset(tensor, params)), f"{base}_Sub")
+        elif self._reflected(tensor):
+            nothing = self._constant(f"{tensor}_nothing", np.zeros(()), self._model.dtype(tensor))
+            source = self._append("Add", (source, nothing), f"{base}_Add")
         scale, zero = self._scale(tensor, params)
         codes = self._append("QuantizeLinear", (source, scale, zero), f"{base}_QuantizeLinear")
         self._made[key] = self._append("DequantizeLinear", (codes, scale, zero), f"{base}_DequantizeLinear")
         return self._made[key]
 
-    def _in_blocks(self, tensor: str, params: QParams, border: _Border | _Rows | None) -> str:
+    def _reflected(self, tensor: str) -> bool:
+        """Whether a tensor of a body is padded by reflection and then moved or multiplied at most.
+
+        TensorRT-RTX 1.7.1 fails on a Q behind that ("CHECK(append_to->parent() == this)"), but not behind an Add of 0.
+        """
+        maker = self._model.producer(tensor) if tensor in self._model.inner_tensors else None
+        while maker is not None and maker.op_type in MOVERS | {"Div", "Mul"}:
+            maker = self._model.producer(maker.input[0])
+        return maker is not None and maker.op_type == "Pad" and attribute_value(maker, "mode", b"") == b"reflect"
+
+    def _in_blocks(self, tensor: str, params: QParams, around: Border | Rows | None) -> str:
         """Case K, data: codes and block scales are computed as the engine runs, the scale of these scales is not."""
         fmt, dtype = FORMATS[params.format], self._model.dtype(tensor)
         grid = FORMATS[fmt.scale_format]
-        source = self._padded(tensor, self._divided(tensor), border)
+        source = self._padded(tensor, self._divided(tensor), around)
         scale = self._constant(f"{tensor}_tensor_scale", params.scale)  # float32 whatever the data are
         codes, scales = self._name(f"{tensor}_codes"), self._name(f"{tensor}_block_codes")
         blocks: dict[str, Any] = {"axis": -1, "block_size": fmt.blocks[0]}
@@ -261,28 +255,28 @@ class _Writer(GraphWriter):
             self._made[tensor, "divided"] = self._append("Mul", (tensor, factor), f"{tensor}_Mul")
         return self._made[tensor, "divided"]
 
-    def _padded(self, tensor: str, source: str, border: _Border | _Rows | None) -> str:
+    def _padded(self, tensor: str, source: str, around: Border | Rows | None) -> str:
         """A tensor, or `source` that it became, with zeros around it; itself where there are none."""
-        if border is None:
+        if around is None:
             return source
-        if isinstance(border, _Rows):
-            key = (source, border, "padded")  # `_activation` has (tensor, border) for its own
+        if isinstance(around, Rows):
+            key = (source, around, "padded")  # `_activation` has (tensor, around) for its own
             if key not in self._made:
-                pads = self._constant(f"{tensor}_pads", np.array([0, border.missing], dtype=np.int64))
-                axes = self._constant(f"{tensor}_pad_axes", np.array([border.axis], dtype=np.int64))
+                pads = self._constant(f"{tensor}_pads", np.array([0, around.missing], dtype=np.int64))
+                axes = self._constant(f"{tensor}_pad_axes", np.array([around.axis], dtype=np.int64))
                 self._made[key] = self._append("Pad", (source, pads, "", axes), f"{tensor}_Pad")
             return self._made[key]
-        front = [0] if border.groups == 1 else [0, 0]
-        amounts = [*front, 0, *border.before, *front, border.channels, *border.after]
+        front = [0] if around.groups == 1 else [0, 0]
+        amounts = [*front, 0, *around.before, *front, around.channels, *around.after]
         pads = self._constant(f"{tensor}_pads", np.array(amounts, dtype=np.int64))
-        if border.groups == 1:
+        if around.groups == 1:
             return self._append("Pad", (source, pads), f"{tensor}_Pad")
         info = self._model.info(tensor)
         assert info is not None and info.shape is not None and isinstance(info.shape[1], int)
-        each = info.shape[1] // border.groups
-        apart = np.array([0, border.groups, each, *border.spatial], dtype=np.int64)
-        sizes = [b + s + a for b, s, a in zip(border.before, border.spatial, border.after, strict=True)]
-        joined = np.array([0, border.groups * (each + border.channels), *sizes], dtype=np.int64)
+        each = info.shape[1] // around.groups
+        apart = np.array([0, around.groups, each, *around.spatial], dtype=np.int64)
+        sizes = [b + s + a for b, s, a in zip(around.before, around.spatial, around.after, strict=True)]
+        joined = np.array([0, around.groups * (each + around.channels), *sizes], dtype=np.int64)
         source = self._append("Reshape", (source, self._constant(f"{tensor}_groups", apart)), f"{tensor}_Reshape")
         source = self._append("Pad", (source, pads), f"{tensor}_Pad")
         return self._append("Reshape", (source, self._constant(f"{tensor}_joined", joined)), f"{source}_Reshape")

@@ -29,6 +29,7 @@ import numpy.typing as npt
 from engines.core.documents import replace
 from qdq.assemble.held_out import HeldOutScore, Split, clearly_less, comparable, decibels, ranked
 from qdq.assemble.insert import insert
+from qdq.assemble.leave_out import reached
 from qdq.core.arrays import along_widest, part
 from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
@@ -206,17 +207,16 @@ class _Trials:
 
     def noises(self, trials: Sequence[Mapping[str, str | bool]], turns: int) -> list[list[list[float]]]:
         """Of each set of settings the noise by turn, of some first turns, and sample, in the order of `signals`."""
-        plans = [self._quick(settings) for settings in trials]
-        keys = [plan.sha256 for plan in plans]
+        wanted = [self._quick(settings) for settings in trials]
+        keys = [plan.sha256 for plan in wanted]
         self.signals = []
         for turn in range(turns):
             known = self._known.setdefault(turn, {})
-            new = {key: plan for key, plan in zip(keys, plans, strict=True) if key not in known}
+            new = {key: plan for key, plan in zip(keys, wanted, strict=True) if key not in known}
             if new:
                 fit, held, table, seen = self._turn(turn)
-                made = [
-                    insert(self.model, p, solve(self.model, p, table, samples=fit, seen=seen)) for p in new.values()
-                ]
+                plans = [reached(self.model, plan, table) for plan in new.values()]
+                made = [insert(self.model, p, solve(self.model, p, table, samples=fit, seen=seen)) for p in plans]
                 self._signals[turn], noises = HeldOutScore(self.model, held).energies(made)
                 known.update(zip(new, noises, strict=True))
             self.signals += self._signals[turn]

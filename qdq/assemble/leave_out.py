@@ -19,6 +19,7 @@ from qdq.assemble.held_out import HeldOutScore, Split, comparable, decibels, ene
 from qdq.measure.inference.memory import groups_of
 from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import Session
+from qdq.measure.table import CalibrationTable
 from qdq.model.external import is_large
 from qdq.model.model import Model
 from qdq.plan.plan import Plan, Skip
@@ -27,7 +28,7 @@ from qdq.solve.solve import Solution
 JUDGED = 4  # samples looked at, at most
 LEAST_DB = 6.0  # a quarter of the energy of the outputs, or more, is error: nobody wants such a model
 TURNS = 4  # a node that is left out may have hidden one behind it, without which the outputs gain nothing
-RULE = "destroyed"
+DESTROYED, UNREACHED = "destroyed", "unreached"  # rules
 
 Build = Callable[[Plan], tuple[Solution, Model]]
 
@@ -55,9 +56,8 @@ def spared(
         if best >= LEAST_DB or not (found := _destroyed(model, tried[1], held)):
             break
         lost += found
-        less = without(
-            tried[0], model, found, f"its codes leave its output less than {LEAST_DB:g} dB of signal to noise"
-        )
+        why = f"its codes leave its output less than {LEAST_DB:g} dB of signal to noise"
+        less = without(tried[0], model, found, DESTROYED, why)
         tried = less, build(less)
         after = score.sqnr_db(tried[1][1])
         if after > best:
@@ -77,7 +77,16 @@ def spared(
     return plan, (dataclasses.replace(made[0], notes=(*made[0].notes, *notes)), made[1])
 
 
-def without(plan: Plan, model: Model, nodes: Collection[str], why: str) -> Plan:
+def reached(model: Model, plan: Plan, table: CalibrationTable) -> Plan:
+    """The plan without the nodes in bodies that no calibration sample reached: nobody knows their ranges."""
+    unseen = {p.tensor for p in plan.activations if not table.tensors[p.tensor].samples}
+    if not unseen:
+        return plan
+    nodes = tuple(dict.fromkeys(name for p in plan.activations if p.tensor in unseen for name, _ in p.uses))
+    return without(plan, model, nodes, UNREACHED, "no calibration sample runs the body that it is in")
+
+
+def without(plan: Plan, model: Model, nodes: Collection[str], rule: str, why: str) -> Plan:
     """The plan with some of its weighted nodes in float, each with a Skip that gives the reason."""
     weighted = set(plan.quantized_nodes) - set(nodes)
     points = []
@@ -85,7 +94,7 @@ def without(plan: Plan, model: Model, nodes: Collection[str], why: str) -> Plan:
         kept = tuple(c for c in point.consumers if c.rpartition(":")[0] not in nodes)
         if any(c.rpartition(":")[0] in weighted for c in kept):  # a shortcut alone is not worth a quantizer
             points.append(replace(point, consumers=kept))
-    skips = [Skip(node=n, op_type=model.node(n).op_type, rule=RULE, reason=why) for n in nodes]
+    skips = [Skip(node=n, op_type=model.node(n).op_type, rule=rule, reason=why) for n in nodes]
     ties = [p.tie for p in points]
     points = [replace(p, tie=None) if ties.count(p.tie) == 1 else p for p in points]
     return replace(plan, points=tuple(points), skips=(*plan.skips, *skips))
@@ -94,7 +103,7 @@ def without(plan: Plan, model: Model, nodes: Collection[str], why: str) -> Plan:
 def _destroyed(model: Model, made: tuple[Solution, Model], held: Split) -> tuple[str, ...]:
     """The nodes with an output of less than LEAST_DB whose inputs no other such node has spoiled."""
     solution, quantized = made
-    nodes = {node.output: node for node in solution.nodes.values()}
+    nodes = {node.output: node for node in solution.nodes.values() if node.name not in model.inner_nodes}
     signals: dict[str, list[float]] = {tensor: [] for tensor in nodes}
     noises: dict[str, list[float]] = {tensor: [] for tensor in nodes}
     for group in groups_of(model, nodes, held.holding()):

@@ -15,7 +15,7 @@ from qdq.assemble.bias import corrected
 from qdq.assemble.choose_calibrator import solve_auto
 from qdq.assemble.insert import insert
 from qdq.assemble.judge import judged, unshifted
-from qdq.assemble.leave_out import spared
+from qdq.assemble.leave_out import UNREACHED, reached, spared
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
 from qdq.measure.collect import collect
@@ -79,6 +79,7 @@ def quantize(
         with registered(custom_ops):
             table = collect(prepared, chosen, checked, on_progress=on_progress)
     table.check(prepared, chosen)
+    chosen = reached(prepared, chosen, table)
     if settings is not None:
         chosen = unshifted(replace(chosen, settings=settings))
     correction = chosen.settings.bias_correction if chosen.quantized_nodes else "off"
@@ -88,7 +89,8 @@ def quantize(
         made = insert(prepared, plan, solution)
         if checked is None or correction == "off":
             return solution, made
-        always, nodes = correction == "on", solution.nodes.values()
+        always = correction == "on"
+        nodes = [n for n in solution.nodes.values() if n.name not in prepared.inner_nodes]
         made, said = corrected(
             prepared, made, nodes, checked, always=always, factors=solution.factors, on_progress=on_progress
         )
@@ -110,5 +112,8 @@ def quantize(
         if checked is not None:
             chosen, made = spared(prepared, chosen, made, checked, build)
     solution, quantized = made
-    solution = replace(solution, notes=(*chosen.settings.idle, *choices, *solution.notes))
+    unseen = [skip.node for skip in chosen.skips if skip.rule == UNREACHED]
+    unrun = f"{len(unseen)} nodes stay in float, for no calibration sample runs their bodies"
+    said = [f"{unrun}: {unseen[0]}"] if unseen else []
+    solution = replace(solution, notes=(*chosen.settings.idle, *said, *choices, *solution.notes))
     return Quantized(prepared=prepared, plan=chosen, table=table, solution=solution, model=quantized)

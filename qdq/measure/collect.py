@@ -186,7 +186,7 @@ def _one_pass(
                 "The unfinished calibration holds some samples of a batch but not all: the batches are others now. "
                 "Give the samples in the same batches, or delete its checkpoint to begin anew."
             )
-        tensors = {}
+        tensors = dict.fromkeys(group, Histogram.nothing())  # of bodies that no run reaches it stays
         with budget.taken(work.needs):
             values, seen = run(sample)
             while values:

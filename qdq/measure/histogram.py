@@ -96,6 +96,12 @@ class Histogram:
         counts = _count(flat, exponent or 0)  # zeros lie in bin 0 of any width
         return cls(exponent=exponent, counts=counts, low=low, high=high, samples=samples, peaks=peaks)
 
+    @classmethod
+    def nothing(cls) -> Histogram:
+        """Of no value: of a tensor in a body that no run reached."""
+        counts = np.zeros(2 * BINS, dtype=np.int64)
+        return cls(exponent=None, counts=counts, low=0.0, high=0.0, samples=0, peaks=Fraction())
+
     def coarsened(self, exponent: int | None) -> Counts:
         """The same counts on the grid of a larger exponent: pairs of bins merge, nothing is lost but resolution."""
         if self.exponent is None or exponent is None or exponent == self.exponent:

@@ -82,10 +82,10 @@ def collect(
             for index, sample in counted(samples):
                 values, codes = session(sample), dict[str, Singles]()
                 for node in readers:
-                    if (name := node.data) not in codes:
+                    if (name := node.data) not in codes and name in values:  # else in a body that no run reached
                         require_finite(values[name], name, sorted(samples.chosen)[index])
                         codes[name] = _centred(divided(values[name], divisors.get(name), node), params.get(name))
-                for node in readers:
+                for node in (reader for reader in readers if reader.data in codes):
                     rows = -(-max(MIN_ROWS, ROWS_PER_COLUMN * node.columns) // len(samples))
                     yield {node.key: _moment(node, codes[node.data], rows)}
                 if on_progress is not None:

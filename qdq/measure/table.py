@@ -38,7 +38,7 @@ class TensorCounts(Part, frozen=True, kw_only=True):
         low: smallest value, or 0.
         high: largest value, or 0.
         exponent: of the width of a bin, a power of two; None where all values are 0.
-        samples: that the tensor was seen in.
+        samples: that the tensor was seen in; 0 of one in a body that no run reached.
         peaks: sum of the largest magnitude of each sample, an exact fraction.
         first_bin: of `counts`, counted from zero, negative below it.
         counts: values in each bin.
@@ -48,7 +48,7 @@ class TensorCounts(Part, frozen=True, kw_only=True):
     low: float
     high: float
     exponent: int | None
-    samples: Annotated[int, msgspec.Meta(ge=1)]
+    samples: Count
     peaks: Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(/0*[1-9][0-9]*)?$", max_length=DIGITS)]
     first_bin: int
     counts: tuple[Count, ...]
@@ -228,7 +228,7 @@ def widest(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _entry(name: str, h: Histogram) -> dict[str, object]:
-    used = np.flatnonzero(h.counts)
+    used = np.flatnonzero(h.counts) if h.samples else [BINS]  # of a tensor that no run reached, one empty bin
     first, last = int(used[0]), int(used[-1])
     return {
         "tensor": name,
@@ -274,7 +274,9 @@ def _histogram(entry: TensorCounts, count: int) -> Histogram:
     needed = exponent_of(amax) if amax else None
     if entry.exponent != needed:
         raise ValueError(f"the exponent of {name} is {entry.exponent}; that of its range is {needed}")
-    used = np.flatnonzero(counts) - BINS
+    if not total and (amax or entry.peaks != "0"):
+        raise ValueError(f"{name} has a range and no values")
+    used = np.flatnonzero(counts) - BINS if total else np.zeros(1, np.int64)
     lowest, highest = (int(np.floor(np.ldexp(bound, -(needed or 0)))) for bound in (low, high))
     # Zeros lie in bin 0, below which nothing is where low is 0, and above which nothing is where high is 0.
     if not ((used[0] == lowest if low else used[0] >= 0) and (used[-1] == highest if high else used[-1] <= 0)):

@@ -20,7 +20,16 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from qdq.model.external import embedded, tensor_array
-from qdq.model.nodes import all_tensors, captured, reads
+from qdq.model.nodes import (
+    all_graphs,
+    all_nodes,
+    all_tensors,
+    bodies,
+    captured,
+    controlled_nodes,
+    controls,
+    made,
+)
 from qdq.model.opset import opset_of
 
 if TYPE_CHECKING:
@@ -42,7 +51,10 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Use:
-    """One place that reads a tensor: `node.input[index]`; index -1 means inside a body (If, Loop, Scan) of the node."""
+    """One place that reads a tensor: `node.input[index]`.
+
+    Index -1 means inside a body of the node that the tensor comes into from around it.
+    """
 
     node: NodeProto
     index: int
@@ -124,13 +136,15 @@ class Model:
             t.name: TensorInfo(name=t.name, dtype=dtype_name(t.data_type), shape=tuple(t.dims))
             for t in self.graph.initializer
         }
-        for value in (*self.graph.value_info, *self.graph.output, *self.graph.input):
-            found.setdefault(value.name, _info(value))
+        for graph in all_graphs(self.graph):
+            for value in (*graph.value_info, *graph.output, *graph.input):
+                found.setdefault(value.name, _info(value))
         return found
 
     @cached_property
     def _producers(self) -> Mapping[str, NodeProto]:
-        return {name: node for node in self.graph.node for name in node.output if name}
+        nodes = (*controlled_nodes(self.graph), *self.graph.node)
+        return {name: node for node in nodes for name in node.output if name}
 
     @cached_property
     def _consumers(self) -> Mapping[str, tuple[Use, ...]]:
@@ -141,14 +155,38 @@ class Model:
                     found.setdefault(name, []).append(Use(node=node, index=index))
             for name in sorted(captured(node)):
                 found.setdefault(name, []).append(Use(node=node, index=-1))
+        for node in controlled_nodes(self.graph):
+            for index, name in enumerate(node.input):
+                if name in self.inner_tensors:
+                    found.setdefault(name, []).append(Use(node=node, index=index))
+            for name in sorted(captured(node) & self.inner_tensors):
+                found.setdefault(name, []).append(Use(node=node, index=-1))
         return {name: tuple(uses) for name, uses in found.items()}
 
     @cached_property
+    def _given(self) -> frozenset[str]:
+        held = (body for node in self.graph.node if controls(node) for body in bodies(node))
+        inner = (value.name for body in held for graph in all_graphs(body) for value in graph.output)
+        return frozenset((*(value.name for value in self.graph.output), *inner))
+
+    @cached_property
     def _nodes(self) -> Mapping[str, NodeProto]:
-        return {node.name: node for node in self.graph.node}
+        return {node.name: node for node in (*controlled_nodes(self.graph), *self.graph.node)}
+
+    @cached_property
+    def inner_nodes(self) -> frozenset[str]:
+        """Names of the nodes in the bodies of If, Loop and Scan; the tensors that they make have no producer here."""
+        return frozenset(node.name for node in controlled_nodes(self.graph))
+
+    @cached_property
+    def inner_tensors(self) -> frozenset[str]:
+        """Names of the tensors that exist in the bodies of If, Loop and Scan only."""
+        held = (body for node in self.graph.node for body in bodies(node))
+        inner = (g for body in held for g in all_graphs(body))
+        return frozenset(name for g in inner for name in (*(v.name for v in g.input), *made(g.node)) if name)
 
     def node(self, name: str) -> NodeProto:
-        """The node of that name; names are unique once the model is prepared.
+        """The node of that name, in bodies too; names are unique once the model is prepared.
 
         Raises:
             KeyError: there is none.
@@ -169,8 +207,8 @@ class Model:
         return uses[0] if len(uses) == 1 and not self.is_output(tensor) else None
 
     def is_output(self, tensor: str) -> bool:
-        """Whether the tensor is an output of the graph."""
-        return any(v.name == tensor for v in self.graph.output)
+        """Whether the tensor is an output of the graph, or of the body that it is in."""
+        return tensor in self._given
 
     def is_constant(self, name: str) -> bool:
         """Whether the tensor is an initializer."""
@@ -199,9 +237,10 @@ class Model:
         return static if len(static) == len(info.shape[start:]) else None
 
     def names(self) -> set[str]:
-        """What no new node or tensor of the main graph can be called."""
-        used = (name for node in self.graph.node for name in (node.name, *node.output, *reads(node)))
-        return {*self.initializers, *(i.name for i in self.inputs), *used}
+        """What no new node or tensor can be called."""
+        used = (name for node in all_nodes(self.graph) for name in (node.name, *node.input, *node.output))
+        ends = (v.name for graph in all_graphs(self.graph) for v in graph.input)
+        return {*self.initializers, *ends, *used} - {""}
 
     def array(self, name: str) -> np.ndarray:
         """The values of an initializer, read from its side file if it has one, in its own type; perhaps read-only.
@@ -226,5 +265,6 @@ def _info(value: ValueInfoProto) -> TensorInfo:
     tensor = value.type.tensor_type
     shape = None
     if tensor.HasField("shape"):
-        shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
+        sized = ((d, d.HasField("dim_value") and d.dim_value >= 0) for d in tensor.shape.dim)  # some write -1 for open
+        shape = tuple(d.dim_value if known else d.dim_param or None for d, known in sized)
     return TensorInfo(name=value.name, dtype=dtype_name(tensor.elem_type), shape=shape)

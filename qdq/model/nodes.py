@@ -5,11 +5,12 @@ Questions about one node alone are `engines.core.nodes`, given on here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from onnx import NodeProto
+from onnx import GraphProto, NodeProto
 
 from engines.core import fp4
+from engines.core.nodes import all_graphs as all_graphs
 from engines.core.nodes import all_nodes as all_nodes
 from engines.core.nodes import all_tensors as all_tensors
 from engines.core.nodes import attribute as attribute
@@ -24,6 +25,7 @@ from engines.core.nodes import weight_axis as weight_axis
 from engines.core.operators import WEIGHTED as WEIGHTED
 from engines.core.shapes import without_initializers as without_initializers
 
+CONTROLS = ("If", "Loop", "Scan")
 FP4_QUANTIZE, TRT_DOMAIN = fp4.QUANTIZE, fp4.DOMAIN
 
 
@@ -47,6 +49,24 @@ class Names:
             name = f"{wanted}_{number}"
         self._taken.add(name)
         return name
+
+
+def made(nodes: Iterable[NodeProto]) -> Iterator[str]:
+    """Names of the tensors that some nodes make."""
+    return (name for node in nodes for name in node.output if name)
+
+
+def controls(node: NodeProto) -> bool:
+    """Whether a node is an If, Loop or Scan, whose bodies are graphs like the one around them."""
+    return node.op_type in CONTROLS and node.domain in ("", "ai.onnx")
+
+
+def controlled_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """Every node of the bodies of If, Loop and Scan in a graph, in bodies inside them too."""
+    for node in filter(controls, graph.node):
+        for body in bodies(node):
+            yield from body.node
+            yield from controlled_nodes(body)
 
 
 def needed(nodes: Sequence[NodeProto], wanted: Iterable[str]) -> list[NodeProto]:

@@ -16,10 +16,11 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from engines.core.shapes import show_constants
 from qdq.core.errors import ModelError
 from qdq.model.external import is_external, is_large, tensor_array, tensor_bytes
 from qdq.model.model import Model, TensorInfo
-from qdq.model.nodes import all_nodes, attribute, captured, needed, reads, without_initializers
+from qdq.model.nodes import all_graphs, all_nodes, attribute, captured, needed, reads, without_initializers
 from qdq.model.opset import with_opset
 from qdq.model.storage import check
 from qdq.model.weight_store import LEAST, WeightStore
@@ -34,19 +35,20 @@ class Draft:
     The user's tensors are shared, never changed: a new value is a new TensorProto.
     """
 
-    def __init__(self, model: Model) -> None:
-        """Take a model apart."""
-        self._source = model
+    def __init__(self, model: Model, taken: Collection[str] = ()) -> None:
+        """Take a model apart; `taken` are names that nothing new may have."""
+        self._source, self._taken = model, taken
         self.directory: Path = model.directory
         self.tensors: dict[str, TensorProto] = dict(model.initializers)
         self.proto = without_initializers(model.proto)
         self.shown = model
         self.store: WeightStore | None = None  # of new tensors of a large model
         self._large = is_large(self.tensors.values())
-        self.inputs = [v for v in model.graph.input if v.name not in self.tensors]
-        self.outputs = list(model.graph.output)
+        self.inputs = [_opened(v) for v in model.graph.input if v.name not in self.tensors]
+        self.outputs = list(map(_opened, model.graph.output))
         self._stated = {v.name: v for v in model.graph.value_info}
         assign(self.graph.input, self.inputs)
+        assign(self.graph.output, self.outputs)
         self.proto.ir_version = max(self.proto.ir_version, 4)  # from 4 on an initializer need not be an input
 
     @property
@@ -77,9 +79,13 @@ class Draft:
 
     def unique(self, name: str) -> str:
         """A tensor name that nothing in the model has yet: `name`, or `name` with a number."""
+        return unique(name, self.names())
+
+    def names(self) -> set[str]:
+        """The names of all tensors, in bodies too."""
         inner = [tensor for node in all_nodes(self.graph) for tensor in (*node.input, *node.output)]
-        graph = [v.name for v in (*self.graph.input, *self.graph.output)]
-        return unique(name, {*self.tensors, *inner, *graph})
+        graphs = [v.name for graph in all_graphs(self.graph) for v in (*graph.input, *graph.output)]
+        return {*self.tensors, *inner, *graphs, *self._taken}
 
     def captured_names(self) -> frozenset[str]:
         """Tensors that bodies read from the main graph."""
@@ -98,6 +104,12 @@ class Draft:
             else:
                 inside = numpy_helper.from_array(self.array(name), name) if is_external(tensor) else tensor
                 proto.graph.initializer.append(inside)
+        return proto
+
+    def _shown(self) -> ModelProto:
+        """The light model for shape inference."""
+        proto = self.light()
+        show_constants(proto.graph, {tensor.name: tensor for tensor in proto.graph.initializer})
         return proto
 
     def absorb(self, light: ModelProto) -> None:
@@ -154,11 +166,10 @@ class Draft:
         """Turn Constant nodes into initializers; text, sparse values and outputs of the model stay nodes."""
         keep = []
         for node in self.graph.node:
-            tensor = _constant(node) if node.op_type == "Constant" and not node.domain else None
+            tensor = constant_tensor(node)
             if tensor is None or node.output[0] in self.output_names:
                 keep.append(node)
             else:
-                tensor.name = node.output[0]
                 self.tensors[tensor.name] = tensor
         assign(self.graph.node, keep)
 
@@ -175,7 +186,7 @@ class Draft:
         Where inference stops, what the file says is believed, and then what the weights of convolutions say.
         """
         try:
-            light = self.light()
+            light = self._shown()
             proto = onnx.shape_inference.infer_shapes(light, data_prop=True)
             if believed := self._believed(proto.graph):
                 light.graph.value_info.extend(believed)
@@ -223,6 +234,16 @@ class Draft:
         return self._source.replace(self.proto, keeps=self.store)
 
 
+def _opened(value: ValueInfoProto) -> ValueInfoProto:
+    """A copy in which open sizes are so: some exporters write -1, or call each of them "?", as if they were equal."""
+    copy = ValueInfoProto()
+    copy.CopyFrom(value)
+    for dim in copy.type.tensor_type.shape.dim:
+        if dim.dim_value < 0 or dim.dim_param == "?":
+            dim.Clear()
+    return copy
+
+
 def _sizes(value: ValueInfoProto) -> list[int]:
     """The sizes of a tensor, 0 for one that is open."""
     return [d.dim_value for d in value.type.tensor_type.shape.dim]
@@ -241,12 +262,17 @@ def unique(name: str, taken: Collection[str]) -> str:
     return name if name not in taken else next(c for c in candidates if c not in taken)
 
 
-def _constant(node: NodeProto) -> TensorProto | None:
-    """A copy of the value of a Constant node; None for text and sparse values."""
-    attribute = node.attribute[0]
-    if attribute.name == "value":
-        tensor = TensorProto()
-        tensor.CopyFrom(attribute.t)
-        return tensor
+def constant_tensor(node: NodeProto) -> TensorProto | None:
+    """A copy of the value of a Constant node, named as its output; None for text, sparse values and other nodes."""
+    if node.op_type != "Constant" or node.domain:
+        return None
+    attribute, tensor = node.attribute[0], TensorProto()
     dtype = {"value_int": np.int64, "value_float": np.float32}.get(attribute.name.removesuffix("s"))
-    return None if dtype is None else numpy_helper.from_array(np.array(helper.get_attribute_value(attribute), dtype))
+    if attribute.name == "value":
+        tensor.CopyFrom(attribute.t)
+    elif dtype is not None:
+        tensor = numpy_helper.from_array(np.array(helper.get_attribute_value(attribute), dtype))
+    else:
+        return None
+    tensor.name = node.output[0]
+    return tensor

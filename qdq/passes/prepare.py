@@ -2,11 +2,12 @@
 
     every node has a name, initializers are no longer inputs -> opset 21
     constants, shapes, BatchNormalization and automatic padding folded; identities, unused nodes and tensors dropped
+    bodies of If, Loop and Scan named and their constants lifted; the branch of a constant condition taken
     FP64 made FP32, composite operators without a kernel written out, shapes of all tensors inferred
     products without a weight on the right, and what the compiler refuses, in another form -> Model (IR version 10)
 
-It must not change what the model computes beyond float rounding, touch the bodies of If, Loop and Scan, make dynamic
-dimensions static, rename inputs, outputs or named nodes, or need a runtime.
+It must not change what the model computes beyond float rounding, make dynamic dimensions static, rename inputs, outputs
+or named nodes, or need a runtime.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from onnx import NodeProto, helper
 from qdq.core.errors import ModelError
 from qdq.model.graphsurgeon import ModelSource, called
 from qdq.model.model import Model, dtype_name
-from qdq.model.nodes import all_nodes, attribute_value
+from qdq.model.nodes import all_nodes, attribute_value, controlled_nodes
 from qdq.model.opset import is_same
 from qdq.model.storage import is_quantized, load
+from qdq.passes.bodies import lift_bodies, name_bodies, show_bodies, simplify_bodies, take_branches
 from qdq.passes.composites import written_out
 from qdq.passes.doubles import has_doubles, single_precision
 from qdq.passes.draft import Draft, assign
@@ -68,22 +70,27 @@ def prepare(model: Model) -> Model:
     draft.lift_constants()
     draft.raise_opset()
     draft.name_nodes()
-    draft.lift_constants()  # those that the converter made
-    draft.drop_unused()
-    fold(draft)
+    name_bodies(draft)
+    simplify(draft)
     if has_doubles(draft):
         draft = Draft(single_precision(draft.finish()))
-        fold(draft)
+        simplify(draft)
     fold_batch_norms(draft)
     pad_explicitly(draft)
+    show_bodies(draft)
     done = draft.finish()
     written = written_out(done, low=True)
     return _acceptable(done) if written is done else prepare(written)
 
 
-def fold(draft: Draft) -> None:
-    """Compute what depends on no input and drop what passes through, until nothing changes."""
-    while draft.infer() and (fold_shapes(draft) | fold_constants(draft) | drop_identities(draft)):
+def simplify(draft: Draft) -> None:
+    """Fold what does not depend on the inputs, in the main graph and in bodies, until nothing is left to fold."""
+    draft.lift_constants()
+    draft.drop_unused()
+    while draft.infer() and (
+        fold_shapes(draft) | fold_constants(draft) | lift_bodies(draft) | take_branches(draft) | drop_identities(draft)
+        or simplify_bodies(draft, simplify)
+    ):
         draft.drop_unused()
 
 
@@ -125,7 +132,7 @@ def drop_identities(draft: Draft) -> bool:
 
 def pad_explicitly(draft: Draft) -> None:
     """Write the padding of Conv nodes that have `auto_pad`, where it does not depend on a dynamic size."""
-    for node in draft.graph.node:
+    for node in (*draft.graph.node, *controlled_nodes(draft.graph)):
         mode = str(attribute_value(node, "auto_pad", b"NOTSET").decode())
         weight = draft.info(node.input[1]) if node.op_type == "Conv" and not node.domain else None
         if weight is None or weight.shape is None or mode not in ("VALID", "SAME_UPPER", "SAME_LOWER"):

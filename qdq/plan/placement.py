@@ -16,7 +16,7 @@ from collections import Counter
 from engines.core.documents import replace
 from qdq.core.errors import InputError
 from qdq.model.model import Model
-from qdq.model.nodes import WEIGHTED
+from qdq.model.nodes import WEIGHTED, controlled_nodes
 from qdq.passes.rewrites import USUAL_REWRITES, applied
 from qdq.plan.plan import Plan, Point, Skip
 from qdq.plan.rules import RULES, Tie, Veto, Want, check_patterns, why_float
@@ -83,7 +83,7 @@ def placed(model: Model, settings: Settings) -> Plan:
     shortcuts: list[tuple[str, str]] = []
     skips: list[Skip] = []
     ties: list[Tie] = []
-    for node in model.graph.node:
+    for node in (*model.graph.node, *controlled_nodes(model.graph)):
         decisions = [d for rule in RULES for d in rule(model, node, settings)]
         ties += [d for d in decisions if isinstance(d, Tie)]
         vetoes = [d for d in decisions if isinstance(d, Veto)]

@@ -21,6 +21,7 @@ from qdq.core.errors import InputError, StaleFileError
 from qdq.core.files import read_document, write_text
 from qdq.core.formats import FORMATS
 from qdq.model.model import Model
+from qdq.model.nodes import controlled_nodes
 from qdq.passes.rewrites.edit import Rewrite
 from qdq.plan.settings import Settings
 from qdq.plan.spec import Spec
@@ -162,7 +163,7 @@ class Plan(Document, frozen=True, kw_only=True):
                 f"The plan was made from another model: it says sha256 {self.model_sha256[:12]}…, this model has "
                 f"{model.sha256[:12]}…. Make a plan for this model with `qdq plan`."
             )
-        operands = {n.name: n.input for n in model.graph.node}
+        operands = {n.name: n.input for n in (*model.graph.node, *controlled_nodes(model.graph))}
         for point in self.points:
             for node, index in point.uses:
                 if point.tensor not in operands.get(node, ())[index : index + 1]:

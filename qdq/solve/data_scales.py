@@ -124,7 +124,7 @@ def _widened(
 ) -> DataScales:
     """The same with headroom for the tensors that need it and whose channels are not divided."""
     constant = scales.constant
-    left = {t: nodes for t, nodes in readers.items() if t in constant and t not in scales.divisors}
+    left = {t: nodes for t, nodes in readers.items() if t in constant and t in seen and t not in scales.divisors}
     found = headroom.widened(model, left, constant, seen)
     if not found:
         return scales

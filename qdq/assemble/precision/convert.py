@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from engines.core.operators import MOVERS, RECURRENCES
 from engines.core.shapes import light
 from qdq.assemble.precision.rules import LIMIT, decide, masks, saturated
 from qdq.assemble.precision.shift import compensate
@@ -125,6 +126,7 @@ class _Writer:
                 self._provide(info.name, FLOAT if self._keep_io or wide else self._low, info.name)
         for node in self._model.graph.node:
             self._node(node)
+        self._part_recurrences()
         return self._finish()
 
     def _is_float(self, tensor: str) -> bool:
@@ -310,6 +312,26 @@ class _Writer:
             if reserved or (captured_float and any(use.index < 0 for use in self._model.consumers(tensor))):
                 copy.output[index] = self._name(f"{tensor}_{dtype}")
             self._provide(tensor, dtype, copy.output[index])
+
+    def _part_recurrences(self) -> None:
+        """Add zero to the data of each recurrent node that a Cast makes FP32 for it, if nothing computes in between.
+
+        TensorRT-RTX 1.7.1 fails on LSTM, GRU and RNN behind such a Cast ("Mismatched number of elements in reshape"),
+        and compiles them behind any arithmetic.
+        """
+        makers = {name: node for node in self._nodes for name in node.output}
+        for node in [node for node in self._nodes if node.op_type in RECURRENCES]:
+            maker = makers.get(node.input[0])
+            while maker is not None and maker.op_type in MOVERS:
+                maker = makers.get(maker.input[0])
+            if maker is None or maker.op_type != "Cast" or attribute(maker, "to", 0) != TensorProto.FLOAT:
+                continue
+            data, zero = node.input[0], self._name(f"{node.input[0]}_zero")
+            node.input[0] = self._name(f"{data}_apart")
+            self._constants[zero] = numpy_helper.from_array(np.zeros((), np.float32), zero)
+            add = helper.make_node("Add", [data, zero], [node.input[0]], name=node.input[0])
+            self._nodes.insert(next(i for i, n in enumerate(self._nodes) if n is node), add)
+            self._note(node.input[0], FLOAT, data)
 
     def _finish(self) -> ModelProto:
         proto = without_initializers(self._model.proto)

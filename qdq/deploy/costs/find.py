@@ -29,6 +29,7 @@ from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import Session
 from qdq.model.external import is_large
 from qdq.model.model import Model
+from qdq.model.nodes import controlled_nodes
 from qdq.plan.settings import Settings
 
 TIME_LIMIT_S = 20.0
@@ -36,6 +37,7 @@ SHOWN = 5
 SHARE = 0.02  # of the noise with everything quantized: less is not worth a name
 FEW_SAMPLES = 32
 ROLES = frozenset(("data", "weight"))
+INSIDE = "What is quantized is in bodies of If, Loop or Scan, where the cost of one tensor was not looked for."
 NOTHING = "Nothing in the model is quantized, so its float type costs what is lost. Try --unquantized-type fp32."
 
 
@@ -71,7 +73,8 @@ def with_costs(
     except (InputError, EngineError) as error:
         return replace(report, advice=(f"What costs most was not found: {error}",))
     if found is None:
-        return replace(report, advice=(NOTHING,))
+        inside = any(node.op_type == "QuantizeLinear" for node in controlled_nodes(quantized.graph))
+        return replace(report, advice=(INSIDE if inside else NOTHING,))
     return replace(
         report,
         costly=found.costly,

@@ -91,7 +91,7 @@ class WatchedSession:
         for name, source in current.same.items():
             if source in seen:
                 seen[name] = seen[source]
-        return {name: found[name] for name in self._tensors}, seen
+        return {name: found[name] for name in self._tensors if name in found}, seen
 
     def _opened(self, careful: frozenset[str]) -> _Watched:
         draft = _Draft(self._model, careful)

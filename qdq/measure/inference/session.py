@@ -22,6 +22,7 @@ from onnx import ModelProto, helper
 from engines.core.fp4 import holds_fp4, runnable
 from engines.core.onnx_runtime import give_weights, open_session, refusals, session_options
 from qdq.core.errors import InputError, MissingRuntimeError
+from qdq.measure.inference.inside import gathered, joined
 from qdq.measure.inference.partitioned import PartitionedSession
 from qdq.measure.inference.samples import Sample
 from qdq.model.external import is_large
@@ -92,7 +93,9 @@ class Session:
             )
         fed = {i.name for i in model.inputs}
         self._given = [t for t in dict.fromkeys(tensors) if t in fed]
-        self._computed = [t for t in dict.fromkeys(tensors) if t not in fed]
+        wanted = [t for t in dict.fromkeys(tensors) if t not in fed]
+        model, self._sequences = gathered(model, [t for t in wanted if t in model.inner_tensors])
+        self._wanted, self._computed = wanted, [self._sequences.get(t, t) for t in wanted]
         self._failures = refusals()
         self._called = called
         self._session: Any = None
@@ -142,6 +145,8 @@ class Session:
     def __call__(self, sample: Sample) -> dict[str, npt.NDArray[np.floating]]:
         """Run one sample, input name -> array: wanted tensor name -> array in the tensor's own float type.
 
+        A tensor in a body has its values of all runs (`inside.joined`), and is left out where no run reached it.
+
         Raises:
             InputError: onnxruntime cannot run the model on the sample.
         """
@@ -151,7 +156,10 @@ class Session:
                 values = self._session.run(self._computed, {name: sample[name] for name in self._inputs})
             except self._failures as error:
                 raise _refused(error, self._called) from None
-            seen.update(zip(self._computed, values, strict=True))
+            seen.update(zip(self._wanted, values, strict=True))
+        for name in self._sequences:
+            whole = joined(list(seen.pop(name)))
+            seen.update({} if whole is None else {name: whole})
         return seen
 
 

@@ -220,7 +220,7 @@ def test_the_written_graph_keeps_its_contract(name: str) -> None:
     made = case(make, shifted)
     proto, model = made.model.proto, made.float_model
     stored = {t.name: t for t in proto.graph.initializer}
-    nodes = list(proto.graph.node)
+    nodes = list(all_nodes(proto.graph))
     producers = {o: n for n in nodes for o in n.output}
 
     names = [n.name for n in nodes]

@@ -86,7 +86,7 @@ def test_a_model_knows_types_ranks_sizes_names_and_only_uses() -> None:
     assert only["h"] is None and only["y"] is None  # read by a body too; read by nobody
     model.proto.graph.node.append(helper.make_node("Neg", ["y"], ["n"], "neg"))
     assert Model(proto=model.proto, directory=Path(), sha256="").only_use("y") is None  # an output as well
-    assert model.names() == {"x", "w", "yes", "h", "y", "z", "n", "conv", "relu", "if", "neg"}
+    assert model.names() == {"x", "w", "yes", "h", "y", "z", "n", "conv", "relu", "if", "neg", "o"}
 
 
 def test_nodes_that_tensors_need_are_found_through_bodies_and_past_inputs_left_out() -> None:

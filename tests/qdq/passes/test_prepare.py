@@ -363,7 +363,7 @@ def branch(*nodes: NodeProto) -> onnx.GraphProto:
     return helper.make_graph(list(nodes), "branch", [], [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)])
 
 
-def test_bodies_are_untouched_and_what_they_read_stays() -> None:
+def test_bodies_are_folded_under_names_of_their_own_and_what_they_read_stays() -> None:
     then = branch(node("Identity", "passed", "p"), node("Mul", "p factor", "out"))
     other = branch(node("Neg", "passed", "out", "Relu_0"))
     nodes = [
@@ -376,8 +376,11 @@ def test_bodies_are_untouched_and_what_they_read_stays() -> None:
     ]
     done = same(build(nodes, tensors={"zero": np.float32(0)}))
     assert ops(done) == ["Relu", "Identity", "ReduceMax", "Greater", "If"] and done.is_constant("factor")
-    bodies = {a.name: list(a.g.node) for a in done.graph.node[-1].attribute}
-    assert bodies == {"then_branch": list(then.node), "else_branch": list(other.node)}
+    bodies = {a.name: a.g for a in done.graph.node[-1].attribute}
+    inner = {name: [(n.op_type, *n.input) for n in body.node] for name, body in bodies.items()}
+    assert inner == {"then_branch": [("Mul", "passed", "factor")], "else_branch": [("Neg", "passed")]}
+    ends = {body.output[0].name for body in bodies.values()}
+    assert len(ends) == 2 and all(b.node[-1].output[0] == b.output[0].name for b in bodies.values())
 
 
 def test_functions_are_inlined() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import graphs
 import pytest
 from graphs import build, node, normal
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, helper
 
 from qdq.core.errors import InputError
 from qdq.model.model import Model
+from qdq.model.nodes import all_nodes
 from qdq.plan.placement import plan
 from qdq.plan.plan import Plan
 from qdq.plan.rules import RULES, Tie, Veto, Want
@@ -60,6 +61,19 @@ def custom() -> Model:
     return graphs.conv().replace(proto)
 
 
+def transposed_inside() -> Model:
+    """An If with a Gemm that reads its data transposed."""
+    end = [helper.make_tensor_value_info("r", TensorProto.FLOAT, None)]
+    turned = helper.make_graph([node("Gemm", "x w", "r", transA=1)], "turned", [], end)
+    other = helper.make_graph([node("Neg", "x", "r")], "other", [], end)
+    nodes = [
+        node("ReduceSum", "x", "total", keepdims=0),
+        node("Cast", "total", "flag", to=TensorProto.BOOL),
+        node("If", "flag", "y", then_branch=turned, else_branch=other),
+    ]
+    return build(nodes, {"x": (6, 6)}, {"w": normal(6, 6)})
+
+
 CASES: dict[str, tuple[type, Builder, Builder]] = {
     "weighted": (Want, graphs.conv, relu),
     "residual": (Want, graphs.residual, added),
@@ -68,6 +82,7 @@ CASES: dict[str, tuple[type, Builder, Builder]] = {
     "operands": (Veto, computed, graphs.conv),
     "excluded": (Veto, graphs.conv, relu),
     "containers": (Veto, graphs.conditional, graphs.conv),
+    "inner": (Veto, transposed_inside, graphs.conditional),
     "foreign": (Veto, custom, relu),
 }
 
@@ -80,7 +95,7 @@ def test_every_rule_has_a_case() -> None:
 def test_a_rule_speaks_on_one_model_and_is_silent_on_another(rule: Callable[..., list[Any]]) -> None:
     kind, positive, negative = CASES[rule.__name__]
     settings = Settings(exclude=("conv",))
-    said, unsaid = ([d for n in m.graph.node for d in rule(m, n, settings)] for m in (positive(), negative()))
+    said, unsaid = ([d for n in all_nodes(m.graph) for d in rule(m, n, settings)] for m in (positive(), negative()))
     assert said
     assert all(isinstance(d, kind) and d.rule == rule.__name__ for d in said)
     assert unsaid == []
@@ -164,14 +179,13 @@ def test_attention_quantizes_the_projections_and_leaves_both_products_float() ->
     assert "softmax" in reasons["softmax"]
 
 
-def test_bodies_of_an_if_stay_float_and_the_skip_counts_them() -> None:
+def test_nodes_in_the_bodies_of_an_if_are_planned_one_by_one() -> None:
     model = graphs.conditional()
     made = plan(model)
-    accounted(model, made)
-    assert made.quantized_nodes == ("outer",)
+    assert made.quantized_nodes == ("outer", "conv_2", "conv")
     (skip,) = [s for s in made.skips if s.node == "if"]
     assert skip.rule == "containers"
-    assert "2 of them weighted" in skip.reason
+    assert "an entry of its own" in skip.reason
 
 
 def test_a_residual_add_reads_the_tensor_that_its_convolution_reads() -> None:

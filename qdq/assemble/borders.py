@@ -1,0 +1,55 @@
+"""What is added around the data of a node in front of its quantizer: zeros that a padded convolution, channels in fours
+or the last block of a weight need. Must not write nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qdq.core.qtensor import QParams
+from qdq.model.model import Model
+from qdq.plan.weighted_node import WeightedNode
+
+CHANNEL_MULTIPLE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Border:
+    """Zeros before and after each spatial axis, and zero channels behind each group."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    channels: int
+    groups: int
+    spatial: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Zeros behind one axis of the data of a product, which fill up the last block of its weight."""
+
+    axis: int
+    missing: int
+
+
+def missing_channels(model: Model, node: WeightedNode) -> int:
+    """Zero channels that bring each group of a Conv's input to a multiple of CHANNEL_MULTIPLE."""
+    if node.window is None or (node.groups > 1 and model.sizes(node.data, 2) is None):
+        return 0
+    return -node.shape[1] % CHANNEL_MULTIPLE
+
+
+def border(model: Model, node: WeightedNode, pads: tuple[int, ...], channels: int) -> Border | None:
+    """What is padded in front of a Conv; None for nothing."""
+    if not any(pads) and not channels:
+        return None
+    groups, axes = node.groups if channels else 1, node.spatial
+    spatial = model.sizes(node.data, 2) or () if groups > 1 else ()
+    return Border(before=pads[:axes], after=pads[axes:], channels=channels, groups=groups, spatial=spatial)
+
+
+def rows(node: WeightedNode, params: QParams) -> Rows | None:
+    """What the last block of a product's weight, quantized with `params`, lacks; None for nothing."""
+    if params.block is None or params.length is None or not (missing := -params.length % params.block):
+        return None
+    return Rows(axis=-2 if node.data_transposed else -1, missing=missing)
