@@ -195,7 +195,8 @@ NETWORKS: dict[str, Network] = {
            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")),
         {"sample": Input(("batch", 4, 16, 16)), "timestep": Input((1,), "step", 1000),
          "encoder_hidden_states": Input(("batch", 8, 64), "normal")}, "sample"),
-    "mlp_forces": Network(own("forces"), {"positions": Input(("atoms", 3), "normal")}),
+    # script: half of the operators of a gradient are unknown to it; traced with one shape
+    "mlp_forces": Network(own("forces"), {"positions": Input(("atoms", 3), "normal")}, None, "static.float.dynamo"),
     "detector_nms": Network(own("Detector"), {"image": Input((1, 3, 96, 96))}),
     "yolo": Network(own("Yolo"), {"image": Input(("batch", 3, "height", 96))}),
     "super_resolution": Network(own("SuperResolution"), {"image": Input(("batch", 3, "height", 48))}),

@@ -345,12 +345,16 @@ class _Forces(nn.Module):
 
     def forward(self, positions: Tensor) -> Any:
         with torch.enable_grad():
-            positions = positions.requires_grad_(True) if positions.is_leaf else positions
+            positions = positions.detach().requires_grad_(True)
             energy = self.energy(positions)
             (gradient,) = torch.autograd.grad(energy, positions)
         return energy, -gradient
 
 
 def forces() -> nn.Module:
-    """Energy of atoms from distances through an MLP, and its gradient, computed inside the graph."""
-    return _Forces().requires_grad_(False)
+    """Energy of atoms from distances through an MLP, and its gradient: traced first, for exporters stop at `grad`."""
+    from torch._decomp import core_aten_decompositions
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    atoms = torch.randn(networks.SIZES["atoms"][0], 3)
+    return make_fx(_Forces().requires_grad_(False), core_aten_decompositions())(atoms)

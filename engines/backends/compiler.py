@@ -7,7 +7,7 @@ Always strongly typed and DETAILED. Must not set a precision: the ONNX graph car
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from engines.core.load import load_graph
 
 OnProgress = Callable[[float, str], None]
 
+SIZED_BY_DATA = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
 _KEPT = ("LayerType: ", "Total Weights Memory", "Total Activation Memory")
 
 
@@ -131,7 +132,17 @@ def _parse(parser: Any, model: Path | str | onnx.ModelProto) -> None:
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
     parts = [f"{e.desc()} (node {e.node_name() or '?'}, {e.node_operator() or '?'})" for e in errors]
     nodes = tuple(dict.fromkeys(e.node_name() for e in errors if e.node_name()))
-    raise BuildError("The ONNX parser refused the model: " + "; ".join(parts or ["no reason given"]), nodes=nodes)
+    said = "; ".join(parts or ["no reason given"]) + _advice(e.node_operator() for e in errors)
+    raise BuildError(f"The ONNX parser refused the model: {said}", nodes=nodes)
+
+
+def _advice(operators: Iterable[str]) -> str:
+    """What to do about refused operators whose outputs have a size that depends on data; "" about others."""
+    sized = ", ".join(sorted(SIZED_BY_DATA.intersection(operators)))
+    return sized and (
+        f". The size of what {sized} gives depends on data, for which the compiler has no kernel: let the graph end "
+        "before it, with its inputs as outputs, and do it outside the engine."
+    )
 
 
 def _profile(builder: Any, config: Any, network: Any, shapes: Mapping[str, ShapeRange]) -> None:
@@ -218,8 +229,9 @@ def compile_model(
     if plan is None:
         graph = load_graph(model).graph
         text = " | ".join(log.errors) or "the builder gave no reason"
-        nodes = tuple(n.name for n in graph.node if n.name and n.name in text)
-        raise BuildError(f"The engine builder failed: {text}", nodes=nodes)
+        named = [n for n in graph.node if n.name and n.name in text]
+        text += _advice(n.op_type for n in named)
+        raise BuildError(f"The engine builder failed: {text}", nodes=tuple(n.name for n in named))
     if on_progress:
         on_progress(1.0, "Engine built")
     return Compiled(data=bytes(plan), lines=tuple(log.lines))

@@ -119,6 +119,17 @@ def test_a_parse_error_names_the_node() -> None:
     assert caught.value.nodes == ("dynamic",)
 
 
+@pytest.mark.parametrize("operator", ["NonMaxSuppression", "NonZero"])  # refused by the builder, by the parser
+def test_an_output_sized_by_data_is_refused_with_what_to_do(operator: str) -> None:
+    boxes, scores = graphs.value("boxes", [1, 9, 4]), graphs.value("scores", [1, 1, 9])
+    most = graphs.const("most", np.array([5]))
+    inputs = ["boxes", "scores", "most"] if operator == "NonMaxSuppression" else ["scores"]
+    node, found = helper.make_node(operator, inputs, ["i"], name="last"), graphs.value("i", ["n", 3], TensorProto.INT64)
+    with pytest.raises(BuildError, match=f"size of what {operator} gives depends on data.*end before it") as caught:
+        rtx.build(graphs.model([node], [boxes, scores][-len(inputs) :], [found], [most]))
+    assert caught.value.nodes in (("last",), ())
+
+
 def test_a_build_error_carries_the_builders_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rtx, "GATES", ())  # so that the compiler is asked
     with pytest.raises(BuildError, match="HW-specific datatypes"):
