@@ -168,6 +168,7 @@ def deployed(path: Path, limit: float, options: Sequence[str] = ()) -> dict[str,
             return {"code": -1, "seconds": limit, "printed": f"over {limit:g} s"}
         printed = done.stdout + done.stderr
         found = {"code": done.returncode, "seconds": round(time.monotonic() - start, 1), "printed": printed[-6000:]}
+        found["options"] = " ".join(options)
         return found | (judged(path, out) if done.returncode == 0 else {})
 
 
@@ -216,6 +217,7 @@ def rows(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             cells += [""] * 5
         lines = [line for line in result["printed"].splitlines() if line.startswith("Error")] or [""]
         said = [lines[-1][:200].replace("|", "/")] if result["code"] else []
+        said += [f"with {result['options']}"] if result.get("options") else []
         yield f"| {' | '.join([*cells, str(round(result['seconds'])), '; '.join([*faults(result), *said])])} |"
     good = [result for result in results.values() if result["code"] == 0]
     networks = {key.partition(".")[0] for key in results}

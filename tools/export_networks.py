@@ -92,6 +92,9 @@ def built(network: Network, variant: str) -> Any:
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
+    for name, values in model.named_parameters():  # nor is a matrix zero, or a branch scaled down to nothing
+        if not name.endswith("bias") and values.abs().max() < 1e-4:
+            torch.nn.init.normal_(values, 0, values.shape[-1] ** -0.5 if values.ndim > 1 else 0.5)
     takes = inspect.signature(model.forward).parameters
     by_name = set(network.inputs) <= set(takes) or any(p.kind is p.VAR_KEYWORD for p in takes.values())
 

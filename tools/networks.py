@@ -116,7 +116,7 @@ NETWORKS: dict[str, Network] = {
               upsample_kernel_size=[2] * 3, filters=[8, 16, 32, 64], res_block=True), VOLUME),
     "monai_swin_unetr": Network(
         monai("SwinUNETR", in_channels=1, out_channels=3, feature_size=12, depths=(1, 1, 1, 1)),
-        {"volume": Input((1, 1, 64, 64, 64))}),
+        {"volume": Input((1, 1, 64, 32, 32))}),
     "monai_unetr": Network(
         monai("UNETR", in_channels=1, out_channels=3, img_size=32, feature_size=8, hidden_size=96, mlp_dim=192,
               num_heads=4), VOLUME),
@@ -210,8 +210,8 @@ NETWORKS: dict[str, Network] = {
     "pitch": Network(own("Pitch"), {"wave": Input(("batch", 1024), "signal")}),
     "llama_decode": Network(own("llama_step"), cache(2)),
     "gpt2_decode": Network(own("gpt2_step"), cache(4)),
-    "deeplab": Network(
-        of("torchvision.models.segmentation", "deeplabv3_mobilenet_v3_large", weights=None, weights_backbone=None,
+    "tv_lraspp": Network(
+        of("torchvision.models.segmentation", "lraspp_mobilenet_v3_large", weights=None, weights_backbone=None,
            num_classes=5), LARGER, "out"),
     "shufflenet": Network(tv("shufflenet_v2_x0_5"), IMAGE),
     "inception": Network(timm("inception_next_atto"), IMAGE),

@@ -11,6 +11,7 @@ dimensions static, rename inputs, outputs or named nodes, or need a runtime.
 from __future__ import annotations
 
 import math
+from string import ascii_letters, ascii_lowercase
 
 from onnx import NodeProto, helper
 
@@ -69,6 +70,7 @@ def prepare(model: Model) -> Model:
         draft.drop_unused()
     fold_batch_norms(draft)
     pad_explicitly(draft)
+    write_small_letters(draft)
     return draft.finish()
 
 
@@ -108,6 +110,39 @@ def pad_explicitly(draft: Draft) -> None:
         kept = [a for a in node.attribute if a.name not in ("auto_pad", "pads")]
         pads = low + high if mode == "SAME_UPPER" else high + low
         assign(node.attribute, [*kept, helper.make_attribute("pads", pads)])
+
+
+def write_small_letters(draft: Draft) -> None:
+    """Give the axes of Einsum small letters: torchvision's MaxViT has capitals, which TensorRT's parser refuses."""
+    for node in draft.graph.node:
+        equation = str(attribute_value(node, "equation", b"").decode()).replace(" ", "")
+        if node.op_type == "Einsum" and not node.domain and equation != equation.lower():
+            attribute = next(a for a in node.attribute if a.name == "equation")
+            attribute.s = small_letters(equation).encode()
+
+
+def small_letters(equation: str) -> str:
+    """An equation of Einsum without spaces in small letters; as it is where it has more than 26 letters.
+
+    Without an arrow the order of the letters is that of the result: one with capitals and small letters stays as it is:
+    the standard does not say which come first.
+
+    >>> small_letters("BQd,BKd->BQK"), small_letters("...BA,...AC"), small_letters("...zA,...BA")
+    ('bqd,bkd->bqk', '...ba,...ac', '...zA,...BA')
+    """
+    letters = sorted(set(equation) & set(ascii_letters))
+    if "->" not in equation and any(c.islower() for c in letters):
+        return equation
+    free = [c for c in ascii_lowercase if c not in letters]
+    small = {c: c for c in letters if c.islower()}
+    for letter in (c for c in letters if c.isupper()):
+        own = letter.lower()
+        found = own if own in free else next((c for c in free if c.upper() not in letters), "")
+        if not found:
+            return equation
+        free.remove(found)
+        small[letter] = found
+    return equation.translate(str.maketrans(small))
 
 
 def _same_padding(size: object, kernel: object, stride: int, dilation: int) -> int | None:
