@@ -124,8 +124,8 @@ def write_small_letters(draft: Draft) -> None:
 def small_letters(equation: str) -> str:
     """An equation of Einsum without spaces in small letters; as it is where it has more than 26 letters.
 
-    Without an arrow the order of the letters is that of the result: one with capitals and small letters stays as it is:
-    the standard does not say which come first.
+    Without an arrow the result has its axes in the order of the letters. The standard does not say whether capitals come
+    first, so an equation with both kinds stays as it is.
 
     >>> small_letters("BQd,BKd->BQK"), small_letters("...BA,...AC"), small_letters("...zA,...BA")
     ('bqd,bkd->bqk', '...ba,...ac', '...zA,...BA')
@@ -142,7 +142,7 @@ def small_letters(equation: str) -> str:
             return equation
         free.remove(found)
         small[letter] = found
-    return equation.translate(str.maketrans(small))
+    return "".join(small.get(c, c) for c in equation)
 
 
 def _same_padding(size: object, kernel: object, stride: int, dilation: int) -> int | None:
