@@ -2,7 +2,7 @@
 
     functions inlined, node names unique, initializers no longer inputs -> opset 21
     constants, shapes, BatchNormalization and automatic padding folded; identities, unused nodes and tensors dropped
-    shapes of all tensors inferred -> Model (IR version 10)
+    Einsum in small letters, shapes of all tensors inferred -> Model (IR version 10)
 
 It must not change what the model computes beyond float rounding, touch the bodies of If, Loop and Scan, make dynamic
 dimensions static, rename inputs, outputs or named nodes, or need a runtime.
@@ -124,8 +124,8 @@ def write_small_letters(draft: Draft) -> None:
 def small_letters(equation: str) -> str:
     """An equation of Einsum without spaces in small letters; as it is where it has more than 26 letters.
 
-    Without an arrow the result has its axes in the order of the letters. The standard does not say whether capitals come
-    first, so an equation with both kinds stays as it is.
+    Without an arrow the result has its axes in the order of the letters. The standard does not say whether capitals
+    come first, so an equation with both kinds stays as it is.
 
     >>> small_letters("BQd,BKd->BQK"), small_letters("...BA,...AC"), small_letters("...zA,...BA")
     ('bqd,bkd->bqk', '...ba,...ac', '...zA,...BA')
