@@ -205,6 +205,8 @@ def rows(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         "",
     )
     yield f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
+    given = dict.fromkeys(result["options"] for result in results.values() if result.get("options"))
+    marks = {options: "†" * (i + 1) for i, options in enumerate(given)}
     for key, result in results.items():
         name, _, variant = key.partition(".")
         cells = [name, variant.replace(".", ", "), str(result["code"])]
@@ -217,8 +219,9 @@ def rows(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             cells += [""] * 5
         lines = [line for line in result["printed"].splitlines() if line.startswith("Error")] or [""]
         said = [lines[-1][:200].replace("|", "/")] if result["code"] else []
-        said += [f"with {result['options']}"] if result.get("options") else []
+        said += [marks[result["options"]]] if result.get("options") else []
         yield f"| {' | '.join([*cells, str(round(result['seconds'])), '; '.join([*faults(result), *said])])} |"
+    yield "".join(f"\n{mark} with `{options}`" for options, mark in marks.items())
     good = [result for result in results.values() if result["code"] == 0]
     networks = {key.partition(".")[0] for key in results}
     passed = {key.partition(".")[0] for key, result in results.items() if result["code"] == 0}
