@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from engines.core.load import load_graph
 
 OnProgress = Callable[[float, str], None]
 
+SIZED_BY_DATA = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
 _KEPT = ("LayerType: ", "Total Weights Memory", "Total Activation Memory")
 
 
@@ -136,12 +137,22 @@ def _parse(parser: Any, model: Path | str | onnx.ModelProto, directory: Path | N
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
     parts = [f"{e.desc()} (node {e.node_name() or '?'}, {e.node_operator() or '?'})" for e in errors]
     nodes = tuple(dict.fromkeys(e.node_name() for e in errors if e.node_name()))
-    raise BuildError("The ONNX parser refused the model: " + "; ".join(parts or ["no reason given"]), nodes=nodes)
+    said = "; ".join(parts or ["no reason given"]) + _advice(e.node_operator() for e in errors)
+    raise BuildError(f"The ONNX parser refused the model: {said}", nodes=nodes)
+
+
+def _advice(operators: Iterable[str]) -> str:
+    """What to do about refused operators whose outputs have a size that depends on data; "" about others."""
+    sized = ", ".join(sorted(SIZED_BY_DATA.intersection(operators)))
+    return sized and (
+        f". The size of what {sized} gives depends on data, for which the compiler has no kernel: let the graph end "
+        "before it, with its inputs as outputs, and do it outside the engine."
+    )
 
 
 def _names(text: str, node: str) -> bool:
-    """Whether a message holds the name of a node, and not as a part of a word or of another name."""
-    return re.search(rf"(?<![\w/]){re.escape(node)}(?![\w/])", text) is not None
+    """Whether a message holds the name of a node, perhaps with a number of the builder's, and not inside another."""
+    return re.search(rf"(?<![\w/]){re.escape(node)}(_\d+)?(?![\w/])", text) is not None
 
 
 def _profile(builder: Any, config: Any, network: Any, shapes: Mapping[str, ShapeRange]) -> None:
@@ -233,8 +244,9 @@ def compile_model(
     if plan is None:
         graph = load_graph(model).graph
         text = " | ".join(log.errors) or "the builder gave no reason"
-        nodes = tuple(n.name for n in graph.node if n.name and _names(text, n.name))
-        raise BuildError(f"The engine builder failed: {text}", nodes=nodes)
+        named = [n for n in graph.node if n.name and _names(text, n.name)]
+        text += _advice(n.op_type for n in named)
+        raise BuildError(f"The engine builder failed: {text}", nodes=tuple(n.name for n in named))
     if on_progress:
         on_progress(1.0, "Engine built")
     return Compiled(data=bytes(plan), lines=tuple(log.lines))

@@ -115,7 +115,7 @@ def collect(
             )
         tables.append(found)
     tensors = {name: h for table in tables for name, h in table.tensors.items()}
-    if empty := sorted(name for name, h in tensors.items() if not h.samples):
+    if empty := sorted(n for n, h in tensors.items() if not h.samples and n not in model.inner_tensors):
         raise InputError(
             f"Tensor {empty[0]!r} of the float model holds no values on any sample, so its range is not known. Give "
             "samples in which it has some, or exclude the nodes that read it."
@@ -191,7 +191,8 @@ def _one_pass(
             values, seen = run(sample)
             while values:
                 name, array = values.popitem()
-                _require_stated(model, name, array.shape)
+                if name not in model.inner_tensors:  # of these it has the values of all runs of a body
+                    _require_stated(model, name, array.shape)
                 try:
                     tensors[name] = Histogram.of(*_by_sample(model, name, array, batch, digests.total()))
                 except ValueError as error:

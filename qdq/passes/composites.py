@@ -19,7 +19,7 @@ import onnx.inliner
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from qdq.model.model import Model
-from qdq.model.nodes import attribute, attribute_value
+from qdq.model.nodes import Names, all_nodes, attribute, attribute_value
 from qdq.passes.draft import Draft, assign
 
 FUSED = range(10, 257)  # values per head
@@ -38,10 +38,10 @@ def written_out(model: Model, *, low: bool = False) -> Model:
         return model
     draft = Draft(model)
     nodes: list[NodeProto] = []
+    taken = Names(node.name for node in all_nodes(draft.graph))
     for node in draft.graph.node:
-        nodes += _body(draft, node) if node.name in chosen else [node]
+        nodes += _body(draft, node, taken) if node.name in chosen else [node]
     assign(draft.graph.node, nodes)
-    draft.name_nodes()
     draft.lift_constants()
     return draft.finish()
 
@@ -68,7 +68,7 @@ def _head_size(model: Model, node: NodeProto, index: int) -> int | None:
     return info.shape[-1] // int(heads)
 
 
-def _body(draft: Draft, node: NodeProto) -> list[NodeProto]:
+def _body(draft: Draft, node: NodeProto, taken: Names) -> list[NodeProto]:
     """The nodes of ONNX's definition of a node; what it computes on the way has the node's name in front."""
     starts, ends = (
         [_typed(draft, name) for name in dict.fromkeys(names)] for names in (node.input, filter(None, node.output))
@@ -78,7 +78,7 @@ def _body(draft: Draft, node: NodeProto) -> list[NodeProto]:
     flat = onnx.inliner.inline_selected_functions(alone, [("", node.op_type)], inline_schema_functions=True)
     kept = {*node.input, *node.output}
     for inner in flat.graph.node:
-        inner.name = f"{node.name}_{inner.op_type}"
+        inner.name = taken.fresh(f"{node.name}_{inner.op_type}")
         for names in (inner.input, inner.output):
             names[:] = [name if not name or name in kept else f"{node.name}_{name}" for name in names]
     return list(flat.graph.node)

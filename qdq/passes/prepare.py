@@ -4,7 +4,8 @@
     constants, shapes, BatchNormalization and automatic padding folded; identities, unused nodes and tensors dropped
     bodies of If, Loop and Scan named and their constants lifted; the branch of a constant condition taken
     FP64 made FP32, composite operators without a kernel written out, shapes of all tensors inferred
-    products without a weight on the right, and what the compiler refuses, in another form -> Model (IR version 10)
+    Einsum in small letters, products without a weight on the right and what the compiler refuses in another form
+    -> Model (IR version 10)
 
 It must not change what the model computes beyond float rounding, make dynamic dimensions static, rename inputs, outputs
 or named nodes, or need a runtime.
@@ -13,6 +14,7 @@ or named nodes, or need a runtime.
 from __future__ import annotations
 
 import math
+from string import ascii_letters, ascii_lowercase
 
 from onnx import NodeProto, helper
 
@@ -77,6 +79,7 @@ def prepare(model: Model) -> Model:
         simplify(draft)
     fold_batch_norms(draft)
     pad_explicitly(draft)
+    write_small_letters(draft)
     show_bodies(draft)
     done = draft.finish()
     written = written_out(done, low=True)
@@ -151,6 +154,39 @@ def pad_explicitly(draft: Draft) -> None:
         kept = [a for a in node.attribute if a.name not in ("auto_pad", "pads")]
         pads = low + high if mode == "SAME_UPPER" else high + low
         assign(node.attribute, [*kept, helper.make_attribute("pads", pads)])
+
+
+def write_small_letters(draft: Draft) -> None:
+    """Give the axes of Einsum small letters: torchvision's MaxViT has capitals, which TensorRT's parser refuses."""
+    for node in draft.graph.node:
+        equation = str(attribute_value(node, "equation", b"").decode()).replace(" ", "")
+        if node.op_type == "Einsum" and not node.domain and equation != equation.lower():
+            attribute = next(a for a in node.attribute if a.name == "equation")
+            attribute.s = small_letters(equation).encode()
+
+
+def small_letters(equation: str) -> str:
+    """An equation of Einsum without spaces in small letters; as it is where it has more than 26 letters.
+
+    Without an arrow the result has its axes in the order of the letters. The standard does not say whether capitals
+    come first, so an equation with both kinds stays as it is.
+
+    >>> small_letters("BQd,BKd->BQK"), small_letters("...BA,...AC"), small_letters("...zA,...BA")
+    ('bqd,bkd->bqk', '...ba,...ac', '...zA,...BA')
+    """
+    letters = sorted(set(equation) & set(ascii_letters))
+    if "->" not in equation and any(c.islower() for c in letters):
+        return equation
+    free = [c for c in ascii_lowercase if c not in letters]
+    small = {c: c for c in letters if c.islower()}
+    for letter in (c for c in letters if c.isupper()):
+        own = letter.lower()
+        found = own if own in free else next((c for c in free if c.upper() not in letters), "")
+        if not found:
+            return equation
+        free.remove(found)
+        small[letter] = found
+    return "".join(small.get(c, c) for c in equation)
 
 
 def _same_padding(size: object, kernel: object, stride: int, dilation: int) -> int | None:

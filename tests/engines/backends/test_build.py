@@ -119,6 +119,17 @@ def test_a_parse_error_names_the_node() -> None:
     assert caught.value.nodes == ("dynamic",)
 
 
+@pytest.mark.parametrize("operator", ["NonMaxSuppression", "NonZero"])  # refused by the builder, by the parser
+def test_an_output_sized_by_data_is_refused_with_what_to_do(operator: str) -> None:
+    shapes = {"boxes": [1, 9, 4], "scores": [1, 1, 9]} if operator == "NonMaxSuppression" else {"x": [1, 1, 9]}
+    most = graphs.const("most", np.array([5]))
+    inputs = [*shapes, "most"] if len(shapes) > 1 else [*shapes]
+    node, found = helper.make_node(operator, inputs, ["i"], name="last"), graphs.value("i", ["n", 3], TensorProto.INT64)
+    with pytest.raises(BuildError, match=f"size of what {operator} gives depends on data.*end before it") as caught:
+        rtx.build(graphs.model([node], [graphs.value(*item) for item in shapes.items()], [found], [most]))
+    assert caught.value.nodes in (("last",), ())
+
+
 def test_a_build_error_carries_the_builders_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rtx, "GATES", ())  # so that the compiler is asked
     with pytest.raises(BuildError, match="HW-specific datatypes"):

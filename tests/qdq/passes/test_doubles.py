@@ -122,5 +122,5 @@ def test_what_onnx_runtime_has_no_fp64_kernel_for_is_compared_in_fp32() -> None:
     )
     with pytest.raises(EngineError, match="Could not find an implementation for Conv"):
         ort.session(model.proto)
-    (made,) = float_session(model.proto, model).run(None, feeds(model))
+    (made,) = float_session(model, "the model").run(None, feeds(model))
     assert made.dtype == np.float64

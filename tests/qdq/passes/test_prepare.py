@@ -359,6 +359,19 @@ def test_automatic_padding_of_a_dynamic_size_stays_only_where_it_depends_on_it()
         assert ("auto_pad" in [a.name for a in done.graph.node[0].attribute]) is stays
 
 
+@pytest.mark.parametrize(
+    ("equation", "written"),
+    [
+        ("BGHID, BGHJD -> BGHIJ", "bghid,bghjd->bghij"),  # torchvision's MaxViT
+        ("BGaAD,BGADb->BGab", "egacd,egcdb->egab"),  # a small letter that is taken
+        ("...ID,...DJ->...IJ", "...id,...dj->...ij"),
+    ],
+)
+def test_einsum_has_small_letters(equation: str, written: str) -> None:
+    done = same(build([node("Einsum", "x x", "y", equation=equation)], x=[2, 2, 2, 2, 2]))
+    assert [a.s.decode() for a in done.graph.node[0].attribute] == [written]
+
+
 def branch(*nodes: NodeProto) -> onnx.GraphProto:
     return helper.make_graph(list(nodes), "branch", [], [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)])
 
