@@ -6,10 +6,8 @@ Must not use the code under test to say what is right: `intended` builds its ora
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from qdq.measure import collect
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
 from qdq.model.nodes import all_nodes, input_axis, weight_axis
+from qdq.model.storage import load
 from qdq.passes.prepare import prepare
 from qdq.passes.rewrites import rewritten
 from qdq.plan import placement
@@ -61,8 +60,7 @@ def build(
     starts = [helper.make_tensor_value_info(name, kind, list(shape)) for name, shape in inputs.items()]
     graph = helper.make_graph(list(nodes), "tiny", starts, ends, stored)
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    digest = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
-    return prepare(Model(proto=proto, directory=Path(), sha256=digest))
+    return prepare(load(proto))
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

@@ -154,7 +154,7 @@ def deployed(path: Path, limit: float, options: Sequence[str] = ()) -> dict[str,
     """Deploy one file with further options and judge the result."""
     with tempfile.TemporaryDirectory() as place:
         out, start = Path(place) / "out", time.monotonic()
-        command = [sys.executable, "-m", "qdq.cli.main", "deploy", str(path), "--data", str(path.with_suffix(""))]
+        command = [sys.executable, "-m", "qdq", "deploy", str(path), "--data", str(path.with_suffix(""))]
         try:
             done = subprocess.run(
                 [*command, "--out", str(out), "--tune", "off", *options],

@@ -81,7 +81,7 @@ def peak(*args: object) -> tuple[float, float]:
     """Peak resident memory in MB, and seconds, of a command of qdq in a process of its own."""
     began = time.monotonic()
     with tempfile.TemporaryFile("w+") as said:
-        command = [sys.executable, "-m", "qdq.cli.main", *map(str, args)]
+        command = [sys.executable, "-m", "qdq", *map(str, args)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
         _, status, usage = os.wait4(process.pid, 0)
         if os.waitstatus_to_exitcode(status) not in (0, 1):

@@ -162,7 +162,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 class TestABackendInOneFile:
     def test_compiles_saves_and_audits(self, toy: Path) -> None:
         recipe = Recipe.from_mapping({"backend": "toy", "target": "4.2"})
-        engine = compile_engine("same.onnx", recipe=recipe, shapes={})
+        engine = compile_engine(Path("same.onnx"), recipe=recipe, shapes={})
         save_engine(engine, toy / "same.engine", toy / "same.onnx", recipe=recipe, shapes={})
         audits = [audit_model(toy / "same.onnx", recipe), audit_engine(toy / "same.engine")]
         assert [(a.backend, a.targets, a.kernels) for a in audits] == [("toy", ("sm42",), 1)] * 2
