@@ -130,12 +130,16 @@ def _branch(draft: Draft, node: NodeProto) -> GraphProto | None:
 
 
 def show_bodies(draft: Draft) -> None:
-    """Write into bodies the types and shapes of their tensors, as last inferred."""
+    """Write into bodies the types and shapes of their tensors, as last inferred.
+
+    Not of outputs: what a body states of these twice makes onnx's strict inference lose their types.
+    """
     shown = {tuple(node.output): node for node in all_nodes(draft.shown.graph) if node.output}
     for node in all_nodes(draft.graph):
         for body, found in zip(bodies(node), bodies(shown.get(tuple(node.output), node)), strict=False):
             if body is not found:
-                assign(body.value_info, list(found.value_info))
+                ends = {value.name for value in body.output}
+                assign(body.value_info, [value for value in found.value_info if value.name not in ends])
 
 
 def simplify_bodies(draft: Draft, simplify: Callable[[Draft], None]) -> bool:
