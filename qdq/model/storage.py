@@ -29,6 +29,7 @@ from qdq.model.graphsurgeon import ModelSource, called, content
 from qdq.model.model import Model
 from qdq.model.nodes import all_nodes, all_tensors, without_initializers
 
+MOST_AXES = 1000  # of a tensor; a runtime may take a larger number for another, in 32 bits
 PROTOBUF_LIMIT = 2**31 - 1  # bytes
 _QUANTIZED_OP = re.compile(r"[Qq]uantize|^QLinear|^Q(Attention|Gemm|Ordered)|(Conv|MatMul)Integer|NBits")
 
@@ -111,6 +112,13 @@ def check(proto: ModelProto) -> None:
         if value.type.HasField("tensor_type"):
             value.type.tensor_type.shape.SetInParent()
     onnx.checker.check_model(skeleton)
+    for node in all_nodes(proto.graph):
+        for held in node.attribute:
+            if held.name in ("axis", "axes", "perm") and any(abs(a) > MOST_AXES for a in (held.i, *held.ints)):
+                raise onnx.checker.ValidationError(
+                    f"Node {node.name!r} ({node.op_type}) has {held.name} {held.i or list(held.ints)}: no tensor has so "
+                    "many axes."
+                )
 
 
 def save(
