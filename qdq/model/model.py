@@ -252,7 +252,9 @@ class Model:
 
 
 def dtype_name(data_type: int) -> str:
-    """Numpy's name of an ONNX tensor type; "string" for text, "undefined" for none."""
+    """Numpy's name of an ONNX tensor type; "string" for text, "undefined" for none, "type 999" for one that is not."""
+    if data_type not in TensorProto.DataType.values():
+        return f"type {data_type}"
     if data_type in (TensorProto.STRING, TensorProto.UNDEFINED):
         return str(TensorProto.DataType.Name(data_type)).lower()
     return str(onnx.helper.tensor_dtype_to_np_dtype(data_type).name)

@@ -214,9 +214,10 @@ class Draft:
         """The rank and the channels of what convolutions read, which their weights say."""
         for node in self.graph.node:
             weight = self.tensors.get(node.input[1]) if node.op_type in ("Conv", "ConvTranspose") else None
-            if weight is not None and not node.domain:
+            groups = attribute(node, "group", 1)
+            if weight is not None and not node.domain and len(weight.dims) > 2 and 0 < groups <= max(weight.dims):
                 transposed = node.op_type == "ConvTranspose"
-                channels = weight.dims[0] if transposed else weight.dims[1] * attribute(node, "group", 1)
+                channels = weight.dims[0] if transposed else weight.dims[1] * groups
                 shape = [None, channels, *[None] * (len(weight.dims) - 2)]
                 yield helper.make_tensor_value_info(node.input[0], weight.data_type, shape)
 
