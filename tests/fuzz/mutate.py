@@ -19,7 +19,7 @@ import onnx
 from models import assemble, constant, save_samples, segmenter
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper
 
-INTEGERS = [0, 1, -1, 2, 3, 7, 255, 1 << 20, 1 << 31, 1 << 40, -(1 << 40), (1 << 63) - 1, -(1 << 63)]
+INTEGERS = [0, 1, -1, 2, 3, 7, 255, 4096, 1 << 31, 1 << 40, -(1 << 40), (1 << 63) - 1, -(1 << 63)]
 TEXTS = ["", "x", "a\0b", "../up", "/etc/passwd", "\u202e\ud55c\uae00", "n" * 5000, "image", "%s{0}", "nan", "1e999"]
 OPERATORS = [
     *("Add", "Concat", "Conv", "ConvTranspose", "Gemm", "MatMul", "Relu", "Reshape", "Transpose", "Slice", "Gather"),
