@@ -65,7 +65,7 @@ def passes(
     sizes = tensor_bytes(model, sample)
     whole = peak(model, sizes, names, model.graph.node)
     most = threads or cores()
-    if whole <= room:
+    if whole <= room or not names:
         at_a_time = max(1, min(most, room // max(whole, 1)))
         return Passes(groups=(tuple(names),), threads=at_a_time, bytes_each=whole, room=room)
     groups: list[list[str]] = []

@@ -96,3 +96,8 @@ def test_a_budget_that_cannot_be_met_is_said() -> None:
         require_room(model, sample(50))
     with within(100_000_000):
         require_room(model, sample(50))
+
+
+def test_a_plan_without_tensors_has_one_pass_whatever_the_budget() -> None:
+    """It sees the magnitudes of all tensors."""
+    assert passes(folding(), [], sample(4), memory=1).groups == ((),)
