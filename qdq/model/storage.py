@@ -118,8 +118,8 @@ def check(proto: ModelProto) -> None:
         for held in node.attribute:
             if held.name in ("axis", "axes", "perm") and any(abs(a) > MOST_AXES for a in (held.i, *held.ints)):
                 raise onnx.checker.ValidationError(
-                    f"Node {node.name!r} ({node.op_type}) has {held.name} {held.i or list(held.ints)}: no tensor has so "
-                    "many axes."
+                    f"Node {node.name!r} ({node.op_type}) has {held.name} {held.i or list(held.ints)}: no tensor has "
+                    "so many axes."
                 )
 
 
