@@ -55,7 +55,8 @@ class Edit:
     def each(self, op_types: Collection[str], change: Callable[[NodeProto], object], *, inside: bool = False) -> None:
         """Call `change` for the nodes of these types that may be changed, in the order of the graph.
 
-        With `inside`, also for those in bodies of If, Loop and Scan; it must put nothing elsewhere then. What it raises as `Unfit` becomes the reason of that node; it must raise before it replaces one.
+        With `inside`, also for those in bodies of If, Loop and Scan; it must put nothing elsewhere then. What it raises
+        as `Unfit` becomes the reason of that node; it must raise before it replaces one.
         """
         within = controlled_nodes(self._model.graph) if inside else ()
         for node in (*self._model.graph.node, *within):
