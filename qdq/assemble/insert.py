@@ -200,7 +200,7 @@ class _Writer(GraphWriter):
             self._nodes.append(helper.make_node("Add", [scaled, bias], [output], self._name(f"{node.name}_token_Add")))
 
     def _activation(self, tensor: str, params: QParams, around: Border | Rows | None) -> str:
-        """Cases A, B, C, E, F and H: the dequantized tensor, made once per tensor and around."""
+        """Cases A, B, C, E, F and H: the dequantized tensor, made once per tensor and what is around it."""
         key = (tensor, around)
         if key in self._made:
             return self._made[key]

@@ -49,7 +49,7 @@ def main() -> None:
             code = _ending(error)
     if stopped.number:
         code = 128 + stopped.number
-        print(f"{_ENDINGS[signal.Signals(stopped.number)]}; nothing was written.", file=sys.stderr)
+        print(f"{_ENDINGS[signal.Signals(stopped.number)]}; no file is left half written.", file=sys.stderr)
     sys.exit(code)
 
 

@@ -39,4 +39,7 @@ def report(error: BaseException, arguments: Sequence[str]) -> str:
     except OSError:
         sys.stderr.write("\n".join(lines))
         where = "the lines above say where"
-    return f"Error: this is a fault of qdq, not of your input: {what}. Nothing was written. Please report it: {where}."
+    return (
+        f"Error: this is a fault of qdq, not of your input: {what}. No file is left half written. "
+        f"Please report it: {where}."
+    )

@@ -83,8 +83,9 @@ def move_all(folder: Path, out: Path) -> tuple[str, ...]:
                     os.replace(folder / name, out / name)
             except OSError:
                 for name in done:
-                    with suppress(FileNotFoundError):
-                        os.replace(old / name, out / name)
+                    for source, target in ((out, folder), (old, out)):
+                        with suppress(FileNotFoundError):
+                            os.replace(source / name, target / name)
                 raise
     except OSError as error:
         raise InputError(f"Cannot write to the folder {out}: {error.strerror or error}.") from error

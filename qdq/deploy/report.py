@@ -287,7 +287,7 @@ def _against(now: int | None, before: int | None) -> str:
     """A size and what part it is of the float model's."""
     if now is None or not before:
         return size(now)
-    return f"{size(now)}, {now / before:.2f} of FP32 ({size(before)})"
+    return f"{size(now)}, {now / before:.2f} of the float model ({size(before)})"
 
 
 def _per_class(dice: Mapping[int, float]) -> str:

@@ -15,6 +15,7 @@ from qdq.build.recipe import Recipe
 from qdq.core.progress import Progress
 from qdq.model.external import is_external, tensor_bytes
 from qdq.model.model import Model
+from qdq.model.nodes import all_tensors
 from qdq.plan import placement
 from qdq.plan.plan import Plan
 from qdq.tune.find_plan import difference, find_plan
@@ -79,8 +80,7 @@ def written(
 
 def file_bytes(model: Model) -> int:
     """Size of a model's file and its external data."""
-    tensors = model.graph.initializer
-    return int(model.proto.ByteSize()) + sum(tensor_bytes(t) for t in tensors if is_external(t))
+    return int(model.proto.ByteSize()) + sum(tensor_bytes(t) for t in all_tensors(model.proto) if is_external(t))
 
 
 def provenance(made: Quantized) -> Provenance:

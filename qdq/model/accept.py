@@ -14,6 +14,7 @@
     | optional outputs that nobody reads              | dropped                                             |
     | an output that is an initializer or is read as  | made by an Identity, its value read by another name |
     | a constant                                      |                                                     |
+    | a Loop without a condition, whose body reads it | a constant one, true                                |
     | stated types and shapes that are not true       | left out; of outputs, the true ones                 |
 
 No value changes, and no name of an input or output. It must not read the values of dense tensors, fold anything, or
@@ -79,6 +80,7 @@ def accept(proto: ModelProto, directory: Path) -> bool:
         lambda: _name_apart(proto.graph),
         lambda: any([_drop_unread(graph, proto) for graph in all_graphs(proto.graph)]),
         lambda: _make_outputs(proto.graph),
+        lambda: _state_conditions(proto.graph),
         lambda: _leave_out_untrue(proto),
     )
     return any([step() for step in steps])
@@ -288,6 +290,25 @@ def _read_as(node: NodeProto, fresh: dict[str, str]) -> None:
                 _read_as(inner, outer)
             for value in body.output:
                 value.name = outer.get(value.name, value.name)
+
+
+def _state_conditions(graph: GraphProto) -> bool:
+    """Give a Loop that runs a number of times the condition true, which its body reads and passes on.
+
+    onnxscript writes a for loop without one, and TensorRT's parser knows the body's input by the Loop's.
+    """
+    without = [
+        node
+        for node in all_nodes(graph)
+        if node.op_type == "Loop" and not node.domain and node.input and not any(node.input[1:2])
+    ]
+    if not without:
+        return False
+    true = numpy_helper.from_array(np.array(True), Names(tensor_names(graph)).fresh("true"))
+    for node in without:
+        node.input[1:2] = [true.name]
+    graph.initializer.append(true)
+    return True
 
 
 def _leave_out_untrue(proto: ModelProto) -> bool:

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from engines.core.files import new_files
 from qdq.core.errors import InputError, ModelError
@@ -111,6 +111,8 @@ def check(proto: ModelProto) -> None:
     for value in skeleton.graph.output:
         if value.type.HasField("tensor_type"):
             value.type.tensor_type.shape.SetInParent()
+    for tensor in filter(is_external, all_tensors(skeleton)):  # of bodies and attributes
+        tensor.CopyFrom(TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[0]))
     onnx.checker.check_model(skeleton)
     for node in all_nodes(proto.graph):
         for held in node.attribute:

@@ -46,7 +46,7 @@ class Draft:
         self._large = is_large(self.tensors.values())
         self.inputs = [_opened(v) for v in model.graph.input if v.name not in self.tensors]
         self.outputs = list(map(_opened, model.graph.output))
-        self._stated = {v.name: v for v in model.graph.value_info}
+        self._stated = {v.name: v for v in self.graph.value_info}
         assign(self.graph.input, self.inputs)
         assign(self.graph.output, self.outputs)
         self.proto.ir_version = max(self.proto.ir_version, 4)  # from 4 on an initializer need not be an input

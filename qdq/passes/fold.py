@@ -18,6 +18,7 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from engines.core.operators import POOLS, family
+from engines.core.shapes import DRAWN
 from qdq.model.external import tensor_bytes
 from qdq.model.model import TensorInfo
 from qdq.model.nodes import attribute_value
@@ -29,9 +30,7 @@ SHAPE_ELEMENTS = 64  # a longer integer tensor is no shape
 _Dims = np.ndarray  # an object array: a size is an int, the name of a dynamic dimension, or None (unknown)
 # Why an operator of ONNX's own domain is not computed though all that it reads is constant.
 _KEPT = {
-    family(
-        "Bernoulli Dropout Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike"
-    ): "its result is random",
+    DRAWN: "its result is random",
     family("If Loop Scan SequenceMap"): "it holds nodes of its own",
     family("DequantizeLinear DynamicQuantizeLinear QuantizeLinear"): "it says what is quantized",
     family("Constant Identity"): "it is one already, and a copy would be stored twice",

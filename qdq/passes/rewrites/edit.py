@@ -15,7 +15,7 @@ from onnx import NodeProto, helper
 
 from engines.core.documents import Part
 from qdq.model.model import Model
-from qdq.model.nodes import all_nodes
+from qdq.model.nodes import all_graphs, all_nodes, controlled_nodes
 from qdq.passes.draft import Draft, assign, unique
 
 
@@ -52,12 +52,14 @@ class Edit:
         self._taken = {name for n in all_nodes(model.graph) for name in (n.name, *n.input, *n.output)}
         self._taken |= {*model.initializers, *(v.name for v in (*model.graph.input, *model.graph.output))}
 
-    def each(self, op_types: Collection[str], change: Callable[[NodeProto], object]) -> None:
+    def each(self, op_types: Collection[str], change: Callable[[NodeProto], object], *, inside: bool = False) -> None:
         """Call `change` for the nodes of these types that may be changed, in the order of the graph.
 
-        What it raises as `Unfit` becomes the reason of that node; it must raise before it replaces one.
+        With `inside`, also for those in bodies of If, Loop and Scan; it must put nothing elsewhere then. What it raises
+        as `Unfit` becomes the reason of that node; it must raise before it replaces one.
         """
-        for node in self._model.graph.node:
+        within = controlled_nodes(self._model.graph) if inside else ()
+        for node in (*self._model.graph.node, *within):
             if node.op_type in op_types and not node.domain and (self._only is None or node.name in self._only):
                 try:
                     change(node)
@@ -100,18 +102,21 @@ class Edit:
         """The result; what nothing reads any more is dropped, and the same model comes back if nothing fired."""
         if not self._fired:
             return Rewritten(model=self._model, fired=(), unfit=self._unfit)
-        nodes = list(self._draft.graph.node)
-        assign(self._draft.graph.node, [new for old in nodes for new in self._by.get(old.name, [old])])
+        for graph in reversed(list(all_graphs(self._draft.graph))):  # a body before what it is in, which is copied
+            if any(old.name in self._by for old in graph.node):
+                assign(graph.node, [altered(new) for old in graph.node for new in self._by.get(old.name, [old])])
         return Rewritten(model=self._draft.finish(), fired=tuple(self._fired), unfit=self._unfit)
 
 
 _Change = Callable[[Model, Edit, NodeProto], None]
 
 
-def each_node(model: Model, only: Collection[str] | None, op_types: Collection[str], change: _Change) -> Rewritten:
+def each_node(
+    model: Model, only: Collection[str] | None, op_types: Collection[str], change: _Change, *, inside: bool = False
+) -> Rewritten:
     """What a rewrite makes that changes one node after the other: see `Edit.each`."""
     edit = Edit(model, only)
-    edit.each(op_types, lambda node: change(model, edit, node))
+    edit.each(op_types, lambda node: change(model, edit, node), inside=inside)
     return edit.finish()
 
 

@@ -91,7 +91,7 @@ def test_results_appear_together_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(InputError, match="No space left"):
-        moved("a", "b")
+        moved("a", "a new name", "b")
     assert {p.name: p.read_text() for p in out.iterdir()} == {"a": "old a", "mine": "stays"}
     monkeypatch.undo()
     assert moved("a", "b") == ("a", "b")

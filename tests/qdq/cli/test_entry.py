@@ -84,7 +84,7 @@ def test_ctrl_c_during_the_imports() -> None:
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 130 and done.stderr == "Interrupted; nothing was written.\n"
+    assert done.returncode == 130 and done.stderr == "Interrupted; no file is left half written.\n"
 
 
 def test_a_closed_pipe_ends_quietly() -> None:

@@ -20,6 +20,8 @@ from qdq.build.engine import compile_engine, shape_ranges
 from qdq.build.recipe import Recipe
 from qdq.cli.main import main
 from qdq.core.errors import InputError, ModelError
+from qdq.deploy.check import float_session
+from qdq.deploy.shipped import file_bytes
 from qdq.model import accept
 from qdq.model.model import Model
 from qdq.model.storage import load
@@ -163,7 +165,18 @@ def scalar_input(proto: ModelProto) -> None:
     proto.graph.node.append(node("Mul", "z k", "y", "scale"))
 
 
+def bare_loop(proto: ModelProto) -> None:
+    """A Loop as onnxscript writes a for loop: no condition, and a body that passes it on."""
+    nodes = [node("Identity", "t", "u"), node("Identity", "on", "going")]
+    starts = [value("i", TensorProto.INT64, []), value("on", TensorProto.BOOL, []), value("t", FLOAT, None)]
+    body = helper.make_graph(nodes, "body", starts, [value("going", TensorProto.BOOL, []), value("u", FLOAT, None)])
+    proto.graph.initializer.append(numpy_helper.from_array(np.array(2), "turns"))
+    proto.graph.node.insert(3, node("Loop", "turns - m", "k", "loop", body=body))
+    proto.graph.node[4].input[0] = "k"
+
+
 KINDS = [
+    bare_loop,
     nameless,
     unsorted,
     repeated_names,
@@ -417,6 +430,27 @@ def test_every_verb_takes_an_odd_model_with_weights_beside_it(odd: Path) -> None
         result = CliRunner().invoke(main, command.split())
         assert result.exit_code == 0, f"{command}: {result.output}"
     assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in odd.glob("m.[od]*")} == files
+
+
+def test_weights_beside_the_file_may_belong_to_a_body(tmp_path: Path) -> None:
+    proto, weight = net(), numpy_helper.from_array(normal(8, 8, 1, 1), "inner")
+    proto.graph.input.append(value("flag", TensorProto.BOOL, []))
+    branches = {
+        "then_branch": helper.make_graph(
+            [node("Conv", "m inner", "a")], "then", [], [value("a", FLOAT, None)], [weight]
+        ),
+        "else_branch": helper.make_graph([node("Relu", "m", "b")], "else", [], [value("b", FLOAT, None)]),
+    }
+    proto.graph.node.insert(3, node("If", "flag", "k", "if", **branches))
+    proto.graph.node[4].input[0] = "k"
+    fed = {"x": SAMPLE["x"], "flag": np.array(True)}
+    wanted = next(ort.run(proto, [fed]))["y"]
+    plain = file_bytes(load(proto))
+    onnx.save(proto, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=64)
+    model = load(tmp_path / "m.onnx")
+    assert abs(file_bytes(model) - plain) < 1000
+    (found,) = float_session(prepare(model), "the model").run(None, fed)
+    assert np.allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_lint_looks_into_functions(tmp_path: Path) -> None:

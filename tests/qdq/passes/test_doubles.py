@@ -96,6 +96,24 @@ def test_bodies_become_fp32_too() -> None:
     assert types(done) == {"float32", "bool"}
 
 
+def test_what_a_loop_carries_becomes_fp32_though_the_file_states_its_type() -> None:
+    value = helper.make_tensor_value_info
+    body = helper.make_graph(
+        [node("MatMul", "c w", "m"), node("Tanh", "m", "next"), node("Identity", "on", "going")],
+        "body",
+        [
+            value("i", TensorProto.INT64, []),
+            value("on", TensorProto.BOOL, []),
+            value("c", TensorProto.DOUBLE, ["n", 6]),
+        ],
+        [value("going", TensorProto.BOOL, []), value("next", TensorProto.DOUBLE, ["n", 6])],
+    )
+    nodes = [node("Loop", "turns true x", "last", body=body), node("Add", "last x", "y")]
+    model = raw(nodes, X, {"w": WEIGHT, "turns": np.int64(3), "true": np.bool_(True)})
+    model.proto.graph.value_info.append(value("last", TensorProto.DOUBLE, ["n", 6]))
+    assert prepared_alike(model, {"n": 3}).dtype("last") == "float32"
+
+
 def test_inputs_that_are_outputs_and_constants_that_are_outputs_stay() -> None:
     nodes = [node("Identity", "w", "c"), node("Identity", "x", "z", "same"), node("Mul", "x w", "y")]
     done = prepared_alike(raw(nodes, {"x": ((6, 6), "float64")}, {"w": WEIGHT}, outputs=("y", "z", "c")))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from graphs import node, normal
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto, helper
 from raw_models import Shape, operators, prepared_alike, raw
 
 from qdq.model.model import Model
+from qdq.model.nodes import controlled_nodes
 from qdq.passes.rewrites import PREPARED_REWRITES
 from qdq.plan import placement
 
@@ -266,3 +267,22 @@ def test_transposed_convolutions_that_the_compiler_takes_stay() -> None:
         model = raw([node("ConvTranspose", "x w", "y", **attributes)], {"x": (1, 4, 5)}, {"w": normal(4, 3, 3)})
         done = prepared_alike(model)
         assert done.initializers["w"].dims == [4, 3, 3]
+
+
+def test_products_in_bodies_have_the_weight_on_the_right_too() -> None:
+    value, size = helper.make_tensor_value_info, 8
+    inside = [
+        node("Einsum", "c w", "e", "einsum", equation="bi,io->bo"),
+        node("Transpose", "e", "t", "turn", perm=[1, 0]),
+        node("MatMul", "v t", "l", "left"),
+        node("Transpose", "l", "next", "back", perm=[1, 0]),
+        node("Identity", "on", "going"),
+    ]
+    starts = [value("i", TensorProto.INT64, []), value("on", TensorProto.BOOL, []), value("c", 1, [4, size])]
+    body = helper.make_graph(inside, "body", starts, [value("going", TensorProto.BOOL, []), value("next", 1, None)])
+    nodes = [node("Loop", "turns true x", "last", "loop", body=body), node("Add", "last x", "y")]
+    tensors = {"w": normal(size, size) / 3, "v": normal(size, size, seed=1) / 3}
+    model = raw(nodes, {"x": (4, size)}, {**tensors, "turns": np.int64(3), "true": np.bool_(True)})
+    products = [n for n in controlled_nodes(prepared_alike(model).graph) if n.op_type in ("Einsum", "MatMul")]
+    done = prepared_alike(model)
+    assert [n.name for n in products] == ["einsum", "left"] and all(done.is_constant(n.input[1]) for n in products)

@@ -37,7 +37,7 @@ HIDDEN = [chr(code) for code in range(0x3B1, 0x3C1)]  # letters for the axes of 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     """Write Einsum as MatMul or Conv, which takes its name."""
-    return each_node(model, only, ["Einsum"], _multiply)
+    return each_node(model, only, ["Einsum"], _multiply, inside=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     """Put the weight on the right; the product keeps its name."""
-    return each_node(model, only, ["MatMul", "Gemm"], _swap)
+    return each_node(model, only, ["MatMul", "Gemm"], _swap, inside=True)
 
 
 def _swap(model: Model, edit: Edit, node: NodeProto) -> None:
