@@ -25,6 +25,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from qdq.core.errors import ModelError
+from qdq.core.resources import given_bytes
 
 SIDE_FILE_THRESHOLD = 1024  # bytes; smaller tensors stay in the model file, as in onnx's own writer
 SIDE_FILE_ALIGNMENT = 4096  # bytes; lets a reader map a tensor (ExternalData.md, "offset")
@@ -54,9 +55,13 @@ def is_stored(tensor: TensorProto) -> bool:
 
 
 def is_large(tensors: Iterable[TensorProto]) -> bool:
-    """Whether tensors hold more external data than is to be in memory at once, or have some in a store."""
-    outside = [t for t in tensors if is_external(t)]
-    return sum(map(tensor_bytes, outside)) > LARGE or any(map(is_stored, outside))
+    """Whether tensors hold more external data than is to be in memory at once, or have some in a store.
+
+    That is LARGE, or a quarter of the memory that the user allows.
+    """
+    outside, given = [t for t in tensors if is_external(t)], given_bytes()
+    most = LARGE if given is None else min(LARGE, given // 4)
+    return sum(map(tensor_bytes, outside)) > most or any(map(is_stored, outside))
 
 
 def placed(name: str, data_type: int, dims: Iterable[int], path: Path) -> TensorProto:

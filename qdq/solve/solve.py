@@ -18,7 +18,7 @@ from qdq.core.arrays import Floats, Singles
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams, QTensor
-from qdq.core.resources import MemoryBudget, cores
+from qdq.core.resources import MemoryBudget, cores, default_bytes
 from qdq.measure import second_moments
 from qdq.measure.inference.samples import Sample, overlapped
 from qdq.measure.table import CalibrationTable
@@ -163,7 +163,7 @@ def _weights(
             decides = (model.sha256, plan.rewrites, reader, how, version("qdq"), moments, divisor, factor)
             return store.weight(key_of(*decides), make)
 
-    room = MemoryBudget(ROUNDING_BYTES)
+    room = MemoryBudget(min(ROUNDING_BYTES, default_bytes()))
     weights: dict[Weight, QTensor] = {}
     for index, (reader, made) in enumerate(zip(readers, overlapped(solved, readers, cores()), strict=True)):
         weights[reader.key] = made

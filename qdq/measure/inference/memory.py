@@ -120,9 +120,10 @@ def require_room(model: Model, sample: Sample) -> None:
 
 def held_bytes(model: Model) -> int:
     """What a session of the model holds of its weights: its own copy, and one in the form that the kernels read."""
+    sizes = [2 * external.tensor_bytes(tensor) for tensor in model.graph.initializer]
     if external.is_large(model.graph.initializer):
-        return partitioned.OPEN_BYTES
-    return 2 * sum(external.tensor_bytes(tensor) for tensor in model.graph.initializer)
+        return max(min(partitioned.open_bytes(), sum(sizes)), *sizes)
+    return sum(sizes)
 
 
 def _room(model: Model, memory: int | None = None) -> int:

@@ -18,14 +18,20 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from qdq.core.resources import MemoryBudget
+from qdq.core.resources import MemoryBudget, default_bytes
 from qdq.model.external import MAPPED, External, embedded, is_external, is_packed, refer, tensor_array, tensor_bytes
 from qdq.model.model import Model
 from qdq.model.nodes import needed, reads, without_initializers
 from qdq.passes.draft import Draft
 
 PART_BYTES = 1 << 28  # of weights in one part, as floats; a node with more is a part by itself
-OPEN_BYTES = 640 << 20  # of weights in the parts that run at a time on several threads
+OPEN_BYTES = 640 << 20  # of weights in the parts that run at a time on several threads, or half of the budget
+
+
+def open_bytes() -> int:
+    """OPEN_BYTES, or half of the budget where that is less; a part that needs more runs alone."""
+    return min(OPEN_BYTES, default_bytes() // 2)
+
 
 Array = npt.NDArray[Any]
 Open = Callable[[bytes, Mapping[str, Array], Path], tuple[Any, object]]
@@ -67,7 +73,7 @@ class PartitionedSession:
         self._start = start
         self._parts = _cut(model, wanted)
         self._folder = _any_file(model).parent
-        self._room = MemoryBudget(OPEN_BYTES)
+        self._room = MemoryBudget(open_bytes())
         fed = {i.name for i in model.inputs}
         self.inputs = tuple(dict.fromkeys(name for part in self._parts for name in part.inputs if name in fed))
 
