@@ -148,16 +148,8 @@ def test_epsilons_that_vanish_keep_what_they_are_for() -> None:
 def test_a_small_element_of_a_larger_constant_counts_where_one_divides_by_it(op: str) -> None:
     c = np.linspace(0, 1, 16, dtype=np.float32)
     c[3], c[0] = 1e-9, 1
-    nodes = [node("Div", "r c", "a", "use")] if op == "Div" else [node("Add", "zero c", "b", "use"), node(op, "b", "a")]
-    model = pointwise(node("Relu", "x", "r"), *nodes, node("Softplus", "a", "y", "last"), c=c)
-    if op != "Div":
-        nodes = [
-            node("Relu", "x", "r"),
-            node("Add", "r c", "b", "use"),
-            node(op, "b", "a"),
-            node("Softplus", "a", "y", "last"),
-        ]
-        model = pointwise(*nodes, c=c)
+    read = [node("Div", "r c", "a", "use")] if op == "Div" else [node("Add", "r c", "b", "use"), node(op, "b", "a")]
+    model = pointwise(node("Relu", "x", "r"), *read, node("Softplus", "a", "y", "last"), c=c)
     made = measured(model, [{"x": np.minimum(normal(4, 16), 0)}])
     assert rules(made)["use"] == "constant"
     plain = pointwise(

@@ -133,7 +133,7 @@ def test_samples_in_the_checkpoint_are_not_run_again(
     told = []
     resumed = collect(model, plan, samples, checkpoint=checkpoint, on_progress=lambda *step: told.append(step))
     assert resumed.to_json() == whole.to_json()
-    assert [s["image"][0, 0, 0, 0] for s in ran] == [s["image"][0, 0, 0, 0] for s in samples[3:]]
+    assert sorted(s["image"][0, 0, 0, 0] for s in ran) == sorted(s["image"][0, 0, 0, 0] for s in samples[3:])
     assert told[-1] == (5, 5, "calibrating")
 
 
