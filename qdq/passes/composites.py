@@ -9,7 +9,8 @@
 | | with a cache inside, a cap on scores, a stated type of the softmax, or a second output |
 
 TensorRT-RTX 1.7.1 has one fused kernel and refuses all else (measured, SM86 and SM89). It must not touch what has that
-kernel, which the operator is for.
+kernel, which the operator is for, or what gives the scores of masked keys too (the fourth output): the definition has
+-infinity there, ONNX Runtime the lowest number.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def written_out(model: Model, *, low: bool = False) -> Model:
 
 
 def _without_kernel(model: Model, node: NodeProto, low: bool) -> bool:
-    if node.domain or node.op_type not in COMPOSITES:
+    if node.domain or node.op_type not in COMPOSITES or any(node.output[3:]):
         return False
     if node.op_type == "RotaryEmbedding":
         return True

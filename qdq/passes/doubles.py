@@ -4,7 +4,7 @@
 
 Inputs and outputs keep their type, so that what a caller feeds and reads stays right. What overflows FP32 is refused by
 name. Nodes that make FP64 of integers and integers of it again (sizes of a Resize) stay: FP32 would round them above
-2^24, and the compiler's parser takes them. Operators of other domains keep the types that they were made for.
+2^24, and the compiler's parser takes them. Operators of other domains, and BitCast, keep the types that they are of.
 It must not change a model without FP64, or the size of a number by more than FP32 rounds it.
 """
 
@@ -47,7 +47,7 @@ def single_precision(model: Model) -> Model:
     changed = [node for node in model.graph.node if _holds(model, node)]
     left = _between_integers(model, changed)
     changed = [node for node in changed if node.name not in left]
-    if not changed:
+    if all(map(_typed, changed)):
         return model
     draft = Draft(model)
     names = {node.name for node in changed}
@@ -58,6 +58,11 @@ def single_precision(model: Model) -> Model:
         "Inputs and outputs of the files keep their types; an engine reads and gives FP32 there."
     )
     return done.replace(done.proto, notes=(note,))
+
+
+def _typed(node: NodeProto) -> bool:
+    """Whether a node is one of the types that it reads, and no other: of another domain, or of bits."""
+    return bool(node.domain) or node.op_type == "BitCast"
 
 
 def _holds(model: Model, node: NodeProto) -> bool:
@@ -88,7 +93,7 @@ def _between_integers(model: Model, nodes: Iterable[NodeProto]) -> set[str]:
         plain = all(_dtype(model, t) in ("float64", "bool") or "int" in _dtype(model, t) for t in tensors if t)
         if (
             not plain
-            or node.domain
+            or _typed(node)
             or any(bodies(node))
             or ends.intersection(t for t in tensors if _dtype(model, t) == "float64")
         ):
@@ -112,7 +117,7 @@ class _Change:
         starts = [v.name for v in graph.input if _dtype(self._model, v.name) == "float64"]
         for name in starts:
             nodes.append(self._cast(name, self._other(name), FLOAT))
-        others = [n for n in graph.node if n.name not in self._names or n.domain]
+        others = [n for n in graph.node if n.name not in self._names or _typed(n)]
         kept = {t for node in others for t in reads(node)}
         for name, tensor in list(self._draft.tensors.items()):
             if tensor.data_type == DOUBLE:
@@ -124,7 +129,7 @@ class _Change:
                 ends.append(self._cast(self._other(output), output, DOUBLE))
         single = {o for node in graph.node if node.name in self._names for o in node.output}
         for node in graph.node:
-            nodes += self._foreign(node) if node.domain else [self._single(node)]
+            nodes += self._foreign(node) if _typed(node) else [self._single(node)]
         assign(graph.node, [*nodes, *ends])
         for value in graph.value_info:
             if value.type.tensor_type.elem_type == DOUBLE and value.name in single:
@@ -152,7 +157,7 @@ class _Change:
         return node
 
     def _foreign(self, node: NodeProto) -> list[NodeProto]:
-        """A node of another domain between Casts: what it reads and makes stays FP64."""
+        """A node between Casts: what it reads and makes stays FP64."""
         before, after = [], []
         stated = {v.name: v for v in self._draft.graph.value_info}
         for index, name in enumerate(node.input):

@@ -101,6 +101,14 @@ def test_attention_without_a_kernel_is_written_out(form: str) -> None:
     assert rtx.build(convert(model).model.proto).table.layers
 
 
+def test_attention_that_gives_its_scores_stays() -> None:
+    """The definition has -infinity where a key is masked, ONNX Runtime the lowest number: they cannot be compared."""
+    proto = attention(mask=True)
+    proto.graph.node[0].output.extend(["", "", "scores"])
+    proto.graph.output.append(helper.make_tensor_value_info("scores", TensorProto.FLOAT, None))
+    assert [n.op_type for n in prepared(proto).graph.node] == ["Attention"]
+
+
 def test_rotary_positions_are_written_out() -> None:
     shapes = {"x": (2, 3, LENGTH, 16), "cos": (2, LENGTH, 8), "sin": (2, LENGTH, 8)}
     node = helper.make_node("RotaryEmbedding", list(shapes), ["y"], name="rotary")

@@ -13,6 +13,7 @@ from engines.core.errors import EngineError
 from qdq.core.errors import ModelError
 from qdq.deploy.check import float_session
 from qdq.model.model import Model
+from qdq.model.storage import load
 from qdq.passes.doubles import narrowed
 from qdq.passes.prepare import prepare
 from qdq.plan import placement
@@ -142,3 +143,20 @@ def test_what_onnx_runtime_has_no_fp64_kernel_for_is_compared_in_fp32() -> None:
         ort.session(model.proto)
     (made,) = float_session(model, "the model").run(None, feeds(model))
     assert made.dtype == np.float64
+
+
+def test_the_bits_of_a_double_are_not_those_of_a_float() -> None:
+    nodes = [node("Mul", "x two", "m"), node("BitCast", "m", "y", to=TensorProto.INT64)]
+    made = prepare(raw(nodes, X, {"two": np.full(1, 2.0)}, opset=26))
+    (bits,) = [n for n in made.graph.node if n.op_type == "BitCast"]
+    before = made.producer(bits.input[0])
+    assert before is not None and before.op_type == "Cast" and made.dtype(bits.input[0]) == "float64"
+
+
+def test_a_model_of_other_domains_alone_stays() -> None:
+    """What each operator takes is FP64; a Cast would need the default domain, which the model does not import."""
+    tree = helper.make_node("Scaler", ["x"], ["y"], domain="ai.onnx.ml", offset=[0.0], scale=[1.0])
+    start = helper.make_tensor_value_info("x", TensorProto.DOUBLE, ["n", 6])
+    graph = helper.make_graph([tree], "g", [start], [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 6])])
+    model = load(helper.make_model(graph, opset_imports=[helper.make_opsetid("ai.onnx.ml", 3)], ir_version=10))
+    assert operators(prepare(model)) == ["Scaler"] and not prepare(model).notes
