@@ -74,6 +74,11 @@ def load(source: ModelSource) -> Model:
             f"Cannot use {name}: tensor {odd.name!r} is of type {odd.data_type}, which onnx {onnx.__version__} does "
             "not know. Export the model again, or install a newer onnx."
         )
+    texts = (text for node in all_nodes(proto.graph) for text in (node.name, *node.input, *node.output))
+    if bytes_of := next((text for text in texts if isinstance(text, bytes)), None):  # as protobuf gives what is no text
+        raise ModelError(
+            f"Cannot use {name}: the name {bytes_of!r} in it is not UTF-8. Copy or export the model again."
+        )
     digest = hashlib.sha256(read)
     del read
     for tensor in filter(is_external, all_tensors(proto)):

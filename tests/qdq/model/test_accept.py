@@ -513,3 +513,11 @@ def test_what_cannot_be_repaired_is_refused(make: Callable[[ModelProto], None], 
     make(proto)
     with pytest.raises(ModelError, match=message):
         load(proto)
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    proto = net()
+    proto.graph.node[0].output[0] = proto.graph.node[1].input[0] = "broken"
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString().replace(b"broken", b"brok\xffn"))
+    with pytest.raises(ModelError, match="not UTF-8"):
+        load(tmp_path / "m.onnx")
