@@ -21,10 +21,10 @@ from engines.backends.layers import LayerTable
 from engines.core.errors import BuildError
 from engines.core.files import write_atomic
 from engines.core.load import load_graph
+from engines.core.operators import SIZED_BY_VALUES
 
 OnProgress = Callable[[float, str], None]
 
-SIZED_BY_DATA = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
 _KEPT = ("LayerType: ", "Total Weights Memory", "Total Activation Memory")
 
 
@@ -143,7 +143,7 @@ def _parse(parser: Any, model: Path | str | onnx.ModelProto, directory: Path | N
 
 def _advice(operators: Iterable[str]) -> str:
     """What to do about refused operators whose outputs have a size that depends on data; "" about others."""
-    sized = ", ".join(sorted(SIZED_BY_DATA.intersection(operators)))
+    sized = ", ".join(sorted(SIZED_BY_VALUES.intersection(operators)))
     return sized and (
         f". The size of what {sized} gives depends on data, for which the compiler has no kernel: let the graph end "
         "before it, with its inputs as outputs, and do it outside the engine."

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx import ModelProto, NodeProto, ValueInfoProto
 
 from engines.core.errors import BuildError
 from engines.core.files import Scratch
-from engines.core.nodes import all_tensors, label, reads
+from engines.core.nodes import external_files, label, reads
 from engines.core.shapes import inferred
 
 WORDS = 100  # characters of two refusals that are compared: where they were raised, without the names that follow
@@ -81,14 +81,7 @@ def _beginning(proto: ModelProto, count: int, types: dict[str, ValueInfoProto]) 
 
 def _link(proto: ModelProto, source: Path, folder: Path) -> None:
     """Make the external data of a model found from another folder."""
-    places = {
-        e.value
-        for t in all_tensors(proto)
-        if t.data_location == TensorProto.EXTERNAL
-        for e in t.external_data
-        if e.key == "location"
-    }
-    for place in places:
+    for place in external_files(proto):
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         (folder / place).symlink_to(source / place)
 

@@ -104,6 +104,12 @@ def all_tensors(proto: ModelProto) -> Iterator[TensorProto]:
             yield from _node_tensors(node)
 
 
+def external_files(proto: ModelProto) -> set[str]:
+    """Locations of a model's external data, as the file says them: relative to its folder."""
+    external = (t for t in all_tensors(proto) if t.data_location == TensorProto.EXTERNAL)
+    return {entry.value for t in external for entry in t.external_data if entry.key == "location"}
+
+
 def input_axis(node: NodeProto, rank: int) -> int:
     """The axis of a weight that runs over input channels: Conv 1; Gemm 0 or 1 by transB; MatMul the last but one."""
     if node.op_type == "Conv" or (node.op_type == "Gemm" and attribute(node, "transB", 0)):

@@ -10,15 +10,13 @@ import hashlib
 from pathlib import Path
 from typing import ClassVar
 
-import onnx
 from msgspec import field
-from onnx.external_data_helper import uses_external_data
 
 from engines.backends.backend import backends
 from engines.core.documents import Document
 from engines.core.errors import EngineError
 from engines.core.load import load_graph
-from engines.core.nodes import all_tensors
+from engines.core.nodes import external_files
 
 PACKAGES = ("qdq", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "polygraphy")
 
@@ -82,12 +80,6 @@ def sha256_file(path: Path | str) -> str:
         raise EngineError(f"Cannot read {path}: {error.strerror}.") from error
 
 
-def _external_files(model: onnx.ModelProto) -> set[str]:
-    """Locations of external data in a model."""
-    external = (entry for t in all_tensors(model) if uses_external_data(t) for entry in t.external_data)
-    return {entry.value for entry in external if entry.key == "location"}
-
-
 def sha256_model(path: Path | str) -> str:
     """The sha256 of an ONNX file and its external data.
 
@@ -100,7 +92,7 @@ def sha256_model(path: Path | str) -> str:
     path = Path(path)
     lines = [f"{sha256_file(path)} "]
     folder = path.resolve().parent
-    for location in sorted(_external_files(load_graph(path))):
+    for location in sorted(external_files(load_graph(path))):
         if not (folder / location).resolve().is_relative_to(folder):
             raise EngineError(f"External data {location!r} of {path} lies outside the model's folder: move it inside.")
         lines.append(f"{sha256_file(folder / location)} {location}")

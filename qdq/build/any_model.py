@@ -46,18 +46,21 @@ def compile_any(
         EngineError: the file is refused; where the prepared model is tried and refused too, what was said of that.
     """
 
-    def compiled(form: Model | Path) -> Engine:
-        return compile_engine(form, recipe=recipe, shapes=shapes, timing_cache=timing_cache, on_progress=on_progress)
+    def compiled(form: Model | Path, *, last: bool = True) -> Engine:
+        return compile_engine(
+            form, recipe=recipe, shapes=shapes, timing_cache=timing_cache, on_progress=on_progress, locate=last
+        )
 
+    alone = is_quantized(model) or (model.file and prepared.exists() and prepared.samefile(model.file))
     try:
-        return compiled(model), None
-    except BuildError as error:
-        if is_quantized(model) or (model.file and prepared.exists() and prepared.samefile(model.file)):
+        return compiled(model, last=bool(alone)), None
+    except BuildError:
+        if alone:
             raise
-        try:
-            ready = prepare(model)
-        except ModelError:
-            raise error from None
+    try:
+        ready = prepare(model)
+    except ModelError:
+        return compiled(model), None  # refused again, with the node
     with Scratch() as folder:
         save(ready, folder / "prepared.onnx")
         engine = compiled(folder / "prepared.onnx")

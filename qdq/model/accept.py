@@ -17,8 +17,8 @@
     | a Loop without a condition, whose body reads it | a constant one, true                                |
     | stated types and shapes that are not true       | left out; of outputs, the true ones                 |
 
-No value changes, and no name of an input or output. It must not read the values of dense tensors, fold anything, or
-refuse what it cannot repair: the checker of onnx, ONNX Runtime or the compiler say what is wrong then.
+No value changes, and no name of an input or output. It must not read the values of dense tensors or fold anything. Of
+what it cannot repair, the checker of onnx, ONNX Runtime or the compiler say what is wrong, unless they would not.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from onnx import (
     FunctionProto,
     GraphProto,
     ModelProto,
-    NodeProto,
     SparseTensorProto,
     TensorProto,
     ValueInfoProto,
@@ -47,7 +46,7 @@ from engines.core.shapes import inferred, inlined, light
 from qdq.core.errors import ModelError
 from qdq.model.external import embedded, tensor_bytes
 from qdq.model.model import dtype_name
-from qdq.model.nodes import Names, without_initializers
+from qdq.model.nodes import Names, read_as, without_initializers
 from qdq.model.opset import group_norm, opset_of, tensor_names, with_opset, write_out
 
 NEWEST_OPSET = 25  # ONNX Runtime 1.31 takes 26 at most, and 25 is what the passes are tested with
@@ -65,7 +64,7 @@ def accept(proto: ModelProto, directory: Path) -> bool:
 
     Raises:
         ModelError: a sparse tensor would become too large, or its indices lie outside of it; functions cannot be put in
-            place of their calls.
+            place of their calls; an output is stated to be of another type than it is made as.
         onnx.checker.ValidationError: a sparse tensor is malformed.
     """
     steps: tuple[Callable[[], bool], ...] = (
@@ -267,7 +266,7 @@ def _make_outputs(graph: GraphProto) -> bool:
         name: names.fresh(f"{name}_value") for name in (*(t.name for t in stored), *(n.output[0] for n in constants))
     }
     for node in graph.node:
-        _read_as(node, fresh)
+        read_as(node, fresh)
     for tensor in stored:
         tensor.name = fresh[tensor.name]
     for node in constants:
@@ -277,19 +276,6 @@ def _make_outputs(graph: GraphProto) -> bool:
     graph.input.extend(kept)
     graph.node.extend(helper.make_node("Identity", [inner], [name]) for name, inner in fresh.items())
     return True
-
-
-def _read_as(node: NodeProto, fresh: dict[str, str]) -> None:
-    """Let a node, and the bodies in it, read tensors of the graph around by other names."""
-    node.input[:] = [fresh.get(name, name) for name in node.input]
-    for held in node.attribute:
-        for body in (*([held.g] if held.HasField("g") else ()), *held.graphs):
-            own = {v.name for v in (*body.input, *body.initializer)}.union(*(n.output for n in body.node))
-            outer = {name: new for name, new in fresh.items() if name not in own}
-            for inner in body.node:
-                _read_as(inner, outer)
-            for value in body.output:
-                value.name = outer.get(value.name, value.name)
 
 
 def _state_conditions(graph: GraphProto) -> bool:

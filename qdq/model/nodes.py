@@ -5,7 +5,7 @@ Questions about one node alone are `engines.core.nodes`, given on here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from onnx import GraphProto, NodeProto
 
@@ -27,6 +27,18 @@ from engines.core.shapes import without_initializers as without_initializers
 
 CONTROLS = ("If", "Loop", "Scan")
 FP4_QUANTIZE, TRT_DOMAIN = fp4.QUANTIZE, fp4.DOMAIN
+
+
+def read_as(node: NodeProto, names: Mapping[str, str]) -> None:
+    """Let a node, and the bodies in it, read tensors of the graph around by other names: old name -> new name."""
+    node.input[:] = [names.get(name, name) for name in node.input]
+    for body in bodies(node):
+        own = {v.name for v in (*body.input, *body.initializer)}.union(*(n.output for n in body.node))
+        outer = {name: new for name, new in names.items() if name not in own}
+        for inner in body.node:
+            read_as(inner, outer)
+        for value in body.output:
+            value.name = outer.get(value.name, value.name)
 
 
 class Names:

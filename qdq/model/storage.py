@@ -75,10 +75,8 @@ def load(source: ModelSource) -> Model:
             "not know. Export the model again, or install a newer onnx."
         )
     texts = (text for node in all_nodes(proto.graph) for text in (node.name, *node.input, *node.output))
-    if bytes_of := next((text for text in texts if isinstance(text, bytes)), None):  # as protobuf gives what is no text
-        raise ModelError(
-            f"Cannot use {name}: the name {bytes_of!r} in it is not UTF-8. Copy or export the model again."
-        )
+    if broken := next((text for text in texts if isinstance(text, bytes)), None):  # as protobuf gives what is no text
+        raise ModelError(f"Cannot use {name}: the name {broken!r} in it is not UTF-8. Copy or export the model again.")
     digest = hashlib.sha256(read)
     del read
     for tensor in filter(is_external, all_tensors(proto)):

@@ -18,7 +18,7 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from engines.core.nodes import all_graphs, all_nodes, bodies
 from qdq.core.errors import ModelError
 from qdq.model.model import Model
-from qdq.model.nodes import reads
+from qdq.model.nodes import read_as, reads
 from qdq.passes.draft import Draft, assign, unique
 
 DOUBLE, FLOAT = TensorProto.DOUBLE, TensorProto.FLOAT
@@ -138,7 +138,8 @@ class _Change:
     def _single(self, node: NodeProto) -> NodeProto:
         if node.name not in self._names:
             return node
-        _rename(node, self._renamed)
+        read_as(node, self._renamed)
+        node.output[:] = [self._renamed.get(name, name) for name in node.output]
         for each in (node, *(n for body in bodies(node) for n in all_nodes(body))):
             for held in each.attribute:
                 if held.name in _TYPES and held.i == DOUBLE:
@@ -206,21 +207,6 @@ def narrowed(values: np.ndarray, name: str) -> np.ndarray:
             made[...] = _LIMITS.tiny
         signed: np.ndarray = np.copysign(made, values, dtype=np.float32)
     return signed
-
-
-def _rename(node: NodeProto, names: dict[str, str]) -> None:
-    """Let a node, and the nodes in its bodies, read and make tensors of other names."""
-    for field in (node.input, node.output):
-        field[:] = [names.get(name, name) for name in field]
-    for body in bodies(node):
-        own = (
-            {v.name for v in body.input} | {t.name for t in body.initializer} | {o for n in body.node for o in n.output}
-        )
-        outer = {name: new for name, new in names.items() if name not in own}
-        for inner in body.node:
-            _rename(inner, outer)
-        for value in body.output:
-            value.name = outer.get(value.name, value.name)
 
 
 def _stored(graph: GraphProto) -> Iterator[TensorProto]:

@@ -2,7 +2,8 @@
 
     python tests/fuzz/hunt.py [COUNT] [--seed N] [--kind KIND]
 
-prints the seed and the command line of each that breaks a rule, and at the end how many inputs ended how.
+prints the seed and the command line of each that breaks a rule, and at the end how many inputs ended how. The folder of
+the last one that broke a rule stays among the temporary files, as qdq-hunt-*.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ FINE = (0, 1, 2, 3)
 
 def valid_documents(server: Server, folder: Path) -> Made:
     """The files that valid runs write."""
-    from qdq.build.engine import compile_engine, save_engine
+    from qdq.build.engine import compile_engine, save_engine, shape_ranges
     from qdq.build.recipe import Recipe
+    from qdq.model.storage import load
 
     valid(folder)
     plan = server.run(folder, "plan", "model.onnx", "-o", "plan.json")
@@ -38,9 +40,6 @@ def valid_documents(server: Server, folder: Path) -> Made:
     done = server.run(folder, *QUANTIZE)
     assert not plan.code and not table.code and not done.code, (plan, table, done)
     recipe = Recipe.from_mapping({"shape": ["x:1x8"]})
-    from qdq.build.engine import shape_ranges
-    from qdq.model.storage import load
-
     shapes = shape_ranges(load(folder / "q.onnx"), recipe.shapes, None)
     engine = compile_engine(folder / "q.onnx", recipe=recipe, shapes=shapes)
     save_engine(engine, folder / "m.engine", folder / "q.onnx", recipe=recipe, shapes=shapes)
