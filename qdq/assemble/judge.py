@@ -100,7 +100,10 @@ def judged(
         chosen[name] = _best(noise)
         if all(other == noises[0] for other in noises):  # nothing to say
             continue
-        listed = ", ".join(f"{_said(v)} {decibels(trials.signals, _all(noise[v])):.1f}" for v in values)
+        listed = ", ".join(
+            f"{_said(v)} {decibels(trials.signals, _all(noise[v])):.1f}{_why_not(noise, v, chosen[name])}"
+            for v in values
+        )
         notes.append(
             f"{name}: took {_said(chosen[name])}; output SQNR in dB, fitted on a part of {len(trials.order)} "
             f"calibration samples and judged on the others, {turns}-fold: {listed}"
@@ -168,17 +171,38 @@ def _options(model: Model, plan: Plan, nodes: Mapping[str, WeightedNode], name: 
     return found if readers or weight_only.candidates(plan, nodes.values(), None, ()) else found[:1]
 
 
-def _best(noise: Mapping[str | bool, Sequence[Sequence[float]]]) -> str | bool:
-    """The option of least noise among the first and those that clearly beat it; noise by option, turn and sample."""
+_Noise = Mapping[str | bool, Sequence[Sequence[float]]]  # by option, turn and sample
+
+
+def _best(noise: _Noise) -> str | bool:
+    """The option of least noise among the first and those that clearly beat it."""
     first, *others = noise
 
     def beats(option: str | bool) -> bool:
-        least = DARING.get(str(option))
-        turns = zip(noise[option], noise[first], strict=True) if least else [(_all(noise[option]), _all(noise[first]))]
-        margin = least or CAUTION.get(str(option), MARGIN_DB)
-        return all(clearly_less(a, b, least_db=margin, certainty=0) for a, b in turns)
+        pairs = zip(*(_compared(noise, option, each) for each in (option, first)), strict=True)
+        return all(clearly_less(a, b, least_db=_margin_db(option), certainty=0) for a, b in pairs)
 
     return min(filter(beats, others), key=lambda option: math.fsum(_all(noise[option])), default=first)
+
+
+def _why_not(noise: _Noise, option: str | bool, taken: str | bool) -> str:
+    """Of an option that has less noise over all turns than the one taken, by how much it fell short, in brackets."""
+    if math.fsum(_all(noise[option])) >= math.fsum(_all(noise[taken])):
+        return ""
+    first = next(iter(noise))
+    least = min(decibels(*pair) for pair in zip(*(_compared(noise, option, o) for o in (first, option)), strict=True))
+    where = "in its worst turn" if str(option) in DARING else "in all"
+    return f" (not taken: {least:+.1f} dB against {_said(first)} {where}, and {_margin_db(option):+g} is needed)"
+
+
+def _compared(noise: _Noise, rival: str | bool, option: str | bool) -> Sequence[Sequence[float]]:
+    """An option's noises in the parts in which a rival must win: every turn if it is daring, else all in one."""
+    return noise[option] if str(rival) in DARING else [_all(noise[option])]
+
+
+def _margin_db(rival: str | bool) -> float:
+    """By how much a rival of the first option must win."""
+    return (DARING | CAUTION).get(str(rival), MARGIN_DB)
 
 
 def _all(turns: Iterable[Sequence[float]]) -> list[float]:

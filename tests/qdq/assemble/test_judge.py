@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import graphs
@@ -68,6 +69,34 @@ def test_a_daring_option_must_win_in_every_turn_and_another_over_all() -> None:
     assert judge._best({"smoothquant": first, "none": mostly}) == "none"
     slightly = [[0.97, 0.97]] * 3
     assert judge._best({"gptq": first, "nearest": slightly}) == "gptq"
+
+
+def quieter(scale: float) -> list[graphs.Sample]:
+    """Of every third sample, a quiet one, other channels are large."""
+    rng = np.random.default_rng(1)
+    return [
+        {"x": np.abs(s["x"]) * (POWERS if i % 3 else POWERS[rng.permutation(32)] * np.float32(scale))}
+        for i, s in enumerate(graphs.samples(outliers(), 9))
+    ]
+
+
+def test_a_note_says_why_an_option_of_less_noise_is_not_taken() -> None:
+    """Over all turns the loud samples decide, and the quiet ones lose: both figures are said."""
+    settings, (note,) = taken(quieter(0.015))
+    shown = (
+        rf"3-fold: {CAUTIOUS} (\S+), {STRONG} (\S+) \(not taken: -\S+ dB against {CAUTIOUS} in its worst turn, and \+1 "
+    )
+    found = re.search(shown, note)
+    assert settings.equalize == CAUTIOUS and found and float(found[2]) > float(found[1]) + 1
+    for other in (steady(), quieter(0.03)):  # where the one taken has least noise there is nothing to explain
+        assert "not taken" not in taken(other)[1][0]
+
+
+def test_a_note_says_by_how_much_an_option_fell_short_over_all_turns() -> None:
+    noise = {"mse": [[1.0], [1.0]], "max": [[0.9], [0.9]], "off": [[1.1], [1.1]]}
+    assert judge._why_not(noise, "max", "mse") == " (not taken: +0.5 dB against mse in all, and +1 is needed)"
+    assert judge._why_not(noise, "off", "mse") == judge._why_not(noise, "mse", "mse") == ""
+    assert "inf dB" in judge._why_not({"mse": [[1.0, np.inf]], "max": [[0.0, 0.0]]}, "max", "mse")
 
 
 def test_the_order_of_the_samples_changes_nothing() -> None:
