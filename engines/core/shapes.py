@@ -69,12 +69,15 @@ def show_constants(graph: GraphProto, stored: Mapping[str, TensorProto]) -> None
         show_constants(body, stored)
 
 
-def inferred(proto: ModelProto) -> GraphProto:
+def inferred(proto: ModelProto, *, stated: bool = True) -> GraphProto:
     """The main graph of a model with what inference adds to the types and shapes that it states.
 
-    Where inference fails, what the model states is all.
+    Where inference fails, what the model states is all. Not `stated`, what it says of its nodes' results is left out.
     """
-    return _inferred(light(proto))
+    work = light(proto)
+    if not stated:
+        del work.graph.value_info[:], work.graph.output[:]
+    return _inferred(work)
 
 
 def inferred_at(proto: ModelProto, inputs: Mapping[str, Sequence[int]]) -> GraphProto:

@@ -305,10 +305,7 @@ def _leave_out_untrue(proto: ModelProto) -> bool:
     stated = [*proto.graph.value_info, *proto.graph.output]
     if not any(v.type.HasField("tensor_type") for v in stated):
         return False
-    bare = light(proto)
-    del bare.graph.value_info[:]
-    del bare.graph.output[:]
-    shown = inferred(bare)
+    shown = inferred(proto, stated=False)
     found = {v.name: v for v in (*shown.value_info, *shown.output)}
     untrue = {v.name for v in stated if v.name in found and _contradict(v, found[v.name])}
     kept = [v for v in proto.graph.value_info if v.name not in untrue]

@@ -27,24 +27,26 @@ FUSED = range(10, 257)  # values per head
 COMPOSITES = ("Attention", "RotaryEmbedding")
 
 
-def written_out(model: Model, *, low: bool = False) -> Model:
-    """The model without composite operators that have no kernel; itself if there are none.
+def written_out(model: Model) -> Model:
+    """The model without composite operators that have no kernel; itself if there are none. Shapes are inferred."""
+    draft = Draft(model)
+    return draft.finish() if write_out(draft) else model
+
+
+def write_out(draft: Draft, *, low: bool = False) -> bool:
+    """Write out the composite operators that have no kernel; whether there are any.
 
     Args:
-        model: shapes inferred.
+        draft: shapes inferred.
         low: the float tensors are going to be FP16 or BF16, so that FP32 is no reason.
     """
-    chosen = [node.name for node in model.graph.node if _without_kernel(model, node, low)]
-    if not chosen:
-        return model
-    draft = Draft(model)
-    nodes: list[NodeProto] = []
-    taken = Names(node.name for node in all_nodes(draft.graph))
-    for node in draft.graph.node:
-        nodes += _body(draft, node, taken) if node.name in chosen else [node]
-    assign(draft.graph.node, nodes)
-    draft.lift_constants()
-    return draft.finish()
+    chosen = {node.name for node in draft.graph.node if _without_kernel(draft.shown, node, low)}
+    if chosen:
+        taken = Names(node.name for node in all_nodes(draft.graph))
+        nodes = (_body(draft, node, taken) if node.name in chosen else [node] for node in draft.graph.node)
+        assign(draft.graph.node, [new for made in nodes for new in made])
+        draft.lift_constants()
+    return bool(chosen)
 
 
 def _without_kernel(model: Model, node: NodeProto, low: bool) -> bool:

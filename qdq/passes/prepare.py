@@ -25,7 +25,7 @@ from qdq.model.nodes import all_nodes, attribute_value, controlled_nodes
 from qdq.model.opset import is_same
 from qdq.model.storage import is_quantized, load
 from qdq.passes.bodies import lift_bodies, name_bodies, show_bodies, simplify_bodies, take_branches
-from qdq.passes.composites import written_out
+from qdq.passes.composites import write_out
 from qdq.passes.doubles import has_doubles, single_precision
 from qdq.passes.draft import Draft, assign
 from qdq.passes.fold import fold_batch_norms, fold_constants, fold_shapes
@@ -77,13 +77,13 @@ def prepare(model: Model) -> Model:
     if has_doubles(draft):
         draft = Draft(single_precision(draft.finish()))
         simplify(draft)
+    if write_out(draft, low=True):
+        simplify(draft)
     fold_batch_norms(draft)
     pad_explicitly(draft)
     write_small_letters(draft)
     show_bodies(draft)
-    done = draft.finish()
-    written = written_out(done, low=True)
-    return _acceptable(done) if written is done else prepare(written)
+    return _acceptable(draft.finish())
 
 
 def simplify(draft: Draft) -> None:

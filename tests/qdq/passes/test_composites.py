@@ -101,6 +101,12 @@ def test_attention_without_a_kernel_is_written_out(form: str) -> None:
     assert rtx.build(convert(model).model.proto).table.layers
 
 
+def test_a_model_with_attention_written_out_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[str] = []
+    monkeypatch.setattr("qdq.passes.prepare.pad_explicitly", lambda draft: passes.append("padding"))
+    assert len(prepared(attention(size=8)).graph.node) > 1 and passes == ["padding"]
+
+
 def test_attention_that_gives_its_scores_stays() -> None:
     """The definition has -infinity where a key is masked, ONNX Runtime the lowest number: they cannot be compared."""
     proto = attention(mask=True)
