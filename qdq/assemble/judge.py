@@ -9,11 +9,14 @@ from the others -> of each setting the option with the least noise at the output
 | shift | asymmetric codes, moved by a constant | symmetric codes |
 | equalize | the scheme's formula, or none | its others |
 | rounding | the scheme's rounding | its other roundings, nearest at last |
+| block | of each weight the one worth its bits | the shortest, for all |
 
-One setting after the other, each with those before it decided: at most seven models are built per turn, all but those
-of the last setting with codes that need no second moments. The rounding of 8-bit weights decides little and takes long,
-so it has one turn. What is fitted always gains on what it has seen; a formula that trusts the ranges of molecules
-gained 6 dB so and lost 10 dB on others. This module must not see samples other than those of the calibration.
+One setting after the other, each with those before it decided: at most eight models are built per turn, all but those
+of the last two with codes that need no second moments. The rounding of 8-bit weights decides little and takes long, so
+it has one turn. Blocks come last, where nothing else can make up for what longer ones lose. What is fitted always gains
+on what it has seen; a formula that trusts the ranges of molecules gained 6 dB so and lost 10 dB on others.
+
+This module must not see samples other than those of the calibration.
 """
 
 from __future__ import annotations
@@ -40,8 +43,9 @@ from qdq.measure.second_moments import SampleSubset
 from qdq.measure.table import CalibrationTable
 from qdq.model.external import is_large
 from qdq.model.model import Model
+from qdq.plan import placement
 from qdq.plan.methods import ROUNDINGS
-from qdq.plan.plan import Plan
+from qdq.plan.plan import Plan, Point
 from qdq.plan.settings import AUTO
 from qdq.plan.weighted_node import WeightedNode, weighted_nodes
 from qdq.solve.equalize import channels, weight_only
@@ -84,14 +88,14 @@ def judged(
     elif len(order) < 2:
         why = "one calibration sample cannot judge what is made from it"
     if why or not options:
-        plan = _decided(plan, {})
+        plan = _decided(model, plan, {})
         taken = ", ".join(f"{name} {_said(getattr(plan.settings, name))}" for name in options)
         return plan, (f"{taken}: taken as the scheme has it, nothing compared: {why}",) if options else ()
     assert samples is not None
     trials = _Trials(
         model=model, plan=plan, samples=samples, order=_by_output(model, samples, order[:MOST]), on_progress=on_progress
     )
-    chosen: dict[str, str | bool] = {}
+    chosen: dict[str, str | int] = {}
     notes = []
     for name, values in options.items():
         turns = 1 if name == "rounding" and not any(node.spec.block for node in nodes.values()) else trials.parts
@@ -108,7 +112,7 @@ def judged(
             f"{name}: took {_said(chosen[name])}; output SQNR in dB, fitted on a part of {len(trials.order)} "
             f"calibration samples and judged on the others, {turns}-fold: {listed}"
         )
-    return _decided(plan, chosen), tuple(notes)
+    return _decided(model, plan, chosen), tuple(notes)
 
 
 def _by_output(model: Model, samples: Iterable[Sample], order: tuple[int, ...]) -> tuple[int, ...]:
@@ -143,16 +147,39 @@ def unshifted(plan: Plan) -> Plan:
     return replace(plan, points=tuple(replace(p, spec=replace(p.spec, shift=False)) for p in plan.points))
 
 
-def _decided(plan: Plan, chosen: Mapping[str, str | bool]) -> Plan:
+def shortened(model: Model, plan: Plan, block: int) -> Plan:
+    """The plan with this block, or the nearest that fits, for every weight that the rules gave its own; no edited one.
+
+    Args:
+        model: the one that the plan's points are of.
+        plan: its settings leave blocks to the rules.
+    """
+    now, then = (
+        {(p.role, p.tensor, p.spec.axis): p for p in placement.placed(model, settings).points}
+        for settings in (plan.settings, replace(plan.settings, block=block))
+    )
+
+    def of(point: Point) -> Point:
+        key = point.role, point.tensor, point.spec.axis
+        mine = point.spec.block is not None and key in now and key in then and now[key].spec == point.spec
+        return replace(point, spec=then[key].spec, reason=then[key].reason) if mine else point
+
+    return replace(plan, points=tuple(map(of, plan.points)))
+
+
+def _decided(model: Model, plan: Plan, chosen: Mapping[str, str | int]) -> Plan:
     """The plan with these settings, and the first option of those that are still open."""
+    block = chosen.get("block")
+    if isinstance(block, int):
+        plan = shortened(model, plan, block)
     return unshifted(replace(plan, settings=replace(plan.settings, **chosen).settled))
 
 
-def _said(value: str | bool) -> str:
-    return value if isinstance(value, str) else "on" if value else "off"
+def _said(value: str | int) -> str:
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
 
-def _options(model: Model, plan: Plan, nodes: Mapping[str, WeightedNode], name: str) -> tuple[str | bool, ...]:
+def _options(model: Model, plan: Plan, nodes: Mapping[str, WeightedNode], name: str) -> tuple[str | int, ...]:
     """The options of a setting that differ for this model, the first of them first."""
     found = plan.settings.options(name)
     if name == "calibrator":
@@ -164,6 +191,8 @@ def _options(model: Model, plan: Plan, nodes: Mapping[str, WeightedNode], name: 
             return found[:1]
         blocks = any(node.spec.block for node in nodes.values())
         return tuple(o for o in found if blocks or not ROUNDINGS[str(o)].for_blocks)
+    if name == "block":
+        return found if any((node.spec.block or 0) > int(found[1]) for node in nodes.values()) else found[:1]
     readers = channels.candidates(plan, nodes)
     convolutions = sum(first.op_type == "Conv" for first, *_ in readers.values())
     if 2 * convolutions >= len(readers):  # Gemm and MatMul read most of what the strong formula is for
@@ -171,21 +200,21 @@ def _options(model: Model, plan: Plan, nodes: Mapping[str, WeightedNode], name: 
     return found if readers or weight_only.candidates(plan, nodes.values(), None, ()) else found[:1]
 
 
-_Noise = Mapping[str | bool, Sequence[Sequence[float]]]  # by option, turn and sample
+_Noise = Mapping[str | int, Sequence[Sequence[float]]]  # by option, turn and sample
 
 
-def _best(noise: _Noise) -> str | bool:
+def _best(noise: _Noise) -> str | int:
     """The option of least noise among the first and those that clearly beat it."""
     first, *others = noise
 
-    def beats(option: str | bool) -> bool:
+    def beats(option: str | int) -> bool:
         pairs = zip(*(_compared(noise, option, each) for each in (option, first)), strict=True)
         return all(clearly_less(a, b, least_db=_margin_db(option), certainty=0) for a, b in pairs)
 
     return min(filter(beats, others), key=lambda option: math.fsum(_all(noise[option])), default=first)
 
 
-def _why_not(noise: _Noise, option: str | bool, taken: str | bool) -> str:
+def _why_not(noise: _Noise, option: str | int, taken: str | int) -> str:
     """Of an option that has less noise over all turns than the one taken, by how much it fell short, in brackets."""
     if math.fsum(_all(noise[option])) >= math.fsum(_all(noise[taken])):
         return ""
@@ -195,12 +224,12 @@ def _why_not(noise: _Noise, option: str | bool, taken: str | bool) -> str:
     return f" (not taken: {least:+.1f} dB against {_said(first)} {where}, and {_margin_db(option):+g} is needed)"
 
 
-def _compared(noise: _Noise, rival: str | bool, option: str | bool) -> Sequence[Sequence[float]]:
+def _compared(noise: _Noise, rival: str | int, option: str | int) -> Sequence[Sequence[float]]:
     """An option's noises in the parts in which a rival must win: every turn if it is daring, else all in one."""
     return noise[option] if str(rival) in DARING else [_all(noise[option])]
 
 
-def _margin_db(rival: str | bool) -> float:
+def _margin_db(rival: str | int) -> float:
     """By how much a rival of the first option must win."""
     return (DARING | CAUTION).get(str(rival), MARGIN_DB)
 
@@ -229,7 +258,7 @@ class _Trials:
     _signals: dict[int, list[float]] = field(default_factory=dict)
     _known: dict[int, dict[str, list[float]]] = field(default_factory=dict)  # turn -> plan -> noise by sample
 
-    def noises(self, trials: Sequence[Mapping[str, str | bool]], turns: int) -> list[list[list[float]]]:
+    def noises(self, trials: Sequence[Mapping[str, str | int]], turns: int) -> list[list[list[float]]]:
         """Of each set of settings the noise by turn, of some first turns, and sample, in the order of `signals`."""
         wanted = [self._quick(settings) for settings in trials]
         keys = [plan.sha256 for plan in wanted]
@@ -246,13 +275,13 @@ class _Trials:
             self.signals += self._signals[turn]
         return [[self._known[turn][key] for turn in range(turns)] for key in keys]
 
-    def _quick(self, chosen: Mapping[str, str | bool]) -> Plan:
+    def _quick(self, chosen: Mapping[str, str | int]) -> Plan:
         """The plan by some settings, as far as it needs no comparison of calibrators."""
         settings = self.plan.settings
         quick = {"calibrator": settings.quick.calibrator, **chosen}
         if settings.rounding == AUTO:
             quick.setdefault("rounding", WITHOUT_MOMENTS)
-        return _decided(self.plan, quick)
+        return _decided(self.model, self.plan, quick)
 
     @property
     def parts(self) -> int:

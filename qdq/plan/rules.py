@@ -21,7 +21,7 @@ from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, attribute, bodies, controlled_nodes, controls, input_axis, weight_axis
 from qdq.plan.block_length import best
 from qdq.plan.scheme import Scheme
-from qdq.plan.settings import Settings
+from qdq.plan.settings import AUTO, WHOLE, WORTH, Settings
 from qdq.plan.spec import Spec
 
 MOST_PADDING = 1 / 8  # zeros added to fill the last block, as a share of the real elements
@@ -87,7 +87,7 @@ def weighted(model: Model, node: NodeProto, settings: Settings) -> list[Decision
     scheme, convolution = settings.scheme_of(node.name), node.op_type == "Conv"
     outputs, inputs = weight_axis(node, len(weight.shape)), input_axis(node, len(weight.shape))
     block, reason, fallback = None, "", False
-    if FORMATS[scheme.weight].blocks and not convolution and settings.block not in ("channel", "tensor"):
+    if FORMATS[scheme.weight].blocks and not convolution and settings.block not in WHOLE:
         block, reason = _block(model, node, settings, scheme, weight.shape)
         fallback = block is None
     data = settings.activation(scheme, convolution=convolution)
@@ -125,7 +125,7 @@ def _block(
     block = fitting[0]
     if len(blocks) == 1:
         reasons = []
-    elif settings.block == "auto":
+    elif settings.block in (AUTO, WORTH):
         block = best(model.array(node.input[1]), input_axis(node, len(shape)), fitting, FORMATS[scheme.weight])
         reasons = ["the block of least error per bit that it saves against INT8"]
     else:

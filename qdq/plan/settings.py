@@ -23,6 +23,7 @@ from qdq.plan.spec import BY_RANGE, Spec
 AUTO: Literal["auto"] = "auto"
 USUAL_CALIBRATORS = ("mse", "max")
 WHOLE = ("channel", "tensor")  # in place of a block
+WORTH = "worth"  # of each weight the block whose scales are worth their bits
 BIAS_CORRECTIONS: tuple[str, ...] = ("auto", "on", "off")
 V0, V1 = 15.0, 150.0  # of FPTQ's paper
 Pattern = Annotated[str, msgspec.Meta(min_length=1)]  # of node names, with * and ?
@@ -43,7 +44,7 @@ def choices(setting: str) -> tuple[str | int, ...]:
         "rounding": lambda: (*ROUNDINGS, AUTO),
         "equalize": lambda: (*FORMULAS, AUTO, "none"),
         "bias_correction": lambda: BIAS_CORRECTIONS,
-        "block": lambda: (*sorted({b for f in FORMATS.values() for b in f.blocks}, reverse=True), AUTO, *WHOLE),
+        "block": lambda: (*sorted({b for f in FORMATS.values() for b in f.blocks}, reverse=True), AUTO, WORTH, *WHOLE),
     }
     return found[setting]()
 
@@ -71,8 +72,9 @@ class Settings(Part, frozen=True, kw_only=True):
         shift: allow `Spec.shift` for activations; "auto" allows it unless held-out samples lose by it.
         exclude: glob patterns of node names that stay in float; each must match at least one node.
         bias_correction: shift biases so that quantization does not move means; "auto" where held-out samples gain.
-        block: weights that share a scale along the reduction axis, for formats that have blocks; "auto" takes for
-            each weight the one whose scales are worth their bits (`block_length.best`); "channel", "tensor": the whole.
+        block: weights that share a scale along the reduction axis, for formats that have blocks; "worth" takes for
+            each weight the one whose scales are worth their bits (`block_length.best`), "auto" too unless held-out
+            samples gain by the shortest for all (`qdq.assemble.judge`); "channel", "tensor": the whole.
         damping: of rounding by second moments: the share of their mean diagonal that is added to the diagonal.
         act_order: GPTQ rounds the inputs of largest second moment first; else in their order.
         moment_inputs: weights of up to so many inputs per output are rounded by second moments, the others without
@@ -134,16 +136,25 @@ class Settings(Part, frozen=True, kw_only=True):
                 f"choose {', '.join(map(str, fmt.blocks))} or auto, or the weight-only scheme int4."
             )
 
-    def options(self, setting: str) -> tuple[str | bool, ...]:
+    def options(self, setting: str) -> tuple[str | int, ...]:
         """What an open setting is chosen from; the first where nothing can be compared."""
         row = SCHEMES[self.scheme]
-        found: Mapping[str, tuple[str | bool, ...]] = {
+        found: Mapping[str, tuple[str | int, ...]] = {
             "calibrator": USUAL_CALIBRATORS,
             "rounding": row.roundings,
             "equalize": row.equalizations,
             "shift": (True, False),
+            "block": (WORTH, min(self._lengths, default=AUTO)),
         }
         return found[setting]
+
+    @property
+    def _lengths(self) -> tuple[int, ...]:
+        """The block lengths that formats of weights leave a choice of."""
+        rows = (SCHEMES[scheme] for scheme in (self.scheme, *self.overrides.values()))
+        return tuple(
+            block for row in rows for block in FORMATS[row.weight].blocks if len(FORMATS[row.weight].blocks) > 1
+        )
 
     @property
     def range_by(self) -> str:
@@ -154,7 +165,8 @@ class Settings(Part, frozen=True, kw_only=True):
     def open(self) -> tuple[str, ...]:
         """The settings that are not decided yet, in the order in which they are."""
         usual = () if self.calibrator else ("calibrator",)
-        return (*usual, *(name for name in ("shift", "equalize", "rounding") if getattr(self, name) == AUTO))
+        found = (*usual, *(name for name in ("shift", "equalize", "rounding") if getattr(self, name) == AUTO))
+        return (*found, "block") if self.block == AUTO and self._lengths else found
 
     @property
     def settled(self) -> Settings:

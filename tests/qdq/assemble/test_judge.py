@@ -13,6 +13,7 @@ from graphs import build, node, normal
 from models import assemble, constant
 from onnx import helper
 
+from engines.core.documents import replace
 from qdq.assemble import judge
 from qdq.assemble.held_out import comparable, energies
 from qdq.assemble.judge import judged
@@ -154,6 +155,53 @@ def test_a_rounding_that_loses_to_a_simpler_one_is_not_taken(monkeypatch: pytest
     settings, notes = taken(data, model, scheme="int4", rounding="auto", equalize="none")
     assert settings.rounding in ("clip", "nearest")
     assert "descent" in notes[0] and "dB" in notes[0]
+
+
+def evenly(inputs: int = 128) -> Model:
+    """Two products whose weights are uniform: longer blocks are worth their bits, and shorter ones 1 dB better."""
+    rng = np.random.default_rng(0)
+    w, v = (rng.uniform(-1, 1, size=(inputs, inputs)).astype(np.float32) for _ in range(2))
+    return build(
+        [node("MatMul", "x w", "h", "first"), node("MatMul", "h v", "y", "second")],
+        {"x": (16, inputs)},
+        {"w": w, "v": v},
+    )
+
+
+PLAIN_BLOCKS = {"rounding": "clip", "equalize": "none", "calibrator": "mse"}
+
+
+@pytest.mark.parametrize("scheme", ["int4", "w4a8"])
+def test_the_shortest_block_is_taken_where_held_out_samples_gain_by_it(scheme: str) -> None:
+    model = evenly()
+    settings = Settings.from_mapping({"scheme": scheme, "shift": True, **PLAIN_BLOCKS})
+    plan = placement.plan(model, settings)
+    assert {p.spec.block for p in plan.weights} == {128}
+    chosen, (note,) = judged(model, plan, graphs.samples(model, 4))
+    assert chosen.settings.block == 16 and {p.spec.block for p in chosen.weights} == {16}
+    assert note.startswith("block: took 16; ") and ": worth " in note and ", 16 " in note
+    assert judged(model, chosen, graphs.samples(model, 4)) == (chosen, ())
+    asked = placement.plan(model, Settings.from_mapping({**settings.to_mapping(), "block": "worth"}))
+    assert judged(model, asked, graphs.samples(model, 4)) == (asked, ())
+    alone, notes = judged(model, plan, None)
+    assert alone.points == plan.points and alone.settings.block == "worth" and "block worth" in notes[0]
+
+
+def test_a_block_that_gains_nothing_is_not_taken_and_an_edited_one_stays() -> None:
+    model = evenly()
+    plan = placement.plan(model, Settings.from_mapping({"scheme": "int4", **PLAIN_BLOCKS}))
+    edited = replace(
+        plan, points=(replace(plan.points[0], spec=replace(plan.points[0].spec, block=64)), *plan.points[1:])
+    )
+    chosen, _ = judged(model, edited, graphs.samples(model, 4))
+    assert [p.spec.block for p in chosen.weights] == [64, 16]
+    grid = {name: np.round(model.array(name) * 7) for name in "wv"}  # every block holds these exactly
+    exact = build(
+        [*model.graph.node], {"x": (16, 128)}, {n: np.where(np.arange(128) % 16, a, 7) for n, a in grid.items()}
+    )
+    plan = placement.plan(exact, plan.settings)
+    chosen, _ = judged(exact, plan, graphs.samples(exact, 4))
+    assert chosen.settings.block == "worth" and chosen.points == plan.points
 
 
 def skewed() -> Model:
