@@ -117,11 +117,12 @@ def _kernel(layer: Layer, gpu: Gpu, macs: int, dtype: str) -> KernelCost:
     dtype = dtype or first
     transfer, compute = moved / gpu.bandwidth_gb_s / 1e3, 2 * macs / gpu.peak(dtype)
     work = max(transfer, compute)
-    bound = "launch" if gpu.launch_us > work else "compute" if compute > transfer else "bandwidth"
+    start = gpu.measured.start_us if gpu.measured and gpu.measured.start_us is not None else 2.0
+    bound = "launch" if start > work else "compute" if compute > transfer else "bandwidth"
     return KernelCost(
         name=layer.name,
         kind=layer.kind,
-        us=work + gpu.launch_us,
+        us=work + start,
         bytes=moved,
         macs=macs,
         dtype=dtype,

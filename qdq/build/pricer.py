@@ -21,7 +21,7 @@ from engines.backends.backend import backend_named
 from engines.backends.compiler import ShapeRange
 from engines.core.errors import BuildError, UnsupportedTargetError, import_runtime
 from engines.core.files import Scratch, read_file
-from engines.cost.gpus import GPUS, Gpu, gpu_named
+from engines.cost.gpus import GPUS, Gpu, gpu_named, usual_gpu
 from qdq.build.cost import Kernel, Price
 from qdq.build.engine import compile_engine
 from qdq.build.processes import Job, Workers, price_of
@@ -141,7 +141,7 @@ class Pricer:
 
 
 def gpus_of(recipe: Recipe) -> tuple[Gpu, ...]:
-    """A GPU per target of a recipe: those it names, else the fastest known one of that generation.
+    """A GPU per target of a recipe: those it names, else the one that stands for that generation.
 
     Raises:
         EngineError: an unknown GPU.
@@ -157,13 +157,13 @@ def gpus_of(recipe: Recipe) -> tuple[Gpu, ...]:
     found: list[Gpu] = []
     for target in targets:
         mine = [gpu for gpu in named if gpu.target == target]
-        known = [gpu for gpu in GPUS.values() if gpu.target == target]
-        if not mine and not known:
+        usual = usual_gpu(target)
+        if not mine and usual is None:
             raise UnsupportedTargetError(
                 f"No GPU of target {target} is known to predict times for; there are {', '.join(GPUS)}. Give the "
                 "numbers of one as `gpu` in a recipe, or do not tune."
             )
-        found += mine or [max(known, key=lambda gpu: gpu.peak("int8"))]
+        found += mine or filter(None, [usual])
     return tuple(found)
 
 

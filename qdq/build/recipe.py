@@ -37,7 +37,8 @@ TIME_LIMIT_S = 110.0
 MOST_BYTES, MOST_CHARACTERS = 1 << 20, 1000  # of a recipe, and of one value in it
 OLDER = {"rest": "unquantized_type"}  # keys that recipes still may have, and what they are called now
 Words = str | tuple[str, ...]  # one text stands for a list of one
-GpuRow = dict[str, str | float | dict[str, float]]  # what `engines.cost.gpus.Gpu` can be made of
+Rates = dict[str, float]
+GpuRow = dict[str, str | float | dict[str, float | Rates] | None]  # what `engines.cost.gpus.Gpu` can be made of
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Decibels = Annotated[float, msgspec.Meta(ge=-300, le=300)]
 
@@ -144,7 +145,7 @@ class Recipe:
             'rewrites' (everything the rules want is quantized), or 'off'. By default placement for the scheme int8; who
             asks for another wants a smaller model, and gets rewrites.
         time_limit_s: seconds for that choice.
-        gpus: to predict times for, names in `engines.cost.GPUS` or mappings that `engines.cost.Gpu` can be made of;
+        gpus: to predict times for, names in `engines.cost.gpus.GPUS` or mappings for `Gpu.from_mapping`;
             none for the usual one of each target.
         targets: to compile for.
         backend: that compiles, a name in `engines.backends`.
