@@ -16,8 +16,8 @@ from qdq.model.model import Model
 TIE = 0.01
 """Two predictions tie if they differ by less than this share of the time of the kernels in which they differ.
 
-Kernels that both models have are predicted alike, so only the others count. Latencies of one engine vary by 1 % from run
-to run: a smaller gain is one that nobody can measure."""
+Kernels that both models have are predicted alike, so only the others count. Latencies of one engine vary by 1 % from
+run to run: a smaller gain is one that nobody can measure."""
 
 TIE_US = 1.0
 """Two predictions tie below these microseconds too: under a third of what the start of one kernel costs (3.3 us at

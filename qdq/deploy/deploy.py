@@ -175,7 +175,7 @@ def deploy(
                 )
             ),
             label_dice=label_dice,
-            tuning=done.tuned.outcome([gpu.name for gpu in pricer.gpus]) if done.tuned and pricer else None,
+            tuning=done.tuned.outcome(pricer.gpus) if done.tuned and pricer else None,
         )
         write_atomic(folder / "report.json", report.to_json())
         add_report(engine_path, folder / "report.json")

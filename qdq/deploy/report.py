@@ -64,7 +64,7 @@ class DeployReport(Document, frozen=True, kw_only=True):
         audit: what each weighted node asked for and got.
     """
 
-    FORMAT: ClassVar[str] = "qdq.report/3"
+    FORMAT: ClassVar[str] = "qdq.report/4"
     MAKE: ClassVar[str] = "qdq deploy"
     COMPUTED: ClassVar[Mapping[str, str]] = {"passed": "passed", "failures": "failures"}
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, cast
 
 from engines.core.documents import Document
+from engines.cost.gpus import Gpu
 from qdq.build.cost import Price
 from qdq.plan.plan import Plan
+from qdq.tune.decision import Decision
 from qdq.tune.variant import Variant
+
+ENDED = {
+    "": "",
+    "compiles": ", until --tune-compiles was reached",
+    "seconds": ", until --time-limit was reached: on another machine the plan may be another",
+}
 
 
 class TuningOutcome(Document, frozen=True, kw_only=True):
@@ -24,13 +32,17 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
         operands: what quantized nodes hold and read.
         quantized_nodes: how many.
         rewrites: rewrite -> nodes.
-        variants: how many were compiled.
-        complete: False if the time limit ended the search.
-        steps: what was kept, one line each.
+        variants: how many were priced.
+        ended_by: what ended the search before it was through: 'compiles', 'seconds', or '' for nothing.
+        refused: float type -> what the compiler said of the model in it, where it does not compile.
+        decision: how sure the choice between quantized and float is.
+        said: the same, and what else a person must know, one sentence each.
+        steps: what was kept and given back, one line each.
     """
 
-    FORMAT: ClassVar[str] = "qdq.tuning/2"
+    FORMAT: ClassVar[str] = "qdq.tuning/3"
     MAKE: ClassVar[str] = "qdq tune --json"
+    COMPUTED: ClassVar[Mapping[str, str]] = {"complete": "complete"}
 
     gpus: tuple[str, ...]
     predicted_us: float | None
@@ -40,8 +52,16 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
     quantized_nodes: int
     rewrites: dict[str, tuple[str, ...]]
     variants: int
-    complete: bool
+    ended_by: Literal["", "compiles", "seconds"]
+    refused: dict[str, str]
+    decision: Decision
+    said: tuple[str, ...]
     steps: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the search was through."""
+        return not self.ended_by
 
     @property
     def times(self) -> str:
@@ -53,29 +73,39 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """The outcome; `operands`, `complete` and `steps` as in `TuningOutcome`.
+    """The outcome; `operands`, `refused`, `decision` and `steps` as in `TuningOutcome`.
 
     Attributes:
         plan: of the variant, with its rewrites; every node left in float for the price's sake says so.
         unquantized: the plan of the fastest variant known with nothing quantized.
-        unquantized_us: what it is predicted to take.
+        unquantized_price: of that.
         price: of the variant.
         plain: predicted microseconds of the model in its float type, nothing quantized or rewritten.
         untuned: of everything quantized that the rules want, weight scales hoisted if that is better.
-        tried: how many variants were compiled.
+        tried: how many variants were priced.
+        ended: what ended the search, as `ended_by` of `TuningOutcome`.
+        refusal: what the compiler said of the first quantized variant that does not compile; "" if all do.
     """
 
     variant: Variant
     plan: Plan
     unquantized: Plan
-    unquantized_us: float
+    unquantized_price: Price
     operands: str
     price: Price
     plain: float
     untuned: float
     tried: int
-    complete: bool
+    ended: str
+    refused: Mapping[str, str]
+    refusal: str
+    decision: Decision
     steps: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the search was through."""
+        return not self.ended
 
     @property
     def summary(self) -> str:
@@ -83,15 +113,19 @@ class Tuned:
         count, rewrites = len(self.plan.quantized_nodes), ", ".join(sorted({r.name for r in self.plan.rewrites}))
         idle = "does not pay anywhere" if math.isfinite(self.untuned) else "wherever it is possible does not compile"
         quantized = f"{count} nodes in {self.operands}" if count else f"{self.operands} {idle}"
-        return f"{quantized}; rewrites: {rewrites or 'none'}; {self.tried} variants compiled" + (
-            "" if self.complete else ", until the time limit"
-        )
+        return f"{quantized}; rewrites: {rewrites or 'none'}; {self.tried} variants looked at{ENDED[self.ended]}"
 
-    def outcome(self, gpus: Sequence[str]) -> TuningOutcome:
+    def said(self, gpus: Sequence[Gpu]) -> list[str]:
+        """What a person must know beside the summary, one sentence each, with times predicted for these GPUs."""
+        floats = [f"the {kind.upper()} model does not compile: {_short(why)}" for kind, why in self.refused.items()]
+        others = [f"some variants do not compile, so they were not chosen: {_short(self.refusal)}"]
+        return [*self.decision.sentences(self.operands, gpus), *floats, *(others if self.refusal else [])]
+
+    def outcome(self, gpus: Sequence[Gpu]) -> TuningOutcome:
         """What a report says of it, with times predicted for these GPUs."""
         predicted, plain, untuned = (t if math.isfinite(t) else None for t in (self.price.us, self.plain, self.untuned))
         return TuningOutcome(
-            gpus=tuple(gpus),
+            gpus=tuple(gpu.name for gpu in gpus),
             predicted_us=predicted,
             unquantized_us=plain,
             untuned_us=untuned,
@@ -99,6 +133,14 @@ class Tuned:
             quantized_nodes=len(self.plan.quantized_nodes),
             rewrites={r.name: r.nodes for r in self.plan.rewrites},
             variants=self.tried,
-            complete=self.complete,
+            ended_by=cast(Literal["", "compiles", "seconds"], self.ended),
+            refused=dict(self.refused),
+            decision=self.decision,
+            said=tuple(self.said(gpus)),
             steps=self.steps,
         )
+
+
+def _short(words: str) -> str:
+    """What a compiler said, on one line."""
+    return " ".join(words.split())[:300]
