@@ -60,6 +60,12 @@ class Decision(Part, frozen=True, kw_only=True):
     error: float | None
     other: OtherAnswer | None
 
+    @property
+    def slower(self) -> bool:
+        """Whether the quantized form is predicted slower than float by more than a tie."""
+        known = self.quantized_us is not None and self.unquantized_us is not None
+        return known and self.verdict != "tie" and (self.quantized_us or 0.0) > (self.unquantized_us or 0.0)
+
     def sentences(self, operands: str, gpus: Sequence[Gpu]) -> list[str]:
         """What a person must know of it; `operands` as INT8, times predicted for the GPUs."""
         return [said for said in (self._comparison(operands), self._assumption(operands, gpus)) if said]
@@ -67,15 +73,15 @@ class Decision(Part, frozen=True, kw_only=True):
     def _comparison(self, operands: str) -> str:
         if self.quantized_us is None or self.unquantized_us is None:
             return ""
-        change = self.quantized_us / self.unquantized_us - 1
-        pair = f"{self.quantized_us:.1f} us with {operands}, {self.unquantized_us:.1f} in float"
+        pair = f"({self.quantized_us:.1f} us, {self.unquantized_us:.1f} in float)"
         if self.verdict == "tie":
             left = "quantized all the same, as was asked" if self.chosen else "left in float, which is more exact"
-            return f"no difference in predicted time ({pair}), so the model is {left}"
-        which = "" if self.chosen else "the fastest variant "
-        head = f"{which}with {operands} is predicted {abs(change):.0%} {'slower' if change > 0 else 'faster'} ({pair})"
+            return f"{operands} is predicted to gain nothing {pair}, so the model is {left}"
+        change = self.quantized_us / self.unquantized_us - 1
+        form = operands if self.chosen else f"the fastest form with {operands}"
+        head = f"{form} is predicted {abs(change):.0%} {'slower' if change > 0 else 'faster'} than float {pair}"
         if self.verdict == "error unknown":
-            return f"{head}; how far off predicted times are for such a network is not known"
+            return f"{head}; how far off predicted times of such a network are is not known"
         if self.verdict == "beyond the error":
             return f"{head}; a predicted time is expected to be off by {self.error:.0%}"
         return (
@@ -93,7 +99,7 @@ class Decision(Part, frozen=True, kw_only=True):
         head = f"FP16 products are assumed to accumulate in {assumed}; if in {ACCUMULATIONS[other]}"
         floats = f"{self.other.unquantized_us:.1f} in float"
         if not self.other.changes:
-            return f"{head}, the choice is the same: {self.other.chosen_us:.1f} us, {floats}"
+            return f"{head}, the choice is the same ({self.other.chosen_us:.1f} us, {floats})"
         nodes = self.other.quantized_nodes
         best = f"{nodes} nodes in {operands}, {self.other.best_us:.1f} us" if nodes else f"nothing in {operands}"
         return (

@@ -320,8 +320,8 @@ class _Search:
         )
         if math.isinf(self.untuned):
             why = f"the model does not compile with {operands} wherever it is possible, and no fewer nodes were faster"
-        types = {v.unquantized_type: p.refusal for v, p in asked.items() if not (v.quantized or v.rewrites)}
         usual = self.builder.unquantized_types[0]
+        floats = {v.unquantized_type or usual: p for v, p in asked.items() if not (v.quantized or v.rewrites)}
         return Tuned(
             variant=self.best,
             plan=self.builder.plan_of(self.best, why),
@@ -331,9 +331,10 @@ class _Search:
             price=price,
             plain=plain.us,
             untuned=self.untuned,
+            fp32=floats["fp32"].us if "fp32" in floats else math.inf,
             tried=len(asked),
             ended=self.ended,
-            refused={kind or usual: said for kind, said in types.items() if said},
+            refused={kind: p.refusal for kind, p in floats.items() if p.refusal},
             refusal=next((p.refusal for v, p in asked.items() if p.refusal and v.quantized), ""),
             decision=decided(asked, self.best, floating, accurate=self.accurate, placement=self.placement),
             steps=tuple(self.steps),

@@ -29,6 +29,7 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
         predicted_us: microseconds of what was chosen.
         unquantized_us: of the model with nothing quantized or rewritten.
         untuned_us: of everything quantized that the rules want.
+        fp32_us: of the model in FP32, nothing quantized or rewritten, if that was looked at.
         operands: what quantized nodes hold and read.
         quantized_nodes: how many.
         rewrites: rewrite -> nodes.
@@ -48,6 +49,7 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
     predicted_us: float | None
     unquantized_us: float | None
     untuned_us: float | None
+    fp32_us: float | None
     operands: str
     quantized_nodes: int
     rewrites: dict[str, tuple[str, ...]]
@@ -62,6 +64,17 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
     def complete(self) -> bool:
         """Whether the search was through."""
         return not self.ended_by
+
+    @property
+    def gain(self) -> str:
+        """What was chosen, beside the float forms that a person would have without it."""
+        if self.predicted_us is None:
+            return "nothing compiles"
+        others = {"FP32": self.fp32_us, "the fastest float form": self.decision.unquantized_us}
+        others = others if self.quantized_nodes else {"FP32": self.fp32_us}
+        shares = [f"{self.predicted_us / us:.2f} of {name} ({us:.1f})" for name, us in others.items() if us is not None]
+        error = self.decision.error
+        return ", ".join([f"{self.predicted_us:.1f} us", *shares]) + (f"; within {error:.0%}" if error else "")
 
     @property
     def times(self) -> str:
@@ -82,6 +95,7 @@ class Tuned:
         price: of the variant.
         plain: predicted microseconds of the model in its float type, nothing quantized or rewritten.
         untuned: of everything quantized that the rules want, weight scales hoisted if that is better.
+        fp32: of the model in FP32, nothing quantized or rewritten; infinite where that was not looked at.
         tried: how many variants were priced.
         ended: what ended the search, as `ended_by` of `TuningOutcome`.
         refusal: what the compiler said of the first quantized variant that does not compile; "" if all do.
@@ -95,6 +109,7 @@ class Tuned:
     price: Price
     plain: float
     untuned: float
+    fp32: float
     tried: int
     ended: str
     refused: Mapping[str, str]
@@ -123,12 +138,14 @@ class Tuned:
 
     def outcome(self, gpus: Sequence[Gpu]) -> TuningOutcome:
         """What a report says of it, with times predicted for these GPUs."""
-        predicted, plain, untuned = (t if math.isfinite(t) else None for t in (self.price.us, self.plain, self.untuned))
+        times = (self.price.us, self.plain, self.untuned, self.fp32)
+        predicted, plain, untuned, fp32 = (us if math.isfinite(us) else None for us in times)
         return TuningOutcome(
             gpus=tuple(gpu.name for gpu in gpus),
             predicted_us=predicted,
             unquantized_us=plain,
             untuned_us=untuned,
+            fp32_us=fp32,
             operands=self.operands,
             quantized_nodes=len(self.plan.quantized_nodes),
             rewrites={r.name: r.nodes for r in self.plan.rewrites},

@@ -106,7 +106,7 @@ def test_a_network_that_gains_nothing_stays_in_float() -> None:
     assert not tuned.plan.points and tuned.price.us == 40
     assert tuned.decision.verdict == "tie" and not tuned.decision.chosen
     (said,) = tuned.said([gpu_named("l4")])
-    assert "no difference in predicted time" in said and "left in float, which is more exact" in said
+    assert "INT8 is predicted to gain nothing" in said and "left in float, which is more exact" in said
 
 
 def test_a_head_that_gains_nothing_is_given_back() -> None:
@@ -167,16 +167,21 @@ def test_without_placement_nothing_is_given_back_and_that_is_said() -> None:
     assert len(tuned.plan.quantized_nodes) == 4 and tuned.decision.verdict == "tie"
     assert "quantized all the same, as was asked" in tuned.said([gpu_named("l4")])[0]
     slower = found(lambda name, quantized, _: 15.0 if quantized else 10.0, placement=False, error=0.1)
-    assert "with INT8 is predicted 50% slower" in slower.said([gpu_named("l4")])[0]
+    assert "INT8 is predicted 50% slower than float" in slower.said([gpu_named("l4")])[0]
 
 
 @pytest.mark.parametrize(
     ("int8", "error", "verdict", "words"),
     [
-        (8.0, 0.3, "within the error", "20% faster (32.0 us with INT8, 40.0 in float), less than the 30%"),
-        (7.0, 0.2, "beyond the error", "30% faster (28.0 us with INT8, 40.0 in float); a predicted time is expected"),
+        (
+            8.0,
+            0.3,
+            "within the error",
+            "INT8 is predicted 20% faster than float (32.0 us, 40.0 in float), less than the 30%",
+        ),
+        (7.0, 0.2, "beyond the error", "30% faster than float (28.0 us, 40.0 in float); a predicted time is expected"),
         (7.0, None, "error unknown", "is not known"),
-        (12.0, 0.3, "within the error", "the fastest variant with INT8 is predicted"),
+        (12.0, 0.3, "within the error", "the fastest form with INT8 is predicted 20% slower than float"),
     ],
 )
 def test_a_decision_says_how_sure_it_is(int8: float, error: float | None, verdict: str, words: str) -> None:
@@ -203,7 +208,7 @@ def test_both_answers_where_the_accumulation_decides() -> None:
         lambda name, quantized, _: 5.0 if quantized else 10.0, other=lambda name, quantized, _: 5.0 if quantized else 20
     )
     assert same.decision.other is not None and not same.decision.other.changes
-    assert "if in FP32, the choice is the same: 20.0 us, 80.0 in float" in same.said(geforce)[1]
+    assert "if in FP32, the choice is the same (20.0 us, 80.0 in float)" in same.said(geforce)[1]
     back = found(
         lambda name, quantized, _: 5.0 if quantized else 10.0, other=lambda name, quantized, _: 5.0 if quantized else 3
     )
