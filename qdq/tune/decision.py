@@ -81,7 +81,7 @@ class Decision(Part, frozen=True, kw_only=True):
         form = operands if self.chosen else f"the fastest form with {operands}"
         head = f"{form} is predicted {abs(change):.0%} {'slower' if change > 0 else 'faster'} than float {pair}"
         if self.verdict == "error unknown":
-            return f"{head}; how far off predicted times of such a network are is not known"
+            return f"{head}; how far off such predictions are is not known"
         if self.verdict == "beyond the error":
             return f"{head}; a predicted time is expected to be off by {self.error:.0%}"
         return (
