@@ -26,7 +26,7 @@ def family_of(works: Sequence[Work]) -> str:
     mixing = [w for w in works if w.form == ATTENTION or (w.form == PRODUCT and w.batch > 1)]  # of two activations
     if len(mixing) > 1 and 2 * slid < whole:
         return TRANSFORMERS
-    if not convolutions or 2 * slid < whole:
+    if not convolutions or 4 * slid < whole:  # the others may be convolutions of one position
         return OTHER
     if any(w.spatial >= 3 for w in convolutions):
         return VOLUMES

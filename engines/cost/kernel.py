@@ -83,10 +83,11 @@ class Constants:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """The work of one kernel and the type in which it multiplies."""
+    """The work of one kernel, the type in which it multiplies, and how many such there are in the engine."""
 
     work: Work
     dtype: str
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +107,7 @@ class Batch:
     Attributes:
         engine: which engine a kernel is of.
         engines: how many there are.
+        count: how many such kernels the engine has.
         activations: bytes that it reads and writes, without weights.
         weights: bytes of constants.
         engine_weights: bytes of constants of the whole engine.
@@ -119,6 +121,7 @@ class Batch:
 
     engine: Array
     engines: int
+    count: Array
     activations: Array
     weights: Array
     engine_weights: Array
@@ -137,6 +140,7 @@ class Batch:
         index = np.repeat(np.arange(len(engines)), [len(kernels) for kernels, _ in engines])
         m, n, k, batch = (np.array([getattr(w, axis) for w in works], float) for axis in ("m", "n", "k", "batch"))
         weights = np.array([w.weights for w in works], float)
+        count = np.array([k.count for k, _ in pairs], float)
         rows = [_values(gpu) for _, gpu in engines]
         gpu = {name: np.array([row[name] for row in rows], float)[index] for name in (rows[0] if rows else ())}
         peak = np.array([g.peak(t) for t, (_, g) in zip(types, pairs, strict=True)], float)
@@ -152,9 +156,10 @@ class Batch:
         return cls(
             engine=index,
             engines=len(engines),
+            count=count,
             activations=np.array([w.read + w.written for w in works], float),
             weights=weights,
-            engine_weights=np.bincount(index, weights, len(engines))[index],
+            engine_weights=np.bincount(index, weights * count, len(engines))[index],
             macs=m * n * k,
             waves=waves,
             tiles=tiles,
@@ -165,7 +170,7 @@ class Batch:
 
     def sums(self, values: Array) -> Array:
         """The sum of a value over the kernels of each engine."""
-        return np.bincount(self.engine, values, self.engines)
+        return np.bincount(self.engine, values * self.count, self.engines)
 
     def times(self, constants: Constants) -> Times:
         """The time of every kernel, at the clock that its engine leaves the GPU."""

@@ -156,7 +156,7 @@ def _attention(layer: Layer, plain: Work, macs: int | None) -> Work:
 
 
 def _counted(layer: Layer, plain: Work, macs: int) -> Work:
-    """A product that only the audit tells: its channels are the last axis of its output, or axis 1 of a convolution's."""
+    """A product that only the audit tells: channels are the last axis of its output, or axis 1 of a convolution's."""
     out = layer.outputs[0]
     axis = 1 if _CONVOLUTION.search(layer.kind) and len(out.shape) > 2 else -1
     n = max(out.shape[axis], 1) if out.shape else 1
