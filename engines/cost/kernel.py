@@ -4,7 +4,9 @@
     start  = start_us * s, s = sqrt(1410 MHz / boost), of a product + product_start_us * s, * split where K is split
     t_mem  = max(dram / (bandwidth * GB/s), bytes / (l2_bytes * SMs * clock)) / efficiency of the form
     dram   = activations that do not fit the L2 (none below `kept` of it, all above it) + weights that do not stay there
-    t_mul  = least over tiles and splits of K of (ceil(tiles * split / SMs) + fill) * tile / (rate / SMs);
+    t_mul  = least over tiles and splits of K of (ceil(tiles * split / SMs) + fill) * tile / (efficiency * rate / SMs);
+             in convolutions the efficiency of a tile to the power of `small_tiles`;
+             fused attention computes a head on one SM, at `attention` of the rate;
              grouped convolutions with a sum below 160 run on the FP32 cores
     rate   = dense peak * rate * clock / boost, by type; on sm75 everything takes `turing` times as long
     clock  = boost * (1 - clock * (1 - base / boost) * min(1, saturation * u)), u = tensor-core duty of the engine
@@ -26,16 +28,18 @@ import numpy.typing as npt
 
 from engines.cost.datasheets import HALVED
 from engines.cost.gpus import Gpu, Measured
-from engines.cost.work import DEPTHWISE, GROUPED, POINTWISE, Work
+from engines.cost.work import ATTENTION, DEPTHWISE, GROUPED, POINTWISE, Work
 
 Array = npt.NDArray[Any]
 
 # Rows and columns of a tile of the output that one SM computes, and the share of its rate it reaches.
 TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 64, 0.6), (64, 32, 0.4), (32, 32, 0.22))
 SPLITS = (1, 2, 4, 8)  # of K; the parts are at least 64 long, and there are not yet enough tiles for the SMs
+ROWS = 384  # of one head that an SM computes in fused attention; longer sequences are cut
 SHORT = 160  # a grouped convolution with a shorter sum runs on the FP32 cores
 POWER = 3.0  # how far memory and products overlap
 _REFERENCE_MHZ = 1410.0
+_EFFICIENCY = np.tile([efficiency for _, _, efficiency in TILES], len(SPLITS))[:, None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +56,9 @@ class Constants:
         grouped: share of either bandwidth in grouped convolutions.
         pointwise: share of either bandwidth in kernels without a product.
         rate: share of the dense peak.
+        attention: rate of fused attention, relative: exponents stand between its products.
         fp32_rate: share of the FP32 cores' peak in short grouped convolutions.
+        small_tiles: power of the efficiency of tiles in convolutions, whose windows they cut.
         fill: tile times that a product takes beyond its waves.
         clock: share of the way from boost to base clock that a fully busy engine falls.
         saturation: factor of the duty at which it has fallen.
@@ -71,7 +77,9 @@ class Constants:
     grouped: float
     pointwise: float
     rate: float
+    attention: float
     fp32_rate: float
+    small_tiles: float
     fill: float
     clock: float
     saturation: float
@@ -142,15 +150,25 @@ class Batch:
         weights = np.array([w.weights for w in works], float)
         count = np.array([k.count for k, _ in pairs], float)
         rows = [_values(gpu) for _, gpu in engines]
-        gpu = {name: np.array([row[name] for row in rows], float)[index] for name in (rows[0] if rows else ())}
+        gpu = {name: np.array([row[name] for row in rows], float)[index] for name in rows[0]}
         peak = np.array([g.peak(t) for t, (_, g) in zip(types, pairs, strict=True)], float)
         rates = ("tera_ops", "boost_tera_ops")
         gpu |= {what: np.array([_rate(g, what, t) for t, (_, g) in zip(types, pairs, strict=True)]) for what in rates}
-        waves, tiles = _tiling(m, n, k, batch, gpu["sms"], peak) if pairs else (np.empty((1, 0)), np.empty((1, 0)))
+        attention = np.array([w.form == ATTENTION for w in works], bool)
+        waves, tiles = _tiling(m, n, k, batch, gpu["sms"], peak)
+        heads = _heads(m, n, k, batch, gpu["sms"], peak)
+        waves, tiles = (np.where(attention, own, usual) for own, usual in zip(heads, (waves, tiles), strict=True))
         grouped = np.array([w.form in (GROUPED, DEPTHWISE) for w in works], bool)
         int8 = np.array([t in ("int8", "uint8") for t in types], bool)
         half = [_halved(g, t) for t, (_, g) in zip(types, pairs, strict=True)]
-        flags = {"grouped": grouped, "short": grouped & (k < SHORT), "int8": int8, "halved": np.array(half, bool)}
+        flags = {
+            "grouped": grouped,
+            "short": grouped & (k < SHORT),
+            "int8": int8,
+            "halved": np.array(half, bool),
+            "attention": attention,
+        }
+        flags |= {"convolution": np.array([w.spatial > 0 for w in works], bool)}
         flags |= {"product": k > 0, "pointwise": np.array([w.form == POINTWISE for w in works], bool)}
         flags |= {"turing": np.array([g.target == "sm75" for _, g in pairs], bool)}
         return cls(
@@ -211,10 +229,12 @@ class Batch:
         """Of products; with their start."""
         flags, gpu = self.flags, self.gpu
         share = c.rate * np.where(flags["int8"], c.int8, 1.0) * np.where(flags["halved"], c.halved, 1.0) / old
+        share = share * np.where(flags["attention"], c.attention, 1.0)
         boost = _known(gpu["boost_tera_ops"] * 1e6, np.fmax(share * self.peak, gpu["tera_ops"] * 1e6))
         sustained = _known(gpu["tera_ops"] * 1e6, boost * clock)
         rate = np.where(np.isnan(gpu["tera_ops"]), sustained, boost + (np.fmin(sustained, boost) - boost) * load)
-        tiles = (self.waves + c.fill) * self.tiles * self.peak / rate
+        smaller = np.where(flags["convolution"], _EFFICIENCY ** (1 - c.small_tiles), 1.0)
+        tiles = (self.waves + c.fill) * self.tiles * smaller * self.peak / rate
         one = len(TILES)
         whole, parts = tiles[:one].min(axis=0) + begin, tiles[one:].min(axis=0, initial=math.inf) + begin * c.split
         short = 2 * self.macs * old / (gpu["fp32_ops"] * c.fp32_rate * clock)
@@ -271,3 +291,12 @@ def _tiling(m: Array, n: Array, k: Array, batch: Array, sms: Array, peak: Array)
             waves.append(np.where(none, math.inf, np.ceil(count * split / sms)))
             tiles.append(np.maximum(2 * rows * columns * k / split * sms / (peak * efficiency), 1e-30))
     return np.array(waves), np.array(tiles)
+
+
+def _heads(m: Array, n: Array, k: Array, batch: Array, sms: Array, peak: Array) -> tuple[Array, Array]:
+    """The same of fused attention: one tile size, K is not split."""
+    rows = np.minimum(m / batch, ROWS)
+    count = batch * np.ceil(m / batch / ROWS)
+    none = np.full((len(TILES) * len(SPLITS) - 1, len(m)), math.inf)
+    tile = np.maximum(2 * rows * n * k * sms / peak, 1e-30)
+    return np.vstack([np.ceil(count / sms), none]), np.broadcast_to(tile, (len(none) + 1, len(m)))

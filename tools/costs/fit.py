@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from costs.models import Model
 from costs.published import Row
 
@@ -25,7 +26,7 @@ DRAWS = 200
 
 @dataclass(frozen=True)
 class Score:
-    """Of predicted times: the median of |predicted / measured - 1| and the rank correlation; of INT8 / FP16 ratios too."""
+    """Of predicted times, and of INT8 / FP16 ratios: the median of |predicted / measured - 1|, rank correlation, sign."""
 
     rows: int
     error: float

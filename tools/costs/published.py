@@ -142,8 +142,10 @@ def _row(values: dict[str, str], known: dict[tuple[str, str], list[Table]]) -> R
         precision=precision,
         quality=values["quality"],
         measured_us=float(values["measured_ms"]) * 1e3,
-        pair=tuple(values[k] for k in ("source_url", "gpu", "model", "shape", "batch"))
-        + (values["tool_version"].split(",")[0],),
+        pair=(
+            *(values[k] for k in ("source_url", "gpu", "model", "shape", "batch")),
+            values["tool_version"].split(",")[0],
+        ),
         table=table,
         scale=size / table.size,
         own=own,
@@ -152,7 +154,7 @@ def _row(values: dict[str, str], known: dict[tuple[str, str], list[Table]]) -> R
 
 
 def _nearest(tables: Sequence[Table], target: str, size: int) -> Table | None:
-    """The table whose kernels are most like: of sm75 where the row is, then of that size, of that target, near in size."""
+    """The table whose kernels are most like: of sm75 where the row is, then of that size, target, or near in size."""
 
     def far(table: Table) -> tuple[bool, bool, bool, float]:
         return (
