@@ -55,7 +55,8 @@ class Constants:
         kept: share of the L2 below which activations do not reach memory.
         grouped: share of either bandwidth in grouped convolutions.
         pointwise: share of either bandwidth in kernels without a product.
-        rate: share of the dense peak.
+        rate: share of the dense peak; with `int8` or `halved` above 1: until they are loaded, GPUs run above the boost
+            clock of their datasheet.
         attention: rate of fused attention, relative: exponents stand between its products.
         fp32_rate: share of the FP32 cores' peak in short grouped convolutions.
         small_tiles: power of the efficiency of tiles in convolutions, whose windows they cut.
@@ -228,8 +229,8 @@ class Batch:
     def _compute(self, c: Constants, clock: Array, load: Array, old: Array, begin: Array) -> Array:
         """Of products; with their start."""
         flags, gpu = self.flags, self.gpu
-        share = c.rate * np.where(flags["int8"], c.int8, 1.0) * np.where(flags["halved"], c.halved, 1.0) / old
-        share = share * np.where(flags["attention"], c.attention, 1.0)
+        share = c.rate * np.where(flags["int8"], c.int8, 1.0) * np.where(flags["halved"], c.halved, 1.0)
+        share = share * np.where(flags["attention"], c.attention, 1.0) / old
         boost = _known(gpu["boost_tera_ops"] * 1e6, np.fmax(share * self.peak, gpu["tera_ops"] * 1e6))
         sustained = _known(gpu["tera_ops"] * 1e6, boost * clock)
         rate = np.where(np.isnan(gpu["tera_ops"]), sustained, boost + (np.fmin(sustained, boost) - boost) * load)

@@ -26,7 +26,7 @@ DRAWS = 200
 
 @dataclass(frozen=True)
 class Score:
-    """Of predicted times, and of INT8 / FP16 ratios: the median of |predicted / measured - 1|, rank correlation, sign."""
+    """Of predicted times, and of INT8 / FP16 ratios: median of |predicted / measured - 1|, rank correlation, sign."""
 
     rows: int
     error: float
@@ -134,6 +134,8 @@ def corrected(rows: Sequence[Row], predicted: Array, points: int = 4) -> float:
             factor = np.exp(np.mean(np.log(measured[known] / predicted[known])))
             others = np.setdiff1d(mine, known)
             errors.append((others, np.abs(predicted[others] * factor / measured[others] - 1)))
+    if not errors:
+        return float("nan")
     spread = np.concatenate([values for _, values in errors])
     weight = np.concatenate([np.full(len(index), 1 / DRAWS) for index, _ in errors])
     order = np.argsort(spread)
