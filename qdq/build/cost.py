@@ -41,7 +41,8 @@ class Price:
 
     Attributes:
         us: predicted microseconds.
-        error: expected |predicted - measured| / measured; None where it is not known.
+        error: relative error of the time that two of three predictions keep to; None where it is not known.
+        ratio_error: the same of the ratio of two forms of one network on one GPU, in which most of it falls out.
         refusal: what the compiler said of a model that does not compile.
         other: the price if FP16 products accumulate in the other type than is assumed; None where there is no other.
     """
@@ -49,6 +50,7 @@ class Price:
     us: float
     kernels: tuple[Kernel, ...] = ()
     error: float | None = None
+    ratio_error: float | None = None
     refusal: str = ""
     other: Price | None = None
 

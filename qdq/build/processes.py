@@ -11,7 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from engines.backends.compiler import ShapeRange
 from engines.backends.layers import SYNCHRONIZATION, LayerTable
 from engines.core.errors import BuildError, EngineError, MissingRuntimeError, import_runtime
 from engines.cost.gpus import Gpu
-from engines.cost.predict import predict
+from engines.cost.predict import Cost, predict
 from qdq.build.cost import Kernel, Price
 from qdq.build.engine import compile_engine
 from qdq.build.recipe import Recipe
@@ -65,18 +65,27 @@ def price_of(job: Job) -> Price:
 
 
 def _priced(job: Job, gpus: Sequence[Gpu], tables: Mapping[str, LayerTable]) -> Price:
-    """The mean over GPUs; its error is the largest of theirs, and not known if one is not."""
+    """The mean over GPUs; its errors are the largest of theirs, and not known if one is not."""
     kernels: list[Kernel] = []
-    errors: list[float | None] = []
+    costs: list[Cost] = []
     for gpu in gpus:
         cost = predict(job.path, tables[gpu.target], gpu, shapes=job.shapes)
-        errors.append(getattr(cost, "error", None))
+        costs.append(cost)
         for kernel, text in zip(cost.kernels, signatures(tables[gpu.target]), strict=True):
             us = kernel.us / len(gpus)
             kernels.append(Kernel(us=us, macs=kernel.macs, bytes=kernel.bytes, nodes=kernel.onnx_nodes, signature=text))
-    known = [error for error in errors if error is not None]
-    error = max(known) if known and len(known) == len(errors) else None
-    return Price(us=math.fsum(k.us for k in kernels), kernels=tuple(kernels), error=error)
+    return Price(
+        us=math.fsum(k.us for k in kernels),
+        kernels=tuple(kernels),
+        error=_largest(cost.error for cost in costs),
+        ratio_error=_largest(cost.ratio_error for cost in costs),
+    )
+
+
+def _largest(errors: Iterable[float | None]) -> float | None:
+    every = list(errors)
+    known = [error for error in every if error is not None]
+    return max(known) if known and len(known) == len(every) else None
 
 
 def signatures(table: LayerTable) -> tuple[str, ...]:

@@ -2,8 +2,9 @@
 
 prices asked for, the variant chosen, the fastest in float -> `Decision` -> sentences. It must not choose.
 
-What is compared is two forms of one network on one GPU. The error of a prediction is that of one time against its
-measurement; the errors of two forms are alike for the most part, so a difference below it is doubtful, not void.
+What is compared is two forms of one network on one GPU. Most of the error of a predicted time is in both of them alike and
+falls out of their ratio, so the difference is held against the expected error of such ratios, which is smaller. Where
+that is not known, the error of one time stands for it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Decision(Part, frozen=True, kw_only=True):
         quantized_us: microseconds of what was chosen if it is quantized, else of the fastest quantized variant that was
             looked at; None if there is none.
         unquantized_us: of the fastest variant with nothing quantized; None if none compiles.
-        error: expected |predicted - measured| / measured of one time; None where it is not known.
+        error: relative error that two of three predicted ratios of two forms of one network keep to; None where it is
+            not known.
+        time_error: the same of one predicted time.
         other: the answer under the other assumption on FP16 products; None where there is no other.
     """
 
@@ -58,6 +61,7 @@ class Decision(Part, frozen=True, kw_only=True):
     quantized_us: float | None
     unquantized_us: float | None
     error: float | None
+    time_error: float | None
     other: OtherAnswer | None
 
     @property
@@ -68,7 +72,8 @@ class Decision(Part, frozen=True, kw_only=True):
 
     def sentences(self, operands: str, gpus: Sequence[Gpu]) -> list[str]:
         """What a person must know of it; `operands` as INT8, times predicted for the GPUs."""
-        return [said for said in (self._comparison(operands), self._assumption(operands, gpus)) if said]
+        notes = [said for gpu in gpus for said in gpu.notes if not said.startswith("FP16")]  # that is said below
+        return [said for said in (self._comparison(operands), *notes, self._assumption(operands, gpus)) if said]
 
     def _comparison(self, operands: str) -> str:
         if self.quantized_us is None or self.unquantized_us is None:
@@ -83,10 +88,10 @@ class Decision(Part, frozen=True, kw_only=True):
         if self.verdict == "error unknown":
             return f"{head}; how far off such predictions are is not known"
         if self.verdict == "beyond the error":
-            return f"{head}; a predicted time is expected to be off by {self.error:.0%}"
+            return f"{head}; two of three such ratios are predicted within {self.error:.0%}"
         return (
-            f"{head}, less than the {self.error:.0%} that a predicted time is expected to be off: the errors of two "
-            "forms of one network are alike, but only a measurement can tell"
+            f"{head}, which is within the error: two of three such ratios are predicted within {self.error:.0%}, so only "
+            "a measurement can tell"
         )
 
     def _assumption(self, operands: str, gpus: Sequence[Gpu]) -> str:
@@ -125,16 +130,18 @@ def decided(
         placement: whether float was a choice.
     """
     price, plain = asked[best], asked[floating]
+    error = price.error if price.ratio_error is None else price.ratio_error
     other = _other_answer(asked, best, accurate, placement=placement) if price.other else None
     fastest = [v for v, p in sorted(asked.items(), key=lambda item: item[1].us) if v.quantized and math.isfinite(p.us)]
     found = best if best.quantized else next(filter(accurate, fastest[:MOST_TRIED]), None)
     quantized = None if found is None else asked[found]
     return Decision(
-        verdict=_verdict(quantized, plain, price.error),
+        verdict=_verdict(quantized, plain, error),
         chosen=bool(best.quantized),
         quantized_us=None if quantized is None else _finite(quantized.us),
         unquantized_us=_finite(plain.us),
-        error=price.error,
+        error=error,
+        time_error=price.error,
         other=other,
     )
 

@@ -73,8 +73,10 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
         others = {"FP32": self.fp32_us, "the fastest float form": self.decision.unquantized_us}
         others = others if self.quantized_nodes else {"FP32": self.fp32_us}
         shares = [f"{self.predicted_us / us:.2f} of {name} ({us:.1f})" for name, us in others.items() if us is not None]
-        error = self.decision.error
-        return ", ".join([f"{self.predicted_us:.1f} us", *shares]) + (f"; within {error:.0%}" if error else "")
+        error = self.decision.time_error
+        return ", ".join([f"{self.predicted_us:.1f} us", *shares]) + (
+            f"; within {error:.0%}" if error else "; error unknown"
+        )
 
     @property
     def times(self) -> str:

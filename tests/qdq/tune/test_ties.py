@@ -35,7 +35,7 @@ class Judge:
     def price(self, model: Model) -> Price:
         other = self._price(model, self.other) if self.other else None
         price = self._price(model, self.us)
-        return Price(us=price.us, kernels=price.kernels, error=self.error, other=other)
+        return Price(us=price.us, kernels=price.kernels, error=0.5, ratio_error=self.error, other=other)
 
     def _price(self, model: Model, us: Microseconds) -> Price:
         kernels, half = [], any(t.data_type == TensorProto.FLOAT16 for t in model.graph.initializer)
@@ -177,16 +177,17 @@ def test_without_placement_nothing_is_given_back_and_that_is_said() -> None:
             8.0,
             0.3,
             "within the error",
-            "INT8 is predicted 20% faster than float (32.0 us, 40.0 in float), less than the 30%",
+            "INT8 is predicted 20% faster than float (32.0 us, 40.0 in float), which is within the error",
         ),
-        (7.0, 0.2, "beyond the error", "30% faster than float (28.0 us, 40.0 in float); a predicted time is expected"),
-        (7.0, None, "error unknown", "is not known"),
+        (7.0, 0.2, "beyond the error", "30% faster than float (28.0 us, 40.0 in float); two of three such ratios"),
+        (7.0, None, "within the error", "two of three such ratios are predicted within 50%"),
         (12.0, 0.3, "within the error", "the fastest form with INT8 is predicted 20% slower than float"),
     ],
 )
 def test_a_decision_says_how_sure_it_is(int8: float, error: float | None, verdict: str, words: str) -> None:
     tuned = found(lambda name, quantized, _: int8 if quantized else 10.0, error=error)
-    assert tuned.decision.verdict == verdict and tuned.decision.error == error
+    assert tuned.decision.verdict == verdict and tuned.decision.error == (error or 0.5)
+    assert tuned.decision.time_error == 0.5
     assert words in tuned.said([gpu_named("l4")])[0]
     outcome = tuned.outcome([gpu_named("l4")])
     assert TuningOutcome.from_json(outcome.to_json()) == outcome
