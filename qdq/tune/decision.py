@@ -2,9 +2,9 @@
 
 prices asked for, the variant chosen, the fastest in float -> `Decision` -> sentences. It must not choose.
 
-What is compared is two forms of one network on one GPU. Most of the error of a predicted time is in both of them alike and
-falls out of their ratio, so the difference is held against the expected error of such ratios, which is smaller. Where
-that is not known, the error of one time stands for it.
+What is compared is two forms of one network on one GPU. Most of the error of a predicted time is in both of them alike
+and falls out of their ratio, so the difference is held against the expected error of such ratios, which is smaller.
+Where that is not known, the error of one time stands for it.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Decision(Part, frozen=True, kw_only=True):
         if self.verdict == "beyond the error":
             return f"{head}; two of three such ratios are predicted within {self.error:.0%}"
         return (
-            f"{head}, which is within the error: two of three such ratios are predicted within {self.error:.0%}, so only "
-            "a measurement can tell"
+            f"{head}, which is within the error: two of three such ratios are predicted within {self.error:.0%}, so "
+            "only a measurement can tell"
         )
 
     def _assumption(self, operands: str, gpus: Sequence[Gpu]) -> str:

@@ -14,8 +14,10 @@ from engines.cost.gpus import gpu_named
 from qdq.build.cost import TIE, TIE_US, Kernel, Price
 from qdq.model.model import Model
 from qdq.plan.settings import Settings
+from qdq.tune.decision import decided
 from qdq.tune.search import tune
 from qdq.tune.tuned import Tuned, TuningOutcome
+from qdq.tune.variant import Variant
 from qdq.tune.variant_builder import VariantBuilder
 
 Microseconds = Callable[[str, bool, bool], float]  # of a node: its name, quantized, in a model with FP16 weights
@@ -181,7 +183,12 @@ def test_without_placement_nothing_is_given_back_and_that_is_said() -> None:
         ),
         (7.0, 0.2, "beyond the error", "30% faster than float (28.0 us, 40.0 in float); two of three such ratios"),
         (7.0, None, "within the error", "two of three such ratios are predicted within 50%"),
-        (12.0, 0.3, "within the error", "the fastest form with INT8 is predicted 20% slower than float"),
+        (
+            12.0,
+            0.3,
+            "within the error",
+            "the fastest form with INT8 is predicted 5% slower than float (42.0 us, 40.0 in float)",
+        ),
     ],
 )
 def test_a_decision_says_how_sure_it_is(int8: float, error: float | None, verdict: str, words: str) -> None:
@@ -192,6 +199,18 @@ def test_a_decision_says_how_sure_it_is(int8: float, error: float | None, verdic
     outcome = tuned.outcome([gpu_named("l4")])
     assert TuningOutcome.from_json(outcome.to_json()) == outcome
     assert outcome.decision == tuned.decision and outcome.said == tuple(tuned.said([gpu_named("l4")]))
+
+
+def test_an_error_that_is_not_known_is_said() -> None:
+    prices = {Variant(): Price(us=100), Variant(quantized=frozenset("a")): Price(us=70)}
+    done = decided(prices, Variant(quantized=frozenset("a")), Variant(), accurate=lambda _: True, placement=True)
+    assert done.verdict == "error unknown" and done.error is done.time_error is None
+    assert "30% faster than float (70.0 us, 100.0 in float); how far off" in done.sentences("INT8", [])[0]
+
+
+def test_a_float_target_is_called_so() -> None:
+    tuned = found(lambda name, quantized, _: 10.0)
+    assert any("sm75 is a float target" in said for said in tuned.said([gpu_named("t4")]))
 
 
 def test_both_answers_where_the_accumulation_decides() -> None:
