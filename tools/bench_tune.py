@@ -1,8 +1,8 @@
 """What tuning is worth: predicted time of each model in FP32, FP16, untuned INT8, by Model Optimizer, and tuned.
 
-Every variant of a row is compiled in this process by TensorRT-RTX for the same target and priced by the same roofline
-(`engines.cost`); nothing is run on a GPU. The zoo (models and samples) and the MONAI networks (`export_monai.py`, with
-crops of a NIfTI volume as samples) lie outside the project. Model Optimizer runs in its own environment.
+Every variant of a row is compiled in this process by TensorRT-RTX for the same target and priced by the same model of
+cost (`engines.cost`); nothing is run on a GPU. The zoo (models and samples) and the MONAI networks (`export_monai.py`,
+with crops of a NIfTI volume as samples) lie outside the project. Model Optimizer runs in its own environment.
 
     python tools/bench_tune.py --zoo ../shared/tools [--modelopt PYTHON] [--target sm86] [--json OUT] [CASE ...]
     python tools/bench_tune.py --monai FOLDER --volume T1.nii.gz --min-sqnr-db 30 [...]
@@ -28,8 +28,9 @@ from results import record
 from engines.backends.compiler import ShapeRange
 from qdq.assemble import quantize
 from qdq.assemble.finish import finish
+from qdq.build.cost import TIE, TIE_US
 from qdq.build.pricer import Pricer, gpus_of
-from qdq.build.recipe import Recipe
+from qdq.build.recipe import TIME_LIMIT_S, TUNE_COMPILES, Recipe
 from qdq.deploy import check
 from qdq.measure.inference import inputs
 from qdq.model.storage import load, save
@@ -69,14 +70,15 @@ class Row:
     of_nodes: int
     seconds: float
     variants: int
-    complete: bool
+    ended: str
+    decision: str
     rewrites: tuple[str, ...]
     difference: str
 
     def __str__(self) -> str:
         """One line of a Markdown table."""
         best = min(x for x in (self.fp32, self.fp16, self.untuned, self.peer) if x is not None)
-        mark = "" if self.tuned <= best * 1.000001 else " (above)"
+        mark = "" if self.tuned <= best * (1 + TIE) + TIE_US else " (above)"
         cells = [self.model, self.target, *(f"{x:.1f}" for x in (self.fp32, self.fp16, self.untuned))]
         cells += ["-" if self.peer is None else f"{self.peer:.1f}", f"{self.tuned:.1f}{mark}"]
         cells += [
@@ -84,7 +86,7 @@ class Row:
             "-" if self.sqnr_db is None else f"{self.sqnr_db:.1f} dB",
             f"{self.int8_nodes}/{self.of_nodes}",
         ]
-        return "| " + " | ".join([*cells, f"{self.seconds:.0f}" + ("" if self.complete else "+")]) + " |"
+        return "| " + " | ".join([*cells, f"{self.seconds:.0f}" + ("+" if self.ended else "")]) + " |"
 
 
 def zoo_cases(folder: Path) -> Iterator[Case]:
@@ -165,7 +167,8 @@ def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path, *, measure:
         of_nodes=len(plain.quantizable(Variant())),
         seconds=seconds,
         variants=found.tried,
-        complete=found.complete,
+        ended=found.ended,
+        decision=found.decision.verdict,
         rewrites=tuple(r.name for r in found.plan.rewrites),
         difference=difference(found, built),
     )
@@ -180,7 +183,8 @@ def main() -> None:
     parser.add_argument("--modelopt", help="python of an environment with nvidia-modelopt")
     parser.add_argument("--target", action="append")
     parser.add_argument("--min-sqnr-db", type=float)
-    parser.add_argument("--time-limit", type=float, default=300.0)
+    parser.add_argument("--tune-compiles", type=int, default=TUNE_COMPILES)
+    parser.add_argument("--time-limit", type=float, default=TIME_LIMIT_S)
     parser.add_argument("--times-only", action="store_true", help="do not calibrate and measure the tuned model")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("cases", nargs="*")
@@ -201,7 +205,13 @@ def main() -> None:
                 continue
             peer = modelopt(options.modelopt, case, folder) if options.modelopt else None
             for target in options.target or ["sm86", "sm89", "sm120"]:
-                recipe = Recipe(settings=settings, targets=(target,), time_limit_s=options.time_limit, limits=limits)
+                recipe = Recipe(
+                    settings=settings,
+                    targets=(target,),
+                    tune_compiles=options.tune_compiles,
+                    time_limit_s=options.time_limit,
+                    limits=limits,
+                )
                 rows.append(row(case, recipe, peer, folder, measure=not options.times_only))
                 print(rows[-1], flush=True)
                 if options.json:

@@ -1,15 +1,27 @@
-"""What a compiled model is predicted to cost, kernel by kernel, and who says so.
+"""What a compiled model is predicted to cost, kernel by kernel, who says so, and what difference of two is none.
 
-Models -> `CostModel` -> Price each. It must not know a compiler.
+Models -> `CostModel` -> Price each; two prices -> whether they tie. It must not know a compiler.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from qdq.model.model import Model
+
+TIE = 0.01
+"""Two predictions tie if they differ by less than this share of the time of the kernels in which they differ.
+
+Kernels that both models have are predicted alike, so only the others count. Latencies of one engine vary by 1 % from
+run to run: a smaller gain is one that nobody can measure."""
+
+TIE_US = 1.0
+"""Two predictions tie below these microseconds too: under a third of what the start of one kernel costs (3.3 us at
+1.41 GHz), so between models of as many kernels it is the rounding of the prediction."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,10 +37,35 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Price:
-    """What the compiled model is predicted to cost; infinite, without kernels, if it does not compile."""
+    """What the compiled model is predicted to cost; infinite, without kernels, if it does not compile.
+
+    Attributes:
+        us: predicted microseconds.
+        error: relative error of the time that two of three predictions keep to; None where it is not known.
+        ratio_error: the same of the ratio of two forms of one network on one GPU, in which most of it falls out.
+        refusal: what the compiler said of a model that does not compile.
+        other: the price if FP16 products accumulate in the other type than is assumed; None where there is no other.
+    """
 
     us: float
     kernels: tuple[Kernel, ...] = ()
+    error: float | None = None
+    ratio_error: float | None = None
+    refusal: str = ""
+    other: Price | None = None
+
+    def gains_on(self, before: Price) -> bool:
+        """Whether it is predicted faster by more than a tie."""
+        return self.us < before.us and before.us - self.us > self.tie(before)
+
+    def ties(self, other: Price) -> bool:
+        """Whether neither is predicted faster; what does not compile ties with nothing."""
+        return math.isfinite(self.us + other.us) and abs(self.us - other.us) <= self.tie(other)
+
+    def tie(self, other: Price) -> float:
+        """Microseconds up to which a difference of the two is none, by `TIE` and `TIE_US`."""
+        alone = (_exclusive(self.kernels, other.kernels), _exclusive(other.kernels, self.kernels))
+        return max(TIE * max(alone), TIE_US)
 
 
 class CostModel(Protocol):
@@ -40,3 +77,14 @@ class CostModel(Protocol):
 
     def many(self, models: Sequence[Model]) -> list[Price]:
         """The price of each."""
+
+
+def _exclusive(kernels: Sequence[Kernel], others: Sequence[Kernel]) -> float:
+    """Microseconds of the kernels that are not among others."""
+    left, alone = Counter(k.signature for k in others), []
+    for kernel in kernels:
+        if left[kernel.signature]:
+            left[kernel.signature] -= 1
+        else:
+            alone.append(kernel.us)
+    return math.fsum(alone)

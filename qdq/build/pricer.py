@@ -1,4 +1,4 @@
-"""The price of a variant: it is compiled for each target, its kernels priced by a roofline, equal graphs only once.
+"""The price of a variant: it is compiled for each target, its kernels priced by `engines.cost`, equal graphs only once.
 
 Model -> structure hash -> known price, or temporary file -> engine's layers -> predicted microseconds -> Price
 A structure is the graph without the values of weights, on which no kernel depends. It must not search.
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from onnx import TensorProto
 
@@ -21,7 +22,8 @@ from engines.backends.backend import backend_named
 from engines.backends.compiler import ShapeRange
 from engines.core.errors import BuildError, UnsupportedTargetError, import_runtime
 from engines.core.files import Scratch, read_file
-from engines.cost.gpus import GPUS, Gpu, gpu_named
+from engines.cost.constants import CONSTANTS
+from engines.cost.gpus import GPUS, Gpu, gpu_named, usual_gpu
 from qdq.build.cost import Kernel, Price
 from qdq.build.engine import compile_engine
 from qdq.build.processes import Job, Workers, price_of
@@ -33,7 +35,7 @@ from qdq.model.model import Model
 from qdq.model.nodes import without_initializers
 from qdq.model.storage import save
 
-FORMAT = "qdq.price/1"
+FORMAT = "qdq.price/2"
 MOST_WORKERS = 4  # compilers at a time: each needs some hundred MB
 SLOW_S = 0.2  # a compile that takes longer is worth a process
 SMALL = 64  # elements up to which a constant may be an argument, such as a shape or an axis
@@ -125,7 +127,7 @@ class Pricer:
             answers = [_here(job) for job in jobs]
             self._slow = self._slow or time.monotonic() - began > SLOW_S * max(len(jobs), 1)
         self.failure = next((a for a in reversed(answers) if isinstance(a, BuildError)), self.failure)
-        return [answer if isinstance(answer, Price) else Price(us=math.inf) for answer in answers]
+        return [a if isinstance(a, Price) else Price(us=math.inf, refusal=str(a)) for a in answers]
 
     def _key(self, model: Model) -> str:
         """SHA-256 of the structure and of everything else that a price depends on."""
@@ -136,12 +138,17 @@ class Pricer:
             proto.graph.initializer.append(light if weight else tensor)
         runtime = backend_named(self.recipe.backend).runtime
         version = f"{runtime} {import_runtime(runtime).__version__}"
-        made = [version, [repr(g) for g in self.gpus], sorted((n, repr(s)) for n, s in self.shapes.items())]
+        made = [
+            version,
+            repr(CONSTANTS),
+            [repr(g) for g in self.gpus],
+            sorted((n, repr(s)) for n, s in self.shapes.items()),
+        ]
         return hashlib.sha256(proto.SerializeToString(deterministic=True) + repr(made).encode()).hexdigest()
 
 
 def gpus_of(recipe: Recipe) -> tuple[Gpu, ...]:
-    """A GPU per target of a recipe: those it names, else the fastest known one of that generation.
+    """A GPU per target of a recipe: those it names, else the one that stands for that generation.
 
     Raises:
         EngineError: an unknown GPU.
@@ -157,13 +164,13 @@ def gpus_of(recipe: Recipe) -> tuple[Gpu, ...]:
     found: list[Gpu] = []
     for target in targets:
         mine = [gpu for gpu in named if gpu.target == target]
-        known = [gpu for gpu in GPUS.values() if gpu.target == target]
-        if not mine and not known:
+        usual = usual_gpu(target)
+        if not mine and usual is None:
             raise UnsupportedTargetError(
                 f"No GPU of target {target} is known to predict times for; there are {', '.join(GPUS)}. Give the "
                 "numbers of one as `gpu` in a recipe, or do not tune."
             )
-        found += mine or [max(known, key=lambda gpu: gpu.peak("int8"))]
+        found += mine or filter(None, [usual])
     return tuple(found)
 
 
@@ -178,9 +185,13 @@ def _read(path: Path) -> Price | None:
     """A stored price; None where there is no file, or one of another format, or a damaged one."""
     try:
         content = json.loads(read_file(path))
-        if content["format"] != FORMAT:
-            return None
-        kernels = tuple(Kernel(**{**k, "nodes": tuple(k["nodes"])}) for k in content["kernels"])
-        return Price(us=float(content["us"]), kernels=kernels)
-    except (OSError, ValueError, KeyError, TypeError):
+        return _stored_price(content) if content.pop("format") == FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _stored_price(content: Mapping[str, Any]) -> Price:
+    """The price that `asdict` made plain values of."""
+    kernels = tuple(Kernel(**{**k, "nodes": tuple(k["nodes"])}) for k in content["kernels"])
+    other = None if content["other"] is None else _stored_price(content["other"])
+    return Price(**{**content, "us": float(content["us"]), "kernels": kernels, "other": other})

@@ -11,9 +11,9 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import BinaryIO
@@ -23,7 +23,7 @@ from engines.backends.compiler import ShapeRange
 from engines.backends.layers import SYNCHRONIZATION, LayerTable
 from engines.core.errors import BuildError, EngineError, MissingRuntimeError, import_runtime
 from engines.cost.gpus import Gpu
-from engines.cost.predict import predict
+from engines.cost.predict import Cost, predict
 from qdq.build.cost import Kernel, Price
 from qdq.build.engine import compile_engine
 from qdq.build.recipe import Recipe
@@ -47,22 +47,45 @@ class Job:
 def price_of(job: Job) -> Price:
     """Compile and price in this process; microseconds are the mean over the GPUs.
 
+    Where FP16 products may accumulate in either type, the price under the other assumption is that of the same kernels.
+
     Raises:
         BuildError: the compiler's refusal.
     """
-    kernels: list[Kernel] = []
     recipes = {gpu.target: Recipe(targets=(gpu.target,), backend=job.backend) for gpu in job.gpus}
     tables = {
         target: compile_engine(job.path, recipe=recipe, shapes=job.shapes, locate=False).table
         for target, recipe in recipes.items()
     }
-    for gpu in job.gpus:
-        table = tables[gpu.target]
-        cost = predict(job.path, table, gpu, shapes=job.shapes)
-        for kernel, text in zip(cost.kernels, signatures(table), strict=True):
-            us = kernel.us / len(job.gpus)
+    price, others = _priced(job, job.gpus, tables), [gpu.other_accumulation() for gpu in job.gpus]
+    if not any(others):
+        return price
+    swapped = [other or gpu for gpu, other in zip(job.gpus, others, strict=True)]
+    return replace(price, other=_priced(job, swapped, tables))
+
+
+def _priced(job: Job, gpus: Sequence[Gpu], tables: Mapping[str, LayerTable]) -> Price:
+    """The mean over GPUs; its errors are the largest of theirs, and not known if one is not."""
+    kernels: list[Kernel] = []
+    costs: list[Cost] = []
+    for gpu in gpus:
+        cost = predict(job.path, tables[gpu.target], gpu, shapes=job.shapes)
+        costs.append(cost)
+        for kernel, text in zip(cost.kernels, signatures(tables[gpu.target]), strict=True):
+            us = kernel.us / len(gpus)
             kernels.append(Kernel(us=us, macs=kernel.macs, bytes=kernel.bytes, nodes=kernel.onnx_nodes, signature=text))
-    return Price(us=math.fsum(k.us for k in kernels), kernels=tuple(kernels))
+    return Price(
+        us=math.fsum(k.us for k in kernels),
+        kernels=tuple(kernels),
+        error=_largest(cost.error for cost in costs),
+        ratio_error=_largest(cost.ratio_error for cost in costs),
+    )
+
+
+def _largest(errors: Iterable[float | None]) -> float | None:
+    every = list(errors)
+    known = [error for error in every if error is not None]
+    return max(known) if known and len(known) == len(every) else None
 
 
 def signatures(table: LayerTable) -> tuple[str, ...]:

@@ -33,11 +33,13 @@ from qdq.plan.settings import Settings
 
 UNQUANTIZED_TYPES = ("auto", "fp16", "bf16", "fp32")
 TUNES = ("placement", "rewrites", "off")
-TIME_LIMIT_S = 110.0
+TUNE_COMPILES = 160
+TIME_LIMIT_S = 1800.0
 MOST_BYTES, MOST_CHARACTERS = 1 << 20, 1000  # of a recipe, and of one value in it
 OLDER = {"rest": "unquantized_type"}  # keys that recipes still may have, and what they are called now
 Words = str | tuple[str, ...]  # one text stands for a list of one
-GpuRow = dict[str, str | float | dict[str, float]]  # what `engines.cost.gpus.Gpu` can be made of
+Rates = dict[str, float]
+GpuRow = dict[str, str | float | dict[str, float | Rates] | None]  # what `engines.cost.gpus.Gpu` can be made of
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Decibels = Annotated[float, msgspec.Meta(ge=-300, le=300)]
 
@@ -48,6 +50,7 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
     Attributes:
         unquantized_type: as of `Recipe`.
         tune: as of `Recipe`; "" takes the default of the scheme.
+        tune_compiles: variants that a search prices at most.
         time_limit: seconds.
         gpu: names or rows.
         target: to compile for.
@@ -67,6 +70,7 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
 
     unquantized_type: str = "auto"
     tune: str = ""
+    tune_compiles: Annotated[int, msgspec.Meta(ge=0)] = TUNE_COMPILES
     time_limit: Annotated[float, msgspec.Meta(ge=0)] = TIME_LIMIT_S
     gpu: str | tuple[str | GpuRow, ...] = ()
     target: Words = ("sm89",)
@@ -143,8 +147,9 @@ class Recipe:
         tune: what is chosen by compiled results: 'placement' (rewrites, and which nodes are quantized at all),
             'rewrites' (everything the rules want is quantized), or 'off'. By default placement for the scheme int8; who
             asks for another wants a smaller model, and gets rewrites.
-        time_limit_s: seconds for that choice.
-        gpus: to predict times for, names in `engines.cost.GPUS` or mappings that `engines.cost.Gpu` can be made of;
+        tune_compiles: variants that are priced for that choice, at most; the same on every machine.
+        time_limit_s: seconds for that choice, at most; a search that they end depends on the machine.
+        gpus: to predict times for, names in `engines.cost.gpus.GPUS` or mappings for `Gpu.from_mapping`;
             none for the usual one of each target.
         targets: to compile for.
         backend: that compiles, a name in `engines.backends`.
@@ -159,6 +164,7 @@ class Recipe:
     settings: Settings = field(default_factory=Settings)
     unquantized_type: str = "auto"
     tune: str = "placement"
+    tune_compiles: int = TUNE_COMPILES
     time_limit_s: float = TIME_LIMIT_S
     gpus: tuple[str | Mapping[str, object], ...] = ()
     targets: tuple[str, ...] = ("sm89",)
@@ -189,6 +195,7 @@ class Recipe:
             settings=settings,
             unquantized_type=choose(file.unquantized_type, UNQUANTIZED_TYPES, "type for what is not quantized"),
             tune=choose(file.tune or usual, TUNES, "way to tune"),
+            tune_compiles=file.tune_compiles,
             time_limit_s=file.time_limit,
             gpus=(file.gpu,) if isinstance(file.gpu, str) else file.gpu,
             targets=_list(file.target),

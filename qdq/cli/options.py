@@ -138,7 +138,18 @@ tune_options = _options(
         help="Choose by compiled results: placement (what is quantized at all, and rewrites), rewrites (INT8 wherever "
         "it is possible), or off. Default: placement for int8, else rewrites; for compare, off.",
     ),
-    click.option("--time-limit", type=float, metavar="SECONDS", help="Stop tuning after this time, default 110."),
+    click.option(
+        "--tune-compiles",
+        type=int,
+        metavar="N",
+        help="Look at this many variants at most, default 160; the plan is the same however busy the machine is.",
+    ),
+    click.option(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="Stop tuning after this time, default 1800, whatever was looked at by then.",
+    ),
     click.option(
         "--gpu",
         multiple=True,

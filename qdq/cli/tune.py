@@ -41,8 +41,8 @@ def tune(
 ) -> None:
     """Choose by compiled results what is quantized, and which exact rewrites are made.
 
-    The plan is never predicted slower than the model in float, nor than quantized wherever it is possible. Without
-    --data every activation is assumed asymmetric, the most expensive case.
+    What is quantized is predicted to gain time, by more than a tie; where that is not so, the nodes stay in float.
+    Without --data every activation is assumed asymmetric, the most expensive case.
     """
     from engines.backends.backend import predicting
     from qdq.build.engine import shape_ranges
@@ -69,7 +69,7 @@ def tune(
         pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus, cache=cache)
         found = find_plan(prepared, pricer, samples=samples, on_progress=bars)
     found.plan.save(output)
-    outcome = found.outcome([gpu.name for gpu in gpus])
+    outcome = found.outcome(gpus)
     if as_json:
         click.echo(outcome.to_json(), nl=False)
         return
@@ -77,6 +77,7 @@ def tune(
     rows = [
         Row(f"predicted on {names}", outcome.times),
         Row("choice", found.summary),
+        *(Row("", said) for said in outcome.said),
         *(Row("kept", step) for step in found.steps),
     ]
     show_rows(f"Tuned plan of {model.name} in {output}", rows)

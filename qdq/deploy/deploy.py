@@ -49,10 +49,11 @@ from qdq.passes.prepare import load_float
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployed:
-    """What `deploy` left in `folder`, and how it turned out."""
+    """What `deploy` left in `folder`, whether anything in it is quantized, and how it turned out."""
 
     folder: Path
     files: tuple[str, ...]
+    quantized: bool
     report: DeployReport
 
 
@@ -148,14 +149,14 @@ def deploy(
         if seen:
             notes = [*notes, f"{seen} of the evaluation samples are calibration samples too, which was allowed."]
         as_compiled = against_float(output, as_compiled=engine.table)
-        said = (engine.table.note, check.note, as_compiled.note)
+        said = (engine.table.note, check.note, as_compiled.note.removeprefix(f"{check.note}; "))
         if evaluated is None:
             notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
         if recipe.tune != "off" and not pricer:
             notes = [*notes, f"not tuned: predicted times {backend.unpredicted}"]
         opened: dict[str, Callable[[], Any]] = {
             "float model": lambda: float_session(load(model_path), str(model_path), custom_ops=custom_ops),
-            "quantized model": lambda: arithmetic.session(output, custom_ops=custom_ops),
+            "shipped model": lambda: arithmetic.session(output, custom_ops=custom_ops),
         }
         label_dice = {name: _label_dice(session(), judged, labels) for name, session in opened.items() if labels}
         report = DeployReport(
@@ -175,11 +176,11 @@ def deploy(
                 )
             ),
             label_dice=label_dice,
-            tuning=done.tuned.outcome([gpu.name for gpu in pricer.gpus]) if done.tuned and pricer else None,
+            tuning=done.tuned.outcome(pricer.gpus) if done.tuned and pricer else None,
         )
         write_atomic(folder / "report.json", report.to_json())
         add_report(engine_path, folder / "report.json")
-        return Deployed(folder=out, files=move_all(folder, out), report=report)
+        return Deployed(folder=out, files=move_all(folder, out), quantized=bool(made.plan.points), report=report)
 
 
 def _float_table(

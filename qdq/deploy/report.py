@@ -56,7 +56,7 @@ class DeployReport(Document, frozen=True, kw_only=True):
         int8_file_bytes: size of the Q/DQ model with its external data.
         float_engine: the float model compiled for the same targets; None where it does not compile.
         min_int8_share: least fraction of the multiply-adds that must run in INT8; None: not checked.
-        label_dice: Dice of each class against true labels, for 'float model' and 'quantized model'; only in the demo.
+        label_dice: Dice of each class against true labels, for 'float model' and 'shipped model'; only in the demo.
         tuning: how the plan was chosen by compiled results; None where it was not.
         check: outputs of the engine, or of the Q/DQ model in its place, against the float model.
         as_compiled: the same of the Q/DQ model rounded where the engine's kernels write their results; None where no
@@ -64,7 +64,7 @@ class DeployReport(Document, frozen=True, kw_only=True):
         audit: what each weighted node asked for and got.
     """
 
-    FORMAT: ClassVar[str] = "qdq.report/3"
+    FORMAT: ClassVar[str] = "qdq.report/4"
     MAKE: ClassVar[str] = "qdq deploy"
     COMPUTED: ClassVar[Mapping[str, str]] = {"passed": "passed", "failures": "failures"}
 
@@ -96,19 +96,41 @@ class DeployReport(Document, frozen=True, kw_only=True):
         """The short table."""
         before, now = self.float_engine, self.audit
         rows = [
-            Row(f"model file, {self.model_file}", _against(self.int8_file_bytes, self.float_file_bytes)),
-            Row("weights in the engine", _against(now.weight_bytes, before.weight_bytes if before else None)),
+            *self._sizes(),
             Row("multiply-adds, as compiled", _types(now)),
             Row("bytes moved per inference", _against(now.bytes_moved, before.bytes_moved if before else None)),
             Row("kernels", f"{now.kernels}" + (f" (FP32: {before.kernels})" if before else "")),
-            *([Row(f"predicted on {', '.join(self.tuning.gpus)}", self.tuning.times)] if self.tuning else []),
+            *self._predicted(),
             *check_rows(self.check),
         ]
         if self.as_compiled:
             rows.append(Row(f"{_measure(self.as_compiled.worst)}, rounded as compiled", headline(self.as_compiled)))
-        for name, dice in self.label_dice.items():
-            rows.append(Row(f"Dice of the {name} against the atlas", _per_class(dice)))
-        return [*rows, Row("compared on", f"{self.check.samples} {self.evaluated_on}")]
+        return [*rows, *self._labels(), Row("compared on", f"{self.check.samples} {self.evaluated_on}")]
+
+    @property
+    def slower(self) -> bool:
+        """Whether it is predicted slower than the fastest float form, by more than a tie."""
+        return self.tuning is not None and self.tuning.decision.slower
+
+    def brief(self) -> list[Row]:
+        """The rows for a second form of a model, beside the short table of the first."""
+        worst = self.check.worst
+        close = Row(f"{_measure(worst)} against the float model", headline(self.check))
+        return [*self._sizes(), *self._predicted(), close, *self._labels()]
+
+    def _sizes(self) -> list[Row]:
+        before = self.float_engine.weight_bytes if self.float_engine else None
+        return [
+            Row(f"model file, {self.model_file}", _against(self.int8_file_bytes, self.float_file_bytes)),
+            Row("weights in the engine", _against(self.audit.weight_bytes, before)),
+        ]
+
+    def _predicted(self) -> list[Row]:
+        return [Row(f"predicted on {', '.join(self.tuning.gpus)}", self.tuning.gain)] if self.tuning else []
+
+    def _labels(self) -> list[Row]:
+        names = {"float model": "the float model", "shipped model": self.model_file}
+        return [Row(f"Dice of {names[k]} against the atlas", _per_class(dice)) for k, dice in self.label_dice.items()]
 
 
 def check_rows(report: Report) -> list[Row]:

@@ -43,7 +43,7 @@ def written(
 ) -> ShippedModel:
     """The model that a recipe asks for.
 
-    Tuned if a pricer is given. Left in float where the float model is predicted faster.
+    Tuned if a pricer is given. Left in float where what was built is not predicted faster by more than a tie.
 
     Args:
         prepared: what `load_float` gave.
@@ -66,15 +66,10 @@ def written(
     tuned = find_plan(prepared, pricer, samples=calibration, on_progress=on_progress)
     made, finished = by(tuned.plan)
     built = pricer(finished.model)
-    notes = [f"tuned: {tuned.summary}", difference(tuned, built)]
-    if pricer.failure is not None:
-        words = " ".join(str(pricer.failure).split())[:300]
-        notes.append(
-            f"Some variants do not compile, so they were not chosen. The compiler said of the last one: {words}"
-        )
-    if recipe.tune == "placement" and built.us > tuned.unquantized_us and made.plan.points:
+    notes = [f"tuned: {tuned.summary}", *tuned.said(pricer.gpus), difference(tuned, built)]
+    if recipe.tune == "placement" and made.plan.points and not built.gains_on(tuned.unquantized_price):
         made, finished = by(tuned.unquantized)
-        notes.append("so the model is left in float: as it was built it is predicted slower than that")
+        notes.append("so the model is left in float: as it was built it is not predicted faster than that")
     return ShippedModel(made=made, finished=finished, tuned=tuned, notes=tuple(filter(None, notes)))
 
 

@@ -19,6 +19,7 @@ from qdq.measure.inference.samples import Sample
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
+from qdq.tune.prices import Budget
 from qdq.tune.search import tune
 from qdq.tune.tuned import Tuned
 from qdq.tune.variant_builder import VariantBuilder
@@ -60,8 +61,8 @@ def find_plan(
     """The plan with the least predicted time.
 
     Args:
-        pricer: of the recipe, whose settings, float type and time limit count, and with samples, where placement is
-            tuned, `min_sqnr_db`.
+        pricer: of the recipe, whose settings, float type and limits of the search count, and with samples, where
+            placement is tuned, `min_sqnr_db`.
         samples: re-iterable; a few are used for quick ranges (independent of order); an accuracy bound is verified
             on all. None assumes that every activation is asymmetric, the most expensive case.
 
@@ -80,7 +81,7 @@ def find_plan(
             measure=None
             if samples is None
             else accuracy(prepared, samples, recipe.settings, unquantized_type=recipe.unquantized_type),
-            time_limit_s=recipe.time_limit_s,
+            budget=Budget(compiles=recipe.tune_compiles, seconds=recipe.time_limit_s),
             on_progress=on_progress,
         )
     if math.isinf(found.price.us):
@@ -89,15 +90,15 @@ def find_plan(
 
 
 def difference(found: Tuned, built: Price) -> str:
-    """How the kernels that were built differ from those that were tuned, in a sentence; "" where they do not."""
+    """What it costs that other kernels were built than were tuned, in a sentence; "" where it costs less than a tie."""
+    if not found.price.gains_on(built):
+        return ""
     wanted, got = (Counter(k.signature for k in price.kernels) for price in (found.price, built))
     lost, new = list((wanted - got).elements()), list((got - wanted).elements())
-    if not lost and not new:
-        return ""
-    first = f"; the first that was built otherwise: {(new or lost)[0]}"
+    first = f"; the first: {(new or lost)[0]}" if new or lost else ""
     return (
-        f"{len(new)} of {len(built.kernels)} kernels are not those that were tuned: {built.us:.1f} us predicted, "
-        f"{found.price.us:.1f} when tuned{first}"
+        f"as built the model is predicted to take {built.us:.1f} us, {built.us - found.price.us:.1f} more than when it "
+        f"was tuned: {len(new)} of {len(built.kernels)} kernels are others{first}"
     )
 
 

@@ -23,7 +23,6 @@ from qdq.tune.variant import Variant
 from qdq.tune.variant_builder import VariantBuilder
 
 WORTH = 0.01  # of the time: a class of nodes whose kernels take less together is left as it starts
-LEAST_GAIN = 0.001  # of the time: less is no reason to leave a node in float, or to rewrite
 COARSER_GAIN = 0.004  # of the time: less is no reason for coarser codes
 REWRITTEN, TYPE = "int8 rewritten", "unquantized type"
 
@@ -35,24 +34,27 @@ class Kind:
     Attributes:
         field: the set of nodes of `Variant` that it changes.
         adds: its nodes become members of that set, else they leave it.
+        exact: the outputs come closer to the float model's: whatever time that gains is welcome. Other moves must gain
+            more than a tie.
         least_gain: the share of the time that it must gain to be kept.
     """
 
     field: str
     adds: bool
-    least_gain: float
+    exact: bool = False
+    least_gain: float = 0.0
 
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "int8": Kind(field="quantized", adds=True, least_gain=0.0),
-        "float": Kind(field="quantized", adds=False, least_gain=LEAST_GAIN),
+        "int8": Kind(field="quantized", adds=True),
+        "float": Kind(field="quantized", adds=False, exact=True),
         "one weight scale": Kind(field="per_tensor", adds=True, least_gain=COARSER_GAIN),
-        "a weight scale per channel": Kind(field="per_tensor", adds=False, least_gain=0.0),
+        "a weight scale per channel": Kind(field="per_tensor", adds=False, exact=True),
         "zero point 0": Kind(field="unshifted", adds=True, least_gain=COARSER_GAIN),  # though the range is asymmetric
-        "shifted input": Kind(field="unshifted", adds=False, least_gain=0.0),  # so that it uses all codes
-        "float shortcut": Kind(field="float_shortcuts", adds=True, least_gain=LEAST_GAIN),
-        "quantized shortcut": Kind(field="float_shortcuts", adds=False, least_gain=0.0),
+        "shifted input": Kind(field="unshifted", adds=False, exact=True),  # so that it uses all codes
+        "float shortcut": Kind(field="float_shortcuts", adds=True, exact=True),
+        "quantized shortcut": Kind(field="float_shortcuts", adds=False),
     }
 )
 
@@ -76,10 +78,12 @@ class Move:
         shortcut = self.kind in KINDS and KINDS[self.kind].field == "float_shortcuts"
         return tuple(n.rpartition(":")[0] for n in self.nodes) if shortcut else self.nodes
 
-    @property
-    def least_gain(self) -> float:
-        """The share of the time that it must gain to be kept."""
-        return KINDS[self.kind].least_gain if self.kind in KINDS else 0.0 if self.kind == REWRITTEN else LEAST_GAIN
+    def pays(self, after: Price, before: Price) -> bool:
+        """Whether it gains enough time to be kept; what makes the model plainer or more exact may gain anything."""
+        kind = KINDS.get(self.kind)
+        if self.kind.startswith("no ") or (kind and kind.exact):
+            return after.us < before.us
+        return after.gains_on(before) and after.us < before.us * (1 - (kind.least_gain if kind else 0.0))
 
     def of(self, v: Variant) -> Variant:
         """The changed variant."""
@@ -155,6 +159,16 @@ def into_float(builder: VariantBuilder, variant: Variant) -> list[Move]:
     """The moves from a variant that quantize less."""
     alike = classes(builder.base(variant).model)
     return [Move(kind="float", nodes=group) for group in grouped(sorted(variant.quantized), alike)]
+
+
+def into_exact(builder: VariantBuilder, variant: Variant) -> list[Move]:
+    """The moves from a variant that make it more exact."""
+    shortcuts = [
+        Move(kind="float shortcut", nodes=(operand,))
+        for operand in builder.shortcuts(variant)
+        if operand not in variant.float_shortcuts
+    ]
+    return [*into_float(builder, variant), *finer_codes(builder, variant), *shortcuts]
 
 
 def times_of(moves: Iterable[Move], model: Model, price: Price) -> dict[Move, float]:

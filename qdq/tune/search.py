@@ -1,8 +1,9 @@
-"""Find the variant of a model that is predicted to run fastest once compiled.
+"""Find the variant of a model that is predicted to run fastest once compiled, and quantizes nothing without need.
 
 VariantBuilder -> starting points (float types; all quantized; with rewrites) -> the best -> moves on classes of alike
-nodes, dearest first, each kept if the predicted time falls -> Tuned: a Plan, its price, and what it was compared with.
-The price is never above that of any variant looked at, so never above the float model's or the untuned plan's.
+nodes, dearest first, each kept if the predicted time falls -> what gains nothing is given back -> Tuned: a Plan, its
+price, and what it was compared with. But for a tie, no variant looked at that keeps the bound is predicted faster.
+The same model, settings and budget give the same plan, unless the seconds end the search.
 It must not know an engine: a `CostModel` compiles and prices.
 """
 
@@ -10,16 +11,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from itertools import accumulate
 
 from engines.core.documents import replace
-from qdq.build.cost import CostModel, Price
+from qdq.build.cost import CostModel
 from qdq.core.progress import Progress
 from qdq.passes.rewrites import FLOAT_REWRITES, QUANTIZED_REWRITES
 from qdq.plan.plan import Plan
-from qdq.tune.moves import LEAST_GAIN, TYPE, Move, finer_codes, into_float, into_quantized, possible, times_of
+from qdq.tune.decision import decided
+from qdq.tune.give_back import GiveBack, plainest
+from qdq.tune.moves import TYPE, Move, finer_codes, into_float, into_quantized, possible, times_of
+from qdq.tune.prices import Budget, Prices
 from qdq.tune.tuned import Tuned
 from qdq.tune.variant import Variant
 from qdq.tune.variant_builder import VariantBuilder
@@ -29,8 +33,10 @@ RESERVE_DB = 0.5  # above the bound on calibration samples: others have less (Dy
 SPARE_DB = 0.8  # aimed at above the bound, once quick and calibrated scales have been compared
 SLACK_DB = 1.2  # above the bound: less is not worth another search
 ROUNDS = 3  # of quantizing as it will be and searching on
-FIRST = 0.7  # of the time for the search before the first round
+FIRST = 0.7  # of the budget for the search before the first round
+GIVE_BACK = 0.2  # of the budget of a search, for giving back what gains nothing
 SHARES = (1.0, 0.5, 0.25)  # of the products quantized, most multiply-adds per byte first: starting points
+LEAST_US = 0.001  # of the time: what nodes take at least, where noise is weighed against time
 
 
 def tune(
@@ -40,11 +46,11 @@ def tune(
     placement: bool = True,
     min_sqnr_db: float = -math.inf,
     measure: Callable[[Plan], float] | None = None,
-    time_limit_s: float = math.inf,
+    budget: Budget | None = None,
     clock: Callable[[], float] = time.monotonic,
     on_progress: Progress | None = None,
 ) -> Tuned:
-    """Find the variant with the least predicted time.
+    """Find the variant with the least predicted time; of those that tie, a more exact one.
 
     Args:
         placement: also choose which nodes are quantized; False quantizes all that the rules want.
@@ -52,119 +58,108 @@ def tune(
             that it takes away is given up until it has as much. Needs samples; means nothing without `placement`.
         measure: quantizes by a plan as it will be shipped, and says the SQNR in dB. What is given up is then adjusted
             by how far quick scales are from it; what does not keep the bound by this measure is not returned.
-        time_limit_s: seconds after which no further variant is compiled, apart from those to compare with: nothing
-            quantized, and everything.
+        budget: that no further variant is priced beyond, apart from those to compare with: nothing quantized, and
+            everything. None is no limit.
         clock: seconds.
     """
     bounded = placement and min_sqnr_db > -math.inf and builder.samples is not None
     verified = measure if bounded else None
-    first = time_limit_s * (FIRST if verified else 1)
-    search = _Search(builder, judge, placement, clock() + first, clock, on_progress)
+    budget = budget or Budget()
+    prices = Prices(builder=builder, judge=judge, clock=clock, on_progress=on_progress)
+    search = _Search(builder, prices, placement)
     if bounded:
         search.most = 10 ** (-(min_sqnr_db + MARGIN_DB) / 10)
-    search.start()
-    search.bound()
-    search.descend()
+    search.run(budget.part(FIRST if verified else 1.0), first=True)
     if verified:
-        search.verify(min_sqnr_db, verified, time_limit_s * (1 - FIRST) / (ROUNDS - 1))
+        search.verify(min_sqnr_db, verified, budget.part((1 - FIRST) / (ROUNDS - 1)))
     return search.result()
 
 
 @dataclass(slots=True)
 class _Search:
-    """The best so far, and every price known."""
+    """The best so far, and every price asked for."""
 
     builder: VariantBuilder
-    judge: CostModel
+    prices: Prices
     placement: bool
-    deadline: float
-    clock: Callable[[], float]
-    on_progress: Progress | None
     best: Variant = field(default_factory=Variant)
-    prices: dict[Variant, Price] = field(default_factory=dict)
     steps: list[str] = field(default_factory=list)
-    complete: bool = True
-    plain: float = math.inf
+    ended: str = ""
     untuned: float = math.inf
     most: float = math.inf
 
-    def price(self, variant: Variant) -> Price:
-        """Compile a variant, once."""
-        if variant not in self.prices:
-            self.learn([variant])
-        return self.prices[variant]
+    def run(self, budget: Budget, *, first: bool = False) -> None:
+        """Search within a budget, a part of which is for giving back."""
+        self.prices.allow(budget.part(1 - GIVE_BACK))
+        if first:
+            self.start()
+        self.bound()
+        self.descend()
+        self.ended = self.ended or self.prices.ended
+        self.prices.allow(budget.part(GIVE_BACK))
+        self.give_back()
+        self.ended = self.ended or self.prices.ended
 
-    def learn(self, variants: Sequence[Variant]) -> None:
-        """Compile variants at the same time."""
-        if self.on_progress:
-            self.on_progress(len(self.prices), None, "Tune")
-        found = self.judge.many([self.builder.model_of(v) for v in variants])
-        self.prices |= dict(zip(variants, found, strict=True))
-
-    def ahead(self, variants: Iterable[Variant]) -> Iterator[Variant]:
-        """The same variants, as many at a time compiled as the judge can; ends when the time is up."""
-        left = iter(variants)
-        while not self.late() and (some := list(islice(left, self.judge.width))):
-            unknown = [v for v in dict.fromkeys(some) if v not in self.prices]
-            if len(unknown) > 1:
-                self.learn(unknown)
-            yield from some
+    def give_back(self) -> None:
+        """Give back what gains nothing."""
+        given = GiveBack(self.builder, self.prices, self.best)
+        if self.placement and not given.all(self.floating()):
+            given.classes()
+            given.all(self.floating())
+        given.type()
+        self.best = given.best
+        self.steps += given.steps
 
     def start(self) -> None:
         """Compile the starting points and stand on the best."""
         builder = self.builder
         usual = builder.usual
         everything = self.hoisted(replace(usual, quantized=frozenset(builder.quantizable(usual))))
-        self.untuned = self.price(everything).us
-        self.plain = self.price(Variant()).us
+        self.untuned = self.us(everything)
         first = self.best = Variant() if self.placement else everything
+        self.us(Variant())
         self.keep(everything, "quantized wherever it is possible")
         for unquantized_type in builder.unquantized_types[1:]:
-            if self.late():
+            if self.prices.late():
                 return
             move = Move(kind=TYPE, nodes=(unquantized_type,))
             self.keep(move.of(first), str(move))
         rewritten = replace(first, unquantized_type=self.best.unquantized_type)
-        for _ in self.ahead(self.together(rewritten)):
+        for _ in self.prices.ahead(self.together(rewritten)):
             pass
         for name in FLOAT_REWRITES:
-            if self.late():
+            if self.prices.late():
                 return
             if fits := builder.fits(name, rewritten):
-                candidate = self.requantized(rewritten.with_rewrite(name, fits))
-                rewritten = min((rewritten, candidate), key=self.us)
+                candidate = self.requantized(rewritten.with_rewrite(name, fits), self.us)
+                rewritten = candidate if self.prices.gains(candidate, rewritten) else rewritten
         self.keep(rewritten, "rewrites of the float model")
         if self.placement:
-            for start in self.ahead(self.shares(rewritten)):
+            for start in self.prices.ahead(list(self.shares(rewritten))):
                 self.keep(start, "quantized where products are many for their bytes")
 
     def together(self, variant: Variant) -> Iterator[Variant]:
         """With the first rewrite, the first two, and so on: what is looked at next if each is kept."""
-        for name in FLOAT_REWRITES if self.judge.width > 1 else ():
+        for name in FLOAT_REWRITES if self.prices.judge.width > 1 else ():
             if fits := self.builder.fits(name, variant):
-                variant = self.requantized(variant.with_rewrite(name, fits))
+                variant = self.requantized(variant.with_rewrite(name, fits), self.prices.foreseen)
                 yield variant
 
-    def late(self) -> bool:
-        """Whether the time is up."""
-        self.complete = self.complete and self.clock() <= self.deadline
-        return not self.complete
-
-    def requantized(self, variant: Variant) -> Variant:
+    def requantized(self, variant: Variant, us: Callable[[Variant], float]) -> Variant:
         """With all quantized where that is not searched: a rewrite may make nodes that can be quantized."""
         if self.placement:
             return variant
-        return self.hoisted(replace(variant, quantized=frozenset(self.builder.quantizable(variant))))
+        return self.hoisted(replace(variant, quantized=frozenset(self.builder.quantizable(variant))), us)
 
     def us(self, variant: Variant) -> float:
         """Its predicted microseconds."""
-        return self.price(variant).us
+        return self.prices.us(variant)
 
-    def hoisted(self, variant: Variant) -> Variant:
+    def hoisted(self, variant: Variant, us: Callable[[Variant], float] | None = None) -> Variant:
         """The same with each rewrite of the quantized stage that makes it better."""
         for name in QUANTIZED_REWRITES:
             if fits := self.builder.fits(name, variant):
-                variant = min((variant, variant.with_rewrite(name, fits)), key=self.us)
+                variant = min((variant, variant.with_rewrite(name, fits)), key=us or self.us)
         return variant
 
     def shares(self, variant: Variant) -> Iterator[Variant]:
@@ -180,7 +175,7 @@ class _Search:
     def parts(self, variant: Variant) -> Iterator[Variant]:
         """Variants with a share of the products quantized."""
         worth: dict[str, float] = {}
-        for kernel in self.price(variant).kernels:
+        for kernel in self.prices(variant).kernels:
             for node in kernel.nodes:
                 worth[node] = max(worth.get(node, 0.0), kernel.macs / max(kernel.bytes, 1))
         order = sorted(self.builder.quantizable(variant), key=lambda node: -worth.get(node, 0.0))
@@ -200,12 +195,13 @@ class _Search:
                 yield replace(full, unshifted=unshifted)
             yield part
 
-    def keep(self, variant: Variant, what: str, least: float = 0.0) -> bool:
-        """Compile a variant and stand on it if it is better by a share of the time."""
-        before, after = self.us(self.best), self.us(variant)
-        if not after < before * (1 - least) or not self.accurate(variant):
+    def keep(self, variant: Variant, what: str, move: Move | None = None) -> bool:
+        """Price a variant and stand on it if it gains more than a tie; what a move must gain, that move says."""
+        before, after = self.prices(self.best), self.prices(variant)
+        pays = move.pays(after, before) if move else after.gains_on(before)
+        if not pays or not self.accurate(variant):
             return False
-        self.steps.append(f"{what}: {before:.1f} -> {after:.1f} us")
+        self.steps.append(f"{what}: {before.us:.1f} -> {after.us:.1f} us")
         self.best = variant
         return True
 
@@ -214,18 +210,18 @@ class _Search:
         failed: set[tuple[Variant, Move]] = set()
         gained = True
         while gained:
-            gained, moves = False, possible(self.builder, self.best, self.price(self.best), placement=self.placement)
+            gained, moves = False, possible(self.builder, self.best, self.prices(self.best), placement=self.placement)
             while moves:
                 stands = self.best
                 moves = [m for m in moves if m.of(stands) != stands and (stands, m) not in failed]
-                for tried, candidate in enumerate(self.ahead(m.of(stands) for m in moves)):
-                    if self.keep(candidate, str(moves[tried]), moves[tried].least_gain):
+                for tried, candidate in enumerate(self.prices.ahead(m.of(stands) for m in moves)):
+                    if self.keep(candidate, str(moves[tried]), moves[tried]):
                         gained, moves = True, moves[tried + 1 :]
                         break
                     failed.add((stands, moves[tried]))
                 else:
                     break
-            if self.late():
+            if self.prices.late():
                 return
 
     def accurate(self, variant: Variant) -> bool:
@@ -243,7 +239,7 @@ class _Search:
         base = self.floating()
         alone = {move: move.of(base) for move in into_quantized(self.builder, base)}
         gains = {}
-        for move, variant in zip(alone, self.ahead(alone.values()), strict=False):
+        for move, variant in zip(alone, self.prices.ahead(alone.values()), strict=False):
             if (gain := self.us(base) - self.us(variant)) > 0:
                 gains[move] = gain / max(self.builder.noise(variant) or 0.0, 1e-300)
         variant, prefixes = base, []
@@ -251,34 +247,34 @@ class _Search:
             if self.accurate(candidate := move.of(variant)):
                 variant = candidate
                 prefixes.append(variant)
-        for prefix in self.ahead(prefixes):
+        for prefix in self.prices.ahead(prefixes):
             self.keep(prefix, "quantized where it gains most for its noise")
 
     def rescue(self) -> None:
         """Where the fastest variant known breaks the bound: make it finer, then less quantized, until it keeps it."""
-        fastest = min(self.prices, key=self.us)
-        if fastest == self.best or not fastest.quantized or self.late():
+        fastest = min(self.prices.asked, key=self.us)
+        if fastest == self.best or not fastest.quantized or self.prices.late():
             return
         finer, left = finer_codes(self.builder, fastest), into_float(self.builder, fastest)
-        times = times_of([*finer, *left], self.builder.base(fastest).model, self.price(fastest))
+        times = times_of([*finer, *left], self.builder.base(fastest).model, self.prices(fastest))
         finer.sort(key=lambda m: times[m])
         refined = self.fewest(fastest, finer)
         if refined is None:  # not enough: also leave nodes in float, where that takes most noise away for its time
             worth = {}
             for move in left:
-                if not self.late():
+                if not self.prices.late():
                     alone = replace(fastest, quantized=frozenset(move.nodes))
-                    worth[move] = (self.builder.noise(alone) or 0.0) / max(times[move], LEAST_GAIN * self.us(self.best))
+                    worth[move] = (self.builder.noise(alone) or 0.0) / max(times[move], LEAST_US * self.us(self.best))
             refined = self.fewest(fastest, [*finer, *sorted(worth, key=lambda m: -worth[m])])
         if refined is not None:
             self.keep(refined, "finer and fewer codes, for the bound")
 
-    def verify(self, bound_db: float, measure: Callable[[Plan], float], seconds: float) -> None:
+    def verify(self, bound_db: float, measure: Callable[[Plan], float], budget: Budget) -> None:
         """Measure the best variant, and search on with what that says of quick scales, until it just keeps the bound.
 
-        `measure` gives the SQNR in dB of a plan; each search has some `seconds`.
+        `measure` gives the SQNR in dB of a plan; each search has a budget of its own.
         """
-        kept, complete = self.floating(), self.complete
+        kept = self.floating()
         measured: set[Variant] = set()
         for left in reversed(range(ROUNDS)):
             if not self.best.quantized:
@@ -293,13 +289,10 @@ class _Search:
                 break
             self.most = 10 ** (-(bound_db + SPARE_DB + quick - real) / 10)
             self.best = self.best if self.accurate(self.best) else self.floating()
-            self.deadline, self.complete = self.clock() + seconds, True
-            self.bound()
-            self.descend()
-            complete = complete and self.complete
+            self.run(budget)
             if self.best in measured:
                 break
-        self.best, self.complete = kept, complete
+        self.best = kept
 
     def fewest(self, variant: Variant, moves: list[Move]) -> Variant | None:
         """A variant after the fewest of the moves, in order, that keep the bound; None if all do not."""
@@ -313,29 +306,36 @@ class _Search:
         return after[low]
 
     def floating(self) -> Variant:
-        """The fastest variant known with nothing quantized."""
-        return min((v for v in self.prices if not v.quantized), key=self.us)
+        """The plainest of the fastest variants known with nothing quantized."""
+        return plainest(self.prices, [v for v in self.prices.asked if not v.quantized])
 
     def result(self) -> Tuned:
         """The best variant as a plan."""
-        price, operands = self.price(self.best), self.builder.base(Variant()).plan.operands
-        floating = self.floating()
+        asked, operands = self.prices.asked, self.builder.base(Variant()).plan.operands
+        floating, plain = self.floating(), asked[Variant()]
+        price = asked[self.best]
         why = (
             f"{operands} does not pay here: with the choice made, the model is predicted to take {price.us:.1f} us; "
-            f"{self.untuned:.1f} with it wherever it is possible, {self.plain:.1f} without any"
+            f"{self.untuned:.1f} with it wherever it is possible, {plain.us:.1f} without any"
         )
         if math.isinf(self.untuned):
             why = f"the model does not compile with {operands} wherever it is possible, and no fewer nodes were faster"
+        usual = self.builder.unquantized_types[0]
+        floats = {v.unquantized_type or usual: p for v, p in asked.items() if not (v.quantized or v.rewrites)}
         return Tuned(
             variant=self.best,
             plan=self.builder.plan_of(self.best, why),
             unquantized=self.builder.plan_of(floating, why),
-            unquantized_us=self.us(floating),
+            unquantized_price=asked[floating],
             operands=operands,
             price=price,
-            plain=self.plain,
+            plain=plain.us,
             untuned=self.untuned,
-            tried=len(self.prices),
-            complete=self.complete,
+            fp32=floats["fp32"].us if "fp32" in floats else math.inf,
+            tried=len(asked),
+            ended=self.ended,
+            refused={kind: p.refusal for kind, p in floats.items() if p.refusal},
+            refusal=next((p.refusal for v, p in asked.items() if p.refusal and v.quantized), ""),
+            decision=decided(asked, self.best, floating, accurate=self.accurate, placement=self.placement),
             steps=tuple(self.steps),
         )

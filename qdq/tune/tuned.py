@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, cast
 
 from engines.core.documents import Document
+from engines.cost.gpus import Gpu
 from qdq.build.cost import Price
 from qdq.plan.plan import Plan
+from qdq.tune.decision import Decision
 from qdq.tune.variant import Variant
+
+ENDED = {
+    "": "",
+    "compiles": ", until --tune-compiles was reached",
+    "seconds": ", until --time-limit was reached: on another machine the plan may be another",
+}
 
 
 class TuningOutcome(Document, frozen=True, kw_only=True):
@@ -21,27 +29,54 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
         predicted_us: microseconds of what was chosen.
         unquantized_us: of the model with nothing quantized or rewritten.
         untuned_us: of everything quantized that the rules want.
+        fp32_us: of the model in FP32, nothing quantized or rewritten, if that was looked at.
         operands: what quantized nodes hold and read.
         quantized_nodes: how many.
         rewrites: rewrite -> nodes.
-        variants: how many were compiled.
-        complete: False if the time limit ended the search.
-        steps: what was kept, one line each.
+        variants: how many were priced.
+        ended_by: what ended the search before it was through: 'compiles', 'seconds', or '' for nothing.
+        refused: float type -> what the compiler said of the model in it, where it does not compile.
+        decision: how sure the choice between quantized and float is.
+        said: the same, and what else a person must know, one sentence each.
+        steps: what was kept and given back, one line each.
     """
 
-    FORMAT: ClassVar[str] = "qdq.tuning/2"
+    FORMAT: ClassVar[str] = "qdq.tuning/3"
     MAKE: ClassVar[str] = "qdq tune --json"
+    COMPUTED: ClassVar[Mapping[str, str]] = {"complete": "complete"}
 
     gpus: tuple[str, ...]
     predicted_us: float | None
     unquantized_us: float | None
     untuned_us: float | None
+    fp32_us: float | None
     operands: str
     quantized_nodes: int
     rewrites: dict[str, tuple[str, ...]]
     variants: int
-    complete: bool
+    ended_by: Literal["", "compiles", "seconds"]
+    refused: dict[str, str]
+    decision: Decision
+    said: tuple[str, ...]
     steps: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the search was through."""
+        return not self.ended_by
+
+    @property
+    def gain(self) -> str:
+        """What was chosen, beside the float forms that a person would have without it."""
+        if self.predicted_us is None:
+            return "nothing compiles"
+        others = {"FP32": self.fp32_us, "the fastest float form": self.decision.unquantized_us}
+        others = others if self.quantized_nodes else {"FP32": self.fp32_us}
+        shares = [f"{self.predicted_us / us:.2f} of {name} ({us:.1f})" for name, us in others.items() if us is not None]
+        error = self.decision.time_error
+        return ", ".join([f"{self.predicted_us:.1f} us", *shares]) + (
+            f"; within {error:.0%}" if error else "; error unknown"
+        )
 
     @property
     def times(self) -> str:
@@ -53,29 +88,41 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """The outcome; `operands`, `complete` and `steps` as in `TuningOutcome`.
+    """The outcome; `operands`, `refused`, `decision` and `steps` as in `TuningOutcome`.
 
     Attributes:
         plan: of the variant, with its rewrites; every node left in float for the price's sake says so.
         unquantized: the plan of the fastest variant known with nothing quantized.
-        unquantized_us: what it is predicted to take.
+        unquantized_price: of that.
         price: of the variant.
         plain: predicted microseconds of the model in its float type, nothing quantized or rewritten.
         untuned: of everything quantized that the rules want, weight scales hoisted if that is better.
-        tried: how many variants were compiled.
+        fp32: of the model in FP32, nothing quantized or rewritten; infinite where that was not looked at.
+        tried: how many variants were priced.
+        ended: what ended the search, as `ended_by` of `TuningOutcome`.
+        refusal: what the compiler said of the first quantized variant that does not compile; "" if all do.
     """
 
     variant: Variant
     plan: Plan
     unquantized: Plan
-    unquantized_us: float
+    unquantized_price: Price
     operands: str
     price: Price
     plain: float
     untuned: float
+    fp32: float
     tried: int
-    complete: bool
+    ended: str
+    refused: Mapping[str, str]
+    refusal: str
+    decision: Decision
     steps: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the search was through."""
+        return not self.ended
 
     @property
     def summary(self) -> str:
@@ -83,22 +130,36 @@ class Tuned:
         count, rewrites = len(self.plan.quantized_nodes), ", ".join(sorted({r.name for r in self.plan.rewrites}))
         idle = "does not pay anywhere" if math.isfinite(self.untuned) else "wherever it is possible does not compile"
         quantized = f"{count} nodes in {self.operands}" if count else f"{self.operands} {idle}"
-        return f"{quantized}; rewrites: {rewrites or 'none'}; {self.tried} variants compiled" + (
-            "" if self.complete else ", until the time limit"
-        )
+        return f"{quantized}; rewrites: {rewrites or 'none'}; {self.tried} variants looked at{ENDED[self.ended]}"
 
-    def outcome(self, gpus: Sequence[str]) -> TuningOutcome:
+    def said(self, gpus: Sequence[Gpu]) -> list[str]:
+        """What a person must know beside the summary, one sentence each, with times predicted for these GPUs."""
+        floats = [f"the {kind.upper()} model does not compile: {_short(why)}" for kind, why in self.refused.items()]
+        others = [f"some variants do not compile, so they were not chosen: {_short(self.refusal)}"]
+        return [*self.decision.sentences(self.operands, gpus), *floats, *(others if self.refusal else [])]
+
+    def outcome(self, gpus: Sequence[Gpu]) -> TuningOutcome:
         """What a report says of it, with times predicted for these GPUs."""
-        predicted, plain, untuned = (t if math.isfinite(t) else None for t in (self.price.us, self.plain, self.untuned))
+        times = (self.price.us, self.plain, self.untuned, self.fp32)
+        predicted, plain, untuned, fp32 = (us if math.isfinite(us) else None for us in times)
         return TuningOutcome(
-            gpus=tuple(gpus),
+            gpus=tuple(gpu.name for gpu in gpus),
             predicted_us=predicted,
             unquantized_us=plain,
             untuned_us=untuned,
+            fp32_us=fp32,
             operands=self.operands,
             quantized_nodes=len(self.plan.quantized_nodes),
             rewrites={r.name: r.nodes for r in self.plan.rewrites},
             variants=self.tried,
-            complete=self.complete,
+            ended_by=cast(Literal["", "compiles", "seconds"], self.ended),
+            refused=dict(self.refused),
+            decision=self.decision,
+            said=tuple(self.said(gpus)),
             steps=self.steps,
         )
+
+
+def _short(words: str) -> str:
+    """What a compiler said, on one line."""
+    return " ".join(words.split())[:300]

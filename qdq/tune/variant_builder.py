@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engines.core.documents import replace
-from qdq.assemble.held_out import comparable, energies
+from qdq.assemble.held_out import comparable, decibels, energies, in_its_types
 from qdq.assemble.insert import insert
 from qdq.assemble.precision.convert import convert
 from qdq.measure.collect import collect
@@ -153,16 +153,33 @@ class VariantBuilder:
         outputs = comparable(self.model)
         if not self.samples or not outputs:
             return None
-        if not self._outputs:
-            self._outputs = dict(Session(self.model, outputs)(self.samples[0]))
         key = replace(_float_part(variant), unquantized_type="")
         if key not in self._noises:
             base = self.base(variant)
             plan = restricted(base.model, base.plan, variant, "")
             session = Session(insert(base.model, plan, solve(base.model, _quick(plan), base.table)), outputs)
-            signal, noise = energies(self._outputs, session(self.samples[0]))
+            signal, noise = energies(self._expected(outputs), session(self.samples[0]))
             self._noises[key] = noise / max(signal, 1e-300) if math.isfinite(noise) else math.inf
         return self._noises[key]
+
+    def rounding_db(self, variant: Variant) -> float | None:
+        """SQNR of all outputs, in dB, of the whole model computed in its float types; None without samples or numbers.
+
+        Of the first sample; infinite where nothing is rounded.
+        """
+        outputs = comparable(self.model)
+        if not self.samples or not outputs:
+            return None
+        found = in_its_types(self.model_of(variant), outputs)(self.samples[0])
+        signal, noise = energies(self._expected(outputs), found)
+        return decibels([signal], [noise])
+
+    def _expected(self, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        """Outputs of the float model of the first sample."""
+        assert self.samples
+        if not self._outputs:
+            self._outputs = dict(Session(self.model, outputs)(self.samples[0]))
+        return self._outputs
 
     def fits(self, name: str, variant: Variant) -> tuple[str, ...]:
         """The nodes that a rewrite would fire on, had it all it could."""

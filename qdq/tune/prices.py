@@ -1,0 +1,115 @@
+"""The prices that a search asked for, within a budget: the same ones, however many compilers run at a time.
+
+Variant -> asked -> known ahead, or compiled -> Price. What is compiled ahead of time is no part of what was asked, so
+neither the budget nor any choice depends on it. It must not choose.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from qdq.build.cost import CostModel, Price
+from qdq.core.progress import Progress
+from qdq.tune.variant import Variant
+from qdq.tune.variant_builder import VariantBuilder
+
+COMPILES, SECONDS = "compiles", "seconds"  # what can end a search
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What a search may spend.
+
+    Attributes:
+        compiles: variants priced; a price that was kept from another run counts like one that is compiled.
+        seconds: the outer limit, for machines on which the compiler is slow; a search that it ends depends on them.
+    """
+
+    compiles: float = math.inf
+    seconds: float = math.inf
+
+    def part(self, share: float) -> Budget:
+        """A share of it."""
+        return Budget(compiles=self.compiles * share, seconds=self.seconds * share)
+
+
+@dataclass(slots=True)
+class Prices:
+    """The price of each variant that was asked for, in that order.
+
+    Attributes:
+        ended: what ended the search, `COMPILES` or `SECONDS`; "" where nothing did.
+    """
+
+    builder: VariantBuilder
+    judge: CostModel
+    clock: Callable[[], float] = time.monotonic
+    on_progress: Progress | None = None
+    asked: dict[Variant, Price] = field(default_factory=dict)
+    ended: str = ""
+    _ahead: dict[Variant, Price] = field(default_factory=dict)
+    _most: float = math.inf
+    _deadline: float = math.inf
+
+    def allow(self, budget: Budget) -> None:
+        """Let this much be spent from now on."""
+        self._most, self._deadline = len(self.asked) + budget.compiles, self.clock() + budget.seconds
+        self.ended = ""
+
+    def late(self) -> bool:
+        """Whether the budget is spent; from then on it stays so."""
+        if not self.ended:
+            spent, late = len(self.asked) >= self._most, self.clock() > self._deadline
+            self.ended = COMPILES if spent else SECONDS if late else ""
+        return bool(self.ended)
+
+    def __call__(self, variant: Variant) -> Price:
+        """Its price, compiled once."""
+        if variant not in self.asked:
+            if variant not in self._ahead:
+                self._compile([variant])
+            self.asked[variant] = self._ahead.pop(variant)
+        return self.asked[variant]
+
+    def us(self, variant: Variant) -> float:
+        """Its predicted microseconds."""
+        return self(variant).us
+
+    def foreseen(self, variant: Variant) -> float:
+        """Its predicted microseconds, for what is only compiled ahead: it counts as not asked for."""
+        if variant not in self.asked and variant not in self._ahead:
+            self._compile([variant])
+        return (self.asked.get(variant) or self._ahead[variant]).us
+
+    def gains(self, after: Variant, before: Variant) -> bool:
+        """Whether a variant is predicted faster than another by more than a tie."""
+        return self(after).gains_on(self(before))
+
+    def tied(self, one: Variant, other: Variant) -> bool:
+        """Whether neither of two is predicted faster."""
+        return self(one).ties(self(other))
+
+    def ahead(self, variants: Iterable[Variant]) -> Iterator[Variant]:
+        """The same variants, as many at a time compiled as the judge can; ends when the budget is spent.
+
+        Making them may not ask for prices, or the order of asking would depend on how many are compiled at a time.
+        """
+        left = iter(variants)
+        while not self.late() and (some := list(islice(left, self.judge.width))):
+            unknown = [v for v in dict.fromkeys(some) if v not in self.asked and v not in self._ahead]
+            if len(unknown) > 1:
+                self._compile(unknown)
+            for variant in some:
+                if self.late():
+                    return
+                yield variant
+
+    def _compile(self, variants: Sequence[Variant]) -> None:
+        if self.on_progress:
+            self.on_progress(len(self.asked), None, "Tune")
+        found = self.judge.many([self.builder.model_of(v) for v in variants])
+        self._ahead |= dict(zip(variants, found, strict=True))

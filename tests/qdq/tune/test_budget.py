@@ -1,0 +1,142 @@
+"""The same model and budget give the same plan: however many compilers run, and however slow they are."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from graphs import build, node, normal, samples
+
+from qdq.build.cost import Kernel, Price
+from qdq.model.model import Model
+from qdq.plan.settings import Settings
+from qdq.tune.prices import Budget
+from qdq.tune.search import tune
+from qdq.tune.tuned import Tuned
+from qdq.tune.variant_builder import VariantBuilder
+
+
+def network() -> Model:
+    """x -> ConvTranspose and convolutions, with a shortcut -> y."""
+    tensors = {"u": normal(8, 8, 2, 2)} | {f"w{i}": normal(8, 8, 3, 3, seed=i) for i in range(4)}
+    nodes = [
+        node("ConvTranspose", "x u", "a", "up", strides=[2, 2]),
+        node("Conv", "a w0", "b", "c0", pads=[1] * 4),
+        node("Relu", "b", "c"),
+        node("Conv", "c w1", "d", "c1", pads=[1] * 4),
+        node("Add", "d a", "e"),
+        node("Conv", "e w2", "f", "c2", pads=[1] * 4),
+        node("Conv", "f w3", "y", "c3", pads=[1] * 4),
+    ]
+    return build(nodes, {"x": (1, 8, 4, 4)}, tensors)
+
+
+class Judge:
+    """A product takes 10 us, in INT8 as its name says; Q, DQ and Mul 1 us. It counts what it compiles."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.compiled = width, 0
+
+    def many(self, models: Sequence[Model]) -> list[Price]:
+        self.compiled += len(models)
+        return [self._price(model) for model in models]
+
+    def _price(self, model: Model) -> Price:
+        int8, kernels = {"c0": 4.0, "c1": 12.0, "c2": 3.0, "c3": 9.5}, []
+        for each in model.graph.node:
+            source = model.producer(each.input[0])
+            quantized = source is not None and source.op_type == "DequantizeLinear"
+            product = each.op_type in ("Conv", "ConvTranspose")
+            us = 1.1 if each.op_type in ("QuantizeLinear", "DequantizeLinear", "Mul") else 0.0
+            us = (int8.get(each.name, 7.0) if quantized else 10.0) if product else us
+            kind = f"{each.op_type} {each.name} {quantized}"
+            kernels.append(Kernel(us=us, macs=100, bytes=10, nodes=(each.name,), signature=kind))
+        return Price(us=math.fsum(k.us for k in kernels), kernels=tuple(kernels))
+
+
+def searched(
+    width: int, budget: Budget, *, step: float = 0.0, placement: bool = True, bound: float = -math.inf
+) -> Tuned:
+    """What the search finds on a machine with so many compilers, whose clock moves a step with each look at it."""
+    model = network()
+    work = VariantBuilder(
+        model=model, settings=Settings(), unquantized_types=("fp16", "fp32"), samples=samples(model, 2)
+    )
+    ticks = itertools.count()
+    clock = lambda: next(ticks) * step  # noqa: E731
+    return tune(work, Judge(width), placement=placement, budget=budget, clock=clock, min_sqnr_db=bound)
+
+
+@pytest.mark.parametrize(
+    ("most", "placement", "bound"),
+    [
+        (7, True, -math.inf),
+        (15, True, 30.0),
+        (30, True, -math.inf),
+        (9, False, -math.inf),
+        (1000, True, -math.inf),
+        (1000, False, -math.inf),
+    ],
+)
+def test_the_plan_does_not_depend_on_how_many_compilers_run_or_how_fast(
+    most: int, placement: bool, bound: float
+) -> None:
+    budget = Budget(compiles=most, seconds=1e9)
+    first, *others = (
+        searched(width, budget, step=step, placement=placement, bound=bound)
+        for width, step in ((1, 0.0), (2, 1.0), (4, 100.0))
+    )
+    for other in others:
+        assert other.plan == first.plan and other.steps == first.steps and other.tried == first.tried
+        assert other.ended == first.ended and other.decision == first.decision
+    assert first.ended == ("compiles" if most < 30 else first.ended) and first.ended != "seconds"
+    assert first.tried <= most + 8  # what is compared with, and the rewrites that come with it
+    assert ("until --tune-compiles was reached" in first.summary) == (first.ended == "compiles")
+
+
+def test_a_search_that_is_through_says_so_and_one_that_seconds_end_does_too() -> None:
+    assert searched(1, Budget()).complete
+    late = searched(2, Budget(seconds=10.0), step=1.0)
+    assert late.ended == "seconds" and "on another machine the plan may be another" in late.summary
+
+
+def test_a_price_that_is_known_counts_like_one_that_is_compiled() -> None:
+    known: dict[str, Price] = {}
+
+    class Remembering(Judge):
+        def many(self, models: Sequence[Model]) -> list[Price]:
+            for model in models:
+                if model.sha256 not in known:
+                    known[model.sha256] = super().many([model])[0]
+            return [known[model.sha256] for model in models]
+
+    model, found = network(), []
+    for _ in range(2):
+        work = VariantBuilder(
+            model=model, settings=Settings(), unquantized_types=("fp16", "fp32"), samples=samples(model, 2)
+        )
+        found.append((tune(work, judge := Remembering(2), budget=Budget(compiles=12)), judge.compiled))
+    (cold, first), (warm, second) = found
+    assert first > second == 0 and replace(warm) == replace(cold)
+
+
+def test_the_plan_does_not_depend_on_the_order_of_sets() -> None:
+    code = "import test_budget as t; f = t.searched(2, t.Budget(compiles=25)); print(f.plan.sha256, f.tried, f.steps)"
+    here = os.path.dirname(__file__)
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join([here, *filter(None, sys.path)])},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(said) == 1
