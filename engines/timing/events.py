@@ -84,7 +84,7 @@ class EventTimer:
             for _ in range(load.repeats):
                 loaded.launch()
 
-        queued = load.repeats * (1 if loaded.runtime_graph else load.engine.table.kernels)
+        queued = load.repeats * (1 if loaded.runtime_graph else max(load.engine.table.kernels, 1))
         return _Ready(enqueue=enqueue, inferences=load.repeats, queued=queued, graph=loaded.runtime_graph)
 
     def _rounds(self, ready: Sequence[_Ready], busy: _Busy, events: _Events, seconds: float) -> None:

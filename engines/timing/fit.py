@@ -100,23 +100,27 @@ def fit(readings: Iterable[Reading], row: Gpu | None = None) -> Fit:
     missing = [f"{name}: {reading.note}" for name, reading in found.items() if reading.note]
     steps, sustained, boost = (dict[str, float]() for _ in range(3))
     for name, reading in found.items():
-        if reading.failure:
-            continue
         try:
-            steps[name] = slope(reading.probe, reading.timings).us
-            if reading.probe.rate:
-                end = max(t.at_s[-1] for t in reading.timings)
-                sustained[name] = _rate(reading, end / 2, end)
-                boost[name] = _rate(reading, 0, BOOST_S)
+            if not reading.failure:
+                steps[name] = slope(reading.probe, reading.timings).us
         except TimingError as error:
             missing.append(f"{name}: not used: {error}")
-    start = steps.get("start")
+    start, product_start = steps.get("start"), _product_start(steps)
+    before = (start or 0.0) + (product_start or 0.0)
+    for name, reading in found.items():
+        if reading.probe.rate and name in steps:
+            end = max(t.at_s[-1] for t in reading.timings)
+            try:
+                sustained[name] = _rate(reading, end / 2, end, before)
+                boost[name] = _rate(reading, 0, BOOST_S, before)
+            except TimingError as error:
+                missing.append(f"{name}: no rate of a part of the run: {error}")
     accumulation, evidence = _accumulation(found, boost, row)
     assumed = accumulation or (row.accumulation if row else "float32")
     by_type = [_by_type(rates, found, assumed) for rates in (sustained, boost)]
     measured = Measured(
         start_us=start,
-        product_start_us=_product_start(steps),
+        product_start_us=product_start,
         bandwidth_gb_s=_bandwidth(found, steps),
         l2_gb_s=found["l2"].probe.nbytes / steps["l2"] / 1e3 if "l2" in steps else None,
         tera_ops=by_type[0],
@@ -133,10 +137,15 @@ def fit(readings: Iterable[Reading], row: Gpu | None = None) -> Fit:
     )
 
 
-def _rate(reading: Reading, first_s: float, last_s: float) -> float:
-    """10^12 operations a second in a part of the run."""
+def _rate(reading: Reading, first_s: float, last_s: float, before_us: float) -> float:
+    """10^12 operations a second in a part of the run, without what a product takes before it multiplies."""
     part = slope(reading.probe, [t.between(first_s, last_s) for t in reading.timings])
-    return 2 * reading.probe.macs / 1e6 / part.us
+    return 2 * reading.probe.macs / 1e6 / _without(part.us, before_us)
+
+
+def _without(us: float, start_us: float) -> float:
+    """The time without a start, which is at most a tenth of what is long enough to be measured so."""
+    return us - min(start_us, 0.1 * us)
 
 
 def _product_start(steps: Mapping[str, float]) -> float | None:
@@ -155,7 +164,7 @@ def _bandwidth(found: Mapping[str, Reading], steps: Mapping[str, float]) -> floa
     """10^9 bytes a second of the large sum, without its start."""
     if "dram" not in steps:
         return None
-    return found["dram"].probe.nbytes / (steps["dram"] - min(steps.get("start", 0.0), 0.1 * steps["dram"])) / 1e3
+    return found["dram"].probe.nbytes / _without(steps["dram"], steps.get("start", 0.0)) / 1e3
 
 
 def _by_type(rates: Mapping[str, float], found: Mapping[str, Reading], accumulation: str) -> dict[str, float]:

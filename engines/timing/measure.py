@@ -102,8 +102,8 @@ def kept_share(probe: Probe, engine: Engine, timer: Timer) -> float | None:
 
     Along what is summed, each 256 values are 2048, then 254 of 1/64, then -2048, all times one. 2048 and the sum of the
     16 or 32 values that a tensor core adds at once, 1/4 or 1/2, is 2048 again in FP16, whose step is 2 there: FP16
-    keeps about 1/17 of the small values, FP32 all. However a kernel divides the sum among its threads, in whole
-    periods or not, large values stand at both ends of what it adds up in order.
+    keeps hardly any of the small values, FP32 all. However a kernel divides the sum among its threads, in whole periods
+    or not, large values stand at both ends of what it adds up in order.
     """
     if probe.dtype != "float16" or not probe.rate:
         return None

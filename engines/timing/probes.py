@@ -84,8 +84,8 @@ def probes(card: Card, seconds: float = 3.0) -> list[Probe]:
     dram = min(DRAM_BYTES, card.memory_bytes // 4) // 6 * 6
     found = [
         Probe(name="start", **half, multiplies=False, steps=(20, 120), make=pools),
-        Probe(name="product_start_3x3", **half, multiplies=True, steps=(10, 60), make=partial(small_convs, kernel=3)),
-        Probe(name="product_start_5x5", **half, multiplies=True, steps=(10, 60), make=partial(small_convs, kernel=5)),
+        Probe(name="product_start_3x3", **half, multiplies=True, steps=(10, 40), make=partial(small_convs, kernel=3)),
+        Probe(name="product_start_5x5", **half, multiplies=True, steps=(10, 40), make=partial(small_convs, kernel=5)),
         _add("dram", steps=(1,), unit=dram, repeats=4),
         _add("l2", steps=(1, 2), unit=unit, repeats=64),
     ]
