@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,20 +32,55 @@ BUSY_S = 0.02  # of light work before the first round: clocks of an idle GPU tak
 FIRST_LEAD_US, LEAD, TRIES = 2_000.0, 1.5, 4  # how long the GPU is kept busy before a round; more, where it was late
 
 
-@dataclass(slots=True, kw_only=True)
-class _Ready:
-    """One load that can be timed: what puts an interval into the stream, and the intervals so far.
+class Stream(Protocol):
+    """What this needs of a GPU: `engines.timing.driver.Driver` has it. Events and memory are whole numbers."""
 
-    `queued` is what an interval takes of the driver's queue, `usual_us` about how long it is.
+    def event(self) -> int:
+        """A new event with a time."""
+
+    def record(self, event: int) -> None:
+        """Puts an event into the stream."""
+
+    def reached(self, event: int) -> bool:
+        """Whether the GPU has come to an event."""
+
+    def elapsed_us(self, first: int, second: int) -> float:
+        """Microseconds of the GPU between two events that it has reached."""
+
+    def destroy_event(self, event: int) -> None:
+        """Gives an event back."""
+
+    def synchronize(self) -> None:
+        """Waits for the stream."""
+
+    def free_bytes(self) -> int:
+        """Memory that is free now."""
+
+    def allocate(self, nbytes: int) -> int:
+        """New memory."""
+
+    def free(self, address: int) -> None:
+        """Gives memory back."""
+
+    def fill(self, address: int, nbytes: int) -> None:
+        """Writes zeros, in the stream."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What can be timed.
+
+    Attributes:
+        enqueue: puts it into the stream, once.
+        inferences: that this is.
+        queued: entries of the driver's queue that it takes.
+        graph: whether it replays a captured graph.
     """
 
-    enqueue: Callable[[], None]
-    inferences: int
-    queued: int
-    graph: bool
-    usual_us: float = 0.0
-    us: list[float] = field(default_factory=list)
-    at_s: list[float] = field(default_factory=list)
+    enqueue: Callable[[], object]
+    inferences: int = 1
+    queued: int = 1
+    graph: bool = True
 
 
 class EventTimer:
@@ -61,66 +98,46 @@ class EventTimer:
     def times(self, loads: Sequence[Load], *, seconds: float, rest_s: float = 0.0) -> list[Timing]:
         """As of `Timer`."""
         with ExitStack() as held:
-            ready = [self._ready(held.enter_context(LoadedEngine(self._driver, x.engine)), x) for x in loads]
-            events = held.enter_context(_Events(self._driver))
-            busy = held.enter_context(_Busy(self._driver, events))
-            for each in ready:
-                each.usual_us = events.around(each.enqueue)
-            if rest_s:
-                time.sleep(rest_s)
-            busy.keep(BUSY_S * 1e6)
-            self._rounds(ready, busy, events, seconds)
-        return [Timing(us=tuple(r.us), at_s=tuple(r.at_s), graph=r.graph) for r in ready]
+            works = [self.ready(held.enter_context(LoadedEngine(self._driver, x.engine)), x) for x in loads]
+            return timings(self._driver, works, seconds=seconds, rest_s=rest_s)
 
-    def _ready(self, loaded: LoadedEngine, load: Load) -> _Ready:
-        """Warmed up and captured."""
+    def ready(self, loaded: LoadedEngine, load: Load) -> Work:
+        """An engine that is loaded, warmed up and captured."""
         for _ in range(WARM_UP):
             loaded.run()
         graph = loaded.graph(load.repeats)
         if graph is not None:
-            return _Ready(enqueue=lambda: self._driver.replay(graph), inferences=load.repeats, queued=1, graph=True)
+            return Work(enqueue=partial(self._driver.replay, graph), inferences=load.repeats)
 
         def enqueue() -> None:
             for _ in range(load.repeats):
                 loaded.launch()
 
         queued = load.repeats * (1 if loaded.runtime_graph else max(load.engine.table.kernels, 1))
-        return _Ready(enqueue=enqueue, inferences=load.repeats, queued=queued, graph=loaded.runtime_graph)
+        return Work(enqueue=enqueue, inferences=load.repeats, queued=queued, graph=loaded.runtime_graph)
 
-    def _rounds(self, ready: Sequence[_Ready], busy: _Busy, events: _Events, seconds: float) -> None:
-        """Rounds until the GPU was busy with them for so many seconds; each begins with another load."""
-        base, lead_us, overtaken, turn, done_s = events[0], FIRST_LEAD_US, 0, 0, 0.0
-        while done_s < seconds:
-            order = [ready[(turn + i) % len(ready)] for i in range(len(ready))]
-            began = time.perf_counter()
-            busy.keep(lead_us)
-            if not turn:
-                self._driver.record(base)
-            intervals = self._queue(order, events)
-            late = self._driver.reached(intervals[-1].first)
-            queueing_us = (time.perf_counter() - began) * 1e6
-            self._driver.synchronize()
-            if late and overtaken < TRIES:  # the GPU waited for the host inside these intervals
-                overtaken, lead_us = overtaken + 1, max(2 * lead_us, LEAD * queueing_us)
-                continue
-            turn += 1
-            for each in intervals:
-                each.ready.us.append(self._driver.elapsed_us(each.first, each.second) / each.ready.inferences)
-                each.ready.at_s.append(self._driver.elapsed_us(base, each.first) / 1e6)
-            done_s = self._driver.elapsed_us(base, intervals[-1].second) / 1e6
 
-    def _queue(self, order: Sequence[_Ready], events: _Events) -> list[_Interval]:
-        """Puts some intervals of each load into the stream."""
-        found: list[_Interval] = []
-        for ready in order:
-            most = min(INTERVALS, QUEUED // ready.queued) // len(order)
-            for _ in range(max(1, min(most, math.ceil(ROUND_US / len(order) / ready.usual_us)))):
-                interval = _Interval(ready=ready, first=events[2 * len(found) + 1], second=events[2 * len(found) + 2])
-                self._driver.record(interval.first)
-                ready.enqueue()
-                self._driver.record(interval.second)
-                found.append(interval)
-        return found
+def timings(stream: Stream, works: Sequence[Work], *, seconds: float, rest_s: float = 0.0) -> list[Timing]:
+    """The times of each of several works that are warm, taking turns; arguments as of `Timer.times`."""
+    ready = [_Ready(work=work) for work in works]
+    with _Events(stream) as events, _Busy(stream, events) as busy:
+        for each in ready:
+            each.usual_us = events.around(each.work.enqueue)
+        if rest_s:
+            time.sleep(rest_s)
+        busy.keep(BUSY_S * 1e6)
+        _rounds(stream, ready, busy, events, seconds)
+    return [Timing(us=tuple(r.us), at_s=tuple(r.at_s), graph=r.work.graph) for r in ready]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Ready:
+    """A work, about how long it is, and its intervals so far."""
+
+    work: Work
+    usual_us: float = 0.0
+    us: list[float] = field(default_factory=list)
+    at_s: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,40 +149,77 @@ class _Interval:
     second: int
 
 
+def _rounds(stream: Stream, ready: Sequence[_Ready], busy: _Busy, events: _Events, seconds: float) -> None:
+    """Rounds until the GPU was busy with them for so many seconds; each begins with another work."""
+    base, lead_us, overtaken, turn, done_s = events[0], FIRST_LEAD_US, 0, 0, 0.0
+    while done_s < seconds:
+        order = [ready[(turn + i) % len(ready)] for i in range(len(ready))]
+        began = time.perf_counter()
+        busy.keep(lead_us)
+        if not turn:
+            stream.record(base)
+        intervals = _queue(stream, order, events)
+        late = stream.reached(intervals[-1].first)
+        queueing_us = (time.perf_counter() - began) * 1e6
+        stream.synchronize()
+        if late and overtaken < TRIES:  # the GPU waited for the host inside these intervals
+            overtaken, lead_us = overtaken + 1, max(2 * lead_us, LEAD * queueing_us)
+            continue
+        turn += 1
+        for each in intervals:
+            each.ready.us.append(stream.elapsed_us(each.first, each.second) / each.ready.work.inferences)
+            each.ready.at_s.append(stream.elapsed_us(base, each.first) / 1e6)
+        done_s = stream.elapsed_us(base, intervals[-1].second) / 1e6
+
+
+def _queue(stream: Stream, order: Sequence[_Ready], events: _Events) -> list[_Interval]:
+    """Puts some intervals of each work into the stream."""
+    found: list[_Interval] = []
+    for ready in order:
+        most = min(INTERVALS, QUEUED // ready.work.queued) // len(order)
+        for _ in range(max(1, min(most, math.ceil(ROUND_US / len(order) / ready.usual_us)))):
+            interval = _Interval(ready=ready, first=events[2 * len(found) + 1], second=events[2 * len(found) + 2])
+            stream.record(interval.first)
+            ready.work.enqueue()
+            stream.record(interval.second)
+            found.append(interval)
+    return found
+
+
 class _Events(AbstractContextManager["_Events"]):
     """Events by number, made when they are first asked for."""
 
-    def __init__(self, driver: Driver) -> None:
-        self._driver, self._made = driver, list[int]()
+    def __init__(self, stream: Stream) -> None:
+        self._stream, self._made = stream, list[int]()
 
     def __getitem__(self, number: int) -> int:
         while len(self._made) <= number:
-            self._made.append(self._driver.event())
+            self._made.append(self._stream.event())
         return self._made[number]
 
-    def around(self, enqueue: Callable[[], None]) -> float:
+    def around(self, enqueue: Callable[[], object]) -> float:
         """Microseconds of what is put into the stream, roughly, and 1 at least; the second of two times."""
         for _ in range(2):
-            self._driver.record(self[1])
+            self._stream.record(self[1])
             enqueue()
-            self._driver.record(self[2])
-            self._driver.synchronize()
-        return max(self._driver.elapsed_us(self[1], self[2]), 1.0)
+            self._stream.record(self[2])
+            self._stream.synchronize()
+        return max(self._stream.elapsed_us(self[1], self[2]), 1.0)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for event in self._made:
-            self._driver.destroy_event(event)
+            self._stream.destroy_event(event)
 
 
 class _Busy(AbstractContextManager["_Busy"]):
     """Light work for the GPU of about a given length: zeros written to memory."""
 
-    def __init__(self, driver: Driver, events: _Events) -> None:
-        self._driver = driver
-        self._size = min(BUSY_BYTES, driver.free_bytes() // 8)
-        self._address = driver.allocate(self._size)
+    def __init__(self, stream: Stream, events: _Events) -> None:
+        self._stream = stream
+        self._size = min(BUSY_BYTES, stream.free_bytes() // 8)
+        self._address = stream.allocate(self._size)
         self._us = events.around(self._fill)
 
     def keep(self, us: float) -> None:
@@ -174,9 +228,9 @@ class _Busy(AbstractContextManager["_Busy"]):
             self._fill()
 
     def _fill(self) -> None:
-        self._driver.fill(self._address, self._size)
+        self._stream.fill(self._address, self._size)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._driver.free(self._address)
+        self._stream.free(self._address)

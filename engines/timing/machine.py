@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from statistics import median
 from threading import Event, Thread
@@ -80,13 +80,12 @@ class Monitor(AbstractContextManager["Monitor"]):
         """Looks once, then goes on."""
         try:
             self._nvml = ctypes.CDLL(LIBRARY)
-        except OSError as error:
-            self._why = f"no management library ({error})"
-            return self
-        if self._nvml.nvmlInit_v2() or self._nvml.nvmlDeviceGetHandleByPciBusId_v2(
-            self._bus.encode(), ctypes.byref(self._handle)
-        ):
-            self._nvml, self._why = None, "the management library does not show this GPU"
+            handle = ctypes.byref(self._handle)
+            if self._nvml.nvmlInit_v2() or self._nvml.nvmlDeviceGetHandleByPciBusId_v2(self._bus.encode(), handle):
+                self._nvml, self._why = None, "the management library does not show this GPU"
+                return self
+        except (OSError, AttributeError) as error:  # not there, or another library of that name
+            self._nvml, self._why = None, f"no management library ({error})"
             return self
         text, limit = ctypes.create_string_buffer(80), ctypes.c_uint()
         if not self._nvml.nvmlSystemGetDriverVersion(text, len(text)):
@@ -119,7 +118,8 @@ class Monitor(AbstractContextManager["Monitor"]):
     def _look(self) -> State:
         milliwatts = self._figure("nvmlDeviceGetPowerUsage")
         reasons = ctypes.c_ulonglong()
-        self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._handle, ctypes.byref(reasons))
+        with suppress(AttributeError):  # a newer library may have only its new name
+            self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._handle, ctypes.byref(reasons))
         return State(
             at_s=time.monotonic() - self._began,
             sm_mhz=self._figure("nvmlDeviceGetClockInfo", _SM),

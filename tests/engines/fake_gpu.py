@@ -13,8 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
-NOT_READY, NO_CAPTURE, NO_MEMORY = 600, 900, 2
+from engines.timing import driver, machine
+
+NOT_READY, NO_CAPTURE, NO_MEMORY, NO_DEVICE = 600, 900, 2, 6
 ATTRIBUTES = {16: 128, 13: 2_520_000, 36: 10_501_000, 37: 384, 38: 72 << 20, 75: 8, 76: 9}
 
 
@@ -210,6 +213,58 @@ class FakeCuda:
     def cuGetErrorString(self, status: int, text: Any) -> int:
         text._obj.value = {NO_MEMORY: b"out of memory"}.get(status, b"fake error")
         return 0
+
+    # NVML: a clock that is held down while the GPU is looked at
+
+    looks = 0
+
+    def nvmlInit_v2(self) -> int:
+        return 0
+
+    def nvmlShutdown(self) -> int:
+        return 0
+
+    def nvmlDeviceGetHandleByPciBusId_v2(self, bus: bytes, handle: Any) -> int:
+        return 0 if bus == b"00000000:65:00.0" else NO_DEVICE
+
+    def nvmlSystemGetDriverVersion(self, text: Any, size: int) -> int:
+        text.value = b"580.10"
+        return 0
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle: Any, milliwatts: Any) -> int:
+        milliwatts._obj.value = 450_000
+        return 0
+
+    def nvmlDeviceGetPowerUsage(self, handle: Any, milliwatts: Any) -> int:
+        self.looks += 1
+        milliwatts._obj.value = 30_000 + 100_000 * (self.looks > 1)
+        return 0
+
+    def nvmlDeviceGetClockInfo(self, handle: Any, kind: int, mhz: Any) -> int:
+        mhz._obj.value = {1: 2520 - 300 * (self.looks > 1), 2: 10501}[kind]
+        return 0
+
+    def nvmlDeviceGetTemperature(self, handle: Any, sensor: int, celsius: Any) -> int:
+        celsius._obj.value = 61
+        return 0
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: Any, reasons: Any) -> int:
+        reasons._obj.value = 4
+        return 0
+
+
+def install(monkeypatch: pytest.MonkeyPatch, fake: FakeCuda | None) -> None:
+    """Puts a fake in the place of the driver and of NVML, or nothing; other libraries are loaded as ever."""
+    real = ctypes.CDLL
+
+    def load(name: str, *arguments: Any, **options: Any) -> Any:
+        if name not in (driver.LIBRARY, machine.LIBRARY):
+            return real(name, *arguments, **options)
+        if fake is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return fake
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
 
 
 def fake_runtime(cuda: FakeCuda, engines: dict[bytes, FakeEngine], *, rtx: bool = True) -> Any:

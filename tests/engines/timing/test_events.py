@@ -5,19 +5,20 @@ from __future__ import annotations
 import ast
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_gpu import FakeCuda, FakeEngine, FakeKernel, fake_runtime
+from fake_gpu import FakeCuda, FakeEngine, FakeKernel, fake_runtime, install
 from places import ROOT
 
 from engines.backends.compiler import Engine
 from engines.backends.layers import LayerTable
 from engines.core.errors import MissingRuntimeError
-from engines.timing import driver as driver_module
 from engines.timing import events as events_module
+from engines.timing import machine
 from engines.timing.driver import Driver
 from engines.timing.events import EventTimer
 from engines.timing.loaded import LoadedEngine
@@ -45,7 +46,7 @@ def engines() -> dict[bytes, FakeEngine]:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch, engines: dict[bytes, FakeEngine]) -> FakeCuda:
     fake = FakeCuda()
-    monkeypatch.setattr(driver_module.ctypes, "CDLL", lambda name: fake)
+    install(monkeypatch, fake)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_runtime(fake, engines))
 
     def sleep(seconds: float) -> None:
@@ -156,11 +157,7 @@ def test_no_driver_and_no_gpu(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -
     cuda.devices = 0
     with pytest.raises(MissingRuntimeError, match="shows 0 GPUs"):
         Driver()
-
-    def missing(name: str) -> None:
-        raise OSError("libcuda.so.1: cannot open")
-
-    monkeypatch.setattr(driver_module.ctypes, "CDLL", missing)
+    install(monkeypatch, None)
     with pytest.raises(MissingRuntimeError, match="No NVIDIA driver"):
         Driver()
 
@@ -170,6 +167,19 @@ def test_the_card(cuda: FakeCuda) -> None:
         card = driver.card()
     assert (card.name, card.target, card.sms, card.boost_mhz) == ("NVIDIA GeForce RTX 4090", "sm89", 128, 2520)
     assert card.bandwidth_gb_s == pytest.approx(1008.1, abs=0.1) and card.l2_bytes == 72 << 20 and card.cuda == "13.0"
+
+
+def test_clocks_and_power_are_watched(cuda: FakeCuda) -> None:
+    with machine.Monitor("00000000:65:00.0") as monitor:
+        time.sleep(3 * machine.EVERY_S)
+    watched = monitor.watched()
+    assert watched.driver == "580.10" and len(watched.states) >= 4
+    clocks = "SM clock 2520 before, 2220 during (lowest 2220), 2220 after MHz"
+    power = "power 30, 130 (most 130 of 450), 130 W; 61 C; held down by power cap"
+    assert watched.summary() == f"{clocks}; {power}"
+    with machine.Monitor("other") as monitor:
+        pass
+    assert monitor.watched().summary() == "not known: the management library does not show this GPU"
 
 
 def calls(path: Path, prefix: str) -> dict[str, set[int]]:

@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 import pytest
 from click.testing import CliRunner, Result
+from fake_gpu import install
 from models import segmenter
 from simulated_gpu import RTX4090, SimulatedTimer, compiler, small_products, without_weights
 
@@ -69,10 +70,7 @@ def test_json(gpu: SimulatedTimer) -> None:
 
 
 def test_without_a_gpu_the_exit_code_is_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(driver.ctypes, "CDLL", missing)
+    install(monkeypatch, None)
     done = run("measure-gpu", "-o", str(tmp_path / "gpu.yaml"))
     assert done.exit_code == 3 and "No NVIDIA driver found here" in done.stderr
     assert not list(tmp_path.iterdir())
