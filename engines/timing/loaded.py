@@ -102,7 +102,7 @@ class LoadedEngine(AbstractContextManager["LoadedEngine"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Gives memory and context back, in that order of need."""
+        """Gives the context back, then what it used."""
         self._context = self._engine = self._runtime = None
         self._held.close()
 
@@ -122,26 +122,33 @@ class LoadedEngine(AbstractContextManager["LoadedEngine"]):
         self._driver.synchronize()
 
     def graph(self, repeats: int) -> int | None:
-        """An executable graph of that many inferences; None where the engine cannot be captured.
+        """An executable graph of that many inferences; None where the engine cannot be captured from outside.
 
-        Where TensorRT-RTX can only capture it itself, its launches replay graphs from then on (`runtime_graph`).
+        TensorRT-RTX captures an engine only if it was built for the user's memory (REQUIRE_USER_ALLOCATION); of others
+        it makes graphs itself, which `launch` replays from then on: `runtime_graph`.
         """
         context = self._context
         if not hasattr(context, "is_stream_capturable") or context.is_stream_capturable(self._driver.stream):
             captured = self._driver.capture(lambda: all(self.launch() for _ in range(repeats)))
             if captured is not None:
                 self._held.callback(self._driver.destroy_graph, captured)
-            return captured
+                return captured
         if hasattr(self._trt, "CudaGraphStrategy"):
-            engine, trt = self._engine, self._trt
-            settings = engine.create_runtime_config()
-            settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            self._context = engine.create_execution_context(settings) or context
-            self.runtime_graph = self._context is not context
-            self._bind()
-            for _ in range(3):  # compile, capture, replay
-                self.run()
+            self._let_runtime_capture()
         return None
+
+    def _let_runtime_capture(self) -> None:
+        """Goes on with an execution context that captures its inferences."""
+        engine, trt = self._engine, self._trt
+        settings = engine.create_runtime_config()
+        settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        made = engine.create_execution_context(settings)
+        if made is None:
+            return
+        self._context, self.runtime_graph = made, True
+        self._bind()
+        for _ in range(3):  # compile, capture, replay
+            self.run()
 
     def outputs(self) -> dict[str, npt.NDArray[np.generic]]:
         """What one inference gives.
@@ -164,7 +171,7 @@ class LoadedEngine(AbstractContextManager["LoadedEngine"]):
 
         Kernels are launched one by one, with events of the runtime around each: their sum is more than an inference.
         """
-        profiler = _profiler(self._trt)
+        self._profiler = profiler = _profiler(self._trt)  # the context does not keep it alive
         context = self._context
         context.profiler = profiler
         found = []

@@ -65,12 +65,12 @@ def readings(
         backend: compiles for it.
         timer: measures.
         budget_s: seconds of everything; probes that come later are left out, with that reason.
-        on_probe: called with the number of probes done, their number in all, and the name of the next.
+        on_probe: called with the number of probes done, their number in all, and what is done.
     """
     began = time.monotonic()
     for number, probe in enumerate(found):
         if on_probe:
-            on_probe(number, len(found), f"measure {probe.name}")
+            on_probe(number, len(found), "measure")
         if time.monotonic() - began > budget_s:
             yield Reading(probe=probe, failure=f"no time left of {budget_s:.0f} s")
             continue

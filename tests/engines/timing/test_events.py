@@ -82,8 +82,19 @@ def test_kernels_launched_one_by_one_are_timed_too_and_said(cuda: FakeCuda, engi
     assert not cuda.graphs
 
 
-def test_without_any_graph(cuda: FakeCuda, engines: dict[bytes, FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_that_fails_leaves_it_to_the_runtime(
+    cuda: FakeCuda, engines: dict[bytes, FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cuda, "cuStreamBeginCapture_v2", lambda *_: 900, raising=False)
+    engines[b"a"] = FakeEngine(steady(90, 30))
+    (timing,) = timed(Load(engine=engine(b"a")))
+    assert timing.graph and not cuda.graphs and timing.median_us == pytest.approx(90, rel=0.01)
+
+
+def test_without_any_graph(cuda: FakeCuda, engines: dict[bytes, FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TensorRT, which has none of its own."""
+    monkeypatch.setattr(cuda, "cuStreamBeginCapture_v2", lambda *_: 900, raising=False)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_runtime(cuda, engines, rtx=False))
     engines[b"a"] = FakeEngine(steady(90, 30))
     (timing,) = timed(Load(engine=engine(b"a")))
     assert not timing.graph and timing.median_us == pytest.approx(90, rel=0.01)
