@@ -22,7 +22,7 @@ PIPELINE = ("core", "model", "passes", "plan", "measure", "solve", "assemble", "
 ENGINES = {
     "build": {"core", "backends", "cost", "verify"},
     "deploy": {"core", "backends", "cost", "verify"},
-    "cli": {"core", "backends", "cost", "verify"},
+    "cli": {"core", "backends", "cost", "timing", "verify"},
 }
 
 # What may not be imported when a module is loaded, only inside the functions that need it.

@@ -1,4 +1,4 @@
-"""What is known without a run: explain, doctor, schema."""
+"""What is known of a plan, a machine or a file without deploying: explain, doctor, measure-gpu, schema."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from qdq.cli import options
-from qdq.cli.terminal import show_rows
+from qdq.cli.terminal import Bars, note, show_rows
 
 
 @click.command()
@@ -40,6 +40,46 @@ def doctor(as_json: bool) -> None:
         click.echo(json.dumps([asdict(f) for f in findings], indent=1))
     else:
         show_rows("This machine", [("ok" if f.ok else "--", f.name, f.detail, f.fix) for f in findings])
+
+
+@click.command("measure-gpu")
+@options.output_option("gpu.yaml, a recipe with what was measured")
+@click.option("--backend", help="Compile with rtx or trt; default: the first that is installed and has this GPU.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.2, 60),
+    default=3.0,
+    show_default=True,
+    help="Run each large product that long: the clock falls under load.",
+)
+@options.json_option
+def measure_gpu(output: Path, backend: str | None, seconds: float, as_json: bool) -> None:
+    """Measure this machine's GPU, so that predicted times become those of this GPU.
+
+    Starts of kernels, bandwidths, rates in each type, and how FP16 products accumulate. Nothing else should use the GPU
+    meanwhile. Then: qdq deploy MODEL --data DATA --recipe gpu.yaml.
+    """
+    from engines.core.files import write_atomic
+    from engines.timing.driver import Driver
+    from engines.timing.events import EventTimer
+    from engines.timing.gpu_file import measured_gpu
+    from engines.timing.machine import Monitor
+    from engines.timing.measure import backend_for
+
+    options.check_output(output)
+    with Driver() as driver, Bars() as bars:
+        card = driver.card()
+        compiler = backend_for(card, backend)
+        with Monitor(card.bus) as monitor:
+            found = measured_gpu(card, compiler, EventTimer(driver), seconds=seconds, on_probe=bars)
+        watched = monitor.watched()
+    write_atomic(output, found.text())
+    if as_json:
+        click.echo(json.dumps({**found.to_mapping(), "watched": watched.to_mapping()}, indent=1))
+        return
+    show_rows(f"{card.name} ({card.target}), measured with {compiler.title}", found.rows())
+    note(watched.summary())
+    click.echo(f"Recipe: {output}")
 
 
 @click.command()

@@ -19,7 +19,7 @@ FILES = {
     "engines/backends/compiler.py": (*TENSORRT, *RTX),
     "engines/backends/rtx.py": RTX,
     "engines/backends/trt.py": (*TENSORRT, *RTX),  # `inspect` reads the engines of both
-    "tools/gpu_check.py": (*TENSORRT, *RTX),
+    "engines/timing/loaded.py": (*TENSORRT, *RTX),
 }
 # The class of each variable name; every such variable in these files is one of these objects.
 CLASSES = {
@@ -35,13 +35,11 @@ CLASSES = {
     "inspector": "EngineInspector",
     "context": "IExecutionContext",
     "cache": "ITimingCache",
+    "settings": "IRuntimeConfig",
 }
-# Names of one version only must be guarded by hasattr; none is used today.
-GUARDED: dict[str, tuple[str, ...]] = {}
-# Variables of these names that are something else in one function.
-OTHER = {
-    ("tools/gpu_check.py", "engine"): {"data", "table"},
-    ("tools/gpu_check.py", "parser"): {"add_argument", "parse_args"},
+# Names of some versions only, which are used behind hasattr -> versions that have them.
+GUARDED = {
+    name: RTX for name in ("is_stream_capturable", "cuda_graph_strategy", "CudaGraphStrategy", "WHOLE_GRAPH_CAPTURE")
 }
 
 
@@ -60,9 +58,9 @@ def used(file: str) -> set[tuple[str, str]]:
             continue
         if isinstance(node.value, ast.Name):
             variable = node.value.id
-            if variable == "trt" and file != "tools/gpu_check.py" and not node.attr.startswith("__"):
+            if variable == "trt" and not node.attr.startswith("__"):
                 found.add(("", node.attr))
-            elif variable in CLASSES and node.attr not in OTHER.get((file, variable), ()):
+            elif variable in CLASSES:
                 found.add((CLASSES[variable], node.attr))
         elif ast.unparse(node.value).startswith("trt.") and isinstance(node.value, ast.Attribute):
             found.add((node.value.attr, node.attr))
@@ -75,7 +73,7 @@ def test_every_name_exists(file: str, version: str) -> None:
     missing = [
         f"{owner or 'module'}.{name}"
         for owner, name in sorted(used(file))
-        if name not in GUARDED and name not in (api.get(owner, []) if owner else api)
+        if version in GUARDED.get(name, (version,)) and name not in (api.get(owner, []) if owner else api)
     ]
     assert not missing
 
@@ -89,7 +87,9 @@ def test_the_reading_finds_the_names() -> None:
         "engines/backends/trt.py"
     )
     assert ("IBuilderConfig", "set_compute_capability") in used("engines/backends/rtx.py")
-    assert ("IExecutionContext", "execute_async_v3") in used("tools/gpu_check.py")
+    assert {("IExecutionContext", "execute_async_v3"), ("IRuntimeConfig", "cuda_graph_strategy")} <= used(
+        "engines/timing/loaded.py"
+    )
     assert "set_compute_capability" not in names(TENSORRT[0])["IBuilderConfig"]
 
 
