@@ -51,7 +51,7 @@ def data_file(model: Path | str, location: str) -> Path | None:
     named = Path(model).absolute()
     place = Path(os.path.realpath(named.parent / location))
     inside = (os.path.realpath(named.parent), Path(os.path.realpath(named)).parent)
-    return place if any(map(place.is_relative_to, inside)) else None
+    return place if any(place.is_relative_to(folder) for folder in inside) else None
 
 
 def settle(proto: onnx.ModelProto, model: Path | str) -> Path:
