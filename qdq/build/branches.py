@@ -63,8 +63,8 @@ def with_possible_branches(
         return model  # it is not for the branches; the refusal is met again, and the node searched for
     said = ", ".join(f"{name!r} is {value.item()}" for name, value in values.items())
     note = (
-        f"input {said} in all samples, and chooses the branch of If {node!r}, whose branches the compiler does not take "
-        "together at these sizes: the engine holds the branch of that value alone, whatever it is fed"
+        f"input {said} in all samples, and chooses the branch of If {node!r}, whose branches the compiler does not "
+        "take together at these sizes: the engine holds the branch of that value alone, whatever it is fed"
     )
     return replace(alone, notes=(*alone.notes, note))
 
