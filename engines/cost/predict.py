@@ -105,23 +105,30 @@ def predict(
     unplaced, _ = products.pop("", (0, ""))
     layers = [layer for layer in table.layers if layer.kind not in SYNCHRONIZATION]
     # A name that comes twice multiplies once.
-    kernels = tuple(_kernel(layer, gpu, *products.pop(layer.name, (0, ""))) for layer in layers)
-    uncounted = tuple(node.node for node in nodes if node.macs is None)
+    # Without a jump, the turns of a loop are kernels each.
+    turns = {node.node: node.turns or 1 for node in nodes} if any(la.kind == "cjmp" for la in table.layers) else {}
+    kernels = tuple(_kernel(layer, gpu, *products.pop(layer.name, (0, "")), _turns(layer, turns)) for layer in layers)
+    uncounted = tuple(node.node for node in nodes if not node.counted)
     return Cost(gpu=gpu, kernels=kernels, unplaced_macs=unplaced, uncounted=uncounted)
 
 
-def _kernel(layer: Layer, gpu: Gpu, macs: int, dtype: str) -> KernelCost:
-    """The roofline of one kernel."""
-    moved = layer.bytes_moved or 0
+def _turns(layer: Layer, turns: Mapping[str, int]) -> int:
+    """How often a kernel runs: as often as the nodes that it names."""
+    return max((turns.get(name, 1) for name in layer.onnx_nodes), default=1)
+
+
+def _kernel(layer: Layer, gpu: Gpu, macs: int, dtype: str, turns: int) -> KernelCost:
+    """The roofline of one kernel, in all its turns."""
+    moved = (layer.bytes_moved or 0) * turns
     first = next((t.dtype for t in (*layer.inputs, *layer.constants, *layer.outputs)), "float32")
     dtype = dtype or first
     transfer, compute = moved / gpu.bandwidth_gb_s / 1e3, 2 * macs / gpu.peak(dtype)
     work = max(transfer, compute)
-    bound = "launch" if gpu.launch_us > work else "compute" if compute > transfer else "bandwidth"
+    bound = "launch" if gpu.launch_us * turns > work else "compute" if compute > transfer else "bandwidth"
     return KernelCost(
         name=layer.name,
         kind=layer.kind,
-        us=work + gpu.launch_us,
+        us=work + gpu.launch_us * turns,
         bytes=moved,
         macs=macs,
         dtype=dtype,

@@ -32,7 +32,7 @@ from onnx import NodeProto
 
 from engines.core.operators import family
 from qdq.model.model import Model
-from qdq.model.nodes import all_graphs, all_nodes, attribute, attribute_value, weight_axis
+from qdq.model.nodes import all_nodes, attribute, attribute_value, weight_axis
 from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node
 
 STAGE, RANK = "float", 20  # before the others of attention, which read Q, K and V
@@ -85,8 +85,6 @@ def _separate(model: Model, edit: Edit, product: NodeProto) -> None:
     whole: list[str] = []
     cuts = list(_cuts(model, (product,), product.output[0], whole))
     parts = [part for c in cuts for part in c.parts]
-    if not _together(model, {product.name, *(node.name for c in cuts for node in (c.node, *c.path))}):
-        raise Unfit("its result is cut in the body of a node that reads it")
     if len(parts) < 2:
         raise Unfit("its result is not cut into parts")
     if whole:
@@ -122,11 +120,6 @@ def _cuts(model: Model, path: tuple[NodeProto, ...], tensor: str, whole: list[st
             yield from _cuts(model, (*path, node), node.output[0], whole)
         else:
             whole.append(f"by {node.op_type} {node.name!r}")
-
-
-def _together(model: Model, names: set[str]) -> bool:
-    """Whether nodes are in one graph, of the model or of a body."""
-    return any(names <= {node.name for node in graph.node} for graph in all_graphs(model.graph))
 
 
 def _passes(model: Model, node: NodeProto, tensor: str) -> bool:
