@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import onnx
 from graphs import build, node, normal
+from onnx import TensorProto, helper
 
 from qdq.model.model import Model
 
@@ -403,3 +407,29 @@ def partition(
     outputs = ("y", "z") if twice else ("y",)
     nodes += [node("Relu", "n", "z")] if twice else []
     return build(nodes, {"x": (2, 5, 5, channels)}, tensors, outputs=outputs)
+
+
+def packed_inside(form: str, outer: str, *, turns: int = 3, dynamic: bool = False, **sizes: int) -> Model:
+    """`packed` as the body of a Loop of some turns, which carries x, or as the branch that a positive x takes of an If.
+
+    The input is `start`, the output `z`.
+    """
+    graph = packed(form, dynamic=dynamic, **sizes).graph
+    shape = [d.dim_value or d.dim_param for d in graph.input[0].type.tensor_type.shape.dim]
+
+    def value(name: str, kind: int = TensorProto.FLOAT, dims: Sequence[int | str] = shape) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, dims)
+
+    inner = [*graph.node]
+    if outer == "Loop":
+        given = [value("turn", TensorProto.INT64, []), value("go", TensorProto.BOOL, []), value("x")]
+        ends = [value("on", TensorProto.BOOL, []), value("y")]
+        body = helper.make_graph([*inner, node("Identity", "go", "on")], "body", given, ends, graph.initializer)
+        nodes = [node("Loop", "turns - start", "z", "loop", body=body)]
+    else:
+        inner.insert(0, node("Identity", "start", "x", "same"))
+        then = helper.make_graph(inner, "then", [], [value("y")], graph.initializer)
+        other = helper.make_graph([node("Neg", "start", "n")], "other", [], [value("n")])
+        nodes = [node("ReduceMax", "start", "most", keepdims=0), node("Cast", "most", "positive", to=TensorProto.BOOL)]
+        nodes += [node("If", "positive", "z", "choice", then_branch=then, else_branch=other)]
+    return build(nodes, {"start": shape}, {"turns": np.array(turns)}, outputs=("z",))

@@ -1,13 +1,19 @@
-"""An ONNX graph from a file, without its external data."""
+"""An ONNX graph from a file, without its external data; and where these lie.
+
+file -> `load_graph` -> graph; file and location -> `data_file` -> the file of data, links followed.
+Must not read external data, or name a file that ONNX Runtime would not follow.
+"""
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import onnx
 
 from engines.core.errors import BuildError
+from engines.core.nodes import all_tensors, external_files
 
 _DecodeError: type[Exception] = import_module("google.protobuf.message").DecodeError  # has no type stubs
 
@@ -29,3 +35,39 @@ def load_graph(model: Path | str | onnx.ModelProto) -> onnx.ModelProto:
     if not loaded.graph.node:
         raise BuildError(f"{model} is not an ONNX file, or its graph is empty.")
     return loaded
+
+
+def data_file(model: Path | str, location: str) -> Path | None:
+    """Where external data of a model file really lie; None where ONNX Runtime follows the location no further.
+
+    A location starts from the folder that the file is named in. What it leads to, all links followed, must lie in that
+    folder or in the one that the model file itself lies in: Hugging Face's cache has links to both files in a folder,
+    and the files in another. The file need not exist.
+
+    Source: found by trying layouts with ONNX Runtime 1.32.0 ("External data path escapes model directory").
+    """
+    if not location or "\0" in location or PurePath(location).is_absolute():
+        return None
+    named = Path(model).absolute()
+    place = Path(os.path.realpath(named.parent / location))
+    inside = (os.path.realpath(named.parent), Path(os.path.realpath(named)).parent)
+    return place if any(place.is_relative_to(folder) for folder in inside) else None
+
+
+def settle(proto: onnx.ModelProto, model: Path | str) -> Path:
+    """The folder to find a model's external data in, once it is in memory; `proto` then says where in that.
+
+    It is the folder that the file is named in, and `proto` stays as it is, unless links lead out of there to files that
+    `data_file` allows: a model in memory has no file of its own whose folder would allow them.
+    """
+    named = Path(model).absolute().parent
+    places = {location: data_file(model, location) for location in external_files(proto)}
+    found = [place for place in places.values() if place and place.is_file()]
+    if len(found) < len(places) or all(place.is_relative_to(os.path.realpath(named)) for place in found):
+        return named
+    folder = os.path.commonpath([place.parent for place in found])
+    for tensor in all_tensors(proto):
+        for entry in tensor.external_data:
+            if entry.key == "location" and (place := places.get(entry.value)):
+                entry.value = os.path.relpath(place, folder)
+    return Path(folder)

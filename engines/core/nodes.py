@@ -35,6 +35,17 @@ def attribute_value(node: NodeProto, name: str, default: Any) -> Any:
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
+def held_value(node: NodeProto) -> TensorProto | None:
+    """The tensor that a Constant node holds, under the name of its output; None of other nodes and forms."""
+    held = [a.t for a in node.attribute if a.name == "value" and node.op_type == "Constant"]
+    if not held:
+        return None
+    named = TensorProto()
+    named.CopyFrom(held[0])
+    named.name = node.output[0]
+    return named
+
+
 def label(node: NodeProto) -> str:
     """What people and kernels call a node: its name, or what TensorRT's parser calls one without a name."""
     return str(node.name or f"node_of_{node.output[0]}")

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 
 from engines.core.errors import EngineError, import_runtime
 from engines.core.fp4 import holds_fp4, runnable
+from engines.core.load import settle
 
 _MMAP_THRESHOLD, _ARENA_MAX = -3, -8
 LARGE_BLOCK = 1 << 20
@@ -157,7 +158,7 @@ def _without_fp4(source: str | bytes) -> onnx.ModelProto | None:
         if not holds_fp4(model):
             return None
         if isinstance(source, str):
-            onnx.load_external_data_for_model(model, str(Path(source).parent))
+            onnx.load_external_data_for_model(model, str(settle(model, source)))
     except (OSError, ValueError, DecodeError):
         return None
     return runnable(model)

@@ -16,15 +16,16 @@ from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from engines.core import fp4
-from engines.core.nodes import attribute, bodies, ints, weight_axis
+from engines.core.nodes import attribute, bodies, held_value, ints, weight_axis
 from engines.core.operators import CONTRACTIONS, MOVERS
 from engines.core.shapes import inferred_at
 
 # What compilers call types that they name otherwise than ONNX does. TensorRT reads UINT8 codes as INT8.
 _CALLED: Mapping[int, str] = {TensorProto.UINT8: "int8", TensorProto.FLOAT8E4M3FN: "fp8", TensorProto.FLOAT4E2M1: "fp4"}
+_INTEGERS = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
 
 
 def code_name(dtype: int) -> str:
@@ -171,6 +172,7 @@ class QuantizedGraph:
         *,
         opset: int,
         outer: QuantizedGraph | None = None,
+        turns: int | None = 1,
     ) -> None:
         """Reads names, types, shapes and quantizers.
 
@@ -180,7 +182,9 @@ class QuantizedGraph:
             stored: its initializers.
             opset: version of the default operator set.
             outer: the graph around a body.
+            turns: how often the graph runs in one inference; None where that depends on values.
         """
+        self.turns = turns
         self.nodes = tuple(nodes)  # held, so that the identity of a node stays valid as long as the graph
         self.uses = Counter(name for node in self.nodes for name in node.input)  # tensor -> how often nodes read it
         self._opset = opset
@@ -188,6 +192,7 @@ class QuantizedGraph:
         self._shapes: dict[str, tuple[int | None, ...]] = dict(outer._shapes) if outer else {}
         self._constants: set[str] = set(outer._constants) if outer else set()
         self._producers: dict[str, NodeProto] = dict(outer._producers) if outer else {}
+        self._single: dict[str, int] = dict(outer._single) if outer else {}  # values of integers and bools
         self.by_output: dict[str, Quantizer] = dict(outer.by_output) if outer else {}
         for info in (*shown.input, *shown.output, *shown.value_info):
             tensor = info.type.tensor_type
@@ -195,6 +200,9 @@ class QuantizedGraph:
             if tensor.HasField("shape"):
                 dims = tensor.shape.dim
                 self._shapes[info.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
+        for constant in (*shown.initializer, *(stored := list(stored)), *(held_value(n) for n in self.nodes)):
+            if constant is not None and constant.data_type in _INTEGERS and math.prod(constant.dims) == 1:
+                self._single[constant.name] = int(numpy_helper.to_array(constant).item())
         for constant in stored:
             self._types[constant.name], self._shapes[constant.name] = constant.data_type, tuple(constant.dims)
             self._constants.add(constant.name)
@@ -215,22 +223,49 @@ class QuantizedGraph:
         return tuple(self.product(n) for n in self.nodes if self._multiplies(n))
 
     def all_products(self) -> Iterator[tuple[QuantizedGraph, Product]]:
-        """Every product of the graph and of the bodies inside it that depends on an input, with its graph.
-
-        A Loop body counts once: its trip count is not known.
-        """
+        """Every product of the graph and of the bodies inside it that depends on an input, with its graph."""
         for node in self.nodes:
             if self._multiplies(node) and not self.is_constant(node.output[0]):
                 yield self, self.product(node)
             for body in bodies(node):
-                inner = QuantizedGraph(body.node, body, body.initializer, opset=self._opset, outer=self)
-                yield from inner.all_products()
+                yield from self._inner(node, body).all_products()
 
     def all_graphs(self) -> Iterator[QuantizedGraph]:
         """This graph and the bodies inside it."""
         yield self
-        for body in (body for node in self.nodes for body in bodies(node)):
-            yield from QuantizedGraph(body.node, body, body.initializer, opset=self._opset, outer=self).all_graphs()
+        for node in self.nodes:
+            for body in bodies(node):
+                yield from self._inner(node, body).all_graphs()
+
+    def _inner(self, node: NodeProto, body: GraphProto) -> QuantizedGraph:
+        """A body of a node."""
+        each = self._turns(node, body)
+        turns = None if each is None or self.turns is None else each * self.turns
+        return QuantizedGraph(body.node, body, body.initializer, opset=self._opset, outer=self, turns=turns)
+
+    def _turns(self, node: NodeProto, body: GraphProto) -> int | None:
+        """How often a body runs each time that its node does; None where that depends on values."""
+        if node.op_type == "Scan" and self._opset > 8:
+            count = attribute(node, "num_scan_inputs", 0)
+            shape = self.shape(node.input[len(node.input) - count])
+            axis = ints(node, "scan_input_axes", [0] * count)[0]
+            return None if shape is None else shape[axis]
+        if node.op_type == "Loop":
+            trip, start = self._single.get(node.input[0]), node.input[1]
+            goes_on = not start or self._single.get(start) == 1
+            return trip if goes_on and self._stays(body) else None
+        return 1 if node.op_type == "If" else None
+
+    def _stays(self, body: GraphProto) -> bool:
+        """Whether a Loop's body never ends it: its condition is what it was, or true."""
+        makers = {name: node for node in body.node for name in node.output}
+        name = body.output[0].name
+        while (maker := makers.get(name)) is not None and maker.op_type in ("Identity", "Cast"):
+            name = maker.input[0]
+        constants = (*body.initializer, *(held_value(node) for node in body.node))
+        own = {t.name: t for t in constants if t is not None}
+        true = bool(numpy_helper.to_array(own[name]).all()) if name in own else self._single.get(name) == 1
+        return name == body.input[1].name or true
 
     def product(self, node: NodeProto) -> Product:
         """A node of two factors as a product."""

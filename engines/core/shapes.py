@@ -86,7 +86,8 @@ def inferred_at(proto: ModelProto, inputs: Mapping[str, Sequence[int]]) -> Graph
     The arithmetic between a Shape and what it sizes is computed where inference does not follow it (a Div, a Where).
     Of a tensor behind an operator that inference does not know, what the file states is believed. A size that depends
     on the values of an input, or on an input whose shape is open, stays open. What calls of the model's own functions
-    stand for is in the graph, under the names that TensorRT's parser gives it: 'node | call (function)'.
+    stand for is in the graph, under the names that TensorRT's parser gives it: 'node | call (function)'. Its
+    initializers are the values that were computed of shapes.
     """
     fixed = inlined(given := light(proto)) or given
     del fixed.functions[:]
@@ -108,12 +109,55 @@ def inferred_at(proto: ModelProto, inputs: Mapping[str, Sequence[int]]) -> Graph
         else:
             break
         shown = _inferred(work)
+    shown = _carried(work, shown)
     known = {tuple(node.output): node for node in shown.node}  # with what was inferred inside bodies
     nodes = [known.get(tuple(node.output), node) for node in fixed.graph.node]
     made = (helper.make_tensor_value_info(n, numpy_helper.from_array(v).data_type, v.shape) for n, v in values.items())
     result = GraphProto(input=shown.input, output=shown.output, node=nodes)
     result.value_info.extend((*shown.value_info, *made))
+    result.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
     return result
+
+
+def _carried(work: ModelProto, shown: GraphProto) -> GraphProto:
+    """The graph with the shapes of what its Loops carry, where a turn that begins with them ends with them too.
+
+    onnx leaves them open: a turn may change them. `work` is changed.
+    """
+    sized = {v.name: v.type.tensor_type.shape for v in (*shown.input, *shown.value_info) if _sized(v)}
+    sized |= {t.name: helper.make_tensor_value_info("", 1, t.dims).type.tensor_type.shape for t in shown.initializer}
+    kept: dict[tuple[str, ...], dict[int, TensorShapeProto]] = {}
+    for node in (node for node in work.graph.node if node.op_type == "Loop"):
+        body = next(bodies(node))
+        del body.value_info[:]
+        for end in body.output:
+            end.type.tensor_type.ClearField("shape")
+        kept[tuple(node.output)] = {i: sized[name] for i, name in enumerate(node.input) if i > 1 and name in sized}
+    while kept:
+        for node in (node for node in work.graph.node if tuple(node.output) in kept):
+            for index, state in enumerate(next(bodies(node)).input):
+                if index > 1:
+                    state.type.tensor_type.ClearField("shape")
+                if index in kept[tuple(node.output)]:
+                    state.type.tensor_type.shape.CopyFrom(kept[tuple(node.output)][index])
+        shown = _inferred(work)
+        ends = {tuple(n.output): next(bodies(n)).output for n in shown.node if tuple(n.output) in kept}
+        changed = [
+            (loop, index)
+            for loop, states in kept.items()
+            for index, shape in states.items()
+            if _dims(ends[loop][index - 1].type.tensor_type.shape) != _dims(shape)
+        ]
+        if not changed:
+            break
+        for loop, index in changed:
+            del kept[loop][index]
+    return shown
+
+
+def _dims(shape: TensorShapeProto) -> list[int]:
+    """The sizes of a shape, 0 for one that is open."""
+    return [dim.dim_value for dim in shape.dim]
 
 
 def _inferred(proto: ModelProto) -> GraphProto:

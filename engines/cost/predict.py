@@ -142,16 +142,24 @@ def predict(
     layers = [layer for layer in table.layers if layer.kind not in SYNCHRONIZATION]
     # A name that comes twice multiplies once.
     counted = [products.pop(layer.name, (0, "")) for layer in layers]
-    works = [work_of(layer, macs or None) for layer, (macs, _) in zip(layers, counted, strict=True)]
+    # Without a jump, the turns of a loop are kernels each.
+    jumps = any(layer.kind == "cjmp" for layer in table.layers)
+    turns = _turns(layers, {node.node: node.turns or 1 for node in nodes} if jumps else {})
+    works = [work_of(la, macs // n or None) for la, (macs, _), n in zip(layers, counted, turns, strict=True)]
     kernels = [Kernel(work=w, dtype=_dtype(la, w, c[1])) for la, w, c in zip(layers, works, counted, strict=True)]
     told = {layer.name for layer, work in zip(layers, works, strict=True) if work.macs}
     return Cost(
         gpu=gpu,
-        kernels=_kernels(layers, kernels, [macs for macs, _ in counted], gpu),
+        kernels=_kernels(layers, kernels, [macs for macs, _ in counted], turns, gpu),
         family=family_of(works),
         unplaced_macs=unplaced,
-        uncounted=tuple(node.node for node in nodes if node.macs is None and node.kernel not in told),
+        uncounted=tuple(n.node for n in nodes if not n.counted and (n.macs is not None or n.kernel not in told)),
     )
+
+
+def _turns(layers: list[Layer], turns: Mapping[str, int]) -> list[int]:
+    """How often each kernel runs: as often as the nodes that it names."""
+    return [max((turns.get(name, 1) for name in layer.onnx_nodes), default=1) for layer in layers]
 
 
 def _dtype(layer: Layer, work: Work, consumed: str) -> str:
@@ -163,22 +171,24 @@ def _dtype(layer: Layer, work: Work, consumed: str) -> str:
     return first if found == "unknown" else found
 
 
-def _kernels(layers: list[Layer], kernels: list[Kernel], macs: list[int], gpu: Gpu) -> tuple[KernelCost, ...]:
-    """The time of each kernel, and what bounds it."""
+def _kernels(
+    layers: list[Layer], kernels: list[Kernel], macs: list[int], turns: list[int], gpu: Gpu
+) -> tuple[KernelCost, ...]:
+    """The time of each kernel in all its turns, and what bounds it."""
     times = Batch.of([(kernels, gpu)]).times(CONSTANTS)
-    parts = zip(layers, kernels, macs, times.total, times.start, times.memory, times.compute, strict=True)
+    parts = zip(layers, kernels, macs, turns, times.total, times.start, times.memory, times.compute, strict=True)
     return tuple(
         KernelCost(
             name=layer.name,
             kind=layer.kind,
-            us=float(us),
-            bytes=layer.bytes_moved or 0,
-            macs=counted or round(kernel.work.macs),
+            us=float(us) * often,
+            bytes=(layer.bytes_moved or 0) * often,
+            macs=counted or round(kernel.work.macs) * often,
             dtype=kernel.dtype,
             bound="start" if start >= max(memory, compute) else "compute" if compute > memory else "bandwidth",
             onnx_nodes=layer.onnx_nodes,
         )
-        for layer, kernel, counted, us, start, memory, compute in parts
+        for layer, kernel, counted, often, us, start, memory, compute in parts
     )
 
 

@@ -27,6 +27,7 @@ from engines.verify.kernels import compute_kernel, consumed_dtype, multiplying
 __all__ = ["Audit", "NodeAudit", "audit", "compute_kernel", "consumed_dtype", "requested"]
 
 
+UNCOUNTED = "how often its body runs depends on values, so its multiply-adds are counted for one turn"
 UNSIZED = "a size of what it reads depends on data, or on an input without a shape: see --shape"
 
 
@@ -37,6 +38,8 @@ class NodeAudit(Part, frozen=True, kw_only=True):
         node: its name.
         op_type: its operator.
         macs: multiply-adds of one inference; None where a size that they depend on is not known.
+        turns: how often the node runs in one inference, more than once in a body of Loop or Scan; None where that
+            depends on values, and `macs` is of one turn.
         requested: '' (float), a low-precision type, or 'weight-only <type>' / 'activation-only <type>'.
         consumed: the type both operands have where the kernel multiplies them, or 'unknown'.
         kernel: the name of the kernel that multiplies, '' where none is known.
@@ -50,6 +53,7 @@ class NodeAudit(Part, frozen=True, kw_only=True):
     consumed: str
     kernel: str
     cause: str
+    turns: int | None = 1
 
     @property
     def missed(self) -> bool:
@@ -59,7 +63,12 @@ class NodeAudit(Part, frozen=True, kw_only=True):
     @property
     def unknown(self) -> bool:
         """Whether its type or its multiply-adds are not known."""
-        return self.consumed == "unknown" or self.macs is None
+        return self.consumed == "unknown" or not self.counted
+
+    @property
+    def counted(self) -> bool:
+        """Whether its multiply-adds of a whole inference are known."""
+        return self.macs is not None and self.turns is not None
 
 
 class Audit(Document, frozen=True, kw_only=True):
@@ -88,7 +97,7 @@ class Audit(Document, frozen=True, kw_only=True):
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of one inference, of the nodes whose are known."""
+        """Multiply-adds of one inference, of the nodes whose are known; of one turn where their number is not."""
         return sum(n.macs or 0 for n in self.nodes)
 
     def share(self, *dtypes: str) -> float:
@@ -177,14 +186,16 @@ def _row(graph: QuantizedGraph, node: onnx.NodeProto, table: LayerTable, elems: 
     kernels = multiplying(table.layers, label(node))
     stated = DTYPES.get(TensorProto.DataType.Name(elems.pop()).lower(), "") if len(elems) == 1 else ""
     types = {consumed_dtype(kernel, stated) for kernel in kernels}
+    once = macs(graph, node)
     return NodeAudit(
         node=label(node),
         op_type=node.op_type,
-        macs=macs(graph, node),
+        macs=None if once is None else once * (1 if graph.turns is None else graph.turns),
         requested=asked,
         consumed=types.pop() if len(types) == 1 else "unknown",
         kernel=kernels[0].name if kernels else "",
         cause="",
+        turns=graph.turns,
     )
 
 
@@ -208,7 +219,7 @@ def _cause(row: NodeAudit, product: Product, table: LayerTable) -> str:
     """Why a node is unknown or was missed, the most specific reason first; or why its result is suspect; or ''."""
     node, quantized = product.node, [o.dq for o in product.operands if o.dq is not None]
     blocked = any(q.stored and q.blocked and q.count > 1 for q in quantized)
-    if row.consumed == "unknown" or (row.macs is None and not row.missed):
+    if row.consumed == "unknown" or not (row.counted or row.missed):
         return _why_unknown(row, table)
     if not row.missed:
         if row.consumed in LOW and blocked and row.consumed != "fp4":
@@ -241,7 +252,7 @@ def _cause(row: NodeAudit, product: Product, table: LayerTable) -> str:
 def _why_unknown(row: NodeAudit, table: LayerTable) -> str:
     """Why no kernel, no type or no count is known of a node; '' where all are."""
     if row.consumed != "unknown":
-        return "" if row.macs is not None else UNSIZED
+        return UNSIZED if row.macs is None else UNCOUNTED if row.turns is None else ""
     named = [layer.name for layer in table.layers if row.node in layer.onnx_nodes]
     if row.kernel:
         return f"its kernel {row.kernel} reads several types and does not say which it multiplies"

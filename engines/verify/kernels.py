@@ -41,6 +41,8 @@ def multiplying(layers: Sequence[Layer], node: str) -> tuple[Layer, ...]:
     found = [la for la in named if _rank(la) == best and (best < 3 or "Mul" in la.name)]
     if best == 3 and len(found) > 1:
         return ()
+    if best < 3:  # every kernel of a loop names the node that ends its body
+        found = [la for la in found if _in_name(node, la.name)] or found
     return tuple(sorted(found, key=lambda la: -sum(map(_elements, (*la.inputs, *la.constants)))))
 
 
@@ -94,7 +96,7 @@ def _rank(layer: Layer) -> int:
 
 def _in_name(node: str, kernel: str) -> bool:
     """Whether a kernel's name ('/wk/MatMul+/wq/MatMul_myl0_1') lists a node."""
-    listed = re.sub(r"_myl\d+_\d+$", "", kernel)
+    listed = re.sub(r"_myl\d+_\d+$|\$\$myelin\$\$([^^]*\^)?", "", kernel)
     return listed == node or node in re.split(r" ?\+ ?", listed)
 
 

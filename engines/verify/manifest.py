@@ -15,7 +15,7 @@ from msgspec import field
 from engines.backends.backend import backends
 from engines.core.documents import Document
 from engines.core.errors import EngineError
-from engines.core.load import load_graph
+from engines.core.load import data_file, load_graph
 from engines.core.nodes import external_files
 
 PACKAGES = ("qdq", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "polygraphy")
@@ -91,11 +91,11 @@ def sha256_model(path: Path | str) -> str:
     """
     path = Path(path)
     lines = [f"{sha256_file(path)} "]
-    folder = path.resolve().parent
     for location in sorted(external_files(load_graph(path))):
-        if not (folder / location).resolve().is_relative_to(folder):
+        place = data_file(path, location)
+        if place is None:
             raise EngineError(f"External data {location!r} of {path} lies outside the model's folder: move it inside.")
-        lines.append(f"{sha256_file(folder / location)} {location}")
+        lines.append(f"{sha256_file(place)} {location}")
     if len(lines) == 1:
         return lines[0].strip()
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

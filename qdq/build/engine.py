@@ -119,8 +119,8 @@ def compile_engine(
             part, targets=recipe.targets, shapes=used, timing_cache=None, directory=None, on_progress=lambda *_: None
         )
 
-    place = directory or (source.parent if isinstance(source, Path) else Path())
-    raise located(refusal, load_graph(source), place, trial, seconds=max(LOCATE_S, SEARCHES * took))
+    proto, place = (load_graph(model), model.parent) if isinstance(model, Path) else (model.proto, model.directory)
+    raise located(refusal, proto, place, trial, seconds=max(LOCATE_S, SEARCHES * took))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -236,7 +236,7 @@ def audit_rows(audit: Audit) -> list[Row]:
 
 def share_failures(audit: Audit, least: float | None) -> list[str]:
     """A sentence if less of the multiply-adds runs in INT8 than is asked for, or if that cannot be told."""
-    uncounted = sum(node.macs is None and node.consumed != "int8" for node in audit.nodes)
+    uncounted = sum(not node.counted and node.consumed != "int8" for node in audit.nodes)
     if least is None or (audit.int8_share >= least and not (uncounted and least)):
         return []
     if audit.int8_share >= least:
@@ -302,6 +302,8 @@ def _types(audit: Audit) -> str:
         return "unknown"
     parts = ", ".join(f"{share:.1%} in {kind}" for kind, share in shares(audit).items())
     more = f" and those of {uncounted} nodes that are unknown" if uncounted else ""
+    once = sum(node.macs is not None and node.turns is None for node in audit.nodes)
+    more += f"; {once} nodes count for one turn of a loop whose number of turns is not known" if once else ""
     return f"{parts or 'none'}, of {count(audit.macs)}{more}"
 
 

@@ -185,6 +185,16 @@ class Model:
         inner = (g for body in held for g in all_graphs(body))
         return frozenset(name for g in inner for name in (*(v.name for v in g.input), *made(g.node)) if name)
 
+    def held(self, name: str) -> np.ndarray | None:
+        """The values of a constant of the graph or of the body of an If, Loop or Scan; None where it is computed."""
+        tensor = self.initializers.get(name, self._inner_initializers.get(name))
+        return None if tensor is None else tensor_array(tensor, self.directory)
+
+    @cached_property
+    def _inner_initializers(self) -> Mapping[str, TensorProto]:
+        inner = (body for node in self.graph.node if controls(node) for body in bodies(node))
+        return {t.name: t for body in inner for graph in all_graphs(body) for t in graph.initializer}
+
     def node(self, name: str) -> NodeProto:
         """The node of that name, in bodies too; names are unique once the model is prepared.
 

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
 
 from engines.core.files import new_files
+from engines.core.load import settle
 from qdq.core.errors import InputError, ModelError
 from qdq.model.accept import accept
 from qdq.model.external import (
@@ -46,13 +47,13 @@ def load(source: ModelSource) -> Model:
 
     Raises:
         ModelError: the file is missing, a folder, empty, truncated, not ONNX, has no nodes or breaks the standard, or
-            external data is missing, too short or outside the model's folder.
+            external data is missing, too short or outside the model's folders (`engines.core.load.data_file`).
         InputError: `source` is something else, or a model in memory without the values of a tensor.
     """
     if isinstance(source, str | os.PathLike):
-        read, directory = _read(Path(source)), Path(source).absolute().parent
+        read, file = _read(Path(source)), Path(source)
     else:
-        read, directory = content(source), Path()
+        read, file = content(source), None
     name = called(source)
     proto = ModelProto()
     try:
@@ -79,6 +80,7 @@ def load(source: ModelSource) -> Model:
         raise ModelError(f"Cannot use {name}: the name {broken!r} in it is not UTF-8. Copy or export the model again.")
     digest = hashlib.sha256(read)
     del read
+    directory = settle(proto, file) if file else Path()
     for tensor in filter(is_external, all_tensors(proto)):
         without_store_key(tensor)
         for chunk in stream(tensor, directory):
@@ -91,8 +93,8 @@ def load(source: ModelSource) -> Model:
             f"Cannot use {name}: it is not a valid ONNX model, or only a part of one. The checker of onnx "
             f"{onnx.__version__} says: {' '.join(str(error).split())[:600]} Export the model again."
         ) from None
-    file = Path(source) if isinstance(source, str | os.PathLike) and not repaired else None
-    return Model(proto=proto, directory=directory, sha256=digest.hexdigest(), file=file)
+    unchanged = None if repaired else file
+    return Model(proto=proto, directory=directory, sha256=digest.hexdigest(), file=unchanged)
 
 
 def check(proto: ModelProto) -> None:

@@ -49,7 +49,7 @@ def usual(model: Model, settings: Settings) -> frozenset[tuple[str, str]]:
     return frozenset(
         (name, node.name)
         for name, formats in USUAL_REWRITES.items()
-        for node in model.graph.node
+        for node in (*model.graph.node, *controlled_nodes(model.graph))
         if node.op_type in WEIGHTED
         and settings.scheme_of(node.name).weight in formats
         and not any(fnmatch.fnmatchcase(node.name, pattern) for pattern in settings.exclude)
@@ -62,7 +62,7 @@ def carried(settings: Settings, before: Model, after: Model) -> Settings:
     A pattern for a node that is gone means what was made of it, which has the node's name and more. Patterns that match
     nothing any more are left out.
     """
-    old, new = ({node.name for node in model.graph.node} for model in (before, after))
+    old, new = ({*(n.name for n in model.graph.node), *model.inner_nodes} for model in (before, after))
     made: dict[str, list[str]] = {gone: [] for gone in old - new}
     for name in sorted(new - old):
         if origin := max((gone for gone in made if name.startswith(gone)), key=len, default=""):

@@ -127,6 +127,7 @@ class _Writer:
         for node in self._model.graph.node:
             self._node(node)
         self._part_recurrences()
+        self._part_norms()
         return self._finish()
 
     def _is_float(self, tensor: str) -> bool:
@@ -333,6 +334,22 @@ class _Writer:
             self._nodes.insert(next(i for i, n in enumerate(self._nodes) if n is node), add)
             self._note(node.input[0], FLOAT, data)
 
+    def _part_norms(self) -> None:
+        """Give the gain of each written-out LayerNormalization that a Cast makes FP32 one axis more than is normalized.
+
+        ONNX Runtime makes LayerNormalization of it, leaves out the Cast, and refuses the two types of what it made
+        ("bound to different types", 1.32.0); it does not where the gain has another rank than there are axes.
+        """
+        makers = {name: node for node in self._nodes for name in node.output}
+        for node in [node for node in self._nodes if node.op_type == "Mul"]:
+            for index, name in enumerate(node.input):
+                gain, rank = self._constants.get(name), self._model.rank(node.output[0])
+                if gain is None or rank is None or not 0 < len(gain.dims) < rank or not _normalized(node, makers):
+                    continue
+                values = self._model.array(name)[np.newaxis]
+                node.input[index] = self._name(f"{name}_rank_{values.ndim}")
+                self._constants[node.input[index]] = numpy_helper.from_array(values, node.input[index])
+
     def _finish(self) -> ModelProto:
         proto = without_initializers(self._model.proto)
         graph = proto.graph
@@ -359,3 +376,15 @@ class _Writer:
     def _change(self, value: ValueInfoProto) -> None:
         if value.name in self._types:
             value.type.tensor_type.elem_type = self._types[value.name]
+
+
+def _normalized(node: NodeProto, makers: Mapping[str, NodeProto]) -> bool:
+    """Whether a Mul reads (x - mean) / deviation of an x that a Cast makes FP32."""
+    for quotient in (makers.get(name) for name in node.input):
+        if quotient is None or quotient.op_type != "Div":
+            continue
+        centred, deviation = (makers.get(name) for name in quotient.input)
+        source = makers.get(centred.input[0]) if centred is not None and centred.op_type == "Sub" else None
+        if source is not None and source.op_type == "Cast" and attribute(source, "to", 0) == TensorProto.FLOAT:
+            return deviation is not None and deviation.op_type == "Sqrt"
+    return False

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
@@ -26,6 +27,7 @@ from engines.verify.audit import Audit, audit
 from qdq.assemble.finish import float_type_of
 from qdq.assemble.precision.convert import convert
 from qdq.assemble.tables import Tables
+from qdq.build.branches import with_possible_branches
 from qdq.build.engine import compile_engine, shape_ranges
 from qdq.build.pricer import Pricer, gpus_of
 from qdq.build.recipe import Recipe
@@ -133,6 +135,9 @@ def compare_schemes(
     fed = inputs_only(calibration, prepared)
     seen = 0 if evaluation is None else overlap(fed, evaluation, prepared, allowed=allow_overlap)
     ranges = shape_ranges(prepared, recipe.shapes, fed)
+    every = fed if evaluation is None else chain(fed, evaluation)
+    prepared = with_possible_branches(prepared, every, recipe=recipe, shapes=ranges, on_progress=on_progress)
+    notes.extend(prepared.notes)
     bench = _Bench(
         path=model_path,
         prepared=prepared,

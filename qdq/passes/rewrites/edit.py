@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto, helper
+from onnx import NodeProto, helper, numpy_helper
 
 from engines.core.documents import Part
 from qdq.model.model import Model
-from qdq.model.nodes import all_graphs, all_nodes, controlled_nodes
+from qdq.model.nodes import all_graphs, all_nodes, controlled_nodes, needed
+from qdq.passes.bodies import show_bodies
 from qdq.passes.draft import Draft, assign, unique
 
 
@@ -82,6 +83,16 @@ class Edit:
         self._draft.put(name, values)
         return name
 
+    def small(self, wanted: str, values: np.ndarray, near: NodeProto) -> tuple[str, list[NodeProto]]:
+        """A new constant that shapes depend on, and the nodes that make it where `near` is.
+
+        In a body that is a Constant: onnx's shape inference does not see what values a body captures.
+        """
+        if near.name not in self._model.inner_nodes:
+            return self.constant(wanted, values), []
+        node = self.node("Constant", [], wanted, value=numpy_helper.from_array(values))
+        return node.output[0], [node]
+
     def node(self, op_type: str, inputs: Sequence[str], wanted: str, output: str = "", **attributes: Any) -> NodeProto:
         """A new node, not yet in the graph; its output has its name unless `output` is given."""
         name = self.name(wanted)
@@ -105,6 +116,11 @@ class Edit:
         for graph in reversed(list(all_graphs(self._draft.graph))):  # a body before what it is in, which is copied
             if any(old.name in self._by for old in graph.node):
                 assign(graph.node, [altered(new) for old in graph.node for new in self._by.get(old.name, [old])])
+                if graph is not self._draft.graph:
+                    assign(graph.node, needed(graph.node, {value.name for value in graph.output}))
+        if not self._fired.keys().isdisjoint(self._model.inner_nodes):
+            self._draft.infer()
+            show_bodies(self._draft)
         return Rewritten(model=self._draft.finish(), fired=tuple(self._fired), unfit=self._unfit)
 
 

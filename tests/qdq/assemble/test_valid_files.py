@@ -370,3 +370,38 @@ def test_what_compiles_in_float32_compiles_converted(kind: str, low: str) -> Non
     except EngineError as error:
         pytest.skip(f"not in float32 either: {' '.join(str(error).split())[:200]}")
     rtx.build(made_valid(model, low, [{"x": normal(16, 16)}]).model.proto, shapes=shapes)
+
+
+@pytest.mark.parametrize("low", LOW)
+@pytest.mark.parametrize("gain_first", [False, True])
+def test_a_written_out_norm_that_stays_fp32_loads_in_onnx_runtime(low: str, gain_first: bool) -> None:
+    """Its optimizer would make a LayerNormalization of two types of it."""
+    model = model_of(
+        [
+            node("MatMul", "x w", "h"),
+            node("ReduceMean", "h last", "m"),
+            node("Sub", "h m", "d"),
+            node("Pow", "d two", "p"),
+            node("ReduceMean", "p last", "v", "variance"),
+            node("Add", "v epsilon", "ve"),
+            node("Sqrt", "ve", "s"),
+            node("Div", "d s", "n"),
+            node("Mul", "gain n" if gain_first else "n gain", "g"),
+            node("Add", "g shift", "y", "shifted"),
+        ],
+        {
+            "w": W,
+            "last": np.array([-1]),
+            "two": np.array(2, np.float32),
+            "epsilon": np.array(1e-6, np.float32),
+            "gain": normal(16, seed=3),
+            "shift": normal(16, seed=4),
+        },
+        {"y": TensorProto.FLOAT},
+    )
+    data = samples(model)
+    made = made_valid(model, low, data)
+    assert any(skip.node == "pow" for skip in made.kept)  # else there is nothing to fuse in two types
+    want = ort.session(model.proto).run(None, data[0])[0]
+    if low == "fp16":  # ONNX Runtime has no product in BF16
+        assert np.allclose(ort.session(made.model.proto).run(None, data[0])[0], want, atol=0.02)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from graphs import Made, build, node, normal, quantized, run, written
-from transformer_graphs import PACKED, packed
+from onnx import NodeProto
+from transformer_graphs import PACKED, packed, packed_inside
 
 from engines.backends import rtx
 from engines.backends.compiler import ShapeRange
@@ -15,6 +16,8 @@ from qdq.assemble.precision.convert import convert
 from qdq.assemble.quantize import quantize
 from qdq.core.errors import InputError
 from qdq.model.model import Model
+from qdq.model.storage import load
+from qdq.passes.prepare import prepare
 from qdq.passes.rewrites import FLOAT_REWRITES
 from qdq.plan import placement
 from qdq.plan.settings import Settings
@@ -168,3 +171,48 @@ def test_the_compiler_multiplies_in_int8_by_this_form_alone(form: str, target: s
     found = compiled(quantized(model, fed(model), shift=False), {"x": shape}, target)
     asked = [row for row in found.nodes if row.requested]
     assert len(asked) == 4 and {row.consumed for row in asked} == {"int8"}
+
+
+@pytest.mark.parametrize("outer", ["Loop", "If"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("form", PACKED)
+def test_every_part_has_its_product_in_a_body_too(form: str, dynamic: bool, outer: str) -> None:
+    model = packed_inside(form, outer, dynamic=dynamic)
+    done = REWRITE(model)
+    data = [{"start": sample["x"]} for sample in fed(packed(form), 2)]
+    got, want = run(done.model, data), run(model, data)
+    assert done.fired == ("qkv",) and all(np.array_equal(a["z"], b["z"]) for a, b in zip(got, want, strict=True))
+    inner = [n for n in done.model.inner_nodes if n.startswith("qkv")]
+    assert sorted(inner) == ["qkv_0", "qkv_1", "qkv_2"] and not REWRITE(done.model).fired
+    lost = [t for name in done.model.inner_nodes for t in done.model.node(name).output if done.model.rank(t) is None]
+    assert not lost  # the shapes of what is new in a body are known
+
+
+def test_a_cut_in_a_body_of_a_product_around_it_is_left_alone() -> None:
+    """Its parts would be multiplied once a turn."""
+    proto = packed_inside("split", "If").proto
+    choice = next(n for n in proto.graph.node if n.op_type == "If")
+    then = next(a.g for a in choice.attribute if a.name == "then_branch")
+    product = next(n for n in then.node if n.name == "qkv")
+    around = NodeProto.FromString(product.SerializeToString())
+    around.input[0] = "start"
+    then.node.remove(product)
+    proto.graph.node.insert([n.name for n in proto.graph.node].index("choice"), around)
+    model = prepare(load(proto))
+    assert "split" in model.inner_nodes and "qkv" not in model.inner_nodes and not REWRITE(model).fired
+
+
+@pytest.mark.parametrize("outer", ["Loop", "If"])
+def test_the_compiler_multiplies_in_int8_in_a_body(outer: str) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    model = packed_inside("split", outer, heads=4, size=16, dynamic=True)
+    data = [{"start": sample["x"] + np.float32(0.2)} for sample in fed(packed("split", heads=4, size=16))]
+    made = quantize(model, data, settings=Settings(shift=False, equalize="none", rounding="nearest"))
+    shape = ShapeRange(min=(1, 2, 64), opt=(2, 32, 64), max=(4, 64, 64))
+    proto = convert(made.model).model.proto
+    found = audit(proto, rtx.build(proto, shapes={"start": shape}).table, shapes={"start": shape})
+    asked = [row for row in found.nodes if row.requested]
+    turns = 3 if outer == "Loop" else 1
+    assert [row.consumed for row in asked] == ["int8"] * 4 and not found.missed
+    assert {(row.turns, row.macs) for row in asked} == {(turns, turns * 2 * 32 * 64 * 64)}
+    assert found.int8_share == pytest.approx(4 * 64 / (4 * 64 + 2 * 32))

@@ -32,7 +32,7 @@ from onnx import NodeProto
 
 from engines.core.operators import family
 from qdq.model.model import Model
-from qdq.model.nodes import attribute, attribute_value, weight_axis
+from qdq.model.nodes import all_nodes, attribute, attribute_value, weight_axis
 from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node
 
 STAGE, RANK = "float", 20  # before the others of attention, which read Q, K and V
@@ -69,12 +69,12 @@ class Cut:
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:
     """Give each part its product; fires on MatMul and Gemm, and again on a part that is cut itself."""
-    first = done = each_node(model, only, ["MatMul", "Gemm"], _separate)
+    first = done = each_node(model, only, ["MatMul", "Gemm"], _separate, inside=True)
     while done.fired:
-        before = {node.name for node in model.graph.node}
+        before = {node.name for node in all_nodes(model.graph)}
         model = done.model
-        new = {node.name for node in model.graph.node} - before
-        done = each_node(model, new, ["MatMul", "Gemm"], _separate)
+        new = {node.name for node in all_nodes(model.graph)} - before
+        done = each_node(model, new, ["MatMul", "Gemm"], _separate, inside=True)
     return Rewritten(model=model, fired=first.fired, unfit=first.unfit)
 
 
@@ -127,15 +127,16 @@ def _passes(model: Model, node: NodeProto, tensor: str) -> bool:
     if node.domain or node.op_type not in MOVES | SINGLES | PAIRS:
         return False
     if node.op_type in PAIRS:
-        return sum(map(model.is_constant, node.input)) == 1
-    return node.input[0] == tensor and (node.op_type == "Reshape" or all(map(model.is_constant, node.input[1:])))
+        return sum(model.held(name) is not None for name in node.input) == 1
+    constant = node.op_type == "Reshape" or all(model.held(name) is not None for name in node.input[1:])
+    return constant and node.input[0] == tensor
 
 
 def _parts(model: Model, cut: NodeProto) -> tuple[Part, ...]:
     """What a Split, Slice, Gather or GatherND takes; raises `Unfit` where that is not known, or is of several axes."""
     info = model.info(cut.input[0])
     shape = info.shape if info is not None and info.shape is not None else ()
-    given = [model.array(t) if t and model.is_constant(t) else None for t in cut.input]
+    given = [model.held(t) for t in cut.input]
     if not shape or any(t and g is None for t, g in zip(cut.input[1:], given[1:], strict=True)):
         raise Unfit(f"what {cut.op_type} {cut.name!r} takes is not constant, or of an unknown shape")
     values = [np.atleast_1d(g) if g is not None else None for g in given] + [None] * 5
@@ -205,9 +206,9 @@ def _copied(
     axis, taken = part.axis, part.elements
     output, nodes = part.output, []
     if part.dropped:
-        axes = edit.constant(f"{part.output}_axes", np.array([axis], np.int64))
-        nodes = [edit.node("Squeeze", [edit.name(f"{part.output}_one"), axes], f"{part.output}_Squeeze", output)]
-        output = nodes[0].input[0]
+        axes, made = edit.small(f"{part.output}_axes", np.array([axis], np.int64), path[0])
+        output = edit.name(f"{part.output}_one")
+        nodes = [*made, edit.node("Squeeze", [output, axes], f"{part.output}_Squeeze", part.output)]
     for node, below in zip(reversed(path), [*reversed(path[:-1]), None], strict=True):
         copy, before = altered(node, output=output), []
         copy.name = edit.name(f"{node.name}_{number}")
@@ -217,7 +218,7 @@ def _copied(
             data = 0 if node.input[0] == source else 1
             copy.input[data] = output
             if node.op_type == "Reshape":
-                before = _target(model, edit, copy, rank=_rank(model, node), axis=axis, size=len(taken))
+                before = _target(model, edit, copy, node, axis=axis, size=len(taken))
                 axis, taken = _above(model, node, axis, taken)
             elif node.op_type in MOVES:
                 axis = _moved(model, node)[axis]
@@ -231,7 +232,7 @@ def _copied(
             weight = model.array(node.input[1]).take(taken, weight_axis(node, 2))
             copy.input[1] = edit.constant(f"{node.input[1]}_{number}", weight)
             if len(node.input) > 2 and node.input[2]:
-                if not model.is_constant(node.input[2]):
+                if model.held(node.input[2]) is None:
                     raise Unfit("its bias is computed")
                 copy.input[2] = _cut(model, edit, node.input[2], axis, taken, node)
         nodes = [*before, copy, *nodes]
@@ -240,29 +241,31 @@ def _copied(
 
 def _cut(model: Model, edit: Edit, constant: str, axis: int, taken: np.ndarray, node: NodeProto) -> str:
     """The elements of a constant that are added to, or multiply, those taken of an axis of a node's result."""
-    values = model.array(constant)
+    values = _values(model, constant)
     axis += values.ndim - _rank(model, node)
     if axis < 0 or values.shape[axis] == 1:
         return constant
     return edit.constant(f"{constant}_cut", values.take(taken, axis))
 
 
-def _target(model: Model, edit: Edit, reshape: NodeProto, *, rank: int, axis: int, size: int) -> list[NodeProto]:
+def _target(
+    model: Model, edit: Edit, reshape: NodeProto, original: NodeProto, *, axis: int, size: int
+) -> list[NodeProto]:
     """Make a copied Reshape ask for another size of one axis; the nodes that compute the shape, if it is computed."""
     shape = reshape.input[1]
-    if model.is_constant(shape):
-        sizes = model.array(shape).copy()
+    if (known := model.held(shape)) is not None:
+        sizes = known.copy()
         sizes[axis] = size
-        reshape.input[1] = edit.constant(f"{reshape.name}_shape", sizes)
-        return []
-    others = np.ones(rank, np.int64)
+        reshape.input[1], made = edit.small(f"{reshape.name}_shape", sizes, original)
+        return made
+    others = np.ones(_rank(model, original), np.int64)
     others[axis] = 0
-    keep = edit.constant(f"{reshape.name}_others", others)
-    own = edit.constant(f"{reshape.name}_size", (1 - others) * size)
-    nodes = [edit.node("Mul", [shape, keep], f"{reshape.name}_Mul")]
-    nodes.append(edit.node("Add", [nodes[0].output[0], own], f"{reshape.name}_Add"))
-    reshape.input[1] = nodes[1].output[0]
-    return nodes
+    keep, first = edit.small(f"{reshape.name}_others", others, original)
+    own, second = edit.small(f"{reshape.name}_size", (1 - others) * size, original)
+    kept = edit.node("Mul", [shape, keep], f"{reshape.name}_Mul")
+    whole = edit.node("Add", [kept.output[0], own], f"{reshape.name}_Add")
+    reshape.input[1] = whole.output[0]
+    return [*first, *second, kept, whole]
 
 
 def _moved(model: Model, node: NodeProto) -> list[int]:
@@ -274,11 +277,18 @@ def _moved(model: Model, node: NodeProto) -> list[int]:
     if len(node.input) < 2:
         raise Unfit(f"{node.op_type} {node.name!r} takes away whatever axes have size 1")
     if node.op_type == "Squeeze":
-        gone = {int(axis) % before for axis in model.array(node.input[1])}
+        gone = {int(axis) % before for axis in _values(model, node.input[1])}
         return [axis for axis in range(before) if axis not in gone]
-    new = {int(axis) % rank for axis in model.array(node.input[1])}
+    new = {int(axis) % rank for axis in _values(model, node.input[1])}
     old = iter(range(before))
     return [-1 if axis in new else next(old) for axis in range(rank)]
+
+
+def _values(model: Model, constant: str) -> np.ndarray:
+    """The values of what `_passes` and `_parts` found to be constant."""
+    values = model.held(constant)
+    assert values is not None
+    return values
 
 
 def _rank(model: Model, node: NodeProto) -> int:
