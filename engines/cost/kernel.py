@@ -101,7 +101,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Times:
-    """Microseconds of each kernel: in all, and its parts as they would be alone."""
+    """Microseconds of each kernel: in all, and its parts as they would be alone; `start` is also that of a product."""
 
     total: Array
     start: Array
@@ -210,7 +210,9 @@ class Batch:
         memory = self._memory(c, clock)
         compute = np.where(flags["product"], self._compute(c, clock, load, old, begin), 0.0)
         total = start + (memory**POWER + compute**POWER) ** (1 / POWER)
-        return Times(total=total * factor, start=start * factor, memory=memory * factor, compute=compute * factor)
+        begun = np.where(flags["product"], np.minimum(begin, compute), 0.0)
+        parts = {"total": total, "start": start + begun, "memory": memory, "compute": compute - begun}
+        return Times(**{name: part * factor for name, part in parts.items()})
 
     def _memory(self, c: Constants, clock: Array) -> Array:
         """Of the slower of memory and L2."""
