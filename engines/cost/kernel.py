@@ -8,7 +8,7 @@
              in convolutions the efficiency of a tile to the power of `small_tiles`;
              fused attention computes a head on one SM, at `attention` of the rate;
              grouped convolutions in tiles of each group, or on the FP32 cores
-    rate   = dense peak * rate * clock / boost, by type; on sm75 everything takes `turing` times as long
+    rate   = dense peak * rate * clock / boost, by type; on sm75 starts and tensor cores take `turing` times as long
     clock  = boost * (1 - clock * (1 - base / boost) * min(1, saturation * u)), u = tensor-core duty of the engine
 
 What was measured on a GPU (`Measured`) takes the place of what is predicted. The kernels of several engines are
@@ -66,7 +66,7 @@ class Constants:
         int8: rate of INT8 products, relative.
         halved: rate of products at half rate (GeForce with FP32 accumulation), relative: their operands keep up.
         grouped_int8: time of grouped convolutions in INT8, relative.
-        turing: time of sm75, which copies no operands while it multiplies, relative.
+        turing: time of sm75, which copies no operands for its tensor cores while they multiply, relative.
     """
 
     start_us: float
@@ -172,6 +172,7 @@ class Batch:
         flags |= {"convolution": np.array([w.spatial > 0 for w in works], bool)}
         flags |= {"product": k > 0, "pointwise": np.array([w.form == POINTWISE for w in works], bool)}
         flags |= {"turing": np.array([g.target == "sm75" for _, g in pairs], bool)}
+        flags |= {"fp32": np.array([t in ("float32", "bfloat16") for t in types], bool)}
         return cls(
             engine=index,
             engines=len(engines),
@@ -232,7 +233,8 @@ class Batch:
         """Of products; with their start."""
         flags, gpu = self.flags, self.gpu
         share = c.rate * np.where(flags["int8"], c.int8, 1.0) * np.where(flags["halved"], c.halved, 1.0)
-        share = share * np.where(flags["attention"], c.attention, 1.0) / old
+        fed = np.where(flags["fp32"], 1.0, old)  # the FP32 cores need few operands
+        share = share * np.where(flags["attention"], c.attention, 1.0) / fed
         boost = _known(gpu["boost_tera_ops"] * 1e6, np.fmax(share * self.peak, gpu["tera_ops"] * 1e6))
         sustained = _known(gpu["tera_ops"] * 1e6, boost * clock)
         rate = np.where(np.isnan(gpu["tera_ops"]), sustained, boost + (np.fmin(sustained, boost) - boost) * load)
@@ -241,7 +243,7 @@ class Batch:
         one = len(TILES)
         whole, parts = tiles[:one].min(axis=0) + begin, tiles[one:].min(axis=0, initial=math.inf) + begin * c.split
         tiled = np.minimum(whole, parts)
-        cores = 2 * self.macs * old / (gpu["fp32_ops"] * c.fp32_rate * clock)
+        cores = 2 * self.macs / (gpu["fp32_ops"] * c.fp32_rate * clock)
         result: Array = np.where(flags["grouped"], np.minimum(cores, tiled), tiled)
         return result
 

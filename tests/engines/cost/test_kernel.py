@@ -175,6 +175,7 @@ def test_sm75_is_slower_by_its_factor() -> None:
     work = product(1280, 128, 64)
     old = replace(PLAIN, target="sm75")
     assert us(work, old) == pytest.approx(2 * us(work))
+    assert us(work, old, dtype="float32") == pytest.approx(us(work, dtype="float32") + 6)  # FP32 cores: starts alone
 
 
 def test_what_was_measured_takes_the_place_of_what_is_predicted() -> None:
