@@ -57,10 +57,11 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write {TARGET.name}")
     parser.add_argument("--parts", action="store_true", help="also leave out each part of the model")
     given = parser.parse_args()
-    every = read_rows(given.folder)
+    every, others = read_rows(given.folder)
     rows = [row for row in every if row.quality == "clean"]
     print(f"{len(rows)} clean rows: {_counts(row.gpu_name for row in rows)}")
-    print(f"families: {_counts(row.family for row in rows)}\n")
+    print(f"families: {_counts(row.family for row in rows)}")
+    print(f"left out: {_counts(others) or 'none'}\n")
     models: dict[str, Model] = {"roofline of before": Roofline(rows), "reference": Reference(rows), "ours": Ours(rows)}
     unseen = {name: _compare(name, model, rows) for name, model in models.items()}
     for name in ("reference", "ours"):
