@@ -20,6 +20,7 @@ import onnx
 from engines.backends.compiler import ShapeRange
 from engines.backends.layers import SYNCHRONIZATION, Layer, LayerTable
 from engines.core.errors import EngineError
+from engines.core.quantizers import LOW
 from engines.cost.constants import CONSTANTS, EXPECTED
 from engines.cost.family import family_of
 from engines.cost.gpus import Gpu, gpu_named
@@ -99,7 +100,9 @@ class Cost:
             true = f"the error of the predicted time is unknown: {where}"
         else:
             true = f"two of three predicted times keep to {known.time:.0%} on a GPU that was left out: {where}"
-        return (true, *self.gpu.notes)
+        low = any(k.macs and k.dtype in LOW for k in self.kernels)
+        own = ("of TensorRT-RTX's kernels below 16 bits no latency is published",) if low else ()
+        return (true, *own, *self.gpu.notes)
 
     def dearest(self, count: int) -> tuple[KernelCost, ...]:
         """The kernels with the longest predicted time, the dearest first; equal ones in the order of the engine."""
@@ -147,12 +150,13 @@ def predict(
     turns = _turns(layers, {node.node: node.turns or 1 for node in nodes} if jumps else {})
     works = [work_of(la, macs // n or None) for la, (macs, _), n in zip(layers, counted, turns, strict=True)]
     kernels = [Kernel(work=w, dtype=_dtype(la, w, c[1])) for la, w, c in zip(layers, works, counted, strict=True)]
+    found = sum(max(0, round(w.macs) * n - macs) for w, (macs, _), n in zip(works, counted, turns, strict=True))
     told = {layer.name for layer, work in zip(layers, works, strict=True) if work.macs}
     return Cost(
         gpu=gpu,
         kernels=_kernels(layers, kernels, [macs for macs, _ in counted], turns, gpu),
         family=family_of(works),
-        unplaced_macs=unplaced,
+        unplaced_macs=max(0, unplaced - found),  # what the audit places nowhere may be in kernels that tell
         uncounted=tuple(n.node for n in nodes if not n.counted and (n.macs is not None or n.kernel not in told)),
     )
 
