@@ -159,7 +159,7 @@ def errors(rows: Sequence[Row], predicted: Array) -> dict[str, tuple[int, float,
     ratios = np.array([predicted[i] / predicted[j] / (measured[i] / measured[j]) - 1 for i, j in pairs])
     for family in FAMILIES:
         mine = np.array([row.family == family for row in rows])
-        both = np.array([rows[i].family == family for i, _ in pairs])
+        both = np.array([rows[i].family == family for i, _ in pairs], bool)
         found[family] = (int(mine.sum()), _usual(off[mine]), int(both.sum()), _usual(np.abs(ratios[both])))
     return found
 

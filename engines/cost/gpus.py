@@ -277,6 +277,7 @@ def _completed(given: Mapping[str, object]) -> dict[str, object]:
             f"no GPU of target {given['target']!r} is known to take it from" if not alike else "float16 is missing too"
         )
         raise EngineError(f"Cannot read a GPU: {missing[0]!r} is missing, and {which}. Give {', '.join(lent)} as well.")
+    _above_zero("bandwidth_gb_s", cast(float, given["bandwidth_gb_s"]))
     row = min(alike, key=lambda gpu: _distance(gpu, cast(float, given["bandwidth_gb_s"]), rates))
     values = {**row.to_mapping(), **given}
     values.pop("watts" if "watts" not in given else "", None)

@@ -7,8 +7,8 @@
     t_mul  = least over tiles and splits of K of (ceil(tiles * split / SMs) + fill) * tile / (efficiency * rate / SMs);
              in convolutions the efficiency of a tile to the power of `small_tiles`;
              fused attention computes a head on one SM, at `attention` of the rate;
-             grouped convolutions with a sum below 160 run on the FP32 cores
-    rate   = dense peak * rate * clock / boost, by type; on sm75 everything takes `turing` times as long
+             grouped convolutions in tiles of each group, or on the FP32 cores
+    rate   = dense peak * rate * clock / boost, by type; on sm75 starts and tensor cores take `turing` times as long
     clock  = boost * (1 - clock * (1 - base / boost) * min(1, saturation * u)), u = tensor-core duty of the engine
 
 What was measured on a GPU (`Measured`) takes the place of what is predicted. The kernels of several engines are
@@ -34,9 +34,9 @@ Array = npt.NDArray[Any]
 
 # Rows and columns of a tile of the output that one SM computes, and the share of its rate it reaches.
 TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 64, 0.6), (64, 32, 0.4), (32, 32, 0.22))
-SPLITS = (1, 2, 4, 8)  # of K; the parts are at least 64 long, and there are not yet enough tiles for the SMs
+LEAST = 64  # of K that a part costs
+SPLITS = (1, 2, 4, 8)  # of K, where there are fewer tiles than SMs; in parts
 ROWS = 384  # of one head that an SM computes in fused attention; longer sequences are cut
-SHORT = 160  # a grouped convolution with a shorter sum runs on the FP32 cores
 POWER = 3.0  # how far memory and products overlap
 _REFERENCE_MHZ = 1410.0
 _EFFICIENCY = np.tile([efficiency for _, _, efficiency in TILES], len(SPLITS))[:, None]
@@ -58,7 +58,7 @@ class Constants:
         rate: share of the dense peak; with `int8` or `halved` above 1: until they are loaded, GPUs run above the boost
             clock of their datasheet.
         attention: rate of fused attention, relative: exponents stand between its products.
-        fp32_rate: share of the FP32 cores' peak in short grouped convolutions.
+        fp32_rate: share of the FP32 cores' peak in grouped convolutions.
         small_tiles: power of the efficiency of tiles in convolutions, whose windows they cut.
         fill: tile times that a product takes beyond its waves.
         clock: share of the way from boost to base clock that a fully busy engine falls.
@@ -66,7 +66,7 @@ class Constants:
         int8: rate of INT8 products, relative.
         halved: rate of products at half rate (GeForce with FP32 accumulation), relative: their operands keep up.
         grouped_int8: time of grouped convolutions in INT8, relative.
-        turing: time of sm75, which copies no operands while it multiplies, relative.
+        turing: time of sm75, which copies no operands for its tensor cores while they multiply, relative.
     """
 
     start_us: float
@@ -101,7 +101,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Times:
-    """Microseconds of each kernel: in all, and its parts as they would be alone."""
+    """Microseconds of each kernel: in all, and its parts as they would be alone; `start` is also that of a product."""
 
     total: Array
     start: Array
@@ -148,6 +148,7 @@ class Batch:
         works, types = [k.work for k, _ in pairs], [k.dtype for k, _ in pairs]
         index = np.repeat(np.arange(len(engines)), [len(kernels) for kernels, _ in engines])
         m, n, k, batch = (np.array([getattr(w, axis) for w in works], float) for axis in ("m", "n", "k", "batch"))
+        groups = np.array([w.groups for w in works], float)
         weights = np.array([w.weights for w in works], float)
         count = np.array([k.count for k, _ in pairs], float)
         rows = [_values(gpu) for _, gpu in engines]
@@ -156,7 +157,7 @@ class Batch:
         rates = ("tera_ops", "boost_tera_ops")
         gpu |= {what: np.array([_rate(g, what, t) for t, (_, g) in zip(types, pairs, strict=True)]) for what in rates}
         attention = np.array([w.form == ATTENTION for w in works], bool)
-        waves, tiles = _tiling(m, n, k, batch, gpu["sms"], peak)
+        waves, tiles = _tiling(m / batch, n / groups, k, batch * groups, gpu["sms"], peak)
         heads = _heads(m, n, k, batch, gpu["sms"], peak)
         waves, tiles = (np.where(attention, own, usual) for own, usual in zip(heads, (waves, tiles), strict=True))
         grouped = np.array([w.form in (GROUPED, DEPTHWISE) for w in works], bool)
@@ -164,7 +165,6 @@ class Batch:
         half = [_halved(g, t) for t, (_, g) in zip(types, pairs, strict=True)]
         flags = {
             "grouped": grouped,
-            "short": grouped & (k < SHORT),
             "int8": int8,
             "halved": np.array(half, bool),
             "attention": attention,
@@ -172,6 +172,7 @@ class Batch:
         flags |= {"convolution": np.array([w.spatial > 0 for w in works], bool)}
         flags |= {"product": k > 0, "pointwise": np.array([w.form == POINTWISE for w in works], bool)}
         flags |= {"turing": np.array([g.target == "sm75" for _, g in pairs], bool)}
+        flags |= {"fp32": np.array([t in ("float32", "bfloat16") for t in types], bool)}
         return cls(
             engine=index,
             engines=len(engines),
@@ -210,7 +211,9 @@ class Batch:
         memory = self._memory(c, clock)
         compute = np.where(flags["product"], self._compute(c, clock, load, old, begin), 0.0)
         total = start + (memory**POWER + compute**POWER) ** (1 / POWER)
-        return Times(total=total * factor, start=start * factor, memory=memory * factor, compute=compute * factor)
+        begun = np.where(flags["product"], np.minimum(begin, compute), 0.0)
+        parts = {"total": total, "start": start + begun, "memory": memory, "compute": compute - begun}
+        return Times(**{name: part * factor for name, part in parts.items()})
 
     def _memory(self, c: Constants, clock: Array) -> Array:
         """Of the slower of memory and L2."""
@@ -230,7 +233,8 @@ class Batch:
         """Of products; with their start."""
         flags, gpu = self.flags, self.gpu
         share = c.rate * np.where(flags["int8"], c.int8, 1.0) * np.where(flags["halved"], c.halved, 1.0)
-        share = share * np.where(flags["attention"], c.attention, 1.0) / old
+        fed = np.where(flags["fp32"], 1.0, old)  # the FP32 cores need few operands
+        share = share * np.where(flags["attention"], c.attention, 1.0) / fed
         boost = _known(gpu["boost_tera_ops"] * 1e6, np.fmax(share * self.peak, gpu["tera_ops"] * 1e6))
         sustained = _known(gpu["tera_ops"] * 1e6, boost * clock)
         rate = np.where(np.isnan(gpu["tera_ops"]), sustained, boost + (np.fmin(sustained, boost) - boost) * load)
@@ -238,8 +242,10 @@ class Batch:
         tiles = (self.waves + c.fill) * self.tiles * smaller * self.peak / rate
         one = len(TILES)
         whole, parts = tiles[:one].min(axis=0) + begin, tiles[one:].min(axis=0, initial=math.inf) + begin * c.split
-        short = 2 * self.macs * old / (gpu["fp32_ops"] * c.fp32_rate * clock)
-        return np.where(flags["short"], short, np.minimum(whole, parts))
+        tiled = np.minimum(whole, parts)
+        cores = 2 * self.macs / (gpu["fp32_ops"] * c.fp32_rate * clock)
+        result: Array = np.where(flags["grouped"], np.minimum(cores, tiled), tiled)
+        return result
 
 
 def _values(gpu: Gpu) -> dict[str, float]:
@@ -287,10 +293,11 @@ def _tiling(m: Array, n: Array, k: Array, batch: Array, sms: Array, peak: Array)
     waves, tiles = [], []
     for split in SPLITS:
         for rows, columns, efficiency in TILES:
-            count = batch * np.ceil(m / batch / rows) * np.ceil(n / columns)
-            none = (split > 1) & ((k / split < 64) | (count >= sms))
+            count = batch * np.ceil(m / rows) * np.ceil(n / columns)
+            none = (split > 1) & (count >= sms)
+            part = np.maximum(k / split, LEAST) if split > 1 else k
             waves.append(np.where(none, math.inf, np.ceil(count * split / sms)))
-            tiles.append(np.maximum(2 * rows * columns * k / split * sms / (peak * efficiency), 1e-30))
+            tiles.append(np.maximum(2 * rows * columns * part * sms / (peak * efficiency), 1e-30))
     return np.array(waves), np.array(tiles)
 
 

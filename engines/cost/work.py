@@ -34,8 +34,8 @@ class Work:
         n: channels of the output: columns of the product.
         k: length of each sum, of a grouped convolution within one group; 0 without a product.
         batch: products side by side, such as heads, in each of which m / batch rows meet columns of their own.
+        groups: of a convolution, in each of which m rows meet n / groups columns.
         spatial: axes that a convolution slides along; 0 for every other kernel.
-        window: positions of a convolution's kernel.
     """
 
     form: str
@@ -46,8 +46,8 @@ class Work:
     n: float = 0.0
     k: float = 0.0
     batch: float = 1.0
+    groups: float = 1.0
     spatial: int = 0
-    window: int = 1
 
     @property
     def macs(self) -> float:
@@ -108,7 +108,8 @@ def _convolution(layer: Layer, plain: Work, *, transposed: bool) -> Work | None:
         k = float(per_group * window)
     one = 1 if BITS[weight.dtype] > 8 else 4  # 8-bit depthwise weights are padded to four channels
     form = PRODUCT if groups <= 1 else DEPTHWISE if per_group <= one else GROUPED
-    return replace(plain, form=form, m=m, n=float(channels), k=k, spatial=len(out.shape) - 2, window=window)
+    found = replace(plain, form=form, m=m, n=float(channels), k=k, groups=max(groups, 1.0))
+    return replace(found, spatial=len(out.shape) - 2)
 
 
 def _product(layer: Layer, plain: Work) -> Work | None:

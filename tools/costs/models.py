@@ -6,15 +6,16 @@ Rows -> a `Model`: constants -> predicted microseconds of every row. What does n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from costs.published import Row
-from engines.cost.kernel import TILES, Batch, Constants, Kernel
+from engines.cost.kernel import SPLITS, TILES, Batch, Constants, Kernel
 
+SHORT = 160  # a grouped convolution with a shorter sum runs on the FP32 cores
 Array = npt.NDArray[Any]
 Values = Mapping[str, float]
 
@@ -74,10 +75,13 @@ class Reference:
     }
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        """The kernels as the float table has them."""
-        self._batch = batch = Batch.of([(row.plain, row.gpu) for row in rows])
+        """The kernels as the float table has them, grouped and side by side as if they were one product."""
+        self._batch = batch = Batch.of([([_whole(k) for k in row.plain], row.gpu) for row in rows])
+        k = np.array([kernel.work.k for row in rows for kernel in row.plain])
+        self._short = batch.flags["grouped"] & (k < SHORT)
         one = len(TILES)
-        times = batch.waves * batch.tiles
+        parts = np.repeat(SPLITS, one)[:, None]
+        times = np.where((parts > 1) & (k / parts < 64), np.inf, batch.waves * batch.tiles)
         self._whole, self._parts = times[:one].min(axis=0), times[one:].min(axis=0)
 
     def __call__(self, values: Values) -> Array:
@@ -97,7 +101,7 @@ class Reference:
             rate = v["rate"] * clock
             tiled = np.minimum(self._whole / rate + begin, self._parts / rate + begin * v["split"])
             short = 2 * b.macs / (gpu["fp32_ops"] * v["fp32_rate"] * clock)
-            compute = np.where(product, np.where(b.flags["short"], short, tiled), 0)
+            compute = np.where(product, np.where(self._short, short, tiled), 0)
             result: Array = v["start"] * slow + (memory**3 + compute**3) ** (1 / 3)
             return result
 
@@ -105,6 +109,10 @@ class Reference:
         duty = np.clip(b.sums(np.where(product, 2 * b.macs / b.peak, 0)) / whole, 0, 1)[b.engine]
         clock = 1 - (1 - gpu["base_mhz"] / gpu["boost_mhz"]) * np.minimum(1, v["saturation"] * duty) * v["fall"]
         return b.sums(times(clock))
+
+
+def _whole(kernel: Kernel) -> Kernel:
+    return replace(kernel, work=replace(kernel.work, groups=1.0, batch=1.0))
 
 
 class Ours:
