@@ -58,7 +58,7 @@ EITHER = ("fp16", "fp32")  # of what is not quantized if nobody says, the usual 
 def find_plan(
     prepared: Model, pricer: Pricer, *, samples: Iterable[Sample] | None, on_progress: Progress | None = None
 ) -> Tuned:
-    """The plan with the least predicted time.
+    """The plan with the least predicted time; of those that tie, a more exact one.
 
     Args:
         pricer: of the recipe, whose settings, float type and limits of the search count, and with samples, where

@@ -11,9 +11,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from click.testing import CliRunner
 from graphs import build, node, normal, samples
+from places import ROOT
 
 from qdq.build.cost import Kernel, Price
+from qdq.build.recipe import TIME_LIMIT_S, TUNE_COMPILES
+from qdq.cli.main import main
 from qdq.model.model import Model
 from qdq.plan.settings import Settings
 from qdq.tune.prices import Budget
@@ -140,3 +144,10 @@ def test_the_plan_does_not_depend_on_the_order_of_sets() -> None:
         for seed in ("1", "2")
     }
     assert len(said) == 1
+
+
+def test_help_and_readme_say_the_default_budget() -> None:
+    said = " ".join(CliRunner().invoke(main, ["tune", "--help"]).output.split())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for number in (f"{TUNE_COMPILES}", f"{TIME_LIMIT_S:.0f}"):
+        assert f"default {number}" in said and number in readme

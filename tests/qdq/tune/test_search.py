@@ -13,11 +13,13 @@ import pytest
 from graphs import build, conv, node, normal, residual, run, samples
 from onnx import TensorProto
 
+from engines.backends.backend import DEFAULT, backend_named
 from engines.backends.compiler import ShapeRange
 from engines.core.documents import replace
-from engines.core.errors import BuildError, EngineError, MissingRuntimeError, UnsupportedTargetError
+from engines.core.errors import BuildError, EngineError, MissingRuntimeError
 from qdq.assemble import quantize
 from qdq.assemble.finish import finish
+from qdq.assemble.precision.convert import convert
 from qdq.build import engine, processes
 from qdq.build.cost import TIE_US, Kernel, Price
 from qdq.build.pricer import MOST_WORKERS, Pricer, gpus_of
@@ -434,6 +436,18 @@ class TestPricing:
         assert len(seen) == 1 and apart[0].us != apart[1].us
         assert both.us == pytest.approx(sum(price.us for price in apart) / 2)
 
+    def test_a_price_says_its_errors_and_the_other_accumulation(self) -> None:
+        model = conv((64, 64, 3, 3), (32, 32), batch=8)
+        geforce, one = (self.pricer(model, gpu=[gpu])(model) for gpu in ("rtx4090", "l4"))
+        assert one.other is None and geforce.other is not None and geforce.other.other is None
+        assert (geforce.error, geforce.ratio_error) == (geforce.other.error, geforce.other.ratio_error)
+        assert [k.signature for k in geforce.kernels] == [k.signature for k in geforce.other.kernels]
+        half = convert(model, unquantized_type="fp16", table=None).model
+        price = self.pricer(half, gpu=["rtx4090"])(half)
+        assert price.other is not None and price.other.us > price.us  # FP32 accumulation is half as fast
+        both = self.pricer(half, gpu=["rtx4090", "l4"])(half)
+        assert both.other is not None and both.other.us > both.us
+
     def test_two_targets_are_priced_together(self) -> None:
         model = conv()
         both, one = (self.pricer(model, target=t)(model) for t in (["sm86", "sm89"], ["sm86"]))
@@ -447,6 +461,8 @@ def test_gpus_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpus_of(Recipe.from_mapping({"gpu": "l4"}))[0].name == "l4"
     with pytest.raises(InputError, match="--target sm86"):
         gpus_of(Recipe.from_mapping({"gpu": "a10"}))
+    for target in backend_named(DEFAULT).targets:  # each that can be named has one
+        assert gpus_of(Recipe(targets=(target,)))[0].target == target
     assert [g.name for g in gpus_of(Recipe(targets=("sm121", "sm89")))] == ["gb10", "rtx4090"]
     like = Recipe.from_mapping({"gpu": [{"like": "rtx4090", "name": "mine", "measured": {"tera_ops": {"int8": 500}}}]})
     assert gpus_of(like)[0].measured.tera_ops == {"int8": 500}
@@ -472,6 +488,8 @@ def test_off_in_yaml_is_the_word(tmp_path: Path) -> None:
     ("given", "message"),
     [
         ({"tune": "all"}, "placement"),
+        ({"tune_compiles": -1}, "tune_compiles is -1: it must be a whole number of at least 0"),
+        ({"tune_compiles": 2.5}, "tune_compiles is 2.5"),
         ({"time_limit": -1}, "time_limit is -1: it must be a number of at least 0"),
         ({"time_limit": "x"}, "time_limit is .x.: it must be a number"),
         ({"min_sqnr_db": -4000}, "from -300 to 300"),
