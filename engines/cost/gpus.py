@@ -146,6 +146,25 @@ class Gpu:
         """Whether TensorRT compiles for it and TensorRT-RTX does not."""
         return self.target in TENSORRT_ONLY
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What who reads a predicted time of it must know."""
+        found = []
+        if self.target == "sm75":
+            found.append(
+                "sm75 is a float target of TensorRT-RTX: it compiles no FP32 matrix product for it, and nearly every "
+                "product runs in FP16 whatever is quantized"
+            )
+        if self.tensorrt_only:
+            found.append(f"TensorRT-RTX does not compile for {self.target}, TensorRT does")
+        if self.other_accumulation():
+            wide, narrow = self.tera_ops["float16"], self.tera_ops["float16_accumulating"]
+            found.append(
+                f"FP16 products are assumed to accumulate in {'FP16' if self.accumulation == 'float16' else 'FP32'} "
+                f"({narrow:g} TFLOP/s in FP16, {wide:g} in FP32)"
+            )
+        return tuple(found)
+
     def peak(self, dtype: str) -> float:
         """Operations a microsecond at which products of a type run, by the assumed accumulation."""
         if dtype == "float16" and self.accumulation == "float16":
@@ -258,6 +277,7 @@ def _completed(given: Mapping[str, object]) -> dict[str, object]:
             f"no GPU of target {given['target']!r} is known to take it from" if not alike else "float16 is missing too"
         )
         raise EngineError(f"Cannot read a GPU: {missing[0]!r} is missing, and {which}. Give {', '.join(lent)} as well.")
+    _above_zero("bandwidth_gb_s", cast(float, given["bandwidth_gb_s"]))
     row = min(alike, key=lambda gpu: _distance(gpu, cast(float, given["bandwidth_gb_s"]), rates))
     values = {**row.to_mapping(), **given}
     values.pop("watts" if "watts" not in given else "", None)

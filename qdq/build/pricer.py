@@ -1,4 +1,4 @@
-"""The price of a variant: it is compiled for each target, its kernels priced by a roofline, equal graphs only once.
+"""The price of a variant: it is compiled for each target, its kernels priced by `engines.cost`, equal graphs only once.
 
 Model -> structure hash -> known price, or temporary file -> engine's layers -> predicted microseconds -> Price
 A structure is the graph without the values of weights, on which no kernel depends. It must not search.
@@ -21,6 +21,7 @@ from engines.backends.backend import backend_named
 from engines.backends.compiler import ShapeRange
 from engines.core.errors import BuildError, UnsupportedTargetError, import_runtime
 from engines.core.files import Scratch, read_file
+from engines.cost.constants import CONSTANTS
 from engines.cost.gpus import GPUS, Gpu, gpu_named, usual_gpu
 from qdq.build.cost import Kernel, Price
 from qdq.build.engine import compile_engine
@@ -136,7 +137,12 @@ class Pricer:
             proto.graph.initializer.append(light if weight else tensor)
         runtime = backend_named(self.recipe.backend).runtime
         version = f"{runtime} {import_runtime(runtime).__version__}"
-        made = [version, [repr(g) for g in self.gpus], sorted((n, repr(s)) for n, s in self.shapes.items())]
+        made = [
+            version,
+            repr(CONSTANTS),
+            [repr(g) for g in self.gpus],
+            sorted((n, repr(s)) for n, s in self.shapes.items()),
+        ]
         return hashlib.sha256(proto.SerializeToString(deterministic=True) + repr(made).encode()).hexdigest()
 
 

@@ -189,9 +189,12 @@ def _show_price(model: Path, recipe: Recipe, gpu: str, as_json: bool) -> None:
         cost = price(model, recipe, gpu, bars)
     if as_json:
         kernels = [asdict(k) for k in cost.kernels]
-        click.echo(json.dumps({"gpu": cost.gpu.name, "predicted_us": cost.total_us, "kernels": kernels}, indent=1))
+        found = {"gpu": cost.gpu.name, "predicted_us": cost.total_us, "family": cost.family, "error": cost.error}
+        click.echo(json.dumps({**found, "notes": cost.notes, "kernels": kernels}, indent=1))
         return
-    show_rows(f"{model.name} on {cost.gpu.name}: {cost.total_us:.1f} us predicted", [HEADERS, *rows(cost)])
+    show_rows(f"{model.name} on {cost.gpu.name}: {cost.text} predicted", [HEADERS, *rows(cost)])
+    for line in cost.notes:
+        note(line)
 
 
 @click.command()

@@ -435,13 +435,17 @@ class TestPricing:
         assert len(both.kernels) > len(one.kernels) and both.us != one.us
 
 
-def test_gpus_of_a_recipe() -> None:
+def test_gpus_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [g.name for g in gpus_of(Recipe(targets=("8.6", "sm120")))] == ["a10", "rtx5090"]
     own = {"name": "edge", "target": "sm89", "bandwidth_gb_s": 200, "tera_ops": {"float32": 10, "float16": 40}}
     assert gpus_of(Recipe.from_mapping({"gpu": [own]}))[0].bandwidth_gb_s == 200
     assert gpus_of(Recipe.from_mapping({"gpu": "l4"}))[0].name == "l4"
     with pytest.raises(InputError, match="--target sm86"):
         gpus_of(Recipe.from_mapping({"gpu": "a10"}))
+    assert [g.name for g in gpus_of(Recipe(targets=("sm121", "sm89")))] == ["gb10", "rtx4090"]
+    like = Recipe.from_mapping({"gpu": [{"like": "rtx4090", "name": "mine", "measured": {"tera_ops": {"int8": 500}}}]})
+    assert gpus_of(like)[0].measured.tera_ops == {"int8": 500}
+    monkeypatch.setattr("qdq.build.pricer.usual_gpu", lambda target: None)
     with pytest.raises(UnsupportedTargetError, match="sm121"):
         gpus_of(Recipe(targets=("sm121",)))
 

@@ -1,0 +1,100 @@
+"""The bench of predicted times: its fit on rows made by hand, and that the committed constants are those it makes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from places import ROOT
+
+from engines.cost.constants import CONSTANTS
+
+SHARED = Path(os.environ.get("QDQ_SHARED", "/nowhere")) / "data"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module("bench_cost")
+
+
+class Line:
+    """A model of two constants: a start, and a time per piece of work."""
+
+    priors: ClassVar = {"start": (2.0, 0.5), "each": (1.0, 0.5)}
+
+    def __init__(self, work: np.ndarray) -> None:
+        self.work = work
+
+    def __call__(self, values: dict[str, float]) -> np.ndarray:
+        return values["start"] + values["each"] * self.work
+
+
+class Seen:
+    """As much of a row as the fit asks for."""
+
+    def __init__(self, us: float, gpu: str, precision: str = "fp16", pair: tuple[str, ...] = ()) -> None:
+        self.measured_us, self.gpu_name, self.precision, self.pair = us, gpu, precision, pair
+        self.family = self.group = gpu
+
+
+def test_the_fit_finds_constants_and_a_wild_row_pulls_little(bench: ModuleType) -> None:
+    work = np.array([1.0, 2, 5, 10, 20, 50, 100, 200])
+    times = 3.0 + 0.7 * work
+    rows = [Seen(us, "a") for us in times]
+    found = bench.fitted(Line(work), rows, np.ones(8, bool))
+    assert found["start"] == pytest.approx(3.0, rel=0.05) and found["each"] == pytest.approx(0.7, rel=0.02)
+    rows[3] = Seen(100 * times[3], "a")
+    assert bench.fitted(Line(work), rows, np.ones(8, bool))["each"] == pytest.approx(0.7, rel=0.06)
+
+
+def test_rows_that_are_left_out_have_no_part_in_their_constants(bench: ModuleType) -> None:
+    work = np.array([1.0, 10, 100, 1, 10, 100])
+    rows = [Seen(3 + 0.7 * w, "a") for w in work[:3]] + [Seen(1 + 1.4 * w, "b") for w in work[3:]]
+    model = Line(work)
+    found = bench.left_out(model, rows, [row.gpu_name for row in rows])
+    mask = np.array([row.gpu_name == "b" for row in rows])
+    assert found[:3] == pytest.approx(model(bench.fitted(model, rows, mask))[:3])
+    assert found[3:] == pytest.approx(model(bench.fitted(model, rows, ~mask))[3:])
+
+
+def test_the_score(bench: ModuleType) -> None:
+    pairs = [("x",), ("x",), ("y",), ("y",)]
+    rows = [Seen(us, "a", p, pair) for us, p, pair in zip((5, 10, 30, 20), ("int8", "fp16") * 2, pairs, strict=True)]
+    score = bench.score(rows, np.array([6.0, 10, 30, 30]))
+    assert (score.rows, score.pairs) == (4, 2) and score.error == pytest.approx(0.1)
+    # ratios .6 and 1 beside .5 and 1.5
+    assert score.ratio_error == pytest.approx((0.2 + 1 / 3) / 2) and score.ratio_sign == 1.0
+    assert score.rank == pytest.approx(np.corrcoef([1, 2, 3.5, 3.5], [1, 2, 4, 3])[0, 1])
+
+
+def test_one_factor_of_four_points(bench: ModuleType) -> None:
+    rows = [Seen(10.0 * i, "a") for i in range(1, 9)] + [Seen(1.0, "few")]
+    predicted = np.array([5.0 * i for i in range(1, 9)] + [7.0])
+    assert bench.corrected(rows, predicted) == pytest.approx(0, abs=1e-12)
+    predicted[0] *= 2
+    assert 0 < bench.corrected(rows, predicted) < 0.2
+
+
+def test_a_family_with_few_rows_gets_no_error(bench: ModuleType) -> None:
+    rows = [Seen(10.0, "x") for _ in range(12)] + [Seen(10.0, "y") for _ in range(9)]
+    for row in rows:
+        row.family = {"x": "convolutions", "y": "transformers"}[row.gpu_name]
+    found = bench.errors(rows, np.array([11.0] * 12 + [20.0] * 9))
+    assert found["convolutions"][:2] == (12, pytest.approx(0.1)) and np.isnan(found["transformers"][1])
+    text = bench.source({"rate": 0.5}, found)
+    assert '"convolutions": Expected(rows=12, time=0.10, pairs=0, ratio=None)' in text and "rate=0.5," in text
+
+
+@pytest.mark.skipif(not (SHARED / "kernel_tables.json.gz").exists(), reason="no published latencies in $QDQ_SHARED")
+def test_the_committed_constants_are_those_that_the_tool_makes(bench: ModuleType) -> None:
+    rows = [row for row in bench.read_rows(SHARED) if row.quality == "clean"]
+    assert len(rows) > 200 and {row.family for row in rows} >= {"transformers", "convolutions"}
+    made = bench.fitted(bench.Ours(rows), rows, np.ones(len(rows), bool))
+    for name, value in made.items():
+        assert getattr(CONSTANTS, name) == pytest.approx(value, rel=0.02), name

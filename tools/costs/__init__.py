@@ -1,0 +1,1 @@
+"""Parts of tools/bench_cost.py: published latencies, models of time, and their fit."""
