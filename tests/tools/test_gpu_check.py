@@ -16,7 +16,8 @@ import numpy as np
 import onnx
 import pytest
 import yaml
-from fake_gpu import FakeCuda, FakeEngine, FakeKernel, fake_runtime, install
+from fake_gpu import ATTRIBUTES, FakeCuda, FakeEngine, FakeKernel, fake_runtime, install
+from fake_torch import fake_torch
 from places import ROOT
 from simulated_gpu import RTX4090, SimulatedTimer, compiler, small_products, without_weights
 
@@ -24,11 +25,8 @@ from engines.backends.backend import backend_named
 from engines.core import onnx_runtime as ort
 from engines.core.errors import MissingRuntimeError
 from engines.cost.gpus import GPUS, Gpu
-from engines.timing import driver, events, gpu_file
+from engines.timing import events, gpu_file, loaded
 from engines.timing.driver import Driver
-
-sys.path.append(str(Path(__file__).parent))
-from fake_torch import fake_torch
 
 pytest.importorskip("onnxruntime")
 
@@ -111,14 +109,9 @@ def test_torch_alone_measures_the_gpu(
     tmp_path: Path,
 ) -> None:
     """An H200 for which no compiler is installed."""
-    monkeypatch.setitem(driver._ATTRIBUTES, "major", 90)
-    monkeypatch.setattr(cuda, "name", "NVIDIA H200")
-    monkeypatch.setattr(
-        cuda,
-        "cuDeviceGetAttribute",
-        lambda value, number, device: setattr(value._obj, "value", {75: 9, 76: 0, 90: 9}.get(number, 100)) or 0,
-        raising=False,
-    )
+    cuda.name = "NVIDIA H200"
+    monkeypatch.setitem(ATTRIBUTES, 75, 9)
+    monkeypatch.setitem(ATTRIBUTES, 76, 0)
     small_products(monkeypatch)
     monkeypatch.setattr(tools.torch.probe_sizes, "IMAGE", (1, 256, 16, 16))
     monkeypatch.setattr(tools.check, "SECONDS", 0.2)
@@ -159,6 +152,30 @@ def test_engines_on_a_simulated_gpu(
     assert found["measured by engines"]["values"]["accumulation"] == "float16"
 
 
+def test_each_network_is_a_part(tools: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Ran, pair = tools.networks.Ran, tools.networks.KernelPair(kernel="conv", predicted_us=2.0, measured_us=9.0)
+    good = Ran(network="good", form="FP32", predicted_us=10.0, measured_us=12.0, of_file=90.0, pairs=(pair,))
+    wrong = dataclasses.replace(good, network="wrong", form="INT8", of_file=3.0)
+
+    def absent() -> None:
+        raise FileNotFoundError("no such file")
+
+    made = [lambda name=name: SimpleNamespace(name=name) for name in ("good", "wrong")]
+    monkeypatch.setattr(tools.networks, "cases", lambda *_: [*made, absent])
+    results = {"good": [good], "wrong": [dataclasses.replace(good, network="wrong"), wrong]}
+    monkeypatch.setattr(tools.networks, "ran", lambda case, *_: iter(results[case.name]))
+    check = tools.check.Check(1.0)
+    tools.check.networks(check, SimpleNamespace(folder=tmp_path), SimpleNamespace(models=None, model=[]))
+    states = [(part.name, part.state, part.why) for part in check.parts]
+    assert states == [
+        ("network good", "ran", ""),
+        ("network wrong", "failed", "INT8; see below"),  # 3 dB from what ONNX Runtime computes of the same file
+        ("network 3", "failed", "FileNotFoundError: no such file"),
+        ("worst predicted kernels", "ran", ""),
+    ]
+    assert check.parts[3].lines[0] == "predicted      2.0, measured      9.0 us  good FP32 conv"
+
+
 class Loadable(dict[bytes, FakeEngine]):
     """Engines that TensorRT-RTX really compiled, as a fake runtime runs them: ONNX Runtime computes their outputs."""
 
@@ -193,14 +210,8 @@ class Loadable(dict[bytes, FakeEngine]):
 def bench(tools: SimpleNamespace, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """What networks run on, each kernel twice as long as predicted."""
     pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setitem(
-        sys.modules, "tensorrt_rtx_fake", fake_runtime(cuda, loadable := Loadable(monkeypatch, tools.networks, 2.0))
-    )
-    from engines.timing import loaded
-
-    real = loaded.import_runtime
-    monkeypatch.setattr(loaded, "import_runtime", lambda name: real("tensorrt_rtx_fake"))
-    assert isinstance(loadable, dict)
+    runtime = fake_runtime(cuda, Loadable(monkeypatch, tools.networks, 2.0))
+    monkeypatch.setattr(loaded, "import_runtime", lambda name: runtime)
     gpu = GPUS["rtx4090"].to_mapping()
     with Driver() as opened:
         yield tools.networks.Bench(driver=opened, card=RTX4090, backend=backend_named("rtx"), gpu=gpu, folder=tmp_path)
