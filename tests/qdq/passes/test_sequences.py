@@ -177,6 +177,25 @@ def test_a_slice_that_may_be_cut_short_stays_and_is_named() -> None:
     assert refused.value.nodes[-1] == "sequenceat_Slice"
 
 
+@pytest.mark.parametrize(("turns", "fits"), [(3, True), (4, False)])
+def test_windows_that_overlap_are_gathered_where_the_last_one_ends_inside(turns: int, fits: bool) -> None:
+    """x[2t : 2t + 4] of eight rows: the fourth window has two."""
+    steps = [
+        node("Mul", "turn two", "place"),
+        node("Add", "place four", "stop"),
+        node("Unsqueeze", "place front", "from", "from"),
+        node("Unsqueeze", "stop front", "to", "to"),
+        node("Slice", "x from to front", "window"),
+        node("ReduceMax", "window", "e", axes=[0]),
+    ]
+    nodes = [*loop(*steps, trip="turns"), node("ConcatFromSequence", "parts_made", "y", axis=0)]
+    proto = graph(nodes, 8)
+    stored = {"four": np.array(4), "turns": np.array(turns)}
+    proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in stored.items())
+    model = same(proto, normal(8, 3, 16))
+    assert ("Slice" in {model.node(name).op_type for name in model.inner_nodes}) is not fits
+
+
 UNTOUCHED = {
     "inserted in front": [*loop(insert="so_far e zero"), node("ConcatFromSequence", "parts_made", "y", axis=0)],
     "a list of unknown order": [
