@@ -98,6 +98,8 @@ def test_the_branch_of_the_samples_is_deployed_where_both_do_not_compile(tmp_pat
     assert f"'rate' is {rate} in all samples" in result.stderr and "'by_rate'" in result.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["audit"]["int8_share"] == 1.0 and report["check"]["outputs"][0]["sqnr_db"] > 25
+    audited = CliRunner().invoke(main, ["audit", str(tmp_path / "out" / "m.engine"), "--json"])
+    assert json.loads(audited.stdout)["nodes"] == report["audit"]["nodes"]  # from the shapes of a scalar input too
     written = load(tmp_path / "out" / "m.int8.onnx")
     assert [i.name for i in written.inputs] == ["x", "rate"]
 
