@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,11 @@ from typing import Any
 
 import onnx
 
+from engines.backends.advice import about_operators, about_text, about_turns
 from engines.backends.layers import LayerTable
 from engines.core.errors import BuildError
 from engines.core.files import write_atomic
 from engines.core.load import load_graph
-from engines.core.operators import SIZED_BY_VALUES
 
 OnProgress = Callable[[float, str], None]
 
@@ -135,19 +135,16 @@ def _parse(parser: Any, model: Path | str | onnx.ModelProto, directory: Path | N
     if parsed:
         return
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
-    parts = [f"{e.desc()} (node {e.node_name() or '?'}, {e.node_operator() or '?'})" for e in errors]
+    parts = [f"{_said(e.desc())} (node {e.node_name() or '?'}, {e.node_operator() or '?'})" for e in errors]
     nodes = tuple(dict.fromkeys(e.node_name() for e in errors if e.node_name()))
-    said = "; ".join(parts or ["no reason given"]) + _advice(e.node_operator() for e in errors)
+    advice = about_operators(e.node_operator() for e in errors) or about_text(load_graph(model).graph)
+    said = ". ".join(filter(None, ("; ".join(parts or ["no reason given"]), advice)))
     raise BuildError(f"The ONNX parser refused the model: {said}", nodes=nodes)
 
 
-def _advice(operators: Iterable[str]) -> str:
-    """What to do about refused operators whose outputs have a size that depends on data; "" about others."""
-    sized = ", ".join(sorted(SIZED_BY_VALUES.intersection(operators)))
-    return sized and (
-        f". The size of what {sized} gives depends on data, for which the compiler has no kernel: let the graph end "
-        "before it, with its inputs as outputs, and do it outside the engine."
-    )
+def _said(description: str) -> str:
+    """What the parser says of an operator; that it knows none of the name is "false"."""
+    return "it knows no such operator" if description == "false" else description
 
 
 def _names(text: str, node: str) -> bool:
@@ -245,8 +242,9 @@ def compile_model(
         graph = load_graph(model).graph
         text = " | ".join(log.errors) or "the builder gave no reason"
         named = [n for n in graph.node if n.name and _names(text, n.name)]
-        text += _advice(n.op_type for n in named)
-        raise BuildError(f"The engine builder failed: {text}", nodes=tuple(n.name for n in named))
+        turns, inner = about_turns(text, graph)
+        text = ". ".join(filter(None, (text, about_operators(n.op_type for n in named), turns)))
+        raise BuildError(f"The engine builder failed: {text}", nodes=(*(n.name for n in named), *inner))
     if on_progress:
         on_progress(1.0, "Engine built")
     return Compiled(data=bytes(plan), lines=tuple(log.lines))

@@ -128,31 +128,40 @@ def _carried(work: ModelProto, shown: GraphProto) -> GraphProto:
     sized |= {t.name: helper.make_tensor_value_info("", 1, t.dims).type.tensor_type.shape for t in shown.initializer}
     kept: dict[tuple[str, ...], dict[int, TensorShapeProto]] = {}
     for node in (node for node in work.graph.node if node.op_type == "Loop"):
-        body = next(bodies(node))
-        del body.value_info[:]
-        for end in body.output:
-            end.type.tensor_type.ClearField("shape")
-        kept[tuple(node.output)] = {i: sized[name] for i, name in enumerate(node.input) if i > 1 and name in sized}
+        states = {i: sized[name] for i, name in enumerate(node.input) if i > 1 and name in sized}
+        if states:
+            kept[tuple(node.output)] = states
+            body = next(bodies(node))
+            del body.value_info[:]
+            for end in body.output:
+                end.type.tensor_type.ClearField("shape")
+    loops = {tuple(node.output): next(bodies(node)) for node in work.graph.node if tuple(node.output) in kept}
+    stated = {key: [_copy(value) for value in body.input] for key, body in loops.items()}
     while kept:
-        for node in (node for node in work.graph.node if tuple(node.output) in kept):
-            for index, state in enumerate(next(bodies(node)).input):
-                if index > 1:
-                    state.type.tensor_type.ClearField("shape")
-                if index in kept[tuple(node.output)]:
-                    state.type.tensor_type.shape.CopyFrom(kept[tuple(node.output)][index])
+        for key, body in loops.items():
+            for index, state in enumerate(body.input):
+                state.CopyFrom(stated[key][index])
+                if index in kept[key]:
+                    state.type.tensor_type.shape.CopyFrom(kept[key][index])
         shown = _inferred(work)
         ends = {tuple(n.output): next(bodies(n)).output for n in shown.node if tuple(n.output) in kept}
         changed = [
-            (loop, index)
-            for loop, states in kept.items()
+            (key, index)
+            for key, states in kept.items()
             for index, shape in states.items()
-            if _dims(ends[loop][index - 1].type.tensor_type.shape) != _dims(shape)
+            if _dims(ends[key][index - 1].type.tensor_type.shape) != _dims(shape)
         ]
         if not changed:
             break
-        for loop, index in changed:
-            del kept[loop][index]
+        for key, index in changed:
+            del kept[key][index]
     return shown
+
+
+def _copy(value: ValueInfoProto) -> ValueInfoProto:
+    copy = ValueInfoProto()
+    copy.CopyFrom(value)
+    return copy
 
 
 def _dims(shape: TensorShapeProto) -> list[int]:

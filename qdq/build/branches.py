@@ -1,8 +1,8 @@
-"""A model whose branches the compiler does not take together, with the branch alone that all samples take.
+"""A model that the compiler takes only for one value of the inputs that steer it, with the value that all samples have.
 
-Model, samples -> itself if it compiles; else with the inputs that choose a branch held at the samples' one value.
-A branch may be impossible at the sizes that the other one needs, and an engine has both at the same sizes. It must not
-leave a branch out of a model that compiles.
+Model, samples -> itself if it compiles; else with the inputs that choose a branch or count turns held at that value.
+A branch may be impossible at the sizes that the other one needs, and an engine has both at the same sizes; and sizes
+must not depend on how often a Loop turns. It must not hold an input of a model that compiles.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def with_possible_branches(
     """A prepared model with the branches that the compiler takes.
 
     Args:
-        model: prepared; one without an If that an input steers is not compiled here.
+        model: prepared; one without an If or Loop that an input steers is not compiled here.
         samples: all that the model is to be calibrated with and checked on.
 
     Raises:
-        BuildError: it is refused, and the samples take several branches.
+        BuildError: it is refused, and the samples have several values.
     """
     steered = steering(model)
     if not steered:
@@ -53,18 +53,18 @@ def with_possible_branches(
     if values is None:
         names = ", ".join(map(repr, steered))
         raise BuildError(
-            f"{refusal} The branch of If {node!r} is chosen by input {names}, of which the samples have several "
-            "values, and the compiler does not take the branches together at one set of sizes. Give samples of one "
-            "value: the engine then holds that branch alone. Make one engine for each value.",
-            nodes=(node,),
+            f"{refusal} {node} is steered by input {names}, of which the samples have several values, and the compiler "
+            "does not take them together at one set of sizes. Give samples of one value: the engine is then for that "
+            "value alone. Make one engine for each value.",
+            nodes=(node.split("'")[1],),
         )
     alone = held(model, values)
     if _refusal(alone, recipe, shapes, on_progress) is not None:
         return model  # it is not for the branches; the refusal is met again, and the node searched for
     said = ", ".join(f"{name!r} is {value.item()}" for name, value in values.items())
     note = (
-        f"input {said} in all samples, and chooses the branch of If {node!r}, whose branches the compiler does not "
-        "take together at these sizes: the engine holds the branch of that value alone, whatever it is fed"
+        f"input {said} in all samples, and steers {node}, which the compiler takes for one value at these sizes: the "
+        "engine is for that value alone, whatever it is fed"
     )
     return replace(alone, notes=(*alone.notes, note))
 

@@ -337,12 +337,8 @@ def _papers(path: Path) -> tuple[LayerTable, Manifest]:
 
 def _shapes(manifest: Manifest) -> dict[str, ShapeRange]:
     """The shapes that an engine was compiled for."""
-    shapes = {}
-    for key, value in manifest.options.items():
-        if key.startswith(SHAPE_KEY):
-            option = ShapeOption.parse(f"{key.removeprefix(SHAPE_KEY)}:{value}")
-            shapes[option.name] = ShapeRange(min=option.min, opt=option.opt, max=option.max)
-    return shapes
+    given = {k.removeprefix(SHAPE_KEY): str(v) for k, v in manifest.options.items() if k.startswith(SHAPE_KEY)}
+    return {name: _range(text) for name, text in given.items()}
 
 
 def _layers_path(engine: Path) -> Path:
@@ -354,8 +350,14 @@ def _manifest_path(engine: Path) -> Path:
 
 
 def _text(shape: ShapeRange) -> str:
-    """The shapes of an option, without the name."""
+    """The shapes of an option, without the name; "" for a scalar."""
     return str(ShapeOption(name="", min=shape.min, opt=shape.opt, max=shape.max)).removeprefix(":")
+
+
+def _range(text: str) -> ShapeRange:
+    """What `_text` wrote."""
+    shapes = [tuple(int(size) for size in part.split("x") if size) for part in text.split(":")]
+    return ShapeRange(min=shapes[0], opt=shapes[len(shapes) // 2], max=shapes[-1])
 
 
 def _read(path: Path, engine: Path, kind: type[D]) -> D:

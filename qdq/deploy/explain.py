@@ -68,7 +68,8 @@ def _rewrites(model: Model, node: str) -> list[str]:
 def _cost(model: Model, name: str, recipe: Recipe) -> list[str]:
     """Multiply-adds and weight bytes of a node, with its share of the whole model's."""
     usual = {n: s.opt for n, s in shape_ranges(model, recipe.shapes, None).items()}
-    products = {p.node.name: macs(graph, p.node) for graph, p in read_graph(model.proto, usual).all_products()}
+    every = read_graph(model.proto, usual).all_products()
+    products = {p.node.name: m and m * (graph.turns or 1) for graph, p in every for m in [macs(graph, p.node)]}
     constants = [model.initializers[t] for t in model.node(name).input if t in model.initializers]
     weights, total = sum(map(tensor_bytes, constants)), sum(filter(None, products.values()))
     lines = []

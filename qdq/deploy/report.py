@@ -245,12 +245,16 @@ def share_failures(audit: Audit, least: float | None) -> list[str]:
 
 
 def audit_lines(audit: Audit) -> list[str]:
-    """One sentence per node that did not get what it asked for, is suspect, or of which something is unknown."""
+    """One sentence per node that did not get what it asked for, is suspect, or of which something is unknown.
+
+    How many are counted for one turn alone is in the rows.
+    """
     lines = [
         f"{n.node} ({n.op_type}) asked for {n.requested} and runs in {n.consumed}: {n.cause}" for n in audit.missed
     ]
     lines += [f"{n.node} ({n.op_type}) is suspect: {n.cause}" for n in audit.suspect]
-    lines += [f"{n.node} ({n.op_type}) is not fully known: {n.cause}" for n in audit.unknown]
+    unknown = [n for n in audit.unknown if n.macs is None or n.consumed == "unknown"]
+    lines += [f"{n.node} ({n.op_type}) is not fully known: {n.cause}" for n in unknown]
     return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"... and {len(lines) - SHOWN} more; --json lists all"]
 
 

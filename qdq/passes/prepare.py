@@ -3,7 +3,7 @@
     every node has a name, initializers are no longer inputs -> opset 21
     constants, shapes, BatchNormalization and automatic padding folded; identities, unused nodes and tensors dropped
     bodies of If, Loop and Scan named and their constants lifted; the branch of a constant condition taken
-    FP64 made FP32, composite operators without a kernel written out, shapes of all tensors inferred
+    sequences written as tensors, FP64 made FP32, composite operators without a kernel written out, shapes inferred
     Einsum in small letters, products without a weight on the right and what the compiler refuses in another form
     -> Model (IR version 10)
 
@@ -30,6 +30,7 @@ from qdq.passes.doubles import has_doubles, single_precision
 from qdq.passes.draft import Draft, assign
 from qdq.passes.fold import fold_batch_norms, fold_constants, fold_shapes
 from qdq.passes.rewrites import PREPARED_REWRITES
+from qdq.passes.sequences import write_out_sequences
 from qdq.passes.transposes import merge_transposes
 
 
@@ -74,6 +75,8 @@ def prepare(model: Model) -> Model:
     draft.name_nodes()
     name_bodies(draft)
     simplify(draft)
+    if write_out_sequences(draft):
+        simplify(draft)
     if has_doubles(draft):
         draft = Draft(single_precision(draft.finish()))
         simplify(draft)

@@ -1,7 +1,8 @@
-"""Inputs that choose the branch of an If, as the sampling rate of a voice detector does: which they are, and such a
-model with their values in it.
+"""Inputs that steer: they choose the branch of an If, as the sampling rate of a voice detector does, or say how often a
+Loop turns; and a model with their values in it.
 
-Model -> `steering`: the inputs -> `held`: the model in which they are constants, so that one branch of each If is left.
+Model -> `steering`: the inputs -> `held`: the model in which they are constants, so that one branch of each If and the
+turns of each Loop are left.
 It must not take inputs from a model's list: what is fed stays the same, and is no longer read.
 """
 
@@ -20,17 +21,17 @@ _STEERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32
 
 
 def steering(model: Model) -> dict[str, str]:
-    """Inputs of one bool or integer -> the If of the main graph whose branch they choose, and nothing else does.
+    """Inputs of one bool or integer -> the If or Loop of the main graph that they steer, and nothing else does.
 
     What is computed of sizes counts as known: a compiler fixes these.
     """
     single = {i.name for i in model.inputs if i.dtype in _STEERS and i.shape in ((), (1,))}
     found: dict[str, str] = {}
     for node in model.graph.node:
-        if node.op_type == "If" and not node.domain:
+        if node.op_type in ("If", "Loop") and not node.domain and node.input[0]:
             sources = _sources(model, node.input[0])
             if sources <= single:
-                found |= {name: node.name for name in sorted(sources)}
+                found |= {name: f"{node.op_type} {node.name!r}" for name in sorted(sources)}
     return found
 
 

@@ -1,4 +1,4 @@
-"""How often the products of a body run: turns of Loop and Scan that the graph or given sizes decide, and nested ones."""
+"""How often the products of a body run: turns of Loop and Scan that the graph or given sizes decide; nested ones."""
 
 from __future__ import annotations
 

@@ -204,3 +204,22 @@ def test_real_engines(model: onnx.ModelProto, dtype: str, macs: int) -> None:
     # every kernel moves under 1 MB and multiplies under 3e6 times, so the starts dominate: 3 to 5 us each
     assert 2 * built.kernels < cost.total_us < 8 * built.kernels
     assert {k.bound for k in cost.kernels} == {"start"}
+
+
+def test_a_kernel_in_a_loop_takes_its_time_in_every_turn() -> None:
+    """The product of a Loop of five turns; without a jump in the table, the turns are kernels each."""
+    node = onnx.helper.make_node
+    ends = [graphs.value("i", [], 7), graphs.value("c", [], 9), graphs.value("h", [64, 64])]
+    inner = [node("MatMul", ["h", "w"], ["h2"], "product"), node("Identity", ["c"], ["on"])]
+    body = onnx.helper.make_graph(inner, "body", ends, [graphs.value("on", [], 9), graphs.value("h2", [64, 64])])
+    stored = [graphs.const("w", np.zeros((64, 64), np.float32)), graphs.const("five", np.array(5))]
+    loop = node("Loop", ["five", "", "x"], ["y"], body=body)
+    model = graphs.model([loop], [graphs.value("x", [64, 64])], [graphs.value("y", [64, 64])], stored)
+    square = tensor("float32", 64, 64)
+    gemm = layer("product_myl0_1", "gemm", [square, square], [square], ("product",))
+    jump = layer("back", "cjmp", [], [])
+    unrolled, looped = (predict(model, table(*layers), SLOW).kernels[0] for layers in ((gemm,), (gemm, jump)))
+    assert unrolled.macs == looped.macs == 5 * 64**3
+    assert looped.bytes == 5 * unrolled.bytes == 5 * 3 * 4 * 64**2
+    once, square_us = predict(model, table(gemm), SLOW).kernels[0], looped.us / 5
+    assert square_us > SLOW_START and once.macs == looped.macs

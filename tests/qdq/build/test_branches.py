@@ -70,7 +70,7 @@ def prepared(folder: Path, proto: onnx.ModelProto) -> Model:
 
 
 def test_an_input_that_chooses_a_branch_is_found(tmp_path: Path) -> None:
-    assert steering(prepared(tmp_path, two_rates(8))) == {"rate": "by_rate"}
+    assert steering(prepared(tmp_path, two_rates(8))) == {"rate": "If 'by_rate'"}
 
 
 def test_a_condition_of_data_is_not_steered() -> None:
@@ -98,6 +98,8 @@ def test_the_branch_of_the_samples_is_deployed_where_both_do_not_compile(tmp_pat
     assert f"'rate' is {rate} in all samples" in result.stderr and "'by_rate'" in result.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["audit"]["int8_share"] == 1.0 and report["check"]["outputs"][0]["sqnr_db"] > 25
+    audited = CliRunner().invoke(main, ["audit", str(tmp_path / "out" / "m.engine"), "--json"])
+    assert json.loads(audited.stdout)["nodes"] == report["audit"]["nodes"]  # from the shapes of a scalar input too
     written = load(tmp_path / "out" / "m.int8.onnx")
     assert [i.name for i in written.inputs] == ["x", "rate"]
 
@@ -115,4 +117,38 @@ def test_samples_of_both_branches_are_refused_by_name(tmp_path: Path) -> None:
     result = deploy(tmp_path, two_rates(8))
     assert result.exit_code == 2 and not (tmp_path / "out").exists()
     error = result.stderr.strip().splitlines()[-1]
-    assert "If 'by_rate' is chosen by input 'rate'" in error and "one engine for each value" in error
+    assert "If 'by_rate' is steered by input 'rate'" in error and "one engine for each value" in error
+
+
+def turning() -> onnx.ModelProto:
+    """`count` turns, each of which gives a row more: the size of y depends on the value of an input."""
+    inputs = [value("turn", TensorProto.INT64, []), value("go", TensorProto.BOOL, []), value("h", 1, [4, 16])]
+    nodes = [node("MatMul", "h w", "p"), node("Tanh", "p", "h2"), node("Identity", "h2", "row")]
+    nodes.append(node("Identity", "go", "on", "goes_on"))
+    ends = [value("on", TensorProto.BOOL, []), value("h2", 1, [4, 16]), value("row", 1, [4, 16])]
+    body = helper.make_graph(nodes, "body", inputs, ends)
+    graph = helper.make_graph(
+        [node("Loop", "count - x", "last y", "turns", body=body)],
+        "turning",
+        [value("x", TensorProto.FLOAT, [4, 16]), value("count", TensorProto.INT64, [])],
+        [value("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(normal(16, 16) / 4, "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+@pytest.mark.parametrize("counts", [(3,), (2, 3)])
+def test_a_number_of_turns_that_sizes_depend_on_is_that_of_the_samples(tmp_path: Path, counts: tuple[int, ...]) -> None:
+    (tmp_path / "data").mkdir()
+    for index in range(4):
+        sample = {"x": normal(4, 16, seed=index), "count": np.array(counts[index % len(counts)])}
+        np.savez(tmp_path / "data" / f"{index}.npz", **sample)
+    result = deploy(tmp_path, turning())
+    if len(counts) > 1:
+        assert result.exit_code == 2 and "Loop 'turns' is steered by input 'count'" in result.stderr
+        return
+    assert result.exit_code == 0, result.output
+    assert "'count' is 3 in all samples, and steers Loop 'turns'" in result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (product,) = report["audit"]["nodes"]
+    assert (product["consumed"], product["turns"], product["macs"]) == ("int8", 3, 3 * 4 * 16 * 16)
