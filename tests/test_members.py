@@ -41,7 +41,7 @@ import numpy as np
 from qdq.solve.rounding import Rounding
 from qdq.solve.rounding.nearest import block_scales
 
-def floor(W, scale, H, *, low, high, float_codes=None, damping=0.0, act_order=True):
+def floor(W, scale, hessian, *, low, high, float_codes=None):
     return np.clip(np.floor(W / scale), low, high)
 
 ROUNDING = Rounding(block_scales=block_scales, round_rows=floor, needs_moments=True)

@@ -30,7 +30,7 @@ from qdq.passes.rewrites import rewritten
 from qdq.plan import placement
 from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
-from qdq.solve.solve import Solution, solve
+from qdq.solve.solve import Solution, require_room, solve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +73,8 @@ def quantize(
     prepared = rewritten(prepared, chosen.rewrites)
     chosen.check(prepared)
     checked = None if samples is None else as_samples(samples, prepared)
+    if checked is not None:
+        require_room(prepared, chosen if settings is None else replace(chosen, settings=settings))
     if table is None:
         if checked is None:
             raise InputError("There is no calibration table and there are no samples to make one from: give samples.")

@@ -139,7 +139,7 @@ def _runner(model: Model, tensors: Sequence[str], *, ranges: bool, **options: An
     """What runs a sample in a pass over some tensors: it gives these, and the magnitudes of all tensors if asked to."""
     if ranges:
         return WatchedSession(model, tensors, **options)
-    session = Session(model, tensors, **options)
+    session = Session(model, tensors, in_order=True, **options)
     return lambda sample: (session(sample), {})
 
 

@@ -2,13 +2,14 @@
 
 Weighted nodes + activation parameters + samples -> per weight the matrix sum(q q^T) over sampled input rows q.
 q are integer codes less their zero point, so every sum is exact in float64 and independent of the samples' order.
-A convolution's rows are its patches (im2col). This module must not keep activations or write files.
+A convolution's rows are its patches (im2col). This module must not keep activations.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from qdq.core.arrays import Floats, Singles
+from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams, to_codes
-from qdq.core.resources import default_bytes
+from qdq.core.resources import default_bytes, said_bytes
 from qdq.measure.inference.memory import groups_of
 from qdq.measure.inference.samples import Sample, counted, length, require_finite
 from qdq.measure.inference.session import Session
@@ -33,7 +35,7 @@ ROWS_PER_COLUMN = 8  # input rows per weight column, over all samples
 MIN_ROWS = 8192  # input rows per weight at least, over all samples
 THREADS = 2  # of ONNX Runtime: with three and more the last bits of its convolutions depend on their number
 FLOAT_BITS = 11  # of rows that stay float: products of 22 bits, so sums over samples of like size are exact in float64
-BUDGET_BYTES = 1 << 30  # matrices held at once; more weights take further passes over the samples
+BUDGET_BYTES = 1 << 30  # matrices held at once at most; more weights take further passes over the samples
 
 Grams = dict[Weight, Floats]
 
@@ -56,7 +58,8 @@ def collect(
         nodes: that read the weights.
         params: activation tensor -> parameters, so that rows are what the integer kernel will see; rows of other
             tensors are in their own unit.
-        samples: re-iterable; read twice or more when there are over MAX_SAMPLES or the matrices exceed BUDGET_BYTES.
+        samples: re-iterable; read twice or more when there are over MAX_SAMPLES or the matrices exceed their share of
+            the memory. More than that share of them lie in files without a name, and are mapped.
         most_columns: inputs per output of the weights that are looked at; None for all.
         divisors: activation tensor -> (channels,) float32, what its channels are divided by before quantization.
         shrink: give back what `shrunk` makes of the sums, for weights of fewer than 8 bits: the errors of others are
@@ -67,14 +70,16 @@ def collect(
         batched ones, and those that nodes of different groups share are left out.
 
     Raises:
-        InputError: no samples, or one that makes a tensor that a node reads hold NaN or infinity.
+        InputError: no samples, one that makes a tensor that a node reads hold NaN or infinity, or no room on the disk.
     """
-    weights = {key: readers for key, readers in by_weight(nodes).items() if _has_matrix(readers, most_columns)}
+    weights = {key: readers for key, readers in by_weight(nodes).items() if has_matrix(readers, most_columns)}
     samples = few(samples)
+    total, share = sum(_bytes(node) for node, *_ in weights.values()), _share()
     grams: Grams = {}
-    for batch in _batches(weights):
+    for batch in _batches(weights, share):
         readers = [node for weight in batch for node in weights[weight]]
-        groups = groups_of(model, (node.data for node in readers), samples)
+        left = default_bytes() - 2 * min(total, share)  # those of the batch, and those that are done
+        groups = groups_of(model, (node.data for node in readers), samples, memory=left)
 
         def found(group: tuple[str, ...], of: list[WeightedNode] = readers) -> Iterator[dict[Weight, Moment]]:
             session = Session(model, group, threads=THREADS, in_order=True)
@@ -91,10 +96,26 @@ def collect(
                 if on_progress is not None:
                     on_progress(index + 1, len(samples), "second moments")
 
-        for weight, moment in union(each for group in groups for each in found(group)).items():
-            coarse = FORMATS[weights[weight][0].spec.format].bits < 8
-            grams[weight] = shrunk(moment) if shrink and coarse else moment.sums
+        moments = union(each for group in groups for each in found(group))
+        for weight in list(moments):
+            moment, coarse = moments.pop(weight), FORMATS[weights[weight][0].spec.format].bits < 8
+            gram = shrunk(moment) if shrink and coarse else moment.sums
+            grams[weight] = gram if total <= share else mapped(gram)
     return grams
+
+
+def mapped(values: Floats) -> Floats:
+    """The same values in a file without a name, which is gone with the array; read-only, read as they are looked at."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            values.tofile(file)
+            file.flush()
+            return np.asarray(np.memmap(file, values.dtype, mode="r", shape=values.shape))
+    except OSError as error:
+        raise InputError(
+            f"Cannot write {said_bytes(values.nbytes)} of second moments to {tempfile.gettempdir()}: "
+            f"{error.strerror or error}. Make room, set TMPDIR to another disk, or give more --memory."
+        ) from None
 
 
 def shrunk(moment: Moment) -> Floats:
@@ -112,7 +133,7 @@ def shrunk(moment: Moment) -> Floats:
     return found
 
 
-def _has_matrix(readers: Sequence[WeightedNode], most_columns: int | None) -> bool:
+def has_matrix(readers: Sequence[WeightedNode], most_columns: int | None) -> bool:
     """Whether a weight gets a matrix, by the nodes that read it."""
     small = most_columns is None or readers[0].columns <= most_columns
     batched = readers[0].op_type == "MatMul" and len(readers[0].shape) > 2
@@ -174,15 +195,24 @@ def few(samples: Iterable[Sample]) -> SampleSubset:
     return SampleSubset(samples, frozenset(index for _, index in sorted(hashes)[:MAX_SAMPLES]))
 
 
-def _batches(weights: Mapping[Weight, Sequence[WeightedNode]]) -> list[list[Weight]]:
-    """Weights in groups whose matrices fit the budget, in the plan's order."""
+def _share() -> int:
+    """Bytes of matrices that are summed at a time, and of those that stay in memory when they are done."""
+    return min(BUDGET_BYTES, default_bytes() // 4)
+
+
+def _bytes(node: WeightedNode) -> int:
+    """Bytes of the matrices of the weight that a node reads."""
+    return 8 * node.columns**2 * node.groups
+
+
+def _batches(weights: Mapping[Weight, Sequence[WeightedNode]], share: int) -> list[list[Weight]]:
+    """Weights in groups whose matrices fit some bytes, in the plan's order."""
     batches: list[list[Weight]] = []
     room = 0
     for weight, (node, *_) in weights.items():
-        size = 8 * node.columns**2 * node.groups
-        if size > room:
+        if (size := _bytes(node)) > room:
             batches.append([])
-            room = min(BUDGET_BYTES, default_bytes() // 2)
+            room = share
         batches[-1].append(weight)
         room -= size
     return batches

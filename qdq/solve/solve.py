@@ -7,6 +7,7 @@ value with its notes and changes nothing that it was given. This module must not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -18,11 +19,11 @@ from qdq.core.arrays import Floats, Singles
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams, QTensor
-from qdq.core.resources import MemoryBudget, cores, default_bytes
+from qdq.core.resources import MemoryBudget, cores, default_bytes, given_bytes, said_bytes
 from qdq.measure import second_moments
 from qdq.measure.inference.samples import Sample, overlapped
 from qdq.measure.table import CalibrationTable
-from qdq.model.external import is_large, tensor_bytes
+from qdq.model.external import is_large, release, tensor_bytes
 from qdq.model.model import Model
 from qdq.model.weight_store import WeightStore, key_of
 from qdq.plan.plan import Plan
@@ -33,7 +34,7 @@ from qdq.solve.equalize.carriers import Carrier, carried, factors, scaled
 from qdq.solve.equalize.channels import Channels
 from qdq.solve.equalize.formulas import formula
 from qdq.solve.rounding import ROUNDINGS
-from qdq.solve.weights import quantize_weight
+from qdq.solve.weights import quantize_weight, rounding_bytes
 
 ROUNDING_BYTES = 1 << 30  # for the weights that are rounded at a time, with their copies
 
@@ -137,9 +138,7 @@ def _weights(
 
     def solved(reader: WeightedNode) -> QTensor:
         divisor, factor = divisors.get(reader.data), outputs.get(reader.name)
-        # itself and its codes, and without data little else
-        copies = tensor_bytes(model.initializers[reader.weight]) * (12 if reader.key in seen.grams else 2)
-        with room.taken(copies):
+        with room.taken(_bytes(model, reader, moments=reader.key in seen.grams)):
             moments = seen.of(reader)
 
             def make() -> QTensor:
@@ -147,7 +146,7 @@ def _weights(
                 rounding = settings.rounding
                 if moments is None and ROUNDINGS[rounding].needs_moments:  # as well as can be without them
                     rounding = "clip" if reader.spec.block else "nearest"
-                return quantize_weight(
+                made = quantize_weight(
                     values,
                     reader.spec,
                     outputs=reader.output_axis,
@@ -156,6 +155,10 @@ def _weights(
                     damping=settings.damping,
                     act_order=settings.act_order,
                 )
+                for read in (values, seen.grams.get(reader.key)):
+                    if read is not None:
+                        release(read)
+                return made
 
             if store is None:
                 return make()
@@ -170,6 +173,33 @@ def _weights(
         if on_progress is not None:
             on_progress(index + 1, len(readers), "rounding weights")
     return weights
+
+
+def require_room(model: Model, plan: Plan) -> None:
+    """Refuse a budget that was given and that the rounding of one weight by its second moments exceeds.
+
+    Raises:
+        InputError: says which weight, and what it needs.
+    """
+    budget, settings = given_bytes(), plan.settings.settled
+    if budget is None or not ROUNDINGS[settings.rounding].needs_moments:
+        return
+    weights = by_weight(weighted_nodes(model, plan).values()).values()
+    measured = [nodes[0] for nodes in weights if second_moments.has_matrix(nodes, settings.moment_inputs)]
+    most = max(measured, key=lambda node: _bytes(model, node, moments=True), default=None)
+    if most is not None and (needs := _bytes(model, most, moments=True)) > budget:
+        raise InputError(
+            f"--memory gives {said_bytes(budget)}, but rounding {most.weight!r}, {most.columns} inputs per output, by "
+            f"{settings.rounding} needs {said_bytes(needs)}. Give more, set moment_inputs below {most.columns}, or "
+            "take a rounding that needs no data: nearest."
+        )
+
+
+def _bytes(model: Model, reader: WeightedNode, *, moments: bool) -> int:
+    """Bytes that rounding the weight of a node takes, by second moments of its inputs or without."""
+    tensor = model.initializers[reader.weight]
+    itemsize = tensor_bytes(tensor) // max(1, math.prod(tensor.dims))
+    return rounding_bytes(tuple(tensor.dims), itemsize, columns=reader.columns if moments else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Round one weight: its granularity, the scales, the codes, and for two levels the INT8 grid in between.
 
 values + Spec + rounding (+ second moments) -> QTensor. Every weight is by itself, so that they can be read, rounded and
-written one at a time.
+written one at a time; a large one is worked on in slices of rows, whose size depends on nothing but the columns.
 
 | granularity | how the rounding sees it |
 |---|---|
@@ -17,9 +17,9 @@ It must not read samples or know plans.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -41,10 +41,16 @@ from qdq.core.qtensor import (
 )
 from qdq.core.resources import on_all_cores
 from qdq.plan.spec import Spec
-from qdq.solve.rounding import ROUNDINGS, Dtype, Rounding, gptq, nearest
+from qdq.solve.hessian import COPIES, DAMPING, Hessian
+from qdq.solve.rounding import ROUNDINGS, BlockScales, Dtype, Refinement, Rounding, RoundRows, gptq, nearest
 
 # Multiples of a channel's INT8 scale that its largest block scale is tried at; -8 times 16 is INT8's -128.
 LARGEST_MULTIPLES = range(8, 17)
+# Elements of a slice of rows: roundings copy it about a dozen times in float64. It must not depend on the memory there
+# is: descent refits the scales of blocks for as long as any code of the slice changes.
+SLICE = 1 << 19
+LEAST_ROWS = 64  # of a slice, and what their number is a multiple of: for fewer the products of matrices are slow
+SLICE_COPIES = 14  # of a slice in float64 that live at a time, measured with descent on blocks
 
 
 def quantize_weight(
@@ -54,7 +60,7 @@ def quantize_weight(
     outputs: int,
     rounding: str,
     moments: Floats | None = None,
-    damping: float = gptq.DAMP,
+    damping: float = DAMPING,
     act_order: bool = True,
 ) -> QTensor:
     """Scales and codes of one weight.
@@ -66,26 +72,46 @@ def quantize_weight(
         rounding: a name in `ROUNDINGS`.
         moments: (groups, columns, columns) of the inputs, each group's for its share of the output channels; None
             rounds as the rounding does without data.
-        damping: of roundings that look at the moments, see `qdq.solve.rounding.gptq`.
-            act_order: as damping.
+        damping: of roundings that look at the moments, see `qdq.solve.hessian`.
+        act_order: as damping.
     """
     fmt, method = FORMATS[spec.format], ROUNDINGS[rounding]
     if not fmt.integer and spec.block is None:  # nearest codes: the grid is dense where values are, which is enough
         params = _params(values, spec.axis, fmt)
         return QTensor(codes=to_codes(values, params), params=params)
+    hessians = [] if moments is None else [Hessian(H, damping, act_order) for H in moments]
     if spec.block is None:
-        if moments is None or method.round_rows is None:
-            params = _params(values, None if spec.axis is None else outputs, fmt)
+        params = _params(values, None if spec.axis is None else outputs, fmt)
+        if not hessians or method.round_rows is None:
             return QTensor(codes=_nearest(values, params, outputs, fmt), params=params)
-        return _whole(values, spec, outputs, moments, partial(method.round_rows, damping=damping, act_order=act_order))
+        return QTensor(codes=_whole(values, params, outputs, hessians, method.round_rows), params=params)
     weight = _Blocks(values=values, spec=spec)
-    if moments is None or len(moments) > 1 or not moments.any() or not method.needs_moments:
-        return weight.as_stored(method) if spec.compute_format is None else weight.two_levels_in_pieces(method)
-    missing = weight.whole.shape[-1] - moments.shape[-1]
-    moment = np.pad(moments[0], (0, missing)) if missing else moments[0]
-    if spec.compute_format is None:
-        return weight.one_level(method, moment, damping, act_order)
-    return weight.two_levels(method, moment, damping, act_order)
+    known = len(hessians) == 1 and hessians[0].known and method.needs_moments
+    hessian = weight.padded_hessian(hessians[0]) if known else None
+    if spec.compute_format is not None:
+        return weight.two_levels(method, hessian)
+    return weight.as_stored(method) if hessian is None else weight.one_level(method, hessian)
+
+
+def rounding_bytes(shape: Sequence[int], itemsize: int, *, columns: int = 0) -> int:
+    """Bytes that `quantize_weight` takes: values, codes, and with moments of `columns` these and copies of a slice."""
+    size = math.prod(shape)
+    plain = (itemsize + 2) * size  # codes twice: they are made with the rows first
+    if not columns:
+        return plain
+    rows = min(_step(columns), max(1, size // columns))
+    return plain + 8 * (COPIES * columns**2 + SLICE_COPIES * rows * columns)
+
+
+def _step(columns: int) -> int:
+    """Rows in a slice."""
+    return max(1, SLICE // max(columns, 1) // LEAST_ROWS) * LEAST_ROWS
+
+
+def _slices(start: int, stop: int, columns: int) -> Iterator[slice]:
+    """Some rows in slices."""
+    step = _step(columns)
+    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
 
 
 def _float_codes(fmt: Format) -> Dtype:
@@ -103,20 +129,25 @@ def _params(values: npt.NDArray[np.floating], axis: int | None, fmt: Format) -> 
 
 
 def _whole(
-    values: npt.NDArray[np.floating], spec: Spec, outputs: int, moments: Floats, round_rows: Callable[..., Floats]
-) -> QTensor:
-    """One scale per output channel, or one in all, each group of channels by the moments of its inputs."""
-    fmt = FORMATS[spec.format]
-    params = _params(values, None if spec.axis is None else outputs, fmt)
-    moved = np.moveaxis(values, outputs, 0).astype(np.float64)
-    rows = moved.reshape(moved.shape[0], -1)
-    scale = np.broadcast_to(params.scale.astype(np.float64).reshape(-1, 1), (rows.shape[0], 1))
+    values: npt.NDArray[np.floating],
+    params: QParams,
+    outputs: int,
+    hessians: Sequence[Hessian],
+    round_rows: RoundRows,
+) -> Array:
+    """Codes with one scale per output channel, or one in all, each group of channels by the moments of its inputs."""
+    fmt = FORMATS[params.format]
+    codes = np.empty(values.shape, dtype=fmt.dtype)
+    source, target = (np.moveaxis(t, outputs, 0) for t in (values, codes))
+    channels, columns = source.shape[0], math.prod(source.shape[1:])
+    scale = np.broadcast_to(params.scale.astype(np.float64).reshape(-1, 1), (channels, 1))
+    each = channels // len(hessians)
     low = -fmt.high  # symmetric codes: -128 would need a range that amax / 127 never uses
-    groups = len(moments)
-    parts = zip(np.split(rows, groups), np.split(scale, groups), moments, strict=True)
-    codes = np.concatenate([round_rows(w, s, h, low=low, high=fmt.high) for w, s, h in parts])
-    shaped = np.moveaxis(codes.reshape(moved.shape), 0, outputs)
-    return QTensor(codes=np.ascontiguousarray(shaped).astype(fmt.dtype), params=params)
+    for group, hessian in enumerate(hessians):
+        for part in _slices(group * each, (group + 1) * each, columns):
+            rows = source[part].astype(np.float64).reshape(-1, columns)
+            target[part] = round_rows(rows, scale[part], hessian, low=low, high=fmt.high).reshape(target[part].shape)
+    return codes
 
 
 def _nearest(values: npt.NDArray[np.floating], params: QParams, outputs: int, fmt: Format) -> Array:
@@ -154,110 +185,125 @@ class _Blocks:
         return self.spec.axis, self.spec.block
 
     @cached_property
-    def _padded(self) -> npt.NDArray[np.floating]:
-        return padded(self.values, *self._cut)
+    def _moved(self) -> npt.NDArray[np.floating]:
+        """(..., columns), the blocked axis last."""
+        return np.moveaxis(self.values, self._cut[0], -1)
 
     @property
-    def whole(self) -> npt.NDArray[np.floating]:
-        """(..., columns) whole blocks, the blocked axis last."""
-        return np.moveaxis(self._padded, self._cut[0], -1)
+    def _shape(self) -> tuple[int, ...]:
+        """(..., columns) with whole blocks."""
+        *others, columns = self._moved.shape
+        return (*others, columns + -columns % self._cut[1])
+
+    @cached_property
+    def _flat(self) -> npt.NDArray[np.floating]:
+        """(rows, columns), perhaps with part of a block at the end."""
+        return self._moved.reshape(-1, self._moved.shape[-1])
+
+    def _rows(self, part: slice) -> tuple[Singles, Singles]:
+        """Some rows with whole blocks, and the same as (rows, blocks, block, 1)."""
+        block = self._cut[1]
+        rows = padded(np.ascontiguousarray(self._flat[part], dtype=np.float32), 1, block)
+        return rows, np.asarray(blocked(rows, 1, block), dtype=np.float32)
+
+    def padded_hessian(self, hessian: Hessian) -> Hessian:
+        """The same for whole blocks: nothing is known of inputs that are not there."""
+        missing = self._shape[-1] - hessian.H.shape[-1]
+        return replace(hessian, H=np.pad(hessian.H, (0, missing))) if missing else hessian
 
     def as_stored(self, method: Rounding) -> QTensor:
         """One level without data: nothing is copied."""
         (axis, block), fmt = self._cut, self._fmt
-        view = blocked(self._padded, axis, block)
+        view = blocked(padded(self.values, axis, block), axis, block)
         scales = method.block_scales(view, None, low=fmt.low, high=fmt.high, float_codes=_float_codes(fmt))
         params = stored_scales(scales, self.values.shape, self.values.dtype.name, axis=axis, block=block, fmt=fmt)
         return QTensor(codes=to_codes(self.values, params), params=params)
 
-    def one_level(self, method: Rounding, moment: Floats, damping: float, act_order: bool) -> QTensor:
+    def one_level(self, method: Rounding, hessian: Hessian) -> QTensor:
         """Blocks whose codes a product reads as they are; no row has a larger output error than nearest codes."""
-        fmt, float_codes, block = self._fmt, _float_codes(self._fmt), self._cut[1]
-        low, high = fmt.low, fmt.high
-        rows, view = self._rows()
-        stored = self._storing(view)
-        scale, second = stored(method.block_scales(view, moment, low=low, high=high, float_codes=float_codes))
+        float_codes = _float_codes(self._fmt)
+        stored = self._stored(method.block_scales, hessian.H, float_codes)
+        scale, codes = stored.scale.copy(), self._empty()
         if method.round_rows is None:
-            params = QParams(scale=scale, axis=1, format=fmt.name, block=block)
-            return self._tensor(to_codes(rows, params), scale, second=second)
-        wide, every = rows.astype(np.float64), _every(scale, block)
+            for part in self._slices():
+                codes[part] = to_codes(self._rows(part)[0], replace(stored, scale=scale[part]))
+            return self._tensor(codes, scale, second=stored.second)
         better = method.refinement if float_codes is None else None
-        first = better.start if better else method.round_rows
-        codes = first(
-            wide, every, moment, low=low, high=high, float_codes=float_codes, damping=damping, act_order=act_order
-        )
-        if better is not None:
-            codes, fitted = better.refine(wide, codes, scale.astype(np.float64), moment, low, high, damping)
-            scale = representable(fitted, self.values.dtype.name)
-            codes = better.settle(wide, codes, _every(scale, block), moment, low, high, damping)
-        plain, _ = stored(nearest.block_scales(view, None, low=low, high=high))
-        codes, scale = _no_worse(wide, codes, scale, plain, moment, fmt)
-        return self._tensor(codes, scale, second=second)
+        plain = self._stored(nearest.block_scales, None).scale
+        for part in self._slices():
+            wide = self._rows(part)[0].astype(np.float64)
+            found, scale[part] = self._rounded(wide, scale[part], hessian, better or method.round_rows)
+            codes[part], scale[part] = _no_worse(wide, found, scale[part], plain[part], hessian.H, self._fmt)
+        return self._tensor(codes, scale, second=stored.second)
 
-    def two_levels(self, method: Rounding, moment: Floats, damping: float, act_order: bool) -> QTensor:
-        """Blocks whose values are INT8 codes of their output channel."""
-        fmt, round_rows = self._fmt, method.round_rows or nearest.round_rows
-        low, high = fmt.low, fmt.high
-        rows, view = self._rows()
-        scales = method.block_scales(view, moment, low=low, high=high)[:, :, 0, 0]
-        channel, multiples = _two_levels(view, scales, np.diag(moment).astype(np.float32), fmt)
-        scale = channel[:, None] * multiples
-        wide, every = rows.astype(np.float64), _every(scale, self._cut[1])
-        codes = round_rows(wide, every, moment, low=low, high=high, damping=damping, act_order=act_order)
-        return self._tensor(codes, scale, channel=channel)
+    def _rounded(
+        self, wide: Floats, scale: Singles, hessian: Hessian, method: RoundRows | Refinement
+    ) -> tuple[Floats, Singles]:
+        """Codes of some rows, and the scales that go with them."""
+        (low, high), block = (self._fmt.low, self._fmt.high), self._cut[1]
+        every = _every(scale, block)
+        if not isinstance(method, Refinement):
+            return method(wide, every, hessian, low=low, high=high, float_codes=_float_codes(self._fmt)), scale
+        codes = method.start(wide, every, hessian, low=low, high=high)
+        codes, fitted = method.refine(wide, codes, scale.astype(np.float64), hessian, low, high)
+        scale = representable(fitted, self.values.dtype.name)
+        return method.settle(wide, codes, _every(scale, block), hessian, low, high), scale
 
-    def two_levels_in_pieces(self, method: Rounding) -> QTensor:
-        """The same without data, some rows at a time on every core."""
-        fmt, block, flat = self._fmt, self._cut[1], self.whole.reshape(-1, self.whole.shape[-1])
-        codes = np.empty(flat.shape, dtype=np.int8)
-        scale = np.empty((flat.shape[0], flat.shape[1] // block), dtype=np.float32)
-        channel = np.empty(flat.shape[0], dtype=np.float32)
-        step = max(1, CHUNK // max(flat.shape[1], 1))
+    def two_levels(self, method: Rounding, hessian: Hessian | None) -> QTensor:
+        """Blocks whose values are INT8 codes of their output channel; without data on every core at a time."""
+        fmt, (rows, columns), block = self._fmt, (len(self._flat), self._shape[-1]), self._cut[1]
+        codes, scale = self._empty(), np.empty((rows, columns // block), dtype=np.float32)
+        channel = np.empty(rows, dtype=np.float32)
+        H = None if hessian is None else hessian.H
+        importance = None if H is None else np.diag(H).astype(np.float32)
         round_rows = method.round_rows or nearest.round_rows
 
-        def work(start: int) -> None:
-            part = slice(start, start + step)
-            rows = np.ascontiguousarray(flat[part], dtype=np.float32)
-            view = np.asarray(blocked(rows, 1, block), dtype=np.float32)
-            scales = method.block_scales(view, None, low=fmt.low, high=fmt.high)[:, :, 0, 0]
-            channel[part], multiples = _two_levels(view, scales, None, fmt)
+        def work(part: slice) -> None:
+            some, view = self._rows(part)
+            scales = method.block_scales(view, H, low=fmt.low, high=fmt.high)[:, :, 0, 0]
+            channel[part], multiples = _two_levels(view, scales, importance, fmt)
             scale[part] = channel[part][:, None] * multiples
-            wide, every = rows.astype(np.float64), _every(scale[part], block)
-            codes[part] = round_rows(wide, every, None, low=fmt.low, high=fmt.high)
+            wide, every = some.astype(np.float64), _every(scale[part], block)
+            codes[part] = round_rows(wide, every, hessian, low=fmt.low, high=fmt.high)
 
-        on_all_cores(work, range(0, flat.shape[0], step))
+        if hessian is None:
+            step = max(1, CHUNK // max(columns, 1))
+            on_all_cores(work, (slice(start, start + step) for start in range(0, rows, step)))
+        else:
+            for part in self._slices():
+                work(part)
         return self._tensor(codes, scale, channel=channel)
 
-    def _rows(self) -> tuple[Singles, Singles]:
-        """(rows, columns), and the same as (rows, blocks, block, 1)."""
-        rows = np.ascontiguousarray(self.whole.reshape(-1, self.whole.shape[-1]), dtype=np.float32)
-        return rows, np.asarray(blocked(rows, 1, self._cut[1]), dtype=np.float32)
+    def _slices(self) -> Iterator[slice]:
+        return _slices(0, len(self._flat), self._shape[-1])
 
-    def _storing(self, view: Singles) -> Callable[[Singles], tuple[Singles, float | None]]:
-        """What stores scales exactly, with the scale of scales that is the same for all that are tried."""
-        fmt, shape = self._fmt, (view.shape[0], view.shape[1] * view.shape[2])
-        most = max(float(view.max()), -float(view.min())) / fmt.high if view.size else 0.0
+    def _empty(self) -> Array:
+        """(rows, columns) for codes."""
+        return np.empty((len(self._flat), self._shape[-1]), dtype=np.int8 if self._fmt.integer else self._fmt.dtype)
 
-        def stored(scales: Singles) -> tuple[Singles, float | None]:
-            dtype, block = self.values.dtype.name, self._cut[1]
-            made = stored_scales(scales, shape, dtype, axis=1, block=block, fmt=fmt, most=most)
-            return made.scale, made.second
-
-        return stored
+    def _stored(self, block_scales: BlockScales, H: Floats | None, float_codes: Dtype = None) -> QParams:
+        """Block scales of all rows as they are stored, with the scale of scales that is the same for all tried."""
+        fmt, block, values = self._fmt, self._cut[1], self.values
+        shape = (len(self._flat), self._shape[-1])
+        found = np.empty((shape[0], shape[1] // block, 1, 1), dtype=np.float32)
+        for part in self._slices():
+            view = self._rows(part)[1]
+            found[part] = block_scales(view, H, low=fmt.low, high=fmt.high, float_codes=float_codes)
+        most = max(float(values.max()), -float(values.min())) / fmt.high if values.size else 0.0
+        return stored_scales(found, shape, values.dtype.name, axis=1, block=block, fmt=fmt, most=most)
 
     def _tensor(
         self, codes: Array, scale: Singles, *, channel: Singles | None = None, second: float | None = None
     ) -> QTensor:
         """Rows of codes and scales in the layout of the weight; `channel` are the scales of the second level."""
-        fmt, whole, (axis, block) = self._fmt, self.whole, self._cut
-        typed = codes.astype(np.int8 if fmt.integer else fmt.dtype, copy=False).view(fmt.dtype)
-        scales = np.moveaxis(scale.reshape(*whole.shape[:-1], -1), -1, axis)
+        fmt, shape, (axis, block) = self._fmt, self._shape, self._cut
+        scales = np.moveaxis(scale.reshape(*shape[:-1], -1), -1, axis)
         scales, length = np.ascontiguousarray(scales), self.values.shape[axis]
         params = QParams(scale=scales, axis=axis, format=fmt.name, block=block, length=length, second=second)
         compute_params = None
         if channel is not None and self.spec.compute_format is not None:
             compute_params = QParams(scale=channel, axis=1 - axis, format=self.spec.compute_format)
-        shaped = np.moveaxis(typed.reshape(whole.shape), -1, axis)
+        shaped = np.moveaxis(codes.view(fmt.dtype).reshape(shape), -1, axis)
         return QTensor(codes=np.ascontiguousarray(shaped), params=params, compute_params=compute_params)
 
 

@@ -80,11 +80,13 @@ def passes(
     return Passes(groups=tuple(map(tuple, groups)), threads=1, bytes_each=largest, room=room)
 
 
-def groups_of(model: Model, names: Iterable[str], samples: Iterable[Sample]) -> tuple[tuple[str, ...], ...]:
+def groups_of(
+    model: Model, names: Iterable[str], samples: Iterable[Sample], *, memory: int | None = None
+) -> tuple[tuple[str, ...], ...]:
     """The groups of `passes` by the shapes of the first sample; none where there is no name or no sample."""
     wanted = tuple(dict.fromkeys(names))
     first = next(iter(samples), None) if wanted else None
-    return () if first is None else passes(model, wanted, first).groups
+    return () if first is None else passes(model, wanted, first, memory=memory).groups
 
 
 def at_once(model: Model, samples: Iterable[Sample], *, copies: int = 1) -> int:

@@ -27,6 +27,7 @@ from qdq.measure.inference.partitioned import PartitionedSession
 from qdq.measure.inference.samples import Sample
 from qdq.model.external import is_large
 from qdq.model.model import Model
+from qdq.model.nodes import needed
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -171,9 +172,12 @@ def _refused(error: Exception, called: str) -> InputError:
 
 
 def _with_outputs(model: Model, tensors: Sequence[str]) -> ModelProto:
-    """A shallow model whose outputs are the tensors; ONNX Runtime prunes what they do not need."""
+    """A shallow model whose outputs are the tensors, without the nodes that they do not need: ONNX Runtime runs all."""
     proto = ModelProto()
     proto.CopyFrom(model.proto)
+    nodes = needed(model.graph.node, tensors)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
     known = {o.name: o for o in model.graph.output}
     del proto.graph.output[:]
     proto.graph.output.extend(known.get(t) or helper.make_empty_tensor_value_info(t) for t in tensors)

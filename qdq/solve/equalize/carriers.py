@@ -114,11 +114,16 @@ def scaled(
             shaped = each.reshape(*each.shape, *(1,) * (values.ndim - 2))
         else:
             shaped = divisor.reshape([-1 if i == reader.input_axis else 1 for i in range(values.ndim)])
-        values = (values * shaped).astype(values.dtype)
+        values = _times(values, shaped)
     if factor is not None:
         shape = [-1 if i == reader.output_axis else 1 for i in range(values.ndim)]
-        values = (values * factor.reshape(shape)).astype(values.dtype)
+        values = _times(values, factor.reshape(shape))
     return values
+
+
+def _times(values: npt.NDArray[np.floating], by: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    """The product, computed in the wider type and rounded to that of the values; makes one copy, and no wider one."""
+    return np.asarray(np.multiply(values, by, out=np.empty_like(values), casting="unsafe"))
 
 
 class _Walk:

@@ -46,7 +46,7 @@ def balance(
     by_weights = method.by_weights if method else None
     wanted = candidates(plan, nodes, None if by_weights else grams, divided) if method else {}
     for tensor, readers in wanted.items():
-        rows = [np.moveaxis(model.array(n.weight), n.input_axis, -1).astype(np.float32) for n in readers]
+        rows = [np.moveaxis(model.array(n.weight), n.input_axis, -1) for n in readers]
         blocks, fmt = [n.spec.block for n in readers if n.spec.block], readers[0].spec.format
         if by_weights:
             divisor = levelled(rows, blocks, fmt=fmt, by_weights=by_weights)
@@ -113,7 +113,8 @@ def levelled(
     by_weights: Callable[[npt.NDArray[np.floating]], Floats],
 ) -> Singles | None:
     """As `balanced`, by a formula of the weights alone; None where their own squared error is no smaller with it."""
-    divisor = by_weights(np.concatenate(_some(weights))).astype(np.float32)
+    some = np.concatenate([w.astype(np.float32) for w in _some(weights)])
+    divisor = by_weights(some).astype(np.float32)
     error, plain = (_error(weights, blocks, None, s, fmt) for s in (divisor, np.ones_like(divisor)))
     return divisor if error < plain else None
 

@@ -1,7 +1,8 @@
 """Weight roundings: one file each; the file name is the option's value, and `ROUNDING` what the file defines.
 
 Letters as in the papers: W (rows, columns), one row per output channel; H (columns, columns), second moment of inputs.
-A view is (outer, blocks, block, inner) as of `qtensor.blocked`: a matrix is looked at in the order it is stored.
+A view is (outer, blocks, block, inner) as of `qtensor.blocked`: a matrix is looked at in the order it is stored. Rows
+do not depend on each other, so that a large weight is rounded in slices of rows.
 It must not know plans, nor read samples.
 """
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from qdq.core.arrays import Floats, Singles
 from qdq.core.members import Members
+from qdq.solve.hessian import Hessian
 
 View = npt.NDArray[np.floating]
 Dtype = np.dtype[np.generic] | None  # the type whose values codes have; None for integers
@@ -29,29 +31,20 @@ class BlockScales(Protocol):
 
 
 class RoundRows(Protocol):
-    """Chooses codes for positive scales of (rows, 1) or (rows, columns).
+    """Chooses codes for positive scales of (rows, 1) or (rows, columns), each row by itself.
 
-    H is symmetric and positive semidefinite; where it is None or all zero nothing is known, and codes are the nearest.
+    Where the Hessian is None or all zero nothing is known of the inputs, and codes are the nearest.
     """
 
     def __call__(
-        self,
-        W: Floats,
-        scale: Floats,
-        H: Floats | None,
-        *,
-        low: int,
-        high: int,
-        float_codes: Dtype = None,
-        damping: float = ...,
-        act_order: bool = ...,
+        self, W: Floats, scale: Floats, hessian: Hessian | None, *, low: int, high: int, float_codes: Dtype = None
     ) -> Floats:
         """(rows, columns) integers in [low, high], no worse than nearest ones on what the rounding minimises."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refinement:
-    """Scales of integer blocks that move with the codes, by functions of (W, codes, scales, H, low, high, damping).
+    """Scales of integer blocks that move with the codes, by functions of (W, codes, scales, hessian, low, high).
 
     Attributes:
         start: chooses the codes to start from.
@@ -60,8 +53,8 @@ class Refinement:
     """
 
     start: RoundRows
-    refine: Callable[[Floats, Floats, Floats, Floats, int, int, float], tuple[Floats, Floats]]
-    settle: Callable[[Floats, Floats, Floats, Floats, int, int, float], Floats]
+    refine: Callable[[Floats, Floats, Floats, Hessian, int, int], tuple[Floats, Floats]]
+    settle: Callable[[Floats, Floats, Floats, Hessian, int, int], Floats]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,62 +13,42 @@ from __future__ import annotations
 import numpy as np
 
 from qdq.core.arrays import Floats
+from qdq.solve.hessian import Hessian
 from qdq.solve.rounding import Dtype, Refinement, Rounding, gptq, nearest
 
 SWEEPS = 12  # most codes are settled after four
 
 
 def round_rows(
-    W: Floats,
-    scale: Floats,
-    H: Floats | None,
-    *,
-    low: int,
-    high: int,
-    float_codes: Dtype = None,
-    damping: float = gptq.DAMP,
-    act_order: bool = True,
+    W: Floats, scale: Floats, hessian: Hessian | None, *, low: int, high: int, float_codes: Dtype = None
 ) -> Floats:
     """Codes that no change of one weight improves; no row is worse than with GPTQ, whose arguments these are."""
-    codes = gptq.round_rows(
-        W, scale, H, low=low, high=high, float_codes=float_codes, damping=damping, act_order=act_order
-    )
-    if H is None or not H.any():
+    codes = gptq.round_rows(W, scale, hessian, low=low, high=high, float_codes=float_codes)
+    if hessian is None or not hessian.known:
         return codes
-    return settle(W, codes, scale, H, low, high, damping, float_codes)
+    return settle(W, codes, scale, hessian, low, high, float_codes)
 
 
 def settle(
-    W: Floats,
-    codes: Floats,
-    scale: Floats,
-    H: Floats,
-    low: int,
-    high: int,
-    damping: float = gptq.DAMP,
-    float_codes: Dtype = None,
+    W: Floats, codes: Floats, scale: Floats, hessian: Hessian, low: int, high: int, float_codes: Dtype = None
 ) -> Floats:
     """Codes that no change of one weight improves, found from others; no row gets worse."""
-    start, codes = codes, codes.copy()
+    start, codes, H = codes, codes.copy(), hessian.H
     step = np.broadcast_to(scale, W.shape)
-    damped = gptq.damped(H, damping)
     for _ in range(SWEEPS):
-        if not _sweep(W, codes, step, damped, low, high, float_codes):
+        if not _sweep(W, codes, step, hessian.damped, low, high, float_codes):
             break
     better = gptq.loss(W - codes * step, H) < gptq.loss(W - start * step, H)
     return np.where(better[:, None], codes, start)
 
 
-def refine(
-    W: Floats, codes: Floats, scales: Floats, H: Floats, low: int, high: int, damping: float = gptq.DAMP
-) -> tuple[Floats, Floats]:
+def refine(W: Floats, codes: Floats, scales: Floats, hessian: Hessian, low: int, high: int) -> tuple[Floats, Floats]:
     """Better codes, and (rows, blocks) scales that go with them, positive as those to start from."""
     codes, scales = codes.copy(), scales.copy()
     block = W.shape[1] // scales.shape[1]
-    H = gptq.damped(H, damping)
     for _ in range(SWEEPS):
-        _refit(W, codes, scales, H)
-        if not _sweep(W, codes, np.repeat(scales, block, axis=1), H, low, high, None):
+        _refit(W, codes, scales, hessian.damped)
+        if not _sweep(W, codes, np.repeat(scales, block, axis=1), hessian.damped, low, high, None):
             break
     return codes, scales
 
@@ -89,7 +69,7 @@ def _sweep(W: Floats, codes: Floats, step: Floats, H: Floats, low: int, high: in
             moves[i] = (wanted - held[j]) * steps[j]
             if moves[i].any():
                 near[i + 1 :] -= np.outer(square[i + 1 :, i], moves[i])
-                held[j] = wanted
+                held[j] = np.where(moves[i] != 0, wanted, held[j])  # else the sign of 0 would depend on other rows
         if moves.any():
             changed = True
             pull -= H[:, part] @ moves

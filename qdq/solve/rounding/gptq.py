@@ -9,17 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from qdq.core.arrays import Floats, Singles
+from qdq.solve.hessian import Factor, Hessian
 from qdq.solve.rounding import Dtype, Rounding, View, clip, nearest
 
-DAMP = 0.01  # of the mean diagonal, as in the paper's code
 BLOCK = 128  # columns whose updates to the later ones are applied at once
-
-
-def damped(H: Floats, damping: float = DAMP) -> Floats:
-    """H with a share of its mean diagonal added to the diagonal."""
-    found = H.copy()
-    np.fill_diagonal(found, np.diag(H) + damping * np.mean(np.diag(H)))
-    return found
 
 
 def loss(E: Floats, H: Floats) -> Floats:
@@ -38,43 +31,31 @@ def block_scales(view: View, H: Floats | None, *, low: int, high: int, float_cod
 
 
 def round_rows(
-    W: Floats,
-    scale: Floats,
-    H: Floats | None,
-    *,
-    low: int,
-    high: int,
-    float_codes: Dtype = None,
-    damping: float = DAMP,
-    act_order: bool = True,
+    W: Floats, scale: Floats, hessian: Hessian | None, *, low: int, high: int, float_codes: Dtype = None
 ) -> Floats:
     """Codes that keep the layer's output error on the calibration inputs small; no row is worse than nearest.
 
-    As `RoundRows`; `damping` is the share of H's mean diagonal that is added to the diagonal, `act_order` takes the
-    columns by falling H diagonal, else in the order they lie in.
+    As `RoundRows`.
     """
-    plain = nearest.round_rows(W, scale, H, low=low, high=high, float_codes=float_codes)
-    if H is None or not H.any():
+    plain = nearest.round_rows(W, scale, hessian, low=low, high=high, float_codes=float_codes)
+    if hessian is None or not hessian.known:
         return plain
-    order = np.argsort(-np.diag(H), kind="stable") if act_order else np.arange(H.shape[0])
+    order, H = hessian.factor.order, hessian.H
     codes = np.empty_like(plain)
     ordered = scale if scale.shape[1] == 1 else scale[:, order]
-    codes[:, order] = _sweep(W[:, order], ordered, damped(H[np.ix_(order, order)], damping), low, high, float_codes)
+    left = np.ascontiguousarray(W[:, order])
+    codes[:, order] = _sweep(left, ordered, hessian.factor, low, high, float_codes)
     better = loss(W - codes * scale, H) < loss(W - plain * scale, H)
     return np.where(better[:, None], codes, plain)
 
 
-def _sweep(W: Floats, scale: Floats, H: Floats, low: int, high: int, float_codes: Dtype) -> Floats:
-    """Algorithm 1 on columns that are already in order, with H damped."""
-    columns = H.shape[0]
-    # The upper Cholesky factor of the inverse: row j tells how the error of column j is spread over the later columns.
-    inverse = np.linalg.inv(H)
-    U = np.linalg.cholesky((inverse + inverse.T) / 2).T
-    left = W.copy()
-    codes = np.empty_like(W)
+def _sweep(left: Floats, scale: Floats, factor: Factor, low: int, high: int, float_codes: Dtype) -> Floats:
+    """Algorithm 1 on columns that are already in order; `left` is overwritten."""
+    U, columns = factor.upper, left.shape[1]
+    codes = np.empty_like(left)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        errors = np.empty((W.shape[0], stop - start))
+        errors = np.empty((left.shape[0], stop - start))
         for j in range(start, stop):
             step = scale[:, j] if scale.shape[1] > 1 else scale[:, 0]
             codes[:, j] = nearest.snap(left[:, j] / step, low, high, float_codes)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from qdq.core.arrays import Floats, Singles
 from qdq.core.qtensor import block_amax
+from qdq.solve.hessian import Hessian
 from qdq.solve.rounding import Dtype, Rounding, View
 
 Values = npt.NDArray[np.floating]
@@ -32,17 +33,9 @@ def snap(x: Values, low: int, high: int, float_codes: Dtype = None, out: Values 
 
 
 def round_rows(
-    W: Floats,
-    scale: Floats,
-    H: Floats | None,
-    *,
-    low: int,
-    high: int,
-    float_codes: Dtype = None,
-    damping: float = 0.0,
-    act_order: bool = True,
+    W: Floats, scale: Floats, hessian: Hessian | None, *, low: int, high: int, float_codes: Dtype = None
 ) -> Floats:
-    """Nearest codes, ties to even, as `RoundRows`; H, damping and act_order are unused.
+    """Nearest codes, ties to even, as `RoundRows`; the Hessian is unused.
 
     >>> round_rows(np.array([[0.9, -3.0]]), np.array([[1.0]]), None, low=-2, high=2).tolist()
     [[1.0, -2.0]]

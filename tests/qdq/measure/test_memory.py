@@ -14,6 +14,7 @@ from qdq.core.resources import default_bytes, within
 from qdq.measure.collect import collect
 from qdq.measure.inference import memory
 from qdq.measure.inference.memory import at_once, groups_of, held_bytes, passes, require_room, tensor_bytes
+from qdq.measure.inference.session import Session
 from qdq.model.model import Model
 from qdq.plan import placement
 from qdq.plan.settings import Settings
@@ -101,3 +102,12 @@ def test_a_budget_that_cannot_be_met_is_said() -> None:
 def test_a_plan_without_tensors_has_one_pass_whatever_the_budget() -> None:
     """It sees the magnitudes of all tensors."""
     assert passes(folding(), [], sample(4), memory=1).groups == ((),)
+
+
+def test_a_pass_runs_only_what_its_tensors_need() -> None:
+    """The Reshape fails on every sample; ONNX Runtime runs all nodes of a graph, whatever its outputs are."""
+    nodes = [node("Relu", "x", "a"), node("Reshape", "a size", "b"), node("Relu", "b", "y")]
+    model = build(nodes, {"x": ("n", 4)}, {"size": np.array([5, 7])})
+    assert Session(model, ["a"])({"x": normal(3, 4)})["a"].shape == (3, 4)
+    with pytest.raises(InputError, match="cannot run"):
+        Session(model, ["y"])({"x": normal(3, 4)})

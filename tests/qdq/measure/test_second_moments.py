@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 
 import graphs
@@ -12,7 +14,9 @@ from onnx import helper, numpy_helper
 
 from engines.core import onnx_runtime as ort
 from engines.core.documents import replace
+from qdq.core.errors import InputError
 from qdq.core.qtensor import QParams, to_codes
+from qdq.core.resources import within
 from qdq.measure import second_moments
 from qdq.measure.statistics import Moment
 from qdq.model.model import Model
@@ -206,3 +210,28 @@ def test_only_codes_of_few_bits_need_it(scheme: str, pulled: bool) -> None:
         second_moments.collect(model, nodes, {}, data, shrink=shrink).values() for shrink in (False, True)
     )
     assert np.array_equal(plain, found) != pulled
+
+
+def test_matrices_beyond_their_share_of_the_memory_lie_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [node("MatMul", "x w", "a"), node("Gemm", "a w", "y", transB=1)]
+    model = build(nodes, {"x": (3, 6)}, {"w": normal(6, 4)})
+    data, params = graphs.samples(model), {"x": PARAMS, "a": replace(PARAMS, zero_point=0)}
+    kept = second_moments.collect(model, weighted(model), params, data)
+    with within(4 * 8 * 6 * 6 + 3):  # one of the two at a time
+        found = second_moments.collect(model, weighted(model), params, data)
+    assert all(H.flags.writeable for H in kept.values())
+    assert not any(H.flags.writeable for H in found.values())
+    assert {key: H.tobytes() for key, H in kept.items()} == {key: H.tobytes() for key, H in found.items()}
+    missing = full_disk(monkeypatch)
+    with within(4 * 8 * 6 * 6 + 3), pytest.raises(InputError, match=f"of second moments to .*: {missing}"):
+        second_moments.collect(model, weighted(model), params, data)
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A disk that is full; what the system says of it."""
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(second_moments.tempfile, "TemporaryFile", full)
+    return os.strerror(errno.ENOSPC)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import qdq.solve.rounding
 from qdq.plan.settings import choices
+from qdq.solve.hessian import Hessian
 from qdq.solve.rounding import ROUNDINGS, gptq, nearest
 
 FOLDER = Path(qdq.solve.rounding.__file__ or "").parent
@@ -40,13 +41,13 @@ def test_settings_name_every_rounding() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_a_rounding_keeps_its_contract(name: str, seed: int) -> None:
     W, scale, H = problem(seed=seed)
-    codes = rounding(name)(W, scale, H, low=-7, high=7)
-    plain = nearest.round_rows(W, scale, H, low=-7, high=7)
+    codes = rounding(name)(W, scale, Hessian(H), low=-7, high=7)
+    plain = nearest.round_rows(W, scale, Hessian(H), low=-7, high=7)
     assert codes.shape == W.shape
     assert np.array_equal(codes, np.rint(codes))
     assert codes.min() >= -7
     assert codes.max() <= 7
-    assert np.array_equal(codes, rounding(name)(W.copy(), scale.copy(), H.copy(), low=-7, high=7))
+    assert np.array_equal(codes, rounding(name)(W.copy(), scale.copy(), Hessian(H.copy()), low=-7, high=7))
     assert (gptq.loss(W - codes * scale, H) <= gptq.loss(W - plain * scale, H)).all()
 
 
@@ -55,7 +56,8 @@ def test_a_rounding_keeps_its_contract(name: str, seed: int) -> None:
 def test_without_knowledge_of_the_inputs_every_rounding_is_nearest(name: str, H: np.ndarray | None) -> None:
     W, scale, _ = problem()
     expected = nearest.round_rows(W, scale, None, low=-7, high=7)
-    assert np.array_equal(rounding(name)(W, scale, H, low=-7, high=7), expected)
+    hessian = None if H is None else Hessian(H)
+    assert np.array_equal(rounding(name)(W, scale, hessian, low=-7, high=7), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -64,16 +66,16 @@ def test_dead_columns_and_dead_rows_round_to_nearest_or_better(name: str) -> Non
     W[2] = 0
     H[5], H[:, 5] = 0, 0  # an input that is always zero
     H[9], H[:, 9] = 0, 0
-    codes = rounding(name)(W, scale, H, low=-7, high=7)
+    codes = rounding(name)(W, scale, Hessian(H), low=-7, high=7)
     assert np.isfinite(codes).all()
     assert not codes[2].any()
-    plain = nearest.round_rows(W, scale, H, low=-7, high=7)
+    plain = nearest.round_rows(W, scale, Hessian(H), low=-7, high=7)
     assert (gptq.loss(W - codes * scale, H) <= gptq.loss(W - plain * scale, H)).all()
 
 
 def test_gptq_has_worse_weight_error_and_better_output_error() -> None:
     W, scale, H = problem()
-    errors = [W - f.round_rows(W, scale, H, low=-7, high=7) * scale for f in (gptq, nearest)]
+    errors = [W - f.round_rows(W, scale, Hessian(H), low=-7, high=7) * scale for f in (gptq, nearest)]
     weight = [np.sum(e**2) for e in errors]
     output = [np.sum(gptq.loss(e, H)) for e in errors]
     assert weight[0] > weight[1]
@@ -83,15 +85,15 @@ def test_gptq_has_worse_weight_error_and_better_output_error() -> None:
 def test_gptq_is_nearest_on_uncorrelated_inputs() -> None:
     W, scale, _ = problem()
     H = np.diag(np.random.default_rng(3).uniform(1, 2, 24))
-    expected = nearest.round_rows(W, scale, H, low=-7, high=7)
-    assert np.array_equal(gptq.round_rows(W, scale, H, low=-7, high=7), expected)
+    expected = nearest.round_rows(W, scale, Hessian(H), low=-7, high=7)
+    assert np.array_equal(gptq.round_rows(W, scale, Hessian(H), low=-7, high=7), expected)
 
 
 def test_gptq_in_blocks_is_the_algorithm_without_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     W, scale, H = problem(columns=40, rank=12)
-    whole = gptq.round_rows(W, scale, H, low=-7, high=7)
+    whole = gptq.round_rows(W, scale, Hessian(H), low=-7, high=7)
     monkeypatch.setattr(gptq, "BLOCK", 7)
-    assert np.array_equal(gptq.round_rows(W, scale, H, low=-7, high=7), whole)
+    assert np.array_equal(gptq.round_rows(W, scale, Hessian(H), low=-7, high=7), whole)
 
 
 def textbook(W: np.ndarray, scale: np.ndarray, H: np.ndarray, order: np.ndarray, damping: float) -> np.ndarray:
@@ -113,9 +115,9 @@ def test_gptq_is_the_algorithm_of_the_paper_in_either_order(act_order: bool, dam
     W, scale, H = problem(columns=20, rank=30)  # well conditioned: both ways to the same numbers
     order = np.argsort(-np.diag(H), kind="stable") if act_order else np.arange(20)
     wanted = textbook(W, scale, H, order, damping)
-    found = gptq.round_rows(W, scale, H, low=-7, high=7, damping=damping, act_order=act_order)
+    found = gptq.round_rows(W, scale, Hessian(H, damping, act_order), low=-7, high=7)
     better = gptq.loss(W - wanted * scale, H) < gptq.loss(
-        W - nearest.round_rows(W, scale, H, low=-7, high=7) * scale, H
+        W - nearest.round_rows(W, scale, Hessian(H), low=-7, high=7) * scale, H
     )
     assert better.any()
     assert np.array_equal(found[better], wanted[better])
@@ -123,9 +125,9 @@ def test_gptq_is_the_algorithm_of_the_paper_in_either_order(act_order: bool, dam
 
 def test_much_damping_leaves_nearest_codes() -> None:
     W, scale, H = problem()
-    plain = nearest.round_rows(W, scale, H, low=-7, high=7)
-    assert not np.array_equal(gptq.round_rows(W, scale, H, low=-7, high=7), plain)
-    assert np.array_equal(gptq.round_rows(W, scale, H, low=-7, high=7, damping=1e9), plain)
+    plain = nearest.round_rows(W, scale, Hessian(H), low=-7, high=7)
+    assert not np.array_equal(gptq.round_rows(W, scale, Hessian(H), low=-7, high=7), plain)
+    assert np.array_equal(gptq.round_rows(W, scale, Hessian(H, 1e9), low=-7, high=7), plain)
 
 
 @settings(max_examples=40, deadline=None)
@@ -135,7 +137,7 @@ def test_gptq_never_loses_to_nearest_at_any_rank_or_unit(seed: int, rank: int, p
     H = H * 10.0**power
     high = 2 ** (bits - 1) - 1
     scale = np.abs(W).max(axis=1, keepdims=True) / high
-    codes, plain = (f.round_rows(W, scale, H, low=-high, high=high) for f in (gptq, nearest))
+    codes, plain = (f.round_rows(W, scale, Hessian(H), low=-high, high=high) for f in (gptq, nearest))
     assert (gptq.loss(W - codes * scale, H) <= gptq.loss(W - plain * scale, H)).all()
     assert np.abs(codes).max() <= high
 

@@ -8,8 +8,10 @@ import pytest
 from graphs import build, node, normal, quantized
 
 from engines.core.documents import replace
+from qdq.assemble.quantize import quantize
 from qdq.core.errors import InputError, StaleFileError
 from qdq.core.qtensor import from_codes
+from qdq.core.resources import within
 from qdq.measure import collect
 from qdq.measure.calibrators import CALIBRATORS
 from qdq.model.model import Model
@@ -192,3 +194,14 @@ def test_progress_ends_at_all_weights() -> None:
     solve.solve(model, plan, table, samples=data, on_progress=lambda *a: seen.append(a))
     assert seen[-1] == (2, 2, "rounding weights")
     assert (4, 4, "second moments") in seen
+
+
+def test_a_budget_that_rounding_exceeds_is_said_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = graphs.product(weight=(256, 64), data=(4, 256))
+    data, said = graphs.samples(model), r"gives 2 MB, but rounding 'w', 256 inputs .* by gptq needs"
+    with within(2_000_000):
+        for settings in ({"rounding": "nearest"}, {"moment_inputs": 128}):
+            assert quantize(model, data, settings=Settings(**settings)).solution.weights  # type: ignore[arg-type]
+    monkeypatch.setattr("qdq.assemble.quantize.collect", None)
+    with within(2_000_000), pytest.raises(InputError, match=said):
+        quantize(model, data, settings=Settings())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from qdq.core.qtensor import QTensor, blocked, from_codes
 from qdq.plan import block_length
 from qdq.plan.block_length import best, bits_per_weight
 from qdq.plan.spec import Spec
+from qdq.solve import weights
 from qdq.solve.equalize.formulas import sinq
 from qdq.solve.equalize.weight_only import balanced, levelled
+from qdq.solve.hessian import Hessian
 from qdq.solve.rounding import ROUNDINGS, awq, clip, gptq, nearest
-from qdq.solve.weights import quantize_weight
+from qdq.solve.weights import quantize_weight, rounding_bytes
 
 LOW, HIGH = FORMATS["int4"].low, FORMATS["int4"].high
 
@@ -79,8 +82,8 @@ def test_descent_ends_below_gptq_and_no_single_code_can_be_improved() -> None:
     W, H = weight(8, 32).astype(np.float64), moment(32)
     scale = np.abs(W).max(axis=1, keepdims=True) / 7
     descent = importlib.import_module("qdq.solve.rounding.descent")
-    start, codes = (m.round_rows(W, scale, H, low=LOW, high=HIGH) for m in (gptq, descent))
-    damped = gptq.damped(H)
+    start, codes = (m.round_rows(W, scale, Hessian(H), low=LOW, high=HIGH) for m in (gptq, descent))
+    damped = Hessian(H).damped
     least = gptq.loss(W - codes * scale, damped)
     assert (gptq.loss(W - codes * scale, H) <= gptq.loss(W - start * scale, H)).all()
     assert gptq.loss(W - codes * scale, H).sum() < gptq.loss(W - start * scale, H).sum()
@@ -96,7 +99,7 @@ def test_refit_scales_lower_the_loss_of_every_row() -> None:
     descent = importlib.import_module("qdq.solve.rounding.descent")
     scales = np.abs(W.reshape(8, 4, 16)).max(axis=2) / 7
     codes = nearest.round_rows(W, np.repeat(scales, 16, axis=1), None, low=LOW, high=HIGH)
-    found, better = descent.refine(W, codes, scales, H, low=LOW, high=HIGH)
+    found, better = descent.refine(W, codes, scales, Hessian(H), low=LOW, high=HIGH)
     before = gptq.loss(W - codes * np.repeat(scales, 16, axis=1), H)
     assert (gptq.loss(W - found * np.repeat(better, 16, axis=1), H) < before).all()
     assert (better > 0).all()
@@ -310,3 +313,64 @@ def test_fp8_weights_have_one_scale_or_one_per_channel(axis: int | None) -> None
     assert found.params.scale.shape == (() if axis is None else (8,))
     assert np.array_equal(found.values(), from_codes(found.codes, found.params))
     assert np.abs(found.values() - W).max() <= np.abs(W).max() / 16 * (1 + 1e-6)  # 3 bits of mantissa
+
+
+SPECS = {
+    "rows": (Spec(format="int8", axis=0), 0),
+    "columns": (Spec(format="int8", axis=1), 1),
+    "tensor": (Spec(format="int8"), 0),
+    "blocks": (blocks_of(), 0),
+    "blocks of the other axis": (blocks_of(axis=0), 1),
+    "two levels": (blocks_of(via="int8"), 0),
+    "nvfp4": (Spec(format="nvfp4", axis=1, block=16), 0),
+}
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("case", SPECS)
+def test_codes_and_scales_do_not_depend_on_how_rows_are_sliced(
+    monkeypatch: pytest.MonkeyPatch, rounding: str, case: str
+) -> None:
+    (spec, outputs), W, H = SPECS[case], weight(200, 40), moment(40)
+    W[3] = 0
+    stored = W if outputs == 0 else np.ascontiguousarray(W.T)
+    found = []
+    for size in (weights.SLICE, 1):  # all at a time, LEAST_ROWS at a time
+        monkeypatch.setattr(weights, "SLICE", size)
+        found.append(quantize_weight(stored, spec, outputs=outputs, rounding=rounding, moments=H[None]))
+    whole, sliced = found
+    if ROUNDINGS[rounding].refinement and case.startswith("blocks"):  # scales move while any code of the slice does
+        values = [q.values() if outputs == 0 else q.values().T for q in found]
+        errors = [gptq.loss(W.astype(np.float64) - each, H).sum() for each in values]
+        assert errors[1] == pytest.approx(errors[0], rel=0.01)
+        return
+    assert whole.codes.tobytes() == sliced.codes.tobytes()
+    assert whole.params.scale.tobytes() == sliced.params.scale.tobytes()
+    if whole.compute_params is not None and sliced.compute_params is not None:
+        assert whole.compute_params.scale.tobytes() == sliced.compute_params.scale.tobytes()
+
+
+def test_each_group_of_a_convolution_is_sliced_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    W, moments = weight(200, 4, 3, 3), np.stack([moment(36), moment(36, seed=2)])
+    whole = quantize_weight(W, Spec(format="int8", axis=0), outputs=0, rounding="gptq", moments=moments)
+    monkeypatch.setattr(weights, "SLICE", 1)
+    sliced = quantize_weight(W, Spec(format="int8", axis=0), outputs=0, rounding="gptq", moments=moments)
+    assert whole.codes.tobytes() == sliced.codes.tobytes()
+
+
+@pytest.mark.parametrize("case", ["rows", "columns", "blocks", "two levels", "nvfp4"])
+@pytest.mark.parametrize("rounding", ["gptq", "descent"])
+def test_a_large_weight_is_rounded_in_the_memory_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, case: str, rounding: str
+) -> None:
+    monkeypatch.setattr(weights, "SLICE", 1 << 13)
+    (spec, outputs), W, H = SPECS[case], weight(4096, 64), moment(64)
+    values = W if outputs == 0 else np.ascontiguousarray(W.T)
+    tracemalloc.start()
+    try:
+        quantize_weight(values, spec, outputs=outputs, rounding=rounding, moments=H[None])
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < rounding_bytes(values.shape, 4, columns=64)
+    assert most < 2 * W.nbytes  # a dozen copies of all rows in float64 are 24 times as many
