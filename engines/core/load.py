@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 
 from engines.core.errors import BuildError
+from engines.core.files import read_file
 
 _DecodeError: type[Exception] = import_module("google.protobuf.message").DecodeError  # has no type stubs
 
@@ -21,7 +22,7 @@ def load_graph(model: Path | str | onnx.ModelProto) -> onnx.ModelProto:
     if isinstance(model, onnx.ModelProto):
         return model
     try:
-        loaded = onnx.load(model, load_external_data=False)
+        loaded = onnx.load_from_string(read_file(model))
     except (OSError, ValueError) as error:
         raise BuildError(f"Cannot read {model}: {error}.") from error
     except _DecodeError as error:

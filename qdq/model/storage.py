@@ -12,7 +12,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
 
-from engines.core.files import new_files
+from engines.core.files import new_files, regular
 from qdq.core.errors import InputError, ModelError
 from qdq.model.accept import accept
 from qdq.model.external import (
@@ -179,7 +179,7 @@ def _read(path: Path) -> bytes:
     if path.is_dir():
         raise ModelError(f"Cannot read {path}: it is a folder, not a model. {fix}")
     try:
-        size = path.stat().st_size
+        size = regular(path).stat().st_size
         if size > PROTOBUF_LIMIT:
             raise ModelError(
                 f"Cannot read {path}: {size} bytes, but an ONNX file ends at 2 GiB. "

@@ -78,7 +78,7 @@ def broken(server: Server, kind: str, made: Made, random: Random) -> tuple[list[
 
 
 def _state(folder: Path) -> dict[str, str]:
-    found = (path for path in folder.rglob("*") if path.is_file())
+    found = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
 
 

@@ -5,6 +5,7 @@ kind of file + Random -> `files` writes a folder -> the command line that reads 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -253,11 +254,11 @@ def _plain(content: Any, random: Random) -> None:
             elif what == 1 and isinstance(inside, int | float) and not isinstance(inside, bool):
                 place[key] = random.choice([-inside, inside + 1, inside * 1e300, inside / 3, *INTEGERS])
             elif what == 2 and isinstance(place, dict):
-                place[random.choice(["format", "extra", "name", ""])] = inside
+                place[random.choice(["format", "extra", "name", ""])] = copy.deepcopy(inside)
             elif what == 3 and isinstance(place, list):
-                place.append(inside)
+                place.append(copy.deepcopy(inside))
             else:
-                place[key] = random.choice(PLAIN)
+                place[key] = copy.deepcopy(random.choice(PLAIN))
             return
         place = inside
 
