@@ -182,5 +182,5 @@ def _read(path: Path) -> Price | None:
             return None
         kernels = tuple(Kernel(**{**k, "nodes": tuple(k["nodes"])}) for k in content["kernels"])
         return Price(us=float(content["us"]), kernels=kernels)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

@@ -24,6 +24,7 @@ from qdq.model.external import (
     move,
     stream,
     tensor_bytes,
+    values_stored,
     without_store_key,
 )
 from qdq.model.graphsurgeon import ModelSource, called, content
@@ -189,6 +190,12 @@ def _unreadable(tensor: TensorProto) -> str:
         )
     if tensor.HasField("segment"):
         return f"tensor {tensor.name!r} is stored in segments, which no runtime reads. Export the model again."
+    needed, held = values_stored(tensor)
+    if needed != held:
+        return (
+            f"tensor {tensor.name!r} of shape {list(tensor.dims)} needs {needed} stored bytes or values and has "
+            f"{held}. The file is damaged; copy or export it again."
+        )
     return ""
 
 

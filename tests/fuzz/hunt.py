@@ -24,6 +24,7 @@ from fuzz.mutate import KINDS, QUANTIZE, Made, files, valid
 
 LOADS = "import onnxruntime as o; o.InferenceSession('q.onnx')"
 FINE = (0, 1, 2, 3)
+EVERY = 500  # inputs between two lines
 
 
 def valid_documents(server: Server, folder: Path) -> Made:
@@ -99,6 +100,8 @@ def main() -> int:
             command, outcome, rule = broken(server, kind, made, random)
             slowest = max(slowest, outcome.seconds)
             ended[f"{kind}: {outcome.code}" if not rule else "broken"] += 1
+            if sum(ended.values()) % EVERY == 0:
+                print(f"{sum(ended.values())} inputs, {ended['broken']} of them broke a rule", flush=True)
             if rule:
                 last = outcome.said.strip().splitlines()[-1:]
                 print(f"seed {seed} ({kind}): {rule}: qdq {' '.join(command)}: {''.join(last)[:400]}", flush=True)
