@@ -74,7 +74,8 @@ def broken(server: Server, kind: str, made: Made, random: Random) -> tuple[list[
         if rule:
             kept = Path(tempfile.gettempdir()) / f"qdq-hunt-{hashlib.sha256(rule.encode()).hexdigest()[:8]}"
             shutil.rmtree(kept, ignore_errors=True)
-            shutil.copytree(folder, kept, symlinks=True)
+            pipes = {path.name for path in folder.rglob("*") if path.is_fifo()}
+            shutil.copytree(folder, kept, symlinks=True, ignore=lambda _, names: pipes & {*names})
         return command, outcome, rule
 
 

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import io
 import json
+import os
 import zipfile
 from pathlib import Path
 from random import Random
@@ -21,7 +22,24 @@ from models import save_samples
 
 # ---- JSON and YAML
 
-PLAIN: list[Any] = [None, True, "", "nan", 1e308, -1e308, 0, -1, 1 << 70, [], {}, [[]], {"a": 1}, "x" * 3000, 0.5]
+PLAIN: list[Any] = [
+    None,
+    True,
+    "",
+    "nan",
+    1e308,
+    -1e308,
+    0,
+    -1,
+    1 << 70,
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    "x" * 3000,
+    0.5,
+    "\ud800",
+]
 
 
 def document(text: str, random: Random) -> str:
@@ -165,11 +183,19 @@ def valid(folder: Path, samples: int = 2) -> None:
     save_samples(folder / "samples", [{"x": rng.normal(size=(1, 8)).astype(np.float32)} for _ in range(samples)])
 
 
+def _piped(path: Path, random: Random) -> None:
+    """Once in a hundred times, put a pipe that nobody writes to in the place of a file."""
+    if random.random() < 0.01:
+        path.unlink()
+        os.mkfifo(path)
+
+
 def files(kind: str, folder: Path, made: Made, random: Random) -> list[str]:
     """Write the files of one run, one of them hostile; the command line."""
     valid(folder)
     if kind == "model":
-        (folder / "model.onnx").writeflipped(model(random))
+        (folder / "model.onnx").write_bytes(model(random))
+        _piped(folder / "model.onnx", random)
         verbs = [
             ["quantize", "model.onnx", "--random-data", "2", "-o", "q.onnx"],
             ["quantize", "model.onnx", "--random-data", "2", "-o", "q.onnx", "--scheme", "int4", "--rest", "fp16"],
@@ -182,19 +208,21 @@ def files(kind: str, folder: Path, made: Made, random: Random) -> list[str]:
         suffix, content = sample(random)
         for old in (folder / "samples").iterdir():
             old.unlink()
-        (folder / "samples" / f"0{suffix}").writeflipped(content)
+        (folder / "samples" / f"0{suffix}").write_bytes(content)
         return random.choice([QUANTIZE, [*QUANTIZE[:3], f"samples/0{suffix}", *QUANTIZE[4:]]])
     if kind == "recipe":
         (folder / "recipe.yaml").write_text(recipe(random), encoding="utf-8", errors="replace")
+        _piped(folder / "recipe.yaml", random)
         return ["plan", "model.onnx", "--recipe", "recipe.yaml", "-o", "p.json"]
     for name in NEEDED[kind]:
-        (folder / name).writeflipped(made[name])
+        (folder / name).write_bytes(made[name])
     hostile = document(made[f"{kind}.json"].decode(), random)
     (folder / f"{kind}.json").write_text(hostile, encoding="utf-8", errors="replace")
     if kind == "m.engine":  # else the manifest's hash refuses it before it is read
         manifest = json.loads(made["m.engine.manifest.json"])
-        manifest["layers"] = hashlib.sha256((folder / "m.engine.json").readflipped()).hexdigest()
+        manifest["layers"] = hashlib.sha256((folder / "m.engine.json").read_bytes()).hexdigest()
         (folder / "m.engine.manifest.json").write_text(json.dumps(manifest))
+    _piped(folder / f"{kind}.json", random)
     return {
         "plan": [*QUANTIZE, "--plan", "plan.json"],
         "table": [*QUANTIZE, "--plan", "plan.json", "--table", "table.json"],

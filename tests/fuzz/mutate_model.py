@@ -144,9 +144,7 @@ def _sparse(model: ModelProto, random: Random) -> None:
     rows = (count,) if random.random() < 0.6 else (count, random.choice([1, 2, 3]))
     places = np.array([random.choice([*range(8), *INTEGERS]) for _ in range(int(np.prod(rows)))], np.int64)
     sparse = model.graph.sparse_initializer.add()
-    sparse.values.CopyFrom(
-        numpy_helper.from_array(np.where(values == 1, "a", "") if values.dtype == object else values)
-    )
+    sparse.values.CopyFrom(numpy_helper.from_array(values))
     sparse.values.name = dense.name
     sparse.indices.CopyFrom(numpy_helper.from_array(np.sort(places, axis=0).reshape(rows)))
     sparse.dims.extend(dense.dims if random.random() < 0.7 else random.choices(INTEGERS, k=random.choice([0, 1, 2])))
@@ -156,12 +154,13 @@ def _sparse(model: ModelProto, random: Random) -> None:
 def _nested(model: ModelProto, random: Random) -> None:
     """Bodies inside bodies, as deep as a file can hold them."""
     held = [a for node in model.graph.node for a in node.attribute if a.HasField("g")]
-    inner = random.choice(held).g
+    inner, flat = random.choice(held).g, onnx.GraphProto()
+    flat.CopyFrom(inner)
     for _ in range(random.choice([1, 5, 20, 27])):
         body = onnx.GraphProto()
         body.CopyFrom(inner)
-        name = inner.output[0].name
-        inner.node[0].CopyFrom(helper.make_node("If", ["yes"], [name], then_branch=body, else_branch=body))
+        node = helper.make_node("If", ["yes"], [inner.output[0].name], then_branch=body, else_branch=flat)
+        inner.node[0].CopyFrom(node)
 
 
 def _value(model: ModelProto, random: Random) -> None:
