@@ -8,6 +8,7 @@ stored; Dask is imported only to connect to a cluster.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -74,7 +75,9 @@ def local_pool(workers: int) -> Pool:
     def start() -> Iterator[Executor]:
         context = get_context("spawn")  # fork would copy ONNX Runtime's locks
         others = set(active_children())
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=as_child) as executor:
+        with ProcessPoolExecutor(
+            workers, mp_context=context, initializer=as_child, initargs=(os.getpid(),)
+        ) as executor:
             try:
                 yield executor
             except BaseException:

@@ -22,24 +22,8 @@ from models import save_samples
 
 # ---- JSON and YAML
 
-PLAIN: list[Any] = [
-    None,
-    True,
-    "",
-    "nan",
-    1e308,
-    -1e308,
-    0,
-    -1,
-    1 << 70,
-    [],
-    {},
-    [[]],
-    {"a": 1},
-    "x" * 3000,
-    0.5,
-    "\ud800",
-]
+PLAIN: list[Any] = [None, True, 1e308, -1e308, 0, -1, 0.5, 1 << 70, [], {}, [[]], {"a": 1}]
+PLAIN += ["", "nan", "x" * 3000, "a\0b", "\ud800"]
 
 
 def document(text: str, random: Random) -> str:
@@ -147,7 +131,7 @@ def sample(random: Random) -> tuple[str, bytes]:
             ]
         )
         text = header.ljust(1013) + "\n"
-        content = b"\x93NUMPY\x01\x00" + len(text).toflipped(2, "little") + text.encode() + bytes(32)
+        content = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + bytes(32)
     if random.random() < 0.3:
         content = flipped(content, random)
     if random.random() < 0.4:
