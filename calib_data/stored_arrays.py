@@ -85,27 +85,30 @@ def stored_arrays(path: Path) -> dict[str, StoredArray]:
         DataError: the file is missing, unreadable, damaged, or holds pickled objects.
     """
     if path.suffix == ".npy":
-        return {"": _header(path, None, size=path.stat().st_size if path.is_file() else 0)}
+        with _open(path, None) as file:
+            return {"": _header(file, path, None, size=path.stat().st_size)}
+    found: dict[str, StoredArray] = {}
     with _explained(path, None), _regular(path).open("rb") as file, zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-        names = [member.filename.removesuffix(".npy") for member in members]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"it holds {twice!r} more than once")
-    return {name: _header(path, m.filename, size=m.file_size) for name, m in zip(names, members, strict=True)}
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            if name in found:
+                raise ValueError(f"it holds {name!r} more than once")
+            with _explained(path, member.filename), archive.open(member) as stream:
+                found[name] = _header(stream, path, member.filename, size=member.file_size)
+    return found
 
 
-def _header(path: Path, member: str | None, *, size: int) -> StoredArray:
-    with _open(path, member) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in _READERS:
-            raise ValueError(f"npy format version {version} holds structured arrays only")
-        shape, fortran_order, dtype = _READERS[version](file)
-        offset = file.tell()
-        if any(type(size) is not int or size < 0 for size in shape):
-            raise ValueError(f"its header has the shape {shape}")
-        missing = offset + math.prod(shape) * dtype.itemsize - size
-        if missing > 0 and not dtype.hasobject:  # before a damaged header makes us ask for terabytes
-            raise ValueError(f"the file ends {missing} bytes early")
+def _header(file: IO[bytes], path: Path, member: str | None, *, size: int) -> StoredArray:
+    version = np.lib.format.read_magic(file)
+    if version not in _READERS:
+        raise ValueError(f"npy format version {version} holds structured arrays only")
+    shape, fortran_order, dtype = _READERS[version](file)
+    offset = file.tell()
+    if any(type(size) is not int or size < 0 for size in shape):
+        raise ValueError(f"its header has the shape {shape}")
+    missing = offset + math.prod(shape) * dtype.itemsize - size
+    if missing > 0 and not dtype.hasobject:  # before a damaged header makes us ask for terabytes
+        raise ValueError(f"the file ends {missing} bytes early")
     if dtype.hasobject:
         raise DataError(
             f"Refused to unpickle {_label(path, member)}: it holds Python objects (dtype object), which can run code "

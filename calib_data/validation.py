@@ -67,7 +67,7 @@ def check_names(got: Collection[str], inputs: Sequence[InputSpec], where: str) -
     extra = [name for name in got if name not in needed]
     if not missing and not extra:
         return
-    near = [(name, close) for name in extra for close in get_close_matches(name, missing, n=1)]
+    near = [(name, close) for name in extra[:8] for close in get_close_matches(name, missing, n=1)]
     guesses = [f" Did you mean {close!r} instead of {name!r}?" for name, close in near]
     faults = [f"no array for {_listed(missing)}"] * bool(missing) + [f"unknown {_listed(extra)}"] * bool(extra)
     raise DataError(

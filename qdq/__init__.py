@@ -10,10 +10,10 @@ order of the pipeline; other functions are imported from their file: `from qdq.d
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as of `typing`, whose import would take most of what this one does
 if TYPE_CHECKING:
+    from typing import Any
+
     from qdq.assemble.quantize import Quantized, quantize
     from qdq.build.recipe import Recipe
     from qdq.core.errors import InputError, MissingRuntimeError, ModelError, QdqError, StaleFileError
@@ -80,6 +80,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name's module when the name is first used."""
     if name not in _HOME:
         raise AttributeError(f"module 'qdq' has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(f"qdq.{_HOME[name]}"), name)
 
 

@@ -16,6 +16,8 @@ import numpy as np
 from calib_data.sources import ArrayForm, Form, RawSample, SampleShapes
 from calib_data.validation import Array, DataError
 
+_ENDINGS = (Exception, SystemExit, GeneratorExit)  # what code may raise by itself; Ctrl-C comes from outside
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PythonFunction:
@@ -106,23 +108,30 @@ def _users_code(path: Path | None, doing: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (Exception, SystemExit) as error:
+    except _ENDINGS as error:
         if isinstance(error, SyntaxError):
             line = error.lineno
         else:
             frames = traceback.extract_tb(error.__traceback__)
             line = next((f.lineno for f in reversed(frames) if f.filename == str(path)), None)
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise DataError(
-            f"{doing}: {what}{f' (line {line})' if line else ''}. It must give samples and not end Python. Mend it."
-        ) from error
+        where = f" (line {line})" if line else ""
+        raise DataError(f"{doing}: {_said(error)}{where}. It must give samples and not end Python. Mend it.") from error
+
+
+def _said(error: BaseException) -> str:
+    """The type and the text of what was raised; an exception of the user's own may fail to give a text."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "it has no text"
+    return f"{type(error).__name__}: {' '.join(text.split())[:300]}"
 
 
 def _as_array(value: object, name: str, where: str) -> Array:
     try:
         return np.asarray(value)
-    except Exception as error:  # an object may bring its own way to become an array
-        raise DataError(f"{name!r} in {where} is not an array: {error}. Yield a numpy array.") from error
+    except _ENDINGS as error:  # an object may bring its own way to become an array
+        raise DataError(f"{name!r} in {where} is not an array: {_said(error)}. Yield a numpy array.") from error
 
 
 def arrays(source: str) -> dict[str, ArrayForm]:

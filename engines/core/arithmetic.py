@@ -37,6 +37,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, help
 from engines.core import fp4
 from engines.core import onnx_runtime as ort
 from engines.core.errors import EngineError
+from engines.core.files import read_file
 from engines.core.load import settle
 from engines.core.nodes import all_graphs, all_nodes, all_tensors, attribute_value, label
 from engines.core.operators import PICKERS, RAMPS, family
@@ -98,7 +99,7 @@ def session(
         proto = model
     else:
         try:
-            proto = onnx.load(str(model), load_external_data=False)
+            proto = onnx.load_from_string(read_file(model))
         except (OSError, DecodeError) as error:
             raise EngineError(f"Cannot read {model}: {error}") from error
         directory, where = settle(proto, model), str(model)

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import typing
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -21,6 +22,9 @@ from engines.core.errors import EngineError
 
 # A number of a report that may be infinite or no number: JSON has neither, so 'inf', '-inf' or 'nan' is written.
 Measured = Annotated[float, msgspec.Meta(extra_json_schema={"x-not-finite": ["inf", "-inf", "nan"]})]
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character; alone it is no text
 
 
 class DocumentError(EngineError, ValueError):
@@ -75,7 +79,10 @@ class Document(Part, frozen=True, kw_only=True):
             DocumentError: not JSON, another file or version, or a key that is missing, unknown or of another type.
         """
         try:
-            content = json.loads(text)
+            plain = text if isinstance(text, str) else text.decode(json.detect_encoding(text))
+            content = json.loads(plain)
+            if _SURROGATE.search(plain):
+                json.dumps(content, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise DocumentError(f"it is not JSON ({error})") from None
         return cls.from_mapping(content)
@@ -139,6 +146,8 @@ def check_fields(part: Part) -> None:
         value = getattr(part, field.name)
         try:
             held = msgspec.convert(value, field.type)
+        except UnicodeEncodeError:  # a byte of the command line that is no text
+            raise DocumentError(f"{field.name} is {value!r}: it must be text in UTF-8") from None
         except msgspec.ValidationError as error:
             raise DocumentError(f"{field.name} is {value!r}: it must be {_needed(str(error), field.type)}") from None
         msgspec.structs.force_setattr(part, field.name, held)

@@ -44,10 +44,12 @@ def new_files(*paths: Path, resumed: bool = False) -> Iterator[list[BinaryIO]]:
             replaced by the next one; only one may write at a time.
 
     Raises:
-        OSError: of the folder or the disk.
+        OSError: of the folder or the disk; or a path leads to a folder, a pipe or a device.
     """
     temporary = [unfinished(p) if resumed else p.with_name(f".{p.name}.{secrets.token_hex(4)}.part") for p in paths]
     for path in paths:
+        if path.exists():
+            regular(path)  # /dev/null would be gone by a rename
         _remove_abandoned(path)
     try:
         with ExitStack() as stack:
@@ -92,9 +94,18 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     Raises:
         OSError: it cannot be read, or is no file.
     """
+    return regular(path).read_bytes()
+
+
+def regular(path: str | os.PathLike[str]) -> Path:
+    """The path of a file, for who opens it otherwise: opening a pipe waits for a writer, and a device may never end.
+
+    Raises:
+        OSError: there is nothing, or a folder, a pipe or a device.
+    """
     if not S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a file", os.fspath(path))
-    return Path(path).read_bytes()
+    return Path(path)
 
 
 def lock(descriptor: int) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 import onnx
 
 from engines.core.errors import BuildError
+from engines.core.files import read_file
 from engines.core.nodes import all_tensors, external_files
 
 _DecodeError: type[Exception] = import_module("google.protobuf.message").DecodeError  # has no type stubs
@@ -27,7 +28,7 @@ def load_graph(model: Path | str | onnx.ModelProto) -> onnx.ModelProto:
     if isinstance(model, onnx.ModelProto):
         return model
     try:
-        loaded = onnx.load(model, load_external_data=False)
+        loaded = onnx.load_from_string(read_file(model))
     except (OSError, ValueError) as error:
         raise BuildError(f"Cannot read {model}: {error}.") from error
     except _DecodeError as error:

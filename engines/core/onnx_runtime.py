@@ -19,6 +19,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from engines.core.errors import EngineError, import_runtime
+from engines.core.files import regular
 from engines.core.fp4 import holds_fp4, runnable
 from engines.core.load import settle
 
@@ -71,7 +72,7 @@ def session(
         options.add_session_config_entry(EXTERNAL_FOLDER, str(directory))
     try:
         for library in custom_ops:
-            options.register_custom_ops_library(str(library))
+            register_library(options, library)
         try:
             return open_session(source, options, providers)
         except refusals():
@@ -101,6 +102,17 @@ def session_options(*, threads: int, severity: int) -> Any:
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
+
+
+def register_library(options: Any, library: Path | str) -> None:
+    """Lets sessions of these options have the operators of a shared library, whose name the loader may search for.
+
+    Raises:
+        Exception: one of `refusals`; OSError where the path leads to a pipe or a device, whose loading may never end.
+    """
+    if Path(library).exists():
+        regular(library)
+    options.register_custom_ops_library(str(library))
 
 
 @cache
@@ -171,8 +183,8 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What opening and running a session raise."""
-    return (RuntimeError, ValueError, *failures())
+    """What opening and running a session raise, and `register_library`."""
+    return (RuntimeError, ValueError, OSError, *failures())
 
 
 def check_sample(sample: Sample, names: Iterable[str]) -> None:

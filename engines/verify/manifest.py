@@ -15,6 +15,7 @@ from msgspec import field
 from engines.backends.backend import backends
 from engines.core.documents import Document
 from engines.core.errors import EngineError
+from engines.core.files import regular
 from engines.core.load import data_file, load_graph
 from engines.core.nodes import external_files
 
@@ -74,7 +75,7 @@ def sha256_file(path: Path | str) -> str:
         EngineError: the file cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with regular(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise EngineError(f"Cannot read {path}: {error.strerror}.") from error

@@ -186,7 +186,7 @@ def _read(path: Path) -> Price | None:
     try:
         content = json.loads(read_file(path))
         return _stored_price(content) if content.pop("format") == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 

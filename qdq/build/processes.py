@@ -27,10 +27,12 @@ from engines.cost.predict import Cost, predict
 from qdq.build.cost import Kernel, Price
 from qdq.build.engine import compile_engine
 from qdq.build.recipe import Recipe
-from qdq.core.child import as_child
 
 _READY = b"ready"
-_START = "import sys; sys.path[:] = {path!r}; from qdq.build.processes import serve; serve({answers}, {backend!r})"
+_START = (
+    "import sys; sys.path[:] = {path!r}; from qdq.core.child import as_child; as_child({parent}); "
+    "from qdq.build.processes import serve; serve({answers}, {backend!r})"
+)
 TRIES = 2  # of a job whose worker died: it may have been killed for another's memory
 
 
@@ -174,7 +176,7 @@ def _started(backend: str) -> _Worker:
         MissingRuntimeError: it does not start.
     """
     source, answers = os.pipe()
-    command = [sys.executable, "-c", _START.format(path=sys.path, answers=answers, backend=backend)]
+    command = [sys.executable, "-c", _START.format(path=sys.path, parent=os.getpid(), answers=answers, backend=backend)]
     try:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=(answers,))
     except OSError as error:
@@ -190,7 +192,6 @@ def _started(backend: str) -> _Worker:
 
 def serve(answers: int, backend: str) -> None:
     """What a worker does: jobs from standard input, prices to a pipe, until the input ends."""
-    as_child()
     out = os.fdopen(answers, "wb")
     import_runtime(backend_named(backend).runtime)
     out.write(_READY)

@@ -36,6 +36,7 @@ TUNES = ("placement", "rewrites", "off")
 TUNE_COMPILES = 160
 TIME_LIMIT_S = 1800.0
 MOST_BYTES, MOST_CHARACTERS = 1 << 20, 1000  # of a recipe, and of one value in it
+MOST_VALUES = 10_000  # in a recipe, keys among them: PyYAML takes a tenth of a millisecond for each
 OLDER = {"rest": "unquantized_type"}  # keys that recipes still may have, and what they are called now
 Words = str | tuple[str, ...]  # one text stands for a list of one
 Rates = dict[str, float]
@@ -212,10 +213,15 @@ class Recipe:
 class _PlainLoader(yaml.SafeLoader):
     """YAML without aliases: a few lines of them stand for more values than any memory holds."""
 
+    values = 0
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """A node; an alias is refused."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has an alias (*name); write the value out")
+        self.values += 1
+        if self.values > MOST_VALUES:
+            raise yaml.YAMLError(f"it has more than {MOST_VALUES} values")
         node = super().compose_node(parent, index)
         if isinstance(node, yaml.ScalarNode) and len(node.value) > MOST_CHARACTERS:
             raise yaml.YAMLError(f"a value has {len(node.value)} characters; at most {MOST_CHARACTERS} are taken")

@@ -61,7 +61,7 @@ def calibrate(
     Killed at any moment, the same command goes on where it was. `--merge A.json B.json -o C.json` unites tables of
     different samples.
     """
-    options.check_output(output, *files, data, plan_file, given["recipe"])
+    options.check_output(output, *files, data, plan_file, given["recipe"], *custom_ops)
     if merge:
         table = _merged(files)
         table.save(output)

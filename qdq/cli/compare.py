@@ -90,7 +90,7 @@ def compare(
     from qdq.passes.prepare import load_float
 
     if output:
-        options.check_output(output, model, data, evaluation, given["recipe"])
+        options.check_output(output, model, data, evaluation, given["recipe"], *custom_ops)
     task = Task(metric=metric, labels=labels, output=score_output, unit=unit, per=per, class_axis=class_axis)
     asked = entries(",".join(schemes).split(","), options.recipe_values(given, base={"tune": "off"}))
     recipe = asked[0].recipe

@@ -17,6 +17,7 @@ from types import FrameType
 
 FAULT = 70  # EX_SOFTWARE of sysexits.h
 CLOSED = 128 + 13  # as after SIGPIPE
+AGAIN_S = 0.02  # after which a signal that cannot be obeyed yet is looked at again
 _ENDINGS = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}
 
 
@@ -33,20 +34,39 @@ class _Signals:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.number:
             os._exit(128 + number)
+        if _imports_native(frame) and hasattr(signal, "setitimer"):
+            signal.signal(signal.SIGALRM, lambda _, where: self(number, where))
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+            return
         self.number = number
         raise Stopped
 
 
+def _imports_native(frame: FrameType | None) -> bool:
+    """Whether a compiled module is being set up: what is raised meanwhile may end the process, not the import."""
+    while frame is not None:
+        code, loader = frame.f_code, frame.f_locals.get("self")
+        if code.co_name in ("create_module", "exec_module") and type(loader).__name__ == "ExtensionFileLoader":
+            return True
+        frame = frame.f_back
+    return False
+
+
 def main() -> None:
     """Run the command line of this process, and exit."""
-    stopped = _Signals()
+    stopped, code = _Signals(), FAULT
     try:
-        for number in _ENDINGS:
-            signal.signal(number, stopped)
-        code = _run()
-    except BaseException as error:
-        if not stopped.number:  # else whatever it became on its way: numpy and others catch what is raised in them
-            code = _ending(error)
+        try:
+            for number in _ENDINGS:
+                signal.signal(number, stopped)
+            code = _run()
+        except BaseException as error:
+            if not stopped.number:  # else whatever it became on its way: numpy and others catch what is raised in them
+                code = _ending(error)
+        for number in _ENDINGS:  # the result stands: Python's own end, which takes a while, is not interrupted
+            signal.signal(number, signal.SIG_IGN)
+    except Stopped:
+        pass
     if stopped.number:
         code = 128 + stopped.number
         print(f"{_ENDINGS[signal.Signals(stopped.number)]}; no file is left half written.", file=sys.stderr)
@@ -76,8 +96,8 @@ def _ending(error: BaseException) -> int:
     if isinstance(error, click.ClickException):
         error.show()
         return error.exit_code
-    if not isinstance(error, Exception):
-        raise error
+    if isinstance(error, SystemExit) and isinstance(error.code, int):  # of a verb
+        return error.code
     from qdq.cli.fault import report
 
     print(report(error, sys.argv), file=sys.stderr)

@@ -7,13 +7,13 @@ it does not compile; 2 bad input; 3 a runtime is missing. Registered by `cli`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from qdq.cli import options
 from qdq.cli.terminal import Bars, note, show_rows
 from qdq.core.errors import InputError
 
@@ -63,7 +63,7 @@ def lint_command(
             _show(f"{model.name}: {_count(found)}", found)
         raise SystemExit(int(any(f.severity == "error" for f in found)))
     assert output is not None
-    _check_output(output, model)
+    options.check_output(output, model)
     raise SystemExit(_fix(loaded, model, output, target, shape, as_json))
 
 
@@ -179,14 +179,3 @@ def _show(title: str, found: list[Finding]) -> None:
 def _count(found: list[Finding]) -> str:
     errors = sum(f.severity == "error" for f in found)
     return f"{errors} errors, {len(found) - errors} warnings" if found else "nothing found"
-
-
-def _check_output(path: Path, model: Path) -> None:
-    """Refuse early what would fail after the work, or replace the model given."""
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(
-            f"Cannot write {path}: its folder does not exist or is not writable, or it is a folder itself."
-        )
-    if path.exists() and path.samefile(model):
-        raise InputError(f"Cannot write {path}: it is the model given, which is never changed. Choose another name.")

@@ -74,7 +74,7 @@ def quantize(
     from qdq.passes.prepare import load_float
     from qdq.plan.plan import Plan
 
-    options.check_output(output, model, data, plan_file, table_file, given["recipe"])
+    options.check_output(output, model, data, plan_file, table_file, given["recipe"], *custom_ops)
     with Bars() as bars:
         bars(0, None, "Prepare")
         chosen = Plan.load(plan_file) if plan_file else None
@@ -237,7 +237,7 @@ def check(
     from qdq.passes.prepare import load_float
 
     if output:
-        options.check_output(output, float_model, candidate, data, given["recipe"])
+        options.check_output(output, float_model, candidate, data, given["recipe"], *custom_ops)
     recipe = options.recipe_of(given)
     reference = load(float_model)
     samples = options.samples_of(reference, recipe, data, random_data)

@@ -7,6 +7,7 @@ Must not know a verb, and must stay light: `qdq --help` imports it.
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 import time
 import traceback
@@ -127,10 +128,21 @@ def _set(**change: Any) -> None:
 
 def _open_log(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
     if path is not None:
+        if not _replaceable(path):
+            raise click.BadParameter(f"{path} is a file that holds no log of qdq. Give a new name.", ctx, param)
         log = ctx.with_resource(path.open("w", encoding="utf-8"))
         ctx.call_on_close(lambda: _set(log=None))
         _set(log=log)
         voice().say(f"qdq {ctx.info_name}", shown=False)
+
+
+def _replaceable(log: Path) -> bool:
+    """Whether nothing is lost if a log takes a file's place: it is empty, a log, or no regular file."""
+    if not log.is_file():
+        return True
+    with log.open("rb") as file:
+        head = file.read(100)
+    return not head or re.match(rb"\d{4}-\d\d-\d\dT\S+ qdq ", head) is not None
 
 
 def voice_options() -> list[click.Option]:

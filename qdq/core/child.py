@@ -10,14 +10,17 @@ import time
 LOOK_S = 0.5
 
 
-def as_child() -> None:
+def as_child(parent: int) -> None:
     """Ignore Ctrl-C, which a terminal sends to all; end where the parent is gone, even if it was killed.
+
+    `parent` is the process that started this one: it may have been killed before this is called.
 
     A look at the parent twice a second, for a pipe ends only between two jobs, and the signal that Linux sends follows
     the thread that started the process, not the parent.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
+    if os.getppid() != parent:
+        os._exit(1)
 
     def watch() -> None:
         while os.getppid() == parent:

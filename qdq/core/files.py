@@ -66,11 +66,13 @@ def move_all(folder: Path, out: Path) -> tuple[str, ...]:
     """Moves every file into `out`, all or none, and returns their names; what they replace is then gone.
 
     Raises:
-        InputError: `out` is not writable, or holds a folder where a file is to lie; nothing is changed then.
+        InputError: `out` is not writable, or holds a folder, a pipe or a device where a file is to lie; nothing is
+            changed then.
     """
     names = sorted(path.name for path in folder.iterdir())
-    if taken := next((out / name for name in names if (out / name).is_dir()), None):
-        raise InputError(f"Cannot write {taken}: it is a folder. Move it away, or choose another folder.")
+    if taken := next((out / name for name in names if (out / name).exists() and not (out / name).is_file()), None):
+        kind = "folder" if taken.is_dir() else "pipe or a device"
+        raise InputError(f"Cannot write {taken}: it is a {kind}. Move it away, or choose another folder.")
     done: list[str] = []
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -99,7 +99,7 @@ def require_targets(formats: Iterable[str], targets: Iterable[str]) -> None:
     Raises:
         InputError: names the format, the target and the lowest one that has it.
     """
-    numbers = {t: int("".join(c for c in t if c.isdigit()) or 10**6) for t in targets}
+    numbers = {t: int("".join(c for c in t if c.isdecimal())[:9] or 10**6) for t in targets}
     for name in sorted(set(formats)):
         lacking = [t for t, number in numbers.items() if number < FORMATS[name].minimum_sm]
         if lacking:

@@ -7,6 +7,8 @@ stored; Dask is imported only to connect to a cluster.
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -73,7 +75,9 @@ def local_pool(workers: int) -> Pool:
     def start() -> Iterator[Executor]:
         context = get_context("spawn")  # fork would copy ONNX Runtime's locks
         others = set(active_children())
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=as_child) as executor:
+        with ProcessPoolExecutor(
+            workers, mp_context=context, initializer=as_child, initargs=(os.getpid(),)
+        ) as executor:
             try:
                 yield executor
             except BaseException:
@@ -107,10 +111,15 @@ def dask_pool(address: str) -> Pool:
         with client, client.get_executor(pure=False) as executor:
             yield executor
 
+    async def greet() -> None:  # a Client that nobody answers waits 20 s more when it is freed, and prints a traceback
+        comm = await distributed.comm.connect(address, timeout=CONNECT_S)
+        await comm.close()
+
     try:
+        asyncio.run(greet())
         with distributed.Client(address, timeout=CONNECT_S, set_as_default=False) as client:
             workers = sum(client.nthreads().values())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"No Dask scheduler answers at {address}: {' '.join(str(error).split())[:200]} Start one with "
             "`dask scheduler`, and give its address as tcp://HOST:8786."

@@ -204,6 +204,8 @@ def _make_dense(graph: GraphProto, directory: Path) -> bool:
 
 def _dense(sparse: SparseTensorProto, name: str, directory: Path) -> TensorProto:
     """The dense tensor of a sparse one, whose indices are places in the flat tensor or one row per value."""
+    if sparse.values.data_type == TensorProto.STRING:
+        raise ModelError(f"Cannot use the sparse tensor {name!r}: it holds texts. Store it as a dense initializer.")
     size = tensor_bytes(TensorProto(data_type=sparse.values.data_type, dims=sparse.dims))
     if size > MOST_DENSE:
         raise ModelError(

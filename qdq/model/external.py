@@ -107,6 +107,20 @@ def tensor_bytes(tensor: TensorProto) -> int:
     return int(math.prod(tensor.dims) * bits + 7) // 8
 
 
+def values_stored(tensor: TensorProto) -> tuple[int, int]:
+    """How many bytes, or values of its own type, a tensor's shape needs in the model, and how many are there."""
+    if is_external(tensor) or tensor.data_type == TensorProto.UNDEFINED:
+        return 0, 0
+    if tensor.HasField("raw_data"):
+        return tensor_bytes(tensor), len(tensor.raw_data)
+    count, kind = math.prod(tensor.dims), tensor.data_type
+    if kind in (TensorProto.COMPLEX64, TensorProto.COMPLEX128):
+        count *= 2
+    elif kind in _BITS:
+        count = tensor_bytes(tensor)
+    return count, len(getattr(tensor, onnx.helper.tensor_dtype_to_field(kind)))
+
+
 def tensor_array(tensor: TensorProto, directory: Path) -> np.ndarray:
     """The values of a tensor whose external data, if any, lie in a folder: its own type and shape, perhaps read-only.
 

@@ -10,10 +10,11 @@ from typing import BinaryIO
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, TensorProto
+from onnx import GraphProto, ModelProto, TensorProto
 
-from engines.core.files import new_files
+from engines.core.files import new_files, regular
 from engines.core.load import settle
+from engines.core.nodes import bodies
 from qdq.core.errors import InputError, ModelError
 from qdq.model.accept import accept
 from qdq.model.external import (
@@ -24,12 +25,15 @@ from qdq.model.external import (
     move,
     stream,
     tensor_bytes,
+    values_stored,
     without_store_key,
 )
 from qdq.model.graphsurgeon import ModelSource, called, content
 from qdq.model.model import Model
 from qdq.model.nodes import all_nodes, all_tensors, without_initializers
 
+ARRAY_AXES = 64  # that NumPy can have
+MOST_NESTED = 25  # bodies; protobuf reads 100 messages inside each other, and a body's nodes are three more
 MOST_AXES = 1000  # of a tensor; a runtime may take a larger number for another, in 32 bits
 PROTOBUF_LIMIT = 2**31 - 1  # bytes
 _QUANTIZED_OP = re.compile(r"[Qq]uantize|^QLinear|^Q(Attention|Gemm|Ordered)|(Conv|MatMul)Integer|NBits")
@@ -70,11 +74,8 @@ def load(source: ModelSource) -> Model:
         )
     if not proto.graph.output:
         raise ModelError(f"Cannot use {name}: it has no outputs, so it computes nothing. Export the model again.")
-    if odd := next((t for t in all_tensors(proto) if t.data_type not in KNOWN), None):
-        raise ModelError(
-            f"Cannot use {name}: tensor {odd.name!r} is of type {odd.data_type}, which onnx {onnx.__version__} does "
-            "not know. Export the model again, or install a newer onnx."
-        )
+    if why := next(filter(None, map(_unreadable, all_tensors(proto))), ""):
+        raise ModelError(f"Cannot use {name}: {why}")
     texts = (text for node in all_nodes(proto.graph) for text in (node.name, *node.input, *node.output))
     if broken := next((text for text in texts if isinstance(text, bytes)), None):  # as protobuf gives what is no text
         raise ModelError(f"Cannot use {name}: the name {broken!r} in it is not UTF-8. Copy or export the model again.")
@@ -87,8 +88,10 @@ def load(source: ModelSource) -> Model:
             digest.update(chunk)
     try:
         repaired = accept(proto, directory)
+        if _depth(proto.graph) > MOST_NESTED:
+            raise ValueError(f"bodies of If, Loop and Scan nest deeper than {MOST_NESTED}.")
         check(proto)
-    except (onnx.checker.ValidationError, ValueError) as error:
+    except (onnx.checker.ValidationError, DecodeError, ValueError) as error:
         raise ModelError(
             f"Cannot use {name}: it is not a valid ONNX model, or only a part of one. The checker of onnx "
             f"{onnx.__version__} says: {' '.join(str(error).split())[:600]} Export the model again."
@@ -171,6 +174,33 @@ def save(
         ) from None
 
 
+def _depth(graph: GraphProto) -> int:
+    """How deep the bodies in a graph nest; 0 where there are none."""
+    return max((1 + _depth(body) for node in graph.node for body in bodies(node)), default=0)
+
+
+def _unreadable(tensor: TensorProto) -> str:
+    """Why a tensor cannot be an array; "" if it can."""
+    if tensor.data_type not in KNOWN:
+        return (
+            f"tensor {tensor.name!r} is of type {tensor.data_type}, which onnx {onnx.__version__} does not know. "
+            "Export the model again, or install a newer onnx."
+        )
+    if len(tensor.dims) > ARRAY_AXES:
+        return (
+            f"tensor {tensor.name!r} has {len(tensor.dims)} axes; an array has at most {ARRAY_AXES}. Export it again."
+        )
+    if tensor.HasField("segment"):
+        return f"tensor {tensor.name!r} is stored in segments, which no runtime reads. Export the model again."
+    needed, held = values_stored(tensor)
+    if needed != held:
+        return (
+            f"tensor {tensor.name!r} of shape {list(tensor.dims)} needs {needed} stored bytes or values and has "
+            f"{held}. The file is damaged; copy or export it again."
+        )
+    return ""
+
+
 def is_quantized(model: Model) -> bool:
     """Whether a loaded model already holds quantized operators, in any graph of it."""
     return any(_QUANTIZED_OP.search(n.op_type) for n in all_nodes(model.graph))
@@ -181,7 +211,7 @@ def _read(path: Path) -> bytes:
     if path.is_dir():
         raise ModelError(f"Cannot read {path}: it is a folder, not a model. {fix}")
     try:
-        size = path.stat().st_size
+        size = regular(path).stat().st_size
         if size > PROTOBUF_LIMIT:
             raise ModelError(
                 f"Cannot read {path}: {size} bytes, but an ONNX file ends at 2 GiB. "

@@ -7,6 +7,7 @@ This module must not look at a model.
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
@@ -110,7 +111,9 @@ class Settings(Part, frozen=True, kw_only=True):
         set_field = msgspec.structs.force_setattr
         for name in ("v0", "v1"):  # text where the command line gives them
             set_field(self, name, _number(getattr(self, name)))
-        block = int(self.block) if isinstance(self.block, str) and self.block.isdigit() else self.block
+        block = self.block
+        if isinstance(block, str) and re.fullmatch(r"[0-9]{1,9}", block):
+            block = int(block)
         set_field(self, "block", block)
         checked(self)
         rows = [SCHEMES[choose(name, tuple(SCHEMES), "scheme")] for name in (self.scheme, *self.overrides.values())]

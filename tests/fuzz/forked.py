@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
+import pkgutil
 import resource
 import signal
 import subprocess
@@ -55,18 +58,21 @@ class Server:
 
 def serve() -> None:
     """Answer until the input ends."""
+    import numpy.random
     import onnxruntime
 
     import calib_data
-    import qdq.assemble.quantize
-    import qdq.cli.main
-    import qdq.deploy.explain
-    import qdq.lint.lint
-    import qdq.lint.rule
+    import engines
+    import qdq
     from qdq.cli import entry
 
-    assert onnxruntime and calib_data and qdq
+    assert numpy.random
+    for package in (calib_data, engines, qdq):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
     onnxruntime.set_default_logger_severity(4)
+    gc.freeze()  # else a collection in a child touches, and thus copies, all of this
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     for line in sys.stdin:
         folder, arguments = json.loads(line)

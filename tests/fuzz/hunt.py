@@ -24,6 +24,7 @@ from fuzz.mutate import KINDS, QUANTIZE, Made, files, valid
 
 LOADS = "import onnxruntime as o; o.InferenceSession('q.onnx')"
 FINE = (0, 1, 2, 3)
+EVERY = 500  # inputs between two lines
 
 
 def valid_documents(server: Server, folder: Path) -> Made:
@@ -73,12 +74,13 @@ def broken(server: Server, kind: str, made: Made, random: Random) -> tuple[list[
         if rule:
             kept = Path(tempfile.gettempdir()) / f"qdq-hunt-{hashlib.sha256(rule.encode()).hexdigest()[:8]}"
             shutil.rmtree(kept, ignore_errors=True)
-            shutil.copytree(folder, kept, symlinks=True)
+            pipes = {path.name for path in folder.rglob("*") if path.is_fifo()}
+            shutil.copytree(folder, kept, symlinks=True, ignore=lambda _, names: pipes & {*names})
         return command, outcome, rule
 
 
 def _state(folder: Path) -> dict[str, str]:
-    found = (path for path in folder.rglob("*") if path.is_file())
+    found = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
 
 
@@ -99,6 +101,8 @@ def main() -> int:
             command, outcome, rule = broken(server, kind, made, random)
             slowest = max(slowest, outcome.seconds)
             ended[f"{kind}: {outcome.code}" if not rule else "broken"] += 1
+            if sum(ended.values()) % EVERY == 0:
+                print(f"{sum(ended.values())} inputs, {ended['broken']} of them broke a rule", flush=True)
             if rule:
                 last = outcome.said.strip().splitlines()[-1:]
                 print(f"seed {seed} ({kind}): {rule}: qdq {' '.join(command)}: {''.join(last)[:400]}", flush=True)

@@ -4,9 +4,9 @@
 
 Each round starts one of `deploy`, `quantize`, `calibrate` and `calibrate --workers 2` on a small network, in the folder
 that the rounds before have left, and sends SIGKILL, SIGTERM or SIGINT at a random moment. Then, 5 seconds later at
-most, no process of it may live, its exit code must be that of the signal, and every result in the folder must be that
-of an undisturbed run. At the end each command runs to its end: its table is the undisturbed one byte by byte, and
-nothing else lies in its folder or in that for temporary files.
+most, no process of it may live, its exit code must be that of the signal (before Python has come to qdq, the system's
+own), and every result in the folder must be that of an undisturbed run. At the end each command runs to its end: its
+table is the undisturbed one byte by byte, and nothing else lies in its folder or in that for temporary files.
 """
 
 from __future__ import annotations
@@ -77,6 +77,16 @@ def alive(session: int) -> list[int]:
     return found
 
 
+def begun(pid: int) -> bool:
+    """Whether qdq's handlers stand in a process, or stood: SIGTERM is caught, or ignored at the end."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    masks = [int(line.split()[1], 16) for line in text.splitlines() if line.startswith(("SigCgt:", "SigIgn:"))]
+    return any(mask >> (signal.SIGTERM - 1) & 1 for mask in masks)
+
+
 def results(folder: Path) -> dict[str, str]:
     """The results that lie in a folder with their hashes; engines, whose bytes differ from run to run, by name."""
     found = {}
@@ -116,6 +126,7 @@ def main() -> None:
                 code = process.wait(moments.uniform(0, durations[name]))
                 counted["ended before"] += 1
             except subprocess.TimeoutExpired:
+                codes = {SIGNALS[kind], 0} if begun(process.pid) else {SIGNALS[kind], 0, -kind}
                 process.send_signal(kind) if kind == signal.SIGKILL else os.killpg(process.pid, kind)
                 until = time.monotonic() + GONE_S
                 while (living := alive(process.pid)) and time.monotonic() < until:
@@ -124,7 +135,7 @@ def main() -> None:
                 code = process.poll() if process.poll() is not None else process.wait()
                 if living:
                     sys.exit(f"kill {number} ({name}, {kind.name}): {len(living)} processes live after {GONE_S} s")
-                if code not in (SIGNALS[kind], 0):
+                if code not in codes:
                     sys.exit(f"kill {number} ({name}, {kind.name}): exit code {code}")
                 counted[kind.name] += 1
             found = results(folder)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from onnx import ModelProto, helper
 
 from engines.core.fp4 import holds_fp4, runnable
-from engines.core.onnx_runtime import give_weights, open_session, refusals, session_options
+from engines.core.onnx_runtime import give_weights, open_session, refusals, register_library, session_options
 from qdq.core.errors import InputError, MissingRuntimeError
 from qdq.measure.inference.inside import gathered, joined
 from qdq.measure.inference.partitioned import PartitionedSession
@@ -135,7 +135,7 @@ class Session:
         options = session_options(threads=threads, severity=4)
         for library in libraries:
             try:
-                options.register_custom_ops_library(str(library))
+                register_library(options, library)
             except self._failures as error:
                 raise InputError(
                     f"ONNX Runtime cannot load the custom operators of {library}: {' '.join(str(error).split())[:300]} "

@@ -104,7 +104,10 @@ def test_a_refusal_is_no_fault_and_a_fault_no_refusal(capsys: pytest.CaptureFixt
 
 
 def test_a_child_ends_with_a_parent_that_is_killed() -> None:
-    child = "import time; from qdq.core.child import as_child; as_child(); print('up', flush=True); time.sleep(60)"
+    child = (
+        "import os, time; from qdq.core.child import as_child; as_child(os.getppid()); print('up', flush=True)\n"
+        "time.sleep(60)"
+    )
     parent = (
         "import subprocess, sys, time\n"
         f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
@@ -123,6 +126,11 @@ def test_a_child_ends_with_a_parent_that_is_killed() -> None:
     while alive(pid):
         assert time.monotonic() < until, "the child lives"
         time.sleep(0.1)
+
+
+def test_a_child_whose_parent_was_killed_before_it_was_ready_ends() -> None:
+    program = "from qdq.core.child import as_child; as_child(1 << 30); import time; time.sleep(60)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=50, check=False).returncode == 1
 
 
 def alive(pid: int) -> bool:

@@ -12,6 +12,10 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from engines.core import arithmetic
+from engines.core.errors import BuildError, EngineError
+from engines.core.load import load_graph
+from engines.verify.manifest import sha256_file
 from qdq.core.errors import InputError, ModelError
 from qdq.model import storage
 from qdq.model.external import is_external
@@ -142,11 +146,66 @@ def test_a_model_that_breaks_the_standard_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
     with pytest.raises(ModelError, match=r"not a valid ONNX model.*NoSuchOperator"):
         load(tmp_path / "m.onnx")
-    proto = tiny()
-    proto.graph.initializer[0].raw_data = proto.graph.initializer[0].raw_data[:-4]
-    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
-    with pytest.raises(ModelError, match=r"not a valid ONNX model"):
-        load(tmp_path / "m.onnx")
+
+
+def test_a_tensor_that_cannot_be_an_array_is_refused() -> None:
+    def changed(change: Callable[[TensorProto], object]) -> ModelProto:
+        proto = tiny()
+        change(proto.graph.initializer[0])
+        return proto
+
+    def typed(tensor: TensorProto) -> None:
+        tensor.ClearField("raw_data")
+        tensor.float_data.append(1)
+
+    raw = WEIGHT.tobytes()
+    for proto, said in (
+        (changed(lambda t: setattr(t, "raw_data", raw[:-4])), r"needs 4800 stored bytes or values and has 4796\."),
+        (changed(lambda t: setattr(t, "raw_data", raw + raw)), r"needs 4800 .* and has 9600\."),
+        (changed(typed), r"needs 1200 .* and has 1\."),
+        (changed(lambda t: t.segment.SetInParent()), "is stored in segments"),
+        (changed(lambda t: setattr(t, "data_type", 999)), "is of type 999"),
+        (changed(lambda t: t.dims.extend([1] * 61)), "has 65 axes; an array has at most 64"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            load(proto)
+
+
+def test_bodies_nested_deeper_than_a_file_can_hold_are_refused() -> None:
+    value = helper.make_tensor_value_info
+    for depth in (3, 26):
+        nodes = [helper.make_node("Relu", ["x"], ["y0"])]
+        for level in range(depth):
+            outputs = [value(f"y{level}", TensorProto.FLOAT, None)]
+            body = helper.make_graph(nodes, "then", [], outputs)
+            other = helper.make_graph([helper.make_node("Neg", ["x"], [f"y{level}"])], "else", [], outputs)
+            nodes = [helper.make_node("If", ["yes"], [f"y{level + 1}"], then_branch=body, else_branch=other)]
+        outputs = [value(f"y{depth}", TensorProto.FLOAT, None)]
+        yes = numpy_helper.from_array(np.array(True), "yes")
+        graph = helper.make_graph(nodes, "nested", [value("x", TensorProto.FLOAT, [2])], outputs, [yes])
+        proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        if depth == 3:
+            assert load(proto).proto.graph.node
+        else:
+            with pytest.raises(ModelError, match="nest deeper than 25"):
+                load(proto)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+def test_a_pipe_is_neither_read_nor_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    os.mkfifo(path)
+    with pytest.raises(ModelError, match="it is a folder, a pipe or a device"):
+        load(path)
+    with pytest.raises(BuildError, match="a pipe or a device"):
+        load_graph(path)
+    with pytest.raises(EngineError, match="a pipe or a device"):
+        sha256_file(path)
+    with pytest.raises(EngineError, match="a pipe or a device"):
+        arithmetic.session(path)
+    with pytest.raises(InputError, match="a pipe or a device"):
+        save(tiny(), path)
+    assert path.is_fifo() and len(list(tmp_path.iterdir())) == 1
 
 
 def test_external_data_stays_outside_and_counts_in_the_hash(tmp_path: Path) -> None:
