@@ -16,7 +16,7 @@ from onnx import TensorProto
 from engines.backends.backend import DEFAULT, backend_named
 from engines.backends.compiler import ShapeRange
 from engines.core.documents import replace
-from engines.core.errors import BuildError, EngineError, MissingRuntimeError
+from engines.core.errors import BuildError, EngineError, MissingRuntimeError, UnsupportedTargetError
 from qdq.assemble import quantize
 from qdq.assemble.finish import finish
 from qdq.assemble.precision.convert import convert
