@@ -151,7 +151,7 @@ def test_a_missing_custom_operator_library_is_refused() -> None:
 
 def test_a_bfloat16_model_that_onnx_runtime_has_no_kernels_for_is_one_paragraph() -> None:
     with pytest.raises(InputError, match=r"ONNX Runtime cannot run the float model: .*bfloat16"):
-        Session(half("bfloat16"), ["t"])
+        Session(half("bfloat16"), ["y"])
 
 
 def half(dtype: str) -> Model:

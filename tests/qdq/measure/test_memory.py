@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from qdq.plan import placement
 from qdq.plan.settings import Settings
 
 CHANNELS, BLOCKS = 32, 4
+ROOT = Path(__file__).parents[3]
 
 
 def folding() -> Model:
@@ -111,3 +115,26 @@ def test_a_pass_runs_only_what_its_tensors_need() -> None:
     assert Session(model, ["a"])({"x": normal(3, 4)})["a"].shape == (3, 4)
     with pytest.raises(InputError, match="cannot run"):
         Session(model, ["y"])({"x": normal(3, 4)})
+
+
+def test_a_second_run_of_a_shape_takes_no_more_memory_than_the_first() -> None:
+    """The large tensors are gone before the outputs are made, in every run."""
+    script = """
+import resource, sys
+sys.path.insert(0, "tests")
+import numpy as np
+from graphs import build, node
+from qdq.measure.inference.session import Session
+outputs = [f"y{k}" for k in range(8)]
+nodes = [node("Concat", "x x x x x x x x", "a", axis=0), node("ReduceMax", "a", "r", keepdims=0)]
+nodes += [node("Add", "x r", name, name) for name in outputs]
+session = Session(build(nodes, {"x": (1, 1 << 21)}, outputs=outputs), outputs, threads=1, in_order=True)
+sample = {"x": np.ones((1, 1 << 21), np.float32)}
+for _ in range(3):
+    session(sample)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    pytest.importorskip("resource")
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT)
+    first, *later = map(int, done.stdout.split())
+    assert max(later) - first < 20e6  # a block kept beside the outputs is 64 MB
