@@ -3,10 +3,11 @@
     python tests/fuzz/kills.py [KILLS] [--seed N]
 
 Each round starts one of `deploy`, `quantize`, `calibrate` and `calibrate --workers 2` on a small network, in the folder
-that the rounds before have left, and sends SIGKILL, SIGTERM or SIGINT at a random moment. Then, 5 seconds after its end
-at most, no process of it may live, its exit code must be that of the signal (before Python has come to qdq, the system's
-own), and every result in the folder must be that of an undisturbed run. At the end each command runs to its end: its
-table is the undisturbed one byte by byte, and nothing else lies in its folder or in that for temporary files.
+that the rounds before have left, and sends SIGKILL, SIGTERM or SIGINT at a random moment. Then, 5 seconds after the end
+of the run at most, no process of it may live, its exit code must be that of the signal (before Python has come to qdq,
+the system's own), and every result in the folder must be that of an undisturbed run. At the end each command runs to
+its end: its table is the undisturbed one byte by byte, and nothing else lies in its folder or in that for temporary
+files.
 """
 
 from __future__ import annotations
@@ -156,8 +157,8 @@ def main() -> None:
         if litter or results(folder) != expected:
             sys.exit(f"the next runs left {sorted(litter)}, or other results")
     print(
-        f"{given.kills} rounds ({dict(counted)}): no process lives, every result is whole, nothing is left; the slowest "
-        f"ended {slowest:.1f} s after its signal"
+        f"{given.kills} rounds ({dict(counted)}): no process lives, every result is whole, nothing is left; "
+        f"the slowest ended {slowest:.1f} s after its signal"
     )
 
 
