@@ -145,6 +145,15 @@ def test_a_closed_pipe_ends_quietly() -> None:
     assert said == b"" and process.returncode == 141
 
 
+def test_streams_that_cannot_be_written_change_no_exit_code(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m qdq lint absent.onnx"
+    for streams in (">&-", "2>&-", ">&- 2>&-", *(["2>/dev/full"] if Path("/dev/full").exists() else [])):
+        done = subprocess.run(["/bin/sh", "-c", f"{command} {streams}"], capture_output=True, check=False, cwd=tmp_path)
+        assert done.returncode == 2, streams
+    done = subprocess.run(["/bin/sh", "-c", f"{sys.executable} -m qdq schema plan >&-"], check=False, cwd=tmp_path)
+    assert done.returncode == 0
+
+
 def test_a_refusal_is_no_fault_and_a_fault_no_refusal(capsys: pytest.CaptureFixture[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "qdq", "lint", "absent.onnx"], capture_output=True, text=True, check=False
