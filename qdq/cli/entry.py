@@ -59,6 +59,7 @@ def main() -> None:
         try:
             for number in _ENDINGS:
                 signal.signal(number, stopped)
+            _open_streams()
             code = _run()
         except BaseException as error:
             if not stopped.number:  # else whatever it became on its way: numpy and others catch what is raised in them
@@ -69,8 +70,23 @@ def main() -> None:
         pass
     if stopped.number:
         code = 128 + stopped.number
-        print(f"{_ENDINGS[signal.Signals(stopped.number)]}; no file is left half written.", file=sys.stderr)
+        _say(f"{_ENDINGS[signal.Signals(stopped.number)]}; no file is left half written.")
     sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Give a process that was started without standard output or error, as by `>&-`, one that goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until Python ends
+
+
+def _say(text: str) -> None:
+    """A line on standard error, if that can still be written: its disk may be full, its reader gone."""
+    from contextlib import suppress
+
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _run() -> int:
@@ -94,13 +110,16 @@ def _ending(error: BaseException) -> int:
     if isinstance(error, ClosedError):
         return _closed()
     if isinstance(error, click.ClickException):
-        error.show()
+        from contextlib import suppress
+
+        with suppress(OSError):  # as in `_say`
+            error.show()
         return error.exit_code
     if isinstance(error, SystemExit) and isinstance(error.code, int):  # of a verb
         return error.code
     from qdq.cli.fault import report
 
-    print(report(error, sys.argv), file=sys.stderr)
+    _say(report(error, sys.argv))
     return FAULT
 
 

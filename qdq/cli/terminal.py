@@ -129,7 +129,9 @@ def _set(**change: Any) -> None:
 def _open_log(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
     if path is not None:
         if not _replaceable(path):
-            raise click.BadParameter(f"{path} is a file that holds no log of qdq. Give a new name.", ctx, param)
+            raise Refusal(
+                f"Cannot write the log {path}: there is a file that holds no log of qdq. Give another name.", 2
+            )
         log = ctx.with_resource(path.open("w", encoding="utf-8"))
         ctx.call_on_close(lambda: _set(log=None))
         _set(log=log)

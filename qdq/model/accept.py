@@ -300,7 +300,7 @@ def _state_conditions(graph: GraphProto) -> bool:
 
 
 def _leave_out_untrue(proto: ModelProto) -> bool:
-    """Forget stated types and shapes that inference contradicts; an output gets its inferred shape then.
+    """Forget what is stated without a type, or is contradicted by inference; an output gets what is inferred then.
 
     An output of another type than its node makes is refused, as ONNX Runtime does.
     """
@@ -309,7 +309,8 @@ def _leave_out_untrue(proto: ModelProto) -> bool:
         return False
     shown = inferred(proto, stated=False)
     found = {v.name: v for v in (*shown.value_info, *shown.output)}
-    untrue = {v.name for v in stated if v.name in found and _contradict(v, found[v.name])}
+    untyped = {v.name for v in stated if v.type.HasField("tensor_type") and not v.type.tensor_type.elem_type}
+    untrue = {v.name for v in stated if v.name in found and _contradict(v, found[v.name])} | untyped
     kept = [v for v in proto.graph.value_info if v.name not in untrue]
     changed = len(kept) < len(proto.graph.value_info)
     if changed:
@@ -317,13 +318,19 @@ def _leave_out_untrue(proto: ModelProto) -> bool:
         proto.graph.value_info.extend(kept)
     for value in proto.graph.output:
         if value.name in untrue:
-            says, makes = value.type.tensor_type.elem_type, found[value.name].type.tensor_type.elem_type
-            if says != makes:
+            made = found.get(value.name, ValueInfoProto())
+            says, makes = value.type.tensor_type.elem_type, made.type.tensor_type.elem_type
+            if value.name in untyped and not makes:
+                raise ModelError(
+                    f"Cannot use this model: its output {value.name!r} has no type, and none can be inferred. Export "
+                    "it again."
+                )
+            if says and says != makes:
                 raise ModelError(
                     f"Cannot use this model: its output {value.name!r} is stated as {dtype_name(says)}, but it is made "
                     f"as {dtype_name(makes)}. Export it again."
                 )
-            value.CopyFrom(found[value.name])
+            value.CopyFrom(made)
             changed = True
     return changed
 

@@ -259,6 +259,12 @@ def test_function_file_missing_or_generator_used_up(tmp_path: Path) -> None:
         ("def samples():\n    yield {'image': 1.0}\n    raise KeyError('mine')", "KeyError & line 3"),
         ("import sys\ndef samples():\n    sys.exit(7)", "SystemExit: 7 & line 3"),
         ("raise SystemExit", "Cannot import & SystemExit & line 1"),
+        ("def samples():\n    raise GeneratorExit", "GeneratorExit & line 2"),
+        ("class E(Exception):\n    def __str__(self): raise E\ndef samples():\n    raise E", "no text & line 4"),
+        (
+            "class A:\n    def __array__(self, *a, **k): raise SystemExit(3)\ndef samples():\n    yield {'image': A()}",
+            "is not an array: SystemExit: 3",
+        ),
     ],
 )
 def test_what_the_users_code_raises_is_said_with_its_line(tmp_path: Path, body: str, words: str) -> None:
@@ -342,3 +348,13 @@ def test_a_mask_may_hold_minus_infinity(dtype: str) -> None:
     low = np.where(np.arange(8) == 5, -np.inf, 0).reshape(1, 2, 4)
     spec = InputSpec(name="image", dtype=dtype, shape=(1, 2, 4))
     assert np.array_equal(check_sample({"image": low}, [spec], "here")["image"], low)
+
+
+def test_an_archive_is_opened_once_however_many_members_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "0.npz", "w") as archive:
+        for index in range(300):
+            archive.writestr(f"{index}.npy", stored(GOOD))
+    opened, plain = [], zipfile.ZipFile
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *given: opened.append(given) or plain(*given))
+    refused(tmp_path, words="no array for 'image' & unknown '0' & and 292 more")
+    assert len(opened) == 1

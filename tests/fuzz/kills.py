@@ -3,10 +3,11 @@
     python tests/fuzz/kills.py [KILLS] [--seed N]
 
 Each round starts one of `deploy`, `quantize`, `calibrate` and `calibrate --workers 2` on a small network, in the folder
-that the rounds before have left, and sends SIGKILL, SIGTERM or SIGINT at a random moment. Then, 5 seconds later at
-most, no process of it may live, its exit code must be that of the signal (before Python has come to qdq, the system's
-own), and every result in the folder must be that of an undisturbed run. At the end each command runs to its end: its
-table is the undisturbed one byte by byte, and nothing else lies in its folder or in that for temporary files.
+that the rounds before have left, and sends SIGKILL, SIGTERM or SIGINT at a random moment. Then, 5 seconds after the end
+of the run at most, no process of it may live, its exit code must be that of the signal (before Python has come to qdq,
+the system's own), and every result in the folder must be that of an undisturbed run. At the end each command runs to
+its end: its table is the undisturbed one byte by byte, and nothing else lies in its folder or in that for temporary
+files.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program
 
 from fuzz.mutate import valid
 
-GONE_S = 5.0
+GONE_S, ENDED_S = 5.0, 30.0  # of what a run leaves behind, and of the run itself, however busy the machine is
 SIGNALS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 OTHERS = {".ses"}  # which ONNX Runtime writes when it is imported
 RESULTS = {
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("kills", type=int, nargs="?", default=500)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    moments, counted = random.Random(given.seed), Counter[str]()
+    moments, counted, slowest = random.Random(given.seed), Counter[str](), 0.0
     with tempfile.TemporaryDirectory() as place:
         data, whole, folder, temporary = (Path(place) / name for name in ("data", "whole", "run", "tmp"))
         for path in (data, whole, folder, temporary):
@@ -128,13 +129,17 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 codes = {SIGNALS[kind], 0} if begun(process.pid) else {SIGNALS[kind], 0, -kind}
                 process.send_signal(kind) if kind == signal.SIGKILL else os.killpg(process.pid, kind)
-                until = time.monotonic() + GONE_S
-                while (living := alive(process.pid)) and time.monotonic() < until:
-                    process.poll()
+                began = time.monotonic()
+                try:
+                    code = process.wait(ENDED_S)
+                except subprocess.TimeoutExpired:
+                    sys.exit(f"kill {number} ({name}, {kind.name}): the run goes on after {ENDED_S} s")
+                ended = time.monotonic()
+                slowest = max(slowest, ended - began)
+                while (living := alive(process.pid)) and time.monotonic() < ended + GONE_S:
                     time.sleep(0.05)
-                code = process.poll() if process.poll() is not None else process.wait()
                 if living:
-                    sys.exit(f"kill {number} ({name}, {kind.name}): {len(living)} processes live after {GONE_S} s")
+                    sys.exit(f"kill {number} ({name}, {kind.name}): {len(living)} processes live {GONE_S} s after it")
                 if code not in codes:
                     sys.exit(f"kill {number} ({name}, {kind.name}): exit code {code}")
                 counted[kind.name] += 1
@@ -151,7 +156,10 @@ def main() -> None:
         litter = names - set().union(*RESULTS.values()) | {path.name for path in temporary.iterdir()} - OTHERS
         if litter or results(folder) != expected:
             sys.exit(f"the next runs left {sorted(litter)}, or other results")
-    print(f"{given.kills} rounds ({dict(counted)}): no process lives, every result is whole, nothing is left")
+    print(
+        f"{given.kills} rounds ({dict(counted)}): no process lives, every result is whole, nothing is left; "
+        f"the slowest ended {slowest:.1f} s after its signal"
+    )
 
 
 if __name__ == "__main__":

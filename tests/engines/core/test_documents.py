@@ -43,6 +43,7 @@ def test_what_is_written_is_read_back() -> None:
 
 WRONG = {
     "{": "not JSON",
+    r'{"format": "qdq.sheet/2", "lines": "\ud800"}': "not JSON .*surrogates",
     "[" * 100_000: "not JSON",
     "[]": "another file",
     '{"format": "qdq.other/1"}': "another file",
@@ -103,3 +104,9 @@ def test_a_document_may_hold_none_or_several_others(shelf: Shelf) -> None:
 def test_none_stays_refused_where_a_document_is_needed() -> None:
     with pytest.raises(DocumentError, match="sheet"):
         Binder.from_json('{"format": "qdq.binder/1", "sheet": null}')
+
+
+@pytest.mark.parametrize("half", [rb"\ud800", b"\xed\xa0\x80", b"\xff"])
+def test_bytes_that_are_no_text_are_refused(half: bytes) -> None:
+    with pytest.raises(DocumentError, match="not JSON"):
+        Sheet.from_json(SHEET.to_json().encode().replace(b"{", b'{"' + half + b'": 1,', 1))

@@ -55,3 +55,11 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
 def test_the_error_is_that_of_the_caller(tmp_path: Path, kind: type[Exception]) -> None:
     with pytest.raises(kind, match=r"Cannot write .*No such file.*Choose a folder that exists and is writable"):
         write_atomic(tmp_path / "no" / "a", b"1", error=kind)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises(EngineError, match="a pipe or a device"):
+        write_atomic(tmp_path / "a", b"1")
+    assert (tmp_path / "a").is_fifo() and names(tmp_path) == ["a"]

@@ -87,6 +87,55 @@ def test_ctrl_c_during_the_imports() -> None:
     assert done.returncode == 130 and done.stderr == "Interrupted; no file is left half written.\n"
 
 
+def test_ctrl_c_waits_until_a_compiled_module_is_set_up(tmp_path: Path) -> None:
+    """Raised inside, it ends the process: of onnx by `terminate`."""
+    program = (
+        "import signal, sys\n"
+        "from importlib.machinery import ExtensionFileLoader\n"
+        "from qdq.cli import entry\n"
+        "plain, done = ExtensionFileLoader.exec_module, []\n"
+        "def exec_module(self, module):\n"
+        "    if module.__name__.startswith('onnx.'):\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "    done.append(plain(self, module))\n"
+        "ExtensionFileLoader.exec_module = exec_module\n"
+        "def report():\n"
+        "    print('set up', flush=True) if done else None\n"
+        "import atexit; atexit.register(report)\n"
+        "sys.argv = ['qdq', 'plan', 'absent.onnx']\n"
+        "entry.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 130 and "set up" in done.stdout
+    assert done.stderr == "Interrupted; no file is left half written.\n"
+
+
+def test_a_signal_while_python_ends_changes_nothing() -> None:
+    program = (
+        "import atexit, signal, sys\n"
+        "from qdq.cli.entry import main\n"
+        "atexit.register(lambda: [signal.raise_signal(n) for n in (signal.SIGINT, signal.SIGTERM)])\n"
+        "sys.argv = ['qdq', '--version']\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr
+
+
+def test_what_is_no_exception_is_a_fault_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class OddError(BaseException):
+        pass
+
+    def fail(**options: object) -> None:
+        raise OddError
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert ended(monkeypatch, fail) == 70
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_closed_pipe_ends_quietly() -> None:
     command = [sys.executable, "-m", "qdq", "schema", "report"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -94,6 +143,15 @@ def test_a_closed_pipe_ends_quietly() -> None:
         process.stdout.close()
         said = process.stderr.read()
     assert said == b"" and process.returncode == 141
+
+
+def test_streams_that_cannot_be_written_change_no_exit_code(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m qdq lint absent.onnx"
+    for streams in (">&-", "2>&-", ">&- 2>&-", *(["2>/dev/full"] if Path("/dev/full").exists() else [])):
+        done = subprocess.run(["/bin/sh", "-c", f"{command} {streams}"], capture_output=True, check=False, cwd=tmp_path)
+        assert done.returncode == 2, streams
+    done = subprocess.run(["/bin/sh", "-c", f"{sys.executable} -m qdq schema plan >&-"], check=False, cwd=tmp_path)
+    assert done.returncode == 0
 
 
 def test_a_refusal_is_no_fault_and_a_fault_no_refusal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -257,6 +258,12 @@ def unchanged(folder: Path) -> None:
     """No change."""
 
 
+def split(folder: Path) -> None:
+    """A model whose weights lie in split.bin."""
+    net = onnx.load(folder / "net.onnx")
+    onnx.save(net, folder / "split.onnx", save_as_external_data=True, location="split.bin", size_threshold=0)
+
+
 BAD: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "missing model": (lambda f: (f / "net.onnx").unlink(), QUANTIZE, "net.onnx"),
     "empty model": (content("net.onnx", b""), QUANTIZE, "empty"),
@@ -314,6 +321,31 @@ BAD: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "output in a missing folder": (unchanged, (*QUANTIZE[:-1], "no/q.onnx"), "Cannot write"),
     "output is a folder": (unchanged, (*QUANTIZE[:-1], "data"), "Cannot write"),
     "output is the input": (unchanged, (*QUANTIZE[:-1], "net.onnx"), "input of this command"),
+    "output is a sample": (unchanged, (*QUANTIZE[:-1], "data/000.npz"), "input of this command"),
+    "output is the weights' file": (split, ("plan", "split.onnx", "-o", "split.bin"), "input of this command"),
+    "output is the data function's file": (
+        content("d.py", b"def f(): pass"),
+        ("quantize", "net.onnx", "--data", "d.py:f", "-o", "d.py"),
+        "input of this command",
+    ),
+    "output is a pipe": (lambda f: os.mkfifo(f / "p"), (*QUANTIZE[:-1], "p"), "it is a pipe or a device"),
+    "a result of the folder is a pipe": (
+        lambda f: ((f / "out").mkdir(), os.mkfifo(f / "out" / "plan.json")),
+        ("deploy", "net.onnx", "--data", "data", "--tune", "off", "--out", "out"),
+        "it is a pipe or a device",
+    ),
+    "the log would replace the model": (
+        unchanged,
+        (*QUANTIZE, "--log-file", "net.onnx"),
+        "holds no log of qdq",
+    ),
+    "block is no digit of ours": (unchanged, (*QUANTIZE, "--block", "\u00b2"), "it must be one of"),
+    "recipe of very many values": (
+        content("r.yaml", b"exclude: [" + b"a," * 10_001 + b"]"),
+        (*QUANTIZE, "--recipe", "r.yaml"),
+        "more than 10000 values",
+    ),
+    "custom operators are a pipe": (lambda f: os.mkfifo(f / "p"), (*QUANTIZE, "--custom-ops", "p"), "a pipe"),
     "output folder is a file": (unchanged, (*DEPLOY[:-1], "net.onnx"), "Cannot write"),
     "output folder below a file": (unchanged, (*DEPLOY[:-1], "net.onnx/build"), "Cannot write"),
     "output folder not writable": (unchanged, (*DEPLOY[:-1], "/proc/qdq"), "Cannot write"),
