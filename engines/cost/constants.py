@@ -13,25 +13,25 @@ from types import MappingProxyType
 from engines.cost.kernel import Constants
 
 CONSTANTS = Constants(
-    start_us=4.023,
-    product_start_us=2.555,
-    split=1.503,
-    bandwidth=0.829,
-    l2_bytes=15.75,
-    kept=0.2359,
-    grouped=0.4233,
-    pointwise=0.657,
-    rate=1.017,
-    attention=0.7635,
-    fp32_rate=0.1176,
-    small_tiles=2.492,
-    fill=0.3811,
-    clock=0.6783,
-    saturation=1.857,
-    int8=1.123,
-    halved=1.117,
-    grouped_int8=1.468,
-    turing=1.565,
+    start_us=2.854,
+    product_start_us=2.391,
+    split=1.53,
+    bandwidth=0.8233,
+    l2_bytes=15.14,
+    kept=0.2377,
+    grouped=0.4757,
+    pointwise=0.6843,
+    rate=0.9858,
+    attention=0.6181,
+    fp32_rate=0.1734,
+    small_tiles=2.212,
+    fill=0.3501,
+    clock=0.6475,
+    saturation=1.884,
+    int8=1.112,
+    halved=1.124,
+    grouped_int8=1.423,
+    turing=1.577,
 )
 
 
@@ -54,9 +54,9 @@ class Expected:
 
 EXPECTED: Mapping[str, Expected] = MappingProxyType(
     {
-        "transformers": Expected(rows=110, time=0.17, pairs=54, ratio=0.09),
-        "convolutions": Expected(rows=54, time=0.16, pairs=19, ratio=0.05),
-        "depthwise convolutions": Expected(rows=47, time=0.29, pairs=15, ratio=0.24),
+        "transformers": Expected(rows=110, time=0.13, pairs=54, ratio=0.10),
+        "convolutions": Expected(rows=54, time=0.14, pairs=19, ratio=0.06),
+        "depthwise convolutions": Expected(rows=47, time=0.26, pairs=15, ratio=0.23),
         "grouped convolutions": Expected(rows=9, time=None, pairs=3, ratio=None),
         "3-D convolutions": Expected(rows=0, time=None, pairs=0, ratio=None),
         "other networks": Expected(rows=0, time=None, pairs=0, ratio=None),

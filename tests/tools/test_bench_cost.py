@@ -65,6 +65,16 @@ def test_rows_that_are_left_out_have_no_part_in_their_constants(bench: ModuleTyp
     assert found[3:] == pytest.approx(model(bench.fitted(model, rows, ~mask))[3:])
 
 
+def test_launches_count_only_where_the_host_launched_every_kernel(bench: ModuleType) -> None:
+    model = Line(np.array([1.0, 1.0]))
+    model.kernels = np.array([10.0, 20.0])
+    rows = [Seen(1.0, "a"), Seen(1.0, "a")]
+    rows[0].launched, rows[1].launched = False, True
+    launched = bench.Launched(model, rows)
+    assert launched({"start": 2.0, "each": 1.0, "launch_us": 0.5}).tolist() == [3.0, 13.0]
+    assert launched.priors.keys() == {"start", "each", "launch_us"}
+
+
 def test_the_score(bench: ModuleType) -> None:
     pairs = [("x",), ("x",), ("y",), ("y",)]
     rows = [Seen(us, "a", p, pair) for us, p, pair in zip((5, 10, 30, 20), ("int8", "fp16") * 2, pairs, strict=True)]
@@ -135,6 +145,7 @@ def test_rows_are_read_with_the_kernels_that_are_most_like(bench: ModuleType, tm
 def test_the_committed_constants_are_those_that_the_tool_makes(bench: ModuleType) -> None:
     rows = [row for row in bench.read_rows(SHARED)[0] if row.quality == "clean"]
     assert len(rows) > 200 and {row.family for row in rows} >= {"transformers", "convolutions"}
-    made = bench.fitted(bench.Ours(rows), rows, np.ones(len(rows), bool))
+    made = bench.fitted(bench.Launched(bench.Ours(rows), rows), rows, np.ones(len(rows), bool))
+    assert made.pop("launch_us") > 0
     for name, value in made.items():
         assert getattr(CONSTANTS, name) == pytest.approx(value, rel=0.02), name

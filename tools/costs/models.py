@@ -84,6 +84,11 @@ class Reference:
         times = np.where((parts > 1) & (k / parts < 64), np.inf, batch.waves * batch.tiles)
         self._whole, self._parts = times[:one].min(axis=0), times[one:].min(axis=0)
 
+    @property
+    def kernels(self) -> Array:
+        """How many each row has."""
+        return self._batch.sums(np.ones(len(self._batch.engine)))
+
     def __call__(self, values: Values) -> Array:
         """Microseconds of each row."""
         b, gpu, v = self._batch, self._batch.gpu, values
@@ -145,9 +150,30 @@ class Ours:
         chosen = kernels or [row.tensorrt for row in rows]
         self._batch = Batch.of([(some, row.gpu) for some, row in zip(chosen, rows, strict=True)])
 
+    @property
+    def kernels(self) -> Array:
+        """How many each row has."""
+        return self._batch.sums(np.ones(len(self._batch.engine)))
+
     def __call__(self, values: Values) -> Array:
         """Microseconds of each row."""
         return self._batch.sums(self._batch.times(Constants(**values)).total)
+
+
+class Launched:
+    """A model of kernels, and what rows without a CUDA graph cost beyond it: time between kernels, of their host."""
+
+    def __init__(self, model: Reference | Ours, rows: Sequence[Row]) -> None:
+        """Rows of the model."""
+        self.priors = {**model.priors, "launch_us": (1.0, 0.7)}
+        self._model = model
+        self._launches = np.where([row.launched for row in rows], model.kernels, 0.0)
+
+    def __call__(self, values: Values) -> Array:
+        """Microseconds of each row."""
+        own = {name: value for name, value in values.items() if name != "launch_us"}
+        result: Array = self._model(own) + values["launch_us"] * self._launches
+        return result
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ class Row:
     """One published latency.
 
     `table` is of its network in its type, or in float16 for INT8; `own` is TensorRT-RTX's INT8 table where there is
-    one. `scale` is how much larger the batch or the area is than the table's.
+    one. `scale` is how much larger the batch or the area is than the table's. `launched` says that the host launched
+    every kernel: trtexec without a CUDA graph.
     """
 
     gpu: Gpu
@@ -68,6 +69,7 @@ class Row:
     precision: str
     quality: str
     measured_us: float
+    launched: bool
     pair: tuple[str, ...]
     table: Table
     scale: float
@@ -148,6 +150,7 @@ def _row(values: dict[str, str], known: dict[tuple[str, str], list[Table]]) -> R
         precision=precision,
         quality=values["quality"],
         measured_us=float(values["measured_ms"]) * 1e3,
+        launched="trtexec" in values["tool_version"] and "CUDA graph" not in values["tool_version"],
         pair=(
             *(values[k] for k in ("source_url", "gpu", "model", "shape", "batch")),
             values["tool_version"].split(",")[0],
