@@ -7,6 +7,7 @@ published_latencies.csv and kernel_tables.json.gz:
     python tools/bench_cost.py FOLDER               the tables
     python tools/bench_cost.py FOLDER --write       also engines/cost/constants.py
     python tools/bench_cost.py FOLDER --parts       also what each part of the model is worth, and which the rows choose
+                                                    (ten minutes)
 
 A ratio is INT8 / FP16 of one network, GPU and source. Each figure is of rows that had no part in the fit, unless it
 says "seen".
@@ -25,6 +26,7 @@ import numpy.typing as npt
 from costs.fit import corrected, fitted, left_out, ratio_pairs, score
 from costs.models import Held, Model, Ours, Reference, Roofline
 from costs.published import Row, read_rows
+from results import record
 
 from engines.cost.family import FAMILIES
 
@@ -55,14 +57,15 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write {TARGET.name}")
     parser.add_argument("--parts", action="store_true", help="also leave out each part of the model")
     given = parser.parse_args()
-    every = read_rows(given.folder)
+    every, others = read_rows(given.folder)
     rows = [row for row in every if row.quality == "clean"]
     print(f"{len(rows)} clean rows: {_counts(row.gpu_name for row in rows)}")
-    print(f"families: {_counts(row.family for row in rows)}\n")
+    print(f"families: {_counts(row.family for row in rows)}")
+    print(f"left out: {_counts(others) or 'none'}\n")
     models: dict[str, Model] = {"roofline of before": Roofline(rows), "reference": Reference(rows), "ours": Ours(rows)}
     unseen = {name: _compare(name, model, rows) for name, model in models.items()}
-    for name, predicted in unseen.items():
-        _by_kind(name, rows, predicted)
+    for name in ("reference", "ours"):
+        _by_kind(name, rows, unseen[name])
     constants = fitted(models["ours"], rows, np.ones(len(rows), bool))
     print("\nconstants:", ", ".join(f"{name} {value:.4g}" for name, value in constants.items()))
     _unfitted([row for row in every if row.quality != "clean"], constants)
@@ -95,9 +98,10 @@ def _compare(name: str, model: Model, rows: Sequence[Row]) -> Array:
     print(line(f"{name}, seen", rows, seen))
     print(line(f"{name}, GPU left out", rows, gpu))
     print(line(f"{name}, GPU and family left out", rows, pair))
+    others = f"GPU and family left out {corrected(rows, pair):.3f}, seen {corrected(rows, seen):.3f}"
     each = {label: corrected([rows[i] for i in mine], gpu[mine]) for label, mine in _groups(rows, "gpu_name").items()}
     known = ", ".join(f"{label} {error:.3f}" for label, error in each.items() if error == error)
-    print(f"  one factor per GPU from four points: all {corrected(rows, gpu):.3f}; {known}")
+    print(f"  one factor per GPU from four points, GPU left out: {corrected(rows, gpu):.3f} ({known}); {others}")
     return gpu
 
 
@@ -227,4 +231,4 @@ def _text(value: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)

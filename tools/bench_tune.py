@@ -1,8 +1,8 @@
 """What tuning is worth: predicted time of each model in FP32, FP16, untuned INT8, by Model Optimizer, and tuned.
 
-Every variant of a row is compiled in this process by TensorRT-RTX for the same target and priced by the same model of
-cost (`engines.cost`); nothing is run on a GPU. The zoo (models and samples) and the MONAI networks (`export_monai.py`,
-with crops of a NIfTI volume as samples) lie outside the project. Model Optimizer runs in its own environment.
+Every variant of a row is compiled in this process by TensorRT-RTX for the same target and priced by the same model
+(`engines.cost`); nothing is run on a GPU. The zoo (models and samples) and the MONAI networks (`export_monai.py`, with
+crops of a NIfTI volume as samples) lie outside the project. Model Optimizer runs in its own environment.
 
     python tools/bench_tune.py --zoo ../shared/tools [--modelopt PYTHON] [--target sm86] [--json OUT] [CASE ...]
     python tools/bench_tune.py --monai FOLDER --volume T1.nii.gz --min-sqnr-db 30 [...]

@@ -93,6 +93,12 @@ def _forget_failure(trt: ModuleType) -> None:
     compile_model(trt, tiny, shapes={}, configure=lambda config: None)
 
 
+_TURING = (
+    "TensorRT-RTX has no FP32 matrix products for sm75, and hardly any INT8: give the model in FP16 "
+    "(--unquantized-type fp16), or leave sm75 out."
+)
+
+
 def build(
     model: Path | str | onnx.ModelProto,
     *,
@@ -123,8 +129,10 @@ def build(
         compiled = compile_model(
             trt, model, shapes=shapes or {}, configure=configure, directory=directory, on_progress=on_progress
         )
-    except BuildError:
+    except BuildError as error:
         _forget_failure(trt)
+        if "sm75" in names and "check_turing_op_compatibility" in str(error):
+            raise BuildError(f"{error} {_TURING}", nodes=error.nodes) from error
         raise
     lines, size = compiled.lines, len(compiled.data)
     table = table_from_rtx_log(lines, version=trt.__version__, targets=names, engine_bytes=size)

@@ -20,6 +20,7 @@ import onnx
 from engines.backends.compiler import ShapeRange
 from engines.backends.layers import SYNCHRONIZATION, Layer, LayerTable
 from engines.core.errors import EngineError
+from engines.core.quantizers import LOW
 from engines.cost.constants import CONSTANTS, EXPECTED
 from engines.cost.family import family_of
 from engines.cost.gpus import Gpu, gpu_named
@@ -99,7 +100,9 @@ class Cost:
             true = f"the error of the predicted time is unknown: {where}"
         else:
             true = f"two of three predicted times keep to {known.time:.0%} on a GPU that was left out: {where}"
-        return (true, *self.gpu.notes)
+        low = any(k.macs and k.dtype in LOW for k in self.kernels)
+        own = ("of TensorRT-RTX's kernels below 16 bits no latency is published",) if low else ()
+        return (true, *own, *self.gpu.notes)
 
     def dearest(self, count: int) -> tuple[KernelCost, ...]:
         """The kernels with the longest predicted time, the dearest first; equal ones in the order of the engine."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
+import json
 import os
 from pathlib import Path
 from types import ModuleType
@@ -91,9 +93,47 @@ def test_a_family_with_few_rows_gets_no_error(bench: ModuleType) -> None:
     assert '"convolutions": Expected(rows=12, time=0.10, pairs=0, ratio=None)' in text and "rate=0.5," in text
 
 
+def test_rows_are_read_with_the_kernels_that_are_most_like(bench: ModuleType, tmp_path: Path) -> None:
+    def entry(precision: str, size: str, target: str = "sm89") -> dict[str, object]:
+        batch = int(size)
+        act = [["float16", [batch, 64, 56, 56]]]
+        conv = {
+            "name": "/c_myl0_1",
+            "kind": "correlation",
+            "dtype": "float16",
+            "macs": 0,
+            "inputs": act,
+            "outputs": act,
+        }
+        conv["constants"] = [["float16", [64, 64, 3, 3]]]
+        return {"model": "net", "precision": precision, "target": target, "batch_and_size": size, "kernels": [conv]}
+
+    tables = [entry("fp16", "1"), entry("fp16", "8"), entry("fp16", "1", "sm75")]
+    (tmp_path / "kernel_tables.json.gz").write_bytes(gzip.compress(json.dumps(tables).encode()))
+    names = "source_url,gpu,sm,model,shape,batch,precision,tool_version,measured_ms,quality,family"
+    lines = [
+        "u,a100,sm80,net,224x224,4,fp16,TensorRT 8,1.5,clean,cnn",
+        "u,a100,sm80,net,224x224,4,int8,TensorRT 8,0.9,clean,cnn",
+        "u,t4,sm75,net,224x224,2,fp16,TensorRT 8,3,host,cnn",
+        "u,a100,sm80,other,224x224,4,fp16,TensorRT 8,1,clean,cnn",
+        "u,k80,sm37,net,224x224,4,fp16,TensorRT 8,1,clean,cnn",
+    ]
+    (tmp_path / "published_latencies.csv").write_text("\n".join([names, *lines]))
+    rows, others = bench.read_rows(tmp_path)
+    assert others == ["no kernels of other", "unknown GPU k80"]
+    assert [(r.table.size, r.table.target, r.scale) for r in rows] == [
+        (8, "sm89", 0.5),
+        (8, "sm89", 0.5),
+        (1, "sm75", 2),
+    ]
+    assert bench.ratio_pairs(rows) == [(1, 0)]
+    (half,), (whole,) = rows[1].tensorrt, rows[0].tensorrt
+    assert (half.dtype, half.work.read, half.work.macs) == ("int8", whole.work.read / 2, 4 * 56 * 56 * 64 * 576)
+
+
 @pytest.mark.skipif(not (SHARED / "kernel_tables.json.gz").exists(), reason="no published latencies in $QDQ_SHARED")
 def test_the_committed_constants_are_those_that_the_tool_makes(bench: ModuleType) -> None:
-    rows = [row for row in bench.read_rows(SHARED) if row.quality == "clean"]
+    rows = [row for row in bench.read_rows(SHARED)[0] if row.quality == "clean"]
     assert len(rows) > 200 and {row.family for row in rows} >= {"transformers", "convolutions"}
     made = bench.fitted(bench.Ours(rows), rows, np.ones(len(rows), bool))
     for name, value in made.items():

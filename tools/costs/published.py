@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.backends.layers import KernelTensor, Layer
+from engines.core.errors import EngineError
 from engines.cost.family import TRANSFORMERS, family_of
 from engines.cost.gpus import Gpu, gpu_named
 from engines.cost.kernel import Kernel
@@ -114,8 +115,8 @@ def merged(kernels: Iterable[Kernel]) -> list[Kernel]:
     return [replace(kernel, count=count) for kernel, count in Counter(kernels).items()]
 
 
-def read_rows(folder: Path) -> list[Row]:
-    """The rows that a table of kernels is known for."""
+def read_rows(folder: Path) -> tuple[list[Row], list[str]]:
+    """The rows that a table of kernels is known for, and why each of the others is left out."""
     with gzip.open(folder / "kernel_tables.json.gz") as file:
         tables = [_table(entry) for entry in json.load(file)]
     known: dict[tuple[str, str], list[Table]] = {}
@@ -123,10 +124,11 @@ def read_rows(folder: Path) -> list[Row]:
         known.setdefault((table.model, table.precision), []).append(table)
     with (folder / "published_latencies.csv").open() as file:
         found = [_row(values, known) for values in csv.DictReader(file)]
-    return [row for row in found if row is not None]
+    return [row for row in found if isinstance(row, Row)], [row for row in found if isinstance(row, str)]
 
 
-def _row(values: dict[str, str], known: dict[tuple[str, str], list[Table]]) -> Row | None:
+def _row(values: dict[str, str], known: dict[tuple[str, str], list[Table]]) -> Row | str:
+    """A row, or why it is none."""
     model, precision = values["model"], values["precision"]
     size = int(values["batch"])
     if any("x" in values["shape"] and t.size > 1000 for t in known.get((model, "fp16"), ())):
@@ -134,9 +136,13 @@ def _row(values: dict[str, str], known: dict[tuple[str, str], list[Table]]) -> R
     table = _nearest(known.get((model, "fp16" if precision == "int8" else precision), ()), values["sm"], size)
     own = _nearest(known.get((model, precision), ()), values["sm"], size)
     if table is None:
-        return None
+        return f"no kernels of {model}"
+    try:
+        gpu = gpu_named(NAMES.get(values["gpu"], values["gpu"]))
+    except EngineError:
+        return f"unknown GPU {values['gpu']}"
     return Row(
-        gpu=gpu_named(NAMES.get(values["gpu"], values["gpu"])),
+        gpu=gpu,
         gpu_name=values["gpu"],
         model=model,
         precision=precision,

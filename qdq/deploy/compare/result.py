@@ -35,7 +35,7 @@ class SchemeRow(Part, frozen=True, kw_only=True):
         sqnr_spread_db: the spread of that output over samples against its error; None where it is not known.
         worst_output: its name.
         value: of the metric.
-        predicted_us: mean over the GPUs, a roofline.
+        predicted_us: mean over the GPUs, by `engines.cost`.
         problem: '' if nothing failed.
         notes: what a reader must know, one sentence each.
     """

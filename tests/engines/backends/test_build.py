@@ -141,6 +141,8 @@ def test_a_failed_build_does_not_change_the_next_one() -> None:
     expected = rtx.build(graphs.conv(), targets=["sm86"]).table
     with pytest.raises(BuildError, match="FP32 GEMM"):
         rtx.build(graphs.matmul(data=None, fmt=None), targets=["sm75"])
+    with pytest.raises(BuildError, match=r"no FP32 matrix products for sm75.*--unquantized-type fp16"):
+        rtx.build(graphs.matmul(data=None, fmt=None), targets=["sm75"])
     kinds = [[t.dtype for t in la.inputs] for la in rtx.build(graphs.conv(), targets=["sm86"]).table.layers]
     assert kinds == [[t.dtype for t in la.inputs] for la in expected.layers]
 

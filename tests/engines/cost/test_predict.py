@@ -153,6 +153,12 @@ def test_how_true_a_prediction_is() -> None:
     assert "unknown" in other.notes[0] and len(other.notes) == 1
 
 
+def test_kernels_that_no_one_measured_are_named() -> None:
+    int8 = replace(CONV, inputs=(tensor("int8", 1, 16, 8, 8), tensor("int8", 16, 16, 3, 3)))
+    notes = [predict(graphs.conv(), table(kernel), "l4").notes for kernel in (int8, CONV)]
+    assert [any("below 16 bits" in line for line in lines) for lines in notes] == [True, False]
+
+
 def test_a_family_with_few_published_latencies_has_no_error() -> None:
     assert EXPECTED.keys() == set(FAMILIES)
     for known in EXPECTED.values():

@@ -13,10 +13,9 @@ import pytest
 from graphs import build, conv, node, normal, residual, run, samples
 from onnx import TensorProto
 
-from engines.backends.backend import DEFAULT, backend_named
 from engines.backends.compiler import ShapeRange
 from engines.core.documents import replace
-from engines.core.errors import BuildError, EngineError, MissingRuntimeError
+from engines.core.errors import BuildError, EngineError, MissingRuntimeError, UnsupportedTargetError
 from qdq.assemble import quantize
 from qdq.assemble.finish import finish
 from qdq.assemble.precision.convert import convert
@@ -454,15 +453,19 @@ class TestPricing:
         assert len(both.kernels) > len(one.kernels) and both.us != one.us
 
 
-def test_gpus_of_a_recipe() -> None:
+def test_gpus_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [g.name for g in gpus_of(Recipe(targets=("8.6", "sm120")))] == ["a10", "rtx5090"]
     own = {"name": "edge", "target": "sm89", "bandwidth_gb_s": 200, "tera_ops": {"float32": 10, "float16": 40}}
     assert gpus_of(Recipe.from_mapping({"gpu": [own]}))[0].bandwidth_gb_s == 200
     assert gpus_of(Recipe.from_mapping({"gpu": "l4"}))[0].name == "l4"
     with pytest.raises(InputError, match="--target sm86"):
         gpus_of(Recipe.from_mapping({"gpu": "a10"}))
-    for target in backend_named(DEFAULT).targets:  # each that can be named has one
-        assert gpus_of(Recipe(targets=(target,)))[0].target == target
+    assert [g.name for g in gpus_of(Recipe(targets=("sm121", "sm89")))] == ["gb10", "rtx4090"]
+    like = Recipe.from_mapping({"gpu": [{"like": "rtx4090", "name": "mine", "measured": {"tera_ops": {"int8": 500}}}]})
+    assert gpus_of(like)[0].measured.tera_ops == {"int8": 500}
+    monkeypatch.setattr("qdq.build.pricer.usual_gpu", lambda target: None)
+    with pytest.raises(UnsupportedTargetError, match="sm121"):
+        gpus_of(Recipe(targets=("sm121",)))
 
 
 def test_the_samples_looked_at_do_not_depend_on_their_order() -> None:
