@@ -109,7 +109,7 @@ class Decision(Part, frozen=True, kw_only=True):
         best = f"{nodes} nodes in {operands}, {self.other.best_us:.1f} us" if nodes else f"nothing in {operands}"
         return (
             f"{head}, another choice is better: {best}; what was chosen would take {self.other.chosen_us:.1f} us, "
-            f"{floats}. A recipe with `gpu: {{like: {first.name}, accumulation: {other}}}` assumes that"
+            f"{floats}. A recipe with `gpu: [{{like: {first.name}, accumulation: {other}}}]` assumes that"
         )
 
 

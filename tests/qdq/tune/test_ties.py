@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+import yaml
 from graphs import build, node, normal, samples
 from onnx import TensorProto
 
 from engines.cost.gpus import gpu_named
 from qdq.build.cost import TIE, TIE_US, Kernel, Price
+from qdq.build.pricer import gpus_of
+from qdq.build.recipe import Recipe
 from qdq.model.model import Model
 from qdq.plan.settings import Settings
 from qdq.tune.decision import decided
@@ -223,7 +226,8 @@ def test_both_answers_where_the_accumulation_decides() -> None:
     assert other.quantized_nodes == 4 and (other.best_us, other.unquantized_us) == (39.6, 80)
     said = tuned.said(geforce)[1]
     assert "assumed to accumulate in FP16 on rtx4090; if in FP32, another choice is better: 4 nodes in INT8" in said
-    assert "accumulation: float32" in said
+    advised = yaml.safe_load(said.partition("`")[2].partition("`")[0])  # as the sentence writes it
+    assert gpus_of(Recipe.from_mapping(advised)) == (geforce[0].other_accumulation(),)
     same = found(
         lambda name, quantized, _: 5.0 if quantized else 10.0, other=lambda name, quantized, _: 5.0 if quantized else 20
     )
