@@ -521,3 +521,17 @@ def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(proto.SerializeToString().replace(b"broken", b"brok\xffn"))
     with pytest.raises(ModelError, match="not UTF-8"):
         load(tmp_path / "m.onnx")
+
+
+def test_an_output_without_a_type_gets_the_inferred_one_and_a_sparse_text_is_refused() -> None:
+    proto = net()
+    proto.graph.output[0].type.tensor_type.elem_type = 0
+    assert load(proto).proto.graph.output[0].type.tensor_type.elem_type == FLOAT
+    texts = net().graph.sparse_initializer.add()
+    texts.values.CopyFrom(numpy_helper.from_array(np.array(["a"], object), "w"))
+    texts.indices.CopyFrom(numpy_helper.from_array(np.array([0])))
+    texts.dims.extend([8])
+    proto = net()
+    proto.graph.sparse_initializer.append(texts)
+    with pytest.raises(ModelError, match="holds texts"):
+        load(proto)
