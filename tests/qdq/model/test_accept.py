@@ -110,3 +110,9 @@ def test_weights_beside_the_file_may_belong_to_a_body(tmp_path: Path) -> None:
 
 def test_a_model_in_memory_has_no_file() -> None:
     assert load(net()).file is None and isinstance(load(net()), Model)
+
+
+def test_an_output_without_a_type_gets_the_inferred_one() -> None:
+    proto = net()
+    proto.graph.output[0].type.tensor_type.elem_type = 0
+    assert load(proto).proto.graph.output[0].type.tensor_type.elem_type == FLOAT

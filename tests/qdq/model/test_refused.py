@@ -112,3 +112,14 @@ def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(proto.SerializeToString().replace(b"broken", b"brok\xffn"))
     with pytest.raises(ModelError, match="not UTF-8"):
         load(tmp_path / "m.onnx")
+
+
+def test_a_sparse_text_is_refused() -> None:
+    texts = net().graph.sparse_initializer.add()
+    texts.values.CopyFrom(numpy_helper.from_array(np.array(["a"], object), "w"))
+    texts.indices.CopyFrom(numpy_helper.from_array(np.array([0])))
+    texts.dims.extend([8])
+    proto = net()
+    proto.graph.sparse_initializer.append(texts)
+    with pytest.raises(ModelError, match="holds texts"):
+        load(proto)
