@@ -68,6 +68,25 @@ class Price:
         return max(TIE * max(alone), TIE_US)
 
 
+class PricedGpu(Protocol):
+    """A GPU that times are predicted for, as far as a reader must know of it; see `engines.cost.gpus.Gpu`."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def accumulation(self) -> str:
+        """Assumed of FP16 products: 'float16' or 'float32'."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What who reads a predicted time of it must know."""
+
+    def other_accumulation(self) -> PricedGpu | None:
+        """The same under the other assumption, if that is another."""
+
+
 class CostModel(Protocol):
     """Compiles and prices models."""
 

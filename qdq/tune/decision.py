@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from engines.core.documents import Part
-from engines.cost.gpus import Gpu
-from qdq.build.cost import Price
+from qdq.build.cost import Price, PricedGpu
 from qdq.tune.variant import Variant
 
 Verdict = Literal["tie", "within the error", "beyond the error", "error unknown", "nothing to compare"]
@@ -70,7 +69,7 @@ class Decision(Part, frozen=True, kw_only=True):
         known = self.quantized_us is not None and self.unquantized_us is not None
         return known and self.verdict != "tie" and (self.quantized_us or 0.0) > (self.unquantized_us or 0.0)
 
-    def sentences(self, operands: str, gpus: Sequence[Gpu]) -> list[str]:
+    def sentences(self, operands: str, gpus: Sequence[PricedGpu]) -> list[str]:
         """What a person must know of it; `operands` as INT8, times predicted for the GPUs."""
         notes = [said for gpu in gpus for said in gpu.notes if not said.startswith("FP16")]  # that is said below
         return [said for said in (self._comparison(operands), *notes, self._assumption(operands, gpus)) if said]
@@ -94,7 +93,7 @@ class Decision(Part, frozen=True, kw_only=True):
             "only a measurement can tell"
         )
 
-    def _assumption(self, operands: str, gpus: Sequence[Gpu]) -> str:
+    def _assumption(self, operands: str, gpus: Sequence[PricedGpu]) -> str:
         if self.other is None:
             return ""
         names = [gpu.name for gpu in gpus if gpu.other_accumulation()]

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
 from engines.core.documents import Document
-from engines.cost.gpus import Gpu
-from qdq.build.cost import Price
+from qdq.build.cost import Price, PricedGpu
 from qdq.plan.plan import Plan
 from qdq.tune.decision import Decision
 from qdq.tune.variant import Variant
@@ -132,13 +131,13 @@ class Tuned:
         quantized = f"{count} nodes in {self.operands}" if count else f"{self.operands} {idle}"
         return f"{quantized}; rewrites: {rewrites or 'none'}; {self.tried} variants looked at{ENDED[self.ended]}"
 
-    def said(self, gpus: Sequence[Gpu]) -> list[str]:
+    def said(self, gpus: Sequence[PricedGpu]) -> list[str]:
         """What a person must know beside the summary, one sentence each, with times predicted for these GPUs."""
         floats = [f"the {kind.upper()} model does not compile: {_short(why)}" for kind, why in self.refused.items()]
         others = [f"some variants do not compile, so they were not chosen: {_short(self.refusal)}"]
         return [*self.decision.sentences(self.operands, gpus), *floats, *(others if self.refusal else [])]
 
-    def outcome(self, gpus: Sequence[Gpu]) -> TuningOutcome:
+    def outcome(self, gpus: Sequence[PricedGpu]) -> TuningOutcome:
         """What a report says of it, with times predicted for these GPUs."""
         times = (self.price.us, self.plain, self.untuned, self.fp32)
         predicted, plain, untuned, fp32 = (us if math.isfinite(us) else None for us in times)
