@@ -29,19 +29,26 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import gpu_networks as nets
-import gpu_torch
+try:
+    import gpu_networks as nets
+    import gpu_torch
 
-from engines.backends.doctor import diagnose
-from engines.core.errors import EngineError, MissingRuntimeError
-from engines.core.files import write_atomic
-from engines.cost.gpus import Gpu
-from engines.timing.driver import Card, Driver
-from engines.timing.events import EventTimer
-from engines.timing.gpu_file import MeasuredGpu, measured_gpu, row_of
-from engines.timing.machine import Monitor
-from engines.timing.measure import backend_for
-from engines.verify.manifest import package_versions
+    from engines.backends.doctor import diagnose
+    from engines.core.errors import EngineError, MissingRuntimeError
+    from engines.core.files import write_atomic
+    from engines.cost.gpus import Gpu
+    from engines.timing.driver import Card, Driver
+    from engines.timing.events import EventTimer
+    from engines.timing.gpu_file import MeasuredGpu, measured_gpu, row_of
+    from engines.timing.machine import Monitor
+    from engines.timing.measure import backend_for
+    from engines.verify.manifest import package_versions
+except ImportError as missing:
+    print(
+        f"Cannot import {missing.name}: install what qdq needs with `pip install .`, also beside torch.",
+        file=sys.stderr,
+    )
+    sys.exit(3)
 
 MINUTES, MEASURING_S, NETWORK_S, SECONDS = 9.0, 170.0, 70.0, 3.0
 PARTS = ("measured by engines", "measured by torch", "networks", "clocks and power")

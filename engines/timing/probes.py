@@ -38,6 +38,8 @@ SINCE = {"int8": 75, "bfloat16": 80, "fp8": 89}
 SIZE, CHANNELS, IMAGE = 4096, 256, (8, 256, 64, 64)
 ONES = 8  # output channels of a product whose weights are all one, to see how it accumulates
 DRAM_BYTES = 1 << 30
+ROW = 1024  # of a sum, whose two inputs and output are rows of FP16
+ROW_BYTES = 3 * 2 * ROW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +82,8 @@ def probes(card: Card, seconds: float = 3.0) -> list[Probe]:
     sm = int(card.target.removeprefix("sm"))
     types = [t for t in NUMPY if sm >= SINCE.get(t, 0)]
     half: dict[str, Any] = {"dtype": "float16", "kind": "chain"}
-    unit = max(card.l2_bytes // 8, 1 << 18) // 6 * 6
-    dram = min(DRAM_BYTES, card.memory_bytes // 4) // 6 * 6
+    unit = max(card.l2_bytes // 8, 1 << 18) // ROW_BYTES * ROW_BYTES
+    dram = min(DRAM_BYTES, card.memory_bytes // 4) // ROW_BYTES * ROW_BYTES
     found = [
         Probe(name="start", **half, multiplies=False, steps=(20, 120), make=pools),
         Probe(name="product_start_3x3", **half, multiplies=True, steps=(10, 40), make=partial(small_convs, kernel=3)),
@@ -252,7 +254,7 @@ def add(steps: int, unit: int) -> onnx.ModelProto:
     """One sum of two tensors that reads and writes `steps` times `unit` bytes."""
     g = Graph()
     y = g.add("Add", ["x", "y"], "step0")
-    return g.model(["x", "y"], [steps * unit // 6], y, "float16")
+    return g.model(["x", "y"], [steps * unit // ROW_BYTES, ROW], y, "float16")
 
 
 def matmul(steps: int, dtype: str) -> onnx.ModelProto:
