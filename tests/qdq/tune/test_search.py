@@ -13,6 +13,7 @@ import pytest
 from graphs import build, conv, node, normal, residual, run, samples
 from onnx import TensorProto
 
+from engines.backends.backend import DEFAULT, backend_named
 from engines.backends.compiler import ShapeRange
 from engines.core.documents import replace
 from engines.core.errors import BuildError, EngineError, MissingRuntimeError, UnsupportedTargetError
