@@ -8,8 +8,8 @@ best variant, prices -> the plainest variant that is as fast, with a sentence pe
 | a class of quantized nodes, coarser codes, a quantized shortcut | the more exact form |
 | a float type that is larger than the usual one | the smaller, unless its outputs are poor |
 
-A tie is one of `qdq.build.cost`. All that is given back together may cost no more than one. It must not make a variant
-less exact, but for the float type.
+A tie is one of `qdq.build.cost`. All that is given back together may cost no more than one, and what stays quantized
+gains more than one on float. It must not make a variant less exact, but for the float type.
 """
 
 from __future__ import annotations
@@ -34,25 +34,34 @@ class GiveBack:
 
     Attributes:
         best: the variant, less what was given back so far.
+        floating: the fastest variant with nothing quantized.
+        poor_db: SQNR of the outputs in a float type below which that is poor.
         steps: one sentence for each part.
     """
 
     builder: VariantBuilder
     prices: Prices
     best: Variant
+    floating: Variant
+    poor_db: float = POOR_DB
     steps: list[str] = field(default_factory=list)
+    _first: Variant = field(init=False)
 
-    def all(self, floating: Variant) -> bool:
-        """Take a float variant if the best gains nothing on it; True if it was taken."""
-        if not self.best.quantized or self.prices.gains(self.best, floating):
+    def __post_init__(self) -> None:
+        """Keep what all that is given back is held against."""
+        self._first = self.best
+
+    def all(self) -> bool:
+        """Take the float variant if the best gains nothing on it; True if it was taken."""
+        if not self.best.quantized or self._costs(self.floating):
             return False
-        times = f"{self.prices.us(self.best):.1f} us, {self.prices.us(floating):.1f} in float"
-        self._take(floating, f"nothing quantized, for that gains nothing: {times}")
+        times = f"{self.prices.us(self.best):.1f} us, {self.prices.us(self.floating):.1f} in float"
+        self._take(self.floating, f"nothing quantized, for that gains nothing: {times}")
         return True
 
     def classes(self) -> None:
         """Take the more exact form of each class of nodes where that costs nothing, until each that is left pays."""
-        before, first = None, self.best
+        before = None
         while self.best != before and self.best.quantized and not self.prices.late():
             before, moves = self.best, into_exact(self.builder, self.best)
             times = times_of(moves, self.builder.base(before).model, self.prices(before))
@@ -60,8 +69,8 @@ class GiveBack:
             alone = [m for m in moves if times[m] >= least]
             idle = [m for m, _ in zip(alone, self.prices.ahead(m.of(before) for m in alone), strict=False)]
             idle = [m for m in idle if not self.prices.gains(before, m.of(before))]
-            self._together(sorted(idle, key=lambda m: self.prices.us(m.of(before))), first)
-            self._together([m for m in moves if times[m] < least], first)
+            self._together(sorted(idle, key=lambda m: self.prices.us(m.of(before))))
+            self._together([m for m in moves if times[m] < least])
 
     def type(self) -> None:
         """Take the smaller float type, or where that is poor the larger, if that costs nothing."""
@@ -70,7 +79,7 @@ class GiveBack:
             other = Move(kind=TYPE, nodes=(kind,)).of(self.best)
             if other == self.best or (other not in self.prices.asked and self.prices.late()):
                 continue
-            if not self.prices.gains(self.best, other) and self.poor() == bool(kind):
+            if not self._costs(other) and self.poor() == bool(kind):
                 times = f"{self.prices.us(other):.1f} us, {self.prices.us(self.best):.1f} before"
                 why = f"the outputs in {usual} alone are poor" if kind else "it is as fast, and smaller"
                 self._take(other, f"what is not quantized in {kind or usual}, for {why}: {times}")
@@ -78,23 +87,29 @@ class GiveBack:
     def poor(self) -> bool:
         """Whether the outputs of the model in the usual float type, nothing quantized, are."""
         found = self.builder.rounding_db(replace(self.best, quantized=frozenset(), unquantized_type=""))
-        return found is not None and found < POOR_DB
+        return found is not None and found < self.poor_db
 
-    def _together(self, moves: Sequence[Move], first: Variant) -> None:
-        """Make all of the moves if that costs nothing, here and since the first variant; if not, try either half."""
+    def _costs(self, other: Variant) -> bool:
+        """Whether another variant is slower than the best or the first one, or loses their gain on float."""
+        gains = self.prices.gains
+        slower = gains(self.best, other) or gains(self._first, other)
+        return slower or (bool(other.quantized) and gains(self.best, self.floating) and not gains(other, self.floating))
+
+    def _together(self, moves: Sequence[Move]) -> None:
+        """Make all of the moves if that costs nothing; if not, try either half."""
         if not moves or self.prices.late():
             return
         candidate = _after(self.best, moves)
         if candidate == self.best:
             return
-        if not (self.prices.gains(self.best, candidate) or self.prices.gains(first, candidate)):
+        if not self._costs(candidate):
             names = ", ".join(map(str, moves[:2])) + (f" and {len(moves) - 2} more" if len(moves) > 2 else "")
             times = f"{self.prices.us(self.best):.1f} -> {self.prices.us(candidate):.1f} us"
             self._take(candidate, f"{names}, for less gains nothing: {times}")
         elif len(moves) > 1:
             half = len(moves) // 2
-            self._together(moves[:half], first)
-            self._together(moves[half:], first)
+            self._together(moves[:half])
+            self._together(moves[half:])
 
     def _take(self, variant: Variant, what: str) -> None:
         self.best = variant

@@ -21,7 +21,7 @@ from qdq.core.progress import Progress
 from qdq.passes.rewrites import FLOAT_REWRITES, QUANTIZED_REWRITES
 from qdq.plan.plan import Plan
 from qdq.tune.decision import decided
-from qdq.tune.give_back import GiveBack, plainest
+from qdq.tune.give_back import POOR_DB, GiveBack, plainest
 from qdq.tune.moves import TYPE, Move, finer_codes, into_float, into_quantized, possible, times_of
 from qdq.tune.prices import Budget, Prices
 from qdq.tune.tuned import Tuned
@@ -69,6 +69,7 @@ def tune(
     search = _Search(builder, prices, placement)
     if bounded:
         search.most = 10 ** (-(min_sqnr_db + MARGIN_DB) / 10)
+        search.poor_db = max(POOR_DB, min_sqnr_db + RESERVE_DB)
     search.run(budget.part(FIRST if verified else 1.0), first=True)
     if verified:
         search.verify(min_sqnr_db, verified, budget.part((1 - FIRST) / (ROUNDS - 1)))
@@ -87,6 +88,7 @@ class _Search:
     ended: str = ""
     untuned: float = math.inf
     most: float = math.inf
+    poor_db: float = POOR_DB
 
     def run(self, budget: Budget, *, first: bool = False) -> None:
         """Search within a budget, a part of which is for giving back."""
@@ -102,10 +104,11 @@ class _Search:
 
     def give_back(self) -> None:
         """Give back what gains nothing."""
-        given = GiveBack(self.builder, self.prices, self.best)
-        if self.placement and not given.all(self.floating()):
+        given = GiveBack(self.builder, self.prices, self.best, self.floating(), self.poor_db)
+        if self.placement and not given.all():
             given.classes()
-            given.all(self.floating())
+            given.floating = self.floating()
+            given.all()
         given.type()
         self.best = given.best
         self.steps += given.steps

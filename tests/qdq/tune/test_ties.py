@@ -137,6 +137,13 @@ def test_each_gain_below_a_tie_is_no_tie_if_there_are_many() -> None:
     assert tuned.price.us <= 54.6 + TIE_US and len(tuned.variant.quantized) >= 5
 
 
+@pytest.mark.parametrize("us", [9.6, 9.65, 9.7])  # each less than a tie, all together more than one
+def test_what_gains_on_float_is_not_given_back_in_parts(us: float) -> None:
+    tuned = found(lambda name, quantized, _: us if quantized else 10.0)
+    assert tuned.price.us < 40 - TIE_US and tuned.price.us <= 4 * us + TIE_US
+    assert tuned.decision.chosen and tuned.decision.verdict != "tie"
+
+
 def test_coarser_codes_that_gain_nothing_are_given_back() -> None:
     tuned = found(lambda name, quantized, _: 4.0 if quantized else 10.0)
     assert not tuned.variant.per_tensor and not tuned.variant.unshifted and not tuned.variant.float_shortcuts
@@ -165,6 +172,16 @@ def test_between_float_types_of_equal_time_one_that_is_poor_is_not_taken() -> No
     assert found(lambda name, quantized, _: 12.0, model=model, types="fp16").plan.unquantized_type == "fp16"
     tuned = found(lambda name, quantized, _: 12.0, model=model, types="fp16 fp32")
     assert tuned.plan.unquantized_type == "fp32" and any("are poor" in step for step in tuned.steps)
+
+
+def test_between_float_types_of_equal_time_one_below_the_bound_is_not_taken() -> None:
+    work = VariantBuilder(
+        model=detector(), settings=Settings(), unquantized_types=("fp16", "fp32"), samples=samples(detector(), 2)
+    )
+    rounding = work.rounding_db(Variant()) or 0.0
+    for bound, kind in ((rounding - 3, "fp16"), (rounding + 3, "fp32")):
+        tuned = tune(work, Judge(lambda name, quantized, _: 12.0 if quantized else 10.0), min_sqnr_db=bound)
+        assert tuned.plan.unquantized_type == kind
 
 
 def test_without_placement_nothing_is_given_back_and_that_is_said() -> None:
