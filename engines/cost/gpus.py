@@ -62,7 +62,7 @@ class Measured:
     def to_mapping(self) -> dict[str, float | dict[str, float]]:
         """What was measured, as plain values."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items() if v}
+        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items() if v or v == 0}
 
     @classmethod
     def from_mapping(cls, values: object) -> Measured:
@@ -122,15 +122,15 @@ class Gpu:
                 clock, or no rate for float32 and float16.
         """
         where = f"GPU {self.name!r}: "
+        for what in _NUMBERS:
+            if getattr(self, what) is not None:
+                _above_zero(f"{where}{what}", getattr(self, what))
         rates = dict(_rates(f"{where}tera_ops", self.tera_ops))
         if missing := [t for t in ("float32", "float16") if t not in rates]:
             raise EngineError(f"{where}tera_ops lacks {missing[0]}; give the dense rate of both float types.")
         rates.setdefault("fp32_cores", rates["float32"])
         rates.setdefault("float16_accumulating", rates["float16"])
         object.__setattr__(self, "tera_ops", MappingProxyType(rates))
-        for what in _NUMBERS:
-            if getattr(self, what) is not None:
-                _above_zero(f"{where}{what}", getattr(self, what))
         if self.base_mhz > self.boost_mhz:
             raise EngineError(f"{where}base_mhz {self.base_mhz:g} is above boost_mhz {self.boost_mhz:g}.")
         if self.accumulation not in get_args(Accumulation):

@@ -156,11 +156,12 @@ def gpus_of(recipe: Recipe) -> tuple[Gpu, ...]:
         UnsupportedTargetError: no GPU of a target is known.
     """
     named = [gpu_named(gpu) if isinstance(gpu, str) else Gpu.from_mapping(gpu) for gpu in recipe.gpus]
-    targets = tuple(dict.fromkeys(map(backend_named(recipe.backend).target, recipe.targets)))
+    backend = backend_named(recipe.backend)
+    targets = tuple(dict.fromkeys(map(backend.target, recipe.targets)))
     for gpu in named:
         if gpu.target not in targets:
             what = f"GPU {gpu.name} is {gpu.target}, the engine is for {', '.join(targets)}"
-            raise InputError(f"{what}: add --target {gpu.target}.")
+            raise InputError(f"{what}: add --target {backend.target(gpu.target)}.")
     found: list[Gpu] = []
     for target in targets:
         mine = [gpu for gpu in named if gpu.target == target]

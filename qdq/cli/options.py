@@ -143,7 +143,8 @@ tune_options = _options(
         "--tune-compiles",
         type=int,
         metavar="N",
-        help="Look at this many variants at most, default 160; the plan is the same however busy the machine is.",
+        help="Stop tuning after this many variants, default 160, and those to compare with; the plan is the same however "
+        "busy the machine is.",
     ),
     click.option(
         "--time-limit",

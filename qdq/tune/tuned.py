@@ -72,17 +72,21 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
         others = {"FP32": self.fp32_us, "the fastest float form": self.decision.unquantized_us}
         others = others if self.quantized_nodes else {"FP32": self.fp32_us}
         shares = [f"{self.predicted_us / us:.2f} of {name} ({us:.1f})" for name, us in others.items() if us is not None]
-        error = self.decision.time_error
-        return ", ".join([f"{self.predicted_us:.1f} us", *shares]) + (
-            f"; within {error:.0%}" if error else "; error unknown"
-        )
+        return ", ".join([f"{self.predicted_us:.1f} us", *shares]) + f"; {self._error}"
 
     @property
     def times(self) -> str:
         """The predicted times, for a person."""
         found = (self.predicted_us, self.unquantized_us, self.untuned_us)
         chosen, plain, most = ("nothing compiles" if us is None else f"{us:.1f}" for us in found)
-        return f"{chosen} us; {plain} without quantization, {most} with {self.operands} wherever it is possible"
+        others = f"{plain} without quantization, {most} with {self.operands} wherever it is possible"
+        return f"{chosen} us; {others}; {self._error}"
+
+    @property
+    def _error(self) -> str:
+        """How true the predicted times are."""
+        error = self.decision.time_error
+        return "error unknown" if error is None else f"within {error:.0%}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 
@@ -100,6 +101,12 @@ def test_plain_values_and_pickles_give_the_same_gpu(name: str) -> None:
     assert pickle.loads(pickle.dumps(own)) == own and hash(own) == hash(pickle.loads(pickle.dumps(own)))
 
 
+def test_a_start_of_zero_stays_measured() -> None:
+    own = Gpu.from_mapping({"like": "l4", "measured": {"start_us": 0, "product_start_us": 0}})
+    assert own.measured == Measured(start_us=0.0, product_start_us=0.0)
+    assert pickle.loads(pickle.dumps(own)) == own == Gpu.from_mapping(own.to_mapping())
+
+
 @pytest.mark.parametrize(
     ("values", "text"),
     [
@@ -117,6 +124,8 @@ def test_plain_values_and_pickles_give_the_same_gpu(name: str) -> None:
         ({**USERS, "accumulation": "float64"}, "must be float16 or float32"),
         ({**USERS, "base_mhz": 3000}, "above boost_mhz"),
         ({"like": "rtx409"}, "Unknown GPU 'rtx409'.*Did you mean 'rtx4090'"),
+        ({"like": "rtx4090", "sms": 0}, "sms is 0.*above 0"),
+        ({"like": "rtx4090", "boost_mhz": math.nan}, "boost_mhz is nan.*above 0"),
         ({"like": "rtx4090", "target": "sm86"}, "has the target sm89"),
         ({**USERS, "measured": {"start": 1}}, "Did you mean 'start_us'"),
         ({**USERS, "measured": 3}, "measured is 3"),

@@ -216,6 +216,7 @@ def test_a_decision_says_how_sure_it_is(int8: float, error: float | None, verdic
     assert tuned.decision.verdict == verdict and tuned.decision.error == (error or 0.5)
     assert tuned.decision.time_error == 0.5
     assert words in tuned.said([gpu_named("l4")])[0]
+    assert tuned.outcome([]).times.endswith("; within 50%")
     outcome = tuned.outcome([gpu_named("l4")])
     assert TuningOutcome.from_json(outcome.to_json()) == outcome
     assert outcome.decision == tuned.decision and outcome.said == tuple(tuned.said([gpu_named("l4")]))
