@@ -143,8 +143,8 @@ tune_options = _options(
         "--tune-compiles",
         type=int,
         metavar="N",
-        help="Stop tuning after this many variants, default 160, and those to compare with; the plan is the same however "
-        "busy the machine is.",
+        help="Stop tuning after this many variants, default 160, and those to compare with; the plan is the same "
+        "however busy the machine is.",
     ),
     click.option(
         "--time-limit",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import ClassVar, Literal, cast
 
 from engines.core.documents import Document
@@ -164,5 +165,5 @@ class Tuned:
 
 
 def _short(words: str) -> str:
-    """What a compiler said, on one line."""
-    return " ".join(words.split())[:300]
+    """What a compiler said, on one line, up to a word."""
+    return shorten(words, 300, placeholder=" ...")
