@@ -259,10 +259,12 @@ def test_both_answers_where_the_accumulation_decides() -> None:
 
 
 def test_a_float_type_that_does_not_compile_is_said() -> None:
+    words = "no kernel\n for body_1" + " of many" * 50
+
     class Refusing(Judge):
         def price(self, model: Model) -> Price:
             half = any(t.data_type == TensorProto.FLOAT16 for t in model.graph.initializer)
-            return Price(us=math.inf, refusal="no kernel\n for body_1" + " of many" * 50) if half else super().price(model)
+            return Price(us=math.inf, refusal=words) if half else super().price(model)
 
     model = detector()
     work = VariantBuilder(
@@ -272,5 +274,5 @@ def test_a_float_type_that_does_not_compile_is_said() -> None:
     assert tuned.plan.unquantized_type == "fp32" and tuned.refused.keys() == {"fp16"}
     (said,) = (said for said in tuned.said([gpu_named("l4")]) if "FP16" in said)
     assert said.startswith("the FP16 model does not compile: no kernel for body_1 of many")
-    assert said.endswith(" of many ...") and len(said) < 350
+    assert said.endswith((" of ...", " many ...")) and len(said) < 350
     assert tuned.outcome([]).refused == tuned.refused
