@@ -192,7 +192,7 @@ def _show_price(model: Path, recipe: Recipe, gpu: str, as_json: bool) -> None:
         found = {"gpu": cost.gpu.name, "predicted_us": cost.total_us, "family": cost.family, "error": cost.error}
         click.echo(json.dumps({**found, "notes": cost.notes, "kernels": kernels}, indent=1))
         return
-    show_rows(f"{model.name} on {cost.gpu.name}: {cost.text} predicted", [HEADERS, *rows(cost)])
+    show_rows(f"{model.name} on {cost.gpu.name}: predicted {cost.text}", [HEADERS, *rows(cost)])
     for line in cost.notes:
         note(line)
 

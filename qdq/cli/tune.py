@@ -73,9 +73,8 @@ def tune(
     if as_json:
         click.echo(outcome.to_json(), nl=False)
         return
-    names = ", ".join(gpu.name for gpu in gpus)
     rows = [
-        Row(f"predicted on {names}", outcome.times),
+        Row(outcome.label, outcome.times),
         Row("choice", found.summary),
         *(Row("", said) for said in outcome.said),
         *(Row("kept", step) for step in found.steps),

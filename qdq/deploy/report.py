@@ -126,7 +126,7 @@ class DeployReport(Document, frozen=True, kw_only=True):
         ]
 
     def _predicted(self) -> list[Row]:
-        return [Row(f"predicted on {', '.join(self.tuning.gpus)}", self.tuning.gain)] if self.tuning else []
+        return [Row(self.tuning.label, self.tuning.gain)] if self.tuning else []
 
     def _labels(self) -> list[Row]:
         names = {"float model": "the float model", "shipped model": self.model_file}

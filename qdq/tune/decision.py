@@ -161,7 +161,8 @@ def _other_answer(
     """What would be chosen of the variants looked at under the other assumption; a tie is no reason to quantize."""
     others = {v: p.other for v, p in asked.items() if p.other and math.isfinite(p.other.us)}
     order = sorted(others, key=lambda v: others[v].us)
-    floating = next((v for v in order if not v.quantized), None)
+    floats = [v for v in order if not v.quantized]
+    floating = _first(filter(accurate, floats)) or _first(floats)
     if floating is None:
         return None
     found = _first(filter(accurate, [v for v in order if v.quantized][:MOST_TRIED])) or best

@@ -69,7 +69,7 @@ def tune(
     search = _Search(builder, prices, placement)
     if bounded:
         search.most = 10 ** (-(min_sqnr_db + MARGIN_DB) / 10)
-        search.poor_db = max(POOR_DB, min_sqnr_db + RESERVE_DB)
+        search.least_db = min_sqnr_db + RESERVE_DB
     search.run(budget.part(FIRST if verified else 1.0), first=True)
     if verified:
         search.verify(min_sqnr_db, verified, budget.part((1 - FIRST) / (ROUNDS - 1)))
@@ -88,7 +88,8 @@ class _Search:
     ended: str = ""
     untuned: float = math.inf
     most: float = math.inf
-    poor_db: float = POOR_DB
+    least_db: float = -math.inf
+    _rounding_db: dict[str, float] = field(default_factory=dict)
 
     def run(self, budget: Budget, *, first: bool = False) -> None:
         """Search within a budget, a part of which is for giving back."""
@@ -104,7 +105,7 @@ class _Search:
 
     def give_back(self) -> None:
         """Give back what gains nothing."""
-        given = GiveBack(self.builder, self.prices, self.best, self.floating(), self.poor_db)
+        given = GiveBack(self.builder, self.prices, self.best, self.floating(), max(POOR_DB, self.least_db))
         if self.placement and not given.all():
             given.classes()
             given.floating = self.floating()
@@ -231,6 +232,10 @@ class _Search:
         """Whether it keeps the bound, if there is one."""
         return self.most == math.inf or not variant.quantized or (self.builder.noise(variant) or 0.0) <= self.most
 
+    def allowed(self, variant: Variant) -> bool:
+        """Whether it keeps the bound, also where nothing is quantized."""
+        return self.accurate(variant) if variant.quantized else self.precise(variant.unquantized_type)
+
     def bound(self) -> None:
         """Where there is a bound: the best of what can be afforded from either side."""
         if self.most < math.inf:
@@ -309,17 +314,29 @@ class _Search:
         return after[low]
 
     def floating(self) -> Variant:
-        """The plainest of the fastest variants known with nothing quantized."""
-        return plainest(self.prices, [v for v in self.prices.asked if not v.quantized])
+        """The plainest of the fastest variants known with nothing quantized; if any keep the bound, of those."""
+        known = [v for v in self.prices.asked if not v.quantized]
+        kept = [v for v in known if math.isfinite(self.us(v)) and self.precise(v.unquantized_type)]
+        return plainest(self.prices, kept or known)
+
+    def precise(self, unquantized_type: str) -> bool:
+        """Whether the model in a float type keeps the bound, if there is one."""
+        if self.least_db == -math.inf:
+            return True
+        if unquantized_type not in self._rounding_db:
+            found = self.builder.rounding_db(Variant(unquantized_type=unquantized_type))
+            self._rounding_db[unquantized_type] = math.inf if found is None else found
+        return self._rounding_db[unquantized_type] >= self.least_db
 
     def result(self) -> Tuned:
         """The best variant as a plan."""
         asked, operands = self.prices.asked, self.builder.base(Variant()).plan.operands
         floating, plain = self.floating(), asked[Variant()]
         price = asked[self.best]
+        bound = "" if self.least_db == -math.inf else ", or costs more accuracy than the bound allows"
         why = (
-            f"{operands} does not pay here: with the choice made, the model is predicted to take {price.us:.1f} us; "
-            f"{self.untuned:.1f} with it wherever it is possible, {plain.us:.1f} without any"
+            f"{operands} does not pay here{bound}: with the choice made, the model is predicted to take {price.us:.1f} "
+            f"us; {self.untuned:.1f} with it wherever it is possible, {plain.us:.1f} without any"
         )
         if math.isinf(self.untuned):
             why = f"the model does not compile with {operands} wherever it is possible, and no fewer nodes were faster"
@@ -339,6 +356,6 @@ class _Search:
             ended=self.ended,
             refused={kind: p.refusal for kind, p in floats.items() if p.refusal},
             refusal=next((p.refusal for v, p in asked.items() if p.refusal and v.quantized), ""),
-            decision=decided(asked, self.best, floating, accurate=self.accurate, placement=self.placement),
+            decision=decided(asked, self.best, floating, accurate=self.allowed, placement=self.placement),
             steps=tuple(self.steps),
         )

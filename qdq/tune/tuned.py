@@ -66,6 +66,11 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
         return not self.ended_by
 
     @property
+    def label(self) -> str:
+        """What times are predicted for: of several GPUs they are means."""
+        return f"predicted on {', '.join(self.gpus)}{', the mean' if len(self.gpus) > 1 else ''}"
+
+    @property
     def gain(self) -> str:
         """What was chosen, beside the float forms that a person would have without it."""
         if self.predicted_us is None:

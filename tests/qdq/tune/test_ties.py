@@ -174,14 +174,17 @@ def test_between_float_types_of_equal_time_one_that_is_poor_is_not_taken() -> No
     assert tuned.plan.unquantized_type == "fp32" and any("are poor" in step for step in tuned.steps)
 
 
-def test_between_float_types_of_equal_time_one_below_the_bound_is_not_taken() -> None:
+@pytest.mark.parametrize("fp32", [10.0, 20.0])  # as fast as FP16, or slower
+def test_a_float_type_below_the_bound_is_not_taken(fp32: float) -> None:
     work = VariantBuilder(
         model=detector(), settings=Settings(), unquantized_types=("fp16", "fp32"), samples=samples(detector(), 2)
     )
     rounding = work.rounding_db(Variant()) or 0.0
     for bound, kind in ((rounding - 3, "fp16"), (rounding + 3, "fp32")):
-        tuned = tune(work, Judge(lambda name, quantized, _: 12.0 if quantized else 10.0), min_sqnr_db=bound)
-        assert tuned.plan.unquantized_type == kind
+        judge = Judge(us := lambda name, quantized, half: 30.0 if quantized else 10.0 if half else fp32, other=us)
+        tuned = tune(work, judge, min_sqnr_db=bound, measure=lambda plan: 0.0)
+        assert tuned.plan.unquantized_type == kind == tuned.unquantized.unquantized_type and not tuned.plan.points
+        assert tuned.decision.other is not None and not tuned.decision.other.changes
 
 
 def test_without_placement_nothing_is_given_back_and_that_is_said() -> None:
@@ -218,6 +221,8 @@ def test_a_decision_says_how_sure_it_is(int8: float, error: float | None, verdic
     assert words in tuned.said([gpu_named("l4")])[0]
     assert tuned.outcome([]).times.endswith("; within 50%")
     outcome = tuned.outcome([gpu_named("l4")])
+    assert outcome.label == "predicted on l4"
+    assert tuned.outcome([gpu_named("l4"), gpu_named("t4")]).label == "predicted on l4, t4, the mean"
     assert TuningOutcome.from_json(outcome.to_json()) == outcome
     assert outcome.decision == tuned.decision and outcome.said == tuple(tuned.said([gpu_named("l4")]))
 
