@@ -66,10 +66,12 @@ def written(
     tuned = find_plan(prepared, pricer, samples=calibration, on_progress=on_progress)
     made, finished = by(tuned.plan)
     built = pricer(finished.model)
-    notes = [f"tuned: {tuned.summary}", *tuned.said(pricer.gpus), difference(tuned, built)]
+    notes = [f"tuned: {tuned.summary}", difference(tuned, built)]
     if recipe.tune == "placement" and made.plan.points and not built.gains_on(tuned.unquantized_price):
         made, finished = by(tuned.unquantized)
-        notes.append("so the model is left in float: as it was built it is not predicted faster than that")
+        tuned = tuned.left_in_float(built)
+        notes.append("that plan, as built, is not predicted faster than float, so the model is left in float")
+    notes += tuned.said(pricer.gpus)
     return ShippedModel(made=made, finished=finished, tuned=tuned, notes=tuple(filter(None, notes)))
 
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
-from engines.core.documents import Part
+from engines.core.documents import Part, replace
 from qdq.build.cost import Price, PricedGpu
 from qdq.tune.variant import Variant
 
@@ -73,6 +73,14 @@ class Decision(Part, frozen=True, kw_only=True):
         """What a person must know of it; `operands` as INT8, times predicted for the GPUs."""
         notes = [said for gpu in gpus for said in gpu.notes if not said.startswith("FP16")]  # that is said below
         return [said for said in (self._comparison(operands), *notes, self._assumption(operands, gpus)) if said]
+
+    def left_in_float(self, built: Price, plain: Price) -> Decision:
+        """The same where float was taken after all, for what was built with quantized nodes gains nothing on it."""
+        other = self.other
+        if other is not None:
+            other = replace(other, chosen_us=other.unquantized_us, changes=bool(other.quantized_nodes))
+        verdict, quantized_us = _verdict(built, plain, self.error), _finite(built.us)
+        return replace(self, verdict=verdict, chosen=False, quantized_us=quantized_us, other=other)
 
     def _comparison(self, operands: str) -> str:
         if self.quantized_us is None or self.unquantized_us is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import shorten
 from typing import ClassVar, Literal, cast
 
@@ -140,6 +140,11 @@ class Tuned:
         idle = "does not pay anywhere" if math.isfinite(self.untuned) else "wherever it is possible does not compile"
         quantized = f"{count} nodes in {self.operands}" if count else f"{self.operands} {idle}"
         return f"{quantized}; rewrites: {rewrites or 'none'}; {self.tried} variants looked at{ENDED[self.ended]}"
+
+    def left_in_float(self, built: Price) -> Tuned:
+        """The same where the plan, as built, gains nothing on float: the float form's plan, price and decision."""
+        decision = self.decision.left_in_float(built, self.unquantized_price)
+        return replace(self, plan=self.unquantized, price=self.unquantized_price, decision=decision)
 
     def said(self, gpus: Sequence[PricedGpu]) -> list[str]:
         """What a person must know beside the summary, one sentence each, with times predicted for these GPUs."""

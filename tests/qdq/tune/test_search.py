@@ -336,6 +336,10 @@ def test_what_is_built_slower_than_in_float_is_left_in_float(tmp_path: Path, mon
     assert not Plan.load(tmp_path / "out" / "plan.json").points
     assert made.report.model_file == "net.fp16.onnx"
     assert not _dequantized(load(tmp_path / "out" / made.report.model_file))
+    tuning = made.report.tuning
+    assert tuning is not None and tuning.quantized_nodes == 0 and not tuning.decision.chosen
+    assert tuning.predicted_us == tuning.decision.unquantized_us == 100 and (tuning.decision.quantized_us or 0) > 100
+    assert "the fastest form with INT8 is predicted" in tuning.said[0] and "slower than float" in tuning.said[0]
 
 
 class TestPricing:
