@@ -56,7 +56,7 @@ def with_possible_branches(
             f"{refusal} {node} is steered by input {names}, of which the samples have several values, and the compiler "
             "does not take them together at one set of sizes. Give samples of one value: the engine is then for that "
             "value alone. Make one engine for each value.",
-            nodes=(node.split("'")[1],),
+            nodes=(node.partition(" ")[2][1:-1],),
         )
     alone = held(model, values)
     if _refusal(alone, recipe, shapes, on_progress) is not None:

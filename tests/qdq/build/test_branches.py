@@ -13,6 +13,9 @@ from graphs import build, node, normal
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.core import onnx_runtime as ort
+from engines.core.errors import BuildError
+from qdq.build import branches
+from qdq.build.recipe import Recipe
 from qdq.cli.main import main
 from qdq.model.model import Model
 from qdq.model.storage import load
@@ -152,3 +155,13 @@ def test_a_number_of_turns_that_sizes_depend_on_is_that_of_the_samples(tmp_path:
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     (product,) = report["audit"]["nodes"]
     assert (product["consumed"], product["turns"], product["macs"]) == ("int8", 3, 3 * 4 * 16 * 16)
+
+
+def test_a_refusal_names_a_node_with_an_apostrophe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proto = two_rates(8)
+    next(n for n in proto.graph.node if n.op_type == "If").name = "which'rate"
+    monkeypatch.setattr(branches, "_refusal", lambda *_: BuildError("no."))
+    data = [{"x": normal(4, rate), "rate": np.array(rate)} for rate in RATES]
+    with pytest.raises(BuildError, match="which'rate") as caught:
+        branches.with_possible_branches(prepared(tmp_path, proto), data, recipe=Recipe(), shapes={})
+    assert caught.value.nodes == ("which'rate",)
