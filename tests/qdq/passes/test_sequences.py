@@ -196,6 +196,31 @@ def test_windows_that_overlap_are_gathered_where_the_last_one_ends_inside(turns:
     assert ("Slice" in {model.node(name).op_type for name in model.inner_nodes}) is not fits
 
 
+@pytest.mark.parametrize(
+    ("index", "width", "turns", "kept"),
+    [
+        (TensorProto.INT32, 2, 4, False),  # indices of the same type are needed
+        (INT, 1, 8, False),
+        (INT, 1, 9, True),  # the last turn takes nothing, which a Gather cannot
+    ],
+)
+def test_a_slice_by_the_turn_is_a_gather_of_its_elements(index: int, width: int, turns: int, kept: bool) -> None:
+    kind = np.int32 if index == TensorProto.INT32 else np.int64
+    steps = [
+        node("Cast", "turn", "t", to=index),
+        node("Mul", "t width", "at"),
+        node("Unsqueeze", "at front", "from"),
+        node("Add", "from width", "to"),
+        node("Slice", "x from to front_too", "window"),
+        node("ReduceSum", "window front", "e", keepdims=0),
+    ]
+    proto = graph([*loop(*steps, trip="turns"), node("ConcatFromSequence", "parts_made", "y", axis=0)], 8)
+    stored = {"width": np.array(width, kind), "front_too": np.array([0], kind), "turns": np.array(turns)}
+    proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in stored.items())
+    model = same(proto, normal(8, 3, 16))
+    assert ("Slice" in {model.node(name).op_type for name in model.inner_nodes}) is kept
+
+
 UNTOUCHED = {
     "inserted in front": [*loop(insert="so_far e zero"), node("ConcatFromSequence", "parts_made", "y", axis=0)],
     "a list of unknown order": [

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from qdq.model.model import Model
 from qdq.model.nodes import all_nodes, bodies
@@ -21,6 +21,7 @@ from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, each_node
 
 STAGE, RANK = "prepared", 9
 
+ENDLESS = 2**31  # turns that a loop which something else ends may be given
 _SAME = ("Unsqueeze", "Squeeze", "Reshape", "Identity", "Cast")
 
 
@@ -48,11 +49,16 @@ def _gather(model: Model, edit: Edit, node: NodeProto, counters: Mapping[str, np
     count, axis = end[1] - start[1], int(axes.item())
     info, (trip, factor) = model.info(node.input[0]), counted
     size = info.shape[axis] if info is not None and info.shape is not None else None
-    if count < 1 or (count > 1 and not (isinstance(size, int) and _fits(size, count, factor, start[1], trip))):
+    fits = _fits(size, count, factor, start[1], trip) if isinstance(size, int) else None
+    if count < 1 or (not fits and (count > 1 or (fits is False and trip is not None and trip.item() < ENDLESS))):
         raise Unfit("it may end beyond the tensor")
     index, nodes = node.input[1], list[NodeProto]()
     if count > 1:
-        steps_of, nodes = edit.small(f"{node.name}_elements", np.arange(count), node)
+        if (place := model.info(index)) is None or place.dtype != "int64":
+            nodes.append(edit.node("Cast", [index], f"{node.name}_start", to=TensorProto.INT64))
+            index = nodes[-1].output[0]
+        steps_of, made = edit.small(f"{node.name}_elements", np.arange(count), node)
+        nodes += made
         nodes.append(edit.node("Add", [index, steps_of], f"{node.name}_indices"))
         index = nodes[-1].output[0]
     nodes.append(edit.node("Gather", [node.input[0], index], f"{node.name}_Gather", node.output[0], axis=axis))
