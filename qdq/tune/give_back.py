@@ -67,8 +67,8 @@ class GiveBack:
             times = times_of(moves, self.builder.base(before).model, self.prices(before))
             least = WORTH * self.prices.us(before)
             alone = [m for m in moves if times[m] >= least]
-            idle = [m for m, _ in zip(alone, self.prices.ahead(m.of(before) for m in alone), strict=False)]
-            idle = [m for m in idle if not self.prices.gains(before, m.of(before))]
+            ahead = zip(alone, self.prices.ahead(m.of(before) for m in alone), strict=False)
+            idle = [m for m, variant in ahead if not self.prices.gains(before, variant)]
             self._together(sorted(idle, key=lambda m: self.prices.us(m.of(before))))
             self._together([m for m in moves if times[m] < least])
 
@@ -96,13 +96,12 @@ class GiveBack:
         return slower or (bool(other.quantized) and gains(self.best, self.floating) and not gains(other, self.floating))
 
     def _together(self, moves: Sequence[Move]) -> None:
-        """Make all of the moves if that costs nothing; if not, try either half."""
-        if not moves or self.prices.late():
-            return
+        """Make all of the moves if that costs nothing; if not, try either half. What is known needs no budget."""
         candidate = _after(self.best, moves)
         if candidate == self.best:
             return
-        if not self._costs(candidate):
+        known = candidate in self.prices.asked or not self.prices.late()
+        if known and not self._costs(candidate):
             names = ", ".join(map(str, moves[:2])) + (f" and {len(moves) - 2} more" if len(moves) > 2 else "")
             times = f"{self.prices.us(self.best):.1f} -> {self.prices.us(candidate):.1f} us"
             self._take(candidate, f"{names}, for less gains nothing: {times}")

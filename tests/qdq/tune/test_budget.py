@@ -104,6 +104,28 @@ def test_the_plan_does_not_depend_on_how_many_compilers_run_or_how_fast(
     assert ("until --tune-compiles was reached" in first.summary) == (first.ended == "compiles")
 
 
+def test_what_is_given_back_keeps_to_the_budget() -> None:
+    widths = [8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56]  # no two layers are alike
+    tensors = {f"w{i}": normal(b, a, 3, 3, seed=i) for i, (a, b) in enumerate(itertools.pairwise(widths))}
+    names = ["x", *(f"a{i}" for i in range(11)), "y"]
+    nodes = [node("Conv", f"{names[i]} w{i}", names[i + 1], f"c{i}", pads=[1] * 4) for i in range(12)]
+
+    class Even(Judge):
+        def _price(self, model: Model) -> Price:  # the first gains, all others do not
+            quantized = {e.name for e in model.graph.node if (p := model.producer(e.input[0])) and p.op_type[0] == "D"}
+            us = {f"c{i}": 10.0 if f"c{i}" not in quantized else 3.0 if i == 0 else 9.95 for i in range(12)}
+            kernels = [
+                Kernel(us=u, macs=100, bytes=10, nodes=(n,), signature=f"{n} {n in quantized}") for n, u in us.items()
+            ]
+            return Price(us=math.fsum(us.values()), kernels=tuple(kernels))
+
+    model = build(nodes, {"x": (1, 8, 4, 4)}, tensors)
+    work = VariantBuilder(model=model, settings=Settings(), unquantized_types=("fp32",), samples=samples(model, 2))
+    found = tune(work, Even(1), budget=Budget(compiles=20))
+    assert found.ended == "compiles" and found.tried <= 20 + 3
+    assert len(found.variant.quantized) < 12  # one class is given back with what is known
+
+
 def test_a_search_that_is_through_says_so_and_one_that_seconds_end_does_too() -> None:
     assert searched(1, Budget()).complete
     late = searched(2, Budget(seconds=10.0), step=1.0)
