@@ -338,7 +338,11 @@ def _papers(path: Path) -> tuple[LayerTable, Manifest]:
 def _shapes(manifest: Manifest) -> dict[str, ShapeRange]:
     """The shapes that an engine was compiled for."""
     given = {k.removeprefix(SHAPE_KEY): str(v) for k, v in manifest.options.items() if k.startswith(SHAPE_KEY)}
-    return {name: _range(text) for name, text in given.items()}
+    try:
+        return {name: _range(text) for name, text in given.items()}
+    except ValueError as error:
+        said = ", ".join(f"{name} {text!r}" for name, text in given.items())
+        raise InputError(f"The manifest has shapes that cannot be read: {said}. Build the engine again.") from error
 
 
 def _layers_path(engine: Path) -> Path:

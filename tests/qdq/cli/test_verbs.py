@@ -192,6 +192,9 @@ def test_dynamic_shapes_come_from_the_samples_or_from_the_option(folder: Path) -
     name = json.loads((folder / "build/report.json").read_text())["model_file"]
     done("build", f"build/{name}", "-o", "fixed.engine", "--shape", "image:1x1x8x8")
     assert json.loads((folder / "fixed.engine.manifest.json").read_text())["options"]["shape.image"] == "1x1x8x8"
+    manifest["options"]["shape.image"] = "-1e+308"
+    (folder / "build/net.engine.manifest.json").write_text(json.dumps(manifest))
+    assert "image '-1e+308'. Build the engine again" in refused(folder, "audit", "build/net.engine")
     assert "--shape" in refused(folder, "build", f"build/{name}", "-o", "x.engine")
 
 
