@@ -25,9 +25,10 @@ class Measured:
     Attributes:
         start_us: of a small kernel that waits for the one before it.
         product_start_us: of a small product, beyond that.
-        bandwidth_gb_s: that one kernel reaches from memory, 10^9 bytes a second.
-        l2_gb_s: that one kernel reaches from the L2 cache, 10^9 bytes a second.
-        tera_ops: data type -> 10^12 operations a second of large products over seconds: the sustained clock.
+        bandwidth_gb_s: that one pointwise kernel reaches from memory, 10^9 bytes a second.
+        l2_gb_s: that one pointwise kernel reaches from the L2 cache at the boost clock, 10^9 bytes a second.
+        tera_ops: data type -> 10^12 operations a second of large products (4096^3), once begun, over seconds: the
+            sustained clock.
         boost_tera_ops: the same over some 50 ms: the boost clock.
         factor: measured / predicted time of engines, multiplied into every prediction.
         start_factor: the same of starts of kernels and products, in the place of `factor`; None where it is the same.

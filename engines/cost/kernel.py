@@ -12,9 +12,10 @@
     rate   = dense peak * rate * clock / boost, by type; on sm75 starts and tensor cores take `turing` times as long
     clock  = boost * (1 - clock * (1 - base / boost) * min(1, saturation * u)), u = tensor-core duty of the engine
 
-What was measured on a GPU (`Measured`) takes the place of what is predicted. The kernels of several engines are
-computed at once, as arrays. Source: the form of ../shared/docs/cost.md section 4, with `fill`, the clock of the L2 and
-the rates of `int8` and of halved units added; constants by tools/bench_cost.py.
+What was measured on a GPU (`Measured`) takes the place of what is predicted, as the probes of `engines.timing` measure
+it: bandwidths by pointwise kernels without products beside them, rates by a product of 4096^3. The kernels of several
+engines are computed at once, as arrays. Source: the form of ../shared/docs/cost.md section 4, with `fill`, the clock of
+the L2 and the rates of `int8` and of halved units added; constants by tools/bench_cost.py.
 """
 
 from __future__ import annotations
