@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from costs.fit import corrected, fitted, left_out, ratio_pairs, score
+from costs.fit import corrected, fitted, left_out, ratio_pairs, score, starts_left_out
 from costs.models import Held, Launched, Model, Ours, Reference, Roofline
 from costs.published import Row, read_rows
 from results import record
@@ -63,12 +63,14 @@ def main() -> None:
     print(f"{len(rows)} clean rows: {_counts(row.gpu_name for row in rows)}")
     print(f"families: {_counts(row.family for row in rows)}")
     print(f"left out: {_counts(others) or 'none'}\n")
+    ours = Launched(Ours(rows), rows)
     models: dict[str, Model] = {
         "roofline of before": Roofline(rows),
         "reference": Launched(Reference(rows), rows),
-        "ours": Launched(Ours(rows), rows),
+        "ours": ours,
     }
     unseen = {name: _compare(name, model, rows) for name, model in models.items()}
+    _two_factors(ours, rows)
     for name in ("reference", "ours"):
         _by_kind(name, rows, unseen[name])
     constants = fitted(models["ours"], rows, np.ones(len(rows), bool))
@@ -106,9 +108,22 @@ def _compare(name: str, model: Model, rows: Sequence[Row]) -> Array:
     print(line(f"{name}, GPU and family left out", rows, pair))
     others = f"GPU and family left out {corrected(rows, pair):.3f}, seen {corrected(rows, seen):.3f}"
     each = {label: corrected([rows[i] for i in mine], gpu[mine]) for label, mine in _groups(rows, "gpu_name").items()}
-    known = ", ".join(f"{label} {error:.3f}" for label, error in each.items() if error == error)
-    print(f"  one factor per GPU from four points, GPU left out: {corrected(rows, gpu):.3f} ({known}); {others}")
+    print(f"  one factor per GPU from four points, GPU left out: {corrected(rows, gpu):.3f} ({_known(each)}); {others}")
     return gpu
+
+
+def _two_factors(model: Launched, rows: Sequence[Row]) -> None:
+    """What four points of a GPU make of it by `engines.cost.correction`, as `qdq measure-gpu` takes them."""
+    us, starts = starts_left_out(model, rows, [row.gpu_name for row in rows])
+    pair = corrected(rows, *starts_left_out(model, rows, [row.group for row in rows]))
+    groups = _groups(rows, "gpu_name").items()
+    each = {label: corrected([rows[i] for i in mine], us[mine], starts[mine]) for label, mine in groups}
+    print("  a factor of starts and one of all else per GPU from four points, GPU left out: ", end="")
+    print(f"{corrected(rows, us, starts):.3f} ({_known(each)}); GPU and family left out {pair:.3f}")
+
+
+def _known(errors: Mapping[str, float]) -> str:
+    return ", ".join(f"{label} {error:.3f}" for label, error in errors.items() if error == error)
 
 
 def _groups(rows: Sequence[Row], attribute: str) -> dict[str, Array]:

@@ -268,7 +268,7 @@ def measured(torch: Any, seconds: float) -> MeasuredGpu:
     card = card_of(torch)
     found = probes(card, seconds)
     read = tuple(readings(found, torch))
-    said = fit(read, row_of(card))
+    said = fit(read, row_of(card), card.sms)
     rate, why = accumulating_rate(torch, next(p for p in found if p.name == "matmul_float16"))
     rates = {**said.measured.tera_ops, **({"float16_accumulating": rate} if rate else {})}
     asked = why or f"{rate:.1f} T/s sustained"

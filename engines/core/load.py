@@ -1,4 +1,4 @@
-"""An ONNX graph from a file, without its external data; and where these lie.
+"""An ONNX graph from a file, without its external data; and where these lie; and with its functions inlined.
 
 file -> `load_graph` -> graph; file and location -> `data_file` -> the file of data, links followed.
 Must not read external data, or name a file that ONNX Runtime would not follow.
@@ -7,15 +7,19 @@ Must not read external data, or name a file that ONNX Runtime would not follow.
 from __future__ import annotations
 
 import os
+import re
 from importlib import import_module
 from pathlib import Path, PurePath
 
 import onnx
+import onnx.inliner
+from onnx import FunctionProto, ModelProto, NodeProto
 
 from engines.core.errors import BuildError
 from engines.core.files import read_file
-from engines.core.nodes import all_tensors, external_files
+from engines.core.nodes import all_nodes, all_tensors, bodies, external_files, label
 
+CALLS = 10_000  # of a model's own functions that are followed; twenty that call each other twice would be a million
 _DecodeError: type[Exception] = import_module("google.protobuf.message").DecodeError  # has no type stubs
 
 
@@ -72,3 +76,49 @@ def settle(proto: onnx.ModelProto, model: Path | str) -> Path:
             if entry.key == "location" and (place := places.get(entry.value)):
                 entry.value = os.path.relpath(place, folder)
     return Path(folder)
+
+
+def inlined(model: ModelProto) -> ModelProto | None:
+    """A model with the nodes of its functions in place of their calls, which may be itself.
+
+    None where calls are very many, go in a circle or do not fit their functions.
+
+    TensorRT's parser gives the nodes the same names: 'node | call (function)'.
+    """
+    if not model.functions:
+        return model
+    functions = {(f.domain, f.name): f for f in model.functions}
+    copies: list[FunctionProto] = []
+
+    def call(node: NodeProto, inside: str) -> None:
+        """Let a call, and those inside what it calls, each have a copy of its function, whose nodes say the way."""
+        function = functions.get((node.domain, node.op_type))
+        for inner in (inner for body in bodies(node) for inner in body.node):
+            call(inner, inside)
+        if function is None or len(copies) > CALLS:
+            return
+        way = f" | {label(node)} ({node.op_type}){inside}"
+        copies.append(copy := FunctionProto())
+        copy.CopyFrom(function)
+        copy.name = node.op_type = f"{function.name}_{len(copies)}"
+        for inner in copy.node:
+            name = label(inner) + way
+            call(inner, way)
+            inner.name = name
+
+    named = ModelProto()
+    named.CopyFrom(model)
+    try:
+        for node in named.graph.node:
+            call(node, "")
+        if len(copies) > CALLS:
+            return None
+        del named.functions[:]
+        named.functions.extend(copies)
+        flat = onnx.inliner.inline_local_functions(named, convert_version=True)
+    except RuntimeError:  # Python's of a circle, or onnx's of a call that does not fit its function
+        return None
+    for node in all_nodes(flat.graph):
+        if " | " in node.name:
+            node.name = re.sub(r"__\d+$", "", node.name)  # which the inliner adds
+    return flat

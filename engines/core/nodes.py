@@ -1,16 +1,26 @@
-"""Questions about ONNX nodes: their attributes, what they hold inside, the axes of their weights.
+"""Questions about ONNX nodes: their attributes, what they hold inside, the axes of their weights and batches.
 
 Must not know files or passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from engines.core.operators import SIZED_BY_VALUES, family
+from engines.core.operators import (
+    ARITHMETIC,
+    CURVES,
+    LAST_AXIS_NORMS,
+    RAMPS,
+    RECURRENCES,
+    SIZED_BY_VALUES,
+    SOFTMAXES,
+    family,
+)
 
 _SCATTERS = family("Scatter ScatterElements ScatterND TensorScatter")
 
@@ -157,3 +167,49 @@ def _node_tensors(node: NodeProto) -> Iterator[TensorProto]:
         yield from held.tensors
     for body in bodies(node):
         yield from _graph_tensors(body)
+
+
+def leading_is_batch(graph: GraphProto) -> bool:
+    """Whether what lies along the leading axis of the inputs are samples, as far as their symbols and operators tell.
+
+    A symbol named for a time, a length or atoms says no, one named for a batch yes. Else an operator that mixes what
+    lies along that axis, before any that moves it, says no: a recurrence, a sum, a Softmax along it.
+    """
+    stored = {t.name for t in graph.initializer}
+    inputs = [v for v in graph.input if v.name not in stored]
+    symbols = [v.type.tensor_type.shape.dim[0].dim_param for v in inputs if v.type.tensor_type.shape.dim]
+    if any(_BATCH.search(symbol) for symbol in symbols):
+        return True
+    if any(_LENGTH.search(symbol) for symbol in symbols):
+        return False
+    along = {v.name for v in inputs}
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*graph.input, *graph.value_info, *graph.output)}
+    values = {t.name: t for t in graph.initializer if t.data_type == TensorProto.INT64}
+    for node in graph.node:
+        if node.input and node.input[0] in along:
+            if _mixes_leading(node, ranks.get(node.input[0], 0), values):
+                return False
+            if node.op_type in _ROW_BY_ROW:
+                along.update(node.output)
+                ranks.setdefault(node.output[0], ranks.get(node.input[0], 0))
+    return True
+
+
+_BATCH = re.compile(r"batch|^(b|bs|n)$", re.IGNORECASE)
+_LENGTH = re.compile(r"seq|time|len|frame|step|token|atom|^(t|l)$", re.IGNORECASE)
+_ROW_BY_ROW = CURVES | RAMPS | ARITHMETIC | LAST_AXIS_NORMS | family("BatchNormalization Cast Conv Dropout Gemm MatMul")
+
+
+def _mixes_leading(node: NodeProto, rank: int, values: Mapping[str, TensorProto]) -> bool:
+    """Whether a node computes with several entries of the leading axis of what it reads first, of a known rank."""
+    if node.op_type in RECURRENCES:
+        return attribute(node, "layout", 0) == 0
+    if node.op_type == "Scan":
+        return not ints(node, "scan_input_axes", [])
+    if node.op_type in SOFTMAXES:
+        return bool(rank) and attribute(node, "axis", -1) in (0, -rank)
+    if node.op_type == "CumSum" or node.op_type.startswith("Reduce"):
+        stored = values.get(node.input[1]) if len(node.input) > 1 and node.input[1] else None
+        axes = ints(node, "axes", []) if stored is None else numpy_helper.to_array(stored).reshape(-1).tolist()
+        return bool(rank) and (not axes or not {0, -rank}.isdisjoint(axes))
+    return False

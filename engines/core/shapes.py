@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
-import onnx.inliner
 from onnx import (
-    FunctionProto,
     GraphProto,
     ModelProto,
     NodeProto,
@@ -24,12 +21,13 @@ from onnx import (
 from onnx.reference import ReferenceEvaluator
 
 from engines.core import fp4
-from engines.core.nodes import all_nodes, attribute, bodies, ints, label, reads
-from engines.core.operators import ARITHMETIC, CURVES, LAST_AXIS_NORMS, RAMPS, RECURRENCES, SOFTMAXES, family
+from engines.core.load import inlined
+from engines.core.nodes import all_nodes, bodies, reads
+from engines.core.operators import family
 
 SMALL = 512  # elements; shape inference reads the values of constants up to here, of others type and shape only
+LONG = 16_384  # elements; onnx's arithmetic of shapes takes some 200 bytes of memory for each, and reads any vector
 VALUES = 64  # elements; no arithmetic of shapes holds more, and no other values are computed
-CALLS = 10_000  # of a model's own functions that are followed; twenty that call each other twice would be a million
 # What makes more values than it reads, and what makes other values each time.
 GROWING = family("CenterCropPad ConstantOfShape Expand EyeLike OneHot Pad Range Resize Tile Upsample")
 DRAWN = family("Bernoulli Dropout Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike")
@@ -171,55 +169,121 @@ def _dims(shape: TensorShapeProto) -> list[int]:
 
 def _inferred(proto: ModelProto) -> GraphProto:
     try:
-        return onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+        return propagated(proto).graph
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
         return proto.graph
 
 
-def inlined(model: ModelProto) -> ModelProto | None:
-    """A model with the nodes of its functions in place of their calls, which may be itself.
+def propagated(model: ModelProto) -> ModelProto:
+    """A copy of a model with the types and shapes that onnx infers, following the arithmetic of shapes.
 
-    None where calls are very many, go in a circle or do not fit their functions.
+    Any vector that an Add, Cast, Concat, Gather or Slice reads is such arithmetic to onnx. Long ones it sees as inputs
+    whose size has a name; inside bodies and functions they stop the arithmetic of the whole model.
 
-    TensorRT's parser gives the nodes the same names: 'node | call (function)'.
+    Raises:
+        onnx.shape_inference.InferenceError, RuntimeError, ValueError: what onnx says of a model that it cannot infer.
     """
-    if not model.functions:
-        return model
-    functions = {(f.domain, f.name): f for f in model.functions}
-    copies: list[FunctionProto] = []
+    plain = onnx.shape_inference.infer_shapes(model)
+    inner = [body for node in all_nodes(plain.graph) for body in bodies(node)]
+    if model.functions and (flat := inlined(model)):
+        inner.append(onnx.shape_inference.infer_shapes(flat).graph)
+    if any(size for graph in inner for size in _vectors(graph).values()):
+        return plain
+    if not (sizes := _vectors(plain.graph)):
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    hidden = ModelProto()
+    hidden.CopyFrom(model)
+    _hide(hidden.graph, plain.graph, sizes)
+    shown = onnx.shape_inference.infer_shapes(hidden, data_prop=True)
+    _show(shown.graph, model.graph, sizes)
+    return shown
 
-    def call(node: NodeProto, inside: str) -> None:
-        """Let a call, and those inside what it calls, each have a copy of its function, whose nodes say the way."""
-        function = functions.get((node.domain, node.op_type))
-        for inner in (inner for body in bodies(node) for inner in body.node):
-            call(inner, inside)
-        if function is None or len(copies) > CALLS:
-            return
-        way = f" | {label(node)} ({node.op_type}){inside}"
-        copies.append(copy := FunctionProto())
-        copy.CopyFrom(function)
-        copy.name = node.op_type = f"{function.name}_{len(copies)}"
-        for inner in copy.node:
-            name = label(inner) + way
-            call(inner, way)
-            inner.name = name
 
-    named = ModelProto()
-    named.CopyFrom(model)
-    try:
-        for node in named.graph.node:
-            call(node, "")
-        if len(copies) > CALLS:
-            return None
-        del named.functions[:]
-        named.functions.extend(copies)
-        flat = onnx.inliner.inline_local_functions(named, convert_version=True)
-    except RuntimeError:  # Python's of a circle, or onnx's of a call that does not fit its function
-        return None
-    for node in all_nodes(flat.graph):
-        if " | " in node.name:
-            node.name = re.sub(r"__\d+$", "", node.name)  # which the inliner adds
-    return flat
+def _vectors(graph: GraphProto) -> dict[str, int]:
+    """Name -> size of the vectors that are long; 0 for what is no integer and whose size hangs on a computed value."""
+    types = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info, *graph.output)}
+    sizes = {name: t.shape.dim[0].dim_value for name, t in types.items() if len(t.shape.dim) == 1}
+    sizes |= {t.name: t.dims[0] for t in graph.initializer if len(t.dims) == 1}
+    found = {name: size for name, size in sizes.items() if size > LONG}
+    for node in (node for node in graph.node if node.op_type in _SIZED and node.output[0] in types):
+        kind = types[node.output[0]]
+        open_ = not kind.HasField("shape") or (len(kind.shape.dim) == 1 and not kind.shape.dim[0].dim_value)
+        one = node.op_type == "Range" or sizes.get(node.input[-1]) == 1  # length of what it is to be, not that itself
+        if open_ and one and kind.elem_type not in _INTEGERS:
+            found[node.output[0]] = 0
+    return found
+
+
+_SIZED = family("ConstantOfShape Range Reshape Tile")
+_INTEGERS = (TensorProto.UNDEFINED, TensorProto.INT32, TensorProto.INT64)
+_HIDDEN = "hidden: "
+
+
+def _hide(graph: GraphProto, plain: GraphProto, sizes: Mapping[str, int]) -> None:
+    """Make vectors inputs whose size has a name. What makes them makes something else; their Shape is told.
+
+    Shapes that are known without arithmetic, those of `plain`, are stated: sizes that are names would hide some.
+    """
+    known = (*plain.input, *plain.value_info, *plain.output)
+    types = {v.name: v.type.tensor_type.elem_type for v in known}
+    stated = {v.name for v in graph.value_info}
+    graph.value_info.extend(v for v in plain.value_info if _sized(v) and v.name not in stated)
+    for value, same in zip(graph.output, plain.output, strict=True):
+        if _sized(same):
+            value.CopyFrom(same)
+    types |= {t.name: t.data_type for t in graph.initializer if t.name in sizes}
+    told = []
+    for node in graph.node:
+        if node.op_type == "Shape" and sizes.get(node.input[0]) and not node.attribute:
+            told.append(numpy_helper.from_array(np.array([sizes[node.input[0]]]), node.output[0]))
+            node.output[0] = _HIDDEN + node.output[0]
+        else:
+            node.output[:] = [_HIDDEN + name if name in sizes else name for name in node.output]
+    for field in (graph.input, graph.initializer, graph.value_info):
+        kept = [value for value in field if value.name not in sizes]
+        del field[:]
+        field.extend(kept)
+    graph.initializer.extend(told)
+    inputs = [
+        helper.make_tensor_value_info(name, types[name], [_HIDDEN + (str(size) if size else name)])
+        for name, size in sizes.items()
+    ]
+    graph.input.extend(inputs)
+    for value in (v for v in graph.output if v.name in sizes):
+        value.type.tensor_type.ClearField("shape")
+
+
+def _show(graph: GraphProto, given: GraphProto, sizes: Mapping[str, int]) -> None:
+    """Undo `_hide` in what onnx made of it, where sizes have their values."""
+    found = {f"{_HIDDEN}{size}": size for size in sizes.values()}
+    made = {v.name: v.type.tensor_type.shape.dim for v in graph.value_info if v.name.startswith(_HIDDEN)}
+    found |= {name: dims[0].dim_value for name, dims in made.items() if len(dims) == 1}
+    ends = {v.name for v in (*given.input, *given.output, *given.initializer)}
+    shown = [v for v in graph.value_info if not v.name.startswith(_HIDDEN)]
+    vectors = [v for v in graph.input if v.name in sizes]
+    stated = {v.name for v in shown}
+    shown += [v for v in vectors if v.name not in ends | stated]
+    infos = [_copy(v) for v in shown]
+    for value in graph.output:
+        if value.name in sizes:
+            value.CopyFrom(next(v for v in vectors if v.name == value.name))
+    for field, values in (
+        (graph.input, given.input),
+        (graph.initializer, given.initializer),
+        (graph.value_info, infos),
+    ):
+        del field[:]
+        field.extend(values)
+    for node in graph.node:
+        node.output[:] = [name.removeprefix(_HIDDEN) for name in node.output]
+    inner = [body for node in all_nodes(graph) for body in bodies(node)]
+    values = (v for g in (graph, *inner) for v in (*g.input, *g.value_info, *g.output))
+    for dim in (dim for value in values for dim in value.type.tensor_type.shape.dim):
+        if dim.dim_param.startswith(_HIDDEN):
+            size = found.get(dim.dim_param, 0)
+            dim.ClearField("value")
+            if size:
+                dim.dim_value = size
 
 
 def _fix(graph: GraphProto, inputs: Mapping[str, Sequence[int]]) -> dict[str, ValueInfoProto]:
@@ -307,49 +371,3 @@ def _assign(message: ModelProto | GraphProto, name: str, value: object) -> None:
         target.MergeFrom(value)
     else:
         setattr(message, name, value)
-
-
-def leading_is_batch(graph: GraphProto) -> bool:
-    """Whether what lies along the leading axis of the inputs are samples, as far as their symbols and operators tell.
-
-    A symbol named for a time, a length or atoms says no, one named for a batch yes. Else an operator that mixes what
-    lies along that axis, before any that moves it, says no: a recurrence, a sum, a Softmax along it.
-    """
-    stored = {t.name for t in graph.initializer}
-    inputs = [v for v in graph.input if v.name not in stored]
-    symbols = [v.type.tensor_type.shape.dim[0].dim_param for v in inputs if v.type.tensor_type.shape.dim]
-    if any(_BATCH.search(symbol) for symbol in symbols):
-        return True
-    if any(_LENGTH.search(symbol) for symbol in symbols):
-        return False
-    along = {v.name for v in inputs}
-    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*graph.input, *graph.value_info, *graph.output)}
-    values = {t.name: t for t in graph.initializer if t.data_type == TensorProto.INT64}
-    for node in graph.node:
-        if node.input and node.input[0] in along:
-            if _mixes_leading(node, ranks.get(node.input[0], 0), values):
-                return False
-            if node.op_type in _ROW_BY_ROW:
-                along.update(node.output)
-                ranks.setdefault(node.output[0], ranks.get(node.input[0], 0))
-    return True
-
-
-_BATCH = re.compile(r"batch|^(b|bs|n)$", re.IGNORECASE)
-_LENGTH = re.compile(r"seq|time|len|frame|step|token|atom|^(t|l)$", re.IGNORECASE)
-_ROW_BY_ROW = CURVES | RAMPS | ARITHMETIC | LAST_AXIS_NORMS | family("BatchNormalization Cast Conv Dropout Gemm MatMul")
-
-
-def _mixes_leading(node: NodeProto, rank: int, values: Mapping[str, TensorProto]) -> bool:
-    """Whether a node computes with several entries of the leading axis of what it reads first, of a known rank."""
-    if node.op_type in RECURRENCES:
-        return attribute(node, "layout", 0) == 0
-    if node.op_type == "Scan":
-        return not ints(node, "scan_input_axes", [])
-    if node.op_type in SOFTMAXES:
-        return bool(rank) and attribute(node, "axis", -1) in (0, -rank)
-    if node.op_type == "CumSum" or node.op_type.startswith("Reduce"):
-        stored = values.get(node.input[1]) if len(node.input) > 1 and node.input[1] else None
-        axes = ints(node, "axes", []) if stored is None else numpy_helper.to_array(stored).reshape(-1).tolist()
-        return bool(rank) and (not axes or not {0, -rank}.isdisjoint(axes))
-    return False

@@ -25,11 +25,13 @@ class Measured:
     Attributes:
         start_us: of a small kernel that waits for the one before it.
         product_start_us: of a small product, beyond that.
-        bandwidth_gb_s: that one kernel reaches from memory, 10^9 bytes a second.
-        l2_gb_s: that one kernel reaches from the L2 cache, 10^9 bytes a second.
-        tera_ops: data type -> 10^12 operations a second of large products over seconds: the sustained clock.
+        bandwidth_gb_s: that one pointwise kernel reaches from memory, 10^9 bytes a second.
+        l2_gb_s: that one pointwise kernel reaches from the L2 cache at the boost clock, 10^9 bytes a second.
+        tera_ops: data type -> 10^12 operations a second of large products (4096^3), once begun, over seconds: the
+            sustained clock.
         boost_tera_ops: the same over some 50 ms: the boost clock.
         factor: measured / predicted time of engines, multiplied into every prediction.
+        start_factor: the same of starts of kernels and products, in the place of `factor`; None where it is the same.
     """
 
     start_us: float | None = None
@@ -39,6 +41,7 @@ class Measured:
     tera_ops: Mapping[str, float] = field(default_factory=dict, hash=False)
     boost_tera_ops: Mapping[str, float] = field(default_factory=dict, hash=False)
     factor: float | None = None
+    start_factor: float | None = None
 
     def __post_init__(self) -> None:
         """Refuses numbers that predict nothing.
@@ -48,7 +51,7 @@ class Measured:
         """
         for what in ("tera_ops", "boost_tera_ops"):
             object.__setattr__(self, what, _rates(f"measured {what}", getattr(self, what)))
-        for what in ("bandwidth_gb_s", "l2_gb_s", "factor"):
+        for what in ("bandwidth_gb_s", "l2_gb_s", "factor", "start_factor"):
             if getattr(self, what) is not None:
                 _above_zero(f"measured {what}", getattr(self, what))
         for what in ("start_us", "product_start_us"):

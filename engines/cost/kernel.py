@@ -2,7 +2,8 @@
 
     t      = start + (t_mem^3 + t_mul^3)^(1/3)                                          microseconds
     start  = start_us * s, s = sqrt(1410 MHz / boost), of a product + product_start_us * s, * split where K is split
-    t_mem  = max(dram / (bandwidth * GB/s), bytes / (l2_bytes * SMs * clock)) / efficiency of the form
+    t_mem  = max(dram / (bandwidth * GB/s), bytes / (l2_bytes * SMs * clock)) / efficiency of the form, `pointwise` or
+             `grouped`
     dram   = activations that do not fit the L2 (none below `kept` of it, all above it) + weights that do not stay there
     t_mul  = least over tiles and splits of K of (ceil(tiles * split / SMs) + fill) * tile / (efficiency * rate / SMs);
              in convolutions the efficiency of a tile to the power of `small_tiles`;
@@ -11,9 +12,10 @@
     rate   = dense peak * rate * clock / boost, by type; on sm75 starts and tensor cores take `turing` times as long
     clock  = boost * (1 - clock * (1 - base / boost) * min(1, saturation * u)), u = tensor-core duty of the engine
 
-What was measured on a GPU (`Measured`) takes the place of what is predicted. The kernels of several engines are
-computed at once, as arrays. Source: the form of ../shared/docs/cost.md section 4, with `fill`, the clock of the L2 and
-the rates of `int8` and of halved units added; constants by tools/bench_cost.py.
+What was measured on a GPU (`Measured`) takes the place of what is predicted, as the probes of `engines.timing` measure
+it: bandwidths by pointwise kernels without products beside them, rates by a product of 4096^3. The kernels of several
+engines are computed at once, as arrays. Source: the form of ../shared/docs/cost.md section 4, with `fill`, the clock of
+the L2 and the rates of `int8` and of halved units added; constants by tools/bench_cost.py.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 64, 0.6), (64, 
 LEAST = 64  # of K that a part costs
 SPLITS = (1, 2, 4, 8)  # of K, where there are fewer tiles than SMs; in parts
 ROWS = 384  # of one head that an SM computes in fused attention; longer sequences are cut
+LARGE = 4096  # rows, columns and length of the sums of the product by which rates are measured
 POWER = 3.0  # how far memory and products overlap
 _REFERENCE_MHZ = 1410.0
 _EFFICIENCY = np.tile([efficiency for _, _, efficiency in TILES], len(SPLITS))[:, None]
@@ -208,12 +211,18 @@ class Batch:
         begin = _known(gpu["product_start_us"], c.product_start_us * slow)
         start = _known(gpu["start_us"], c.start_us * slow)
         factor = _known(gpu["factor"], 1.0)
+        start_factor = _known(gpu["start_factor"], factor)
         memory = self._memory(c, clock)
         compute = np.where(flags["product"], self._compute(c, clock, load, old, begin), 0.0)
         total = start + (memory**POWER + compute**POWER) ** (1 / POWER)
         begun = np.where(flags["product"], np.minimum(begin, compute), 0.0)
-        parts = {"total": total, "start": start + begun, "memory": memory, "compute": compute - begun}
-        return Times(**{name: part * factor for name, part in parts.items()})
+        first = (start + begun) * start_factor
+        return Times(
+            total=(total - start - begun) * factor + first,
+            start=first,
+            memory=memory * factor,
+            compute=(compute - begun) * factor,
+        )
 
     def _memory(self, c: Constants, clock: Array) -> Array:
         """Of the slower of memory and L2."""
@@ -222,12 +231,23 @@ class Batch:
         out = np.clip((self.activations - c.kept * l2) / ((1 - c.kept) * l2), 0.0, 1.0)
         stay = np.where(self.engine_weights < l2, np.clip(1.5 - self.engine_weights / (0.5 * l2), 0.0, 1.0), 0.0)
         dram = self.activations * out + self.weights * (1 - stay)
-        form = np.where(flags["grouped"], c.grouped, np.where(flags["pointwise"], c.pointwise, 1.0))
+        form = np.where(flags["grouped"], c.grouped, 1.0)
         form = np.where(flags["grouped"] & flags["int8"], form / c.grouped_int8, form)
-        near = _known(gpu["l2_gb_s"] * 1e3, c.l2_bytes * gpu["sms"] * gpu["boost_mhz"] * clock)
-        far = _known(gpu["measured_gb_s"] * 1e3, c.bandwidth * gpu["bandwidth_gb_s"] * 1e3)
+        near = self._reached(c, gpu["l2_gb_s"] * 1e3, c.l2_bytes * gpu["sms"] * gpu["boost_mhz"]) * clock
+        far = self._reached(c, gpu["measured_gb_s"] * 1e3, c.bandwidth * gpu["bandwidth_gb_s"] * 1e3)
         result: Array = np.maximum(dram / far, (self.activations + self.weights) / near) / form
         return result
+
+    def _reached(self, c: Constants, measured: Array, predicted: Array) -> Array:
+        """Bytes a microsecond of either bandwidth, which is measured by a pointwise kernel.
+
+        Such kernels reach what was measured; products what is predicted of them, but no less than the former, and no
+        more than what was measured lets expect of them.
+        """
+        pointwise = self.flags["pointwise"]
+        usual = predicted * np.where(pointwise, c.pointwise, 1.0)
+        products = np.clip(predicted, measured, measured / c.pointwise)
+        return _known(np.where(pointwise, measured, products), usual)
 
     def _compute(self, c: Constants, clock: Array, load: Array, old: Array, begin: Array) -> Array:
         """Of products; with their start."""
@@ -235,9 +255,11 @@ class Batch:
         share = c.rate * np.where(flags["int8"], c.int8, 1.0) * np.where(flags["halved"], c.halved, 1.0)
         fed = np.where(flags["fp32"], 1.0, old)  # the FP32 cores need few operands
         share = share * np.where(flags["attention"], c.attention, 1.0) / fed
-        boost = _known(gpu["boost_tera_ops"] * 1e6, np.fmax(share * self.peak, gpu["tera_ops"] * 1e6))
-        sustained = _known(gpu["tera_ops"] * 1e6, boost * clock)
-        rate = np.where(np.isnan(gpu["tera_ops"]), sustained, boost + (np.fmin(sustained, boost) - boost) * load)
+        lost = _large(gpu["sms"], c) / np.where(flags["attention"], c.attention, 1.0)
+        quick, steady = (gpu[name] * 1e6 / lost for name in ("boost_tera_ops", "tera_ops"))
+        boost = _known(quick, np.fmax(share * self.peak, steady))
+        sustained = _known(steady, boost * clock)
+        rate = np.where(np.isnan(steady), sustained, boost + (np.fmin(sustained, boost) - boost) * load)
         smaller = np.where(flags["convolution"], _EFFICIENCY ** (1 - c.small_tiles), 1.0)
         tiles = (self.waves + c.fill) * self.tiles * smaller * self.peak / rate
         one = len(TILES)
@@ -257,6 +279,7 @@ def _values(gpu: Gpu) -> dict[str, float]:
         "measured_gb_s": measured.bandwidth_gb_s,
         "l2_gb_s": measured.l2_gb_s,
         "factor": measured.factor,
+        "start_factor": measured.start_factor,
     }
     return {
         "sms": gpu.sms,
@@ -286,6 +309,26 @@ def _halved(gpu: Gpu, dtype: str) -> bool:
 
 def _known(measured: Array, predicted: Array | float) -> Array:
     return np.where(np.isnan(measured), predicted, measured)
+
+
+def splits(work: Work, sms: int, tera_ops: float, begin_us: float, constants: Constants) -> bool:
+    """Whether the sum of a product is split on a GPU with a measured rate, where one that is not begins in some us."""
+    rate = tera_ops * 1e6 / _large(np.array([sms], float), constants)
+    axes = (work.m / work.batch, work.n / work.groups, work.k, work.batch * work.groups, sms)
+    m, n, k, batch, count = (np.array([axis], float) for axis in axes)
+    waves, tiles = _tiling(m, n, k, batch, count, rate)
+    power = constants.small_tiles if work.spatial else 1.0
+    times = (waves + constants.fill) * tiles * _EFFICIENCY ** (1 - power)
+    one = len(TILES)
+    return bool(times[one:].min() + begin_us * constants.split < times[:one].min() + begin_us)
+
+
+def _large(sms: Array, constants: Constants) -> Array:
+    """What share of the SMs' rate the product reaches that their rate is measured by."""
+    side, one = np.full(sms.shape, float(LARGE)), np.ones(sms.shape)
+    waves, tiles = _tiling(side, side, side, one, sms, one)
+    result: Array = 2 * side**3 / ((waves + constants.fill) * tiles)[: len(TILES)].min(axis=0)
+    return result
 
 
 def _tiling(m: Array, n: Array, k: Array, batch: Array, sms: Array, peak: Array) -> tuple[Array, Array]:

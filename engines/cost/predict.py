@@ -34,11 +34,15 @@ HEADERS = ("predicted us", "share", "bound", "type", "MB", "GMAC", "kernel", "ON
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelCost:
-    """One kernel. `bound` is 'bandwidth' (of memory or L2), 'compute', or 'start' where that costs more than either."""
+    """One kernel. `bound` is 'bandwidth' (of memory or L2), 'compute', or 'start' where that costs more than either.
+
+    `start_us` is what of `us` are starts.
+    """
 
     name: str
     kind: str
     us: float
+    start_us: float
     bytes: int
     macs: int
     dtype: str
@@ -68,6 +72,11 @@ class Cost:
     def total_us(self) -> float:
         """Sum over the kernels."""
         return sum(k.us for k in self.kernels)
+
+    @property
+    def start_us(self) -> float:
+        """What of that are starts of kernels and products."""
+        return sum(k.start_us for k in self.kernels)
 
     @property
     def bytes(self) -> int:
@@ -186,6 +195,7 @@ def _kernels(
             name=layer.name,
             kind=layer.kind,
             us=float(us) * often,
+            start_us=float(start) * often,
             bytes=(layer.bytes_moved or 0) * often,
             macs=counted or round(kernel.work.macs) * often,
             dtype=kernel.dtype,

@@ -10,8 +10,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from engines.cost.constants import CONSTANTS
 from engines.cost.gpus import Accumulation, Gpu, Measured
-from engines.timing.probes import Probe
+from engines.cost.kernel import splits
+from engines.timing.probes import SMALL_CONV, Probe
 from engines.timing.timer import Timing, TimingError
 
 BOOST_S = 0.05  # from the first product on: the clock has not fallen yet
@@ -89,12 +91,13 @@ def slope(probe: Probe, timings: Sequence[Timing]) -> Slope:
     return Slope(us=us, error_us=error)
 
 
-def fit(readings: Iterable[Reading], row: Gpu | None = None) -> Fit:
+def fit(readings: Iterable[Reading], row: Gpu | None = None, sms: int | None = None) -> Fit:
     """The figures of a GPU.
 
     Args:
         readings: of `engines.timing.probes.probes`, any of them.
         row: the datasheet of that GPU, where one is known: it says what FP16 rates are possible.
+        sms: streaming multiprocessors, by default those of the row: they say whether small products are split.
     """
     found = {reading.probe.name: reading for reading in readings}
     missing = [f"{name}: {reading.note}" for name, reading in found.items() if reading.note]
@@ -118,6 +121,9 @@ def fit(readings: Iterable[Reading], row: Gpu | None = None) -> Fit:
     accumulation, evidence = _accumulation(found, boost, row)
     assumed = accumulation or (row.accumulation if row else "float32")
     by_type = [_by_type(rates, found, assumed) for rates in (sustained, boost)]
+    if product_start is not None and (count := sms or (row and row.sms)):
+        half = max((rate for name, rate in boost.items() if found[name].probe.dtype == "float16"), default=0.0)
+        product_start = _unsplit(product_start, count, half)
     measured = Measured(
         start_us=start,
         product_start_us=product_start,
@@ -158,6 +164,12 @@ def _product_start(steps: Mapping[str, float]) -> float | None:
         return None
     small, large = steps["product_start_3x3"], steps["product_start_5x5"]
     return max(small - max(large - small, 0.0) * 9 / 16 - steps["start"], 0.0)
+
+
+def _unsplit(start_us: float, sms: int, tera_ops: float) -> float:
+    """The start of a product whose sum is not split, where `engines.cost.kernel` has it that the small ones' are."""
+    whole = start_us / CONSTANTS.split
+    return whole if tera_ops and splits(SMALL_CONV, sms, tera_ops, whole, CONSTANTS) else start_us
 
 
 def _bandwidth(found: Mapping[str, Reading], steps: Mapping[str, float]) -> float | None:

@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
-from statistics import median
 
 from engines.backends.backend import Backend, backend_named, predicting
 from engines.core.errors import EngineError, import_runtime
+from engines.cost.correction import Factors, factors
 from engines.cost.gpus import Gpu, gpu_named, usual_gpu
 from engines.cost.predict import predict
 from engines.timing.driver import Card
@@ -36,16 +36,21 @@ _UNITS = {
     "l2_gb_s": "10^9 bytes a second that one kernel reaches from the L2 cache",
     "tera_ops": "10^12 operations a second, sustained for seconds; a multiply-add is two",
     "boost_tera_ops": "the same in the first 50 ms",
-    "factor": "measured over predicted time of whole engines, with the figures above",
+    "factor": "measured over predicted time of whole engines, with the figures above, but for starts",
+    "start_factor": "the same of starts",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One engine: predicted from what was measured of the GPU, and measured itself; or why not."""
+    """One engine: predicted from what was measured of the GPU, and measured itself; or why not.
+
+    `start_us` is what of the predicted time are starts of kernels and products.
+    """
 
     name: str
     predicted_us: float = 0.0
+    start_us: float = 0.0
     measured_us: float = 0.0
     failure: str = ""
 
@@ -95,8 +100,8 @@ class MeasuredGpu:
         found.append(("FP16 products", f"accumulate in {known.upper()}" if known else "not clear", ""))
         found += [("", sentence, "") for sentence in self.fit.evidence]
         found += [(p.name, _point(p), "") for p in self.points]
-        if "measured" in self.gpu and "factor" in (measured := _mapping(self.gpu["measured"])):
-            found.append(("factor", f"{measured['factor']}", _UNITS["factor"]))
+        measured = _mapping(self.gpu.get("measured"))
+        found += [(name, f"{measured[name]}", _UNITS[name]) for name in ("factor", "start_factor") if name in measured]
         found += [("not measured", sentence, "") for sentence in self.fit.missing]
         return found
 
@@ -139,13 +144,14 @@ def measured_gpu(
         EngineError: no GPU of this generation is known, so that nothing can be predicted for it.
     """
     found = tuple(readings(probes(card, seconds), card, backend, timer, budget_s=budget_s, on_probe=on_probe))
-    said = fit(found, row_of(card))
+    said = fit(found, row_of(card), card.sms)
     if not said.measured.to_mapping():
         raise TimingError(f"Nothing could be measured on {card.name}. The first reason: {said.missing[0]}")
     values = gpu_values(card, said)
     tested = points(card, Gpu.from_mapping(values), backend, timer)
-    if (factor := factor_of(tested)) is not None:
-        values = {**values, "measured": {**_mapping(values["measured"]), "factor": _short(factor)}}
+    if (found_factors := factors_of(tested)) is not None:
+        both = {"factor": _short(found_factors.work), "start_factor": _short(found_factors.start)}
+        values = {**values, "measured": {**_mapping(values["measured"]), **both}}
     return MeasuredGpu(
         card=card,
         backend=backend.name,
@@ -219,17 +225,20 @@ def _tested(network: Network, card: Card, gpu: Gpu, backend: Backend, timer: Tim
             engines[compiler] = backend_named(compiler).build(
                 network.model, targets=(card.target,), shapes=None, timing_cache=None, directory=None, on_progress=None
             )
-        predicted = predict(network.model, engines[predicting(backend.name).name].table, gpu).total_us
+        predicted = predict(network.model, engines[predicting(backend.name).name].table, gpu)
         (timing,) = timer.times([Load(engine=engines[backend.name])], seconds=0.5)
     except (EngineError, RuntimeError) as error:  # the runtimes' own errors are RuntimeErrors
         return Point(name=network.name, failure=" ".join(str(error).split())[:300])
-    return Point(name=network.name, predicted_us=predicted, measured_us=timing.median_us)
+    whole, starts = predicted.total_us, predicted.start_us
+    return Point(name=network.name, predicted_us=whole, start_us=starts, measured_us=timing.median_us)
 
 
-def factor_of(tested: list[Point]) -> float | None:
-    """Measured over predicted: the median of the logarithms; None of too few engines."""
-    ratios = [math.log(p.measured_us / p.predicted_us) for p in tested if not p.failure and p.predicted_us > 0]
-    return math.exp(median(ratios)) if len(ratios) >= FEWEST else None
+def factors_of(tested: list[Point]) -> Factors | None:
+    """Measured over predicted, of starts and of all else; None of too few engines."""
+    known = [p for p in tested if not p.failure and p.predicted_us > 0]
+    if len(known) < FEWEST:
+        return None
+    return factors([p.predicted_us for p in known], [p.start_us for p in known], [p.measured_us for p in known])
 
 
 def _short(value: float) -> float:

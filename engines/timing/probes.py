@@ -20,6 +20,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.backends.layers import SYNCHRONIZATION, LayerTable
+from engines.cost.kernel import LARGE
+from engines.cost.work import PRODUCT, Work
 from engines.timing.driver import Card
 from engines.verify.kernels import compute_kernel, consumed_dtype
 
@@ -35,7 +37,8 @@ NUMPY: dict[str, Any] = {
 _CODES = ("int8", "fp8")
 # data type -> the first generation whose products run in it; float32 and float16 are everywhere
 SINCE = {"int8": 75, "bfloat16": 80, "fp8": 89}
-SIZE, CHANNELS, IMAGE = 4096, 256, (8, 256, 64, 64)
+SIZE, CHANNELS, IMAGE = LARGE, 256, (8, 256, 64, 64)
+SMALL_CONV = Work(form=PRODUCT, read=25088, written=25088, weights=73728, m=196, n=64, k=576, spatial=2)  # of 3x3
 ONES = 8  # output channels of a product whose weights are all one, to see how it accumulates
 DRAM_BYTES = 1 << 30
 ROW = 1024  # of a sum, whose two inputs and output are rows of FP16

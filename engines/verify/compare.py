@@ -18,8 +18,7 @@ import onnx
 from engines.core import onnx_runtime as ort
 from engines.core.errors import EngineError, import_runtime
 from engines.core.load import load_graph
-from engines.core.nodes import sized_by_values
-from engines.core.shapes import leading_is_batch
+from engines.core.nodes import leading_is_batch, sized_by_values
 from engines.verify.meaning import FirstSample, Meaning, meanings
 from engines.verify.report import Alarms, Limits, OutputReport, Report
 from engines.verify.sums import Sums

@@ -29,6 +29,7 @@ from onnx import NodeProto, TensorProto
 
 from engines.core.nodes import attribute, ints
 from engines.core.operators import ARITHMETIC, COMPARISONS, MOVERS, SOFTMAXES, family
+from engines.core.shapes import propagated
 
 Task = Literal["classification", "segmentation", "regression", "labels", "none"]
 TASKS = ("auto", *get_args(Task)[:3])
@@ -376,7 +377,7 @@ def _inferred(model: onnx.ModelProto, seen: FirstSample) -> dict[str, tuple[int,
             for size in sizes:
                 dims.add().dim_value = size
     try:
-        inferred = onnx.shape_inference.infer_shapes(shaped, data_prop=True).graph
+        inferred = propagated(shaped).graph
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         return {}
     found = {}

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engines.core.shapes import leading_is_batch
+from engines.core.nodes import leading_is_batch
 from qdq.core.errors import InputError, StaleFileError
 from qdq.core.progress import Progress
 from qdq.core.resources import MemoryBudget

@@ -41,8 +41,9 @@ from onnx import (
     numpy_helper,
 )
 
+from engines.core.load import inlined
 from engines.core.nodes import all_graphs, all_nodes, reads
-from engines.core.shapes import inferred, inlined, light
+from engines.core.shapes import inferred, light
 from qdq.core.errors import ModelError
 from qdq.model.external import embedded, tensor_bytes
 from qdq.model.model import dtype_name

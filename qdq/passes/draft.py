@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from engines.core.shapes import show_constants
+from engines.core.shapes import propagated, show_constants
 from qdq.core.errors import ModelError
 from qdq.model.external import is_external, is_large, tensor_array, tensor_bytes
 from qdq.model.model import Model, TensorInfo
@@ -187,10 +187,10 @@ class Draft:
         """
         try:
             light = self._shown()
-            proto = onnx.shape_inference.infer_shapes(light, data_prop=True)
+            proto = propagated(light)
             if believed := self._believed(proto.graph):
                 light.graph.value_info.extend(believed)
-                proto = onnx.shape_inference.infer_shapes(light, data_prop=True)
+                proto = propagated(light)
         except (RuntimeError, onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
             raise ModelError(
                 f"Cannot infer the shapes of this model: onnx {onnx.__version__} says: "

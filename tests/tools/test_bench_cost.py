@@ -93,6 +93,23 @@ def test_one_factor_of_four_points(bench: ModuleType) -> None:
     assert 0 < bench.corrected(rows, predicted) < 0.2
 
 
+def test_two_factors_of_four_points(bench: ModuleType) -> None:
+    """A GPU whose starts take twice as long as predicted: one factor cannot say so."""
+    work, starts = np.linspace(1, 100, 12), np.full(12, 20.0)
+    rows = [Seen(us, "a") for us in work + 2 * starts]
+    assert bench.corrected(rows, work + starts) > 0.1
+    assert bench.corrected(rows, work + starts, starts) < 0.05
+
+
+def test_launches_are_starts(bench: ModuleType) -> None:
+    model = Line(np.array([1.0, 1.0]))
+    model.kernels, model.starts = np.array([10.0, 20.0]), lambda values: np.array([2.0, 2.0])
+    rows = [Seen(1.0, "a"), Seen(1.0, "a")]
+    rows[0].launched, rows[1].launched = False, True
+    launched = bench.Launched(model, rows)
+    assert launched.starts({"start": 2.0, "each": 1.0, "launch_us": 0.5}).tolist() == [2.0, 12.0]
+
+
 def test_a_family_with_few_rows_gets_no_error(bench: ModuleType) -> None:
     rows = [Seen(10.0, "x") for _ in range(12)] + [Seen(10.0, "y") for _ in range(9)]
     for row in rows:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from costs.models import Model
+from costs.models import Model, Started
 from costs.published import Row
+from engines.cost.correction import factors
 
 Array = npt.NDArray[Any]
 NOISE = 0.15  # spread of log(predicted / measured) that is expected
@@ -93,6 +94,17 @@ def left_out(model: Model, rows: Sequence[Row], groups: Sequence[str]) -> Array:
     return found
 
 
+def starts_left_out(model: Started, rows: Sequence[Row], groups: Sequence[str]) -> tuple[Array, Array]:
+    """Predicted times as of `left_out`, and what of them are starts."""
+    labels = np.array(groups)
+    found, starts = np.zeros(len(rows)), np.zeros(len(rows))
+    for label in sorted(set(groups)):
+        out = labels == label
+        values = fitted(model, rows, ~out)
+        found[out], starts[out] = model(values)[out], model.starts(values)[out]
+    return found, starts
+
+
 def score(rows: Sequence[Row], predicted: Array) -> Score:
     """How true predicted times are."""
     measured = np.array([row.measured_us for row in rows])
@@ -119,8 +131,11 @@ def ratio_pairs(rows: Sequence[Row]) -> list[tuple[int, int]]:
     return [(both["int8"], both["fp16"]) for both in found.values() if {"int8", "fp16"} <= set(both)]
 
 
-def corrected(rows: Sequence[Row], predicted: Array, points: int = 4) -> float:
-    """Median error of the other rows of a GPU where the factor of a few drawn ones corrects it, over draws and GPUs."""
+def corrected(rows: Sequence[Row], predicted: Array, starts: Array | None = None, points: int = 4) -> float:
+    """Median error of the other rows of a GPU where a few drawn ones correct it, over draws and GPUs.
+
+    One factor corrects it; or two, of starts and of all else, as of `engines.cost.correction`, where starts are given.
+    """
     draw = np.random.default_rng(0)
     measured = np.array([row.measured_us for row in rows])
     labels = np.array([row.gpu_name for row in rows])
@@ -131,9 +146,13 @@ def corrected(rows: Sequence[Row], predicted: Array, points: int = 4) -> float:
             continue
         for _ in range(DRAWS):
             known = draw.choice(mine, points, replace=False)
-            factor = np.exp(np.mean(np.log(measured[known] / predicted[known])))
             others = np.setdiff1d(mine, known)
-            errors.append((others, np.abs(predicted[others] * factor / measured[others] - 1)))
+            if starts is None:
+                better = predicted[others] * np.exp(np.mean(np.log(measured[known] / predicted[known])))
+            else:
+                both = factors(predicted[known].tolist(), starts[known].tolist(), measured[known].tolist())
+                better = (predicted[others] - starts[others]) * both.work + starts[others] * both.start
+            errors.append((others, np.abs(better / measured[others] - 1)))
     if not errors:
         return float("nan")
     spread = np.concatenate([values for _, values in errors])

@@ -29,6 +29,13 @@ class Model(Protocol):
         """Microseconds of each row."""
 
 
+class Started(Model, Protocol):
+    """A model that tells starts from all else."""
+
+    def starts(self, values: Values) -> Array:
+        """What of each row's microseconds are starts of kernels and products."""
+
+
 class Roofline:
     """Bytes over bandwidth or operations over peak, and 2 us: the model before this one; nothing is fitted."""
 
@@ -159,9 +166,16 @@ class Ours:
         """Microseconds of each row."""
         return self._batch.sums(self._batch.times(Constants(**values)).total)
 
+    def starts(self, values: Values) -> Array:
+        """What of that are starts of kernels and products."""
+        return self._batch.sums(self._batch.times(Constants(**values)).start)
+
 
 class Launched:
-    """A model of kernels, and what rows without a CUDA graph cost beyond it: time between kernels, of their host."""
+    """A model of kernels, and what rows without a CUDA graph cost beyond it: time between kernels, of their host.
+
+    Launches count as starts.
+    """
 
     def __init__(self, model: Reference | Ours, rows: Sequence[Row]) -> None:
         """Rows of the model."""
@@ -173,6 +187,14 @@ class Launched:
         """Microseconds of each row."""
         own = {name: value for name, value in values.items() if name != "launch_us"}
         result: Array = self._model(own) + values["launch_us"] * self._launches
+        return result
+
+    def starts(self, values: Values) -> Array:
+        """What of that are starts and launches."""
+        if isinstance(self._model, Reference):
+            raise NotImplementedError("The reference does not tell starts from all else.")
+        own = {name: value for name, value in values.items() if name != "launch_us"}
+        result: Array = self._model.starts(own) + values["launch_us"] * self._launches
         return result
 
 

@@ -19,11 +19,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from engines.core.operators import MOVERS, RECURRENCES
-from engines.core.shapes import light
+from engines.core.shapes import light, propagated
 from qdq.assemble.precision.rules import LIMIT, decide, masks, saturated
 from qdq.assemble.precision.shift import compensate
 from qdq.assemble.precision.types import ELEM, Lowered, Schema, dequantizes_constant_scale, finfo, fits, retyped
@@ -89,7 +88,7 @@ def _typed(model: Model, opset: int) -> ModelProto:
     for entry in shown.opset_import:
         if entry.domain in ("", "ai.onnx"):
             entry.version = max(entry.version, opset)
-    inferred = onnx.shape_inference.infer_shapes(shown, data_prop=True)
+    inferred = propagated(shown)
     proto = ModelProto()
     proto.CopyFrom(model.proto)
     del proto.graph.value_info[:], proto.opset_import[:]

@@ -194,8 +194,11 @@ def test_the_recipe_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         gpu_file, "points", lambda *_: [tested[0], gpu_file.Point(name="c", predicted_us=10, measured_us=13)]
     )
-    factor = Gpu.from_mapping(yaml.safe_load(whole(SimulatedTimer()).text())["gpu"][0]).measured
-    assert factor is not None and factor.factor == pytest.approx(math.sqrt(1.2 * 1.3), rel=1e-3)
+    made = whole(SimulatedTimer())
+    factor = Gpu.from_mapping(yaml.safe_load(made.text())["gpu"][0]).measured
+    assert factor is not None and factor.factor == pytest.approx(math.sqrt(1.2 * 1.3), rel=0.01)
+    assert factor.start_factor is not None and 1 < factor.start_factor < factor.factor  # nothing was said of starts
+    assert {"factor", "start_factor"} < {row[0] for row in made.rows()}
 
 
 def test_an_unknown_gpu_borrows_the_usual_row_of_its_generation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from engines.core.errors import BuildError
 from engines.cost.gpus import GPUS
 from engines.cost.predict import predict
 from engines.timing import gpu_file
-from engines.timing.gpu_file import factor_of
+from engines.timing.gpu_file import factors_of
 from engines.timing.networks import networks
 from engines.timing.probes import Graph, Probe, claim_failure, pools, probes
 from engines.timing.timer import Timing
@@ -89,4 +89,6 @@ def test_whole_engines_correct_what_is_predicted(monkeypatch: pytest.MonkeyPatch
     calls: list[Any] = []
     tested = gpu_file.points(RTX4090, gpu, backend_named("rtx"), Threefold())
     assert [p.name for p in tested] == ["cnn_float16", "transformer_float16"] and not any(p.failure for p in tested)
-    assert factor_of(tested) == pytest.approx(3)
+    assert all(0.2 < p.start_us / p.predicted_us < 0.8 for p in tested)
+    found = factors_of(tested)
+    assert found is not None and (found.work, found.start) == pytest.approx((3, 3), rel=0.05)
