@@ -22,6 +22,7 @@ from qdq.model.model import Model
 
 MOST_FIT = 8  # samples that corrections are fitted on, at most
 AT_ONCE = 2  # candidates compared in one go: each session keeps the memory of its activations
+CHUNK = 1 << 18  # values compared at a time, which are copied in float64
 MOST_HELD = 32  # samples that candidates are compared on, at most
 
 
@@ -149,11 +150,13 @@ def energies(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
     """
     signals, noises = [], []
     for name, output in expected.items():
-        finite = np.isfinite(output)
-        y = output[finite].astype(np.float64)
-        other = found[name][finite] if found[name].shape == output.shape else 0.0
-        signals.append(float(np.sum(y**2)))
-        noises.append(float(np.sum((y - other) ** 2)))
+        other = found[name].ravel() if found[name].shape == output.shape else None
+        for start in range(0, output.size, CHUNK):
+            part = slice(start, start + CHUNK)
+            finite = np.isfinite(output.ravel()[part])
+            y = output.ravel()[part][finite].astype(np.float64)
+            signals.append(float(np.sum(y**2)))
+            noises.append(float(np.sum((y - (0.0 if other is None else other[part][finite])) ** 2)))
     return _sum(signals), _sum(noises)
 
 

@@ -85,14 +85,15 @@ def collect(
             session = Session(model, group, threads=THREADS, in_order=True)
             readers = [node for node in of if node.data in group]
             for index, sample in counted(samples):
-                values, codes = session(sample), dict[str, Singles]()
-                for node in readers:
-                    if (name := node.data) not in codes and name in values:  # else in a body that no run reached
-                        require_finite(values[name], name, sorted(samples.chosen)[index])
-                        codes[name] = _centred(divided(values[name], divisors.get(name), node), params.get(name))
-                for node in (reader for reader in readers if reader.data in codes):
-                    rows = -(-max(MIN_ROWS, ROWS_PER_COLUMN * node.columns) // len(samples))
-                    yield {node.key: _moment(node, codes[node.data], rows)}
+                values = session(sample)
+                for name, value in values.items():
+                    require_finite(value, name, sorted(samples.chosen)[index])
+                for node in (
+                    reader for reader in readers if reader.data in values
+                ):  # else in a body that no run reached
+                    count = -(-max(MIN_ROWS, ROWS_PER_COLUMN * node.columns) // len(samples))
+                    rows = _rows(node, values[node.data], count, params.get(node.data), divisors.get(node.data))
+                    yield {node.key: Moment.of(rows)}
                 if on_progress is not None:
                     on_progress(index + 1, len(samples), "second moments")
 
@@ -138,25 +139,6 @@ def has_matrix(readers: Sequence[WeightedNode], most_columns: int | None) -> boo
     small = most_columns is None or readers[0].columns <= most_columns
     batched = readers[0].op_type == "MatMul" and len(readers[0].shape) > 2
     return small and not batched and len({node.groups for node in readers}) == 1
-
-
-def divided(values: npt.NDArray[np.floating], divisor: Singles | None, node: WeightedNode) -> npt.NDArray[np.floating]:
-    """A node's data operand with its channels divided: axis 1 of a Conv, else the last one."""
-    if divisor is None:
-        return values
-    shape = (-1, *(1,) * (values.ndim - 2)) if node.window else (-1,)
-    return np.asarray(values / divisor.reshape(shape))
-
-
-def _centred(values: npt.NDArray[np.floating], params: QParams | None) -> Singles:
-    """Integer codes less their zero point; where the kernel reads floats, these on a grid that keeps the sums exact."""
-    if params is None:
-        amax = float(np.abs(values).max()) if values.size else 0.0
-        step = np.float32(2.0 ** (math.frexp(amax)[1] - FLOAT_BITS)) if amax else np.float32(1)
-        return np.asarray(np.rint(np.asarray(values, dtype=np.float32) / step) * step)
-    return np.asarray(
-        to_codes(np.asarray(values, dtype=np.float32), params).astype(np.float32) - np.float32(params.zero_point)
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,14 +200,44 @@ def _batches(weights: Mapping[Weight, Sequence[WeightedNode]], share: int) -> li
     return batches
 
 
-def _moment(node: WeightedNode, codes: Singles, rows: int) -> Moment:
-    """(groups, columns, columns): second moment of up to `rows` input rows, evenly spaced."""
+def _rows(
+    node: WeightedNode,
+    values: npt.NDArray[np.floating],
+    count: int,
+    params: QParams | None,
+    divisor: Singles | None,
+) -> Singles:
+    """(groups, rows, columns): up to `count` of the rows that a node multiplies, as its kernel sees them.
+
+    Integer codes less their zero point; where the kernel reads floats, these on a grid that keeps the sums exact. Only
+    the rows that are taken are coded: a copy of the whole tensor may be the largest of the run.
+    """
     if node.window is None:
-        flat = codes.T if node.data_transposed else codes
+        flat = values.T if node.data_transposed else values
         flat = flat.reshape(-1, flat.shape[-1])
-        return Moment.of(flat[_spaced(flat.shape[0], rows)][None])
-    patches = _patches(node.window, node.shape[2:], codes, rows).reshape(-1, node.groups, node.columns)
-    return Moment.of(patches.transpose(1, 0, 2))
+        taken = flat[_spaced(flat.shape[0], count)][..., None]
+    else:
+        taken = _patches(node.window, node.shape[2:], values, count)
+    if divisor is not None:
+        taken = taken / divisor[:, None]
+    taken = np.asarray(taken, dtype=np.float32)
+    if params is not None:
+        codes = to_codes(taken, params).astype(np.float32) - np.float32(params.zero_point)
+    else:
+        step = _step(values, node, divisor)
+        codes = np.rint(taken / step) * step
+    return np.asarray(codes.reshape(-1, node.groups, node.columns).transpose(1, 0, 2))
+
+
+def _step(values: npt.NDArray[np.floating], node: WeightedNode, divisor: Singles | None) -> np.float32:
+    """The grid of floats: FLOAT_BITS of the tensor's largest magnitude."""
+    if not values.size:
+        return np.float32(1)
+    axis = 1 if node.window else -2 if node.data_transposed else -1
+    axes = tuple(i for i in range(values.ndim) if i != axis % values.ndim)
+    most = np.maximum(values.max(axis=axes), -values.min(axis=axes))
+    amax = float(most.max() if divisor is None else np.abs(most / divisor).max())
+    return np.float32(2.0 ** (math.frexp(amax)[1] - FLOAT_BITS)) if amax else np.float32(1)
 
 
 def _spaced(length: int, count: int) -> npt.NDArray[np.int64]:
@@ -235,18 +247,26 @@ def _spaced(length: int, count: int) -> npt.NDArray[np.int64]:
     return np.sort(np.random.default_rng(length).choice(length, count, replace=False))
 
 
-def _patches(window: Window, kernel: tuple[int, ...], codes: Singles, rows: int) -> Singles:
-    """(rows, channels * kernel) float32: the patches under sampled output positions, channel-major as in the weight."""
+def _patches(
+    window: Window, kernel: tuple[int, ...], values: npt.NDArray[np.floating], rows: int
+) -> npt.NDArray[np.floating]:
+    """(rows, channels, positions of the kernel): the patches under sampled output positions."""
     spatial, strides, dilations, pads = len(kernel), window.strides, window.dilations, window.pads
+    batch, channels, *sizes = values.shape
     if window.auto_pad.startswith("SAME"):  # only where a dynamic size kept `prepare` from writing the pads
-        axes = zip(codes.shape[2:], kernel, strides, dilations, strict=True)
+        axes = zip(sizes, kernel, strides, dilations, strict=True)
         totals = [max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0) for n, k, s, d in axes]
         less, more = tuple(t // 2 for t in totals), tuple(t - t // 2 for t in totals)
         pads = less + more if window.auto_pad == "SAME_UPPER" else more + less
-    padded = np.pad(codes, [(0, 0), (0, 0), *((pads[i], pads[i + spatial]) for i in range(spatial))])
-    extent = [(padded.shape[2 + i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(spatial)]
-    positions = np.unravel_index(_spaced(padded.shape[0] * int(np.prod(extent)), rows), [padded.shape[0], *extent])
+    padded = [n + pads[i] + pads[i + spatial] for i, n in enumerate(sizes)]
+    extent = [(padded[i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(spatial)]
+    item, *positions = np.unravel_index(_spaced(batch * math.prod(extent), rows), [batch, *extent])
+    if not values.size:
+        return np.zeros((len(item), channels, math.prod(kernel)), values.dtype)
     offsets = np.stack([g.reshape(-1) for g in np.meshgrid(*(np.arange(k) for k in kernel), indexing="ij")])
-    index = [positions[1 + i][:, None] * strides[i] + offsets[i][None] * dilations[i] for i in range(spatial)]
-    taken = padded[(positions[0][:, None], slice(None), *index)]  # (rows, kernel, channels)
-    return np.asarray(taken.transpose(0, 2, 1).reshape(taken.shape[0], -1))
+    index = [at[:, None] * strides[i] + offsets[i][None] * dilations[i] - pads[i] for i, at in enumerate(positions)]
+    inside = np.all([(at >= 0) & (at < n) for at, n in zip(index, sizes, strict=True)], axis=0)
+    near = [np.clip(at, 0, n - 1) for at, n in zip(index, sizes, strict=True)]
+    taken = values[(item[:, None], slice(None), *near)]  # (rows, kernel, channels)
+    taken[~inside] = 0
+    return np.asarray(taken.transpose(0, 2, 1))

