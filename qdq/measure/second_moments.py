@@ -35,6 +35,8 @@ ROWS_PER_COLUMN = 8  # input rows per weight column, over all samples
 MIN_ROWS = 8192  # input rows per weight at least, over all samples
 THREADS = 2  # of ONNX Runtime: with three and more the last bits of its convolutions depend on their number
 FLOAT_BITS = 11  # of rows that stay float: products of 22 bits, so sums over samples of like size are exact in float64
+CHUNK = 1 << 20  # values of rows that are coded at a time, and as few as this many rows
+LEAST_ROWS = 256
 BUDGET_BYTES = 1 << 30  # matrices held at once at most; more weights take further passes over the samples
 
 Grams = dict[Weight, Floats]
@@ -92,8 +94,8 @@ def collect(
                     reader for reader in readers if reader.data in values
                 ):  # else in a body that no run reached
                     count = -(-max(MIN_ROWS, ROWS_PER_COLUMN * node.columns) // len(samples))
-                    rows = _rows(node, values[node.data], count, params.get(node.data), divisors.get(node.data))
-                    yield {node.key: Moment.of(rows)}
+                    for rows in _rows(node, values[node.data], count, params.get(node.data), divisors.get(node.data)):
+                        yield {node.key: Moment.of(rows)}
                 if on_progress is not None:
                     on_progress(index + 1, len(samples), "second moments")
 
@@ -206,27 +208,35 @@ def _rows(
     count: int,
     params: QParams | None,
     divisor: Singles | None,
-) -> Singles:
-    """(groups, rows, columns): up to `count` of the rows that a node multiplies, as its kernel sees them.
+) -> Iterator[Singles]:
+    """(groups, rows, columns): up to `count` of the rows that a node multiplies, some at a time.
 
-    Integer codes less their zero point; where the kernel reads floats, these on a grid that keeps the sums exact. Only
-    the rows that are taken are coded: a copy of the whole tensor may be the largest of the run.
+    As its kernel sees them: integer codes less their zero point; where it reads floats, these on a grid that keeps the
+    sums exact. Only rows that are taken are coded: a copy of the whole tensor may be the largest of the run.
     """
     if node.window is None:
         flat = values.T if node.data_transposed else values
         flat = flat.reshape(-1, flat.shape[-1])
-        taken = flat[_spaced(flat.shape[0], count)][..., None]
+        chosen = _spaced(flat.shape[0], count)
     else:
-        taken = _patches(node.window, node.shape[2:], values, count)
-    if divisor is not None:
-        taken = taken / divisor[:, None]
-    taken = np.asarray(taken, dtype=np.float32)
-    if params is not None:
-        codes = to_codes(taken, params).astype(np.float32) - np.float32(params.zero_point)
-    else:
-        step = _step(values, node, divisor)
-        codes = np.rint(taken / step) * step
-    return np.asarray(codes.reshape(-1, node.groups, node.columns).transpose(1, 0, 2))
+        pads, extent = _extent(node.window, node.shape[2:], values.shape[2:])
+        chosen = _spaced(values.shape[0] * math.prod(extent), count)
+    step = _step(values, node, divisor) if params is None else np.float32(1)
+    some = max(LEAST_ROWS, CHUNK // (node.groups * node.columns))
+    for start in range(0, max(len(chosen), 1), some):
+        picked = chosen[start : start + some]
+        if node.window is None:
+            taken = flat[picked][..., None]
+        else:
+            taken = _patches(node.window, node.shape[2:], values, picked, pads, extent)
+        if divisor is not None:
+            taken = taken / divisor[:, None]
+        taken = np.asarray(taken, dtype=np.float32)
+        if params is not None:
+            codes = to_codes(taken, params).astype(np.float32) - np.float32(params.zero_point)
+        else:
+            codes = np.rint(taken / step) * step
+        yield np.asarray(codes.reshape(-1, node.groups, node.columns).transpose(1, 0, 2))
 
 
 def _step(values: npt.NDArray[np.floating], node: WeightedNode, divisor: Singles | None) -> np.float32:
@@ -247,24 +257,37 @@ def _spaced(length: int, count: int) -> npt.NDArray[np.int64]:
     return np.sort(np.random.default_rng(length).choice(length, count, replace=False))
 
 
-def _patches(
-    window: Window, kernel: tuple[int, ...], values: npt.NDArray[np.floating], rows: int
-) -> npt.NDArray[np.floating]:
-    """(rows, channels, positions of the kernel): the patches under sampled output positions."""
-    spatial, strides, dilations, pads = len(kernel), window.strides, window.dilations, window.pads
-    batch, channels, *sizes = values.shape
+def _extent(window: Window, kernel: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The pads of a convolution's input of some sizes, and the sizes of its output."""
+    strides, dilations, pads = window.strides, window.dilations, window.pads
     if window.auto_pad.startswith("SAME"):  # only where a dynamic size kept `prepare` from writing the pads
         axes = zip(sizes, kernel, strides, dilations, strict=True)
         totals = [max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0) for n, k, s, d in axes]
         less, more = tuple(t // 2 for t in totals), tuple(t - t // 2 for t in totals)
         pads = less + more if window.auto_pad == "SAME_UPPER" else more + less
-    padded = [n + pads[i] + pads[i + spatial] for i, n in enumerate(sizes)]
-    extent = [(padded[i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(spatial)]
-    item, *positions = np.unravel_index(_spaced(batch * math.prod(extent), rows), [batch, *extent])
+    padded = [n + pads[i] + pads[i + len(sizes)] for i, n in enumerate(sizes)]
+    shapes = zip(padded, kernel, strides, dilations, strict=True)
+    return pads, tuple((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in shapes)
+
+
+def _patches(
+    window: Window,
+    kernel: tuple[int, ...],
+    values: npt.NDArray[np.floating],
+    picked: npt.NDArray[np.int64],
+    pads: tuple[int, ...],
+    extent: tuple[int, ...],
+) -> npt.NDArray[np.floating]:
+    """(rows, channels, positions of the kernel): the patches under picked output positions, 0 where they are padded."""
+    batch, channels, *sizes = values.shape
+    item, *positions = np.unravel_index(picked, [batch, *extent])
     if not values.size:
         return np.zeros((len(item), channels, math.prod(kernel)), values.dtype)
     offsets = np.stack([g.reshape(-1) for g in np.meshgrid(*(np.arange(k) for k in kernel), indexing="ij")])
-    index = [at[:, None] * strides[i] + offsets[i][None] * dilations[i] - pads[i] for i, at in enumerate(positions)]
+    index = [
+        at[:, None] * window.strides[i] + offsets[i][None] * window.dilations[i] - pads[i]
+        for i, at in enumerate(positions)
+    ]
     inside = np.all([(at >= 0) & (at < n) for at, n in zip(index, sizes, strict=True)], axis=0)
     near = [np.clip(at, 0, n - 1) for at, n in zip(index, sizes, strict=True)]
     taken = values[(item[:, None], slice(None), *near)]  # (rows, kernel, channels)

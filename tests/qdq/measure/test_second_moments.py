@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import graphs
 import numpy as np
@@ -235,3 +236,32 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> str:
 
     monkeypatch.setattr(second_moments.tempfile, "TemporaryFile", full)
     return os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize("floats", [False, True])
+def test_rows_at_a_time_change_no_sum(floats: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A padded, strided, dilated convolution of two groups whose channels are divided, some rows at a time."""
+    window = second_moments.Window(strides=(2, 1), dilations=(1, 2), pads=(1, 2, 0, 1), auto_pad="NOTSET")
+    weight = np.zeros((6, 2, 3, 2), np.float32)
+    node = SimpleNamespace(window=window, shape=weight.shape, groups=2, columns=12, data_transposed=False)
+    rng = np.random.default_rng(0)
+    values, divisor = rng.normal(size=(2, 4, 9, 7)).astype(np.float32), (rng.random(4) + 0.5).astype(np.float32)
+    params = None if floats else QParams(scale=np.float32(0.02), zero_point=5)
+
+    def sums() -> tuple[np.ndarray, int]:
+        found = [Moment.of(rows) for rows in second_moments._rows(node, values, 50, params, divisor)]
+        return np.sum([each.sums for each in found], axis=0), sum(each.rows for each in found)
+
+    whole, rows = sums()
+    monkeypatch.setattr(second_moments, "CHUNK", 1)
+    monkeypatch.setattr(second_moments, "LEAST_ROWS", 7)
+    again, count = sums()
+    assert count == rows == 50 and np.array_equal(whole, again)
+    # by im2col of the padded tensor
+    padded = np.pad(values / divisor[:, None, None], [(0, 0), (0, 0), (1, 0), (2, 1)])
+    patches = [padded[b, :, 2 * i : 2 * i + 3, j : j + 3 : 2] for b in range(2) for i in range(4) for j in range(8)]
+    flat = np.stack(patches)[np.sort(np.random.default_rng(64).choice(64, 50, replace=False))].reshape(50, 2, 12)
+    if params is not None:
+        flat = np.clip(np.rint(flat / params.scale) + 5, -128, 127) - 5
+    wanted = np.einsum("rgi,rgj->gij", flat.astype(np.float64), flat.astype(np.float64))
+    assert np.allclose(whole, wanted, rtol=0, atol=0.05 if floats else 0)
