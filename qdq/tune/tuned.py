@@ -74,7 +74,7 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
         shares = [f"{self.predicted_us / us:.2f} of {name} ({us:.1f})" for name, us in others.items() if us is not None]
         error = self.decision.time_error
         return ", ".join([f"{self.predicted_us:.1f} us", *shares]) + (
-            f"; within {error:.0%}" if error else "; error unknown"
+            f"; expected error {error:.0%}" if error else "; expected error unknown"
         )
 
     @property
@@ -128,7 +128,7 @@ class Tuned:
         """One sentence for a person."""
         count, rewrites = len(self.plan.quantized_nodes), ", ".join(sorted({r.name for r in self.plan.rewrites}))
         idle = "does not pay anywhere" if math.isfinite(self.untuned) else "wherever it is possible does not compile"
-        quantized = f"{count} nodes in {self.operands}" if count else f"{self.operands} {idle}"
+        quantized = f"{count} node{'s' * (count > 1)} in {self.operands}" if count else f"{self.operands} {idle}"
         return f"{quantized}; rewrites: {rewrites or 'none'}; {self.tried} variants looked at{ENDED[self.ended]}"
 
     def said(self, gpus: Sequence[PricedGpu]) -> list[str]:
