@@ -37,7 +37,6 @@ from qdq.model.storage import load, save
 from qdq.passes import prepare
 from qdq.plan.settings import Settings
 from qdq.tune.find_plan import difference, find_plan
-from qdq.tune.variant import Variant
 from qdq.tune.variant_builder import VariantBuilder
 
 Samples = list[dict[str, np.ndarray]]
@@ -168,7 +167,7 @@ def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path, *, measure:
         tuned=built.us,
         sqnr_db=accuracy,
         int8_nodes=len(found.plan.quantized_nodes),
-        of_nodes=len(plain.quantizable(Variant())),
+        of_nodes=len(plain.quantizable(found.variant)),
         seconds=seconds,
         variants=found.tried,
         ended=found.ended,
