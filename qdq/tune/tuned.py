@@ -15,7 +15,7 @@ from qdq.tune.variant import Variant
 
 ENDED = {
     "": "",
-    "compiles": ", until --tune-compiles was reached",
+    "compiles": ", until --tune-compiles was reached: more may find a faster form",
     "seconds": ", until --time-limit was reached: on another machine the plan may be another",
 }
 
