@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--target", default="sm89", help="NVFP4 needs sm120")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="qdq-") as place:
+    with tempfile.TemporaryDirectory() as place:
         path, calibration, evaluation, task = CASES[options.case](options.folder, Path(place))
         prepared = load_float(path)
         specs = input_specs(prepared)

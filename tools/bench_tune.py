@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,13 @@ from qdq.model.storage import load, save
 from qdq.passes import prepare
 from qdq.plan.settings import Settings
 from qdq.tune.find_plan import difference, find_plan
-from qdq.tune.variant import Variant
 from qdq.tune.variant_builder import VariantBuilder
 
 Samples = list[dict[str, np.ndarray]]
-HEADER = ("model", "target", "FP32", "FP16", "untuned", "Model Optimizer", "tuned", "of FP16", "SQNR", "INT8", "s")
+HEADER = (
+    *("model", "target", "FP32", "FP16", "everything", "Model Optimizer", "tuned", "of FP16"),
+    *("INT8 against float", "SQNR dB", "INT8 nodes", "variants", "s"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,10 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Predicted microseconds, the output SQNR of the tuned model in ONNX Runtime, and how long tuning took."""
+    """Predicted microseconds, the output SQNR in dB of the tuned model in ONNX Runtime, and how long tuning took.
+
+    `untuned` is INT8 wherever it is possible; `ended` what ended the search before it was through, else "".
+    """
 
     model: str
     target: str
@@ -75,18 +80,16 @@ class Row:
     rewrites: tuple[str, ...]
     difference: str
 
-    def __str__(self) -> str:
-        """One line of a Markdown table."""
+    def line(self, shown: Sequence[str]) -> str:
+        """The columns that are shown, as one line of a Markdown table."""
         best = min(x for x in (self.fp32, self.fp16, self.untuned, self.peer) if x is not None)
         mark = "" if self.tuned <= best * (1 + TIE) + TIE_US else " (above)"
-        cells = [self.model, self.target, *(f"{x:.1f}" for x in (self.fp32, self.fp16, self.untuned))]
-        cells += ["-" if self.peer is None else f"{self.peer:.1f}", f"{self.tuned:.1f}{mark}"]
-        cells += [
-            f"{self.tuned / self.fp16:.2f}",
-            "-" if self.sqnr_db is None else f"{self.sqnr_db:.1f} dB",
-            f"{self.int8_nodes}/{self.of_nodes}",
-        ]
-        return "| " + " | ".join([*cells, f"{self.seconds:.0f}" + ("+" if self.ended else "")]) + " |"
+        times = [self.fp32, self.fp16, self.untuned, self.peer, self.tuned, self.sqnr_db]
+        fp32, fp16, untuned, peer, tuned, sqnr = ("-" if x is None else f"{x:.1f}" for x in times)
+        cells = [self.model, self.target, fp32, fp16, untuned, peer, tuned + mark, f"{self.tuned / self.fp16:.2f}"]
+        cells += [self.decision, sqnr, f"{self.int8_nodes}/{self.of_nodes}"]
+        cells += [f"{self.variants}{'+' if self.ended else ''}", f"{self.seconds:.0f}"]
+        return "| " + " | ".join(c for name, c in zip(HEADER, cells, strict=True) if name in shown) + " |"
 
 
 def zoo_cases(folder: Path) -> Iterator[Case]:
@@ -164,7 +167,7 @@ def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path, *, measure:
         tuned=built.us,
         sqnr_db=accuracy,
         int8_nodes=len(found.plan.quantized_nodes),
-        of_nodes=len(plain.quantizable(Variant())),
+        of_nodes=len(plain.quantizable(found.variant)),
         seconds=seconds,
         variants=found.tried,
         ended=found.ended,
@@ -197,7 +200,9 @@ def main() -> None:
     limits = {} if options.min_sqnr_db is None else {"min_sqnr_db": options.min_sqnr_db}
     settings = Settings(bias_correction="off")  # a pass per layer: long on volumes
     rows = []
-    print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
+    absent = {"Model Optimizer": not options.modelopt, "SQNR dB": options.times_only}
+    shown = [name for name in HEADER if not absent.get(name)]
+    print("| " + " | ".join(shown) + " |\n|" + "---|" * len(shown))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for case in (case for source in cases for case in source):
@@ -213,7 +218,7 @@ def main() -> None:
                     limits=limits,
                 )
                 rows.append(row(case, recipe, peer, folder, measure=not options.times_only))
-                print(rows[-1], flush=True)
+                print(rows[-1].line(shown), flush=True)
                 if options.json:
                     options.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))
 

@@ -29,7 +29,7 @@ try:
 except ImportError:  # Windows: what a killed run leaves stays
     fcntl = None  # type: ignore[assignment]
 
-PREFIX = "qdq-"  # of temporary folders
+PREFIX = "qdq-scratch-"  # of temporary folders; results may lie beside them, in /tmp/qdq-baseline
 YOUNG_S = 2.0  # what is younger may be about to be locked
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 

@@ -94,12 +94,10 @@ class Decision(Part, frozen=True, kw_only=True):
         head = f"{form} is predicted {abs(change):.0%} {'slower' if change > 0 else 'faster'} than float {pair}"
         if self.verdict == "error unknown":
             return f"{head}; how far off such predictions are is not known"
+        known = f"two of three published ratios are predicted within {self.error:.0%}"
         if self.verdict == "beyond the error":
-            return f"{head}; two of three such ratios are predicted within {self.error:.0%}"
-        return (
-            f"{head}, which is within the error: two of three such ratios are predicted within {self.error:.0%}, so "
-            "only a measurement can tell"
-        )
+            return f"{head}, which is more than the error: {known}"
+        return f"{head}, which is within the error: {known}, so only a measurement can tell"
 
     def _assumption(self, operands: str, gpus: Sequence[PricedGpu]) -> str:
         if self.other is None:
@@ -113,7 +111,8 @@ class Decision(Part, frozen=True, kw_only=True):
         if not self.other.changes:
             return f"{head}, the choice is the same ({self.other.chosen_us:.1f} us, {floats})"
         nodes = self.other.quantized_nodes
-        best = f"{nodes} nodes in {operands}, {self.other.best_us:.1f} us" if nodes else f"nothing in {operands}"
+        some = f"{nodes} node{'s' * (nodes > 1)} in {operands}, {self.other.best_us:.1f} us"
+        best = some if nodes else f"nothing in {operands}"
         return (
             f"{head}, another choice is better: {best}; what was chosen would take {self.other.chosen_us:.1f} us, "
             f"{floats}. A recipe with `gpu: [{{like: {first.name}, accumulation: {other}}}]` assumes that"

@@ -62,15 +62,26 @@ class GiveBack:
     def classes(self) -> None:
         """Take the more exact form of each class of nodes where that costs nothing, until each that is left pays."""
         before = None
-        while self.best != before and self.best.quantized and not self.prices.late():
-            before, moves = self.best, into_exact(self.builder, self.best)
-            times = times_of(moves, self.builder.base(before).model, self.prices(before))
-            least = WORTH * self.prices.us(before)
-            alone = [m for m in moves if times[m] >= least]
-            ahead = zip(alone, self.prices.ahead(m.of(before) for m in alone), strict=False)
-            idle = [m for m, variant in ahead if not self.prices.gains(before, variant)]
-            self._together(sorted(idle, key=lambda m: self.prices.us(m.of(before))))
-            self._together([m for m in moves if times[m] < least])
+        while self.best.quantized and not self.prices.late() and before != (self.best, len(self.prices.asked)):
+            before = self.best, len(self.prices.asked)
+            self._idle_classes()
+
+    def _idle_classes(self) -> None:
+        """Look at each class alone, as far as the budget goes, and take the idle ones together."""
+        before, moves = self.best, into_exact(self.builder, self.best)
+        times = times_of(moves, self.builder.base(before).model, self.prices(before))
+        least = WORTH * self.prices.us(before)
+        alone = self._affordable(sorted((m for m in moves if times[m] >= least), key=lambda m: times[m]), before)
+        tried = zip(alone, self.prices.ahead(m.of(before) for m in alone), strict=False)
+        idle = [m for m, variant in tried if not self.prices.gains(before, variant)]
+        self._together(sorted(idle, key=lambda m: self.prices.us(m.of(before))))
+        self._together([m for m in moves if times[m] < least])
+
+    def _affordable(self, moves: Sequence[Move], before: Variant) -> list[Move]:
+        """Those whose price is known, and of the others as many as leave half of the budget to make moves together."""
+        count = min(self.prices.left / 2, len(moves))
+        new = [m for m in moves if m.of(before) not in self.prices.asked][: int(count)]
+        return [m for m in moves if m in new or m.of(before) in self.prices.asked]
 
     def type(self) -> None:
         """Take the smaller float type, or where that is poor the larger, if that costs nothing."""

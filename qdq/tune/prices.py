@@ -52,13 +52,29 @@ class Prices:
     asked: dict[Variant, Price] = field(default_factory=dict)
     ended: str = ""
     _ahead: dict[Variant, Price] = field(default_factory=dict)
+    _begun: tuple[int, float] = (0, 0.0)
+    _budget: Budget = field(default_factory=Budget)
     _most: float = math.inf
     _deadline: float = math.inf
 
-    def allow(self, budget: Budget) -> None:
-        """Let this much be spent from now on."""
-        self._most, self._deadline = len(self.asked) + budget.compiles, self.clock() + budget.seconds
+    def allow(self, budget: Budget, *, kept: float = 0.0) -> None:
+        """Let this much be spent from now on, but for a share that is kept until `allow_rest`."""
+        self._begun, self._budget = (len(self.asked), self.clock()), budget
+        self._allow(budget.part(1 - kept))
+
+    def allow_rest(self) -> None:
+        """Let all be spent that is left of the budget, not only what was kept."""
+        self._allow(self._budget)
+
+    def _allow(self, budget: Budget) -> None:
+        asked, clock = self._begun
+        self._most, self._deadline = asked + budget.compiles, clock + budget.seconds
         self.ended = ""
+
+    @property
+    def left(self) -> float:
+        """How many more variants may be asked for."""
+        return max(self._most - len(self.asked), 0)
 
     def late(self) -> bool:
         """Whether the budget is spent; from then on it stays so."""
@@ -96,7 +112,8 @@ class Prices:
     def ahead(self, variants: Iterable[Variant]) -> Iterator[Variant]:
         """The same variants, as many at a time compiled as the judge can; ends when the budget is spent.
 
-        Making them may not ask for prices, or the order of asking would depend on how many are compiled at a time.
+        Each must be asked for before the next is taken, or the budget would not see it. Making them may not ask for
+        prices, or the order of asking would depend on how many are compiled at a time.
         """
         left = iter(variants)
         while not self.late() and (some := list(islice(left, self.judge.width))):

@@ -34,7 +34,7 @@ SPARE_DB = 0.8  # aimed at above the bound, once quick and calibrated scales hav
 SLACK_DB = 1.2  # above the bound: less is not worth another search
 ROUNDS = 3  # of quantizing as it will be and searching on
 FIRST = 0.7  # of the budget for the search before the first round
-GIVE_BACK = 0.2  # of the budget of a search, for giving back what gains nothing
+GIVE_BACK = 0.2  # of the budget of a search, kept for giving back what gains nothing
 SHARES = (1.0, 0.5, 0.25)  # of the products quantized, most multiply-adds per byte first: starting points
 LEAST_US = 0.001  # of the time: what nodes take at least, where noise is weighed against time
 
@@ -92,14 +92,14 @@ class _Search:
     _rounding_db: dict[str, float] = field(default_factory=dict)
 
     def run(self, budget: Budget, *, first: bool = False) -> None:
-        """Search within a budget, a part of which is for giving back."""
-        self.prices.allow(budget.part(1 - GIVE_BACK))
+        """Search within a budget, a part of which is kept for giving back."""
+        self.prices.allow(budget, kept=GIVE_BACK)
         if first:
             self.start()
         self.bound()
         self.descend()
         self.ended = self.ended or self.prices.ended
-        self.prices.allow(budget.part(GIVE_BACK))
+        self.prices.allow_rest()
         self.give_back()
         self.ended = self.ended or self.prices.ended
 

@@ -16,7 +16,7 @@ from qdq.tune.variant import Variant
 
 ENDED = {
     "": "",
-    "compiles": ", until --tune-compiles was reached",
+    "compiles": ", until --tune-compiles was reached: more may find a faster form",
     "seconds": ", until --time-limit was reached: on another machine the plan may be another",
 }
 
@@ -138,7 +138,7 @@ class Tuned:
         """One sentence for a person."""
         count, rewrites = len(self.plan.quantized_nodes), ", ".join(sorted({r.name for r in self.plan.rewrites}))
         idle = "does not pay anywhere" if math.isfinite(self.untuned) else "wherever it is possible does not compile"
-        quantized = f"{count} nodes in {self.operands}" if count else f"{self.operands} {idle}"
+        quantized = f"{count} node{'s' * (count > 1)} in {self.operands}" if count else f"{self.operands} {idle}"
         return f"{quantized}; rewrites: {rewrites or 'none'}; {self.tried} variants looked at{ENDED[self.ended]}"
 
     def left_in_float(self, built: Price) -> Tuned:

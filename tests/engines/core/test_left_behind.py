@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -40,14 +41,17 @@ def test_a_folder_of_a_killed_run_goes_and_one_in_use_stays(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
-def test_what_others_made_stays(tmp_path: Path) -> None:
-    for name in (".qdq-mine", ".qdq-abcdefgh.txt", "qdq-abcdefgh"):
+def test_what_others_made_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    names = (".qdq-scratch-mine", ".qdq-scratch-abcdefgh.txt", "qdq-baseline", ".qdq-baseline")
+    for name in names:
         (tmp_path / name).mkdir()
         aged(tmp_path / name)
-    (tmp_path / ".qdq-abcdefgh").symlink_to(tmp_path)
-    with Scratch(tmp_path):
-        pass
-    assert len(list(tmp_path.iterdir())) == 4
+    (tmp_path / ".qdq-scratch-abcdefgh").symlink_to(tmp_path)
+    for place in (tmp_path, None):
+        with Scratch(place):
+            pass
+    assert {p.name for p in tmp_path.iterdir()} == {*names, ".qdq-scratch-abcdefgh"}
 
 
 def test_a_temporary_file_of_a_killed_run_goes_with_the_next_one(tmp_path: Path) -> None:

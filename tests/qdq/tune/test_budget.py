@@ -25,6 +25,8 @@ from qdq.tune.search import tune
 from qdq.tune.tuned import Tuned
 from qdq.tune.variant_builder import VariantBuilder
 
+COUNT, MOST = 24, 30  # classes of nodes, variants
+
 
 def network() -> Model:
     """x -> ConvTranspose and convolutions, with a shortcut -> y."""
@@ -124,6 +126,33 @@ def test_what_is_given_back_keeps_to_the_budget() -> None:
     found = tune(work, Even(1), budget=Budget(compiles=20))
     assert found.ended == "compiles" and found.tried <= 20 + 3
     assert len(found.variant.quantized) < 12  # one class is given back with what is known
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_giving_back_keeps_to_the_budget_and_takes_before_it_is_spent(idle: bool) -> None:
+    class Chain(Judge):
+        """INT8 gains in the first half of the convolutions alone, or in all of them."""
+
+        def _price(self, model: Model) -> Price:
+            kernels = []
+            for each in model.graph.node:
+                if each.op_type == "Conv":
+                    source = model.producer(each.input[0])
+                    quantized = source is not None and source.op_type == "DequantizeLinear"
+                    us = 5.0 if quantized and not (idle and int(each.name[1:]) >= COUNT // 2) else 10.0
+                    kind = f"{each.name} {quantized}"
+                    kernels.append(Kernel(us=us, macs=100, bytes=10, nodes=(each.name,), signature=kind))
+            return Price(us=math.fsum(k.us for k in kernels), kernels=tuple(kernels))
+
+    model = build(
+        [node("Conv", f"t{i} w{i}", "y" if i == COUNT - 1 else f"t{i + 1}", f"c{i}") for i in range(COUNT)],
+        {"t0": (1, 4, 3, 3)},
+        {f"w{i}": normal(8 + 4 * i, 4 + 4 * i, 1, 1, seed=i) for i in range(COUNT)},
+    )
+    work = VariantBuilder(model=model, settings=Settings(), unquantized_types=("fp32",), samples=samples(model, 2))
+    tuned = tune(work, Chain(2), budget=Budget(compiles=MOST))
+    assert tuned.ended == "compiles" and tuned.tried <= MOST
+    assert COUNT // 2 <= len(tuned.plan.quantized_nodes) < COUNT if idle else len(tuned.plan.quantized_nodes) == COUNT
 
 
 def test_a_search_that_is_through_says_so_and_one_that_seconds_end_does_too() -> None:

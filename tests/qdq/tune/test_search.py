@@ -106,7 +106,7 @@ def test_nodes_that_gain_are_quantized_and_the_others_say_why() -> None:
     assert found.plan.quantized_nodes == ("conv_1",)
     skipped = {s.node: s.reason for s in found.plan.skips if s.rule == TUNED}
     assert skipped.keys() == {"conv_0", "conv_2"} and "INT8 does not pay" in skipped["conv_0"]
-    assert "1 nodes in INT8" in found.summary
+    assert "1 node in INT8" in found.summary
 
 
 def test_the_result_is_the_least_of_all_variants_but_for_a_tie() -> None:

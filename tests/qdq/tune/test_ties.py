@@ -204,8 +204,8 @@ def test_without_placement_nothing_is_given_back_and_that_is_said() -> None:
             "within the error",
             "INT8 is predicted 20% faster than float (32.0 us, 40.0 in float), which is within the error",
         ),
-        (7.0, 0.2, "beyond the error", "30% faster than float (28.0 us, 40.0 in float); two of three such ratios"),
-        (7.0, None, "within the error", "two of three such ratios are predicted within 50%"),
+        (7.0, 0.2, "beyond the error", "30% faster than float (28.0 us, 40.0 in float), which is more than the error"),
+        (7.0, None, "within the error", "two of three published ratios are predicted within 50%"),
         (
             12.0,
             0.3,
