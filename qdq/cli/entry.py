@@ -18,6 +18,7 @@ from types import FrameType
 FAULT = 70  # EX_SOFTWARE of sysexits.h
 CLOSED = 128 + 13  # as after SIGPIPE
 AGAIN_S = 0.02  # after which a signal that cannot be obeyed yet is looked at again
+LOST_S = 1.0  # after which one that was obeyed without effect is obeyed again
 _ENDINGS = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}
 
 
@@ -26,10 +27,15 @@ class Stopped(BaseException):
 
 
 class _Signals:
-    """What arrived; the first of them raises `Stopped`, a second one ends the process at once."""
+    """What arrived; the first of them raises `Stopped`, a second one ends the process at once.
+
+    What is raised in a destructor, or in a callback of another language, is dropped there and ends nothing: it is
+    raised again while nothing that is being handled comes of it.
+    """
 
     def __init__(self) -> None:
         self.number = 0
+        self._ends = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.number:
@@ -39,7 +45,29 @@ class _Signals:
             signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
             return
         self.number = number
+        self._watch()
         raise Stopped
+
+    def end(self) -> None:
+        """From now on nothing is raised again."""
+        self._ends = True
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _watch(self) -> None:
+        if hasattr(signal, "setitimer"):
+            signal.signal(signal.SIGALRM, self._lost)
+            signal.setitimer(signal.ITIMER_REAL, LOST_S)
+
+    def _lost(self, number: int, frame: FrameType | None) -> None:
+        if self._ends:
+            return
+        self._watch()
+        error = sys.exc_info()[1]
+        while error is not None and not isinstance(error, Stopped):
+            error = error.__cause__ or error.__context__
+        if error is None:
+            raise Stopped
 
 
 def _imports_native(frame: FrameType | None) -> bool:
@@ -62,12 +90,14 @@ def main() -> None:
             _open_streams()
             code = _run()
         except BaseException as error:
+            stopped.end()
             if not stopped.number:  # else whatever it became on its way: numpy and others catch what is raised in them
                 code = _ending(error)
         for number in _ENDINGS:  # the result stands: Python's own end, which takes a while, is not interrupted
             signal.signal(number, signal.SIG_IGN)
     except Stopped:
         pass
+    stopped.end()
     if stopped.number:
         code = 128 + stopped.number
         _say(f"{_ENDINGS[signal.Signals(stopped.number)]}; no file is left half written.")

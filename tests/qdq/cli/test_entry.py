@@ -110,6 +110,31 @@ def test_ctrl_c_waits_until_a_compiled_module_is_set_up(tmp_path: Path) -> None:
     assert done.stderr == "Interrupted; no file is left half written.\n"
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no timer that sends a signal")
+def test_a_signal_that_a_destructor_drops_ends_the_run_all_the_same() -> None:
+    """What cleans up meanwhile, for longer than that takes, is not interrupted."""
+    program = (
+        "import signal, sys, time\n"
+        "from qdq.cli import entry\n"
+        "class Dropped:\n"
+        "    def __del__(self):\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "def run():\n"
+        "    try:\n"
+        "        Dropped()\n"
+        "        print('goes on', flush=True)\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        time.sleep(2.5)\n"
+        "        print('cleaned', flush=True)\n"
+        "entry._run = run\n"
+        "entry.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=50)
+    assert (done.returncode, done.stdout) == (130, "goes on\ncleaned\n"), done.stderr
+    assert done.stderr.endswith("Interrupted; no file is left half written.\n")
+
+
 def test_a_signal_while_python_ends_changes_nothing() -> None:
     program = (
         "import atexit, signal, sys\n"
