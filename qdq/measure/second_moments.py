@@ -23,7 +23,7 @@ from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams, to_codes
 from qdq.core.resources import default_bytes, said_bytes
-from qdq.measure.inference.memory import groups_of
+from qdq.measure.inference.memory import groups_of, needed_bytes
 from qdq.measure.inference.samples import Sample, counted, length, require_finite
 from qdq.measure.inference.session import Session
 from qdq.measure.statistics import Moment, union
@@ -76,7 +76,7 @@ def collect(
     """
     weights = {key: readers for key, readers in by_weight(nodes).items() if has_matrix(readers, most_columns)}
     samples = few(samples)
-    total, share = sum(_bytes(node) for node, *_ in weights.values()), _share()
+    total, share = sum(_bytes(node) for node, *_ in weights.values()), _share(model, samples)
     grams: Grams = {}
     for batch in _batches(weights, share):
         readers = [node for weight in batch for node in weights[weight]]
@@ -179,9 +179,14 @@ def few(samples: Iterable[Sample]) -> SampleSubset:
     return SampleSubset(samples, frozenset(index for _, index in sorted(hashes)[:MAX_SAMPLES]))
 
 
-def _share() -> int:
-    """Bytes of matrices that are summed at a time, and of those that stay in memory when they are done."""
-    return min(BUDGET_BYTES, default_bytes() // 4)
+def _share(model: Model, samples: Iterable[Sample]) -> int:
+    """Bytes of matrices that are summed at a time, and of those that stay in memory when they are done.
+
+    A quarter of the memory, less where a sample that runs through the model leaves less for them and their copies.
+    """
+    first = next(iter(samples), None)
+    left = default_bytes() - (needed_bytes(model, first)[1] if first is not None else 0)
+    return min(BUDGET_BYTES, default_bytes() // 4, max(0, left // 2))
 
 
 def _bytes(node: WeightedNode) -> int:

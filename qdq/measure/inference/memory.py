@@ -110,14 +110,19 @@ def require_room(model: Model, sample: Sample) -> None:
     budget = given_bytes()
     if budget is None:
         return
-    activations = peak(model, tensor_bytes(model, sample), [o.name for o in model.outputs], model.graph.node)
-    needs = int(OVERHEAD * activations) + held_bytes(model)
+    activations, needs = needed_bytes(model, sample)
     if needs > budget:
         raise InputError(
             f"--memory gives {said_bytes(budget)}, but one sample needs {said_bytes(needs)} to run through the model "
             f"at all: {said_bytes(activations)} for activations, {said_bytes(held_bytes(model))} for weights, the rest "
             "for buffers of its operators. Give more, or smaller samples."
         )
+
+
+def needed_bytes(model: Model, sample: Sample) -> tuple[int, int]:
+    """Bytes of the activations alive at once where a sample runs through the model, and of all that this needs."""
+    activations = peak(model, tensor_bytes(model, sample), [o.name for o in model.outputs], model.graph.node)
+    return activations, int(OVERHEAD * activations) + held_bytes(model)
 
 
 def held_bytes(model: Model) -> int:
