@@ -25,8 +25,6 @@ from engines.core.documents import Document, DocumentError, replace
 from engines.core.errors import BuildError, EngineError
 from engines.core.files import read_file, write_atomic
 from engines.core.load import load_graph
-from engines.cost.gpus import gpu_named
-from engines.cost.predict import Cost, predict
 from engines.verify.audit import Audit, audit
 from engines.verify.manifest import Manifest, sha256_file, sha256_model
 from qdq.build.recipe import Recipe, ShapeOption
@@ -180,32 +178,6 @@ def add_report(path: Path, report: Path) -> None:
     """Put the report of an engine into its manifest."""
     manifest = _read(_manifest_path(path), path, Manifest)
     write_atomic(_manifest_path(path), replace(manifest, report=sha256_file(report)).to_json())
-
-
-def audit_model(path: Path, recipe: Recipe, on_progress: Progress | None = None) -> Audit:
-    """Compile an ONNX file and say what each of its nodes runs in; nothing is written.
-
-    Raises:
-        EngineError: see `compile_engine`.
-    """
-    model = load(path)
-    shapes = shape_ranges(model, recipe.shapes, None)
-    engine = compile_engine(model, recipe=recipe, shapes=shapes, on_progress=on_progress)
-    return audit(model.proto, engine.table, shapes=shapes)
-
-
-def price(path: Path, recipe: Recipe, gpu: str, on_progress: Progress | None = None) -> Cost:
-    """Compile an ONNX file for a GPU at the usual shapes and predict the time of each kernel; nothing is written.
-
-    Raises:
-        EngineError: an unknown GPU; see `compile_engine`.
-    """
-    chosen, model = gpu_named(gpu), load(path)
-    ranges = shape_ranges(model, recipe.shapes, None)
-    shapes = {name: ShapeRange.fixed(shape.opt) for name, shape in ranges.items()}
-    recipe = replace(recipe, targets=(chosen.target,), backend=predicting(recipe.backend).name)
-    engine = compile_engine(model, recipe=recipe, shapes=shapes, on_progress=on_progress)
-    return predict(model.proto, engine.table, chosen, shapes=shapes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -159,7 +159,8 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
 @options.json_option
 def audit(model: Path, gpu: str | None, as_json: bool, **given: Any) -> None:
     """Say in which type each node really runs; MODEL is an engine, or a Q/DQ model, which is compiled first."""
-    from qdq.build.engine import audit_engine, audit_model
+    from qdq.build.any_model import audit_model
+    from qdq.build.engine import audit_engine
     from qdq.deploy.report import audit_lines, audit_rows, share_failures
 
     recipe = options.recipe_of(given)
@@ -183,7 +184,7 @@ def _show_price(model: Path, recipe: Recipe, gpu: str, as_json: bool) -> None:
     from dataclasses import asdict
 
     from engines.cost.predict import HEADERS, rows
-    from qdq.build.engine import price
+    from qdq.build.any_model import price
 
     with Bars() as bars:
         cost = price(model, recipe, gpu, bars)

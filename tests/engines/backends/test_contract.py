@@ -21,7 +21,8 @@ from engines.backends.backend import DEFAULT, Backend, backend_named, backends, 
 from engines.backends.layers import LayerTable
 from engines.core.errors import EngineError, MissingRuntimeError, UnsupportedTargetError, import_runtime
 from engines.verify.compare import compare
-from qdq.build.engine import audit_engine, audit_model, compile_engine, engine_backend, price, save_engine
+from qdq.build.any_model import audit_model, price
+from qdq.build.engine import audit_engine, compile_engine, engine_backend, save_engine
 from qdq.build.pricer import Pricer, gpus_of
 from qdq.build.recipe import Recipe
 from qdq.cli.main import main

@@ -10,7 +10,7 @@ from graphs import node, normal
 from raw_models import raw
 
 from engines.core.errors import BuildError
-from qdq.build.any_model import compile_any
+from qdq.build.any_model import audit_model, compile_any, price
 from qdq.build.engine import audit_engine, save_engine
 from qdq.build.pricer import Pricer, gpus_of
 from qdq.build.recipe import Recipe
@@ -37,6 +37,14 @@ def test_a_refused_model_is_compiled_as_prepare_writes_it(tmp_path: Path) -> Non
     assert source == prepared and path.read_bytes() == before
     save_engine(engine, tmp_path / "a.engine", source, recipe=Recipe(), shapes={})
     assert [n.node for n in audit_engine(tmp_path / "a.engine").nodes] == ["matmul", "sum"]
+
+
+def test_a_refused_model_is_audited_and_priced_so_too(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    onnx.save(gradient().proto, path)
+    assert [n.node for n in audit_model(path, Recipe()).nodes] == ["matmul", "sum"]
+    assert price(path, Recipe(), "rtx4090").total_us > 0
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
 def test_a_model_that_compiles_is_compiled_as_it_is(tmp_path: Path) -> None:
