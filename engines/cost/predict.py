@@ -12,7 +12,7 @@ without the word 'predicted'.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -21,7 +21,7 @@ from engines.backends.compiler import ShapeRange
 from engines.backends.layers import SYNCHRONIZATION, Layer, LayerTable
 from engines.core.errors import EngineError
 from engines.core.quantizers import LOW
-from engines.cost.constants import CONSTANTS, EXPECTED
+from engines.cost.constants import CONSTANTS, EXPECTED, Expected
 from engines.cost.family import family_of
 from engines.cost.gpus import Gpu, gpu_named
 from engines.cost.kernel import Batch, Kernel
@@ -29,6 +29,7 @@ from engines.cost.work import POINTWISE, Work, work_of
 from engines.verify.audit import audit
 from engines.verify.kernels import consumed_dtype
 
+FEWEST = 15  # kernels of the smallest network whose latency is published, VGG-11; of smaller ones no error is known
 HEADERS = ("predicted us", "share", "bound", "type", "MB", "GMAC", "kernel", "ONNX nodes")
 
 
@@ -84,14 +85,19 @@ class Cost:
         return sum(k.bytes for k in self.kernels)
 
     @property
+    def _known(self) -> Expected:
+        found = EXPECTED[self.family]
+        return found if len(self.kernels) >= FEWEST else replace(found, time=None, ratio=None)
+
+    @property
     def error(self) -> float | None:
         """Relative error of the total that two of three networks of the family keep to; None where it is not known."""
-        return EXPECTED[self.family].time
+        return self._known.time
 
     @property
     def ratio_error(self) -> float | None:
         """The same of the ratio of two types of one network on one GPU, in which most of the error falls out."""
-        return EXPECTED[self.family].ratio
+        return self._known.ratio
 
     @property
     def text(self) -> str:
@@ -103,8 +109,10 @@ class Cost:
     @property
     def notes(self) -> tuple[str, ...]:
         """What who reads the figure must know: how true it is, and what is assumed of the GPU."""
-        known = EXPECTED[self.family]
+        known = self._known
         where = f"of {self.family}, {known.rows} latencies are published"
+        if len(self.kernels) < FEWEST:
+            where = f"no network of as few kernels as {len(self.kernels)} has a published latency"
         if known.time is None:
             true = f"the error of the predicted time is unknown: {where}"
         else:

@@ -17,7 +17,7 @@ from engines.cost.constants import CONSTANTS, EXPECTED
 from engines.cost.family import FAMILIES
 from engines.cost.gpus import Gpu, Measured
 from engines.cost.kernel import Batch, Kernel
-from engines.cost.predict import HEADERS, predict, rows
+from engines.cost.predict import FEWEST, HEADERS, predict, rows
 from engines.cost.work import Work
 
 SLOW = Gpu.from_mapping({"like": "rtx4090", "name": "slow", "bandwidth_gb_s": 10})
@@ -142,7 +142,8 @@ def test_the_dearest_kernels_and_their_rows() -> None:
 
 
 def test_how_true_a_prediction_is() -> None:
-    known = predict(graphs.conv(data=None, fmt=None), table(CONV), SLOW)
+    small, known = (predict(graphs.conv(data=None, fmt=None), table(*[CONV] * n), SLOW) for n in (FEWEST - 1, FEWEST))
+    assert small.error is None and small.ratio_error is None and "as few kernels as 14" in small.notes[0]
     expected = EXPECTED["convolutions"]
     assert (known.family, known.error, known.ratio_error) == ("convolutions", expected.time, expected.ratio)
     assert expected.time is not None and known.text.endswith(f" us, within {expected.time * 100:.0f} %")
