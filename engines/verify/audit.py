@@ -17,6 +17,7 @@ from onnx import TensorProto
 from engines.backends.compiler import ShapeRange
 from engines.backends.layers import DTYPES, LayerTable
 from engines.core.documents import Document, Part, replace
+from engines.core.errors import EngineError
 from engines.core.load import load_graph
 from engines.core.macs import macs
 from engines.core.nodes import label
@@ -162,9 +163,11 @@ def audit(
 
     Raises:
         BuildError: the file is not ONNX.
+        EngineError: a shape has not as many sizes as the input that it is of.
     """
-    rows = []
-    read = read_graph(load_graph(model), {k: v.opt for k, v in (shapes or {}).items()})
+    rows, proto = [], load_graph(model)
+    _require_ranks(proto, shapes or {})
+    read = read_graph(proto, {k: v.opt for k, v in (shapes or {}).items()})
     for graph, product in read.all_products():
         asked = requested(product.operands)
         if asked.startswith("activation-only") and _shared(graph, product):
@@ -179,6 +182,17 @@ def audit(
             rows.append(row if row.cause else replace(row, cause=_why_unknown(row, table)))
     shared = [name for name in Audit.__struct_fields__ if name != "nodes"]
     return Audit(nodes=tuple(rows), **{name: getattr(table, name) for name in shared})
+
+
+def _require_ranks(proto: onnx.ModelProto, shapes: Mapping[str, ShapeRange]) -> None:
+    """Refuses the shape of an input that has another number of sizes, as of a damaged manifest."""
+    for info in proto.graph.input:
+        held = info.type.tensor_type
+        if info.name in shapes and held.HasField("shape") and len(shapes[info.name].opt) != len(held.shape.dim):
+            raise EngineError(
+                f"Input {info.name!r} has {len(held.shape.dim)} sizes in the model, but its shape is said to be "
+                f"{shapes[info.name].opt}. Give the shape that the engine was compiled for, or build it again."
+            )
 
 
 def _row(graph: QuantizedGraph, node: onnx.NodeProto, table: LayerTable, elems: set[int], asked: str = "") -> NodeAudit:

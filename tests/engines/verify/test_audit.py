@@ -20,6 +20,7 @@ from engines.backends import rtx
 from engines.backends.compiler import ShapeRange
 from engines.backends.layers import KernelTensor, Layer, LayerTable
 from engines.core.documents import replace
+from engines.core.errors import EngineError
 from engines.core.macs import macs
 from engines.core.quantizers import read_graph
 from engines.core.shapes import inferred_at
@@ -172,6 +173,19 @@ def test_multiply_adds_follow_the_optimal_shape() -> None:
     assert audit(model, table, shapes={"x": shape}).macs == 3 * CONV_MACS
     (node,) = audit(model, table).unknown
     assert node.macs is None and "--shape" in node.cause
+
+
+def test_a_shape_of_another_rank_is_refused() -> None:
+    """As a damaged manifest gives it."""
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], "matmul")]
+    stored = [graphs.const("w", np.zeros((8, 8), np.float32))]
+    model = graphs.model(nodes, [graphs.value("x", ["n", 8])], [graphs.value("y", ["n", 8])], stored)
+    layers = LayerTable(
+        layers=(), backend="rtx", version="1", targets=("sm89",), engine_bytes=0, weight_bytes=0, activation_bytes=0
+    )
+    assert audit(model, layers, shapes={"x": ShapeRange.fixed((4, 8))}).macs == 256
+    with pytest.raises(EngineError, match="'x' has 2 sizes in the model"):
+        audit(model, layers, shapes={"x": ShapeRange.fixed(())})
 
 
 def test_einsum_and_transposed_convolution_multiply_adds() -> None:
