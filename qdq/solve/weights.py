@@ -50,7 +50,7 @@ LARGEST_MULTIPLES = range(8, 17)
 # is: descent refits the scales of blocks for as long as any code of the slice changes.
 SLICE = 1 << 19
 LEAST_ROWS = 64  # of a slice, and what their number is a multiple of: for fewer the products of matrices are slow
-SLICE_COPIES = 14  # of a slice in float64 that live at a time, measured with descent on blocks
+SLICE_COPIES = 14  # of a slice in float64 that live at a time, counted for descent on blocks, with a margin
 
 
 def quantize_weight(
