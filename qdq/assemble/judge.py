@@ -110,7 +110,7 @@ def judged(
         )
         notes.append(
             f"{name}: took {_said(chosen[name])}; output SQNR in dB, fitted on a part of {len(trials.order)} "
-            f"calibration samples and judged on the others, {turns}-fold: {listed}"
+            f"calibration samples and judged on the others{f', {turns}-fold' if turns > 1 else ''}: {listed}"
         )
     return _decided(model, plan, chosen), tuple(notes)
 
