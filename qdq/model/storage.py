@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,7 +15,7 @@ from onnx import GraphProto, ModelProto, TensorProto
 
 from engines.core.files import new_files, regular
 from engines.core.load import settle
-from engines.core.nodes import bodies
+from engines.core.nodes import all_graphs, bodies
 from qdq.core.errors import InputError, ModelError
 from qdq.model.accept import accept
 from qdq.model.external import (
@@ -76,8 +77,7 @@ def load(source: ModelSource) -> Model:
         raise ModelError(f"Cannot use {name}: it has no outputs, so it computes nothing. Export the model again.")
     if why := next(filter(None, map(_unreadable, all_tensors(proto))), ""):
         raise ModelError(f"Cannot use {name}: {why}")
-    texts = (text for node in all_nodes(proto.graph) for text in (node.name, *node.input, *node.output))
-    if broken := next((text for text in texts if isinstance(text, bytes)), None):  # as protobuf gives what is no text
+    if broken := next((text for text in _texts(proto) if isinstance(text, bytes)), None):  # so protobuf gives no text
         raise ModelError(f"Cannot use {name}: the name {broken!r} in it is not UTF-8. Copy or export the model again.")
     digest = hashlib.sha256(read)
     del read
@@ -98,6 +98,15 @@ def load(source: ModelSource) -> Model:
         ) from None
     unchanged = None if repaired else file
     return Model(proto=proto, directory=directory, sha256=digest.hexdigest(), file=unchanged)
+
+
+def _texts(proto: ModelProto) -> Iterator[str | bytes]:
+    """The names of all nodes and tensors, those of bodies among them."""
+    for node in all_nodes(proto.graph):
+        yield from (node.name, *node.input, *node.output)
+    for graph in all_graphs(proto.graph):
+        for each in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+            yield each.name
 
 
 def check(proto: ModelProto) -> None:

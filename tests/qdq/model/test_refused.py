@@ -114,6 +114,16 @@ def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "m.onnx")
 
 
+def test_a_name_in_a_body_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    proto = net()
+    ends = [helper.make_tensor_value_info("broken", TensorProto.FLOAT, None)]
+    body = helper.make_graph([node("Relu", "k", "inner")], "body", [], ends)
+    proto.graph.node.append(helper.make_node("If", ["k"], ["z"], "if", then_branch=body, else_branch=body))
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString().replace(b"broken", b"brok\xffn"))
+    with pytest.raises(ModelError, match="not UTF-8"):
+        load(tmp_path / "m.onnx")
+
+
 def test_a_sparse_text_is_refused() -> None:
     texts = net().graph.sparse_initializer.add()
     texts.values.CopyFrom(numpy_helper.from_array(np.array(["a"], object), "w"))
