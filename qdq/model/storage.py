@@ -101,12 +101,14 @@ def load(source: ModelSource) -> Model:
 
 
 def _texts(proto: ModelProto) -> Iterator[str | bytes]:
-    """The names of all nodes and tensors, those of bodies among them."""
+    """The names of all nodes and tensors, those of bodies among them, and of the files that tensors lie in."""
     for node in all_nodes(proto.graph):
         yield from (node.name, *node.input, *node.output)
     for graph in all_graphs(proto.graph):
         for each in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
             yield each.name
+    for tensor in all_tensors(proto):
+        yield from (entry.value for entry in tensor.external_data)
 
 
 def check(proto: ModelProto) -> None:

@@ -124,6 +124,14 @@ def test_a_name_in_a_body_that_is_no_text_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "m.onnx")
 
 
+def test_a_data_file_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    onnx.save(net(), tmp_path / "m.onnx", save_as_external_data=True, location="broken", size_threshold=0)
+    content = (tmp_path / "m.onnx").read_bytes()
+    (tmp_path / "m.onnx").write_bytes(content.replace(b"broken", b"brok\xffn"))
+    with pytest.raises(ModelError, match="not UTF-8"):
+        load(tmp_path / "m.onnx")
+
+
 def test_a_sparse_text_is_refused() -> None:
     texts = net().graph.sparse_initializer.add()
     texts.values.CopyFrom(numpy_helper.from_array(np.array(["a"], object), "w"))
