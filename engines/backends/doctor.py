@@ -44,7 +44,7 @@ class _Runtime(NamedTuple):
 _ONNX_RUNTIME = _Runtime("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "calibrate and check")
 _POLYGRAPHY = _Runtime("polygraphy", ("polygraphy",), "compare and run engines")
 
-_DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*, cuda.h
 
 
@@ -54,7 +54,7 @@ def gpus() -> list[InstalledGpu]:
     Source: CUDA driver API (cuInit, cuDeviceGet*, cuDeviceTotalMem_v2).
     """
     try:
-        cuda = ctypes.CDLL(_DRIVER)
+        cuda = ctypes.CDLL(DRIVER)
     except OSError:
         return []
     count = ctypes.c_int()

@@ -19,8 +19,14 @@ from engines.core.quantizers import QuantizedGraph
 IN_PLACE = family("Add Cast DequantizeLinear Div Identity Mul QuantizeLinear Sub TRT_FP4DynamicQuantize")
 
 
+def macs_in_all(graph: QuantizedGraph, node: NodeProto) -> int | None:
+    """Multiply-adds as of `macs`, in all turns of the body that the node is in; of one where these are not known."""
+    once = macs(graph, node)
+    return once if once is None or graph.turns is None else once * graph.turns
+
+
 def macs(graph: QuantizedGraph, node: NodeProto) -> int | None:
-    """Multiply-adds of a product or compound; None where a size that they depend on is not known.
+    """Multiply-adds of a product or compound when it runs once; None where a size that they depend on is not known.
 
     Conv: output elements x weight elements per output channel. ConvTranspose: input elements x weight elements
     per input channel. Gemm and MatMul: output elements x inner length. Einsum: product of all index lengths.

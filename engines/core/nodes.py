@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from engines.core.operators import (
@@ -45,15 +46,20 @@ def attribute_value(node: NodeProto, name: str, default: Any) -> Any:
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
-def held_value(node: NodeProto) -> TensorProto | None:
-    """The tensor that a Constant node holds, under the name of its output; None of other nodes and forms."""
-    held = [a.t for a in node.attribute if a.name == "value" and node.op_type == "Constant"]
-    if not held:
+def constant_tensor(node: NodeProto) -> TensorProto | None:
+    """A copy of the value of a Constant node, named as its output; None for text, sparse values and other nodes."""
+    held, tensor = next(iter(node.attribute), None), TensorProto()
+    if node.op_type != "Constant" or node.domain or held is None:
         return None
-    named = TensorProto()
-    named.CopyFrom(held[0])
-    named.name = node.output[0]
-    return named
+    dtype = {"value_int": np.int64, "value_float": np.float32}.get(held.name.removesuffix("s"))
+    if held.name == "value":
+        tensor.CopyFrom(held.t)
+    elif dtype is not None:
+        tensor = numpy_helper.from_array(np.array(helper.get_attribute_value(held), dtype))
+    else:
+        return None
+    tensor.name = node.output[0]
+    return tensor
 
 
 def label(node: NodeProto) -> str:

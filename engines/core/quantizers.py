@@ -19,7 +19,7 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from engines.core import fp4
-from engines.core.nodes import attribute, bodies, held_value, ints, weight_axis
+from engines.core.nodes import attribute, bodies, constant_tensor, ints, weight_axis
 from engines.core.operators import CONTRACTIONS, MOVERS
 from engines.core.shapes import inferred_at
 
@@ -200,7 +200,7 @@ class QuantizedGraph:
             if tensor.HasField("shape"):
                 dims = tensor.shape.dim
                 self._shapes[info.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
-        for constant in (*shown.initializer, *(stored := list(stored)), *(held_value(n) for n in self.nodes)):
+        for constant in (*shown.initializer, *(stored := list(stored)), *(constant_tensor(n) for n in self.nodes)):
             if constant is not None and constant.data_type in _INTEGERS and math.prod(constant.dims) == 1:
                 self._single[constant.name] = int(numpy_helper.to_array(constant).item())
         for constant in stored:
@@ -262,7 +262,7 @@ class QuantizedGraph:
         name = body.output[0].name
         while (maker := makers.get(name)) is not None and maker.op_type in ("Identity", "Cast"):
             name = maker.input[0]
-        constants = (*body.initializer, *(held_value(node) for node in body.node))
+        constants = (*body.initializer, *(constant_tensor(node) for node in body.node))
         own = {t.name: t for t in constants if t is not None}
         true = bool(numpy_helper.to_array(own[name]).all()) if name in own else self._single.get(name) == 1
         return name == body.input[1].name or true

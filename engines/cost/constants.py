@@ -7,9 +7,9 @@ published_latencies.csv there; an error is that which two of three rows keep to 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
+from engines.cost.family import Expected
 from engines.cost.kernel import Constants
 
 CONSTANTS = Constants(
@@ -33,24 +33,6 @@ CONSTANTS = Constants(
     grouped_int8=1.423,
     turing=1.577,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Expected:
-    """What predicted times of a family of networks were off on GPUs that no constant comes from.
-
-    Attributes:
-        rows: published latencies that say so.
-        time: relative error that two of three keep to; None where there are fewer than 10 rows.
-        pairs: of an INT8 and an FP16 latency.
-        ratio: relative error of their ratios, in the same way.
-    """
-
-    rows: int
-    time: float | None
-    pairs: int
-    ratio: float | None
-
 
 EXPECTED: Mapping[str, Expected] = MappingProxyType(
     {

@@ -6,6 +6,7 @@ Work of every kernel -> family, as in `FAMILIES`. Must not look at names of mode
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from engines.cost.work import ATTENTION, DEPTHWISE, GROUPED, PRODUCT, Work
 
@@ -13,6 +14,23 @@ TRANSFORMERS, CONVOLUTIONS, DEPTHWISE_NETWORKS = "transformers", "convolutions",
 GROUPED_NETWORKS, VOLUMES, OTHER = "grouped convolutions", "3-D convolutions", "other networks"
 FAMILIES = (TRANSFORMERS, CONVOLUTIONS, DEPTHWISE_NETWORKS, GROUPED_NETWORKS, VOLUMES, OTHER)
 _SOME = 0.1  # of the convolutions: a single one does not make a network another kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What predicted times of a family of networks were off on GPUs that no constant comes from.
+
+    Attributes:
+        rows: published latencies that say so.
+        time: relative error that two of three keep to; None where there are fewer than 10 rows.
+        pairs: of an INT8 and an FP16 latency.
+        ratio: relative error of their ratios, in the same way.
+    """
+
+    rows: int
+    time: float | None
+    pairs: int
+    ratio: float | None
 
 
 def family_of(works: Sequence[Work]) -> str:

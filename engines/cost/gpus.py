@@ -303,15 +303,7 @@ def _distance(row: Gpu, bandwidth_gb_s: float, rates: Mapping[str, float]) -> fl
 GPUS: Mapping[str, Gpu] = MappingProxyType(
     {
         row.name: Gpu(
-            name=row.name,
-            target=row.target,
-            sms=row.sms,
-            boost_mhz=row.boost_mhz,
-            base_mhz=row.base_mhz,
-            l2_mb=row.l2_mb,
-            bandwidth_gb_s=row.bandwidth_gb_s,
-            watts=row.watts,
-            tera_ops=row.tera_ops,
+            **{f.name: getattr(row, f.name) for f in fields(row) if f.name != "source"},
             accumulation="float16" if row.tera_ops["float16_accumulating"] > row.tera_ops["float16"] else "float32",
         )
         for row in ROWS

@@ -163,19 +163,17 @@ class Batch:
         waves, tiles = _tiling(m / batch, n / groups, k, batch * groups, gpu["sms"], peak)
         heads = _heads(m, n, k, batch, gpu["sms"], peak)
         waves, tiles = (np.where(attention, own, usual) for own, usual in zip(heads, (waves, tiles), strict=True))
-        grouped = np.array([w.form in (GROUPED, DEPTHWISE) for w in works], bool)
-        int8 = np.array([t in ("int8", "uint8") for t in types], bool)
-        half = [_halved(g, t) for t, (_, g) in zip(types, pairs, strict=True)]
         flags = {
-            "grouped": grouped,
-            "int8": int8,
-            "halved": np.array(half, bool),
+            "grouped": np.array([w.form in (GROUPED, DEPTHWISE) for w in works], bool),
+            "pointwise": np.array([w.form == POINTWISE for w in works], bool),
+            "convolution": np.array([w.spatial > 0 for w in works], bool),
             "attention": attention,
+            "product": k > 0,
+            "int8": np.array([t in ("int8", "uint8") for t in types], bool),
+            "fp32": np.array([t in ("float32", "bfloat16") for t in types], bool),
+            "halved": np.array([_halved(g, t) for t, (_, g) in zip(types, pairs, strict=True)], bool),
+            "turing": np.array([g.target == "sm75" for _, g in pairs], bool),
         }
-        flags |= {"convolution": np.array([w.spatial > 0 for w in works], bool)}
-        flags |= {"product": k > 0, "pointwise": np.array([w.form == POINTWISE for w in works], bool)}
-        flags |= {"turing": np.array([g.target == "sm75" for _, g in pairs], bool)}
-        flags |= {"fp32": np.array([t in ("float32", "bfloat16") for t in types], bool)}
         return cls(
             engine=index,
             engines=len(engines),
@@ -229,7 +227,7 @@ class Batch:
         gpu, flags = self.gpu, self.flags
         l2 = gpu["l2_bytes"]
         out = np.clip((self.activations - c.kept * l2) / ((1 - c.kept) * l2), 0.0, 1.0)
-        stay = np.where(self.engine_weights < l2, np.clip(1.5 - self.engine_weights / (0.5 * l2), 0.0, 1.0), 0.0)
+        stay = np.clip(1.5 - self.engine_weights / (0.5 * l2), 0.0, 1.0)
         dram = self.activations * out + self.weights * (1 - stay)
         form = np.where(flags["grouped"], c.grouped, 1.0)
         form = np.where(flags["grouped"] & flags["int8"], form / c.grouped_int8, form)

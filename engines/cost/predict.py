@@ -21,8 +21,8 @@ from engines.backends.compiler import ShapeRange
 from engines.backends.layers import SYNCHRONIZATION, Layer, LayerTable
 from engines.core.errors import EngineError
 from engines.core.quantizers import LOW
-from engines.cost.constants import CONSTANTS, EXPECTED, Expected
-from engines.cost.family import family_of
+from engines.cost.constants import CONSTANTS, EXPECTED
+from engines.cost.family import Expected, family_of
 from engines.cost.gpus import Gpu, gpu_named
 from engines.cost.kernel import Batch, Kernel
 from engines.cost.work import POINTWISE, Work, work_of
@@ -126,6 +126,65 @@ class Cost:
         return tuple(sorted(self.kernels, key=lambda k: -k.us)[:count])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineWork:
+    """What an engine has to do, on whatever GPU of its targets.
+
+    Attributes:
+        targets: that it is compiled for.
+        layers: its kernels, in its order; waiting for another stream is none.
+        kernels: the work of each, in one turn.
+        macs: multiply-adds of each as the audit places them, in all turns.
+        turns: how often each runs.
+        family, unplaced_macs, uncounted: as of `Cost`.
+    """
+
+    targets: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    kernels: tuple[Kernel, ...]
+    macs: tuple[int, ...]
+    turns: tuple[int, ...]
+    family: str
+    unplaced_macs: int
+    uncounted: tuple[str, ...]
+
+    def on(self, gpu: Gpu) -> Cost:
+        """The predicted time of every kernel, and what bounds it.
+
+        Raises:
+            EngineError: the engine is for other targets.
+        """
+        if gpu.target not in self.targets:
+            raise EngineError(
+                f"The engine is compiled for {', '.join(self.targets)}, but {gpu.name} is {gpu.target}: its kernels "
+                f"would be others. Compile with --target {gpu.target}."
+            )
+        times = Batch.of([(self.kernels, gpu)]).times(CONSTANTS)
+        figures = zip(times.total, times.start, times.memory, times.compute, strict=True)
+        parts = zip(self.layers, self.kernels, self.macs, self.turns, figures, strict=True)
+        kernels = tuple(
+            KernelCost(
+                name=layer.name,
+                kind=layer.kind,
+                us=float(us) * often,
+                start_us=float(start) * often,
+                bytes=(layer.bytes_moved or 0) * often,
+                macs=counted or round(kernel.work.macs) * often,
+                dtype=kernel.dtype,
+                bound="start" if start >= max(memory, compute) else "compute" if compute > memory else "bandwidth",
+                onnx_nodes=layer.onnx_nodes,
+            )
+            for layer, kernel, counted, often, (us, start, memory, compute) in parts
+        )
+        return Cost(
+            gpu=gpu,
+            kernels=kernels,
+            family=self.family,
+            unplaced_macs=self.unplaced_macs,
+            uncounted=self.uncounted,
+        )
+
+
 def predict(
     model: Path | str | onnx.ModelProto,
     table: LayerTable,
@@ -136,20 +195,29 @@ def predict(
     """Predicted time of every kernel of an engine, in its order; waiting for another stream is none.
 
     Args:
-        model: the model that the engine was built from; external data is not needed.
-        table: its layers, compiled with fixed shapes (min = opt = max) for a target of the GPU's generation.
-        gpu: a name in `GPUS`, or numbers of one's own.
-        shapes: the fixed shape of each dynamic input.
+        gpu: a name in `GPUS`, or numbers of one's own; of the generation that the engine is compiled for.
+        model, table, shapes: as of `engine_work`.
 
     Raises:
         EngineError: an unknown GPU, an engine for other targets, or one whose sizes are decided at run time.
     """
-    gpu = gpu if isinstance(gpu, Gpu) else gpu_named(gpu)
-    if gpu.target not in table.targets:
-        raise EngineError(
-            f"The engine is compiled for {', '.join(table.targets)}, but {gpu.name} is {gpu.target}: its kernels would "
-            f"be others. Compile with --target {gpu.target}."
-        )
+    known = gpu if isinstance(gpu, Gpu) else gpu_named(gpu)
+    return engine_work(model, table, shapes=shapes).on(known)
+
+
+def engine_work(
+    model: Path | str | onnx.ModelProto, table: LayerTable, *, shapes: Mapping[str, ShapeRange] | None = None
+) -> EngineWork:
+    """The work of every kernel of an engine, for who predicts its time on several GPUs.
+
+    Args:
+        model: the model that the engine was built from; external data is not needed.
+        table: its layers, compiled with fixed shapes (min = opt = max).
+        shapes: the fixed shape of each dynamic input.
+
+    Raises:
+        EngineError: sizes of the engine are decided at run time.
+    """
     if table.bytes_moved is None:
         what = "The engine has dynamic shapes, so its kernels' sizes are not known"
         raise EngineError(f"{what}. Compile with min = opt = max.")
@@ -166,12 +234,17 @@ def predict(
     jumps = any(layer.kind == "cjmp" for layer in table.layers)
     turns = _turns(layers, {node.node: node.turns or 1 for node in nodes} if jumps else {})
     works = [work_of(la, macs // n or None) for la, (macs, _), n in zip(layers, counted, turns, strict=True)]
-    kernels = [Kernel(work=w, dtype=_dtype(la, w, c[1])) for la, w, c in zip(layers, works, counted, strict=True)]
     found = sum(max(0, round(w.macs) * n - macs) for w, (macs, _), n in zip(works, counted, turns, strict=True))
     told = {layer.name for layer, work in zip(layers, works, strict=True) if work.macs}
-    return Cost(
-        gpu=gpu,
-        kernels=_kernels(layers, kernels, [macs for macs, _ in counted], turns, gpu),
+    return EngineWork(
+        targets=table.targets,
+        layers=tuple(layers),
+        kernels=tuple(
+            Kernel(work=w, dtype=_dtype(la, w, consumed))
+            for la, w, (_, consumed) in zip(layers, works, counted, strict=True)
+        ),
+        macs=tuple(macs for macs, _ in counted),
+        turns=tuple(turns),
         family=family_of(works),
         unplaced_macs=max(0, unplaced - found),  # what the audit places nowhere may be in kernels that tell
         uncounted=tuple(n.node for n in nodes if not n.counted and (n.macs is not None or n.kernel not in told)),
@@ -190,28 +263,6 @@ def _dtype(layer: Layer, work: Work, consumed: str) -> str:
         return consumed or first
     found = consumed_dtype(layer)
     return first if found == "unknown" else found
-
-
-def _kernels(
-    layers: list[Layer], kernels: list[Kernel], macs: list[int], turns: list[int], gpu: Gpu
-) -> tuple[KernelCost, ...]:
-    """The time of each kernel in all its turns, and what bounds it."""
-    times = Batch.of([(kernels, gpu)]).times(CONSTANTS)
-    parts = zip(layers, kernels, macs, turns, times.total, times.start, times.memory, times.compute, strict=True)
-    return tuple(
-        KernelCost(
-            name=layer.name,
-            kind=layer.kind,
-            us=float(us) * often,
-            start_us=float(start) * often,
-            bytes=(layer.bytes_moved or 0) * often,
-            macs=counted or round(kernel.work.macs) * often,
-            dtype=kernel.dtype,
-            bound="start" if start >= max(memory, compute) else "compute" if compute > memory else "bandwidth",
-            onnx_nodes=layer.onnx_nodes,
-        )
-        for layer, kernel, counted, often, us, start, memory, compute in parts
-    )
 
 
 def rows(cost: Cost, count: int = 10) -> list[tuple[str, ...]]:

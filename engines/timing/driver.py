@@ -9,7 +9,6 @@ Source: CUDA driver API reference, versions 11 to 13; the `_v2` names are what `
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engines.backends.doctor import DRIVER
 from engines.core.errors import MissingRuntimeError
 from engines.timing.timer import TimingError
 
-LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 # CUdevice_attribute
@@ -66,7 +65,7 @@ class Driver(AbstractContextManager["Driver"]):
             MissingRuntimeError: no driver, or no such GPU.
         """
         try:
-            self._cuda: Any = ctypes.CDLL(LIBRARY)
+            self._cuda: Any = ctypes.CDLL(DRIVER)
         except OSError as error:
             raise MissingRuntimeError(
                 f"No NVIDIA driver found here ({error}): measure on a machine with an NVIDIA GPU."

@@ -19,7 +19,7 @@ from engines.cost.gpus import Gpu, gpu_named, usual_gpu
 from engines.cost.predict import predict
 from engines.timing.driver import Card
 from engines.timing.fit import Fit, Reading, fit
-from engines.timing.measure import OnProbe, readings
+from engines.timing.measure import OnProbe, compiled, readings
 from engines.timing.networks import Network, networks
 from engines.timing.probes import probes
 from engines.timing.timer import Load, Timer, TimingError
@@ -220,13 +220,10 @@ def points(card: Card, gpu: Gpu, backend: Backend, timer: Timer) -> list[Point]:
 def _tested(network: Network, card: Card, gpu: Gpu, backend: Backend, timer: Timer) -> Point:
     """One engine; predicted from the tables of the compiler that times are predicted of."""
     try:
-        engines = {}
-        for compiler in dict.fromkeys((backend.name, predicting(backend.name).name)):
-            engines[compiler] = backend_named(compiler).build(
-                network.model, targets=(card.target,), shapes=None, timing_cache=None, directory=None, on_progress=None
-            )
-        predicted = predict(network.model, engines[predicting(backend.name).name].table, gpu)
-        (timing,) = timer.times([Load(engine=engines[backend.name])], seconds=0.5)
+        engine, other = compiled(network.model, card, backend), predicting(backend.name)
+        table = (engine if other.name == backend.name else compiled(network.model, card, other)).table
+        predicted = predict(network.model, table, gpu)
+        (timing,) = timer.times([Load(engine=engine)], seconds=0.5)
     except (EngineError, RuntimeError) as error:  # the runtimes' own errors are RuntimeErrors
         return Point(name=network.name, failure=" ".join(str(error).split())[:300])
     whole, starts = predicted.total_us, predicted.start_us

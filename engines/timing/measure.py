@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from onnx import ModelProto
 
 from engines.backends.backend import Backend, backend_named, backends
 from engines.backends.compiler import Engine
@@ -79,7 +80,7 @@ def readings(
 
 def _reading(probe: Probe, card: Card, backend: Backend, timer: Timer) -> Reading:
     try:
-        engines = [_compiled(probe, steps, card, backend) for steps in probe.steps]
+        engines = [compiled(probe.make(steps), card, backend) for steps in probe.steps]
         if failure := claim_failure(probe, [engine.table for engine in engines]):
             return Reading(probe=probe, failure=f"{backend.title} compiled it to something else: {failure}")
         loads = [Load(engine=engine, repeats=probe.repeats) for engine in engines]
@@ -91,9 +92,14 @@ def _reading(probe: Probe, card: Card, backend: Backend, timer: Timer) -> Readin
     return Reading(probe=probe, timings=timings, kept=kept)
 
 
-def _compiled(probe: Probe, steps: int, card: Card, backend: Backend) -> Engine:
+def compiled(model: ModelProto, card: Card, backend: Backend) -> Engine:
+    """The engine of a model of fixed shapes for a GPU.
+
+    Raises:
+        EngineError: see `build` of the backend.
+    """
     return backend.build(
-        probe.make(steps), targets=(card.target,), shapes=None, timing_cache=None, directory=None, on_progress=None
+        model, targets=(card.target,), shapes=None, timing_cache=None, directory=None, on_progress=None
     )
 
 

@@ -19,7 +19,7 @@ from engines.backends.layers import DTYPES, LayerTable
 from engines.core.documents import Document, Part, replace
 from engines.core.errors import EngineError
 from engines.core.load import load_graph
-from engines.core.macs import macs
+from engines.core.macs import macs_in_all
 from engines.core.nodes import label
 from engines.core.operators import COMPOUNDS, RECURRENCES
 from engines.core.quantizers import LOW, Operand, Product, QuantizedGraph, code_bits, code_name, read_graph
@@ -200,11 +200,10 @@ def _row(graph: QuantizedGraph, node: onnx.NodeProto, table: LayerTable, elems: 
     kernels = multiplying(table.layers, label(node))
     stated = DTYPES.get(TensorProto.DataType.Name(elems.pop()).lower(), "") if len(elems) == 1 else ""
     types = {consumed_dtype(kernel, stated) for kernel in kernels}
-    once = macs(graph, node)
     return NodeAudit(
         node=label(node),
         op_type=node.op_type,
-        macs=None if once is None else once * (1 if graph.turns is None else graph.turns),
+        macs=macs_in_all(graph, node),
         requested=asked,
         consumed=types.pop() if len(types) == 1 else "unknown",
         kernel=kernels[0].name if kernels else "",

@@ -23,7 +23,7 @@ from engines.backends.compiler import ShapeRange
 from engines.backends.layers import SYNCHRONIZATION, LayerTable
 from engines.core.errors import BuildError, EngineError, MissingRuntimeError, import_runtime
 from engines.cost.gpus import Gpu
-from engines.cost.predict import Cost, predict
+from engines.cost.predict import Cost, EngineWork, engine_work
 from qdq.build.cost import Kernel, Price
 from qdq.build.engine import compile_engine
 from qdq.build.recipe import Recipe
@@ -54,26 +54,29 @@ def price_of(job: Job) -> Price:
     Raises:
         BuildError: the compiler's refusal.
     """
-    recipes = {gpu.target: Recipe(targets=(gpu.target,), backend=job.backend) for gpu in job.gpus}
-    tables = {
-        target: compile_engine(job.path, recipe=recipe, shapes=job.shapes, locate=False).table
-        for target, recipe in recipes.items()
-    }
-    price, others = _priced(job, job.gpus, tables), [gpu.other_accumulation() for gpu in job.gpus]
+    engines: dict[str, tuple[EngineWork, tuple[str, ...]]] = {}
+    for target in dict.fromkeys(gpu.target for gpu in job.gpus):
+        recipe = Recipe(targets=(target,), backend=job.backend)
+        table = compile_engine(job.path, recipe=recipe, shapes=job.shapes, locate=False).table
+        engines[target] = engine_work(job.path, table, shapes=job.shapes), signatures(table)
+    price, others = _priced(job.gpus, engines), [gpu.other_accumulation() for gpu in job.gpus]
     if not any(others):
         return price
     swapped = [other or gpu for gpu, other in zip(job.gpus, others, strict=True)]
-    return replace(price, other=_priced(job, swapped, tables))
+    return replace(price, other=_priced(swapped, engines))
 
 
-def _priced(job: Job, gpus: Sequence[Gpu], tables: Mapping[str, LayerTable]) -> Price:
-    """The mean over GPUs; its errors are the largest of theirs, and not known if one is not."""
+def _priced(gpus: Sequence[Gpu], engines: Mapping[str, tuple[EngineWork, tuple[str, ...]]]) -> Price:
+    """The mean over GPUs; its errors are the largest of theirs, and not known if one is not.
+
+    `engines` are target -> work and signatures of the kernels.
+    """
     kernels: list[Kernel] = []
     costs: list[Cost] = []
     for gpu in gpus:
-        cost = predict(job.path, tables[gpu.target], gpu, shapes=job.shapes)
-        costs.append(cost)
-        for kernel, text in zip(cost.kernels, signatures(tables[gpu.target]), strict=True):
+        work, texts = engines[gpu.target]
+        costs.append(cost := work.on(gpu))
+        for kernel, text in zip(cost.kernels, texts, strict=True):
             us = kernel.us / len(gpus)
             kernels.append(Kernel(us=us, macs=kernel.macs, bytes=kernel.bytes, nodes=kernel.onnx_nodes, signature=text))
     return Price(

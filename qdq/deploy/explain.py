@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engines.core.macs import macs
+from engines.core.macs import macs_in_all
 from engines.core.quantizers import read_graph
 from qdq.build.engine import audit_engine, shape_ranges
 from qdq.build.recipe import Recipe
@@ -68,14 +68,13 @@ def _rewrites(model: Model, node: str) -> list[str]:
 def _cost(model: Model, name: str, recipe: Recipe) -> list[str]:
     """Multiply-adds and weight bytes of a node, with its share of the whole model's."""
     usual = {n: s.opt for n, s in shape_ranges(model, recipe.shapes, None).items()}
-    every = read_graph(model.proto, usual).all_products()
-    products = {p.node.name: m and m * (graph.turns or 1) for graph, p in every for m in [macs(graph, p.node)]}
+    products = {p.node.name: macs_in_all(graph, p.node) for graph, p in read_graph(model.proto, usual).all_products()}
     constants = [model.initializers[t] for t in model.node(name).input if t in model.initializers]
     weights, total = sum(map(tensor_bytes, constants)), sum(filter(None, products.values()))
     lines = []
-    if own := products.get(name):
+    if (own := products.get(name)) is not None:
         known = " that are known" if None in products.values() else ""
-        lines.append(f"  cost: {count(own)} multiply-adds, {own / total:.1%} of the model's{known}")
+        lines.append(f"  cost: {count(own)} multiply-adds, {own / max(total, 1):.1%} of the model's{known}")
     elif name in products:
         lines.append("  cost: unknown, for its shape is dynamic: give --shape NAME:SHAPE")
     if weights:

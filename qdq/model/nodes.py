@@ -17,6 +17,7 @@ from engines.core.nodes import attribute as attribute
 from engines.core.nodes import attribute_value as attribute_value
 from engines.core.nodes import bodies as bodies
 from engines.core.nodes import captured as captured
+from engines.core.nodes import constant_tensor as constant_tensor
 from engines.core.nodes import factor as factor
 from engines.core.nodes import input_axis as input_axis
 from engines.core.nodes import ints as ints

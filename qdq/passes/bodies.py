@@ -23,10 +23,11 @@ from qdq.model.nodes import (
     all_nodes,
     bodies,
     captured,
+    constant_tensor,
     controls,
     without_initializers,
 )
-from qdq.passes.draft import Draft, assign, constant_tensor
+from qdq.passes.draft import Draft, assign
 from qdq.passes.fold import why_kept
 
 _READERS = (*WEIGHTED, "ConvTranspose")

@@ -14,13 +14,22 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from engines.core.shapes import propagated, show_constants
 from qdq.core.errors import ModelError
 from qdq.model.external import is_external, is_large, tensor_array, tensor_bytes
 from qdq.model.model import Model, TensorInfo
-from qdq.model.nodes import all_graphs, all_nodes, attribute, captured, needed, reads, without_initializers
+from qdq.model.nodes import (
+    all_graphs,
+    all_nodes,
+    attribute,
+    captured,
+    constant_tensor,
+    needed,
+    reads,
+    without_initializers,
+)
 from qdq.model.opset import with_opset
 from qdq.model.storage import check
 from qdq.model.weight_store import LEAST, WeightStore
@@ -261,19 +270,3 @@ def unique(name: str, taken: Collection[str]) -> str:
     """`name`, or the first of name_1, name_2, ... that is not taken."""
     candidates = (f"{name}_{i}" for i in itertools.count(1))
     return name if name not in taken else next(c for c in candidates if c not in taken)
-
-
-def constant_tensor(node: NodeProto) -> TensorProto | None:
-    """A copy of the value of a Constant node, named as its output; None for text, sparse values and other nodes."""
-    if node.op_type != "Constant" or node.domain:
-        return None
-    attribute, tensor = node.attribute[0], TensorProto()
-    dtype = {"value_int": np.int64, "value_float": np.float32}.get(attribute.name.removesuffix("s"))
-    if attribute.name == "value":
-        tensor.CopyFrom(attribute.t)
-    elif dtype is not None:
-        tensor = numpy_helper.from_array(np.array(helper.get_attribute_value(attribute), dtype))
-    else:
-        return None
-    tensor.name = node.output[0]
-    return tensor

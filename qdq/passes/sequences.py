@@ -22,7 +22,7 @@ import numpy as np
 from onnx import NodeProto, helper, numpy_helper
 
 from engines.core.operators import family
-from qdq.model.nodes import Names, all_graphs, all_nodes, attribute, bodies
+from qdq.model.nodes import Names, all_graphs, all_nodes, attribute, bodies, constant_tensor
 from qdq.passes.draft import Draft, assign
 
 READERS = family("ConcatFromSequence SequenceAt SequenceLength")
@@ -225,9 +225,9 @@ class _Sequences:
         """The values of a constant of any graph."""
         if name in self._draft.tensors:
             return self._draft.array(name)
-        maker = self._makers.get(name)
-        held = [a.t for a in maker.attribute if a.name == "value"] if maker and maker.op_type == "Constant" else []
-        tensor = self._held.get(name) or next(iter(held), None)
+        tensor, maker = self._held.get(name), self._makers.get(name)
+        if tensor is None and maker is not None:
+            tensor = constant_tensor(maker)
         return None if tensor is None else numpy_helper.to_array(tensor)
 
     def _rank(self, node: NodeProto, element: str) -> int | None:

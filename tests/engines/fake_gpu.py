@@ -258,7 +258,7 @@ def install(monkeypatch: pytest.MonkeyPatch, fake: FakeCuda | None) -> None:
     real = ctypes.CDLL
 
     def load(name: str, *arguments: Any, **options: Any) -> Any:
-        if name not in (driver.LIBRARY, machine.LIBRARY):
+        if name not in (driver.DRIVER, machine.LIBRARY):
             return real(name, *arguments, **options)
         if fake is None:
             raise OSError(f"{name}: cannot open shared object file")
