@@ -75,8 +75,8 @@ def test_a_version_without_a_target_or_format_names_those_that_have_it() -> None
 
 def test_tensorrt_assumes_no_fusion_that_nobody_documents() -> None:
     rtx, tensorrt = profile_named("rtx"), profile_named("tensorrt")
-    assert rtx.shift and rtx.hoist and rtx.fours and not rtx.integer_output
-    assert tensorrt.integer_output and not (tensorrt.shift or tensorrt.hoist or tensorrt.fours)
+    assert rtx.shift and rtx.hoist and rtx.padding and not rtx.integer_output
+    assert tensorrt.integer_output and not (tensorrt.shift or tensorrt.hoist or tensorrt.padding)
     assert tensorrt.shift.holds is None and tensorrt.blocks["int4"] == (128, 64)
     old = profile_named("tensorrt:10.3")
     assert "nvfp4" not in old.formats and "sm120" not in old.targets and "sm87" in old.targets
