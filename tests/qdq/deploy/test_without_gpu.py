@@ -116,6 +116,18 @@ class TestWithoutTheGpu:
         assert "TensorRT-RTX has no target 'sm90'" in said and "--compiler tensorrt" in said
 
 
+def test_schemes_are_compared_without_kernels(folder: Path) -> None:
+    arguments = ["compare", "net.onnx", "--data", "data", "--schemes", "int8", "--gpu", "h100", "--json"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    compared = json.loads(result.stdout)
+    assert compared["targets"] == ["sm90"] and compared["gpus"] == []
+    assert any("no engine was built, which takes TensorRT 11" in note for note in compared["notes"])
+    (row,) = (row for row in compared["rows"] if row["scheme"] == "int8")
+    assert row["problem"] == "" and row["sqnr_db"] > 20 and row["quantized_nodes"] == 2
+    assert row["kernels"] is row["weight_bytes"] is row["predicted_us"] is row["shares"] is None
+
+
 class TestWithTheGpu:
     """TensorRT is what TensorRT-RTX compiles, under its name: the flow is the same whoever compiles."""
 
