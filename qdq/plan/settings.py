@@ -13,7 +13,10 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from engines.backends.backend import DEFAULT
+from engines.backends.profile import Profile, profile_named
 from engines.core.documents import Part, replace
+from engines.core.errors import EngineError
 from qdq.core.choices import checked, choose, converted
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
@@ -70,7 +73,8 @@ class Settings(Part, frozen=True, kw_only=True):
             (`qdq.assemble.judge`), as does "", unless the scheme has one only.
         equalize: the formula by which input channels of a layer are balanced where that pays, or "none"; "auto" and ""
             as for rounding. Weight-only blocks are balanced as AWQ does, unless it is "none" or "sinq".
-        shift: allow `Spec.shift` for activations; "auto" allows it unless held-out samples lose by it.
+        shift: allow `Spec.shift` for activations; "auto" allows it where the compiler is known to fuse it, unless
+            held-out samples lose by it.
         exclude: glob patterns of node names that stay in float; each must match at least one node.
         bias_correction: shift biases so that quantization does not move means; "auto" where held-out samples gain.
         block: weights that share a scale along the reduction axis, for formats that have blocks; "worth" takes for
@@ -85,9 +89,11 @@ class Settings(Part, frozen=True, kw_only=True):
         v1: those above v0 and at most this are equalized first; those above v1 have one scale per token; "auto" gives
             it to those whose error counts beside that of the weights.
         overrides: node name pattern -> scheme for those nodes; the first that matches counts.
+        compiler: whose engine the model is for, a key of `engines.backends.profile.profiles`; placement, the form of
+            the Q/DQ model and what "auto" means follow its profile.
 
     Raises:
-        InputError: an unknown name or a value outside its range.
+        InputError: an unknown name, a value outside its range, or a format that the compiler has no kernels for.
     """
 
     scheme: str = "int8"
@@ -105,6 +111,7 @@ class Settings(Part, frozen=True, kw_only=True):
     v0: Magnitude | str = V0
     v1: Magnitude | str = V1
     overrides: dict[Pattern, str] = msgspec.field(default_factory=dict)
+    compiler: str = DEFAULT
 
     def __post_init__(self) -> None:
         """Hold each field to its type, and names to those that exist."""
@@ -117,6 +124,11 @@ class Settings(Part, frozen=True, kw_only=True):
         set_field(self, "block", block)
         checked(self)
         rows = [SCHEMES[choose(name, tuple(SCHEMES), "scheme")] for name in (self.scheme, *self.overrides.values())]
+        try:
+            set_field(self, "compiler", profile_named(self.compiler).key)
+            self.profile.require_formats(self.formats, ())
+        except EngineError as error:
+            raise InputError(str(error)) from None
         for name in ("rounding", "equalize"):
             if getattr(self, name) == "":
                 set_field(self, name, AUTO if len(self.options(name)) > 1 else self.options(name)[0])
@@ -131,6 +143,10 @@ class Settings(Part, frozen=True, kw_only=True):
                 least = "v0" if name == "v1" else "0"
                 shown = repr(value) if isinstance(value, str) else f"{value:g}"
                 raise InputError(f"{name} is {shown}: it must be a number of at least {least}, or auto.")
+        for name in dict.fromkeys(row.weight for row in rows):
+            if block in FORMATS[name].blocks and block not in self.lengths(name):
+                known = ", ".join(map(str, self.lengths(name)))
+                raise InputError(f"block is {block}: {self.profile.title} documents {known} for {name}.")
         through = [row for row in rows if row.compute_format or FORMATS[row.weight].scale_format]
         if self.block in WHOLE and through:
             fmt = FORMATS[through[0].weight]
@@ -139,6 +155,11 @@ class Settings(Part, frozen=True, kw_only=True):
                 f"choose {', '.join(map(str, fmt.blocks))} or auto, or the weight-only scheme int4."
             )
 
+    @property
+    def profile(self) -> Profile:
+        """What is known of the compiler."""
+        return profile_named(self.compiler)
+
     def options(self, setting: str) -> tuple[str | int, ...]:
         """What an open setting is chosen from; the first where nothing can be compared."""
         row = SCHEMES[self.scheme]
@@ -146,7 +167,7 @@ class Settings(Part, frozen=True, kw_only=True):
             "calibrator": USUAL_CALIBRATORS,
             "rounding": row.roundings,
             "equalize": row.equalizations,
-            "shift": (True, False),
+            "shift": (True, False) if self.profile.shift else (False,),
             "block": (WORTH, min(self._lengths, default=AUTO)),
         }
         return found[setting]
@@ -155,9 +176,13 @@ class Settings(Part, frozen=True, kw_only=True):
     def _lengths(self) -> tuple[int, ...]:
         """The block lengths that formats of weights leave a choice of."""
         rows = (SCHEMES[scheme] for scheme in (self.scheme, *self.overrides.values()))
-        return tuple(
-            block for row in rows for block in FORMATS[row.weight].blocks if len(FORMATS[row.weight].blocks) > 1
-        )
+        each = (self.lengths(row.weight) for row in rows)
+        return tuple(block for lengths in each if len(lengths) > 1 for block in lengths)
+
+    def lengths(self, fmt: str) -> tuple[int, ...]:
+        """The block lengths of a format that the compiler has kernels for, the longest first."""
+        known = self.profile.blocks.get(fmt, ())
+        return tuple(block for block in FORMATS[fmt].blocks if block in known)
 
     @property
     def range_by(self) -> str:
@@ -168,7 +193,8 @@ class Settings(Part, frozen=True, kw_only=True):
     def open(self) -> tuple[str, ...]:
         """The settings that are not decided yet, in the order in which they are."""
         usual = () if self.calibrator else ("calibrator",)
-        found = (*usual, *(name for name in ("shift", "equalize", "rounding") if getattr(self, name) == AUTO))
+        several = (name for name in ("shift", "equalize", "rounding") if len(self.options(name)) > 1)
+        found = (*usual, *(name for name in several if getattr(self, name) == AUTO))
         return (*found, "block") if self.block == AUTO and self._lengths else found
 
     @property
@@ -218,6 +244,17 @@ class Settings(Part, frozen=True, kw_only=True):
             if not used and getattr(self, name) != defaults[name]
         )
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What is asked for and not known to serve its purpose with this compiler, a sentence each."""
+        rows, profile = [SCHEMES[name] for name in (self.scheme, *self.overrides.values())], self.profile
+        asked = (
+            ("shift", profile.shift, self.shift is True),
+            *((f"scheme {row.name}", profile.two_level, row.compute_format is not None) for row in rows),
+            *((f"scheme {row.name}", profile.token, row.token is not None) for row in rows),
+        )
+        return tuple(dict.fromkeys(f"{what}: {fact.says}" for what, fact, wanted in asked if wanted and not fact))
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> Settings:
         """Build settings from a recipe's keys.
@@ -239,7 +276,7 @@ class Settings(Part, frozen=True, kw_only=True):
 
     @property
     def formats(self) -> frozenset[str]:
-        """Every format that a model quantized so may hold: `formats.require_targets` says which GPUs have them."""
+        """Every format that a model quantized so may hold: `Profile.require_formats` says which GPUs have them."""
         rows = [SCHEMES[self.scheme], *(SCHEMES[scheme] for scheme in self.overrides.values())]
         return frozenset(
             f for row in rows for f in (row.data, row.weight, row.compute_format, row.convolution) if f is not None
@@ -250,7 +287,8 @@ class Settings(Part, frozen=True, kw_only=True):
         fmt = scheme.convolution if convolution else scheme.data
         if fmt is None:
             return None
-        shift = bool(self.shift) and FORMATS[fmt].integer
+        wanted = self.options("shift")[0] if self.shift == AUTO else self.shift
+        shift = bool(wanted) and FORMATS[fmt].integer
         return Spec(format=fmt, shift=shift, token=None if convolution else scheme.token)
 
     def weight(
