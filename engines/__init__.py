@@ -13,8 +13,9 @@ from engines.backends.compiler import Engine, ShapeRange
 from engines.backends.doctor import Diagnosis, diagnose
 from engines.backends.layers import KernelTensor, Layer, LayerTable
 from engines.core.errors import BuildError, EngineError, MissingRuntimeError, UnsupportedTargetError
+from engines.core.files import sha256_file
 from engines.verify.audit import Audit, NodeAudit
-from engines.verify.manifest import Manifest, sha256_file, sha256_model
+from engines.verify.manifest import Manifest, sha256_model
 from engines.verify.report import Limits, OutputReport, Report
 
 __all__ = [

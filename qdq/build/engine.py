@@ -23,10 +23,10 @@ from engines.backends.layers import LayerTable
 from engines.backends.locate import located, nothing_named
 from engines.core.documents import Document, DocumentError, replace
 from engines.core.errors import BuildError, EngineError
-from engines.core.files import read_file, write_atomic
+from engines.core.files import read_file, sha256_file, write_atomic
 from engines.core.load import load_graph
 from engines.verify.audit import Audit, audit
-from engines.verify.manifest import Manifest, sha256_file, sha256_model
+from engines.verify.manifest import Manifest, sha256_model
 from qdq.build.recipe import Recipe, ShapeOption
 from qdq.core.choices import choose
 from qdq.core.errors import InputError, MissingRuntimeError, StaleFileError
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from qdq.core.progress import Progress
 
 D = TypeVar("D", bound=Document)
-SHAPE_KEY = "shape."
+SHAPE_KEY, TENSORRT_KEY = "shape.", "tensorrt."  # of options in a manifest
 LOCATE_S, SEARCHES = 20, 4  # seconds, or times what the refusal took: the longest search for the node that it is about
 BESIDE = ("plan", "table", "report")  # what `deploy` writes beside an engine as <name>.json
 
@@ -68,12 +68,22 @@ def shape_ranges(model: Model, options: Sequence[ShapeOption], samples: Samples 
     return given
 
 
+def table_shapes(recipe: Recipe, shapes: Mapping[str, ShapeRange]) -> dict[str, ShapeRange]:
+    """What the layer table of an engine is for: its first optimization profile, where the recipe asks for several."""
+    profiles = () if backend_named(recipe.backend).no_options else recipe.tensorrt.ranges
+    return {**shapes, **(profiles[0] if profiles else {})}
+
+
+def unused_options(recipe: Recipe) -> str:
+    """Why the recipe's compiler takes none of its `tensorrt` options, "" where it takes them or there are none."""
+    return backend_named(recipe.backend).no_options if recipe.tensorrt else ""
+
+
 def compile_engine(
     model: Model | Path,
     *,
     recipe: Recipe,
     shapes: Mapping[str, ShapeRange],
-    timing_cache: Path | None = None,
     on_progress: Progress | None = None,
     label: str = "Compile",
     locate: bool = True,
@@ -101,7 +111,7 @@ def compile_engine(
             source,
             targets=recipe.targets,
             shapes=shapes,
-            timing_cache=timing_cache,
+            options=recipe.tensorrt,
             directory=directory,
             on_progress=report,
         )
@@ -112,9 +122,9 @@ def compile_engine(
 
     def trial(part: Path) -> Engine:
         there = {v.name for v in load_graph(part).graph.input}
-        used = {name: shape for name, shape in shapes.items() if name in there}
+        used = {name: shape for name, shape in table_shapes(recipe, shapes).items() if name in there}
         return build(
-            part, targets=recipe.targets, shapes=used, timing_cache=None, directory=None, on_progress=lambda *_: None
+            part, targets=recipe.targets, shapes=used, options=None, directory=None, on_progress=lambda *_: None
         )
 
     proto, place = (load_graph(model), model.parent) if isinstance(model, Path) else (model.proto, model.directory)
@@ -155,7 +165,9 @@ def save_engine(
     """
     engine.save(path)
     options: dict[str, str | int | float | bool | None] = {"backend": recipe.backend}
-    options |= {f"{SHAPE_KEY}{name}": _text(shape) for name, shape in sorted(shapes.items())}
+    options |= {f"{SHAPE_KEY}{name}": str(s) for name, s in sorted(table_shapes(recipe, shapes).items())}
+    if not backend_named(recipe.backend).no_options:
+        options |= {f"{TENSORRT_KEY}{name}": value for name, value in recipe.tensorrt.recorded().items()}
     output = sha256_model(compiled)
     if made_from:
         settings = made_from.settings.to_mapping()
@@ -311,8 +323,8 @@ def _shapes(manifest: Manifest) -> dict[str, ShapeRange]:
     """The shapes that an engine was compiled for."""
     given = {k.removeprefix(SHAPE_KEY): str(v) for k, v in manifest.options.items() if k.startswith(SHAPE_KEY)}
     try:
-        return {name: _range(text) for name, text in given.items()}
-    except ValueError as error:
+        return {name: ShapeRange.parse(text) for name, text in given.items()}
+    except (ValueError, BuildError) as error:
         said = ", ".join(f"{name} {text!r}" for name, text in given.items())
         raise InputError(f"The manifest has shapes that cannot be read: {said}. Build the engine again.") from error
 
@@ -323,17 +335,6 @@ def _layers_path(engine: Path) -> Path:
 
 def _manifest_path(engine: Path) -> Path:
     return engine.with_name(engine.name + ".manifest.json")
-
-
-def _text(shape: ShapeRange) -> str:
-    """The shapes of an option, without the name; "" for a scalar."""
-    return str(ShapeOption(name="", min=shape.min, opt=shape.opt, max=shape.max)).removeprefix(":")
-
-
-def _range(text: str) -> ShapeRange:
-    """What `_text` wrote."""
-    shapes = [tuple(int(size) for size in part.split("x") if size) for part in text.split(":")]
-    return ShapeRange(min=shapes[0], opt=shapes[len(shapes) // 2], max=shapes[-1])
 
 
 def _read(path: Path, engine: Path, kind: type[D]) -> D:

@@ -23,7 +23,8 @@ from typing import Annotated
 import msgspec
 import yaml
 
-from engines.backends.backend import DEFAULT, backends
+from engines.backends.backend import DEFAULT, Running, backends
+from engines.backends.tensorrt_options import TensorRtOptions
 from engines.core.files import read_file
 from engines.verify.meaning import TASKS
 from engines.verify.report import Alarms, Limits
@@ -67,6 +68,8 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
         warn_top1: below this agreement of the argmax, too.
         task: what the outputs are, one of `engines.verify.meaning.TASKS`.
         class_axis: axis of their classes.
+        tensorrt: options of TensorRT's builder, as `TensorRtOptions.from_mapping` reads them.
+        runtime_cache: file for what TensorRT-RTX compiles when an engine first runs.
     """
 
     unquantized_type: str = "auto"
@@ -87,6 +90,8 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
     warn_top1: Share = Alarms().warn_top1
     task: str = "auto"
     class_axis: Annotated[int, msgspec.Meta(ge=-64, le=63)] | None = None
+    tensorrt: TensorRtOptions = TensorRtOptions()
+    runtime_cache: str = ""
 
 
 LIMITS = Limits.__struct_fields__
@@ -160,6 +165,8 @@ class Recipe:
         alarms: below these a result is called poor.
         task: what the outputs are; "auto" is what the end of the graph tells.
         class_axis: axis of their classes; None is what the graph tells.
+        tensorrt: options of TensorRT's builder, where that compiles.
+        runtime_cache: file for what TensorRT-RTX compiles when an engine first runs; None keeps nothing.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -176,6 +183,15 @@ class Recipe:
     alarms: Alarms = field(default_factory=Alarms)
     task: str = "auto"
     class_axis: int | None = None
+    tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
+    runtime_cache: Path | None = None
+
+    @property
+    def running(self) -> Running:
+        """What an engine needs beside it when it runs."""
+        options = self.tensorrt
+        budget = options.weight_streaming_budget
+        return Running(runtime_cache=self.runtime_cache, weight_streaming_budget=budget, plugins=options.libraries)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> Recipe:
@@ -189,6 +205,8 @@ class Recipe:
             raise InputError(f"The recipe has both {twice} and {OLDER[twice]}, its name today. Remove {twice}.")
         named = {OLDER.get(key, key): value for key, value in values.items()}
         named |= {k: words[v] for k, v in named.items() if k in ("tune", "bias_correction") and isinstance(v, bool)}
+        if (options := named.pop("tensorrt", None)) is not None:
+            named["tensorrt"] = TensorRtOptions.from_mapping(options)
         file = converted(named, RecipeFile, "recipe key")
         settings = Settings(**{name: getattr(file, name) for name in Settings.__struct_fields__})
         usual = "placement" if settings.scheme == "int8" else "rewrites"
@@ -207,6 +225,8 @@ class Recipe:
             alarms=Alarms(warn_sqnr_db=file.warn_sqnr_db, warn_top1=file.warn_top1),
             task=choose(file.task, TASKS, "task"),
             class_axis=file.class_axis,
+            tensorrt=file.tensorrt,
+            runtime_cache=Path(file.runtime_cache) if file.runtime_cache else None,
         )
 
 

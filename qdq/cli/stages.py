@@ -119,7 +119,7 @@ def _places(settings: Settings) -> tuple[object, ...]:
 @click.option(
     "--timing-cache",
     type=options.PATH,
-    help="Read and write this cache of kernel timings; only with a backend that times kernels.",
+    help="Read and write this cache of kernel timings; only TensorRT times kernels.",
 )
 @options.recipe_option
 def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) -> None:
@@ -127,24 +127,26 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
 
     A float model that the compiler refuses is written again, beside the engine, in a form that it takes.
     """
+    from engines.core.documents import replace
     from qdq.build.any_model import compile_any
-    from qdq.build.engine import save_engine, shape_ranges
+    from qdq.build.engine import save_engine, shape_ranges, unused_options
     from qdq.model.storage import load
 
     options.check_output(output, model, given["recipe"])
     recipe = options.recipe_of(given)
+    if timing_cache:
+        recipe = replace(recipe, tensorrt=replace(recipe.tensorrt, timing_cache=str(timing_cache)))
+    unused = unused_options(recipe)
     with Bars() as bars:
         loaded = load(model)
         shapes = shape_ranges(loaded, recipe.shapes, None)
         prepared = output.with_name(f"{output.name.removesuffix('.engine')}.prepared.onnx")
-        engine, source = compile_any(
-            loaded, prepared, recipe=recipe, shapes=shapes, timing_cache=timing_cache, on_progress=bars
-        )
+        engine, source = compile_any(loaded, prepared, recipe=recipe, shapes=shapes, on_progress=bars)
         save_engine(engine, output, source or model, recipe=recipe, shapes=shapes)
     if source:
         note(f"{model.name} itself does not compile; the engine is of {source}, which computes the same.")
-    if engine.table.note:
-        note(engine.table.note)
+    for text in filter(None, (unused, engine.table.note)):
+        note(text)
     click.echo(f"{engine.table.kernels} kernels for {', '.join(engine.table.targets)}: {output}")
 
 
@@ -255,6 +257,7 @@ def check(
             task=recipe.task,
             class_axis=recipe.class_axis,
             engine_backend=backend,
+            running=recipe.running,
             as_compiled=layers.table if layers else None,
             predicted=bool(layers and layers.predicted),
             custom_ops=custom_ops,

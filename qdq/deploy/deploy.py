@@ -139,7 +139,7 @@ def deploy(
             custom_ops=custom_ops,
             on_progress=on_progress,
         )
-        check = against_float(engine_path if on_engine else output, engine_backend=on_engine)
+        check = against_float(engine_path if on_engine else output, engine_backend=on_engine, running=recipe.running)
         check = with_costs(
             check,
             prepared,
