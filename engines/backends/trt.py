@@ -30,7 +30,7 @@ def _gpu_target() -> str:
     if not (found := gpus()):
         raise MissingRuntimeError(
             "TensorRT needs an NVIDIA GPU and its driver, and none was found here. Build for TensorRT-RTX instead "
-            "(--backend rtx), which needs neither."
+            "(--compiler rtx), which needs neither."
         )
     return found[0].target
 
@@ -267,6 +267,7 @@ def fitting_profile(engine: Any, shapes: Mapping[str, Sequence[int]]) -> int:
 
 BACKEND = Backend(
     name="trt",
+    compiler="tensorrt",
     title="TensorRT",
     runtime="tensorrt",
     packages=("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),
