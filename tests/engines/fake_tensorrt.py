@@ -1,4 +1,4 @@
-"""A `tensorrt` module that is not there: its objects have the members of the real API's list of a version, and no other.
+"""A `tensorrt` module that is not there: its objects have the members of a version's real API, and no other.
 
 It parses a model into its inputs and outputs, keeps what is set on a configuration, and builds a plan of bytes.
 """

@@ -1,4 +1,4 @@
-"""The options of a build with TensorRT: their names against the real API, what is refused, and what a build is given."""
+"""The options of a build with TensorRT: their names in the real API, what is refused, and what a build is given."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import engine_graphs as graphs
 import pytest
 from fake_tensorrt import INSPECTED, VERSIONS, fake_tensorrt, names
-from places import ROOT
+from places import SHARED
 
 from engines.backends import plugins, trt
 from engines.backends.compiler import ShapeRange
@@ -70,7 +70,7 @@ def test_every_name_is_one_of_the_api_from_the_version_on_that_is_said(version: 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_lists_are_those_of_the_folder_beside_this_one(version: str) -> None:
-    held = ROOT.parent / f"shared/tensorrt_api/tensorrt-{version}.json"
+    held = SHARED / f"tensorrt_api/tensorrt-{version}.json"
     if not held.is_file():
         pytest.skip(f"{held} is not here: the lists in tests/ stand for it")
     assert json.loads(held.read_text())["names"] == names(version)
