@@ -30,7 +30,6 @@ CHOICES: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ("NONE", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY"),
     ),
     "tiling_optimization_level": ("TilingOptimizationLevel", ("NONE", "FAST", "MODERATE", "FULL")),
-    "runtime_platform": ("RuntimePlatform", ("SAME_AS_BUILD", "WINDOWS_AMD64")),
 }
 POOLS = ("WORKSPACE", "TACTIC_DRAM", "TACTIC_SHARED_MEMORY")
 TACTIC_SOURCES = ("CUBLAS", "CUBLAS_LT", "CUDNN", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
@@ -48,7 +47,6 @@ FLAGS = (
 # Names that not every version from 10.0 on has -> the first that has them, and the first that no longer has.
 VERSIONS: Mapping[str, tuple[tuple[int, int], tuple[int, int] | None]] = {
     "ICudaEngine.weight_streaming_budget_v2": ((10, 1), None),
-    "IBuilderConfig.runtime_platform": ((10, 2), None),
     "IBuilderConfig.max_num_tactics": ((10, 4), None),
     "IBuilderConfig.tiling_optimization_level": ((10, 8), None),
     "IBuilderConfig.l2_limit_for_tiling": ((10, 8), None),
@@ -84,6 +82,7 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("DLA_MANAGED_SRAM", "DLA_LOCAL_DRAM", "DLA_GLOBAL_DRAM"), DLA.rstrip(".")),
     "engine_capability": "only STANDARD engines are built: SAFETY and DLA_STANDALONE are for other runtimes",
     "profiling_verbosity": _AUDIT,
+    "runtime_platform": "an engine for another system does not load here, so its layers cannot be read: build it there",
     "remote_auto_tuning_config": "it is for engines of the safety runtime only",
     "algorithm_selector": "TensorRT 11 has none; EDITABLE_TIMING_CACHE took its place",
 }
@@ -109,7 +108,6 @@ class TensorRtOptions(Part, frozen=True, kw_only=True):
         l2_limit_for_tiling: most L2 cache for them.
         build_route: TensorRT's text of compiler knobs.
         hardware_compatibility_level: other GPUs that the engine is to run on.
-        runtime_platform: it is to run on.
         tactic_sources: libraries that kernels may come from; empty leaves the default.
         flags: of BuilderFlag.
         plugins: libraries, as paths or with the sha256 that they must have.
@@ -129,7 +127,6 @@ class TensorRtOptions(Part, frozen=True, kw_only=True):
     l2_limit_for_tiling: Size | None = None
     build_route: str | None = None
     hardware_compatibility_level: str | None = None
-    runtime_platform: str | None = None
     tactic_sources: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     plugins: tuple[str | PluginLibrary, ...] = ()

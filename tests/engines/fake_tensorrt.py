@@ -220,7 +220,6 @@ def fake_tensorrt(version: str = VERSIONS[1], layers: list[dict[str, Any]] | Non
         "TacticSource",
         "HardwareCompatibilityLevel",
         "TilingOptimizationLevel",
-        "RuntimePlatform",
         "ProfilingVerbosity",
         "NetworkDefinitionCreationFlag",
         "LayerInformationFormat",
