@@ -136,7 +136,13 @@ class TestTheScript:
         assert nothing.returncode == 3 and "None of qdq, trtexec and polygraphy is installed" in nothing.stderr
 
     def test_runs_commands_of_qdq_that_its_own_parser_takes(self, model: Path, tmp_path: Path) -> None:
-        limits = {"min_cosine": 0.99, "min_sqnr_db": 18.5, "min_int8_share": 0.5, "class_axis": 1, "task": "classification"}
+        limits = {
+            "min_cosine": 0.99,
+            "min_sqnr_db": 18.5,
+            "min_int8_share": 0.5,
+            "class_axis": 1,
+            "task": "classification",
+        }
         asked = recipe("10.16", tensorrt=EVERYTHING, **limits)
         script = save_build_script(model, "e.engine", recipe=asked, shapes={})
         machine = Machine(tmp_path, "qdq", "polygraphy")
