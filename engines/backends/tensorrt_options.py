@@ -87,8 +87,9 @@ REFUSED: Mapping[str, str] = {
     "algorithm_selector": "TensorRT 11 has none; EDITABLE_TIMING_CACHE took its place",
 }
 
-Size = Annotated[int, Meta(ge=1)] | str
-Count = Annotated[int, Meta(ge=0)]
+_MOST_COUNT, _MOST_BYTES = (1 << 31) - 1, (1 << 62)  # of an int32 and an int64 of the API
+Size = Annotated[int, Meta(ge=1, le=_MOST_BYTES)] | str
+Count = Annotated[int, Meta(ge=1, le=_MOST_COUNT)]
 
 
 class TensorRtOptions(Part, frozen=True, kw_only=True):
@@ -120,9 +121,9 @@ class TensorRtOptions(Part, frozen=True, kw_only=True):
     ignore_mismatch: bool = False
     memory_pool_limits: dict[str, Size] = field(default_factory=dict)
     builder_optimization_level: Annotated[int, Meta(ge=0, le=5)] | None = None
-    max_num_tactics: Annotated[int, Meta(ge=1)] | None = None
-    avg_timing_iterations: Annotated[int, Meta(ge=1)] | None = None
-    max_aux_streams: Count | None = None
+    max_num_tactics: Count | None = None
+    avg_timing_iterations: Count | None = None
+    max_aux_streams: Annotated[int, Meta(ge=0, le=_MOST_COUNT)] | None = None
     tiling_optimization_level: str | None = None
     l2_limit_for_tiling: Size | None = None
     build_route: str | None = None
@@ -340,9 +341,12 @@ def _range(number: int, name: str, shapes: str | tuple[str, ...]) -> ShapeRange:
 
 def _bytes(size: int | str, name: str) -> int:
     try:
-        return size if isinstance(size, int) else byte_count(size)
+        count = size if isinstance(size, int) else byte_count(size)
+        if count <= _MOST_BYTES:
+            return count
     except ValueError:
-        raise _wrong(f"{name} is {size!r}: it must be bytes, or a size such as 512MiB or 4GiB.") from None
+        pass
+    raise _wrong(f"{name} is {size!r}: it must be bytes, or a size such as 512MiB or 4GiB.")
 
 
 def _set(config: Any, name: str, value: Any) -> None:
