@@ -81,6 +81,7 @@ class Backend:
         build: compiles.
         runner: (path or bytes of an engine, name=shown in reports, running=`Running`) -> a Polygraphy runner.
         no_options: why it takes none of `TensorRtOptions`; "" where it takes them.
+        no_runtime_cache: why its engines have no runtime cache; "" where they have.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Backend:
     build: Build
     runner: Callable[..., Any]
     no_options: str = ""
+    no_runtime_cache: str = ""
 
     def target(self, text: str) -> str:
         """The name of a target in the form 'sm89', from '8.9', '89' or 'SM_89'.

@@ -43,6 +43,21 @@ class PluginLibrary(Part, frozen=True, kw_only=True):
             )
         return found
 
+    def known(self) -> str:
+        """The sha256 of the library, which need not be on this machine where the recipe has it.
+
+        Raises:
+            EngineError: see `found`; or it is not here, and nobody says its sha256.
+        """
+        if Path(self.path).is_file():
+            return self.found()
+        if not self.sha256:
+            raise EngineError(
+                f"The plugin library {self.path} is not here, and the recipe has no sha256 of it: give plugins: "
+                f"[{{path: {self.path}, sha256: ...}}], so that the build knows it where it is."
+            )
+        return self.sha256.lower()
+
 
 def load_plugins(trt: Any, libraries: Iterable[PluginLibrary]) -> None:
     """Load libraries into the registry that parsers, builders and runtimes of this process share, each once.

@@ -158,10 +158,7 @@ class RuntimeCache:
         """
         settings = engine.create_runtime_config()
         if not hasattr(settings, "create_runtime_cache"):
-            raise EngineError(
-                f"runtime_cache {self._file} is for engines of TensorRT-RTX, which compiles when an engine first runs; "
-                "TensorRT compiles nothing then. Leave it out."
-            )
+            raise EngineError(f"{BACKEND.no_runtime_cache}. Leave {self._file} out.")
         if self._cache is None:
             self._cache = kept = settings.create_runtime_cache()
             if self._held and not kept.deserialize(self._held):
@@ -206,7 +203,7 @@ def runner(
         data = engine if isinstance(engine, bytes) else Path(engine).read_bytes()
     except OSError as error:
         raise EngineError(f"Cannot read engine {engine!s}: {error.strerror}.") from error
-    store = RuntimeCache(running.runtime_cache) if running.runtime_cache else None
+    store = RuntimeCache(running.runtime_cache) if running.runtime_cache and rtx else None
     load = backend.EngineFromBytes(data)
     opened = load if store is None else lambda: _context(load(), store)
     made = _runner_class(backend)(opened, name=name, weight_streaming_budget=running.weight_streaming_budget)
@@ -278,4 +275,6 @@ BACKEND = Backend(
     check_targets=check_targets,
     build=build,
     runner=runner,
+    no_runtime_cache="`runtime_cache` is for engines of TensorRT-RTX, which compiles when an engine first runs; "
+    "TensorRT compiles nothing then",
 )

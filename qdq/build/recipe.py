@@ -191,9 +191,11 @@ class Recipe:
     @property
     def running(self) -> Running:
         """What an engine needs beside it when it runs."""
-        options = self.tensorrt
-        budget = options.weight_streaming_budget
-        return Running(runtime_cache=self.runtime_cache, weight_streaming_budget=budget, plugins=options.libraries)
+        return Running(
+            runtime_cache=None if backend_named(self.backend).no_runtime_cache else self.runtime_cache,
+            weight_streaming_budget=self.tensorrt.weight_streaming_budget,
+            plugins=self.tensorrt.libraries,
+        )
 
     @property
     def profile(self) -> Profile:

@@ -137,7 +137,6 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
     recipe = options.recipe_of(given)
     if timing_cache:
         recipe = replace(recipe, tensorrt=replace(recipe.tensorrt, timing_cache=str(timing_cache)))
-    unused = unused_options(recipe)
     with Bars() as bars:
         loaded = load(model)
         shapes = shape_ranges(loaded, recipe.shapes, None)
@@ -146,7 +145,7 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
         save_engine(engine, output, source or model, recipe=recipe, shapes=shapes)
     if source:
         note(f"{model.name} itself does not compile; the engine is of {source}, which computes the same.")
-    for text in filter(None, (unused, engine.table.note)):
+    for text in filter(None, (*unused_options(recipe), engine.table.note)):
         note(text)
     click.echo(f"{engine.table.kernels} kernels for {', '.join(engine.table.targets)}: {output}")
 

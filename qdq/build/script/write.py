@@ -14,9 +14,9 @@ from pathlib import Path
 
 import msgspec
 
+from engines.backends.backend import target_name
 from engines.backends.compiler import ShapeRange
 from engines.core.documents import replace
-from engines.core.errors import EngineError
 from engines.core.files import sha256_file, write_atomic
 from engines.core.load import load_graph
 from engines.core.nodes import external_files
@@ -167,7 +167,8 @@ def build_script(
     check += [] if recipe.class_axis is None else [f"--class-axis={recipe.class_axis}"]
     share = [] if recipe.min_int8_share is None else [f"--min-int8-share={recipe.min_int8_share:g}"]
     written = {"shape": _shape_options(profiles), "tensorrt": _plain(options, profiles)}
-    built = ["qdq", "build", job.model, "-o", job.engine, "--compiler", recipe.profile.key, "--recipe", _RECIPE]
+    built = ["qdq", "build", job.model, "-o", job.engine, "--compiler", recipe.profile.key]
+    built += [word for target in recipe.targets for word in ("--target", target_name(target))]
     return _HEAD.format(
         script=_comment(script),
         engine=_comment(engine),
@@ -176,7 +177,7 @@ def build_script(
         version=metadata.version("qdq"),
         expected="\n".join(f"expect {sha} {shlex.quote(name)}" for name, sha in _expected(model, recipe)),
         recipe=json.dumps({k: v for k, v in written.items() if v}, ensure_ascii=False),
-        build=_line(built),
+        build=_line([*built, "--recipe", _RECIPE]),
         audit=_line(["qdq", "audit", job.engine, *share]),
         check=_line(["qdq", "check", _FLOAT, job.engine, "--data", _DATA, "--recipe", _RECIPE, *check]),
         trtexec=_branch(trtexec(job)),
@@ -207,13 +208,7 @@ def _expected(model: Path, recipe: Recipe) -> Iterable[tuple[str, str]]:
     """(path, sha256) of every file that the build reads."""
     for name in (model.name, *sorted(external_files(load_graph(model)))):
         yield _beside(name), sha256_file(model.parent / name)
-    for library in recipe.tensorrt.libraries:
-        if not library.sha256 and not Path(library.path).is_file():
-            raise EngineError(
-                f"The plugin library {library.path} is not here, and the recipe has no sha256 of it: give "
-                f"plugins: [{{path: {library.path}, sha256: ...}}], so that the build knows it where it is."
-            )
-        yield library.path, library.sha256.lower() or library.found()
+    yield from ((library.path, library.known()) for library in recipe.tensorrt.libraries)
 
 
 def _dynamic_inputs(model: Path) -> set[str]:

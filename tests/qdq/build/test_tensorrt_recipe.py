@@ -17,7 +17,7 @@ from engines.backends import plugins, trt
 from engines.backends.backend import Running
 from engines.backends.doctor import InstalledGpu
 from engines.core.errors import EngineError
-from qdq.build.engine import compiled
+from qdq.build.engine import compiled, unused_options
 from qdq.build.recipe import Recipe, RecipeFile, read_recipe
 from qdq.cli.main import main
 
@@ -114,9 +114,13 @@ def test_rtx_is_not_asked_for_the_versions_of_tensorrt(tmp_path: Path) -> None:
 
 def test_what_an_engine_needs_beside_it_comes_from_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(f"{RECIPE}  plugins: [p.so]\nruntime_cache: rtx.cache\n")
-    found = Recipe.from_mapping(read_recipe(tmp_path / "r.yaml")).running
-    assert (found.runtime_cache, found.weight_streaming_budget) == (Path("rtx.cache"), -1)
+    asked = Recipe.from_mapping(read_recipe(tmp_path / "r.yaml"))
+    found = asked.running
+    assert (found.runtime_cache, found.weight_streaming_budget) == (None, -1)
     assert [library.path for library in found.plugins] == ["p.so"]
+    assert "`runtime_cache` is for engines of TensorRT-RTX" in unused_options(asked)[0]
+    rtx = Recipe.from_mapping({"runtime_cache": "rtx.cache"})
+    assert rtx.running == Running(runtime_cache=Path("rtx.cache")) and unused_options(rtx) == ()
     assert Recipe().running == Running()
 
 

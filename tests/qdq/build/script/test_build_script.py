@@ -168,6 +168,8 @@ class TestTheScript:
         machine = Machine(tmp_path, "qdq")
         done = machine.run(script, "qdq")
         assert done.returncode == 0 and [call["given"][0] for call in machine.seen("qdq")] == ["build", "audit"]
+        (held,) = machine.seen("qdq")[0]["files"].values()
+        assert json.loads(held) == {"shape": [f"x:{RANGE}"]}
         assert "Not compared with ONNX Runtime" in done.stdout
         assert machine.run(script, "qdq", "m.onnx").returncode == 2
         assert machine.run(script, "qdq", "m.onnx", "d", "more").returncode == 2
