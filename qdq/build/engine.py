@@ -74,11 +74,13 @@ def table_shapes(recipe: Recipe, shapes: Mapping[str, ShapeRange]) -> dict[str, 
     return {**shapes, **(profiles[0] if profiles else {})}
 
 
-def unused_options(recipe: Recipe) -> tuple[str, ...]:
-    """What the recipe asks for and its compiler has no use for, with the reason."""
-    backend = backend_named(recipe.backend)
-    said = (backend.no_options if recipe.tensorrt else "", backend.no_runtime_cache if recipe.runtime_cache else "")
-    return tuple(filter(None, said))
+def option_notes(recipe: Recipe) -> tuple[str, ...]:
+    """What to know of the recipe's `tensorrt` and `runtime_cache`: why its compiler has no use for them, and the like."""
+    backend, several = backend_named(recipe.backend), len(recipe.tensorrt.profiles)
+    found = [backend.no_options if recipe.tensorrt else "", backend.no_runtime_cache if recipe.runtime_cache else ""]
+    if several > 1 and not backend.no_options:
+        found.append(f"the layers are those of the first of {several} optimization profiles")
+    return tuple(filter(None, found))
 
 
 def compile_engine(

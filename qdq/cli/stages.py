@@ -128,15 +128,14 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
 
     A float model that the compiler refuses is written again, beside the engine, in a form that it takes.
     """
-    from engines.core.documents import replace
     from qdq.build.any_model import compile_any
-    from qdq.build.engine import save_engine, shape_ranges, unused_options
+    from qdq.build.engine import option_notes, save_engine, shape_ranges
     from qdq.model.storage import load
 
     options.check_output(output, model, given["recipe"])
     recipe = options.recipe_of(given)
     if timing_cache:
-        recipe = replace(recipe, tensorrt=replace(recipe.tensorrt, timing_cache=str(timing_cache)))
+        recipe = recipe.with_timing_cache(timing_cache)
     with Bars() as bars:
         loaded = load(model)
         shapes = shape_ranges(loaded, recipe.shapes, None)
@@ -145,7 +144,7 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
         save_engine(engine, output, source or model, recipe=recipe, shapes=shapes)
     if source:
         note(f"{model.name} itself does not compile; the engine is of {source}, which computes the same.")
-    for text in filter(None, (*unused_options(recipe), engine.table.note)):
+    for text in filter(None, (*option_notes(recipe), engine.table.note)):
         note(text)
     click.echo(f"{engine.table.kernels} kernels for {', '.join(engine.table.targets)}: {output}")
 

@@ -32,10 +32,10 @@ from qdq.build.engine import (
     add_report,
     checked,
     compile_engine,
+    option_notes,
     save_engine,
     shape_ranges,
     table_shapes,
-    unused_options,
 )
 from qdq.build.machine import builds_here, compiler_here, how_to_build, runs_here
 from qdq.build.pricer import cost_model
@@ -131,7 +131,7 @@ def deploy(
         save(finished.model, output)
         made.plan.save(folder / "plan.json")
         made.table.save(folder / "table.json")
-        notes = [*notes, *unused_options(recipe)]
+        notes = [*notes, *option_notes(recipe)]
         table: LayerTable | None = None
         float_table, not_built = None, ""
         if builds_here(recipe):

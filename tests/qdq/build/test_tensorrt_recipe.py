@@ -17,7 +17,7 @@ from engines.backends import plugins, trt
 from engines.backends.backend import Running
 from engines.backends.doctor import InstalledGpu
 from engines.core.errors import EngineError
-from qdq.build.engine import compiled, unused_options
+from qdq.build.engine import compiled, option_notes
 from qdq.build.recipe import Recipe, RecipeFile, read_recipe
 from qdq.cli.main import main
 
@@ -54,6 +54,7 @@ def run(*arguments: str) -> Any:
 def test_build_takes_everything_from_the_recipe_and_the_manifest_holds_it(fake: Any) -> None:
     done = run("build", "m.onnx", "-o", "m.engine", "--recipe", "recipe.yaml", "--timing-cache", "t.cache")
     assert done.exit_code == 0, done.output
+    assert "the layers are those of the first of 2 optimization profiles" in " ".join(done.stderr.split())
     assert [profile["x"][1][0] for profile in fake.seen.profiles] == [1, 8]
     assert fake.seen.config["builder_optimization_level"] == 5 and fake.seen.pools == {"WORKSPACE": 1 << 30}
     assert Path("t.cache").read_bytes() == b"+timed"
@@ -118,9 +119,10 @@ def test_what_an_engine_needs_beside_it_comes_from_the_recipe(tmp_path: Path) ->
     found = asked.running
     assert (found.runtime_cache, found.weight_streaming_budget) == (None, -1)
     assert [library.path for library in found.plugins] == ["p.so"]
-    assert "`runtime_cache` is for engines of TensorRT-RTX" in unused_options(asked)[0]
+    runtime, first = option_notes(asked)
+    assert "`runtime_cache` is for engines of TensorRT-RTX" in runtime and "first of 2 optimization profiles" in first
     rtx = Recipe.from_mapping({"runtime_cache": "rtx.cache"})
-    assert rtx.running == Running(runtime_cache=Path("rtx.cache")) and unused_options(rtx) == ()
+    assert rtx.running == Running(runtime_cache=Path("rtx.cache")) and option_notes(rtx) == ()
     assert Recipe().running == Running()
 
 
