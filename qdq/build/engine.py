@@ -75,7 +75,7 @@ def table_shapes(recipe: Recipe, shapes: Mapping[str, ShapeRange]) -> dict[str, 
 
 
 def option_notes(recipe: Recipe) -> tuple[str, ...]:
-    """What to know of the recipe's `tensorrt` and `runtime_cache`: why its compiler has no use for them, and the like."""
+    """What to know of the recipe's `tensorrt` and `runtime_cache`, such as why its compiler has no use for them."""
     backend, several = backend_named(recipe.backend), len(recipe.tensorrt.profiles)
     found = [backend.no_options if recipe.tensorrt else "", backend.no_runtime_cache if recipe.runtime_cache else ""]
     if several > 1 and not backend.no_options:

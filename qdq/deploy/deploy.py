@@ -131,10 +131,10 @@ def deploy(
         save(finished.model, output)
         made.plan.save(folder / "plan.json")
         made.table.save(folder / "table.json")
-        notes = [*notes, *option_notes(recipe)]
         table: LayerTable | None = None
         float_table, not_built = None, ""
         if builds_here(recipe):
+            notes = [*notes, *option_notes(recipe)]
             engine = compile_engine(output, recipe=recipe, shapes=shapes, on_progress=on_progress)
             save_engine(engine, engine_path, output, recipe=recipe, shapes=shapes, made_from=provenance(made))
             table = engine.table
