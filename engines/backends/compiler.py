@@ -50,6 +50,12 @@ class ShapeRange:
         """The range that holds one shape."""
         return cls(min=tuple(shape), opt=tuple(shape), max=tuple(shape))
 
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether a shape is in the range."""
+        return len(shape) == len(self.min) and all(
+            low <= size <= high for low, size, high in zip(self.min, shape, self.max, strict=True)
+        )
+
     @classmethod
     def parse(cls, text: str) -> ShapeRange:
         """The range of a text, one shape or the smallest, the usual and the largest.

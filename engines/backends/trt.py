@@ -244,17 +244,10 @@ def fitting_profile(engine: Any, shapes: Mapping[str, Sequence[int]]) -> int:
         EngineError: none of several does.
     """
     count = int(engine.num_optimization_profiles)
+    sized = {name: shape for name, shape in shapes.items() if not engine.is_shape_inference_io(name)}
     for profile in range(count if count > 1 else 0):
-        ranges = [
-            (shape, engine.get_tensor_profile_shape(name, profile))
-            for name, shape in shapes.items()
-            if not engine.is_shape_inference_io(name)
-        ]
-        if all(
-            low <= size <= high
-            for shape, (least, _, most) in ranges
-            for low, size, high in zip(least, shape, most, strict=True)
-        ):
+        ranges = {name: tuple(map(tuple, engine.get_tensor_profile_shape(name, profile))) for name in sized}
+        if all(ShapeRange(min=r[0], opt=r[1], max=r[2]).takes(sized[name]) for name, r in ranges.items()):
             return profile
     if count > 1:
         given = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())

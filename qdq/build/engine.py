@@ -76,6 +76,25 @@ def table_shapes(recipe: Recipe, shapes: Mapping[str, ShapeRange]) -> dict[str, 
     return {**shapes, **(profiles[0] if profiles else {})}
 
 
+def require_profiles(recipe: Recipe, shapes: Mapping[str, ShapeRange], samples: Samples) -> None:
+    """Refuse early what would fail when the engine runs: samples smaller or larger than its optimization profiles take.
+
+    Raises:
+        InputError: no profile takes the smallest, or the largest of them.
+    """
+    profiles = () if backend_named(recipe.backend).no_options else recipe.tensorrt.ranges
+    seen = samples.shapes() if profiles else {}
+    for kind in ("min", "max") if profiles else ():
+        given: dict[str, tuple[int, ...]] = {name: getattr(s, kind) for name, s in seen.items()}
+        taken = ({**shapes, **own} for own in profiles)
+        if not any(all(n not in own or own[n].takes(shape) for n, shape in given.items()) for own in taken):
+            said = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in given.items())
+            raise InputError(
+                f"The engine is to be checked on samples of {said}, and none of the recipe's {len(profiles)} "
+                "optimization profiles takes that: add a profile that does, or give --eval samples that one takes."
+            )
+
+
 def option_notes(recipe: Recipe) -> tuple[str, ...]:
     """What to know of the recipe's `tensorrt` and `runtime_cache`, such as why its compiler has no use for them."""
     backend, several = backend_named(recipe.backend), len(recipe.tensorrt.profiles)

@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import yaml
@@ -188,9 +188,9 @@ class Recipe:
     tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
     runtime_cache: Path | None = None
 
-    def with_timing_cache(self, file: Path) -> Recipe:
-        """The same with another timing cache, for TensorRT."""
-        return replace(self, tensorrt=replace(self.tensorrt, timing_cache=str(file)))
+    def with_tensorrt(self, **changes: Any) -> Recipe:
+        """The same with other fields of `TensorRtOptions`."""
+        return replace(self, tensorrt=replace(self.tensorrt, **changes))
 
     @property
     def running(self) -> Running:

@@ -135,7 +135,7 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
     options.check_output(output, model, given["recipe"])
     recipe = options.recipe_of(given)
     if timing_cache:
-        recipe = recipe.with_timing_cache(timing_cache)
+        recipe = recipe.with_tensorrt(timing_cache=str(timing_cache))
     with Bars() as bars:
         loaded = load(model)
         shapes = shape_ranges(loaded, recipe.shapes, None)

@@ -183,7 +183,7 @@ class TestTheRunner:
         self, polygraphy: dict[bytes, Any], cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         found = sys.modules["tensorrt_rtx"].Runtime(None).deserialize_cuda_engine(b"a")
-        found.num_optimization_profiles = 1
+        found.num_optimization_profiles, found.is_shape_inference_io = 1, lambda name: False
         make = found.create_execution_context
 
         def context(settings: Any) -> Any:

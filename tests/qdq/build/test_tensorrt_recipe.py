@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import engine_graphs as graphs
+import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
 from fake_tensorrt import fake_tensorrt
 
+from calib_data import Samples
 from engines.backends import plugins, trt
 from engines.backends.backend import Running
 from engines.backends.doctor import InstalledGpu
 from engines.core.errors import EngineError
-from qdq.build.engine import compiled, option_notes
+from qdq.build.engine import compiled, option_notes, require_profiles
 from qdq.build.recipe import Recipe, RecipeFile, read_recipe
 from qdq.cli.main import main
+from qdq.core.errors import InputError
+from qdq.measure.inference.inputs import as_samples
+from qdq.model.storage import load
 
 RECIPE = """
 compiler: tensorrt
@@ -135,3 +140,21 @@ def test_the_schema_has_the_options_and_their_bounds() -> None:
         "maximum": 5,
     }
     assert options["additionalProperties"] is False and "PluginLibrary" in schema["$defs"]
+
+
+def samples(*batches: int) -> Samples:
+    return as_samples([{"x": np.zeros((n, 16, 8, 8), np.float32)} for n in batches], load("m.onnx"))
+
+
+def test_samples_that_no_profile_takes_are_refused_before_the_work(fake: Any) -> None:
+    recipe = Recipe.from_mapping(read_recipe("recipe.yaml"))
+    for batches in ((1,), (1, 32), (2, 8)):
+        require_profiles(recipe, {}, samples(*batches))
+    with pytest.raises(InputError, match="samples of x 33x16x8x8, and none of the recipe's 2 optimization profiles"):
+        require_profiles(recipe, {}, samples(1, 33))
+    require_profiles(Recipe(), {}, samples(33))
+    np.savez("big.npz", x=np.zeros((33, 16, 8, 8), np.float32))
+    Path("data").mkdir()
+    Path("big.npz").rename("data/big.npz")
+    wrong = run("deploy", "m.onnx", "--data", "data", "--out", "out", "--recipe", "recipe.yaml")
+    assert wrong.exit_code == 2 and not Path("out").exists()
