@@ -70,19 +70,13 @@ def shape_ranges(model: Model, options: Sequence[ShapeOption], samples: Samples 
     return given
 
 
-def table_shapes(recipe: Recipe, shapes: Mapping[str, ShapeRange]) -> dict[str, ShapeRange]:
-    """What the layer table of an engine is for: its first optimization profile, where the recipe asks for several."""
-    profiles = () if backend_named(recipe.backend).no_options else recipe.tensorrt.ranges
-    return {**shapes, **(profiles[0] if profiles else {})}
-
-
 def require_profiles(recipe: Recipe, shapes: Mapping[str, ShapeRange], samples: Samples) -> None:
     """Refuse early what would fail when the engine runs: samples smaller or larger than its optimization profiles take.
 
     Raises:
         InputError: no profile takes the smallest, or the largest of them.
     """
-    profiles = () if backend_named(recipe.backend).no_options else recipe.tensorrt.ranges
+    profiles = recipe.profiles
     seen = samples.shapes() if profiles else {}
     for kind in ("min", "max") if profiles else ():
         given: dict[str, tuple[int, ...]] = {name: getattr(s, kind) for name, s in seen.items()}
@@ -93,15 +87,6 @@ def require_profiles(recipe: Recipe, shapes: Mapping[str, ShapeRange], samples: 
                 f"The engine is to be checked on samples of {said}, and none of the recipe's {len(profiles)} "
                 "optimization profiles takes that: add a profile that does, or give --eval samples that one takes."
             )
-
-
-def option_notes(recipe: Recipe) -> tuple[str, ...]:
-    """What to know of the recipe's `tensorrt` and `runtime_cache`, such as why its compiler has no use for them."""
-    backend, several = backend_named(recipe.backend), len(recipe.tensorrt.profiles)
-    found = [backend.no_options if recipe.tensorrt else "", backend.no_runtime_cache if recipe.runtime_cache else ""]
-    if several > 1 and not backend.no_options:
-        found.append(f"the layers are those of the first of {several} optimization profiles")
-    return tuple(filter(None, found))
 
 
 def compile_engine(
@@ -147,7 +132,7 @@ def compile_engine(
 
     def trial(part: Path) -> Engine:
         there = {v.name for v in load_graph(part).graph.input}
-        used = {name: shape for name, shape in table_shapes(recipe, shapes).items() if name in there}
+        used = {name: shape for name, shape in recipe.table_shapes(shapes).items() if name in there}
         return build(
             part, targets=recipe.targets, shapes=used, options=None, directory=None, on_progress=lambda *_: None
         )
@@ -208,7 +193,7 @@ def save_engine(
         "compiler": recipe.settings.compiler,
         QUANTIZED_FOR: made_for(load_graph(compiled)),
     }
-    options |= {f"{SHAPE_KEY}{name}": str(s) for name, s in sorted(table_shapes(recipe, shapes).items())}
+    options |= {f"{SHAPE_KEY}{name}": str(s) for name, s in sorted(recipe.table_shapes(shapes).items())}
     if not backend_named(recipe.backend).no_options:
         options |= {f"{TENSORRT_KEY}{name}": value for name, value in recipe.tensorrt.recorded().items()}
     output = sha256_model(compiled)

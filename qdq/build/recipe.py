@@ -24,6 +24,7 @@ import msgspec
 import yaml
 
 from engines.backends.backend import Running, backend_named
+from engines.backends.compiler import ShapeRange
 from engines.backends.profile import Profile, profile_of
 from engines.backends.tensorrt_options import TensorRtOptions
 from engines.core.documents import replace
@@ -191,6 +192,24 @@ class Recipe:
     def with_tensorrt(self, **changes: Any) -> Recipe:
         """The same with other fields of `TensorRtOptions`."""
         return replace(self, tensorrt=replace(self.tensorrt, **changes))
+
+    @property
+    def profiles(self) -> tuple[dict[str, ShapeRange], ...]:
+        """The optimization profiles that are asked for, where its compiler takes them."""
+        return () if backend_named(self.backend).no_options else self.tensorrt.ranges
+
+    def table_shapes(self, shapes: Mapping[str, ShapeRange]) -> dict[str, ShapeRange]:
+        """What the layer table of an engine is for: its first optimization profile, in the shapes else."""
+        return {**shapes, **(self.profiles[0] if self.profiles else {})}
+
+    @property
+    def option_notes(self) -> tuple[str, ...]:
+        """What to know of `tensorrt` and `runtime_cache`, such as why its compiler has no use for them."""
+        backend, several = backend_named(self.backend), len(self.profiles)
+        found = [backend.no_options if self.tensorrt else "", backend.no_runtime_cache if self.runtime_cache else ""]
+        if several > 1:
+            found.append(f"the layers are those of the first of {several} optimization profiles")
+        return tuple(filter(None, found))
 
     @property
     def running(self) -> Running:

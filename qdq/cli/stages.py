@@ -129,7 +129,7 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
     A float model that the compiler refuses is written again, beside the engine, in a form that it takes.
     """
     from qdq.build.any_model import compile_any
-    from qdq.build.engine import engine_of_another, option_notes, save_engine, shape_ranges
+    from qdq.build.engine import engine_of_another, save_engine, shape_ranges
     from qdq.model.storage import load
 
     options.check_output(output, model, given["recipe"])
@@ -144,7 +144,7 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
         save_engine(engine, output, source or model, recipe=recipe, shapes=shapes)
     if source:
         note(f"{model.name} itself does not compile; the engine is of {source}, which computes the same.")
-    for text in filter(None, (*option_notes(recipe), engine.table.note)):
+    for text in filter(None, (*recipe.option_notes, engine.table.note)):
         note(text)
     warn([engine_of_another(output)])
     click.echo(f"{engine.table.kernels} kernels for {', '.join(engine.table.targets)}: {output}")

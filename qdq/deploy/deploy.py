@@ -33,11 +33,9 @@ from qdq.build.engine import (
     add_report,
     checked,
     compile_engine,
-    option_notes,
     require_profiles,
     save_engine,
     shape_ranges,
-    table_shapes,
 )
 from qdq.build.machine import builds_here, compiler_here, how_to_build, runs_here
 from qdq.build.pricer import cost_model
@@ -137,7 +135,7 @@ def deploy(
         table: LayerTable | None = None
         float_table, not_built = None, ""
         if builds_here(recipe):
-            notes = [*notes, *option_notes(recipe)]
+            notes = [*notes, *recipe.option_notes]
             engine = compile_engine(output, recipe=recipe, shapes=shapes, on_progress=on_progress)
             save_engine(engine, engine_path, output, recipe=recipe, shapes=shapes, made_from=provenance(made))
             table = engine.table
@@ -191,7 +189,7 @@ def deploy(
         report = DeployReport(
             check=check,
             as_compiled=as_compiled,
-            audit=audit(output, table, shapes=table_shapes(recipe, shapes)) if table else None,
+            audit=audit(output, table, shapes=recipe.table_shapes(shapes)) if table else None,
             compiler=recipe.profile.title,
             chosen_because=recipe.chosen_because,
             targets=table.targets if table else tuple(map(target_name, recipe.targets)),

@@ -19,7 +19,7 @@ from engines.backends import plugins, trt
 from engines.backends.backend import Running
 from engines.backends.doctor import InstalledGpu
 from engines.core.errors import EngineError
-from qdq.build.engine import compiled, option_notes, require_profiles
+from qdq.build.engine import compiled, require_profiles
 from qdq.build.recipe import Recipe, RecipeFile, read_recipe
 from qdq.cli.main import main
 from qdq.core.errors import InputError
@@ -124,10 +124,10 @@ def test_what_an_engine_needs_beside_it_comes_from_the_recipe(tmp_path: Path) ->
     found = asked.running
     assert (found.runtime_cache, found.weight_streaming_budget) == (None, -1)
     assert [library.path for library in found.plugins] == ["p.so"]
-    runtime, first = option_notes(asked)
+    runtime, first = asked.option_notes
     assert "`runtime_cache` is for engines of TensorRT-RTX" in runtime and "first of 2 optimization profiles" in first
     rtx = Recipe.from_mapping({"runtime_cache": "rtx.cache"})
-    assert rtx.running == Running(runtime_cache=Path("rtx.cache")) and option_notes(rtx) == ()
+    assert rtx.running == Running(runtime_cache=Path("rtx.cache")) and rtx.option_notes == ()
     assert Recipe().running == Running()
 
 
