@@ -8,13 +8,15 @@ Runtimes are imported inside the functions that need them, so that `import engin
 
 from __future__ import annotations
 
-from engines.backends.backend import Backend
+from engines.backends.backend import Backend, Running
 from engines.backends.compiler import Engine, ShapeRange
 from engines.backends.doctor import Diagnosis, diagnose
 from engines.backends.layers import KernelTensor, Layer, LayerTable
+from engines.backends.tensorrt_options import TensorRtOptions
 from engines.core.errors import BuildError, EngineError, MissingRuntimeError, UnsupportedTargetError
+from engines.core.files import sha256_file
 from engines.verify.audit import Audit, NodeAudit
-from engines.verify.manifest import Manifest, sha256_file, sha256_model
+from engines.verify.manifest import Manifest, sha256_model
 from engines.verify.report import Limits, OutputReport, Report
 
 __all__ = [
@@ -33,7 +35,9 @@ __all__ = [
     "NodeAudit",
     "OutputReport",
     "Report",
+    "Running",
     "ShapeRange",
+    "TensorRtOptions",
     "UnsupportedTargetError",
     "diagnose",
     "sha256_file",

@@ -16,6 +16,7 @@ from places import ROOT
 
 from engines.backends.doctor import gpus
 from qdq.build.cost import TIE, TIE_US
+from qdq.build.recipe import Recipe, read_recipe
 from qdq.cli.main import main
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
@@ -45,12 +46,26 @@ def commands() -> list[str]:
     return [part for part in parts if part.startswith("qdq ")]
 
 
+def write_recipes(folder: Path) -> list[Path]:
+    """Each YAML block of README.md, in the file that its first line names."""
+    found = []
+    for block in blocks("yaml"):
+        found.append(folder / block.partition("\n")[0].removeprefix("# "))
+        found[-1].write_text(block)
+    return found
+
+
+def test_every_recipe_of_the_readme_is_read(tmp_path: Path) -> None:
+    for path in write_recipes(tmp_path):
+        assert Recipe.from_mapping(read_recipe(path)) != Recipe(), path
+
+
 def test_every_command_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     onnx.save(segmenter(spatial=("x", "y", "z")), "unet.onnx")
     save_samples(tmp_path / "volumes", images(3, CUBE))
     save_samples(tmp_path / "held_out", images(2, CUBE, seed=7))
-    Path("recipe.yaml").write_text("".join(blocks("yaml")))
+    write_recipes(tmp_path)
     Path("loader.py").write_text(LOADER)
     assert {shlex.split(c)[1] for c in commands()} == set(main.commands)  # every verb is shown
     for command in commands():

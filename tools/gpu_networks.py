@@ -212,7 +212,7 @@ def run_model(
     for compiler in dict.fromkeys((bench.backend.name, predicting(bench.backend.name).name)):
         if bench.card.target in backend_named(compiler).targets:
             engines[compiler] = backend_named(compiler).build(
-                path, targets=(bench.card.target,), shapes=shapes, timing_cache=None, directory=None, on_progress=None
+                path, targets=(bench.card.target,), shapes=shapes, options=None, directory=None, on_progress=None
             )
     made = engines[bench.backend.name]
     stand_in = engines.get(predicting(bench.backend.name).name)

@@ -18,6 +18,8 @@ import onnx
 
 import engines.backends
 from engines.backends.compiler import Engine, OnProgress, ShapeRange
+from engines.backends.plugins import PluginLibrary
+from engines.backends.tensorrt_options import TensorRtOptions
 from engines.core.errors import EngineError, UnsupportedTargetError, did_you_mean
 
 DEFAULT = "rtx"
@@ -32,17 +34,33 @@ class Build(Protocol):
         *,
         targets: Sequence[str],
         shapes: Mapping[str, ShapeRange] | None,
-        timing_cache: Path | None,
+        options: TensorRtOptions | None,
         directory: Path | None,
         on_progress: OnProgress | None,
     ) -> Engine:
-        """Compile a path, or a model; a timing cache is read and written where kernels are timed.
+        """Compile a path, or a model; where the backend takes no `options`, they change nothing.
 
         External data of a path are found beside it, those of a model in `directory`.
 
         Raises:
             EngineError: what was asked for is refused, or the runtime is missing; says why.
         """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """What an engine needs beside it when it runs.
+
+    Attributes:
+        runtime_cache: file of what TensorRT-RTX compiles when an engine first runs: read if it exists, then written.
+        weight_streaming_budget: bytes of device memory for the weights of an engine that streams them; -1 leaves it to
+            TensorRT, None streams none.
+        plugins: libraries to load before the engine.
+    """
+
+    runtime_cache: Path | None = None
+    weight_streaming_budget: int | None = None
+    plugins: tuple[PluginLibrary, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +79,9 @@ class Backend:
         check_targets: (model, targets) -> normalised targets, each once, () where the GPU of this machine decides;
             refuses an unknown target, and a data type of the model that a target lacks.
         build: compiles.
-        runner: (path or bytes of an engine, name=shown in reports) -> a Polygraphy runner.
+        runner: (path or bytes of an engine, name=shown in reports, running=`Running`) -> a Polygraphy runner.
+        no_options: why it takes none of `TensorRtOptions`; "" where it takes them.
+        no_runtime_cache: why its engines have no runtime cache; "" where they have.
     """
 
     name: str
@@ -75,6 +95,8 @@ class Backend:
     check_targets: Callable[[onnx.ModelProto, Sequence[str]], tuple[str, ...]]
     build: Build
     runner: Callable[..., Any]
+    no_options: str = ""
+    no_runtime_cache: str = ""
 
     def target(self, text: str) -> str:
         """The name of a target in the form 'sm89', from '8.9', '89' or 'SM_89'.

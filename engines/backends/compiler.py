@@ -50,6 +50,32 @@ class ShapeRange:
         """The range that holds one shape."""
         return cls(min=tuple(shape), opt=tuple(shape), max=tuple(shape))
 
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether a shape is in the range."""
+        return len(shape) == len(self.min) and all(
+            low <= size <= high for low, size, high in zip(self.min, shape, self.max, strict=True)
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> ShapeRange:
+        """The range of a text, one shape or the smallest, the usual and the largest.
+
+        >>> ShapeRange.parse("1x3:2x3:4x3").max
+        (4, 3)
+
+        Raises:
+            ValueError: it is no such text.
+            BuildError: the shapes are no range.
+        """
+        low, *others = (tuple(int(size) for size in part.split("x") if size) for part in text.split(":"))
+        usual, high = others or (low, low)
+        return cls(min=low, opt=usual, max=high)
+
+    def __str__(self) -> str:
+        """The text that `parse` reads; "" for a scalar."""
+        shapes = ["x".join(map(str, shape)) for shape in (self.min, self.opt, self.max)]
+        return ":".join(shapes[:1] if len(set(shapes)) == 1 else shapes)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
@@ -152,8 +178,8 @@ def _names(text: str, node: str) -> bool:
     return re.search(rf"(?<![\w/]){re.escape(node)}(_\d+)?(?![\w/])", text) is not None
 
 
-def _profile(builder: Any, config: Any, network: Any, shapes: Mapping[str, ShapeRange]) -> None:
-    """One optimization profile for the inputs with dynamic dimensions.
+def _profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Mapping[str, ShapeRange]]) -> None:
+    """Optimization profiles for the inputs with dynamic dimensions.
 
     Raises:
         BuildError: an unknown input name, a dynamic input without a range, or a range against a fixed dimension.
@@ -163,28 +189,26 @@ def _profile(builder: Any, config: Any, network: Any, shapes: Mapping[str, Shape
     for tensor in (network.get_input(i) for i in range(network.num_inputs)):
         own = tensor.name.removeprefix("__")  # the parser renames an input that is an output too
         tensors[own if own in outputs else tensor.name] = tensor
-    if unknown := sorted(set(shapes) - set(tensors)):
-        raise BuildError(f"No input is named {', '.join(unknown)}; the model's inputs are {', '.join(tensors)}.")
-    profile = builder.create_optimization_profile()
-    dynamic = False
-    for name, tensor in tensors.items():
-        declared = tuple(tensor.shape)
-        if name in shapes:
-            given = shapes[name]
+    for shapes in profiles:
+        if unknown := sorted(set(shapes) - set(tensors)):
+            raise BuildError(f"No input is named {', '.join(unknown)}; the model's inputs are {', '.join(tensors)}.")
+        for name, given in shapes.items():
+            declared = tuple(tensors[name].shape)
             for shape in (given.min, given.opt, given.max):
                 if len(shape) != len(declared) or any(d not in (-1, s) for d, s in zip(declared, shape, strict=True)):
                     raise BuildError(f"Shape {shape} does not fit input {name}, declared {declared} (-1 is dynamic).")
-        if -1 not in declared:
-            continue
-        if name not in shapes:
+        dynamic = {name: tensor for name, tensor in tensors.items() if -1 in tuple(tensor.shape)}
+        if lacking := next((name for name in dynamic if name not in shapes), None):
             raise BuildError(
-                f"Input {name} has dynamic dimensions {declared} and no shapes were given. "
-                f"Give the smallest, usual and largest shape: --shape {name}:min:opt:max."
+                f"Input {lacking} has dynamic dimensions {tuple(tensors[lacking].shape)} and no shapes were given. "
+                f"Give the smallest, usual and largest shape: --shape {lacking}:min:opt:max."
             )
-        dynamic = True
-        set_shape = profile.set_shape_input if tensor.is_shape_tensor else profile.set_shape
-        set_shape(tensor.name, given.min, given.opt, given.max)
-    if dynamic:
+        if not dynamic:
+            continue
+        profile = builder.create_optimization_profile()
+        for name, tensor in dynamic.items():
+            set_shape = profile.set_shape_input if tensor.is_shape_tensor else profile.set_shape
+            set_shape(tensor.name, shapes[name].min, shapes[name].opt, shapes[name].max)
         config.add_optimization_profile(profile)
 
 
@@ -211,14 +235,16 @@ def compile_model(
     *,
     shapes: Mapping[str, ShapeRange],
     configure: Callable[[Any], None],
+    profiles: Sequence[Mapping[str, ShapeRange]] = (),
     directory: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Compiled:
     """Compiles with the `tensorrt` or the `tensorrt_rtx` module.
 
     External data of a path are found beside it, those of a model in `directory`. `shapes` has the range of every input
-    with dynamic dimensions; `configure` sets what the backend needs on the builder config; `on_progress` is called with
-    a fraction in 0..1 and the compiler's name of the phase.
+    with dynamic dimensions; each of `profiles` makes an optimization profile, with other ranges for some inputs;
+    `configure` sets what the backend needs on the builder config; `on_progress` is called with a fraction in 0..1 and
+    the compiler's name of the phase.
 
     Raises:
         BuildError: parse or build error, with the compiler's message.
@@ -230,7 +256,7 @@ def compile_model(
     _parse(parser, model, directory)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    _profile(builder, config, network, shapes)
+    _profiles(builder, config, network, [{**shapes, **own} for own in profiles or ({},)])
     configure(config)
     monitor = _monitor(trt, on_progress) if on_progress else None
     if monitor:

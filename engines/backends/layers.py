@@ -245,6 +245,9 @@ def _json_weights(row: Mapping[str, Any]) -> tuple[KernelTensor, ...]:
     return (*_json_tensors(row.get("Constants")), *(_tensor(k, w["Type"], (w["Count"],)) for k, w in held))
 
 
+_LATER_PROFILE = re.compile(r"\[profile +[1-9]\d*\]")
+
+
 def table_from_inspector(
     text: str,
     *,
@@ -255,7 +258,7 @@ def table_from_inspector(
     weight_bytes: int = 0,
     activation_bytes: int = 0,
 ) -> LayerTable:
-    """The table in the engine inspector's JSON, in the dialect of TensorRT 10.x or 11.x.
+    """The table in the engine inspector's JSON of TensorRT 10.x or 11.x: its first optimization profile.
 
     Args:
         text: `EngineInspector.get_engine_information(JSON)` of an engine built with DETAILED verbosity.
@@ -269,7 +272,8 @@ def table_from_inspector(
     Raises:
         BuildError: not JSON, no layers, or layers that are bare names (not built with DETAILED verbosity).
 
-    Source: TensorRT issues 4020 and 3737 (10.x text), "Migrating from TensorRT 10.x to 11.x" (11.x keys).
+    Source: TensorRT issues 4020 and 3737 (10.x text), "Migrating from TensorRT 10.x to 11.x" (11.x keys); for the
+    layers of further profiles, whose names end in '[profile 1]', the parser of NVIDIA's trt-engine-explorer.
     """
     try:
         rows = json.loads(text)["Layers"]
@@ -289,6 +293,7 @@ def table_from_inspector(
             onnx_nodes=onnx_node_names(row.get("Metadata", "")),
         )
         for row in rows
+        if not _LATER_PROFILE.search(row.get("Name", ""))
     )
     return LayerTable(
         layers=layers,

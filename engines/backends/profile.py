@@ -12,14 +12,8 @@ from functools import lru_cache
 
 import engines.backends
 from engines.backends.backend import backend_named, members, target_name
+from engines.backends.tensorrt_options import DLA
 from engines.core.errors import EngineError, UnsupportedTargetError, did_you_mean
-
-DLA = (
-    "DLA is no compiler here: it takes no Q/DQ model of this form (UINT8 or INT8 tensors in formats of its own, static "
-    "shapes), TensorRT 11.0 to 11.3 have none, and 11.4 has it on Jetson AGX Orin and Windows on ARM alone. Take "
-    "--compiler tensorrt for the GPU of that device."
-)
-"""Source: TensorRT release notes and documentation of 11.3 and 11.4, DLA layer restrictions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

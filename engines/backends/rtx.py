@@ -20,6 +20,7 @@ from engines.backends.backend import Backend
 from engines.backends.compiler import Engine, OnProgress, ShapeRange, compile_model
 from engines.backends.layers import table_from_rtx_log
 from engines.backends.profile import Fact, Profile
+from engines.backends.tensorrt_options import TensorRtOptions
 from engines.backends.trt import runner
 from engines.core.errors import BuildError, UnsupportedTargetError, import_runtime
 from engines.core.load import load_graph
@@ -105,14 +106,15 @@ def build(
     *,
     targets: Sequence[str] = ("sm89",),
     shapes: Mapping[str, ShapeRange] | None = None,
-    timing_cache: Path | None = None,
+    options: TensorRtOptions | None = None,
     directory: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Engine:
     """Compiles one engine that runs on every target. Needs no GPU. Arguments and errors as of `backend.Build`.
 
     The compiler chooses one plan for all targets, so an old one can cost every other its integer kernels (sm75 has no
-    INT8 convolution). The table knows sizes only where min = opt = max. A timing cache is not used: nothing is timed.
+    INT8 convolution). The table knows sizes only where min = opt = max. `options` change nothing
+    (`BACKEND.no_options`).
     """
     proto = load_graph(model)
     names = check_targets(proto, targets)
@@ -152,6 +154,9 @@ BACKEND = Backend(
     check_targets=check_targets,
     build=build,
     runner=partial(runner, rtx=True),
+    # Its timing cache does nothing and is deprecated since 1.2: release notes of TensorRT-RTX 1.1 to 1.3.
+    no_options="TensorRT-RTX takes no `tensorrt` options: they are TensorRT's, and its own timing cache does nothing, "
+    "since it times no kernels; `runtime_cache` keeps what it compiles when an engine first runs",
 )
 
 _MEASURED = "measured: compiled with tensorrt_rtx 1.7.1.116 for SM86 and SM89, the types of every kernel read"

@@ -107,8 +107,8 @@ _TEN = replace(
     version="10.16",
     title=f"{trt.BACKEND.title} 10.16",
     opset=24,  # operators.md of the parser, 10.15
-    # weakly typed unless asked, and timed with transfers, without CUDA graph (sampleOptions.h, sampleOptions.cpp)
-    trtexec=("--stronglyTyped", "--useCudaGraph", "--useSpinWait", "--noDataTransfers"),
+    # weakly typed unless asked; timed with transfers, without CUDA graph, the profiler on (sampleOptions.h and .cpp)
+    trtexec=("--stronglyTyped", "--useCudaGraph", "--useSpinWait", "--noDataTransfers", "--separateProfileRun"),
 )
 
 _JETPACK_6 = replace(

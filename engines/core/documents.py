@@ -127,6 +127,25 @@ def _documents(kind: type[Part]) -> dict[str, type[Document]]:
 
 T = typing.TypeVar("T")
 
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def byte_count(size: str) -> int:
+    """Bytes of a size that a person wrote, such as 800M, 2G or 1.5GiB.
+
+    >>> byte_count("2 GiB"), byte_count("0.5k")
+    (2147483648, 500)
+
+    Raises:
+        ValueError: it is no size.
+    """
+    body = size.strip().lower().removesuffix("b")
+    number = body.rstrip("kmgi ")
+    count = float(number) * _UNITS.get(body[len(number) :].strip(), math.nan)
+    if not 1 <= count < math.inf:
+        raise ValueError(size)
+    return int(count)
+
 
 def replace(value: T, /, **changes: Any) -> T:
     """The same value with other fields, checked as a new one is; of a declared model or of a dataclass."""
@@ -199,6 +218,8 @@ def _needed(error: str, kind: Any) -> str:
         parts = (get_args(part) or (_WORDS.get(part.__name__, part.__name__),) for part in get_args(kind) or (kind,))
         return " or ".join(str(value) for values in parts for value in values)
     text, _, place = error.removeprefix("Expected ").partition(" - at ")
+    if key := re.match(r"Object (contains unknown|missing required) field `(.*)`", text):
+        return f"a mapping {'with' if key[1].startswith('m') else 'without'} the key {key[2]}"
     found, _, bound = text.partition(", got ")[0].partition("` ")
     words = " or ".join(_WORDS.get(name, name) for name in found.strip("`").split(" | "))
     limits = _bounds(kind) if place == "" else ""

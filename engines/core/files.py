@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import os
 import secrets
 import shutil
@@ -106,6 +107,19 @@ def regular(path: str | os.PathLike[str]) -> Path:
     if not S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a file", os.fspath(path))
     return Path(path)
+
+
+def sha256_file(path: Path | str) -> str:
+    """The sha256 of a file, read in pieces.
+
+    Raises:
+        EngineError: the file cannot be read.
+    """
+    try:
+        with regular(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise EngineError(f"Cannot read {path}: {error.strerror}.") from error
 
 
 def lock(descriptor: int) -> bool:

@@ -18,7 +18,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from engines.backends.backend import Running
 from engines.backends.compiler import Engine
+from engines.backends.trt import RuntimeCache
 from engines.timing.driver import Driver
 from engines.timing.loaded import LoadedEngine
 from engines.timing.timer import Arrays, Load, Timing
@@ -86,20 +88,36 @@ class Work:
 class EventTimer:
     """A `Timer` on a GPU of this machine."""
 
-    def __init__(self, driver: Driver) -> None:
-        """On the GPU and the stream of an open driver."""
-        self._driver = driver
+    def __init__(self, driver: Driver, running: Running | None = None) -> None:
+        """On the GPU and the stream of an open driver; `running` is what all engines need beside them.
+
+        Raises:
+            EngineError: see `RuntimeCache`.
+        """
+        self._driver, self._running = driver, running or Running()
+        self._cache = RuntimeCache(self._running.runtime_cache) if self._running.runtime_cache else None
 
     def outputs(self, engine: Engine, inputs: Arrays) -> dict[str, npt.NDArray[np.generic]]:
         """As of `Timer`."""
-        with LoadedEngine(self._driver, engine, inputs) as loaded:
-            return loaded.outputs()
+        with self._loaded(engine, inputs) as loaded:
+            found = loaded.outputs()
+            self._keep()
+            return found
 
     def times(self, loads: Sequence[Load], *, seconds: float, rest_s: float = 0.0) -> list[Timing]:
         """As of `Timer`."""
         with ExitStack() as held:
-            works = [self.ready(held.enter_context(LoadedEngine(self._driver, x.engine)), x) for x in loads]
+            works = [self.ready(held.enter_context(self._loaded(x.engine)), x) for x in loads]
+            self._keep()
             return timings(self._driver, works, seconds=seconds, rest_s=rest_s)
+
+    def _loaded(self, engine: Engine, inputs: Arrays | None = None) -> LoadedEngine:
+        return LoadedEngine(self._driver, engine, inputs, running=self._running, cache=self._cache)
+
+    def _keep(self) -> None:
+        """Writes what TensorRT-RTX compiled for the engines that ran."""
+        if self._cache is not None:
+            self._cache.save()
 
     def ready(self, loaded: LoadedEngine, load: Load) -> Work:
         """An engine that is loaded, warmed up and captured."""

@@ -16,8 +16,10 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from engines.backends.backend import backend_named
+from engines.backends.backend import Running, backend_named
 from engines.backends.compiler import Engine
+from engines.backends.plugins import load_plugins
+from engines.backends.trt import RuntimeCache
 from engines.core.errors import import_runtime
 from engines.timing.driver import Driver
 from engines.timing.timer import Arrays, TimingError
@@ -73,23 +75,47 @@ def random_array(shape: Sequence[int], dtype: npt.DTypeLike, seed: int = 0) -> n
 class LoadedEngine(AbstractContextManager["LoadedEngine"]):
     """An engine with memory and data for its inputs; a context manager. Its first launch compiles what JIT leaves."""
 
-    def __init__(self, driver: Driver, made: Engine, inputs: Arrays | None = None) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        made: Engine,
+        inputs: Arrays | None = None,
+        *,
+        running: Running | None = None,
+        cache: RuntimeCache | None = None,
+    ) -> None:
         """Loads it; inputs that are not given are random.
+
+        Args:
+            driver: with the GPU and the stream.
+            made: the engine.
+            inputs: name -> array.
+            running: what the engine needs beside it; `cache` is opened from its file by who runs several engines.
+            cache: what TensorRT-RTX compiles goes there; it must outlive this.
 
         Raises:
             MissingRuntimeError: the backend's runtime is not installed.
             TimingError: the runtime refuses the engine, or a tensor of it cannot be made.
+            EngineError: what the engine needs beside it (`running`) is refused.
         """
         self._driver, self._held = driver, ExitStack()
+        running = running or Running()
         trt = import_runtime(backend_named(made.table.backend).runtime)
+        load_plugins(trt, running.plugins)
+        self._cache = cache
         runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        runtime.engine_host_code_allowed = True  # a VERSION_COMPATIBLE engine of ours holds a runtime
         self._engine = engine = runtime.deserialize_cuda_engine(made.data)
         if engine is None:
             targets = ", ".join(made.table.targets)
             what = f"{made.table.backend} {trt.__version__} does not load the engine for {targets} on this GPU"
             raise TimingError(f"{what}: compile it for this GPU, with this version.")
         self._runtime, self._trt = runtime, trt
-        self._context = engine.create_execution_context()
+        if (budget := running.weight_streaming_budget) is not None:
+            automatic = budget < 0
+            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget() if automatic else budget
+        settings = () if self._cache is None else (self._cache.settings(engine),)
+        self._context = engine.create_execution_context(*settings)
         if self._context is None:
             raise TimingError("The runtime makes no execution context for the engine: too little memory on the GPU?")
         try:
@@ -140,7 +166,7 @@ class LoadedEngine(AbstractContextManager["LoadedEngine"]):
     def _let_runtime_capture(self) -> None:
         """Goes on with an execution context that captures its inferences."""
         engine, trt = self._engine, self._trt
-        settings = engine.create_runtime_config()
+        settings = self._cache.settings(engine) if self._cache else engine.create_runtime_config()
         settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         made = engine.create_execution_context(settings)
         if made is None:

@@ -98,9 +98,7 @@ def compiled(model: ModelProto, card: Card, backend: Backend) -> Engine:
     Raises:
         EngineError: see `build` of the backend.
     """
-    return backend.build(
-        model, targets=(card.target,), shapes=None, timing_cache=None, directory=None, on_progress=None
-    )
+    return backend.build(model, targets=(card.target,), shapes=None, options=None, directory=None, on_progress=None)
 
 
 def kept_share(probe: Probe, engine: Engine, timer: Timer) -> float | None:

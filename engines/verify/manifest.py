@@ -15,7 +15,7 @@ from msgspec import field
 from engines.backends.backend import backends
 from engines.core.documents import Document
 from engines.core.errors import EngineError
-from engines.core.files import regular
+from engines.core.files import sha256_file
 from engines.core.load import data_file, load_graph
 from engines.core.nodes import external_files
 
@@ -66,19 +66,6 @@ class Manifest(Document, frozen=True, kw_only=True):
     targets: tuple[str, ...] = ()
     options: dict[str, str | int | float | bool | None] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=package_versions)
-
-
-def sha256_file(path: Path | str) -> str:
-    """The sha256 of a file, read in pieces.
-
-    Raises:
-        EngineError: the file cannot be read.
-    """
-    try:
-        with regular(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise EngineError(f"Cannot read {path}: {error.strerror}.") from error
 
 
 def sha256_model(path: Path | str) -> str:

@@ -37,7 +37,6 @@ def compile_any(
     *,
     recipe: Recipe,
     shapes: Mapping[str, ShapeRange],
-    timing_cache: Path | None = None,
     on_progress: Progress | None = None,
 ) -> tuple[Engine, Path | None]:
     """The engine of a model as it is; of a float model that is refused so, as `prepare` writes it.
@@ -54,9 +53,7 @@ def compile_any(
     """
 
     def compiled(form: Model | Path, *, last: bool = True) -> Engine:
-        return compile_engine(
-            form, recipe=recipe, shapes=shapes, timing_cache=timing_cache, on_progress=on_progress, locate=last
-        )
+        return compile_engine(form, recipe=recipe, shapes=shapes, on_progress=on_progress, locate=last)
 
     alone = is_quantized(model) or (model.file and prepared.exists() and prepared.samefile(model.file))
     try:

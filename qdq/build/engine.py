@@ -22,10 +22,10 @@ from engines.backends.layers import LayerTable
 from engines.backends.locate import located, nothing_named
 from engines.core.documents import Document, DocumentError, replace
 from engines.core.errors import BuildError, EngineError
-from engines.core.files import read_file, write_atomic
+from engines.core.files import read_file, sha256_file, write_atomic
 from engines.core.load import load_graph
 from engines.verify.audit import Audit, audit
-from engines.verify.manifest import Manifest, sha256_file, sha256_model
+from engines.verify.manifest import Manifest, sha256_model
 from qdq.build.compiler import of_another
 from qdq.build.machine import builds_here, model_of_another, runs_here, stand_in
 from qdq.build.recipe import Recipe, ShapeOption
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from qdq.core.progress import Progress
 
 D = TypeVar("D", bound=Document)
-SHAPE_KEY, QUANTIZED_FOR = "shape.", "quantized_for"
+SHAPE_KEY, TENSORRT_KEY, QUANTIZED_FOR = "shape.", "tensorrt.", "quantized_for"  # of options in a manifest
 LOCATE_S, SEARCHES = 20, 4  # seconds, or times what the refusal took: the longest search for the node that it is about
 BESIDE = ("plan", "table", "report")  # what `deploy` writes beside an engine as <name>.json
 
@@ -70,12 +70,30 @@ def shape_ranges(model: Model, options: Sequence[ShapeOption], samples: Samples 
     return given
 
 
+def require_profiles(recipe: Recipe, shapes: Mapping[str, ShapeRange], samples: Samples) -> None:
+    """Refuse early what would fail when the engine runs: samples smaller or larger than its optimization profiles take.
+
+    Raises:
+        InputError: no profile takes the smallest, or the largest of them.
+    """
+    profiles = recipe.profiles
+    seen = samples.shapes() if profiles else {}
+    for kind in ("min", "max") if profiles else ():
+        given: dict[str, tuple[int, ...]] = {name: getattr(s, kind) for name, s in seen.items()}
+        taken = ({**shapes, **own} for own in profiles)
+        if not any(all(n not in own or own[n].takes(shape) for n, shape in given.items()) for own in taken):
+            said = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in given.items())
+            raise InputError(
+                f"The engine is to be checked on samples of {said}, and none of the recipe's {len(profiles)} "
+                "optimization profiles takes that: add a profile that does, or give --eval samples that one takes."
+            )
+
+
 def compile_engine(
     model: Model | Path,
     *,
     recipe: Recipe,
     shapes: Mapping[str, ShapeRange],
-    timing_cache: Path | None = None,
     on_progress: Progress | None = None,
     label: str = "Compile",
     locate: bool = True,
@@ -103,7 +121,7 @@ def compile_engine(
             source,
             targets=recipe.targets,
             shapes=shapes,
-            timing_cache=timing_cache,
+            options=recipe.tensorrt,
             directory=directory,
             on_progress=report,
         )
@@ -114,9 +132,9 @@ def compile_engine(
 
     def trial(part: Path) -> Engine:
         there = {v.name for v in load_graph(part).graph.input}
-        used = {name: shape for name, shape in shapes.items() if name in there}
+        used = {name: shape for name, shape in recipe.table_shapes(shapes).items() if name in there}
         return build(
-            part, targets=recipe.targets, shapes=used, timing_cache=None, directory=None, on_progress=lambda *_: None
+            part, targets=recipe.targets, shapes=used, options=None, directory=None, on_progress=lambda *_: None
         )
 
     proto, place = (load_graph(model), model.parent) if isinstance(model, Path) else (model.proto, model.directory)
@@ -175,7 +193,9 @@ def save_engine(
         "compiler": recipe.settings.compiler,
         QUANTIZED_FOR: made_for(load_graph(compiled)),
     }
-    options |= {f"{SHAPE_KEY}{name}": _text(shape) for name, shape in sorted(shapes.items())}
+    options |= {f"{SHAPE_KEY}{name}": str(s) for name, s in sorted(recipe.table_shapes(shapes).items())}
+    if not backend_named(recipe.backend).no_options:
+        options |= {f"{TENSORRT_KEY}{name}": value for name, value in recipe.tensorrt.recorded().items()}
     output = sha256_model(compiled)
     if made_from:
         settings = made_from.settings.to_mapping()
@@ -337,8 +357,8 @@ def _shapes(manifest: Manifest) -> dict[str, ShapeRange]:
     """The shapes that an engine was compiled for."""
     given = {k.removeprefix(SHAPE_KEY): str(v) for k, v in manifest.options.items() if k.startswith(SHAPE_KEY)}
     try:
-        return {name: _range(text) for name, text in given.items()}
-    except ValueError as error:
+        return {name: ShapeRange.parse(text) for name, text in given.items()}
+    except (ValueError, BuildError) as error:
         said = ", ".join(f"{name} {text!r}" for name, text in given.items())
         raise InputError(f"The manifest has shapes that cannot be read: {said}. Build the engine again.") from error
 
@@ -349,17 +369,6 @@ def _layers_path(engine: Path) -> Path:
 
 def _manifest_path(engine: Path) -> Path:
     return engine.with_name(engine.name + ".manifest.json")
-
-
-def _text(shape: ShapeRange) -> str:
-    """The shapes of an option, without the name; "" for a scalar."""
-    return str(ShapeOption(name="", min=shape.min, opt=shape.opt, max=shape.max)).removeprefix(":")
-
-
-def _range(text: str) -> ShapeRange:
-    """What `_text` wrote."""
-    shapes = [tuple(int(size) for size in part.split("x") if size) for part in text.split(":")]
-    return ShapeRange(min=shapes[0], opt=shapes[len(shapes) // 2], max=shapes[-1])
 
 
 def _read(path: Path, engine: Path, kind: type[D]) -> D:

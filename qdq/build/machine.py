@@ -6,19 +6,17 @@ rest. What the stand-in makes of a model is nothing about the engine: neither ke
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from onnx import ModelProto
 
 from engines.backends.backend import Backend, backend_named, predicting, target_name
-from engines.backends.compiler import ShapeRange
 from engines.backends.doctor import gpus
 from engines.core.errors import MissingRuntimeError, UnsupportedTargetError, import_runtime
 from engines.core.load import load_graph
 from qdq.build.compiler import USUAL_TARGETS, of_another
-from qdq.build.recipe import Recipe, ShapeOption
+from qdq.build.recipe import Recipe
 from qdq.model.made_for import made_for
 
 LEAST_SM = 80  # Turing is a float target of the stand-in, and has no FP32 products of matrices there
@@ -69,13 +67,7 @@ def model_of_another(path: Path, backend: str, version: str) -> str:
     return of_another(made_for(load_graph(path)), backend, version)
 
 
-def how_to_build(model: Path, engine: str, recipe: Recipe, shapes: Mapping[str, ShapeRange]) -> str:
-    """Why there is no engine of a model here, and the command that builds it on a machine that can."""
-    options = ["--compiler", recipe.settings.compiler]
-    for target in recipe.targets:
-        options += ["--target", target_name(target)]
-    for name, shape in shapes.items():
-        options += ["--shape", str(ShapeOption(name=name, min=shape.min, opt=shape.opt, max=shape.max))]
-    command = shlex.join(["qdq", "build", model.name, "-o", engine, *options])
+def how_to_build(script: str, recipe: Recipe) -> str:
+    """Why there is no engine of a model here, and the script that builds it on a machine that can."""
     needs = f"{recipe.profile.title} and a GPU of {' or '.join(map(target_name, recipe.targets))}"
-    return f"no engine was built, which takes {needs}; there: {command}"
+    return f"no engine was built, which takes {needs}; there: sh {script}"

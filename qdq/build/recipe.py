@@ -18,12 +18,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import yaml
 
+from engines.backends.backend import Running, backend_named
+from engines.backends.compiler import ShapeRange
 from engines.backends.profile import Profile, profile_of
+from engines.backends.tensorrt_options import TensorRtOptions
 from engines.core.documents import replace
 from engines.core.files import read_file
 from engines.verify.meaning import TASKS
@@ -69,6 +72,8 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
         warn_top1: below this agreement of the argmax, too.
         task: what the outputs are, one of `engines.verify.meaning.TASKS`.
         class_axis: axis of their classes.
+        tensorrt: options of TensorRT's builder, as `TensorRtOptions.from_mapping` reads them.
+        runtime_cache: file for what TensorRT-RTX compiles when an engine first runs.
     """
 
     unquantized_type: str = "auto"
@@ -88,6 +93,8 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
     warn_top1: Share = Alarms().warn_top1
     task: str = "auto"
     class_axis: Annotated[int, msgspec.Meta(ge=-64, le=63)] | None = None
+    tensorrt: TensorRtOptions = TensorRtOptions()
+    runtime_cache: str = ""
 
 
 LIMITS = Limits.__struct_fields__
@@ -161,6 +168,8 @@ class Recipe:
         alarms: below these a result is called poor.
         task: what the outputs are; "auto" is what the end of the graph tells.
         class_axis: axis of their classes; None is what the graph tells.
+        tensorrt: options of TensorRT's builder, where that compiles.
+        runtime_cache: file for what TensorRT-RTX compiles when an engine first runs; None keeps nothing.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -177,6 +186,39 @@ class Recipe:
     alarms: Alarms = field(default_factory=Alarms)
     task: str = "auto"
     class_axis: int | None = None
+    tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
+    runtime_cache: Path | None = None
+
+    def with_tensorrt(self, **changes: Any) -> Recipe:
+        """The same with other fields of `TensorRtOptions`."""
+        return replace(self, tensorrt=replace(self.tensorrt, **changes))
+
+    @property
+    def profiles(self) -> tuple[dict[str, ShapeRange], ...]:
+        """The optimization profiles that are asked for, where its compiler takes them."""
+        return () if backend_named(self.backend).no_options else self.tensorrt.ranges
+
+    def table_shapes(self, shapes: Mapping[str, ShapeRange]) -> dict[str, ShapeRange]:
+        """What the layer table of an engine is for: its first optimization profile, in the shapes else."""
+        return {**shapes, **(self.profiles[0] if self.profiles else {})}
+
+    @property
+    def option_notes(self) -> tuple[str, ...]:
+        """What to know of `tensorrt` and `runtime_cache`, such as why its compiler has no use for them."""
+        backend, several = backend_named(self.backend), len(self.profiles)
+        found = [backend.no_options if self.tensorrt else "", backend.no_runtime_cache if self.runtime_cache else ""]
+        if several > 1:
+            found.append(f"the layers are those of the first of {several} optimization profiles")
+        return tuple(filter(None, found))
+
+    @property
+    def running(self) -> Running:
+        """What an engine needs beside it when it runs."""
+        return Running(
+            runtime_cache=None if backend_named(self.backend).no_runtime_cache else self.runtime_cache,
+            weight_streaming_budget=self.tensorrt.weight_streaming_budget,
+            plugins=self.tensorrt.libraries,
+        )
 
     @property
     def profile(self) -> Profile:
@@ -206,6 +248,9 @@ class Recipe:
         if isinstance(backend := values.get("backend"), str):  # the name of who builds, before compilers had one
             named["compiler"] = profile_of(backend).key
         named |= {k: words[v] for k, v in named.items() if k in ("tune", "bias_correction") and isinstance(v, bool)}
+        options = named.pop("tensorrt", None)
+        if options is not None:
+            named["tensorrt"] = TensorRtOptions.from_mapping(options)
         asked = named.pop("compiler", None)
         if not isinstance(asked, str | None):
             raise InputError(f"compiler is {asked!r}: it must be a text such as rtx or tensorrt.")
@@ -215,7 +260,7 @@ class Recipe:
         fields = {name: getattr(file, name) for name in Settings.__struct_fields__}
         settings = Settings(**{**fields, "compiler": choice.compiler})
         usual = "placement" if settings.scheme == "int8" else "rewrites"
-        return cls(
+        made = cls(
             settings=settings,
             unquantized_type=choose(file.unquantized_type, UNQUANTIZED_TYPES, "type for what is not quantized"),
             tune=choose(file.tune or usual, TUNES, "way to tune"),
@@ -230,7 +275,12 @@ class Recipe:
             alarms=Alarms(warn_sqnr_db=file.warn_sqnr_db, warn_top1=file.warn_top1),
             task=choose(file.task, TASKS, "task"),
             class_axis=file.class_axis,
+            tensorrt=file.tensorrt,
+            runtime_cache=Path(file.runtime_cache) if file.runtime_cache else None,
         )
+        if not backend_named(made.backend).no_options:
+            made.tensorrt.require(made.profile.version)
+        return made
 
 
 class _PlainLoader(yaml.SafeLoader):

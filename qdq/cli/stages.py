@@ -120,7 +120,7 @@ def _places(settings: Settings) -> tuple[object, ...]:
 @click.option(
     "--timing-cache",
     type=options.PATH,
-    help="Read and write this cache of kernel timings; only with a compiler that times kernels.",
+    help="Read and write this cache of kernel timings; only TensorRT times kernels.",
 )
 @options.recipe_option
 def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) -> None:
@@ -134,18 +134,18 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
 
     options.check_output(output, model, given["recipe"])
     recipe = options.recipe_of(given)
+    if timing_cache:
+        recipe = recipe.with_tensorrt(timing_cache=str(timing_cache))
     with Bars() as bars:
         loaded = load(model)
         shapes = shape_ranges(loaded, recipe.shapes, None)
         prepared = output.with_name(f"{output.name.removesuffix('.engine')}.prepared.onnx")
-        engine, source = compile_any(
-            loaded, prepared, recipe=recipe, shapes=shapes, timing_cache=timing_cache, on_progress=bars
-        )
+        engine, source = compile_any(loaded, prepared, recipe=recipe, shapes=shapes, on_progress=bars)
         save_engine(engine, output, source or model, recipe=recipe, shapes=shapes)
     if source:
         note(f"{model.name} itself does not compile; the engine is of {source}, which computes the same.")
-    if engine.table.note:
-        note(engine.table.note)
+    for text in filter(None, (*recipe.option_notes, engine.table.note)):
+        note(text)
     warn([engine_of_another(output)])
     click.echo(f"{engine.table.kernels} kernels for {', '.join(engine.table.targets)}: {output}")
 
@@ -261,6 +261,7 @@ def check(
             task=recipe.task,
             class_axis=recipe.class_axis,
             engine_backend=backend,
+            running=recipe.running,
             as_compiled=layers.table if layers else None,
             predicted=bool(layers and layers.predicted),
             custom_ops=custom_ops,

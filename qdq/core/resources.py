@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -12,10 +11,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar
 
+from engines.core.documents import byte_count
 from qdq.core.errors import InputError
 
 DEFAULT_BYTES = 4 << 30  # for the activations of all samples that run at a time, or half of the free memory if less
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 _GIVEN: ContextVar[int | None] = ContextVar("memory budget in bytes", default=None)
 
@@ -27,19 +26,10 @@ def parse_bytes(text: str) -> int:
 
     Raises:
         InputError: it is no size.
-
-    >>> parse_bytes("2 GiB"), parse_bytes("0.5k")
-    (2147483648, 500)
     """
-    body = text.strip().lower().removesuffix("b")
-    number = body.rstrip("kmgi ")
-    unit = body[len(number) :].strip()
     try:
-        size = float(number) * _UNITS[unit]
-        if not 1 <= size < math.inf:
-            raise ValueError
-        return int(size)
-    except (ValueError, KeyError):
+        return byte_count(text)
+    except ValueError:
         raise InputError(f"--memory is {text!r}: it must be a size such as 800M, 2G or 1.5GiB.") from None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from calib_data import Samples
-from engines.backends.backend import backend_named
+from engines.backends.backend import Running, backend_named
 from engines.backends.doctor import gpus
 from engines.backends.layers import LayerTable
 from engines.core import arithmetic
@@ -65,6 +65,7 @@ def evaluate(
     task: str = "auto",
     class_axis: int | None = None,
     engine_backend: str | None = None,
+    running: Running | None = None,
     as_compiled: LayerTable | None = None,
     predicted: bool = False,
     custom_ops: Sequence[str] = (),
@@ -80,6 +81,7 @@ def evaluate(
         task: what the outputs are, as in `engines.verify.meaning.meanings`.
         class_axis: axis of their classes; None is what the graph tells.
         engine_backend: that runs the candidate where it is an engine.
+        running: what the engine needs beside it.
         as_compiled: layers of the candidate's engine: values are rounded where its kernels write them, and nowhere
             else. None rounds where the file says.
         predicted: the layers are those of another compiler, which predicts the engine.
@@ -98,7 +100,7 @@ def evaluate(
     reference = load(float_model)
     name, notes = "engine", []
     if engine_backend:
-        tried: Any = backend_named(engine_backend).runner(called(candidate), name=name)
+        tried: Any = backend_named(engine_backend).runner(called(candidate), name=name, running=running)
     else:
         model = load(candidate)
         found = roundings(model.proto, as_compiled) if as_compiled else None
@@ -125,5 +127,7 @@ def evaluate(
         stood_for_engine=engine_backend is None,
         names=("float model", name),
     )
+    if engine_backend and (kept := getattr(tried, "runtime_cache", None)):
+        notes = [kept.note] * bool(kept.note)
     stood = [NOT_RUN if gpus() else report.note] if report.stood_for_engine else []
     return replace(report, note="; ".join([*stood, *notes]))

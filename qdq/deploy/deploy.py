@@ -29,10 +29,18 @@ from engines.verify.audit import audit
 from qdq.assemble.finish import float_type_of
 from qdq.build.branches import with_possible_branches
 from qdq.build.compiler import of_another
-from qdq.build.engine import add_report, checked, compile_engine, save_engine, shape_ranges
+from qdq.build.engine import (
+    add_report,
+    checked,
+    compile_engine,
+    require_profiles,
+    save_engine,
+    shape_ranges,
+)
 from qdq.build.machine import builds_here, compiler_here, how_to_build, runs_here
 from qdq.build.pricer import cost_model
 from qdq.build.recipe import Recipe
+from qdq.build.script.write import save_build_script
 from qdq.core.files import folder_beside, move_all
 from qdq.core.progress import Progress
 from qdq.deploy.check import evaluate, float_session
@@ -77,8 +85,8 @@ def deploy(
 
     `out` receives <stem>.<scheme>.onnx (where nothing is quantized, <stem>.<float type>.onnx), <stem>.engine with its
     layers (.json) and manifest (.manifest.json), plan.json, table.json and report.json: all of them, or after an error
-    none. A missed limit is no error. Where the recipe's compiler needs a GPU that is not here, there is no engine, and
-    the report says how it is built.
+    none. A missed limit is no error. Where the recipe's compiler needs a GPU that is not here, build_engine.sh stands
+    in for the engine, and builds it where there is one.
 
     Args:
         model_path: a float ONNX file; it is not changed.
@@ -105,6 +113,7 @@ def deploy(
     assert calibration is not None
     shapes = shape_ranges(prepared, recipe.shapes, calibration)
     _require_runtimes(prepared, recipe)
+    require_profiles(recipe, shapes, calibration if evaluated is None else evaluated)
     seen = 0 if evaluated is None else overlap(calibration, evaluated, prepared, allowed=allow_overlap)
     prepared = with_possible_branches(
         prepared, chain(calibration, evaluated or ()), recipe=recipe, shapes=shapes, on_progress=on_progress
@@ -126,13 +135,15 @@ def deploy(
         table: LayerTable | None = None
         float_table, not_built = None, ""
         if builds_here(recipe):
+            notes = [*notes, *recipe.option_notes]
             engine = compile_engine(output, recipe=recipe, shapes=shapes, on_progress=on_progress)
             save_engine(engine, engine_path, output, recipe=recipe, shapes=shapes, made_from=provenance(made))
             table = engine.table
             float_table, reason = _float_table(prepared, folder, recipe, shapes, on_progress)
         else:
             notes = [*notes, recipe.profile.about_opset(finished.model.opset)]
-            not_built = how_to_build(output, engine_path.name, recipe, shapes)
+            script = save_build_script(output, engine_path.name, recipe=recipe, shapes=shapes)
+            not_built = how_to_build(script.name, recipe)
             reason = checked(output, finished.model.proto, recipe, shapes, on_progress)
         judged = calibration if evaluated is None else evaluated
         on_engine = recipe.backend if table and runs_here(table.targets) else None
@@ -147,7 +158,7 @@ def deploy(
             custom_ops=custom_ops,
             on_progress=on_progress,
         )
-        check = against_float(engine_path if on_engine else output, engine_backend=on_engine)
+        check = against_float(engine_path if on_engine else output, engine_backend=on_engine, running=recipe.running)
         check = with_costs(
             check,
             prepared,
@@ -178,7 +189,7 @@ def deploy(
         report = DeployReport(
             check=check,
             as_compiled=as_compiled,
-            audit=audit(output, table, shapes=shapes) if table else None,
+            audit=audit(output, table, shapes=recipe.table_shapes(shapes)) if table else None,
             compiler=recipe.profile.title,
             chosen_because=recipe.chosen_because,
             targets=table.targets if table else tuple(map(target_name, recipe.targets)),
@@ -240,3 +251,5 @@ def _require_runtimes(model: Model, recipe: Recipe) -> None:
         import_runtime(name)
     backend_named(recipe.backend).check_targets(model.proto, recipe.targets)
     recipe.profile.require_formats(recipe.settings.formats, recipe.targets)
+    for library in recipe.tensorrt.libraries:
+        library.known()

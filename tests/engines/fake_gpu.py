@@ -41,6 +41,28 @@ class FakeEngine:
     capturable: bool = True
 
 
+@dataclass
+class FakeRuntimeCache:
+    """What a runtime compiled: names of kernels. It takes what it wrote itself, and nothing else."""
+
+    names: list[str] = field(default_factory=list)
+    compiled: int = 0
+
+    def compile(self, kernels: list[FakeKernel]) -> None:
+        new = [kernel.name for kernel in kernels if kernel.name not in self.names]
+        self.names += new
+        self.compiled += len(new)
+
+    def deserialize(self, blob: bytes) -> bool:
+        if not blob.startswith(b"rtx:"):
+            return False
+        self.names = blob[4:].decode().split(",")
+        return True
+
+    def serialize(self) -> bytes:
+        return b"rtx:" + ",".join(self.names).encode()
+
+
 class FakeCuda:
     """The driver's functions, and the state of one GPU."""
 
@@ -275,8 +297,9 @@ def fake_runtime(cuda: FakeCuda, engines: dict[bytes, FakeEngine], *, rtx: bool 
             pass
 
     class Context:
-        def __init__(self, engine: FakeEngine, own_graph: bool) -> None:
+        def __init__(self, engine: FakeEngine, own_graph: bool, store: FakeRuntimeCache | None) -> None:
             self.engine, self.own_graph, self.addresses = engine, own_graph, dict[str, int]()
+            self.store = store
             self.profiler: Any = None
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -291,6 +314,8 @@ def fake_runtime(cuda: FakeCuda, engines: dict[bytes, FakeEngine], *, rtx: bool 
 
         def execute_async_v3(self, stream: int) -> bool:
             assert set(self.addresses) == set(self.engine.tensors) and stream == 7
+            if self.store is not None:
+                self.store.compile(self.engine.kernels)
             for kernel in self.engine.kernels:
                 if not self.own_graph:
                     cuda.tick("launch")
@@ -315,8 +340,19 @@ def fake_runtime(cuda: FakeCuda, engines: dict[bytes, FakeEngine], *, rtx: bool 
     if rtx:
         Context.is_stream_capturable = lambda self, stream: self.engine.capturable  # type: ignore[attr-defined]
 
+    class RtxSettings:
+        def __init__(self) -> None:
+            self.cuda_graph_strategy, self.store = "disabled", None
+
+        def create_runtime_cache(self) -> FakeRuntimeCache:
+            return FakeRuntimeCache()
+
+        def set_runtime_cache(self, cache: FakeRuntimeCache) -> bool:
+            self.store = cache
+            return True
+
     class Loaded:
-        device_memory_size_v2 = 1 << 20
+        device_memory_size_v2, weight_streaming_budget_v2 = 1 << 20, 0
 
         def __init__(self, engine: FakeEngine) -> None:
             self.engine, self.names = engine, list(engine.tensors)
@@ -335,10 +371,14 @@ def fake_runtime(cuda: FakeCuda, engines: dict[bytes, FakeEngine], *, rtx: bool 
             return self.engine.tensors[name][0]
 
         def create_runtime_config(self) -> Any:
-            return SimpleNamespace(cuda_graph_strategy="disabled")
+            return RtxSettings() if rtx else SimpleNamespace()
+
+        def get_weight_streaming_automatic_budget(self) -> int:
+            return 4096
 
         def create_execution_context(self, settings: Any = None) -> Context:
-            return Context(self.engine, bool(settings and settings.cuda_graph_strategy == "whole"))
+            own_graph = getattr(settings, "cuda_graph_strategy", "") == "whole"
+            return Context(self.engine, own_graph, getattr(settings, "store", None))
 
     class Runtime:
         def __init__(self, logger: Any) -> None:

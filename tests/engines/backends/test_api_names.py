@@ -17,6 +17,7 @@ TENSORRT = ("tensorrt-10.16.1.11", "tensorrt-11.4.0.106")
 RTX = ("tensorrt_rtx-1.7.1.116",)
 FILES = {
     "engines/backends/compiler.py": (*TENSORRT, *RTX),
+    "engines/backends/plugins.py": (*TENSORRT, *RTX),
     "engines/backends/rtx.py": RTX,
     "engines/backends/trt.py": (*TENSORRT, *RTX),  # `inspect` reads the engines of both
     "engines/timing/loaded.py": (*TENSORRT, *RTX),
@@ -36,11 +37,14 @@ CLASSES = {
     "context": "IExecutionContext",
     "cache": "ITimingCache",
     "settings": "IRuntimeConfig",
+    "kept": "IRuntimeCache",
+    "registry": "IPluginRegistry",
 }
 # Names of some versions only, which are used behind hasattr -> versions that have them.
 GUARDED = {
     name: RTX for name in ("is_stream_capturable", "cuda_graph_strategy", "CudaGraphStrategy", "WHOLE_GRAPH_CAPTURE")
 }
+GUARDED |= {name: RTX for name in ("create_runtime_cache", "set_runtime_cache", "IRuntimeCache")}
 
 
 def names(version: str) -> dict[str, list[str]]:
@@ -73,7 +77,8 @@ def test_every_name_exists(file: str, version: str) -> None:
     missing = [
         f"{owner or 'module'}.{name}"
         for owner, name in sorted(used(file))
-        if version in GUARDED.get(name, (version,)) and name not in (api.get(owner, []) if owner else api)
+        if version in GUARDED.get(owner, GUARDED.get(name, (version,)))
+        and name not in (api.get(owner, []) if owner else api)
     ]
     assert not missing
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import engine_graphs as graphs
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from engines.backends import doctor, rtx, trt
-from engines.backends.compiler import Engine, ShapeRange
+from engines.backends.compiler import Engine, ShapeRange, compile_model
 from engines.core import errors
 from engines.core.errors import BuildError, EngineError, MissingRuntimeError, UnsupportedTargetError
 
@@ -89,6 +90,39 @@ def test_a_range_makes_one_profile_and_sizes_are_known_only_when_fixed() -> None
     assert rtx.build(model, shapes={"x": ranged}).table.bytes_moved is None
     fixed = rtx.build(model, shapes={"x": ShapeRange.fixed((2, 16, 8, 8))}).table
     assert fixed.bytes_moved is not None and fixed.layers[-1].outputs[0].shape == (2, 16, 8, 8)
+
+
+def test_several_optimization_profiles_are_in_one_engine() -> None:
+    """Compiled for real, by the function that both compilers share: each profile has kernels of its own."""
+    trt, model = errors.import_runtime("tensorrt_rtx"), graphs.conv(batch="N")
+    ranges = [{"x": ShapeRange.parse(t)} for t in ("1x16x8x8", "8x16x8x8:8x16x8x8:32x16x8x8")]
+
+    def kernels(*profiles: dict[str, ShapeRange]) -> int:
+        found: list[int] = []
+
+        def configure(config: Any) -> None:
+            found.append(config.num_optimization_profiles)
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+
+        made = compile_model(trt, model, shapes=ranges[0], profiles=profiles, configure=configure)
+        assert found == [max(len(profiles), 1)]
+        return len(made.lines)
+
+    assert kernels(*ranges) > kernels(ranges[0]) == kernels()
+    with pytest.raises(BuildError, match=r"Shape \(9, 3, 8, 8\) does not fit input x"):
+        kernels(ranges[0], {"x": ShapeRange.fixed((9, 3, 8, 8))})
+
+
+@pytest.mark.parametrize("text", ["", "3", "1x2:2x2:4x2", "0x4"])
+def test_a_range_is_written_as_it_is_read(text: str) -> None:
+    assert str(ShapeRange.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["1x2:2x2", "axb", "1:2:3:4"])
+def test_a_text_that_is_no_range_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError):
+        ShapeRange.parse(text)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import engines.backends
 from engines.backends import doctor
 from engines.backends.backend import DEFAULT, Backend, backend_named, backends, predicting
 from engines.backends.layers import LayerTable
+from engines.backends.tensorrt_options import TensorRtOptions
 from engines.core.errors import EngineError, MissingRuntimeError, UnsupportedTargetError, import_runtime
 from engines.verify.compare import compare
 from qdq.build.any_model import audit_model, price
@@ -44,7 +45,7 @@ def check_targets(model, targets):
     return tuple(BACKEND.target(target) for target in targets)
 
 
-def build(model, *, targets=("sm42",), shapes=None, timing_cache=None, directory=None, on_progress=None):
+def build(model, *, targets=("sm42",), shapes=None, options=None, directory=None, on_progress=None):
     proto = load_graph(model)
     names = check_targets(proto, targets)
     if on_progress:
@@ -59,7 +60,7 @@ def build(model, *, targets=("sm42",), shapes=None, timing_cache=None, directory
     return Engine(data=data, table=LayerTable(layers=layers, backend="toy", version="1", targets=names, **sizes))
 
 
-def runner(engine, *, name="engine"):
+def runner(engine, *, name="engine", running=None):
     from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 
     return OnnxrtRunner(SessionFromOnnx(engine if isinstance(engine, bytes) else engine.read_bytes()), name=name)
@@ -106,7 +107,7 @@ class TestEveryBackend:
                 model,
                 targets=backend.targets[-1:],
                 shapes={},
-                timing_cache=tmp_path / "timings",
+                options=TensorRtOptions(timing_cache=str(tmp_path / "timings")),
                 on_progress=lambda fraction, phase: done.append(fraction),
             )
         except MissingRuntimeError as error:
@@ -126,7 +127,7 @@ class TestEveryBackend:
             import_runtime(backend.runtime)
         with pytest.raises(MissingRuntimeError):
             backend.build(
-                graphs.identity(), targets=["sm89"], shapes={}, timing_cache=None, directory=None, on_progress=None
+                graphs.identity(), targets=["sm89"], shapes={}, options=None, directory=None, on_progress=None
             )
 
     def test_the_doctor_looks_for_it(self, backend: Backend) -> None:

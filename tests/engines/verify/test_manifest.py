@@ -11,7 +11,8 @@ import onnx
 import pytest
 
 from engines.core.errors import EngineError
-from engines.verify.manifest import Manifest, sha256_file, sha256_model
+from engines.core.files import sha256_file
+from engines.verify.manifest import Manifest, sha256_model
 
 
 def save_external(folder: Path) -> Path:

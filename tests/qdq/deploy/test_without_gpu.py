@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,7 @@ from engines.backends.doctor import InstalledGpu
 from engines.backends.profile import profile_named
 from engines.core.documents import replace
 from engines.core.errors import BuildError
+from engines.core.files import sha256_file
 from qdq.build import engine, machine
 from qdq.build.machine import builds_here, stand_in
 from qdq.build.recipe import Recipe
@@ -61,13 +63,17 @@ class TestWithoutTheGpu:
             "plan.json",
             "table.json",
             "report.json",
+            "build_engine.sh",
         }
         assert not list((folder / "out").glob("*.engine*"))
         assert "net.onnx for sm86 by TensorRT 11 (a10 is a GPU of the data centre)" in said
         assert "no engine was built, which takes TensorRT 11 and a GPU of sm86" in said
-        assert (
-            "qdq build net.int8.onnx -o net.engine --compiler tensorrt:11 --target sm86 --shape image:1x1x8x8" in said
-        )
+        assert "there: sh build_engine.sh" in said
+        script = folder / "out/build_engine.sh"
+        built = "qdq build ./net.int8.onnx -o ./net.engine --compiler tensorrt:11 --target sm86 --recipe"
+        assert os.access(script, os.X_OK) and built in script.read_text()
+        assert f"expect {sha256_file(folder / 'out/net.int8.onnx')} ./net.int8.onnx" in script.read_text()
+        assert '"shape"' not in script.read_text()  # the model's are fixed
         assert "compiles the model, which checks its syntax and types for TensorRT 11, not its kernels or times" in said
         assert "as compiled" not in said and "kernels |" not in said
 

@@ -17,8 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 from engines.core import onnx_runtime as ort
 from engines.core.arithmetic import session
 from engines.core.errors import EngineError
+from engines.core.files import sha256_file
 from engines.core.load import data_file
-from engines.verify.manifest import sha256_file, sha256_model
+from engines.verify.manifest import sha256_model
 from qdq.cli.main import main
 from qdq.core.errors import ModelError
 from qdq.model.storage import load, save

@@ -14,8 +14,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from engines.core import arithmetic
 from engines.core.errors import BuildError, EngineError
+from engines.core.files import sha256_file
 from engines.core.load import load_graph
-from engines.verify.manifest import sha256_file
 from qdq.core.errors import InputError, ModelError
 from qdq.model import storage
 from qdq.model.external import is_external
