@@ -21,7 +21,7 @@ import numpy.typing as npt
 from engines.backends.compiler import Engine
 from engines.timing.driver import Driver
 from engines.timing.loaded import LoadedEngine
-from engines.timing.timer import Arrays, Load, Timing
+from engines.timing.timer import Arrays, KernelTime, Load, Timing
 
 WARM_UP = 3  # inferences before anything is timed: the first compiles and loads kernels
 ROUND_US = 100_000.0  # of GPU time in one round, at most
@@ -94,6 +94,11 @@ class EventTimer:
         """As of `Timer`."""
         with LoadedEngine(self._driver, engine, inputs) as loaded:
             return loaded.outputs()
+
+    def kernel_times(self, engine: Engine, runs: int) -> list[KernelTime]:
+        """As of `Timer`."""
+        with LoadedEngine(self._driver, engine) as loaded:
+            return loaded.kernel_times(runs)
 
     def times(self, loads: Sequence[Load], *, seconds: float, rest_s: float = 0.0) -> list[Timing]:
         """As of `Timer`."""

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from qdq.cli import options
-from qdq.cli.terminal import Bars, show_rows
+from qdq.cli.terminal import Bars, note, show_rows
 
 
 @click.command()
@@ -45,10 +45,12 @@ def tune(
     Without --data every activation is assumed asymmetric, the most expensive case.
     """
     from engines.backends.backend import predicting
+    from engines.core.files import write_atomic
+    from qdq.build.bench import bench_of, gpus_beside, why_predicted
     from qdq.build.engine import shape_ranges
-    from qdq.build.pricer import Pricer, gpus_of
+    from qdq.build.pricer import Pricer
     from qdq.core.errors import InputError
-    from qdq.deploy.report import Row
+    from qdq.deploy.report import Row, measured_rows
     from qdq.passes.prepare import load_float
     from qdq.tune.find_plan import find_plan
 
@@ -56,7 +58,6 @@ def tune(
     recipe = options.recipe_of(given)
     if (other := predicting(recipe.backend)).name != recipe.backend:
         raise InputError(f"tune prices what {other.title} compiles: it needs --backend {other.name} ({other.need}).")
-    gpus = gpus_of(recipe)
     with Bars() as bars:
         bars(0, None, "Prepare")
         prepared = load_float(model)
@@ -66,17 +67,24 @@ def tune(
         elif "min_sqnr_db" in recipe.limits:
             raise InputError("--min-sqnr-db needs --data: accuracy is measured on samples.")
         shapes = shape_ranges(prepared, recipe.shapes, samples)
-        pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus, cache=cache)
-        found = find_plan(prepared, pricer, samples=samples, on_progress=bars)
+        with bench_of(recipe, shapes) as bench:
+            gpus = gpus_beside(recipe, bench)
+            pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus, cache=cache)
+            found = find_plan(prepared, pricer, samples=samples, bench=bench, on_progress=bars)
     found.plan.save(output)
     outcome = found.outcome(gpus)
+    if outcome.measured:
+        write_atomic(output.with_name(f"{output.name.removesuffix('.json')}.measured.jsonl"), outcome.lines)
     if as_json:
         click.echo(outcome.to_json(), nl=False)
         return
     rows = [
         Row(outcome.label, outcome.times),
+        *measured_rows(outcome.measured),
         Row("choice", found.summary),
         *(Row("", said) for said in outcome.said),
         *(Row("kept", step) for step in found.steps),
     ]
+    if why := why_predicted(recipe):
+        note(why)
     show_rows(f"Tuned plan of {model.name} in {output}", rows)

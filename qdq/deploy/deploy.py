@@ -27,9 +27,10 @@ from engines.core.errors import BuildError, import_runtime
 from engines.core.files import write_atomic
 from engines.verify.audit import audit
 from qdq.assemble.finish import float_type_of
+from qdq.build.bench import bench_of, gpus_beside, why_predicted
 from qdq.build.branches import with_possible_branches
 from qdq.build.engine import add_report, compile_engine, runs_here, save_engine, shape_ranges
-from qdq.build.pricer import Pricer, gpus_of
+from qdq.build.pricer import Pricer
 from qdq.build.recipe import Recipe
 from qdq.core.files import folder_beside, move_all
 from qdq.core.formats import require_targets
@@ -76,7 +77,7 @@ def deploy(
 
     `out` receives <stem>.<scheme>.onnx (where nothing is quantized, <stem>.<float type>.onnx), <stem>.engine with its
     layers (.json) and manifest (.manifest.json), plan.json, table.json and report.json: all of them, or after an error
-    none. A missed limit is no error.
+    none; where forms were timed on a GPU also measured.jsonl, a line for each. A missed limit is no error.
 
     Args:
         model_path: a float ONNX file; it is not changed.
@@ -110,10 +111,10 @@ def deploy(
     )
     stem = model_path.name.removesuffix(".onnx")
     weights = out.absolute().with_name(f".{out.absolute().name}.weights")  # of a large model, if a run is killed
-    with folder_beside(out) as folder, registered(custom_ops), kept(weights):
+    with folder_beside(out) as folder, registered(custom_ops), kept(weights), bench_of(recipe, shapes) as bench:
         tuned = recipe.tune != "off" and backend.predicts
-        pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe)) if tuned else None
-        done = written(prepared, calibration, recipe, pricer=pricer, on_progress=on_progress)
+        pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_beside(recipe, bench)) if tuned else None
+        done = written(prepared, calibration, recipe, pricer=pricer, bench=bench, on_progress=on_progress)
         made, finished = done.made, done.finished
         low = (
             float_type_of(made.plan, recipe.unquantized_type) if arithmetic.holds_low(finished.model.proto) else "fp32"
@@ -163,6 +164,9 @@ def deploy(
             "float model": lambda: float_session(load(model_path), str(model_path), custom_ops=custom_ops),
             "shipped model": lambda: arithmetic.session(output, custom_ops=custom_ops),
         }
+        outcome = done.tuned.outcome(pricer.gpus) if done.tuned and pricer else None
+        if outcome and outcome.measured:
+            write_atomic(folder / "measured.jsonl", outcome.lines)
         label_dice = {name: _label_dice(session(), judged, labels) for name, session in opened.items() if labels}
         report = DeployReport(
             check=check,
@@ -177,11 +181,21 @@ def deploy(
             evaluated_on="calibration samples" if evaluated is None else "evaluation samples",
             notes=tuple(
                 filter(
-                    None, [*prepared.notes, *notes, *done.notes, *made.solution.notes, *finished.notes, *said, reason]
+                    None,
+                    [
+                        *prepared.notes,
+                        why_predicted(recipe),
+                        *notes,
+                        *done.notes,
+                        *made.solution.notes,
+                        *finished.notes,
+                        *said,
+                        reason,
+                    ],
                 )
             ),
             label_dice=label_dice,
-            tuning=done.tuned.outcome(pricer.gpus) if done.tuned and pricer else None,
+            tuning=outcome,
         )
         write_atomic(folder / "report.json", report.to_json())
         add_report(engine_path, folder / "report.json")

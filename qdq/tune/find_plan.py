@@ -11,6 +11,7 @@ from qdq.assemble.finish import finish
 from qdq.assemble.held_out import HeldOutScore, Split, ranked
 from qdq.assemble.quantize import quantize
 from qdq.assemble.tables import Tables
+from qdq.build.bench import Bench
 from qdq.build.cost import Price
 from qdq.build.pricer import Pricer
 from qdq.core.progress import Progress
@@ -19,8 +20,9 @@ from qdq.measure.inference.samples import Sample
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
+from qdq.tune.measured import LISTED, measured
 from qdq.tune.prices import Budget
-from qdq.tune.search import tune
+from qdq.tune.search import RESERVE_DB, tune
 from qdq.tune.tuned import Tuned
 from qdq.tune.variant_builder import VariantBuilder
 
@@ -56,7 +58,12 @@ EITHER = ("fp16", "fp32")  # of what is not quantized if nobody says, the usual 
 
 
 def find_plan(
-    prepared: Model, pricer: Pricer, *, samples: Iterable[Sample] | None, on_progress: Progress | None = None
+    prepared: Model,
+    pricer: Pricer,
+    *,
+    samples: Iterable[Sample] | None,
+    bench: Bench | None = None,
+    on_progress: Progress | None = None,
 ) -> Tuned:
     """The plan with the least predicted time; of those that tie, a more exact one.
 
@@ -65,6 +72,7 @@ def find_plan(
             placement is tuned, `min_sqnr_db`.
         samples: re-iterable; a few are used for quick ranges (independent of order); an accuracy bound is verified
             on all. None assumes that every activation is asymmetric, the most expensive case.
+        bench: a GPU whose measured times decide between the best of what was found; None: predicted ones do.
 
     Raises:
         BuildError: no way to write the model compiles.
@@ -72,19 +80,29 @@ def find_plan(
     recipe = pricer.recipe
     few = None if samples is None else _few(samples)
     unquantized_types = EITHER if recipe.unquantized_type == "auto" else (recipe.unquantized_type,)
+    builder = VariantBuilder(model=prepared, settings=recipe.settings, unquantized_types=unquantized_types, samples=few)
+    placement, bound_db = recipe.tune == "placement", recipe.limits.get("min_sqnr_db", -math.inf)
+    measure = (
+        None
+        if samples is None
+        else accuracy(prepared, samples, recipe.settings, unquantized_type=recipe.unquantized_type)
+    )
     with pricer.parallel():
         found = tune(
-            VariantBuilder(model=prepared, settings=recipe.settings, unquantized_types=unquantized_types, samples=few),
+            builder,
             pricer,
-            placement=recipe.tune == "placement",
-            min_sqnr_db=recipe.limits.get("min_sqnr_db", -math.inf),
-            measure=None
-            if samples is None
-            else accuracy(prepared, samples, recipe.settings, unquantized_type=recipe.unquantized_type),
+            placement=placement,
+            min_sqnr_db=bound_db,
+            measure=measure,
             budget=Budget(compiles=recipe.tune_compiles, seconds=recipe.time_limit_s),
+            listed=LISTED if bench else 0,
             on_progress=on_progress,
         )
-    if math.isinf(found.price.us):
+    if bench is not None:
+        bounded = placement and bound_db > -math.inf and measure is not None
+        keeps = (lambda plan: measure(plan) >= bound_db + RESERVE_DB) if measure and bounded else None
+        found = measured(found, builder, pricer, bench, placement=placement, keeps=keeps, on_progress=on_progress)
+    if math.isinf(found.price.us) and found.measured is None:
         raise pricer.refusal(prepared)
     return found
 

@@ -130,6 +130,8 @@ def compare_schemes(
         gpus = gpus_of(recipe) if backend.predicts else ()
     except UnsupportedTargetError as error:
         notes.append(f"no predicted times: {error}")
+    if any(entry.recipe.judge == "measured" for entry in schemes):
+        notes.append("times are predicted: `judge: measured` is for deploy and tune")
     if not backend.predicts:
         notes.append(f"no predicted times: they {backend.unpredicted}")
     fed = inputs_only(calibration, prepared)
