@@ -57,7 +57,9 @@ def tune(
     options.check_output(output, model, data, given["recipe"])
     recipe = options.recipe_of(given)
     if (other := predicting(recipe.backend)).name != recipe.backend:
-        raise InputError(f"tune prices what {other.title} compiles: it needs --backend {other.name} ({other.need}).")
+        raise InputError(
+            f"tune prices what {other.title} compiles: it needs --compiler {other.compiler} ({other.need})."
+        )
     with Bars() as bars:
         bars(0, None, "Prepare")
         prepared = load_float(model)

@@ -380,8 +380,8 @@ def test_one_engine_for_several_targets_cannot_be_measured(here: FakeCuda) -> No
 
 def test_without_a_gpu_or_a_runtime_it_says_what_is_missing(here: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingRuntimeError, match="tensorrt"):
-        opened(backend="trt", judge="measured")
-    assert opened(backend="trt") is None
+        opened(settings=Settings(compiler="tensorrt"), judge="measured")
+    assert opened(settings=Settings(compiler="tensorrt")) is None
     install(monkeypatch, None)
     assert opened() is None and not why_predicted(Recipe())
     with pytest.raises(MissingRuntimeError, match="no NVIDIA GPU or driver was found here") as caught:
