@@ -76,15 +76,21 @@ def _priced(gpus: Sequence[Gpu], engines: Mapping[str, tuple[EngineWork, tuple[s
     for gpu in gpus:
         work, texts = engines[gpu.target]
         costs.append(cost := work.on(gpu))
-        for kernel, text in zip(cost.kernels, texts, strict=True):
-            us = kernel.us / len(gpus)
-            kernels.append(Kernel(us=us, macs=kernel.macs, bytes=kernel.bytes, nodes=kernel.onnx_nodes, signature=text))
+        kernels += [replace(kernel, us=kernel.us / len(gpus)) for kernel in kernels_of(cost, texts)]
     return Price(
         us=math.fsum(k.us for k in kernels),
         kernels=tuple(kernels),
         error=_largest(cost.error for cost in costs),
         ratio_error=_largest(cost.ratio_error for cost in costs),
     )
+
+
+def kernels_of(cost: Cost, texts: Sequence[str]) -> list[Kernel]:
+    """The kernels of an engine as a price holds them; `texts` are their `signatures`."""
+    return [
+        Kernel(us=kernel.us, macs=kernel.macs, bytes=kernel.bytes, nodes=kernel.onnx_nodes, signature=text)
+        for kernel, text in zip(cost.kernels, texts, strict=True)
+    ]
 
 
 def _largest(errors: Iterable[float | None]) -> float | None:

@@ -16,7 +16,7 @@ import onnx
 import pytest
 from fake_gpu import FakeCuda, FakeEngine, FakeKernel, fake_runtime, install
 
-from engines.backends import rtx, trt
+from engines.backends import rtx, trt, trt_profiles
 from engines.backends.compiler import Engine
 from engines.backends.layers import SYNCHRONIZATION, Layer, LayerTable
 from engines.core import onnx_runtime as ort
@@ -51,7 +51,8 @@ class Loadable(dict[bytes, FakeEngine]):
 
     def _engine(self, table: LayerTable, model: onnx.ModelProto, shapes: Mapping[str, Any]) -> FakeEngine:
         session = ort.session(model)
-        sizes = {name: tuple(shape.opt) for name, shape in shapes.items()}
+        declared = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in model.graph.input}
+        sizes = declared | {name: tuple(shape.opt) for name, shape in shapes.items()}
         (outputs,) = ort.run(session, [{n: np.zeros(s, np.float32) for n, s in sizes.items()}])
         tensors = {name: (shape, "FLOAT", True) for name, shape in sizes.items()}
         tensors |= {name: (a.shape, "FLOAT", False) for name, a in outputs.items()}
@@ -92,7 +93,7 @@ def rtx_engines(monkeypatch: pytest.MonkeyPatch, times: Times) -> tuple[FakeCuda
     monkeypatch.setattr(rtx, "BACKEND", dataclasses.replace(real, build=build))
     runtime = sys.modules["tensorrt_rtx"]
     for name, value in vars(fake_runtime(cuda, engines)).items():
-        if name in ("IProfiler", "Runtime", "CudaGraphStrategy"):
+        if name in ("IProfiler", "Runtime", "CudaGraphStrategy", "TensorIOMode"):
             monkeypatch.setattr(runtime, name, value)
     return cuda, engines
 
@@ -110,6 +111,7 @@ def trt_engines(monkeypatch: pytest.MonkeyPatch, times: Times) -> tuple[FakeCuda
         engines.add(made, load_graph(model), options["shapes"] or {})
         return made
 
-    monkeypatch.setattr(trt, "BACKEND", dataclasses.replace(trt.BACKEND, build=build))
+    for module in (trt, trt_profiles):  # the second has the name of the first
+        monkeypatch.setattr(module, "BACKEND", dataclasses.replace(trt.BACKEND, build=build))
     monkeypatch.setitem(sys.modules, "tensorrt", fake_runtime(cuda, engines, rtx=False))
     return cuda, engines

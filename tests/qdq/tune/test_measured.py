@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -379,7 +380,8 @@ def test_one_engine_for_several_targets_cannot_be_measured(here: FakeCuda) -> No
 
 
 def test_without_a_gpu_or_a_runtime_it_says_what_is_missing(here: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MissingRuntimeError, match="tensorrt"):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingRuntimeError, match="Cannot import tensorrt"):
         opened(settings=Settings(compiler="tensorrt"), judge="measured")
     assert opened(settings=Settings(compiler="tensorrt")) is None
     install(monkeypatch, None)
