@@ -32,11 +32,9 @@ from engines.timing.timer import Load
 from qdq.assemble.finish import finish
 from qdq.assemble.precision.convert import convert
 from qdq.assemble.quantize import quantize
-from qdq.build.bench import PROFILED, SECONDS
 from qdq.build.pricer import Pricer, gpus_of
 from qdq.build.processes import kernels_of, signatures
 from qdq.build.recipe import Recipe
-from qdq.build.timed import WORST, TimedKernel, paired
 from qdq.deploy.demo import demo_model, demo_samples
 from qdq.measure.inference.inputs import input_specs
 from qdq.model.model import Model
@@ -44,6 +42,8 @@ from qdq.model.storage import save
 from qdq.passes.prepare import load_float
 from qdq.plan.settings import Settings
 from qdq.tune.find_plan import find_plan
+from qdq.tune.measured.bench import PROFILED, SECONDS
+from qdq.tune.measured.forms import WORST, TimedKernel, paired
 
 FORMS = ("FP32", "FP16", "INT8", "tuned")
 TUNING_S = 20.0

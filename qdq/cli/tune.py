@@ -1,6 +1,6 @@
-"""`qdq tune`: the plan that the compiler's result is predicted fastest for.
+"""`qdq tune`: the plan that the compiler's result is predicted fastest for, or measured where a GPU is here.
 
-options -> recipe, samples if given -> qdq.tune.find_plan -> plan.json, a short table.
+options -> recipe, samples if given -> qdq.tune.find_plan -> plan.json, lines of what was measured, a short table.
 What is heavy is imported inside the verb.
 """
 
@@ -46,13 +46,13 @@ def tune(
     """
     from engines.backends.backend import predicting
     from engines.core.files import write_atomic
-    from qdq.build.bench import bench_of, gpus_beside, why_predicted
     from qdq.build.engine import shape_ranges
     from qdq.build.pricer import Pricer
     from qdq.core.errors import InputError
     from qdq.deploy.report import Row, measured_rows
     from qdq.passes.prepare import load_float
     from qdq.tune.find_plan import find_plan
+    from qdq.tune.measured.bench import bench_of, gpus_beside, why_predicted
 
     options.check_output(output, model, data, given["recipe"])
     recipe = options.recipe_of(given)

@@ -9,7 +9,6 @@ from calib_data import Samples
 from qdq.assemble.finish import Finished, finish
 from qdq.assemble.quantize import Quantized, quantize
 from qdq.assemble.tables import Tables
-from qdq.build.bench import Bench
 from qdq.build.engine import Provenance
 from qdq.build.pricer import Pricer
 from qdq.build.recipe import Recipe
@@ -20,7 +19,8 @@ from qdq.model.nodes import all_tensors
 from qdq.plan import placement
 from qdq.plan.plan import Plan
 from qdq.tune.find_plan import difference, find_plan
-from qdq.tune.measured import as_built
+from qdq.tune.measured.bench import Bench
+from qdq.tune.measured.choice import as_built
 from qdq.tune.tuned import Tuned
 
 

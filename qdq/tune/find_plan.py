@@ -11,7 +11,6 @@ from qdq.assemble.finish import finish
 from qdq.assemble.held_out import HeldOutScore, Split, ranked
 from qdq.assemble.quantize import quantize
 from qdq.assemble.tables import Tables
-from qdq.build.bench import Bench
 from qdq.build.cost import Price
 from qdq.build.pricer import Pricer
 from qdq.core.progress import Progress
@@ -20,7 +19,8 @@ from qdq.measure.inference.samples import Sample
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
-from qdq.tune.measured import LISTED, measured
+from qdq.tune.measured.bench import Bench
+from qdq.tune.measured.choice import LISTED, measured
 from qdq.tune.prices import Budget
 from qdq.tune.search import RESERVE_DB, tune
 from qdq.tune.tuned import Tuned

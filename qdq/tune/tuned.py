@@ -11,9 +11,9 @@ from typing import ClassVar, Literal, cast
 from engines.backends.compiler import Engine
 from engines.core.documents import Document, replace
 from qdq.build.cost import Price, PricedGpu
-from qdq.build.timed import Timings
 from qdq.plan.plan import Plan
 from qdq.tune.decision import Decision
+from qdq.tune.measured.forms import Timings
 from qdq.tune.variant import Variant
 
 ENDED = {

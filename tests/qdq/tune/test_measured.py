@@ -19,15 +19,15 @@ from engines.backends.compiler import Engine, ShapeRange
 from engines.backends.layers import KernelTensor, Layer, LayerTable
 from engines.core.errors import BuildError, MissingRuntimeError
 from engines.timing.timer import Arrays, KernelTime, Load, Timing, TimingError
-from qdq.build import bench as bench_module
-from qdq.build.bench import Bench, bench_of, gpus_beside, why_predicted
 from qdq.build.cost import Kernel, Price
 from qdq.build.recipe import Recipe
-from qdq.build.timed import AS_BUILT, TimedForm, paired
 from qdq.core.errors import InputError
 from qdq.model.model import Model
 from qdq.plan.settings import Settings
-from qdq.tune.measured import LEAST_GAIN, LISTED, as_built, measured, pays, tied
+from qdq.tune.measured import bench as bench_module
+from qdq.tune.measured.bench import Bench, bench_of, gpus_beside, why_predicted
+from qdq.tune.measured.choice import LEAST_GAIN, LISTED, as_built, measured, pays, tied
+from qdq.tune.measured.forms import AS_BUILT, TimedForm, paired
 from qdq.tune.search import tune
 from qdq.tune.tuned import Tuned, TuningOutcome
 from qdq.tune.variant_builder import VariantBuilder

@@ -14,14 +14,14 @@ from typing import Any
 
 from engines.core.documents import replace
 from engines.timing.timer import Timing, TimingError
-from qdq.build.bench import Bench, Run
 from qdq.build.cost import TIE, CostModel, Price
-from qdq.build.timed import AS_BUILT, WORST, TimedForm, Timings, paired
 from qdq.core.progress import Progress
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.tune.decision import decided
 from qdq.tune.give_back import POOR_DB
+from qdq.tune.measured.bench import Bench, Run
+from qdq.tune.measured.forms import AS_BUILT, WORST, TimedForm, Timings, paired
 from qdq.tune.tuned import Tuned
 from qdq.tune.variant import Variant
 from qdq.tune.variant_builder import VariantBuilder
@@ -79,7 +79,8 @@ def measured(
     runs, together = bench.runs({n: partial(builder.model_of, v) for n, v in variants.items()}, on_progress=on_progress)
     forms = tuple(_form(name, runs[name], prices[name], variants[name], builder, found, bench) for name in variants)
     timed = {name: run.timing for name, run in runs.items() if run.timing is not None}
-    taken = {name for name, v in variants.items() if v in found.listed or (v == found.everywhere and keeps is None)}
+    listed = _listed(found, builder)
+    taken = {name for name, v in variants.items() if v in listed or (v == found.everywhere and keeps is None)}
     floats = [name for name in timed if name in taken and not variants[name].quantized]
     quantized = [name for name in timed if name in taken and variants[name].quantized]
     base = _first(floats, timed, lambda name: _plainness(variants[name], builder, floats))
@@ -140,12 +141,18 @@ def as_built(found: Tuned, model: Model, price: Price, bench: Bench) -> tuple[Tu
     return replace(found, measured=timings, remarks=(*found.remarks, *said)), gains
 
 
+def _listed(found: Tuned, builder: VariantBuilder) -> tuple[Variant, ...]:
+    """The variants that may be taken; of a search that lists none its choice and the plain float types."""
+    plain = [Variant(unquantized_type=kind) for kind in ("", *builder.unquantized_types[1:])]
+    return found.listed or (found.variant, *plain, found.floating)
+
+
 def _forms(found: Tuned, builder: VariantBuilder) -> dict[str, Variant]:
     """Name -> variant, each once; what is least needed comes last."""
     usual, *others = builder.unquantized_types
     types = dict.fromkeys((usual, *others, *FLOATS))
     named = [(kind.upper(), Variant(unquantized_type="" if kind == usual else kind)) for kind in types]
-    listed = [v for v in found.listed if v.quantized]
+    listed = [v for v in _listed(found, builder) if v.quantized]
     named += [(f"{found.operands}, choice {i}", variant) for i, variant in enumerate(listed, 1)]
     named += [(f"{found.operands} everywhere", found.everywhere), ("float, rewritten", found.floating)]
     forms: dict[Variant, str] = {}
