@@ -251,7 +251,7 @@ class Settings(Part, frozen=True, kw_only=True):
 
     @property
     def formats(self) -> frozenset[str]:
-        """Every format that a model quantized so may hold: `formats.require_targets` says which GPUs have them."""
+        """Every format that a model quantized so may hold: `Profile.require_formats` says which GPUs have them."""
         rows = [SCHEMES[self.scheme], *(SCHEMES[scheme] for scheme in self.overrides.values())]
         return frozenset(
             f for row in rows for f in (row.data, row.weight, row.compute_format, row.convolution) if f is not None
