@@ -44,7 +44,7 @@ try:
     from engines.timing.machine import Monitor
     from engines.timing.measure import backend_for
     from engines.verify.manifest import package_versions
-    from qdq.tune.measured.forms import WORST
+    from qdq.build.measured.forms import WORST
 except ImportError as missing:
     print(
         f"Cannot import {missing.name}: install what qdq needs with `pip install .`, also beside torch.",

@@ -32,6 +32,8 @@ from engines.timing.timer import Load
 from qdq.assemble.finish import finish
 from qdq.assemble.precision.convert import convert
 from qdq.assemble.quantize import quantize
+from qdq.build.measured.bench import PROFILED, SECONDS
+from qdq.build.measured.forms import WORST, TimedKernel, paired
 from qdq.build.pricer import Pricer, gpus_of
 from qdq.build.processes import kernels_of, signatures
 from qdq.build.recipe import Recipe
@@ -42,8 +44,6 @@ from qdq.model.storage import save
 from qdq.passes.prepare import load_float
 from qdq.plan.settings import Settings
 from qdq.tune.find_plan import find_plan
-from qdq.tune.measured.bench import PROFILED, SECONDS
-from qdq.tune.measured.forms import WORST, TimedKernel, paired
 
 FORMS = ("FP32", "FP16", "INT8", "tuned")
 TUNING_S = 20.0

@@ -47,12 +47,12 @@ def tune(
     from engines.backends.backend import predicting
     from engines.core.files import write_atomic
     from qdq.build.engine import shape_ranges
+    from qdq.build.measured.bench import bench_of, gpus_beside, why_predicted
     from qdq.build.pricer import Pricer
     from qdq.core.errors import InputError
     from qdq.deploy.report import Row, measured_rows
     from qdq.passes.prepare import load_float
     from qdq.tune.find_plan import find_plan
-    from qdq.tune.measured.bench import bench_of, gpus_beside, why_predicted
 
     options.check_output(output, model, data, given["recipe"])
     recipe = options.recipe_of(given)

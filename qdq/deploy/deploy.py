@@ -29,6 +29,7 @@ from engines.verify.audit import audit
 from qdq.assemble.finish import float_type_of
 from qdq.build.branches import with_possible_branches
 from qdq.build.engine import add_report, compile_engine, runs_here, save_engine, shape_ranges
+from qdq.build.measured.bench import bench_of, gpus_beside, why_predicted
 from qdq.build.pricer import Pricer
 from qdq.build.recipe import Recipe
 from qdq.core.files import folder_beside, move_all
@@ -46,7 +47,6 @@ from qdq.model.storage import load, save
 from qdq.model.weight_store import kept
 from qdq.passes.composites import written_out
 from qdq.passes.prepare import load_float
-from qdq.tune.measured.bench import bench_of, gpus_beside, why_predicted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,8 @@ from engines.backends.layers import LayerTable
 from engines.core.documents import Document, Part
 from engines.verify.audit import Audit
 from engines.verify.report import OutputReport, Report
+from qdq.build.measured.forms import Timings
 from qdq.plan.plan import Plan
-from qdq.tune.measured.forms import Timings
 from qdq.tune.tuned import TuningOutcome
 
 SHOWN = 12  # rows of a long list that the terminal shows; the JSON has all

@@ -10,6 +10,7 @@ from qdq.assemble.finish import Finished, finish
 from qdq.assemble.quantize import Quantized, quantize
 from qdq.assemble.tables import Tables
 from qdq.build.engine import Provenance
+from qdq.build.measured.bench import Bench
 from qdq.build.pricer import Pricer
 from qdq.build.recipe import Recipe
 from qdq.core.progress import Progress
@@ -19,8 +20,7 @@ from qdq.model.nodes import all_tensors
 from qdq.plan import placement
 from qdq.plan.plan import Plan
 from qdq.tune.find_plan import difference, find_plan
-from qdq.tune.measured.bench import Bench
-from qdq.tune.measured.choice import as_built
+from qdq.tune.measured import as_built
 from qdq.tune.tuned import Tuned
 
 

@@ -12,6 +12,7 @@ from qdq.assemble.held_out import HeldOutScore, Split, ranked
 from qdq.assemble.quantize import quantize
 from qdq.assemble.tables import Tables
 from qdq.build.cost import Price
+from qdq.build.measured.bench import Bench
 from qdq.build.pricer import Pricer
 from qdq.core.progress import Progress
 from qdq.measure.inference.inputs import as_samples
@@ -19,8 +20,7 @@ from qdq.measure.inference.samples import Sample
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
-from qdq.tune.measured.bench import Bench
-from qdq.tune.measured.choice import LISTED, measured
+from qdq.tune.measured import LISTED, measured
 from qdq.tune.prices import Budget
 from qdq.tune.search import RESERVE_DB, tune
 from qdq.tune.tuned import Tuned

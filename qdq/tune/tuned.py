@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from textwrap import shorten
 from typing import ClassVar, Literal, cast
 
-from engines.backends.compiler import Engine
 from engines.core.documents import Document, replace
 from qdq.build.cost import Price, PricedGpu
+from qdq.build.measured.bench import Run
+from qdq.build.measured.forms import Timings
 from qdq.plan.plan import Plan
 from qdq.tune.decision import Decision
-from qdq.tune.measured.forms import Timings
 from qdq.tune.variant import Variant
 
 ENDED = {
@@ -123,7 +123,7 @@ class Tuned:
         ended: what ended the search, as `ended_by` of `TuningOutcome`.
         refusal: what the compiler said of the first quantized variant that does not compile; "" if all do.
         measured: as of `TuningOutcome`.
-        reference: the engine of the fastest float form that was timed.
+        reference: the fastest float form that was timed.
         remarks: what is to be said of the measurement, one sentence each.
     """
 
@@ -146,7 +146,7 @@ class Tuned:
     everywhere: Variant = field(default_factory=Variant)
     listed: tuple[Variant, ...] = ()
     measured: Timings | None = None
-    reference: Engine | None = field(default=None, repr=False)
+    reference: Run | None = field(default=None, repr=False)
     remarks: tuple[str, ...] = ()
 
     @property

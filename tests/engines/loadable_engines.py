@@ -107,11 +107,15 @@ def trt_engines(monkeypatch: pytest.MonkeyPatch, times: Times) -> tuple[FakeCuda
         assert options["timing_cache"] is not None
         made = rtx.BACKEND.build(model, **{**options, "targets": ("sm89",)})
         layers = tuple(replace(x, name=f"trt {x.name}", kind=f"Cask{x.kind}") for x in made.table.layers)
-        made = Engine(data=b"trt" + made.data, table=replace(made.table, layers=layers, backend="trt", version="10.16"))
+        made = Engine(
+            data=b"trt" + made.data, table=replace(made.table, layers=layers, backend="trt", version="11.4.0")
+        )
         engines.add(made, load_graph(model), options["shapes"] or {})
         return made
 
     for module in (trt, trt_profiles):  # the second has the name of the first
         monkeypatch.setattr(module, "BACKEND", dataclasses.replace(trt.BACKEND, build=build))
-    monkeypatch.setitem(sys.modules, "tensorrt", fake_runtime(cuda, engines, rtx=False))
+    runtime = fake_runtime(cuda, engines, rtx=False)
+    runtime.__version__ = "11.4.0"
+    monkeypatch.setitem(sys.modules, "tensorrt", runtime)
     return cuda, engines

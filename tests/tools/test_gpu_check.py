@@ -29,7 +29,7 @@ from engines.cost.constants import CONSTANTS
 from engines.cost.gpus import GPUS, Gpu
 from engines.timing import gpu_file
 from engines.timing.driver import Driver
-from qdq.tune.measured.forms import TimedKernel
+from qdq.build.measured.forms import TimedKernel
 
 pytest.importorskip("onnxruntime")
 

@@ -20,6 +20,8 @@ from engines.backends.compiler import ShapeRange
 from engines.backends.layers import Layer
 from engines.timing.driver import Driver
 from engines.timing.events import EventTimer
+from qdq.build.measured.bench import bench_of, gpus_beside
+from qdq.build.measured.forms import TimedForm
 from qdq.build.pricer import Pricer
 from qdq.build.recipe import Recipe
 from qdq.cli.main import main
@@ -29,8 +31,6 @@ from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
 from qdq.tune.find_plan import find_plan
-from qdq.tune.measured.bench import bench_of, gpus_beside
-from qdq.tune.measured.forms import TimedForm
 from qdq.tune.tuned import TuningOutcome
 
 

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,14 +21,15 @@ from engines.backends.layers import KernelTensor, Layer, LayerTable
 from engines.core.errors import BuildError, MissingRuntimeError
 from engines.timing.timer import Arrays, KernelTime, Load, Timing, TimingError
 from qdq.build.cost import Kernel, Price
+from qdq.build.measured import bench as bench_module
+from qdq.build.measured.bench import LEAST_GAIN, Bench, Run, bench_of, gpus_beside, why_predicted
+from qdq.build.measured.forms import AS_BUILT, TimedForm, paired
 from qdq.build.recipe import Recipe
 from qdq.core.errors import InputError
+from qdq.core.errors import MissingRuntimeError as MissingQdqError
 from qdq.model.model import Model
 from qdq.plan.settings import Settings
-from qdq.tune.measured import bench as bench_module
-from qdq.tune.measured.bench import Bench, bench_of, gpus_beside, why_predicted
-from qdq.tune.measured.choice import LEAST_GAIN, LISTED, as_built, measured, pays, tied
-from qdq.tune.measured.forms import AS_BUILT, TimedForm, paired
+from qdq.tune.measured import LISTED, as_built, measured
 from qdq.tune.search import tune
 from qdq.tune.tuned import Tuned, TuningOutcome
 from qdq.tune.variant_builder import VariantBuilder
@@ -94,6 +96,8 @@ class Clock:
     def times(self, loads: Sequence[Load], *, seconds: float, rest_s: float = 0.0) -> list[Timing]:
         kinds = [load.engine.data.decode() for load in loads]
         self.seen.append(kinds)
+        if set(kinds) & set(self.broken):
+            raise TimingError("an illegal instruction was encountered")
         if len(loads) > self.together:
             raise TimingError("out of memory")
         return [timing(self.us(kind), self.spread) for kind in kinds]
@@ -181,13 +185,17 @@ def by_kind(**us: float) -> Callable[[str], float]:
     return lambda kind: us[kind.split()[0]] + (3 - int(kind.split()[1]) if kind[:4] == "int8" else 0)
 
 
+def run(us: float, spread: float = 0.0) -> Run:
+    return Run(timing=timing(us, spread))
+
+
 def test_a_gain_counts_beyond_two_percent_and_the_spread() -> None:
     assert LEAST_GAIN == 0.02
-    assert pays(timing(98.0), timing(100.0)) and not pays(timing(98.1), timing(100.0))
-    assert not pays(timing(90.0, spread=9.0), timing(100.0)) and pays(timing(90.0, spread=7.9), timing(100.0))
-    assert not pays(timing(90.0), timing(100.0, spread=9.0))
-    assert tied(timing(99.1), timing(100.0)) and not tied(timing(98.0), timing(100.0))
-    assert tied(timing(90.0), timing(100.0, spread=11.0))
+    assert run(98.0).pays_on(run(100.0)) and not run(98.1).pays_on(run(100.0))
+    assert not run(90.0, spread=9.0).pays_on(run(100.0)) and run(90.0, spread=7.9).pays_on(run(100.0))
+    assert not run(90.0).pays_on(run(100.0, spread=9.0)) and not Run(why="refused").pays_on(run(100.0))
+    assert run(99.1).ties(run(100.0)) and not run(98.0).ties(run(100.0))
+    assert run(90.0).ties(run(100.0, spread=11.0))
 
 
 def test_the_clock_decides_and_a_wrong_one_decides_otherwise(compiled: list[str]) -> None:
@@ -240,7 +248,7 @@ def test_a_type_that_is_not_allowed_is_for_comparison(compiled: list[str]) -> No
 def test_where_all_is_to_be_quantized_float_is_for_comparison(compiled: list[str]) -> None:
     found = judged(Clock(by_kind(fp32=90, fp16=20, int8=30)), placement=False)
     assert len(found.plan.quantized_nodes) == 3 and found.measured is not None
-    assert found.measured.form("FP16").measured_us == 20
+    assert found.measured.form("FP16").measured_us == 20 and "all the same, as was asked" in found.said([])[0]
 
 
 def test_what_is_not_built_or_does_not_run_is_said_and_left_out(compiled: list[str]) -> None:
@@ -260,8 +268,19 @@ def test_where_nothing_runs_the_predicted_choice_stays_unless_a_measured_one_was
     compiled += ["fp32", "fp16", "int8 1", "int8 2", "int8 3"]
     found = judged(Clock(by_kind()))
     assert found.measured is None and found.plan.points and "no form that may be taken" in found.said([])[0]
-    with pytest.raises(TimingError, match=r"could be measured on NVIDIA GeForce RTX 4090: .*--judge predicted"):
+    with pytest.raises(MissingQdqError, match=r"could be measured on NVIDIA GeForce RTX 4090: .*--judge predicted"):
         judged(Clock(by_kind()), judge="measured")
+
+
+def test_a_runtime_without_a_profiler_still_times(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> list[KernelTime]:
+        raise TimingError("no profiler")
+
+    clock = Clock(by_kind(fp32=90, fp16=60, int8=30))
+    monkeypatch.setattr(clock, "kernel_times", none)
+    found = judged(clock)
+    assert found.measured is not None and found.measured.together and found.plan.points
+    assert not found.measured.shipped.kernels
 
 
 def test_forms_that_do_not_fit_together_run_alone(compiled: list[str]) -> None:
@@ -269,6 +288,8 @@ def test_forms_that_do_not_fit_together_run_alone(compiled: list[str]) -> None:
     found = judged(clock)
     assert found.measured is not None and not found.measured.together and found.plan.points
     assert len(clock.seen[0]) > 3 and all(len(kinds) == 1 for kinds in clock.seen[1:])
+    many = Clock(by_kind(fp32=90, fp16=60, int8=30))
+    assert judged(many).measured is not None and len(many.seen) == 1  # all in turn
 
 
 def test_a_form_that_loses_more_accuracy_than_the_bound_allows_is_not_taken(compiled: list[str]) -> None:
@@ -384,6 +405,11 @@ def test_without_a_gpu_or_a_runtime_it_says_what_is_missing(here: FakeCuda, monk
     with pytest.raises(MissingRuntimeError, match="Cannot import tensorrt"):
         opened(settings=Settings(compiler="tensorrt"), judge="measured")
     assert opened(settings=Settings(compiler="tensorrt")) is None
+    runtime = SimpleNamespace(__version__="11.4.0")
+    monkeypatch.setitem(sys.modules, "tensorrt", runtime)
+    assert opened(settings=Settings(compiler="tensorrt")) is not None
+    with pytest.raises(MissingRuntimeError, match=r"TensorRT 11.4.0 is installed, and the engine is for TensorRT 10.3"):
+        opened(settings=Settings(compiler="tensorrt:10.3"), judge="measured")
     install(monkeypatch, None)
     assert opened() is None and not why_predicted(Recipe())
     with pytest.raises(MissingRuntimeError, match="no NVIDIA GPU or driver was found here") as caught:

@@ -7,6 +7,7 @@ Both backends go through `engines.timing.timer.Timer`. Must not choose a form.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from engines.timing.driver import Card, Driver
 from engines.timing.events import EventTimer
 from engines.timing.gpu_file import row_of
 from engines.timing.timer import KernelTime, Load, Timer, Timing
+from qdq.build.cost import TIE
 from qdq.build.engine import compile_engine
 from qdq.build.pricer import gpus_of
 from qdq.build.recipe import Recipe
@@ -31,6 +33,9 @@ from qdq.model.model import Model
 from qdq.model.storage import save
 
 SECONDS = 0.5  # of GPU time for each form: hundreds of inferences of most networks
+LEAST_GAIN = 0.02
+"""Of the time of the fastest float form: what a quantized one must gain beyond the spread of both, or nothing is
+quantized. Latencies of one engine vary by 1 % from run to run, and Q/DQ cost accuracy, calibration and care."""
 PROFILED = 20  # inferences whose kernels are timed one by one
 
 Forms = Mapping[str, Callable[[], Model]]
@@ -44,6 +49,30 @@ class Run:
     timing: Timing | None = None
     kernels: tuple[KernelTime, ...] = ()
     engine: Engine | None = field(default=None, repr=False)
+
+    @property
+    def us(self) -> float:
+        """Median microseconds; infinite where it was not timed."""
+        return math.inf if self.timing is None else self.timing.median_us
+
+    @property
+    def spread_us(self) -> float:
+        """Distance of the quartiles; 0 where it was not timed."""
+        return 0.0 if self.timing is None else self.timing.spread_us
+
+    def pays_on(self, unquantized: Run) -> bool:
+        """Whether a quantized form is faster than a float one by `LEAST_GAIN` and the spread of both."""
+        gain = unquantized.us - self.us
+        return gain - max(self.spread_us, unquantized.spread_us) >= LEAST_GAIN * unquantized.us
+
+    def ties(self, other: Run) -> bool:
+        """Whether the times cannot be told apart: by the larger spread, or by 1 % of the larger time."""
+        spread = max(self.spread_us, other.spread_us)
+        return abs(self.us - other.us) <= max(spread, TIE * max(self.us, other.us))
+
+    def __str__(self) -> str:
+        """Like '102.3 us (quartiles 0.4 apart)'."""
+        return f"{self.us:.1f} us (quartiles {self.spread_us:.1f} apart)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,18 +102,18 @@ class Bench:
         return str(import_runtime(backend_named(self.recipe.backend).runtime).__version__)
 
     def runs(
-        self, forms: Forms, *, beside: Mapping[str, Engine] | None = None, on_progress: Progress | None = None
+        self, forms: Forms, *, beside: Mapping[str, Run] | None = None, on_progress: Progress | None = None
     ) -> tuple[dict[str, Run], bool]:
         """The times of several forms, and whether they took turns; what fails to build or to run says why.
 
         Args:
             forms: name -> what makes the model. Of those that come when the recipe's time limit is over, none is built.
-            beside: engines that were built before, which take turns with them.
+            beside: what ran before, whose engines take turns with them.
 
         Raises:
             MissingRuntimeError: the compiler's runtime is missing.
         """
-        found = {name: self._alone(engine) for name, engine in (beside or {}).items()}
+        found = dict(beside or {})
         ends = time.monotonic() + self.recipe.time_limit_s
         with Scratch() as folder:
             for number, (name, make) in enumerate(forms.items()):
@@ -115,8 +144,8 @@ class Bench:
             return Run(engine=engine, kernels=tuple(self.timer.kernel_times(engine, PROFILED)))
         except MissingRuntimeError:
             raise
-        except (EngineError, RuntimeError) as error:
-            return Run(why=f"it does not run: {_short(error)}")
+        except (EngineError, RuntimeError):  # of the engine, or of the profiler alone
+            return self._timed_alone(Run(engine=engine), SECONDS / 10)
 
     def _timed(self, runs: Mapping[str, Run]) -> tuple[dict[str, Run], bool]:
         """The runs with their times: all in turn, or each alone where that fails, for lack of memory above all."""
@@ -128,13 +157,13 @@ class Bench:
             done = {name: _with(runs[name], timing) for name, timing in zip(loads, timings, strict=True)}
             return {name: done.get(name, run) for name, run in runs.items()}, True
         except (EngineError, RuntimeError):
-            return {name: self._timed_alone(run) for name, run in runs.items()}, False
+            return {name: self._timed_alone(run, SECONDS) for name, run in runs.items()}, False
 
-    def _timed_alone(self, run: Run) -> Run:
+    def _timed_alone(self, run: Run, seconds: float) -> Run:
         if run.engine is None:
             return run
         try:
-            (timing,) = self.timer.times([Load(engine=run.engine)], seconds=SECONDS)
+            (timing,) = self.timer.times([Load(engine=run.engine)], seconds=seconds)
         except (EngineError, RuntimeError) as error:
             return Run(why=f"it does not run: {_short(error)}")
         return _with(run, timing)
@@ -180,7 +209,8 @@ def _gpu(recipe: Recipe) -> tuple[int | None, str]:
     """The number of the GPU that forms are timed on, or None and why there is none, a clause."""
     if recipe.judge == "predicted" or recipe.tune == "off":
         return None, "nothing is to be measured"
-    backend, here = backend_named(recipe.backend), gpus()
+    backend = backend_named(recipe.backend)
+    here = gpus()[:1] if backend.needs_gpu else gpus()  # it compiles for the first
     targets = tuple(dict.fromkeys(map(backend.target, recipe.targets)))
     if not here:
         return None, "no NVIDIA GPU or driver was found here"
@@ -191,9 +221,11 @@ def _gpu(recipe: Recipe) -> tuple[int | None, str]:
         some = ", ".join(f"{gpu.name} ({gpu.target})" for gpu in here)
         return None, f"the engine is for {targets[0]}, and here is {some}"
     try:
-        import_runtime(backend.runtime)
+        version = str(import_runtime(backend.runtime).__version__)
     except MissingRuntimeError as error:
         return None, str(error).rstrip(".")
+    if not recipe.profile.same_compiler(backend.name, version):
+        return None, f"{backend.title} {version} is installed, and the engine is for {recipe.profile.title}"
     if not recipe.judge and (others := _others(recipe, index)):
         return None, f"it is not the {' or '.join(others)} that --gpu names; --judge measured times it all the same"
     return index, ""

@@ -13,42 +13,21 @@ from functools import partial
 from typing import Any
 
 from engines.core.documents import replace
-from engines.timing.timer import Timing, TimingError
-from qdq.build.cost import TIE, CostModel, Price
+from qdq.build.cost import CostModel, Price
+from qdq.build.measured.bench import LEAST_GAIN, Bench, Run
+from qdq.build.measured.forms import AS_BUILT, WORST, TimedForm, Timings, paired
+from qdq.core.errors import MissingRuntimeError
 from qdq.core.progress import Progress
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.tune.decision import decided
 from qdq.tune.give_back import POOR_DB
-from qdq.tune.measured.bench import Bench, Run
-from qdq.tune.measured.forms import AS_BUILT, WORST, TimedForm, Timings, paired
 from qdq.tune.tuned import Tuned
 from qdq.tune.variant import Variant
 from qdq.tune.variant_builder import VariantBuilder
 
-LEAST_GAIN = 0.02
-"""Of the time of the fastest float form: what a quantized one must gain beyond the spread of both, or nothing is
-quantized. Latencies of one engine vary by 1 % from run to run, and Q/DQ cost accuracy, calibration and care."""
-
 LISTED = 4  # variants of the search that are built, beside the two float types and everything quantized
 FLOATS = ("fp16", "fp32")
-
-
-def pays(quantized: Timing, unquantized: Timing) -> bool:
-    """Whether a quantized form is faster than a float one by `LEAST_GAIN` and the spread of both."""
-    gain = unquantized.median_us - quantized.median_us
-    return gain - _spread_us(quantized, unquantized) >= LEAST_GAIN * unquantized.median_us
-
-
-def tied(one: Timing, other: Timing) -> bool:
-    """Whether two times cannot be told apart: by their spread, or by 1 % of the larger."""
-    largest = max(one.median_us, other.median_us)
-    return abs(one.median_us - other.median_us) <= max(_spread_us(one, other), TIE * largest)
-
-
-def _spread_us(one: Timing, other: Timing) -> float:
-    """The larger distance of quartiles."""
-    return max(one.spread_us, other.spread_us)
 
 
 def measured(
@@ -71,21 +50,20 @@ def measured(
             variants those that are not `listed` are for comparison.
 
     Raises:
-        TimingError: nothing could be measured, and the recipe asks for it.
-        MissingRuntimeError: the compiler's runtime is missing.
+        MissingRuntimeError: the recipe asks for measured times, and nothing could be measured.
     """
     variants = _forms(found, builder)
-    prices = dict(zip(variants, judge.many([builder.model_of(v) for v in variants.values()]), strict=True))
+    prices = {name: judge.many([builder.model_of(variant)])[0] for name, variant in variants.items()}
     runs, together = bench.runs({n: partial(builder.model_of, v) for n, v in variants.items()}, on_progress=on_progress)
     forms = tuple(_form(name, runs[name], prices[name], variants[name], builder, found, bench) for name in variants)
-    timed = {name: run.timing for name, run in runs.items() if run.timing is not None}
+    timed = {name: run for name, run in runs.items() if run.timing is not None}
     listed = _listed(found, builder)
     taken = {name for name, v in variants.items() if v in listed or (v == found.everywhere and keeps is None)}
     floats = [name for name in timed if name in taken and not variants[name].quantized]
     quantized = [name for name in timed if name in taken and variants[name].quantized]
     base = _first(floats, timed, lambda name: _plainness(variants[name], builder, floats))
     if placement:
-        quantized = [name for name in quantized if not base or pays(timed[name], timed[base])]
+        quantized = [name for name in quantized if not base or timed[name].pays_on(timed[base])]
     order = _ordered(quantized, timed, variants) + ([base] if base and placement else [])
 
     def kept(name: str) -> bool:
@@ -99,7 +77,8 @@ def measured(
         return _nothing(found, forms, bench)
     timings = Timings(least_gain=LEAST_GAIN, together=together, chosen=chosen, unquantized=base, forms=forms)
     best, floating = variants[chosen], variants.get(base, found.floating)
-    reason = _reason(timings, timed, found.operands, order[: order.index(chosen)])
+    beyond = [name for name in timed if name not in taken and variants[name].quantized and _faster(name, chosen, timed)]
+    reason = _reason(timings, timed, found.operands, [*order[: order.index(chosen)], *beyond])
     why = f"{found.operands} does not pay here: {reason}"
     asked = {floating: found.unquantized_price, found.variant: found.price}
     asked |= {variant: prices[name] for name, variant in variants.items()}
@@ -113,7 +92,7 @@ def measured(
         floating=floating,
         decision=decided(asked, best, floating, accurate=lambda v: True, placement=placement),
         measured=timings,
-        reference=runs[base].engine if base else None,
+        reference=timed.get(base),
         remarks=(reason, *timings.left_out),
     )
 
@@ -130,13 +109,12 @@ def as_built(found: Tuned, model: Model, price: Price, bench: Bench) -> tuple[Tu
     assert timings is not None
     beside = {timings.unquantized: found.reference} if found.reference is not None and found.plan.points else {}
     runs, _ = bench.runs({AS_BUILT: lambda: model}, beside=beside)
-    built, before = runs[AS_BUILT], timings.form(timings.chosen)
+    built, against, before = runs[AS_BUILT], runs.get(timings.unquantized), timings.form(timings.chosen)
     form = replace(before, name=AS_BUILT, predicted_us=_finite(price.us), **_results(built, price))
     said = [f"the model as built was not timed: {built.why}"] if built.why else []
-    against = runs[timings.unquantized].timing if beside else None
-    gains = against is None or (built.timing is not None and pays(built.timing, against))
-    if not gains and built.timing is not None and against is not None:
-        said.append(f"as built it takes {built.timing.median_us:.1f} us, {against.median_us:.1f} in float")
+    gains = against is None or built.pays_on(against)
+    if not gains and against is not None and not built.why:
+        said.append(f"as built it takes {built.us:.1f} us, {against.us:.1f} in float")
     timings = replace(timings, forms=(*timings.forms, form))
     return replace(found, measured=timings, remarks=(*found.remarks, *said)), gains
 
@@ -195,15 +173,15 @@ def _results(run: Run, price: Price) -> dict[str, Any]:
     }
 
 
-def _first(names: Sequence[str], timed: Mapping[str, Timing], plainness: Callable[[str], Any]) -> str:
+def _first(names: Sequence[str], timed: Mapping[str, Run], plainness: Callable[[str], Any]) -> str:
     """The fastest; of those that cannot be told from it, the plainest; '' of none."""
     if not names:
         return ""
-    fastest = min(names, key=lambda name: timed[name].median_us)
-    return min((name for name in names if tied(timed[name], timed[fastest])), key=plainness)
+    fastest = min(names, key=lambda name: timed[name].us)
+    return min((name for name in names if timed[name].ties(timed[fastest])), key=plainness)
 
 
-def _ordered(names: Sequence[str], timed: Mapping[str, Timing], variants: Mapping[str, Variant]) -> list[str]:
+def _ordered(names: Sequence[str], timed: Mapping[str, Run], variants: Mapping[str, Variant]) -> list[str]:
     """The fastest first; of those that cannot be told from it, that with the fewest quantized nodes."""
     left, found = list(names), list[str]()
     while left:
@@ -218,40 +196,41 @@ def _plainness(variant: Variant, builder: VariantBuilder, floats: Sequence[str])
     return exact is not None and exact < POOR_DB, bool(variant.unquantized_type), len(variant.rewrites)
 
 
-def _reason(timings: Timings, timed: Mapping[str, Timing], operands: str, inaccurate: Sequence[str]) -> str:
+def _reason(timings: Timings, timed: Mapping[str, Run], operands: str, inaccurate: Sequence[str]) -> str:
     """Why a form was taken, by its time and those of the others."""
     base, chosen = timings.unquantized, timings.chosen
     head, need = timings.label, f"{timings.least_gain:.0%} and the spread"
     lost = f"; {', '.join(inaccurate)} cost more accuracy than the bound allows" if inaccurate else ""
     quantized = [form.name for form in timings.forms if form.name in timed and form.quantized_nodes]
-    best = chosen if chosen != base else min(quantized, key=lambda name: timed[name].median_us, default="")
+    best = chosen if chosen != base else min(quantized, key=lambda name: timed[name].us, default="")
     if not base or not best:
-        return (
-            f"{head}: {chosen} takes {_text(timed[chosen])}, and nothing {operands if base else 'in float'} ran{lost}"
-        )
-    gain = 1 - timed[best].median_us / timed[base].median_us
-    times = f"{best} takes {_text(timed[best])}, {base} {_text(timed[base])}"
+        return f"{head}: {chosen} takes {timed[chosen]}, and nothing {operands if base else 'in float'} ran{lost}"
+    gain = 1 - timed[best].us / timed[base].us
+    times = f"{best} takes {timed[best]}, {base} {timed[base]}"
     what = f"gains {gain:.1%}" if gain >= 0 else f"loses {-gain:.1%}"
-    verdict = "so it is taken" if chosen != base else "so nothing is quantized"
+    enough = timed[best].pays_on(timed[base])
+    verdict = "so nothing is quantized" if not enough else "but nothing is quantized"
+    if chosen != base:
+        verdict = "so it is taken" if enough else "and it is taken all the same, as was asked"
     return f"{head}: {times}; it {what}, where {need} are needed, {verdict}{lost}"
 
 
-def _text(timing: Timing) -> str:
-    return f"{timing.median_us:.1f} us (quartiles {timing.spread_us:.1f} apart)"
+def _faster(name: str, other: str, timed: Mapping[str, Run]) -> bool:
+    return timed[name].us < timed[other].us
 
 
 def _nothing(found: Tuned, forms: Sequence[TimedForm], bench: Bench) -> Tuned:
     """The predicted choice, with what could not be measured.
 
     Raises:
-        TimingError: the recipe asks for measured times.
+        MissingRuntimeError: the recipe asks for measured times.
     """
     first = next((form for form in forms if form.why), forms[0])
     said = (
         f"no form that may be taken could be measured on {bench.card.name}: {first.name}: {first.why or 'it may not'}"
     )
     if bench.recipe.judge == "measured":
-        raise TimingError(f"{said}. Let times be predicted (--judge predicted).")
+        raise MissingRuntimeError(f"{said}. Let times be predicted (--judge predicted).")
     return replace(found, remarks=(f"times are predicted, though a GPU is here: {said}",))
 
 
