@@ -57,7 +57,8 @@ class Profile:
         integer_output: an INT8 convolution writes INT8, so that its neighbours read half of what FP16 has.
         shift: Q behind a Sub fuses into the kernel that made the tensor.
         hoist: a per-channel scale that stands behind a convolution fuses into its kernel.
-        fours: channels padded to a multiple of four by zeros in the file cost less than what the compiler does itself.
+        padding: zeros that the file adds in front of a quantizer fuse into the kernel that made the tensor, and filling
+            up channels to fours so costs less than what the compiler does itself.
         residual: the shortcut of an Add is read quantized.
         concat: one scale for all inputs of a Concat lets their producers write codes.
         mean_pool: average pooling runs in INT8.
@@ -66,6 +67,8 @@ class Profile:
         depthwise: a depthwise convolution has an INT8 kernel.
         small_products: products with fewer than 16 rows, columns or summands gain by INT8.
         attention: products of two computed tensors stay one fused kernel in INT8.
+        two_level: weights of 4 bits that INT8 products read stay 4 bits in the engine.
+        token: one scale per token, computed as the engine runs, leaves the product in INT8.
     """
 
     name: str
@@ -82,7 +85,7 @@ class Profile:
     integer_output: Fact
     shift: Fact
     hoist: Fact
-    fours: Fact
+    padding: Fact
     residual: Fact
     concat: Fact
     mean_pool: Fact
@@ -91,6 +94,8 @@ class Profile:
     depthwise: Fact
     small_products: Fact
     attention: Fact
+    two_level: Fact
+    token: Fact
 
     @property
     def key(self) -> str:
@@ -101,6 +106,12 @@ class Profile:
     def facts(self) -> dict[str, Fact]:
         """Every fact by name."""
         return {f.name: fact for f in fields(self) if isinstance(fact := getattr(self, f.name), Fact)}
+
+    def about_opset(self, opset: int) -> str:
+        """A sentence where a model is newer than what the parser documents, else ""."""
+        if self.opset is None or opset <= self.opset:
+            return ""
+        return f"The model is of ONNX opset {opset}; {self.title} documents opsets up to {self.opset}."
 
     def require_target(self, text: str) -> str:
         """The name of a target that this version has.

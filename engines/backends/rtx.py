@@ -175,15 +175,16 @@ PROFILES = (
             says="TensorRT-RTX's INT8 convolutions write floats, which a kernel behind them quantizes",
             source=_MEASURED,
         ),
-        shift=Fact(holds=True, says="Pad, Sub and Q fuse into the kernel that made the tensor", source=_MEASURED),
+        shift=Fact(holds=True, says="Sub and Q fuse into the kernel that made the tensor", source=_MEASURED),
         hoist=Fact(
             holds=True,
             says="Mul, Add, activation and Q behind a convolution of one weight scale are one kernel",
             source=_MEASURED,
         ),
-        fours=Fact(
+        padding=Fact(
             holds=True,
-            says="the compiler itself concatenates a constant of zeros as large as the tensor, stored in the engine",
+            says="Pad and Q fuse, and left to itself the compiler concatenates zeros as large as the tensor to fill up "
+            "channels, stored in the engine",
             source=_MEASURED,
         ),
         residual=Fact(
@@ -212,5 +213,7 @@ PROFILES = (
             says="a product of two computed tensors (attention): INT8 there breaks the fused attention kernel",
             source=_MEASURED,
         ),
+        two_level=Fact(holds=True, says="one kernel unpacks 4 bits, then the product is INT8", source=_MEASURED),
+        token=Fact(holds=True, says="a kernel quantizes, the product is INT8, a Mul follows", source=_MEASURED),
     ),
 )

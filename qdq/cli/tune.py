@@ -47,8 +47,8 @@ def tune(
     from engines.backends.backend import predicting
     from engines.core.files import write_atomic
     from qdq.build.engine import shape_ranges
-    from qdq.build.measured.bench import bench_of, gpus_beside, why_predicted
-    from qdq.build.pricer import Pricer
+    from qdq.build.measured.bench import bench_of, priced_here, why_predicted
+    from qdq.build.pricer import Pricer, gpus_of
     from qdq.core.errors import InputError
     from qdq.deploy.report import Row, measured_rows
     from qdq.passes.prepare import load_float
@@ -70,7 +70,7 @@ def tune(
             raise InputError("--min-sqnr-db needs --data: accuracy is measured on samples.")
         shapes = shape_ranges(prepared, recipe.shapes, samples)
         with bench_of(recipe, shapes) as bench:
-            gpus = gpus_beside(recipe, bench)
+            gpus = gpus_of(priced_here(recipe, bench))
             pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus, cache=cache)
             found = find_plan(prepared, pricer, samples=samples, bench=bench, on_progress=bars)
     found.plan.save(output)

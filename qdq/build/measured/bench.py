@@ -17,16 +17,16 @@ from pathlib import Path
 from engines.backends.backend import backend_named
 from engines.backends.compiler import Engine, ShapeRange
 from engines.backends.doctor import gpus
+from engines.core.documents import replace
 from engines.core.errors import EngineError, MissingRuntimeError, import_runtime
 from engines.core.files import Scratch
-from engines.cost.gpus import Gpu, gpu_named
+from engines.cost.gpus import gpu_named
 from engines.timing.driver import Card, Driver
 from engines.timing.events import EventTimer
 from engines.timing.gpu_file import row_of
 from engines.timing.timer import KernelTime, Load, Timer, Timing
 from qdq.build.cost import TIE
 from qdq.build.engine import compile_engine
-from qdq.build.pricer import gpus_of
 from qdq.build.recipe import Recipe
 from qdq.core.progress import Progress
 from qdq.model.model import Model
@@ -241,11 +241,7 @@ def _others(recipe: Recipe, index: int) -> list[str]:
     return [] if row is None or row.name in names else names
 
 
-def gpus_beside(recipe: Recipe, bench: Bench | None) -> tuple[Gpu, ...]:
-    """The GPUs that times are predicted for: those of the recipe; where it names none, the one that is measured.
-
-    Raises:
-        QdqError, EngineError: as of `gpus_of`.
-    """
+def priced_here(recipe: Recipe, bench: Bench | None) -> Recipe:
+    """The recipe for predicted times: where it names no GPU, they are of the one that is measured."""
     row = row_of(bench.card) if bench and not recipe.gpus else None
-    return (row,) if row else gpus_of(recipe)
+    return replace(recipe, gpus=(row.name,)) if row else recipe

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from engines.backends.backend import backend_named, backends
+from engines.backends.backend import backend_named, backends, members
 from engines.backends.profile import Fact, Profile, profile_named, profile_of, profiles
 from engines.core.errors import EngineError, UnsupportedTargetError
 
@@ -33,6 +33,11 @@ class TestEveryProfile:
             profile.require_formats(["fp8"], ["8.6", "sm89"])
         with pytest.raises(UnsupportedTargetError, match=f"{profile.title} has no int3: choose"):
             profile.require_formats(["int3"], ["sm89"])
+
+
+def test_a_file_of_profiles_is_no_second_backend() -> None:
+    names = [backend.name for backend in members("BACKEND")]
+    assert len(names) == len(set(names)) == len(backends())
 
 
 def test_every_backend_has_a_profile() -> None:
@@ -75,8 +80,8 @@ def test_a_version_without_a_target_or_format_names_those_that_have_it() -> None
 
 def test_tensorrt_assumes_no_fusion_that_nobody_documents() -> None:
     rtx, tensorrt = profile_named("rtx"), profile_named("tensorrt")
-    assert rtx.shift and rtx.hoist and rtx.fours and not rtx.integer_output
-    assert tensorrt.integer_output and not (tensorrt.shift or tensorrt.hoist or tensorrt.fours)
+    assert rtx.shift and rtx.hoist and rtx.padding and not rtx.integer_output
+    assert tensorrt.integer_output and not (tensorrt.shift or tensorrt.hoist or tensorrt.padding)
     assert tensorrt.shift.holds is None and tensorrt.blocks["int4"] == (128, 64)
     old = profile_named("tensorrt:10.3")
     assert "nvfp4" not in old.formats and "sm120" not in old.targets and "sm87" in old.targets

@@ -20,9 +20,9 @@ from engines.backends.compiler import ShapeRange
 from engines.backends.layers import Layer
 from engines.timing.driver import Driver
 from engines.timing.events import EventTimer
-from qdq.build.measured.bench import bench_of, gpus_beside
+from qdq.build.measured.bench import bench_of, priced_here
 from qdq.build.measured.forms import TimedForm
-from qdq.build.pricer import Pricer
+from qdq.build.pricer import cost_model
 from qdq.build.recipe import Recipe
 from qdq.cli.main import main
 from qdq.deploy import deploy as deploy_module
@@ -188,7 +188,8 @@ def test_tensorrt_goes_through_the_same_bench(folder: Path, monkeypatch: pytest.
     stand_in = recipe.compiled_by("rtx", ("sm89",))
     with bench_of(recipe, shapes) as bench:
         assert bench is not None and bench.compiler == "TensorRT"
-        pricer = Pricer(recipe=stand_in, shapes=shapes, gpus=gpus_beside(stand_in, bench))
+        pricer = cost_model(priced_here(stand_in, bench), shapes)
+        assert pricer is not None
         found = find_plan(model, pricer, samples=samples(model, 2), bench=bench)
     assert found.measured is not None and found.plan.quantized_nodes == ("conv_0", "conv_1")
     form = found.measured.shipped

@@ -22,7 +22,7 @@ from engines.core.errors import BuildError, MissingRuntimeError
 from engines.timing.timer import Arrays, KernelTime, Load, Timing, TimingError
 from qdq.build.cost import Kernel, Price
 from qdq.build.measured import bench as bench_module
-from qdq.build.measured.bench import LEAST_GAIN, Bench, Run, bench_of, gpus_beside, why_predicted
+from qdq.build.measured.bench import LEAST_GAIN, Bench, Run, bench_of, priced_here, why_predicted
 from qdq.build.measured.forms import AS_BUILT, TimedForm, paired
 from qdq.build.recipe import Recipe
 from qdq.core.errors import InputError
@@ -374,9 +374,9 @@ def test_a_gpu_of_the_target_is_measured_unless_predicted_times_are_asked_for(he
     bench = opened()
     assert bench is not None and bench.card.name == "NVIDIA GeForce RTX 4090" and not why_predicted(Recipe())
     assert opened(judge="measured") is not None and opened(judge="predicted") is None and opened(tune="off") is None
-    assert [gpu.name for gpu in gpus_beside(Recipe(), bench)] == ["rtx4090"]
+    assert priced_here(Recipe(), bench).gpus == ("rtx4090",)
     here.name = "NVIDIA GeForce RTX 4060"
-    assert [gpu.name for gpu in gpus_beside(Recipe(), opened())] == ["rtx4060"]  # not the usual one of its generation
+    assert priced_here(Recipe(), opened()).gpus == ("rtx4060",)  # not the usual one of its generation
 
 
 def test_another_gpu_than_the_one_that_is_named_is_measured_only_when_asked_for(here: FakeCuda) -> None:
