@@ -16,7 +16,7 @@ import onnx
 import pytest
 from fake_gpu import FakeCuda, FakeEngine, FakeKernel, fake_runtime, install
 
-from engines.backends import rtx, trt, trt_profiles
+from engines.backends import rtx, trt
 from engines.backends.compiler import Engine
 from engines.backends.layers import SYNCHRONIZATION, Layer, LayerTable
 from engines.core import onnx_runtime as ort
@@ -113,8 +113,7 @@ def trt_engines(monkeypatch: pytest.MonkeyPatch, times: Times) -> tuple[FakeCuda
         engines.add(made, load_graph(model), options["shapes"] or {})
         return made
 
-    for module in (trt, trt_profiles):  # the second has the name of the first
-        monkeypatch.setattr(module, "BACKEND", dataclasses.replace(trt.BACKEND, build=build))
+    monkeypatch.setattr(trt, "BACKEND", dataclasses.replace(trt.BACKEND, build=build))
     runtime = fake_runtime(cuda, engines, rtx=False)
     runtime.__version__ = "11.4.0"
     monkeypatch.setitem(sys.modules, "tensorrt", runtime)
