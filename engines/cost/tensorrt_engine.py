@@ -11,6 +11,8 @@ from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import msgspec
+
 from engines.backends.layers import Layer
 from engines.cost.constants import CONSTANTS
 from engines.cost.gpus import Gpu
@@ -78,7 +80,7 @@ class TensorRtEngine:
         return replace(
             work,
             targets=(target,),
-            layers=tuple(_quantizing(work.layers[i]) if q else work.layers[i] for i, _, q in found),
+            layers=tuple(_derived(work.layers[i], kernel, quantizes=q) for i, kernel, q in found),
             kernels=tuple(kernel for _, kernel, _ in found),
             macs=tuple(0 if q else work.macs[i] for i, _, q in found),
             turns=tuple(work.turns[i] for i, _, _ in found),
@@ -152,11 +154,14 @@ class _Times:
         return [float(us) * turns for us, turns in zip(total, self._turns, strict=True)]
 
 
-def _quantizing(layer: Layer) -> Layer:
-    """The Q kernel before a layer."""
+def _derived(layer: Layer, kernel: Kernel, *, quantizes: bool) -> Layer:
+    """A layer as TensorRT has it, or the Q kernel before it; its kind tells what it multiplies in and carries."""
+    carried = f"{kernel.dtype}, {round(kernel.work.read)} and {round(kernel.work.written)} bytes"
+    if not quantizes:
+        return msgspec.structs.replace(layer, kind=f"{layer.kind} ({carried})")
     return Layer(
         name=f"Q before {layer.name}",
-        kind="quantize",
+        kind=f"quantize ({carried})",
         inputs=layer.inputs[:1],
         constants=(),
         outputs=(),

@@ -393,24 +393,24 @@ class TestPricing:
         pricer = self.pricer(models[0])
         with pricer.parallel():
             assert pricer.width == 1 and pricer(models[0]) == expected[0] and pricer.width == min(cores(), MOST_WORKERS)
-            monkeypatch.setattr("qdq.build.pricer.price_of", lambda job: pytest.fail("compiled here"))
+            monkeypatch.setattr("qdq.build.compiles.works_of", lambda job: pytest.fail("compiled here"))
             assert pricer.many(models) == expected
         refused = self.pricer(det)
         with refused.parallel():
-            refused._slow = True
-            assert refused(det).us == math.inf and "parser" in str(refused.failure)
+            refused._compiles._slow = True
+            assert refused(det).us == math.inf and "parser" in str(refused._compiles.failure)
 
     def test_a_compiler_that_dies_takes_no_other_along(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         save(conv(), tmp_path / "good.onnx")
         shapes = {"x": ShapeRange.fixed([int(d) for d in conv().inputs[0].shape or ()])}
-        good = Job(path=tmp_path / "good.onnx", gpus=gpus_of(Recipe()), shapes=shapes)
+        good = Job(path=tmp_path / "good.onnx", targets=Recipe().targets, shapes=shapes)
         workers = Workers(1)
         first = workers([good])[0]
         worker = workers._free.get()
         assert worker is not None
         worker.process.kill()  # as for want of memory: tried again
         workers._free.put(worker)
-        assert workers([good]) == [first] and isinstance(first, Price)
+        assert workers([good]) == [first] and isinstance(first, dict)
         monkeypatch.setattr("qdq.build.processes._START", "import os; os.write({answers}, b'ready'); os._exit(3)")
         lethal = Workers(1)
         (dead,) = lethal([good])
