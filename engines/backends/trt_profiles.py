@@ -45,10 +45,10 @@ _LATEST = Profile(
         "of weights cost it no kernel",
         source="no test of it was found",
     ),
-    fours=Fact(
+    padding=Fact(
         holds=False,
-        says="TensorRT fills the channels of an INT8 convolution itself (formats CHW4 and CHW32)",
-        source=f"#1310; headers, TensorFormat; {_DUMPS}: the first convolution, three channels, in INT8",
+        says="a Pad in front of a quantizer is a kernel of its own, and TensorRT fills up channels by itself",
+        source=f"#2592, #1310; headers, TensorFormat; {_DUMPS}: the first convolution, three channels, in INT8",
     ),
     residual=Fact(
         holds=True,
@@ -88,6 +88,17 @@ _LATEST = Profile(
         says="a product of two computed tensors (attention): TensorRT fuses attention in INT8 for some head sizes and "
         "up to 512 tokens only, and a user measured it slower than FP16",
         source="#3724; guide as quoted in #2981 and #4167; #4322 user",
+    ),
+    two_level=Fact(
+        holds=None,
+        says="whether TensorRT keeps weights of 4 bits that an INT8 product reads is not known; NVIDIA lists INT4 "
+        "weights with float data only",
+        source="support matrix of Model Optimizer",
+    ),
+    token=Fact(
+        holds=None,
+        says="whether TensorRT multiplies in INT8 where each token has its own scale is not known",
+        source="no test of it was found",
     ),
 )
 

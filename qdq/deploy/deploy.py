@@ -32,7 +32,6 @@ from qdq.build.engine import add_report, compile_engine, runs_here, save_engine,
 from qdq.build.pricer import Pricer, gpus_of
 from qdq.build.recipe import Recipe
 from qdq.core.files import folder_beside, move_all
-from qdq.core.formats import require_targets
 from qdq.core.progress import Progress
 from qdq.deploy.check import evaluate, float_session
 from qdq.deploy.costs.find import with_costs
@@ -222,4 +221,5 @@ def _require_runtimes(model: Model, recipe: Recipe) -> None:
     backend = backend_named(recipe.backend)
     for name in ("onnxruntime", "polygraphy", backend.runtime):
         import_runtime(name)
-    require_targets(recipe.settings.formats, backend.check_targets(model.proto, recipe.targets))
+    backend.check_targets(model.proto, recipe.targets)
+    recipe.profile.require_formats(recipe.settings.formats, recipe.targets)

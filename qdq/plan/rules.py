@@ -1,7 +1,8 @@
 """Rules of placement: what one node says about the quantization of its tensors, without data.
 
 A rule sees a model, a node and the settings, and returns decisions: Want, Veto, Tie. Rules do not see each other.
-Sources: NVIDIA's placement advice and what TensorRT-RTX 1.7.1 compiled from about 90 small graphs (SM89).
+Sources: NVIDIA's placement advice, what TensorRT-RTX 1.7.1 compiled from about 90 small graphs (SM89), and the facts of
+the compiler's profile.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Literal
 
 from onnx import NodeProto
 
+from engines.backends.profile import Profile
 from engines.core.operators import LAST_AXIS_NORMS, MEAN_POOLS, NORMS, PICKERS, SOFTMAXES, family
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
@@ -32,7 +34,6 @@ _FLOAT_OPS = {
     NORMS | LAST_AXIS_NORMS: "normalization stays in float: its statistics need the range, and no integer kernel "
     "exists for it",
     SOFTMAXES: "softmax stays in float: INT8 around it breaks the fused attention kernel",
-    MEAN_POOLS: "average pooling runs in float on TensorRT-RTX even if its input is quantized",
     PICKERS | {"Resize", "Upsample"}: "it moves or picks values; a quantizer behind it is hoisted above it by the "
     "compiler",
     family(
@@ -87,7 +88,7 @@ def weighted(model: Model, node: NodeProto, settings: Settings) -> list[Decision
     scheme, convolution = settings.scheme_of(node.name), node.op_type == "Conv"
     outputs, inputs = weight_axis(node, len(weight.shape)), input_axis(node, len(weight.shape))
     block, reason, fallback = None, "", False
-    if FORMATS[scheme.weight].blocks and not convolution and settings.block not in WHOLE:
+    if settings.lengths(scheme.weight) and not convolution and settings.block not in WHOLE:
         block, reason = _block(model, node, settings, scheme, weight.shape)
         fallback = block is None
     data = settings.activation(scheme, convolution=convolution)
@@ -115,11 +116,11 @@ def _block(
     model: Model, node: NodeProto, settings: Settings, scheme: Scheme, shape: Sequence[int | str | None]
 ) -> tuple[int | None, str]:
     """Elements per block, and why they are not as many as asked for; None and the reason where no block fits."""
-    blocks = FORMATS[scheme.weight].blocks
+    blocks, most = settings.lengths(scheme.weight), MOST_PADDING if settings.profile.padding else 0
     size, whole = shape[input_axis(node, len(shape))], f"{scheme.unblocked} per channel"
     if scheme.compute_format and len(shape) > 2:
         return None, f"{whole}: {scheme.weight} blocks that are read as {scheme.compute_format} need a matrix"
-    fitting = [b for b in blocks if isinstance(size, int) and -size % b <= MOST_PADDING * size]
+    fitting = [b for b in blocks if isinstance(size, int) and -size % b <= most * size]
     if not fitting or not isinstance(size, int):
         return None, f"{whole}: its {size} inputs do not fill blocks of {min(blocks)}"
     block = fitting[0]
@@ -169,11 +170,10 @@ def concat(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
 
 
 def transposed(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
-    """Veto ConvTranspose: TensorRT-RTX never runs it in INT8, a quantizer on it only adds kernels."""
-    if node.op_type != "ConvTranspose":
+    """Veto ConvTranspose, unless the compiler is known to run it in INT8: else a quantizer on it only adds kernels."""
+    if node.op_type != "ConvTranspose" or settings.profile.conv_transpose:
         return []
-    reason = "TensorRT-RTX has no INT8 kernel for ConvTranspose (measured on SM86 and SM89)"
-    return [Veto(rule="transposed", reason=reason)]
+    return [Veto(rule="transposed", reason=settings.profile.conv_transpose.says)]
 
 
 def operands(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
@@ -184,7 +184,7 @@ def operands(model: Model, node: NodeProto, settings: Settings) -> list[Decision
     if data:
         reason = "its left operand is the constant one; INT8 kernels want the weight on the right"
     elif not weight and node.op_type == "MatMul":
-        reason = "a product of two computed tensors (attention): INT8 there breaks the fused attention kernel"
+        reason = settings.profile.attention.says
     elif not weight:
         reason = "its weight is computed, so its scale is not known before the engine runs"
     else:
@@ -247,8 +247,10 @@ def foreign(model: Model, node: NodeProto, settings: Settings) -> list[Decision]
 RULES: tuple[Rule, ...] = (weighted, residual, concat, transposed, operands, excluded, containers, inner, foreign)
 
 
-def why_float(op_type: str) -> tuple[str, str]:
+def why_float(op_type: str, profile: Profile) -> tuple[str, str]:
     """Rule name and reason why an operator that no rule wants stays in float."""
+    if op_type in MEAN_POOLS:
+        return "no_weight", profile.mean_pool.says
     other = "it has no weights; the compiler fuses pointwise operators into the kernel before or after them"
     return "no_weight", next((reason for ops, reason in _FLOAT_OPS.items() if op_type in ops), other)
 

@@ -161,8 +161,8 @@ def test_a_tuned_plan_goes_through_the_other_verbs(folder: Path) -> None:
     ends = [onnx.helper.make_tensor_value_info(n, 1, [1, c, s, s]) for n, c, s in (("image", 1, 8), ("logits", 4, 16))]
     graph = onnx.helper.make_graph(nodes, "up", ends[:1], ends[1:], [weight])
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), "up.onnx")
-    said = done("tune", "up.onnx", "--data", "data", "--tune", "rewrites", "--gpu", "l4", "-o", "plan.json")
-    assert "predicted on l4" in said
+    said = done("tune", "up.onnx", "--data", "data", "--tune", "rewrites", "--gpu", "rtx4090", "-o", "plan.json")
+    assert "predicted on rtx4090" in said
     plan = json.loads((folder / "plan.json").read_text())
     # which rewrites pay is the compiler's to say
     done("calibrate", "up.onnx", "--data", "data", "--plan", "plan.json", "-o", "table.json")
@@ -288,7 +288,11 @@ BAD: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
         ("tune", "net.onnx", "-o", "plan.json", "--min-sqnr-db", "20"),
         "--data",
     ),
-    "tune for another GPU": (unchanged, ("tune", "net.onnx", "-o", "plan.json", "--gpu", "a10"), "--target sm86"),
+    "tune for another GPU": (
+        unchanged,
+        ("tune", "net.onnx", "-o", "plan.json", "--gpu", "rtx3090", "--target", "sm89"),
+        "--target sm86",
+    ),
     "tune without a node of that name": (
         unchanged,
         ("tune", "net.onnx", "-o", "plan.json", "--exclude", "/haed/*"),
