@@ -22,7 +22,7 @@ from engines.backends.backend import Backend, backend_named, predicting
 from engines.backends.compiler import Engine, ShapeRange
 from engines.core import onnx_runtime as ort
 from engines.cost.gpus import Gpu
-from engines.cost.predict import predict
+from engines.cost.predict import engine_work
 from engines.timing.driver import Card, Driver
 from engines.timing.events import EventTimer
 from engines.timing.loaded import LoadedEngine
@@ -34,8 +34,7 @@ from qdq.assemble.precision.convert import convert
 from qdq.assemble.quantize import quantize
 from qdq.build.measured.bench import PROFILED, SECONDS
 from qdq.build.measured.forms import WORST, TimedKernel, paired
-from qdq.build.pricer import Pricer, gpus_of
-from qdq.build.processes import kernels_of, signatures
+from qdq.build.pricer import Pricer, gpus_of, mean
 from qdq.build.recipe import Recipe
 from qdq.deploy.demo import demo_model, demo_samples
 from qdq.measure.inference.inputs import input_specs
@@ -209,20 +208,22 @@ def run_model(
             )
     made = engines[bench.backend.name]
     stand_in = engines.get(predicting(bench.backend.name).name)
-    cost = predict(path, stand_in.table, Gpu.from_mapping(bench.gpu), shapes=shapes) if stand_in and bench.gpu else None
+    price = None
+    if stand_in and bench.gpu:
+        work = engine_work(path, stand_in.table, shapes=shapes)
+        price = mean([(work.layers, work.on(Gpu.from_mapping(bench.gpu)))])
     (same,) = ort.run(ort.session(path), [sample])
     with LoadedEngine(bench.driver, made, sample) as loaded:
         outputs = loaded.outputs()
         memory = loaded.activation_bytes() / 2**20
         seen = loaded.kernel_times(PROFILED)
     (timing,) = EventTimer(bench.driver).times([Load(engine=made)], seconds=SECONDS)
-    predicted = kernels_of(cost, signatures(stand_in.table)) if cost and stand_in else []
-    pairs, unmatched = paired(seen, made.table, predicted)
+    pairs, unmatched = paired(seen, made.table, price.kernels if price else ())
     return Ran(
         network=network,
         form=form,
         kernels=made.table.kernels,
-        predicted_us=cost.total_us if cost else math.nan,
+        predicted_us=price.us if price else math.nan,
         measured_us=timing.median_us,
         spread_us=timing.spread_us,
         graph=timing.graph,

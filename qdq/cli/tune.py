@@ -44,11 +44,10 @@ def tune(
     What is quantized is predicted to gain time, by more than a tie; where that is not so, the nodes stay in float.
     Without --data every activation is assumed asymmetric, the most expensive case.
     """
-    from engines.backends.backend import predicting
     from engines.core.files import write_atomic
     from qdq.build.engine import shape_ranges
     from qdq.build.measured.bench import bench_of, priced_here, why_predicted
-    from qdq.build.pricer import Pricer, gpus_of
+    from qdq.build.tensorrt_pricer import pricer_of, unpriced
     from qdq.core.errors import InputError
     from qdq.deploy.report import Row, measured_rows
     from qdq.passes.prepare import load_float
@@ -56,10 +55,8 @@ def tune(
 
     options.check_output(output, model, data, given["recipe"])
     recipe = options.recipe_of(given)
-    if (other := predicting(recipe.backend)).name != recipe.backend:
-        raise InputError(
-            f"tune prices what {other.title} compiles: it needs --compiler {other.compiler} ({other.need})."
-        )
+    if why := unpriced(recipe):
+        raise InputError(f"Nothing to tune by: {why}. Take the scheme int8, or --compiler rtx.")
     with Bars() as bars:
         bars(0, None, "Prepare")
         prepared = load_float(model)
@@ -70,11 +67,11 @@ def tune(
             raise InputError("--min-sqnr-db needs --data: accuracy is measured on samples.")
         shapes = shape_ranges(prepared, recipe.shapes, samples)
         with bench_of(recipe, shapes) as bench:
-            gpus = gpus_of(priced_here(recipe, bench))
-            pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus, cache=cache)
+            pricer = pricer_of(priced_here(recipe, bench), shapes, cache=cache)
+            assert pricer is not None
             found = find_plan(prepared, pricer, samples=samples, bench=bench, on_progress=bars)
     found.plan.save(output)
-    outcome = found.outcome(gpus)
+    outcome = found.outcome(pricer.gpus)
     if outcome.measured:
         write_atomic(output.with_name(f"{output.name.removesuffix('.json')}.measured.jsonl"), outcome.lines)
     if as_json:

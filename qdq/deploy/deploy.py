@@ -31,8 +31,8 @@ from qdq.build.branches import with_possible_branches
 from qdq.build.engine import add_report, checked, compile_engine, save_engine, shape_ranges
 from qdq.build.machine import builds_here, compiler_here, how_to_build, runs_here
 from qdq.build.measured.bench import bench_of, priced_here, why_predicted
-from qdq.build.pricer import cost_model
 from qdq.build.recipe import Recipe
+from qdq.build.tensorrt_pricer import pricer_of, unpriced
 from qdq.core.files import folder_beside, move_all
 from qdq.core.progress import Progress
 from qdq.deploy.check import evaluate, float_session
@@ -112,7 +112,7 @@ def deploy(
     stem = model_path.name.removesuffix(".onnx")
     weights = out.absolute().with_name(f".{out.absolute().name}.weights")  # of a large model, if a run is killed
     with folder_beside(out) as folder, registered(custom_ops), kept(weights), bench_of(recipe, shapes) as bench:
-        pricer = cost_model(priced_here(recipe, bench), shapes)
+        pricer = pricer_of(priced_here(recipe, bench), shapes) if recipe.tune != "off" else None
         done = written(prepared, calibration, recipe, pricer=pricer, bench=bench, on_progress=on_progress)
         made, finished = done.made, done.finished
         low = (
@@ -168,7 +168,7 @@ def deploy(
         if evaluated is None:
             notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
         if recipe.tune != "off" and not pricer:
-            notes = [*notes, f"not tuned: predicted times {backend_named(recipe.backend).unpredicted}"]
+            notes = [*notes, f"not tuned: {unpriced(recipe)}"]
         opened: dict[str, Callable[[], Any]] = {
             "float model": lambda: float_session(load(model_path), str(model_path), custom_ops=custom_ops),
             "shipped model": lambda: arithmetic.session(output, custom_ops=custom_ops),

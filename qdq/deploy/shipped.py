@@ -11,8 +11,8 @@ from qdq.assemble.quantize import Quantized, quantize
 from qdq.assemble.tables import Tables
 from qdq.build.engine import Provenance
 from qdq.build.measured.bench import Bench
-from qdq.build.pricer import Pricer
 from qdq.build.recipe import Recipe
+from qdq.build.tensorrt_pricer import AnyPricer
 from qdq.core.progress import Progress
 from qdq.model.external import is_external, tensor_bytes
 from qdq.model.model import Model
@@ -39,7 +39,7 @@ def written(
     calibration: Samples,
     recipe: Recipe,
     *,
-    pricer: Pricer | None,
+    pricer: AnyPricer | None,
     bench: Bench | None = None,
     tables: Tables | None = None,
     on_progress: Progress | None = None,

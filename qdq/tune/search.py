@@ -65,22 +65,13 @@ def tune(
         listed: quantized variants to list for who can measure, at most; 0 lists nothing.
         clock: seconds.
     """
-    bounded = placement and min_sqnr_db > -math.inf and builder.samples is not None
-    verified = measure if bounded else None
-    budget = budget or Budget()
     prices = Prices(builder=builder, judge=judge, clock=clock, on_progress=on_progress)
-    search = _Search(builder, prices, placement)
-    if bounded:
-        search.most = 10 ** (-(min_sqnr_db + MARGIN_DB) / 10)
-        search.least_db = min_sqnr_db + RESERVE_DB
-    search.run(budget.part(FIRST if verified else 1.0), first=True)
-    if verified:
-        search.verify(min_sqnr_db, verified, budget.part((1 - FIRST) / (ROUNDS - 1)))
-    return replace(search.result(), listed=search.listed(listed))
+    search = Search(builder, prices, placement)
+    return search.found(min_sqnr_db=min_sqnr_db, measure=measure, budget=budget or Budget(), listed=listed)
 
 
 @dataclass(slots=True)
-class _Search:
+class Search:
     """The best so far, and every price asked for."""
 
     builder: VariantBuilder
@@ -93,6 +84,20 @@ class _Search:
     most: float = math.inf
     least_db: float = -math.inf
     _rounding_db: dict[str, float] = field(default_factory=dict)
+
+    def found(
+        self, *, min_sqnr_db: float, measure: Callable[[Plan], float] | None, budget: Budget, listed: int
+    ) -> Tuned:
+        """The outcome; arguments as of `tune`."""
+        bounded = self.placement and min_sqnr_db > -math.inf and self.builder.samples is not None
+        verified = measure if bounded else None
+        if bounded:
+            self.most = 10 ** (-(min_sqnr_db + MARGIN_DB) / 10)
+            self.least_db = min_sqnr_db + RESERVE_DB
+        self.run(budget.part(FIRST if verified else 1.0), first=True)
+        if verified:
+            self.verify(min_sqnr_db, verified, budget.part((1 - FIRST) / (ROUNDS - 1)))
+        return replace(self.result(), listed=self.listed(listed))
 
     def run(self, budget: Budget, *, first: bool = False) -> None:
         """Search within a budget, a part of which is kept for giving back."""

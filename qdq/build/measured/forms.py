@@ -15,7 +15,7 @@ from engines.backends.layers import SYNCHRONIZATION, LayerTable
 from engines.core.documents import Document, Part
 from engines.timing.timer import KernelTime
 from qdq.build.cost import Kernel
-from qdq.build.processes import signatures
+from qdq.build.pricer import signature
 
 WORST = 10  # kernels of a form that are kept: those whose prediction is furthest off, in microseconds
 
@@ -150,8 +150,8 @@ def paired(
 ) -> tuple[tuple[TimedKernel, ...], int]:
     """The kernels of an engine, predicted and measured, and how many measured ones no prediction is of.
 
-    Kernels that are the same by `signatures` are compared, where the table is of the compiler that times are predicted
-    of. What is left is compared by its ONNX nodes: kernels that share some, directly or through others, together.
+    Kernels of the same signature are compared, where the table is of the compiler that times are predicted of. What is
+    left is compared by its ONNX nodes: kernels that share some, directly or through others, together.
 
     Args:
         seen: of the profiler, by the names of the table.
@@ -162,7 +162,7 @@ def paired(
     for kernel in seen:
         measured[kernel.name] += kernel.us
     known = {layer.name: layer for layer in table.layers}
-    signed = dict(zip(_launched(table), signatures(table), strict=True))
+    signed = {layer.name: signature(layer) for layer in table.layers if layer.kind not in SYNCHRONIZATION}
     own: dict[str, float] = defaultdict(float)
     for each in predicted:
         own[each.signature] += each.us
@@ -170,10 +170,10 @@ def paired(
     groups: dict[str, list[str]] = defaultdict(list)
     for name in measured:
         groups[signed.get(name, "")].append(name)
-    for signature, names in groups.items():
-        if signature in own:
-            used.add(signature)
-            pairs.append(_pair(names, own[signature], measured))
+    for text, names in groups.items():
+        if text in own:
+            used.add(text)
+            pairs.append(_pair(names, own[text], measured))
         else:
             rest += names
     free = [each for each in predicted if each.signature not in used]
@@ -183,11 +183,6 @@ def paired(
         pairs.append(_pair(names, sum(k.us for k in kernels), measured))
         left -= len(names)
     return tuple(sorted(pairs, key=lambda p: -p.off_us)), left
-
-
-def _launched(table: LayerTable) -> list[str]:
-    """The names of the layers that `signatures` are of."""
-    return [layer.name for layer in table.layers if layer.kind not in SYNCHRONIZATION]
 
 
 def _pair(names: Sequence[str], predicted_us: float, measured: Mapping[str, float]) -> TimedKernel:

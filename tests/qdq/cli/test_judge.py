@@ -20,17 +20,12 @@ from engines.backends.compiler import ShapeRange
 from engines.backends.layers import Layer
 from engines.timing.driver import Driver
 from engines.timing.events import EventTimer
-from qdq.build.measured.bench import bench_of, priced_here
 from qdq.build.measured.forms import TimedForm
-from qdq.build.pricer import cost_model
-from qdq.build.recipe import Recipe
 from qdq.cli.main import main
 from qdq.deploy import deploy as deploy_module
 from qdq.deploy.report import DeployReport
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
-from qdq.plan.settings import Settings
-from qdq.tune.find_plan import find_plan
 from qdq.tune.tuned import TuningOutcome
 
 
@@ -183,18 +178,22 @@ def test_what_does_not_load_is_said_and_left_out(folder: Path, monkeypatch: pyte
 
 def test_tensorrt_goes_through_the_same_bench(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trt_engines(monkeypatch, fast_codes)
-    model, shapes = net(), {"x": ShapeRange.fixed((1, 32, 16, 16))}
-    recipe = Recipe(settings=Settings(compiler="tensorrt"), judge="measured", tune_compiles=6)
-    stand_in = recipe.compiled_by("rtx", ("sm89",))
-    with bench_of(recipe, shapes) as bench:
-        assert bench is not None and bench.compiler == "TensorRT"
-        pricer = cost_model(priced_here(stand_in, bench), shapes)
-        assert pricer is not None
-        found = find_plan(model, pricer, samples=samples(model, 2), bench=bench)
-    assert found.measured is not None and found.plan.quantized_nodes == ("conv_0", "conv_1")
-    form = found.measured.shipped
-    assert form.compiler == "TensorRT" and form.kernels and form.unpaired == 0
-    assert all(k.kernel.startswith("trt ") and k.predicted_us > 0 for k in form.kernels)  # paired by ONNX nodes
+    more = ("--compiler", "tensorrt", "--target", "sm89")
+    report = deployed("--judge", "measured", *more)
+    assert report.model_file == "net.int8.onnx" and report.tuning is not None and report.tuning.measured is not None
+    built = report.tuning.measured.shipped
+    assert built.name == "as built" and built.compiler == "TensorRT" and built.version == "11.4.0" and built.kernels
+    assert all(k.kernel.startswith("trt ") and k.predicted_us > 0 for k in built.kernels)  # paired by ONNX nodes
+    done = qdq("tune", "net.onnx", "--data", "data", "-o", "plan.json", *more)
+    assert done.exit_code == 0 and "measured on NVIDIA GeForce RTX 4090 with TensorRT 11.4.0" in done.stdout
+    assert Plan.from_json(Path("plan.json").read_text()).quantized_nodes == ("conv_0", "conv_1")
+
+
+def test_a_wrong_clock_changes_the_plan_of_tensorrt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt_engines(monkeypatch, slow_codes)
+    report = deployed("--judge", "measured", "--compiler", "tensorrt", "--target", "sm89")
+    assert not Plan.from_json(Path("out/plan.json").read_text()).points
+    assert any("so nothing is quantized" in note for note in report.notes)
 
 
 def test_the_timer_of_a_driver_times_kernels_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
