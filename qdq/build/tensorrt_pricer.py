@@ -29,7 +29,7 @@ from qdq.model.model import Model
 from qdq.model.nodes import all_nodes
 
 SUBSTITUTE = "sm80"
-"""Compiled for where TensorRT-RTX has no such target (sm87, sm90, sm100, ...): float networks have much the same kernels
+"""Compiled for where TensorRT-RTX has no such target (sm87, sm90, sm100, ..): float networks have much the same kernels
 there, and the GPU's own numbers say how long they take."""
 
 

@@ -1,1 +1,1 @@
-"""What a price is read from: models compiled in this process or in others, float forms of Q/DQ models. Must not price."""
+"""What prices are read from: models compiled here or in other processes, float forms. Must not price."""
