@@ -33,6 +33,7 @@ from qdq.model.model import Model
 from qdq.model.storage import save
 
 SECONDS = 0.5  # of GPU time for each form: hundreds of inferences of most networks
+FEWEST = 20  # inferences of a form that are timed: fewer say little of their spread
 LEAST_GAIN = 0.02
 """Of the time of the fastest float form: what a quantized one must gain beyond the spread of both, or nothing is
 quantized. Latencies of one engine vary by 1 % from run to run, and Q/DQ cost accuracy, calibration and care."""
@@ -153,11 +154,11 @@ class Bench:
         if not loads:
             return dict(runs), True
         try:
-            timings = self.timer.times(list(loads.values()), seconds=SECONDS * len(loads))
+            timings = self.timer.times(list(loads.values()), seconds=sum(_seconds(runs[name]) for name in loads))
             done = {name: _with(runs[name], timing) for name, timing in zip(loads, timings, strict=True)}
             return {name: done.get(name, run) for name, run in runs.items()}, True
         except (EngineError, RuntimeError):
-            return {name: self._timed_alone(run, SECONDS) for name, run in runs.items()}, False
+            return {name: self._timed_alone(run, _seconds(run)) for name, run in runs.items()}, False
 
     def _timed_alone(self, run: Run, seconds: float) -> Run:
         if run.engine is None:
@@ -167,6 +168,12 @@ class Bench:
         except (EngineError, RuntimeError) as error:
             return Run(why=f"it does not run: {_short(error)}")
         return _with(run, timing)
+
+
+def _seconds(run: Run) -> float:
+    """Of GPU time for a form: `SECONDS`, or `FEWEST` inferences where that is longer."""
+    us = sum(kernel.us for kernel in run.kernels) or (run.timing.median_us if run.timing else 0.0)
+    return max(SECONDS, FEWEST * us / 1e6)
 
 
 def _with(run: Run, timing: Timing) -> Run:

@@ -92,10 +92,12 @@ class Clock:
     together: float = math.inf
     broken: tuple[str, ...] = ()
     seen: list[list[str]] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
 
     def times(self, loads: Sequence[Load], *, seconds: float, rest_s: float = 0.0) -> list[Timing]:
         kinds = [load.engine.data.decode() for load in loads]
         self.seen.append(kinds)
+        self.seconds.append(seconds)
         if set(kinds) & set(self.broken):
             raise TimingError("an illegal instruction was encountered")
         if len(loads) > self.together:
@@ -281,6 +283,12 @@ def test_a_runtime_without_a_profiler_still_times(compiled: list[str], monkeypat
     found = judged(clock)
     assert found.measured is not None and found.measured.together and found.plan.points
     assert not found.measured.shipped.kernels
+
+
+def test_a_slow_network_runs_often_enough(compiled: list[str]) -> None:
+    clock = Clock(by_kind(fp32=9e5, fp16=6e5, int8=3e5))
+    assert judged(clock).measured is not None
+    assert clock.seconds[0] == pytest.approx(20 * sum(clock.us(kind) for kind in clock.seen[0]) / 1e6)
 
 
 def test_forms_that_do_not_fit_together_run_alone(compiled: list[str]) -> None:
