@@ -29,8 +29,8 @@ from engines.verify.audit import audit
 from qdq.assemble.finish import float_type_of
 from qdq.build.branches import with_possible_branches
 from qdq.build.engine import add_report, compile_engine, runs_here, save_engine, shape_ranges
-from qdq.build.pricer import Pricer, gpus_of
 from qdq.build.recipe import Recipe
+from qdq.build.tensorrt_pricer import pricer_of, unpriced
 from qdq.core.files import folder_beside, move_all
 from qdq.core.progress import Progress
 from qdq.deploy.check import evaluate, float_session
@@ -46,6 +46,7 @@ from qdq.model.storage import load, save
 from qdq.model.weight_store import kept
 from qdq.passes.composites import written_out
 from qdq.passes.prepare import load_float
+from qdq.tune.exact.elsewhere import elsewhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +111,7 @@ def deploy(
     stem = model_path.name.removesuffix(".onnx")
     weights = out.absolute().with_name(f".{out.absolute().name}.weights")  # of a large model, if a run is killed
     with folder_beside(out) as folder, registered(custom_ops), kept(weights):
-        tuned = recipe.tune != "off" and backend.predicts
-        pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe)) if tuned else None
+        pricer = pricer_of(recipe, shapes) if recipe.tune != "off" else None
         done = written(prepared, calibration, recipe, pricer=pricer, on_progress=on_progress)
         made, finished = done.made, done.finished
         low = (
@@ -157,7 +157,7 @@ def deploy(
         if evaluated is None:
             notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
         if recipe.tune != "off" and not pricer:
-            notes = [*notes, f"not tuned: predicted times {backend.unpredicted}"]
+            notes = [*notes, f"not tuned: {unpriced(recipe)}"]
         opened: dict[str, Callable[[], Any]] = {
             "float model": lambda: float_session(load(model_path), str(model_path), custom_ops=custom_ops),
             "shipped model": lambda: arithmetic.session(output, custom_ops=custom_ops),
@@ -180,7 +180,7 @@ def deploy(
                 )
             ),
             label_dice=label_dice,
-            tuning=done.tuned.outcome(pricer.gpus) if done.tuned and pricer else None,
+            tuning=done.tuned.outcome(pricer.told, elsewhere(prepared, pricer)) if done.tuned and pricer else None,
         )
         write_atomic(folder / "report.json", report.to_json())
         add_report(engine_path, folder / "report.json")

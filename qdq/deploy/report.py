@@ -126,7 +126,10 @@ class DeployReport(Document, frozen=True, kw_only=True):
         ]
 
     def _predicted(self) -> list[Row]:
-        return [Row(self.tuning.label, self.tuning.gain)] if self.tuning else []
+        if not self.tuning:
+            return []
+        others = [Row("", self.tuning.elsewhere)] if self.tuning.elsewhere else []
+        return [Row(self.tuning.label, self.tuning.gain), *others]
 
     def _labels(self) -> list[Row]:
         names = {"float model": "the float model", "shipped model": self.model_file}

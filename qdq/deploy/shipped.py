@@ -10,8 +10,8 @@ from qdq.assemble.finish import Finished, finish
 from qdq.assemble.quantize import Quantized, quantize
 from qdq.assemble.tables import Tables
 from qdq.build.engine import Provenance
-from qdq.build.pricer import Pricer
 from qdq.build.recipe import Recipe
+from qdq.build.tensorrt_pricer import AnyPricer
 from qdq.core.progress import Progress
 from qdq.model.external import is_external, tensor_bytes
 from qdq.model.model import Model
@@ -37,7 +37,7 @@ def written(
     calibration: Samples,
     recipe: Recipe,
     *,
-    pricer: Pricer | None,
+    pricer: AnyPricer | None,
     tables: Tables | None = None,
     on_progress: Progress | None = None,
 ) -> ShippedModel:
@@ -71,7 +71,7 @@ def written(
         made, finished = by(tuned.unquantized)
         tuned = tuned.left_in_float(built)
         notes.append("that plan, as built, is not predicted faster than float, so the model is left in float")
-    notes += tuned.said(pricer.gpus)
+    notes += tuned.said(pricer.told)
     return ShippedModel(made=made, finished=finished, tuned=tuned, notes=tuple(filter(None, notes)))
 
 

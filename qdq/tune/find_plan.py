@@ -73,8 +73,8 @@ def find_plan(
     """The plan with the least predicted time; of those that tie, a more exact one.
 
     Args:
-        pricer: of the recipe (`pricer_of`), whose settings, float type and limits of the search count, and with samples, where
-            placement is tuned, `min_sqnr_db`.
+        pricer: of the recipe (`pricer_of`), whose settings, float type and limits of the search count, and with
+            samples, where placement is tuned, `min_sqnr_db`.
         samples: re-iterable; a few are used for quick ranges (independent of order); an accuracy bound is verified
             on all. None assumes that every activation is asymmetric, the most expensive case.
 

@@ -39,9 +39,10 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
         decision: how sure the choice between quantized and float is.
         said: the same, and what else a person must know, one sentence each.
         steps: what was kept and given back, one line each.
+        elsewhere: what the other compiler is predicted to make of the model.
     """
 
-    FORMAT: ClassVar[str] = "qdq.tuning/3"
+    FORMAT: ClassVar[str] = "qdq.tuning/4"
     MAKE: ClassVar[str] = "qdq tune --json"
     COMPUTED: ClassVar[Mapping[str, str]] = {"complete": "complete"}
 
@@ -59,6 +60,7 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
     decision: Decision
     said: tuple[str, ...]
     steps: tuple[str, ...]
+    elsewhere: str
 
     @property
     def complete(self) -> bool:
@@ -152,8 +154,8 @@ class Tuned:
         others = [f"some variants do not compile, so they were not chosen: {_short(self.refusal)}"]
         return [*self.decision.sentences(self.operands, gpus), *floats, *(others if self.refusal else [])]
 
-    def outcome(self, gpus: Sequence[PricedGpu]) -> TuningOutcome:
-        """What a report says of it, with times predicted for these GPUs."""
+    def outcome(self, gpus: Sequence[PricedGpu], elsewhere: str = "") -> TuningOutcome:
+        """What a report says of it, with times predicted for these GPUs, and of the other compiler."""
         times = (self.price.us, self.plain, self.untuned, self.fp32)
         predicted, plain, untuned, fp32 = (us if math.isfinite(us) else None for us in times)
         return TuningOutcome(
@@ -171,6 +173,7 @@ class Tuned:
             decision=self.decision,
             said=tuple(self.said(gpus)),
             steps=self.steps,
+            elsewhere=elsewhere,
         )
 
 

@@ -29,8 +29,9 @@ from qdq.assemble.precision.convert import convert
 from qdq.assemble.tables import Tables
 from qdq.build.branches import with_possible_branches
 from qdq.build.engine import compile_engine, shape_ranges
-from qdq.build.pricer import Pricer, gpus_of
+from qdq.build.pricer import gpus_of
 from qdq.build.recipe import Recipe
+from qdq.build.tensorrt_pricer import pricer_of
 from qdq.core.choices import choose
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
@@ -235,7 +236,7 @@ class _Bench:
 
     def _written(self, entry: Entry) -> ShippedModel:
         on_progress, tuned = self._tell(entry.text), entry.recipe.tune != "off" and bool(self.gpus)
-        pricer = Pricer(recipe=entry.recipe, shapes=self.shapes, gpus=self.gpus) if tuned else None
+        pricer = pricer_of(entry.recipe, self.shapes, gpus=self.gpus) if tuned else None
         return written(
             self.prepared, self.calibration, entry.recipe, pricer=pricer, tables=self.tables, on_progress=on_progress
         )
