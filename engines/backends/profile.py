@@ -107,6 +107,12 @@ class Profile:
         """Every fact by name."""
         return {f.name: fact for f in fields(self) if isinstance(fact := getattr(self, f.name), Fact)}
 
+    def about_opset(self, opset: int) -> str:
+        """A sentence where a model is newer than what the parser documents, else ""."""
+        if self.opset is None or opset <= self.opset:
+            return ""
+        return f"The model is of ONNX opset {opset}; {self.title} documents opsets up to {self.opset}."
+
     def require_target(self, text: str) -> str:
         """The name of a target that this version has.
 

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from engines.backends import trt
 from engines.backends.profile import Fact, Profile
-from engines.backends.trt import BACKEND
 
 _DUMPS = "dumps of ResNet-18 and ResNet-50"
 
 _LATEST = Profile(
-    name=BACKEND.compiler,
+    name=trt.BACKEND.compiler,
     version="11",
-    title=f"{BACKEND.title} 11",
-    backend=BACKEND.name,
-    targets=BACKEND.targets,
+    title=f"{trt.BACKEND.title} 11",
+    backend=trt.BACKEND.name,
+    targets=trt.BACKEND.targets,
     kinds=("data centre", "jetson"),
     # INT8 convolutions on Turing: #2134. INT4 weights, FP8: support matrix of Model Optimizer. FP4: release notes 10.8.
     formats={"int8": 75, "int4": 80, "fp8": 89, "nvfp4": 100},
@@ -105,7 +105,7 @@ _LATEST = Profile(
 _TEN = replace(
     _LATEST,
     version="10.16",
-    title=f"{BACKEND.title} 10.16",
+    title=f"{trt.BACKEND.title} 10.16",
     opset=24,  # operators.md of the parser, 10.15
     # weakly typed unless asked, and timed with transfers, without CUDA graph (sampleOptions.h, sampleOptions.cpp)
     trtexec=("--stronglyTyped", "--useCudaGraph", "--useSpinWait", "--noDataTransfers"),
@@ -114,9 +114,9 @@ _TEN = replace(
 _JETPACK_6 = replace(
     _TEN,
     version="10.3",
-    title=f"{BACKEND.title} 10.3",
+    title=f"{trt.BACKEND.title} 10.3",
     # FP4 came with 10.8, Blackwell too; block scales of INT4 weights are for matrices (headers 10.0 to 10.6)
-    targets=tuple(target for target in BACKEND.targets if int(target[2:]) <= 90),
+    targets=tuple(target for target in trt.BACKEND.targets if int(target[2:]) <= 90),
     formats={"int8": 75, "int4": 80, "fp8": 89},
     blocks={"int4": (128, 64)},
     opset=20,  # operators.md of the parser, 10.3, from memory; of opset 21 it reads INT4 all the same (parser, 10.1)

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from engines.backends.backend import backend_named, backends
+from engines.backends.backend import backend_named, backends, members
 from engines.backends.profile import Fact, Profile, profile_named, profile_of, profiles
 from engines.core.errors import EngineError, UnsupportedTargetError
 
@@ -33,6 +33,11 @@ class TestEveryProfile:
             profile.require_formats(["fp8"], ["8.6", "sm89"])
         with pytest.raises(UnsupportedTargetError, match=f"{profile.title} has no int3: choose"):
             profile.require_formats(["int3"], ["sm89"])
+
+
+def test_a_file_of_profiles_is_no_second_backend() -> None:
+    names = [backend.name for backend in members("BACKEND")]
+    assert len(names) == len(set(names)) == len(backends())
 
 
 def test_every_backend_has_a_profile() -> None:

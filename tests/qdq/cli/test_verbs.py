@@ -402,7 +402,7 @@ def test_a_missing_runtime_ends_with_3_and_names_the_extra(
 
 
 def test_an_engine_without_a_gpu_ends_with_3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdq.build.engine.gpus", list)
+    monkeypatch.setattr("qdq.build.machine.gpus", list)
     done("build", "net.onnx", "-o", "net.engine")
     message = refused(folder, "check", "net.onnx", "net.engine", "--data", "data", code=3)
     assert "No GPU here" in message and "sm89" in message
@@ -418,7 +418,7 @@ def test_an_engine_needs_the_model_it_was_compiled_from(folder: Path) -> None:
 
 def test_a_file_that_is_not_the_engines_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer table of another engine would say what that one does; a plan, table or report alike."""
-    monkeypatch.setattr("qdq.build.engine.gpus", list)
+    monkeypatch.setattr("qdq.build.machine.gpus", list)
     done("deploy", "net.onnx", "--data", "data", "--out", "out", "--tune", "off")
     done("build", "net.onnx", "-o", "float.engine")
     own = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
