@@ -55,6 +55,11 @@ class Pricer:
         targets = tuple(dict.fromkeys(gpu.target for gpu in self.gpus))
         self._compiles = Compiles(backend=self.recipe.backend, targets=targets, shapes=self.shapes)
 
+    @property
+    def told(self) -> Sequence[Gpu]:
+        """The GPUs for who reads the times."""
+        return self.gpus
+
     def __call__(self, model: Model) -> Price:
         """The price of a model; infinite where it does not compile."""
         return self.many([model])[0]

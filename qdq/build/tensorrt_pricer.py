@@ -29,8 +29,20 @@ from qdq.model.model import Model
 from qdq.model.nodes import all_nodes
 
 SUBSTITUTE = "sm80"
-"""Compiled for where TensorRT-RTX has no such target (sm87, sm90, sm100, ..): float networks have much the same kernels
-there, and the GPU's own numbers say how long they take."""
+"""Compiled for where TensorRT-RTX has no such target (sm87, sm90, sm100, ...): a float network has much the same
+kernels there, and the GPU's own numbers say how long they take."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DerivedGpu:
+    """A GPU as who reads predicted times of TensorRT must know of it."""
+
+    name: str
+    accumulation: str
+    notes: tuple[str, ...]
+
+    def other_accumulation(self) -> None:
+        """TensorRT accumulates FP16 products in FP16 on GeForce: VGG-16 on an RTX 3090 runs above the other's peak."""
 
 
 @dataclass(slots=True)
@@ -58,6 +70,19 @@ class TensorRtPricer:
     def __call__(self, model: Model) -> Price:
         """The price of a model; infinite where its float form does not compile."""
         return self.many([model])[0]
+
+    @property
+    def told(self) -> tuple[DerivedGpu, ...]:
+        """The GPUs for who reads the times; what all have in common, the first says."""
+        found = []
+        for gpu in self.gpus:
+            target = _compiled_for(gpu, self._compiles.targets)
+            place = "" if target == gpu.target else f" for {target} in the place of {gpu.target}, which it lacks"
+            notes = (
+                f"times of {self.recipe.profile.title} are derived from what TensorRT-RTX compiles of the float model"
+            )
+            found.append(DerivedGpu(name=gpu.name, accumulation=gpu.accumulation, notes=(f"{notes}{place}",)))
+        return tuple(found)
 
     def many(self, models: Sequence[Model]) -> list[Price]:
         """The price of each model, the float forms compiled `width` at a time."""

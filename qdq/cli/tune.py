@@ -51,6 +51,7 @@ def tune(
     from qdq.core.errors import InputError
     from qdq.deploy.report import Row, measured_rows
     from qdq.passes.prepare import load_float
+    from qdq.tune.exact.elsewhere import elsewhere
     from qdq.tune.find_plan import find_plan
 
     options.check_output(output, model, data, given["recipe"])
@@ -70,8 +71,8 @@ def tune(
             pricer = pricer_of(priced_here(recipe, bench), shapes, cache=cache)
             assert pricer is not None
             found = find_plan(prepared, pricer, samples=samples, bench=bench, on_progress=bars)
+        outcome = found.outcome(pricer.told, elsewhere(prepared, pricer))
     found.plan.save(output)
-    outcome = found.outcome(pricer.gpus)
     if outcome.measured:
         write_atomic(output.with_name(f"{output.name.removesuffix('.json')}.measured.jsonl"), outcome.lines)
     if as_json:
@@ -81,7 +82,7 @@ def tune(
         Row(outcome.label, outcome.times),
         *measured_rows(outcome.measured),
         Row("choice", found.summary),
-        *(Row("", said) for said in outcome.said),
+        *(Row("", said) for said in (*outcome.said, outcome.elsewhere) if said),
         *(Row("kept", step) for step in found.steps),
     ]
     if why := why_predicted(recipe):

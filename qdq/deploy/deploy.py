@@ -28,6 +28,7 @@ from engines.core.files import write_atomic
 from engines.verify.audit import audit
 from qdq.assemble.finish import float_type_of
 from qdq.build.branches import with_possible_branches
+from qdq.build.compiler import of_another
 from qdq.build.engine import add_report, checked, compile_engine, save_engine, shape_ranges
 from qdq.build.machine import builds_here, compiler_here, how_to_build, runs_here
 from qdq.build.measured.bench import bench_of, priced_here, why_predicted
@@ -48,6 +49,7 @@ from qdq.model.storage import load, save
 from qdq.model.weight_store import kept
 from qdq.passes.composites import written_out
 from qdq.passes.prepare import load_float
+from qdq.tune.exact.elsewhere import elsewhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +166,8 @@ def deploy(
         as_compiled = against_float(output, as_compiled=table) if table else None
         said = [check.note]
         if table and as_compiled:
-            said = [table.note, check.note, as_compiled.note.removeprefix(f"{check.note}; ")]
+            other = of_another(recipe.settings.compiler, table.backend, table.version)
+            said = [other, table.note, check.note, as_compiled.note.removeprefix(f"{check.note}; ")]
         if evaluated is None:
             notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
         if recipe.tune != "off" and not pricer:
@@ -173,7 +176,7 @@ def deploy(
             "float model": lambda: float_session(load(model_path), str(model_path), custom_ops=custom_ops),
             "shipped model": lambda: arithmetic.session(output, custom_ops=custom_ops),
         }
-        outcome = done.tuned.outcome(pricer.gpus) if done.tuned and pricer else None
+        outcome = done.tuned.outcome(pricer.told, elsewhere(prepared, pricer)) if done.tuned and pricer else None
         if outcome and outcome.measured:
             write_atomic(folder / "measured.jsonl", outcome.lines)
         label_dice = {name: _label_dice(session(), judged, labels) for name, session in opened.items() if labels}

@@ -146,9 +146,10 @@ class DeployReport(Document, frozen=True, kw_only=True):
         ]
 
     def _predicted(self) -> list[Row]:
-        if self.tuning is None:
+        if not self.tuning:
             return []
-        return [*measured_rows(self.tuning.measured), Row(self.tuning.label, self.tuning.gain)]
+        others = [Row("", self.tuning.elsewhere)] if self.tuning.elsewhere else []
+        return [*measured_rows(self.tuning.measured), Row(self.tuning.label, self.tuning.gain), *others]
 
     def _labels(self) -> list[Row]:
         names = {"float model": "the float model", "shipped model": self.model_file}

@@ -80,7 +80,7 @@ def written(
         made, finished = by(tuned.unquantized)
         tuned = tuned.left_in_float(built)
         notes.append(f"that plan, as built, is not {judged} faster than float, so the model is left in float")
-    notes += tuned.said(pricer.gpus)
+    notes += tuned.said(pricer.told)
     return ShippedModel(made=made, finished=finished, tuned=tuned, notes=tuple(filter(None, notes)))
 
 

@@ -42,6 +42,7 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
         measured: the forms that were timed on this machine's GPU, which decided; None where predicted times did.
         said: the same, and what else a person must know, one sentence each.
         steps: what was kept and given back, one line each.
+        elsewhere: what the other compiler is predicted to make of the model.
     """
 
     FORMAT: ClassVar[str] = "qdq.tuning/4"
@@ -63,6 +64,7 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
     measured: Timings | None = None
     said: tuple[str, ...]
     steps: tuple[str, ...]
+    elsewhere: str
 
     @property
     def complete(self) -> bool:
@@ -175,8 +177,8 @@ class Tuned:
         decided = self.decision.sentences(self.operands, gpus) if self.measured is None else []
         return [*self.remarks, *decided, *floats, *(others if self.refusal else [])]
 
-    def outcome(self, gpus: Sequence[PricedGpu]) -> TuningOutcome:
-        """What a report says of it, with times predicted for these GPUs."""
+    def outcome(self, gpus: Sequence[PricedGpu], elsewhere: str = "") -> TuningOutcome:
+        """What a report says of it, with times predicted for these GPUs, and of the other compiler."""
         times = (self.price.us, self.plain, self.untuned, self.fp32)
         predicted, plain, untuned, fp32 = (us if math.isfinite(us) else None for us in times)
         return TuningOutcome(
@@ -195,6 +197,7 @@ class Tuned:
             measured=self.measured,
             said=tuple(self.said(gpus)),
             steps=self.steps,
+            elsewhere=elsewhere,
         )
 
 

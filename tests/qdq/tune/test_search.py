@@ -22,8 +22,9 @@ from qdq.assemble.finish import finish
 from qdq.assemble.precision.convert import convert
 from qdq.build import engine
 from qdq.build.cost import TIE_US, Kernel, Price
-from qdq.build.pricer import MOST_WORKERS, Pricer, gpus_of
+from qdq.build.pricer import Pricer, gpus_of
 from qdq.build.pricing import processes
+from qdq.build.pricing.compiles import MOST_WORKERS
 from qdq.build.pricing.processes import Job, Workers
 from qdq.build.recipe import Recipe, read_recipe
 from qdq.core.errors import InputError
