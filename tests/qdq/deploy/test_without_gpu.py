@@ -144,6 +144,7 @@ class TestWithTheGpu:
     def test_another_version_is_said(self, folder: Path) -> None:
         said = words(deploy("--compiler", "tensorrt:10.16", "--target", "sm86"))
         assert "quantized for TensorRT 10.16, and TensorRT 11.4.0.106 compiled it" in said
+        assert "again with --compiler tensorrt:11, or build it by TensorRT 10.16" in said
 
     def test_another_gpu_than_that_of_the_target_does_not_build(self, folder: Path) -> None:
         assert "a GPU of sm80" in words(deploy("--gpu", "a100"))
