@@ -199,5 +199,3 @@ class TestABackendInOneFile:
         assert wrong.exit_code == 2 and "Toy has no target 'sm43'" in wrong.stderr
         detail = next(row.detail for row in doctor.diagnose() if row.name == "json")
         assert detail.endswith("engines without a GPU: --compiler toy)")
-            "engines without a GPU: --compiler toy)"
-        )

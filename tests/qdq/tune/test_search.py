@@ -393,7 +393,7 @@ class TestPricing:
         det = build([node("NonZero", "x", "i"), node("Det", "x", "y")], {"x": (1, 4, 4)}, outputs=("y",))
         models = [conv(), conv((16, 4, 3, 3)), conv((12, 4, 3, 3))]
         expected = self.pricer(models[0]).many(models)
-        monkeypatch.setattr("qdq.build.pricer.SLOW_S", 0.0)
+        monkeypatch.setattr("qdq.build.pricing.compiles.SLOW_S", 0.0)
         pricer = self.pricer(models[0])
         with pricer.parallel():
             assert pricer.width == 1 and pricer(models[0]) == expected[0] and pricer.width == min(cores(), MOST_WORKERS)
