@@ -22,7 +22,7 @@ PIPELINE = ("core", "model", "passes", "plan", "measure", "solve", "assemble", "
 ENGINES = {
     "plan": {"core", "backends"},
     "assemble": {"core", "backends"},
-    "build": {"core", "backends", "cost", "verify"},
+    "build": {"core", "backends", "cost", "timing", "verify"},
     "lint": {"core", "backends"},
     "deploy": {"core", "backends", "cost", "verify"},
     "cli": {"core", "backends", "cost", "timing", "verify"},

@@ -44,6 +44,7 @@ try:
     from engines.timing.machine import Monitor
     from engines.timing.measure import backend_for
     from engines.verify.manifest import package_versions
+    from qdq.build.measured.forms import WORST
 except ImportError as missing:
     print(
         f"Cannot import {missing.name}: install what qdq needs with `pip install .`, also beside torch.",
@@ -182,7 +183,7 @@ def networks(check: Check, bench: nets.Bench, options: argparse.Namespace) -> No
             for ran in nets.ran(case, bench, min(check.ends_s, time.monotonic() + NETWORK_S)):
                 everything.append(ran)
                 part.lines.append(line(ran))
-                part.values = [*(part.values or []), asdict(ran)]
+                part.values = [*(part.values or []), nets.plain(ran)]
             failed = [r for r in everything if r.network == case.name and (r.why or r.of_file < LEAST_DB)]
             if failed:
                 part.state, part.why = "failed", f"{', '.join(r.form for r in failed)}; see below"
@@ -209,7 +210,7 @@ def worst(part: Part, everything: list[nets.Ran]) -> None:
     pairs = [(ran, pair) for ran in everything for pair in ran.pairs]
     if not pairs:
         raise MissingRuntimeError("no kernel was both predicted and measured")
-    for ran, p in sorted(pairs, key=lambda x: -abs(x[1].measured_us - x[1].predicted_us))[: nets.WORST]:
+    for ran, p in sorted(pairs, key=lambda x: -x[1].off_us)[:WORST]:
         times = f"predicted {p.predicted_us:8.1f}, measured {p.measured_us:8.1f} us"
         part.lines.append(f"{times}  {ran.network} {ran.form} {p.kernel[:80]}")
     unmatched = sum(ran.unmatched for ran in everything)

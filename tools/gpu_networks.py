@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from msgspec import structs
 
 from calib_data import random_samples
 from engines.backends.backend import Backend, backend_named, predicting
 from engines.backends.compiler import Engine, ShapeRange
 from engines.core import onnx_runtime as ort
 from engines.cost.gpus import Gpu
-from engines.cost.predict import predict
+from engines.cost.predict import engine_work
 from engines.timing.driver import Card, Driver
 from engines.timing.events import EventTimer
 from engines.timing.loaded import LoadedEngine
@@ -32,7 +32,9 @@ from engines.timing.timer import Load
 from qdq.assemble.finish import finish
 from qdq.assemble.precision.convert import convert
 from qdq.assemble.quantize import quantize
-from qdq.build.pricer import Pricer, gpus_of
+from qdq.build.measured.bench import PROFILED, SECONDS
+from qdq.build.measured.forms import WORST, TimedKernel, paired
+from qdq.build.pricer import Pricer, gpus_of, mean
 from qdq.build.recipe import Recipe
 from qdq.deploy.demo import demo_model, demo_samples
 from qdq.measure.inference.inputs import input_specs
@@ -43,7 +45,6 @@ from qdq.plan.settings import Settings
 from qdq.tune.find_plan import find_plan
 
 FORMS = ("FP32", "FP16", "INT8", "tuned")
-SECONDS, PROFILED, WORST = 0.5, 20, 10
 TUNING_S = 20.0
 QUICK = Settings(bias_correction="off", calibrator="max", equalize="none")  # kernels do not depend on scales
 OPEN_SIZES = {1: 128, 2: 128, 3: 128, 4: 224, 5: 64}  # rank -> size of an open dimension that is not the first
@@ -58,15 +59,6 @@ class Case:
     name: str
     path: Path
     samples: list[Sample] = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KernelPair:
-    """One kernel in microseconds; by the runtime's profiler, which launches one at a time."""
-
-    kernel: str
-    predicted_us: float
-    measured_us: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +79,7 @@ class Ran:
     of_float: float = math.nan
     of_file: float = math.nan
     activation_mib: float = math.nan
-    pairs: tuple[KernelPair, ...] = field(default=(), repr=False)
+    pairs: tuple[TimedKernel, ...] = field(default=(), repr=False)
     unmatched: int = 0
 
 
@@ -216,38 +208,36 @@ def run_model(
             )
     made = engines[bench.backend.name]
     stand_in = engines.get(predicting(bench.backend.name).name)
-    cost = predict(path, stand_in.table, Gpu.from_mapping(bench.gpu), shapes=shapes) if stand_in and bench.gpu else None
+    price = None
+    if stand_in and bench.gpu:
+        work = engine_work(path, stand_in.table, shapes=shapes)
+        price = mean([(work.layers, work.on(Gpu.from_mapping(bench.gpu)))])
     (same,) = ort.run(ort.session(path), [sample])
     with LoadedEngine(bench.driver, made, sample) as loaded:
         outputs = loaded.outputs()
         memory = loaded.activation_bytes() / 2**20
         seen = loaded.kernel_times(PROFILED)
     (timing,) = EventTimer(bench.driver).times([Load(engine=made)], seconds=SECONDS)
-    predicted: dict[str, float] = defaultdict(float)
-    measured: dict[str, float] = defaultdict(float)
-    for each in cost.kernels if cost and stand_in is made else ():
-        predicted[each.name] += each.us
-    for one in seen:
-        measured[one.name] += one.us
-    pairs = [
-        KernelPair(kernel=name, predicted_us=predicted[name], measured_us=measured[name])
-        for name in measured
-        if name in predicted
-    ]
+    pairs, unmatched = paired(seen, made.table, price.kernels if price else ())
     return Ran(
         network=network,
         form=form,
         kernels=made.table.kernels,
-        predicted_us=cost.total_us if cost else math.nan,
+        predicted_us=price.us if price else math.nan,
         measured_us=timing.median_us,
         spread_us=timing.spread_us,
         graph=timing.graph,
         of_float=worst_sqnr_db(reference, outputs),
         of_file=worst_sqnr_db(same, outputs),
         activation_mib=memory,
-        pairs=tuple(sorted(pairs, key=lambda p: -abs(p.measured_us - p.predicted_us))[:WORST]),
-        unmatched=len(measured) - len(pairs),
+        pairs=pairs[:WORST],
+        unmatched=unmatched,
     )
+
+
+def plain(ran: Ran) -> dict[str, Any]:
+    """An engine as plain values."""
+    return {**asdict(replace(ran, pairs=())), "pairs": [structs.asdict(pair) for pair in ran.pairs]}
 
 
 def worst_sqnr_db(reference: Mapping[str, Any], outputs: Mapping[str, Any]) -> float:

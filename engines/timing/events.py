@@ -23,7 +23,7 @@ from engines.backends.compiler import Engine
 from engines.backends.trt import RuntimeCache
 from engines.timing.driver import Driver
 from engines.timing.loaded import LoadedEngine
-from engines.timing.timer import Arrays, Load, Timing
+from engines.timing.timer import Arrays, KernelTime, Load, Timing
 
 WARM_UP = 3  # inferences before anything is timed: the first compiles and loads kernels
 ROUND_US = 100_000.0  # of GPU time in one round, at most
@@ -101,6 +101,13 @@ class EventTimer:
         """As of `Timer`."""
         with self._loaded(engine, inputs) as loaded:
             found = loaded.outputs()
+            self._keep()
+            return found
+
+    def kernel_times(self, engine: Engine, runs: int) -> list[KernelTime]:
+        """As of `Timer`."""
+        with self._loaded(engine) as loaded:
+            found = loaded.kernel_times(runs)
             self._keep()
             return found
 

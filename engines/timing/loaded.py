@@ -22,7 +22,7 @@ from engines.backends.plugins import load_plugins
 from engines.backends.trt import RuntimeCache
 from engines.core.errors import import_runtime
 from engines.timing.driver import Driver
-from engines.timing.timer import Arrays, TimingError
+from engines.timing.timer import Arrays, KernelTime, TimingError
 
 # Names of `DataType` -> numpy; FP4 and INT4 cannot be inputs or outputs.
 _DTYPES: Mapping[str, Any] = {
@@ -36,14 +36,6 @@ _DTYPES: Mapping[str, Any] = {
     "INT64": np.int64,
     "BOOL": np.bool_,
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KernelTime:
-    """One kernel, by the name that the layer table has, and its microseconds by the runtime's profiler."""
-
-    name: str
-    us: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

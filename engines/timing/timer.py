@@ -88,6 +88,14 @@ class Timing:
         return Timing(us=tuple(self.us[i] for i in kept), at_s=tuple(self.at_s[i] for i in kept), graph=self.graph)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelTime:
+    """One kernel, by the name that the layer table has, and its microseconds by the runtime's profiler."""
+
+    name: str
+    us: float
+
+
 class Timer(Protocol):
     """Runs engines on one GPU and says how long they took there."""
 
@@ -109,6 +117,19 @@ class Timer(Protocol):
         Args:
             engine: as of `Load`.
             inputs: an array of each input's shape and type, by its name.
+
+        Raises:
+            TimingError: as `times`.
+        """
+
+    def kernel_times(self, engine: Engine, runs: int) -> list[KernelTime]:
+        """The median time of each kernel over some inferences.
+
+        Kernels are launched one by one: their sum is more than an inference.
+
+        Args:
+            engine: as of `Load`.
+            runs: inferences.
 
         Raises:
             TimingError: as `times`.

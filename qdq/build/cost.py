@@ -64,8 +64,11 @@ class Price:
 
     def tie(self, other: Price) -> float:
         """Microseconds up to which a difference of the two is none, by `TIE` and `TIE_US`."""
-        alone = (_exclusive(self.kernels, other.kernels), _exclusive(other.kernels, self.kernels))
-        return max(TIE * max(alone), TIE_US)
+        return max(TIE * self.apart_us(other), TIE_US)
+
+    def apart_us(self, other: Price) -> float:
+        """Microseconds of the kernels in which the two differ, of the one with more of them."""
+        return max(_exclusive(self.kernels, other.kernels), _exclusive(other.kernels, self.kernels))
 
 
 class PricedGpu(Protocol):

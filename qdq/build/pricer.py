@@ -1,44 +1,35 @@
 """The price of a variant: it is compiled for each target, its kernels priced by `engines.cost`, equal graphs only once.
 
-Model -> structure hash -> known price, or temporary file -> engine's layers -> predicted microseconds -> Price
-A structure is the graph without the values of weights, on which no kernel depends. It must not search.
+Model -> structure hash -> known price, or engine's kernels -> predicted microseconds -> Price
+It must not search.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from onnx import TensorProto
-
 from engines.backends.backend import backend_named
 from engines.backends.compiler import ShapeRange
-from engines.core.errors import BuildError, UnsupportedTargetError, import_runtime
-from engines.core.files import Scratch, read_file
+from engines.backends.layers import Layer
+from engines.core.errors import BuildError, UnsupportedTargetError
+from engines.core.files import read_file
 from engines.cost.constants import CONSTANTS
 from engines.cost.gpus import GPUS, Gpu, gpu_named, usual_gpu
+from engines.cost.predict import Cost, EngineWork
 from qdq.build.cost import Kernel, Price
-from qdq.build.engine import compile_engine
-from qdq.build.processes import Job, Workers, price_of
+from qdq.build.pricing.compiles import Compiles
 from qdq.build.recipe import Recipe
 from qdq.core.errors import InputError
 from qdq.core.files import write_text
-from qdq.core.resources import cores
 from qdq.model.model import Model
-from qdq.model.nodes import without_initializers
-from qdq.model.storage import save
 
 FORMAT = "qdq.price/2"
-MOST_WORKERS = 4  # compilers at a time: each needs some hundred MB
-SLOW_S = 0.2  # a compile that takes longer is worth a process
-SMALL = 64  # elements up to which a constant may be an argument, such as a shape or an axis
 
 
 @dataclass(slots=True)
@@ -50,17 +41,24 @@ class Pricer:
         shapes: of each input; the usual one is priced.
         gpus: one per target.
         cache: folder of known prices, or None to know those of this process only.
-        failure: the compiler's last refusal.
     """
 
     recipe: Recipe
     shapes: Mapping[str, ShapeRange]
     gpus: Sequence[Gpu]
     cache: Path | None = None
-    failure: BuildError | None = None
     _known: dict[str, Price] = field(default_factory=dict)
-    _workers: Workers | None = None
-    _slow: bool = False
+    _compiles: Compiles = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Nothing is compiled yet."""
+        targets = tuple(dict.fromkeys(gpu.target for gpu in self.gpus))
+        self._compiles = Compiles(backend=self.recipe.backend, targets=targets, shapes=self.shapes)
+
+    @property
+    def told(self) -> Sequence[Gpu]:
+        """The GPUs for who reads the times."""
+        return self.gpus
 
     def __call__(self, model: Model) -> Price:
         """The price of a model; infinite where it does not compile."""
@@ -68,11 +66,10 @@ class Pricer:
 
     def many(self, models: Sequence[Model]) -> list[Price]:
         """The price of each model, `width` at a time."""
-        keys = [self._key(model) for model in models]
+        keys = [self._compiles.key(model, CONSTANTS, *self.gpus) for model in models]
         unknown = {key: model for key, model in zip(keys, models, strict=True) if not self._stored(key)}
-        with Scratch() as folder:
-            found = self._compiled([self._job(model, folder / key) for key, model in unknown.items()])
-        for key, price in zip(unknown, found, strict=True):
+        for key, works in zip(unknown, self._compiles(unknown), strict=True):
+            price = refused(works) if isinstance(works, BuildError) else priced(works, self.gpus)
             self._known[key] = price
             if self.cache is not None and math.isfinite(price.us):  # a refusal may be of the machine, not of the model
                 self.cache.mkdir(parents=True, exist_ok=True)
@@ -80,82 +77,79 @@ class Pricer:
         return [self._known[key] for key in keys]
 
     def refusal(self, model: Model) -> BuildError:
-        """Why a model does not compile, with the node that the compiler refuses; the last refusal, if it does."""
-        with Scratch() as folder:
-            job = self._job(model, folder / "refused")
-            try:
-                compile_engine(job.path, recipe=self.recipe, shapes=job.shapes)
-            except BuildError as error:
-                return error
-        return self.failure or BuildError("No way to write the model compiles.")
+        """Why a model does not compile, as of `Compiles`."""
+        return self._compiles.refusal(model)
 
     @property
     def width(self) -> int:
         """How many models are best priced at a time."""
-        return self._workers.count if self._workers and self._slow else 1
+        return self._compiles.width
 
-    @contextmanager
-    def parallel(self) -> Iterator[None]:
+    def parallel(self) -> AbstractContextManager[None]:
         """Inside, models that take long to compile are compiled in processes of their own, one per core."""
-        self._workers = Workers(min(cores(), MOST_WORKERS), self.recipe.backend)
-        try:
-            yield
-        except BaseException:
-            self._workers.close(now=True)
-            raise
-        else:
-            self._workers.close()
-        finally:
-            self._workers = None
+        return self._compiles.parallel()
 
     def _stored(self, key: str) -> bool:
         if key not in self._known and self.cache is not None and (price := _read(self.cache / f"{key}.json")):
             self._known[key] = price
         return key in self._known
 
-    def _job(self, model: Model, folder: Path) -> Job:
-        folder.mkdir()
-        save(model, folder / "model.onnx")
-        fixed = {name: ShapeRange.fixed(shape.opt) for name, shape in self.shapes.items()}
-        return Job(path=folder / "model.onnx", gpus=tuple(self.gpus), shapes=fixed, backend=self.recipe.backend)
 
-    def _compiled(self, jobs: Sequence[Job]) -> list[Price]:
-        if self._workers and self._slow:
-            answers = self._workers(jobs)
-        else:
-            began = time.monotonic()
-            answers = [_here(job) for job in jobs]
-            self._slow = self._slow or time.monotonic() - began > SLOW_S * max(len(jobs), 1)
-        self.failure = next((a for a in reversed(answers) if isinstance(a, BuildError)), self.failure)
-        return [a if isinstance(a, Price) else Price(us=math.inf, refusal=str(a)) for a in answers]
+def priced(works: Mapping[str, EngineWork], gpus: Sequence[Gpu]) -> Price:
+    """The mean over GPUs of engines' times.
 
-    def _key(self, model: Model) -> str:
-        """SHA-256 of the structure and of everything else that a price depends on."""
-        proto = without_initializers(model.proto)
-        for tensor in model.graph.initializer:
-            weight = math.prod(tensor.dims) > SMALL or tensor.data_type in (TensorProto.INT8, TensorProto.FLOAT8E4M3FN)
-            light = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-            proto.graph.initializer.append(light if weight else tensor)
-        runtime = backend_named(self.recipe.backend).runtime
-        version = f"{runtime} {import_runtime(runtime).__version__}"
-        made = [
-            version,
-            repr(CONSTANTS),
-            [repr(g) for g in self.gpus],
-            sorted((n, repr(s)) for n, s in self.shapes.items()),
-        ]
-        return hashlib.sha256(proto.SerializeToString(deterministic=True) + repr(made).encode()).hexdigest()
+    Where FP16 products may accumulate in either type, the price under the other assumption is that of the same kernels.
 
-
-def cost_model(recipe: Recipe, shapes: Mapping[str, ShapeRange], cache: Path | None = None) -> Pricer | None:
-    """Who prices variants for a recipe; None where it tunes nothing, or its compiler's times are predicted by nobody.
-
-    Raises:
-        QdqError, EngineError: see `gpus_of`.
+    Args:
+        works: of each GPU's target.
     """
-    if recipe.tune == "off" or not backend_named(recipe.backend).predicts:
-        return None
-    return Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe), cache=cache)
+
+    def on(some: Sequence[Gpu]) -> Price:
+        return mean([(works[gpu.target].layers, works[gpu.target].on(gpu)) for gpu in some])
+
+    others = [gpu.other_accumulation() for gpu in gpus]
+    if not any(others):
+        return on(gpus)
+    return replace(on(gpus), other=on([other or gpu for gpu, other in zip(gpus, others, strict=True)]))
+
+
+def refused(error: BuildError) -> Price:
+    """The price of a model that does not compile."""
+    return Price(us=math.inf, refusal=str(error))
+
+
+def mean(costs: Sequence[tuple[Sequence[Layer], Cost]]) -> Price:
+    """The mean of the times of engines, each with its layers; its errors are the largest, not known if one is not."""
+    kernels = [
+        Kernel(
+            us=kernel.us / len(costs),
+            macs=kernel.macs,
+            bytes=kernel.bytes,
+            nodes=kernel.onnx_nodes,
+            signature=signature(layer),
+        )
+        for layers, cost in costs
+        for layer, kernel in zip(layers, cost.kernels, strict=True)
+    ]
+    return Price(
+        us=math.fsum(k.us for k in kernels),
+        kernels=tuple(kernels),
+        error=_largest(cost.error for _, cost in costs),
+        ratio_error=_largest(cost.ratio_error for _, cost in costs),
+    )
+
+
+def _largest(errors: Iterable[float | None]) -> float | None:
+    every = list(errors)
+    known = [error for error in every if error is not None]
+    return max(known) if known and len(known) == len(every) else None
+
+
+def signature(layer: Layer) -> str:
+    """What a kernel is, without the compiler's numbering: kind, types and shapes in and out, ONNX nodes."""
+    ends = (layer.inputs, layer.outputs)
+    reads, writes = (" ".join(sorted(f"{t.dtype}{list(t.shape)}" for t in tensors)) for tensors in ends)
+    return f"{layer.kind} {reads} -> {writes} | {' '.join(sorted(layer.onnx_nodes))}"
 
 
 def gpus_of(recipe: Recipe) -> tuple[Gpu, ...]:
@@ -184,13 +178,6 @@ def gpus_of(recipe: Recipe) -> tuple[Gpu, ...]:
             )
         found += mine or filter(None, [usual])
     return tuple(found)
-
-
-def _here(job: Job) -> Price | BuildError:
-    try:
-        return price_of(job)
-    except BuildError as error:
-        return error
 
 
 def _read(path: Path) -> Price | None:

@@ -38,6 +38,7 @@ from qdq.plan.settings import Settings
 
 UNQUANTIZED_TYPES = ("auto", "fp16", "bf16", "fp32")
 TUNES = ("placement", "rewrites", "off")
+JUDGES = ("predicted", "measured")
 TUNE_COMPILES = 160
 TIME_LIMIT_S = 1800.0
 MOST_BYTES, MOST_CHARACTERS = 1 << 20, 1000  # of a recipe, and of one value in it
@@ -59,6 +60,7 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
         tune: as of `Recipe`; "" takes the default of the scheme.
         tune_compiles: variants that a search prices at most.
         time_limit: seconds.
+        judge: as of `Recipe`.
         gpu: names or rows.
         target: to compile for; none takes that of the GPUs, or the usual one.
         shape: as `ShapeOption.parse` reads them.
@@ -80,6 +82,7 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
     tune: str = ""
     tune_compiles: Annotated[int, msgspec.Meta(ge=0)] = TUNE_COMPILES
     time_limit: Annotated[float, msgspec.Meta(ge=0)] = TIME_LIMIT_S
+    judge: str = ""
     gpu: str | tuple[str | GpuRow, ...] = ()
     target: Words = ()
     shape: Words = ()
@@ -158,6 +161,8 @@ class Recipe:
             asks for another wants a smaller model, and gets rewrites.
         tune_compiles: variants that are priced for that choice, at most; the same on every machine.
         time_limit_s: seconds for that choice, at most; a search that they end depends on the machine.
+        judge: what decides between the forms that a search finds: 'predicted' times, or times 'measured' on this
+            machine's GPU; "" measures where a GPU of the one target and the compiler's runtime are here.
         gpus: to predict times for, names in `engines.cost.gpus.GPUS` or mappings for `Gpu.from_mapping`;
             none for the usual one of each target.
         targets: to compile for.
@@ -177,6 +182,7 @@ class Recipe:
     tune: str = "placement"
     tune_compiles: int = TUNE_COMPILES
     time_limit_s: float = TIME_LIMIT_S
+    judge: str = ""
     gpus: tuple[str | Mapping[str, object], ...] = ()
     targets: tuple[str, ...] = USUAL_TARGETS
     chosen_because: str = ""
@@ -260,12 +266,19 @@ class Recipe:
         fields = {name: getattr(file, name) for name in Settings.__struct_fields__}
         settings = Settings(**{**fields, "compiler": choice.compiler})
         usual = "placement" if settings.scheme == "int8" else "rewrites"
+        tune = choose(file.tune or usual, TUNES, "way to tune")
+        judge = choose(file.judge, JUDGES, "judge") if file.judge else ""
+        if judge == "measured" and tune == "off":
+            raise InputError(
+                "--judge measured decides between forms of a model, and --tune off makes none: leave one out."
+            )
         made = cls(
             settings=settings,
             unquantized_type=choose(file.unquantized_type, UNQUANTIZED_TYPES, "type for what is not quantized"),
-            tune=choose(file.tune or usual, TUNES, "way to tune"),
+            tune=tune,
             tune_compiles=file.tune_compiles,
             time_limit_s=file.time_limit,
+            judge=judge,
             gpus=gpus,
             targets=choice.targets,
             chosen_because=choice.because,

@@ -164,6 +164,11 @@ tune_options = _options(
         help="Stop tuning after this time, default 1800, whatever was looked at by then.",
     ),
     click.option(
+        "--judge",
+        help="Decide by predicted times, or by times measured on this machine's GPU; default: measured where a GPU of "
+        "the one target is here.",
+    ),
+    click.option(
         "--gpu",
         multiple=True,
         cls=Listed,

@@ -1,6 +1,6 @@
-"""`qdq tune`: the plan that the compiler's result is predicted fastest for.
+"""`qdq tune`: the plan that the compiler's result is predicted fastest for, or measured where a GPU is here.
 
-options -> recipe, samples if given -> qdq.tune.find_plan -> plan.json, a short table.
+options -> recipe, samples if given -> qdq.tune.find_plan -> plan.json, lines of what was measured, a short table.
 What is heavy is imported inside the verb.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from qdq.cli import options
-from qdq.cli.terminal import Bars, show_rows
+from qdq.cli.terminal import Bars, note, show_rows
 
 
 @click.command()
@@ -44,21 +44,20 @@ def tune(
     What is quantized is predicted to gain time, by more than a tie; where that is not so, the nodes stay in float.
     Without --data every activation is assumed asymmetric, the most expensive case.
     """
-    from engines.backends.backend import predicting
+    from engines.core.files import write_atomic
     from qdq.build.engine import shape_ranges
-    from qdq.build.pricer import Pricer, gpus_of
+    from qdq.build.measured.bench import bench_of, priced_here, why_predicted
+    from qdq.build.tensorrt_pricer import pricer_of, unpriced
     from qdq.core.errors import InputError
-    from qdq.deploy.report import Row
+    from qdq.deploy.report import Row, measured_rows
     from qdq.passes.prepare import load_float
+    from qdq.tune.exact.elsewhere import elsewhere
     from qdq.tune.find_plan import find_plan
 
     options.check_output(output, model, data, given["recipe"])
     recipe = options.recipe_of(given)
-    if (other := predicting(recipe.backend)).name != recipe.backend:
-        raise InputError(
-            f"tune prices what {other.title} compiles: it needs --compiler {other.compiler} ({other.need})."
-        )
-    gpus = gpus_of(recipe)
+    if why := unpriced(recipe):
+        raise InputError(f"Nothing to tune by: {why}. Take the scheme int8, or --compiler rtx.")
     with Bars() as bars:
         bars(0, None, "Prepare")
         prepared = load_float(model)
@@ -68,17 +67,24 @@ def tune(
         elif "min_sqnr_db" in recipe.limits:
             raise InputError("--min-sqnr-db needs --data: accuracy is measured on samples.")
         shapes = shape_ranges(prepared, recipe.shapes, samples)
-        pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus, cache=cache)
-        found = find_plan(prepared, pricer, samples=samples, on_progress=bars)
+        with bench_of(recipe, shapes) as bench:
+            pricer = pricer_of(priced_here(recipe, bench), shapes, cache=cache)
+            assert pricer is not None
+            found = find_plan(prepared, pricer, samples=samples, bench=bench, on_progress=bars)
+        outcome = found.outcome(pricer.told, elsewhere(prepared, pricer))
     found.plan.save(output)
-    outcome = found.outcome(gpus)
+    if outcome.measured:
+        write_atomic(output.with_name(f"{output.name.removesuffix('.json')}.measured.jsonl"), outcome.lines)
     if as_json:
         click.echo(outcome.to_json(), nl=False)
         return
     rows = [
         Row(outcome.label, outcome.times),
+        *measured_rows(outcome.measured),
         Row("choice", found.summary),
-        *(Row("", said) for said in outcome.said),
+        *(Row("", said) for said in (*outcome.said, outcome.elsewhere) if said),
         *(Row("kept", step) for step in found.steps),
     ]
+    if why := why_predicted(recipe):
+        note(why)
     show_rows(f"Tuned plan of {model.name} in {output}", rows)

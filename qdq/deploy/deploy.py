@@ -38,9 +38,10 @@ from qdq.build.engine import (
     shape_ranges,
 )
 from qdq.build.machine import builds_here, compiler_here, how_to_build, runs_here
-from qdq.build.pricer import cost_model
+from qdq.build.measured.bench import bench_of, priced_here, why_predicted
 from qdq.build.recipe import Recipe
 from qdq.build.script.write import save_build_script
+from qdq.build.tensorrt_pricer import pricer_of, unpriced
 from qdq.core.files import folder_beside, move_all
 from qdq.core.progress import Progress
 from qdq.deploy.check import evaluate, float_session
@@ -56,6 +57,7 @@ from qdq.model.storage import load, save
 from qdq.model.weight_store import kept
 from qdq.passes.composites import written_out
 from qdq.passes.prepare import load_float
+from qdq.tune.exact.elsewhere import elsewhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +87,9 @@ def deploy(
 
     `out` receives <stem>.<scheme>.onnx (where nothing is quantized, <stem>.<float type>.onnx), <stem>.engine with its
     layers (.json) and manifest (.manifest.json), plan.json, table.json and report.json: all of them, or after an error
-    none. A missed limit is no error. Where the recipe's compiler needs a GPU that is not here, build_engine.sh stands
-    in for the engine, and builds it where there is one.
+    none; where forms were timed on a GPU also measured.jsonl, a line for each. A missed limit is no error. Where the
+    recipe's compiler needs a GPU that is not here, build_engine.sh stands in for the engine, and builds it where there
+    is one.
 
     Args:
         model_path: a float ONNX file; it is not changed.
@@ -120,9 +123,9 @@ def deploy(
     )
     stem = model_path.name.removesuffix(".onnx")
     weights = out.absolute().with_name(f".{out.absolute().name}.weights")  # of a large model, if a run is killed
-    with folder_beside(out) as folder, registered(custom_ops), kept(weights):
-        pricer = cost_model(recipe, shapes)
-        done = written(prepared, calibration, recipe, pricer=pricer, on_progress=on_progress)
+    with folder_beside(out) as folder, registered(custom_ops), kept(weights), bench_of(recipe, shapes) as bench:
+        pricer = pricer_of(priced_here(recipe, bench), shapes) if recipe.tune != "off" else None
+        done = written(prepared, calibration, recipe, pricer=pricer, bench=bench, on_progress=on_progress)
         made, finished = done.made, done.finished
         low = (
             float_type_of(made.plan, recipe.unquantized_type) if arithmetic.holds_low(finished.model.proto) else "fp32"
@@ -180,11 +183,14 @@ def deploy(
         if evaluated is None:
             notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
         if recipe.tune != "off" and not pricer:
-            notes = [*notes, f"not tuned: predicted times {backend_named(recipe.backend).unpredicted}"]
+            notes = [*notes, f"not tuned: {unpriced(recipe)}"]
         opened: dict[str, Callable[[], Any]] = {
             "float model": lambda: float_session(load(model_path), str(model_path), custom_ops=custom_ops),
             "shipped model": lambda: arithmetic.session(output, custom_ops=custom_ops),
         }
+        outcome = done.tuned.outcome(pricer.told, elsewhere(prepared, pricer)) if done.tuned and pricer else None
+        if outcome and outcome.measured:
+            write_atomic(folder / "measured.jsonl", outcome.lines)
         label_dice = {name: _label_dice(session(), judged, labels) for name, session in opened.items() if labels}
         report = DeployReport(
             check=check,
@@ -204,11 +210,21 @@ def deploy(
             evaluated_on="calibration samples" if evaluated is None else "evaluation samples",
             notes=tuple(
                 filter(
-                    None, [*prepared.notes, *notes, *done.notes, *made.solution.notes, *finished.notes, *said, reason]
+                    None,
+                    [
+                        *prepared.notes,
+                        why_predicted(recipe),
+                        *notes,
+                        *done.notes,
+                        *made.solution.notes,
+                        *finished.notes,
+                        *said,
+                        reason,
+                    ],
                 )
             ),
             label_dice=label_dice,
-            tuning=done.tuned.outcome(pricer.gpus) if done.tuned and pricer else None,
+            tuning=outcome,
         )
         write_atomic(folder / "report.json", report.to_json())
         if table:

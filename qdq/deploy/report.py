@@ -16,6 +16,7 @@ from engines.backends.layers import LayerTable
 from engines.core.documents import Document, Part
 from engines.verify.audit import Audit
 from engines.verify.report import OutputReport, Report
+from qdq.build.measured.forms import Timings
 from qdq.plan.plan import Plan
 from qdq.tune.tuned import TuningOutcome
 
@@ -145,11 +146,26 @@ class DeployReport(Document, frozen=True, kw_only=True):
         ]
 
     def _predicted(self) -> list[Row]:
-        return [Row(self.tuning.label, self.tuning.gain)] if self.tuning else []
+        if not self.tuning:
+            return []
+        others = [Row("", self.tuning.elsewhere)] if self.tuning.elsewhere else []
+        return [*measured_rows(self.tuning.measured), Row(self.tuning.label, self.tuning.gain), *others]
 
     def _labels(self) -> list[Row]:
         names = {"float model": "the float model", "shipped model": self.model_file}
         return [Row(f"Dice of {names[k]} against the atlas", _per_class(dice)) for k, dice in self.label_dice.items()]
+
+
+def measured_rows(timings: Timings | None) -> list[Row]:
+    """What was measured of a choice, and its worst predicted kernels; none where times were predicted only."""
+    if timings is None:
+        return []
+    rows = [Row(timings.label, timings.gain)]
+    for number, kernel in enumerate(timings.shipped.kernels):
+        what = "kernels whose prediction is furthest off" if not number else ""
+        times = f"predicted {kernel.predicted_us:.1f}, measured {kernel.measured_us:.1f} us"
+        rows.append(Row(what, f"{times}: {kernel.kernel[:80]}"))
+    return rows
 
 
 def check_rows(report: Report) -> list[Row]:

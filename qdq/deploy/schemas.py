@@ -16,10 +16,12 @@ FILES = {
     "layers": ("engines.backends.layers", "LayerTable"),
     "lint": ("qdq.lint.report", "LintReport"),
     "manifest": ("engines.verify.manifest", "Manifest"),
+    "measured": ("qdq.build.measured.forms", "TimedForm"),  # a line of measured.jsonl
     "plan": ("qdq.plan.plan", "Plan"),
     "recipe": ("qdq.build.recipe", "RecipeFile"),
     "report": ("qdq.deploy.report", "DeployReport"),
     "table": ("qdq.measure.table", "TableFile"),
+    "timings": ("qdq.build.measured.forms", "Timings"),  # of a report or a tuning
     "tuning": ("qdq.tune.tuned", "TuningOutcome"),
 }
 

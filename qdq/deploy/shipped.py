@@ -10,8 +10,9 @@ from qdq.assemble.finish import Finished, finish
 from qdq.assemble.quantize import Quantized, quantize
 from qdq.assemble.tables import Tables
 from qdq.build.engine import Provenance
-from qdq.build.pricer import Pricer
+from qdq.build.measured.bench import Bench
 from qdq.build.recipe import Recipe
+from qdq.build.tensorrt_pricer import AnyPricer
 from qdq.core.progress import Progress
 from qdq.model.external import is_external, tensor_bytes
 from qdq.model.model import Model
@@ -19,6 +20,7 @@ from qdq.model.nodes import all_tensors
 from qdq.plan import placement
 from qdq.plan.plan import Plan
 from qdq.tune.find_plan import difference, find_plan
+from qdq.tune.measured import as_built
 from qdq.tune.tuned import Tuned
 
 
@@ -37,17 +39,20 @@ def written(
     calibration: Samples,
     recipe: Recipe,
     *,
-    pricer: Pricer | None,
+    pricer: AnyPricer | None,
+    bench: Bench | None = None,
     tables: Tables | None = None,
     on_progress: Progress | None = None,
 ) -> ShippedModel:
     """The model that a recipe asks for.
 
-    Tuned if a pricer is given. Left in float where what was built is not predicted faster by more than a tie.
+    Tuned if a pricer is given. Left in float where what was built is not predicted faster by more than a tie, or with
+    a bench not measured faster by what quantizing must gain.
 
     Args:
         prepared: what `load_float` gave.
         recipe: its settings, float type and tuning count, and where placement is tuned its `min_sqnr_db`.
+        bench: as of `find_plan`.
         tables: of these samples, in place of a new calibration where they have what is needed.
 
     Raises:
@@ -63,15 +68,19 @@ def written(
     if pricer is None:
         made, finished = by(placement.plan(prepared, recipe.settings))
         return ShippedModel(made=made, finished=finished, tuned=None, notes=())
-    tuned = find_plan(prepared, pricer, samples=calibration, on_progress=on_progress)
+    tuned = find_plan(prepared, pricer, samples=calibration, bench=bench, on_progress=on_progress)
     made, finished = by(tuned.plan)
-    built = pricer(finished.model)
+    built, judged = pricer(finished.model), "predicted"
+    gains = built.gains_on(tuned.unquantized_price)
+    if bench is not None and tuned.measured is not None:
+        judged = "measured"
+        tuned, gains = as_built(tuned, finished.model, built, bench)
     notes = [f"tuned: {tuned.summary}", difference(tuned, built)]
-    if recipe.tune == "placement" and made.plan.points and not built.gains_on(tuned.unquantized_price):
+    if recipe.tune == "placement" and made.plan.points and not gains:
         made, finished = by(tuned.unquantized)
         tuned = tuned.left_in_float(built)
-        notes.append("that plan, as built, is not predicted faster than float, so the model is left in float")
-    notes += tuned.said(pricer.gpus)
+        notes.append(f"that plan, as built, is not {judged} faster than float, so the model is left in float")
+    notes += tuned.said(pricer.told)
     return ShippedModel(made=made, finished=finished, tuned=tuned, notes=tuple(filter(None, notes)))
 
 

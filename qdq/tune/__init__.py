@@ -1,1 +1,1 @@
-"""The search for the variant that is predicted to run fastest. Must not know the backend that compiles."""
+"""The search for the variant that is predicted to run fastest, or measured so. Must not know who compiles."""

@@ -71,7 +71,8 @@ class Decision(Part, frozen=True, kw_only=True):
 
     def sentences(self, operands: str, gpus: Sequence[PricedGpu]) -> list[str]:
         """What a person must know of it; `operands` as INT8, times predicted for the GPUs."""
-        notes = [said for gpu in gpus for said in gpu.notes if not said.startswith("FP16")]  # that is said below
+        said_of = dict.fromkeys(said for gpu in gpus for said in gpu.notes)  # each once
+        notes = [said for said in said_of if not said.startswith("FP16")]  # that is said below
         return [said for said in (self._comparison(operands), *notes, self._assumption(operands, gpus)) if said]
 
     def left_in_float(self, built: Price, plain: Price) -> Decision:

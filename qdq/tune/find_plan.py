@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import TypedDict
 
 from engines.core.documents import replace
 from qdq.assemble.finish import finish
@@ -12,15 +13,18 @@ from qdq.assemble.held_out import HeldOutScore, Split, ranked
 from qdq.assemble.quantize import quantize
 from qdq.assemble.tables import Tables
 from qdq.build.cost import Price
-from qdq.build.pricer import Pricer
+from qdq.build.measured.bench import Bench
+from qdq.build.tensorrt_pricer import AnyPricer, TensorRtPricer
 from qdq.core.progress import Progress
 from qdq.measure.inference.inputs import as_samples
 from qdq.measure.inference.samples import Sample
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
+from qdq.tune.exact.search import tune_exactly
+from qdq.tune.measured import LISTED, measured
 from qdq.tune.prices import Budget
-from qdq.tune.search import tune
+from qdq.tune.search import RESERVE_DB, tune
 from qdq.tune.tuned import Tuned
 from qdq.tune.variant_builder import VariantBuilder
 
@@ -55,16 +59,33 @@ FEW = 2  # samples that give the quick ranges and the accuracy of variants
 EITHER = ("fp16", "fp32")  # of what is not quantized if nobody says, the usual one first
 
 
+class Wanted(TypedDict):
+    """What both kinds of search take; as of `tune`."""
+
+    placement: bool
+    min_sqnr_db: float
+    measure: Callable[[Plan], float] | None
+    budget: Budget
+    listed: int
+    on_progress: Progress | None
+
+
 def find_plan(
-    prepared: Model, pricer: Pricer, *, samples: Iterable[Sample] | None, on_progress: Progress | None = None
+    prepared: Model,
+    pricer: AnyPricer,
+    *,
+    samples: Iterable[Sample] | None,
+    bench: Bench | None = None,
+    on_progress: Progress | None = None,
 ) -> Tuned:
     """The plan with the least predicted time; of those that tie, a more exact one.
 
     Args:
-        pricer: of the recipe, whose settings, float type and limits of the search count, and with samples, where
-            placement is tuned, `min_sqnr_db`.
+        pricer: of the recipe (`pricer_of`), whose settings, float type and limits of the search count, and with
+            samples, where placement is tuned, `min_sqnr_db`.
         samples: re-iterable; a few are used for quick ranges (independent of order); an accuracy bound is verified
             on all. None assumes that every activation is asymmetric, the most expensive case.
+        bench: a GPU whose measured times decide between the best of what was found; None: predicted ones do.
 
     Raises:
         BuildError: no way to write the model compiles.
@@ -72,19 +93,29 @@ def find_plan(
     recipe = pricer.recipe
     few = None if samples is None else _few(samples)
     unquantized_types = EITHER if recipe.unquantized_type == "auto" else (recipe.unquantized_type,)
+    builder = VariantBuilder(model=prepared, settings=recipe.settings, unquantized_types=unquantized_types, samples=few)
+    measure = None
+    if samples is not None:
+        measure = accuracy(prepared, samples, recipe.settings, unquantized_type=recipe.unquantized_type)
+    wanted: Wanted = {
+        "placement": recipe.tune == "placement",
+        "min_sqnr_db": recipe.limits.get("min_sqnr_db", -math.inf),
+        "measure": measure,
+        "budget": Budget(compiles=recipe.tune_compiles, seconds=recipe.time_limit_s),
+        "listed": LISTED if bench else 0,
+        "on_progress": on_progress,
+    }
     with pricer.parallel():
-        found = tune(
-            VariantBuilder(model=prepared, settings=recipe.settings, unquantized_types=unquantized_types, samples=few),
-            pricer,
-            placement=recipe.tune == "placement",
-            min_sqnr_db=recipe.limits.get("min_sqnr_db", -math.inf),
-            measure=None
-            if samples is None
-            else accuracy(prepared, samples, recipe.settings, unquantized_type=recipe.unquantized_type),
-            budget=Budget(compiles=recipe.tune_compiles, seconds=recipe.time_limit_s),
-            on_progress=on_progress,
-        )
-    if math.isinf(found.price.us):
+        if isinstance(pricer, TensorRtPricer):
+            found = tune_exactly(builder, pricer, **wanted)
+        else:
+            found = tune(builder, pricer, **wanted)
+    if bench is not None:
+        bound_db, placement = wanted["min_sqnr_db"], wanted["placement"]
+        bounded = placement and bound_db > -math.inf
+        keeps = (lambda plan: measure(plan) >= bound_db + RESERVE_DB) if measure and bounded else None
+        found = measured(found, builder, pricer, bench, placement=placement, keeps=keeps, on_progress=on_progress)
+    if math.isinf(found.price.us) and found.measured is None:
         raise pricer.refusal(prepared)
     return found
 

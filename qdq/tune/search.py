@@ -37,6 +37,7 @@ FIRST = 0.7  # of the budget for the search before the first round
 GIVE_BACK = 0.2  # of the budget of a search, kept for giving back what gains nothing
 SHARES = (1.0, 0.5, 0.25)  # of the products quantized, most multiply-adds per byte first: starting points
 LEAST_US = 0.001  # of the time: what nodes take at least, where noise is weighed against time
+APART = 0.05  # of the time: in variants that are listed, kernels of that share are others
 
 
 def tune(
@@ -47,6 +48,7 @@ def tune(
     min_sqnr_db: float = -math.inf,
     measure: Callable[[Plan], float] | None = None,
     budget: Budget | None = None,
+    listed: int = 0,
     clock: Callable[[], float] = time.monotonic,
     on_progress: Progress | None = None,
 ) -> Tuned:
@@ -60,24 +62,16 @@ def tune(
             by how far quick scales are from it; what does not keep the bound by this measure is not returned.
         budget: that no further variant is priced beyond, apart from those to compare with: nothing quantized, and
             everything. None is no limit.
+        listed: quantized variants to list for who can measure, at most; 0 lists nothing.
         clock: seconds.
     """
-    bounded = placement and min_sqnr_db > -math.inf and builder.samples is not None
-    verified = measure if bounded else None
-    budget = budget or Budget()
     prices = Prices(builder=builder, judge=judge, clock=clock, on_progress=on_progress)
-    search = _Search(builder, prices, placement)
-    if bounded:
-        search.most = 10 ** (-(min_sqnr_db + MARGIN_DB) / 10)
-        search.least_db = min_sqnr_db + RESERVE_DB
-    search.run(budget.part(FIRST if verified else 1.0), first=True)
-    if verified:
-        search.verify(min_sqnr_db, verified, budget.part((1 - FIRST) / (ROUNDS - 1)))
-    return search.result()
+    search = Search(builder, prices, placement)
+    return search.found(min_sqnr_db=min_sqnr_db, measure=measure, budget=budget or Budget(), listed=listed)
 
 
 @dataclass(slots=True)
-class _Search:
+class Search:
     """The best so far, and every price asked for."""
 
     builder: VariantBuilder
@@ -86,10 +80,24 @@ class _Search:
     best: Variant = field(default_factory=Variant)
     steps: list[str] = field(default_factory=list)
     ended: str = ""
-    untuned: float = math.inf
+    everywhere: Variant = field(default_factory=Variant)
     most: float = math.inf
     least_db: float = -math.inf
     _rounding_db: dict[str, float] = field(default_factory=dict)
+
+    def found(
+        self, *, min_sqnr_db: float, measure: Callable[[Plan], float] | None, budget: Budget, listed: int
+    ) -> Tuned:
+        """The outcome; arguments as of `tune`."""
+        bounded = self.placement and min_sqnr_db > -math.inf and self.builder.samples is not None
+        verified = measure if bounded else None
+        if bounded:
+            self.most = 10 ** (-(min_sqnr_db + MARGIN_DB) / 10)
+            self.least_db = min_sqnr_db + RESERVE_DB
+        self.run(budget.part(FIRST if verified else 1.0), first=True)
+        if verified:
+            self.verify(min_sqnr_db, verified, budget.part((1 - FIRST) / (ROUNDS - 1)))
+        return replace(self.result(), listed=self.listed(listed))
 
     def run(self, budget: Budget, *, first: bool = False) -> None:
         """Search within a budget, a part of which is kept for giving back."""
@@ -119,7 +127,8 @@ class _Search:
         builder = self.builder
         usual = builder.usual
         everything = self.hoisted(replace(usual, quantized=frozenset(builder.quantizable(usual))))
-        self.untuned = self.us(everything)
+        self.everywhere = everything
+        self.us(everything)
         first = self.best = Variant() if self.placement else everything
         self.us(Variant())
         self.keep(everything, "quantized wherever it is possible")
@@ -328,17 +337,36 @@ class _Search:
             self._rounding_db[unquantized_type] = math.inf if found is None else found
         return self._rounding_db[unquantized_type] >= self.least_db
 
+    def listed(self, count: int) -> tuple[Variant, ...]:
+        """What may be taken by who measures, as far as accuracy goes.
+
+        The best, and the fastest other quantized variants, of other kernels, up to a number; then those in float.
+        """
+        if not count:
+            return ()
+        found = [self.best] if self.best.quantized else []
+        for variant, price in sorted(self.prices.asked.items(), key=lambda item: item[1].us):
+            if len(found) == count or math.isinf(price.us):
+                break
+            apart = all(price.apart_us(self.prices(other)) > APART * price.us for other in found)
+            if variant.quantized and apart and self.accurate(variant):
+                found.append(variant)
+        types = ("", *self.builder.unquantized_types[1:])
+        precise = [kind for kind in types if self.precise(kind)] if self.placement else []
+        plain = [Variant(unquantized_type=kind) for kind in precise or types]
+        return tuple(dict.fromkeys([*found, *plain, self.floating()]))
+
     def result(self) -> Tuned:
         """The best variant as a plan."""
         asked, operands = self.prices.asked, self.builder.base(Variant()).plan.operands
         floating, plain = self.floating(), asked[Variant()]
-        price = asked[self.best]
+        price, untuned = asked[self.best], self.us(self.everywhere)
         bound = "" if self.least_db == -math.inf else ", or costs more accuracy than the bound allows"
         why = (
             f"{operands} does not pay here{bound}: with the choice made, the model is predicted to take {price.us:.1f} "
-            f"us; {self.untuned:.1f} with it wherever it is possible, {plain.us:.1f} without any"
+            f"us; {untuned:.1f} with it wherever it is possible, {plain.us:.1f} without any"
         )
-        if math.isinf(self.untuned):
+        if math.isinf(untuned):
             why = f"the model does not compile with {operands} wherever it is possible, and no fewer nodes were faster"
         usual = self.builder.unquantized_types[0]
         floats = {v.unquantized_type or usual: p for v, p in asked.items() if not (v.quantized or v.rewrites)}
@@ -347,10 +375,12 @@ class _Search:
             plan=self.builder.plan_of(self.best, why),
             unquantized=self.builder.plan_of(floating, why),
             unquantized_price=asked[floating],
+            floating=floating,
+            everywhere=self.everywhere,
             operands=operands,
             price=price,
             plain=plain.us,
-            untuned=self.untuned,
+            untuned=untuned,
             fp32=floats["fp32"].us if "fp32" in floats else math.inf,
             tried=len(asked),
             ended=self.ended,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from textwrap import shorten
 from typing import ClassVar, Literal, cast
 
-from engines.core.documents import Document
+from engines.core.documents import Document, replace
 from qdq.build.cost import Price, PricedGpu
+from qdq.build.measured.bench import Run
+from qdq.build.measured.forms import Timings
 from qdq.plan.plan import Plan
 from qdq.tune.decision import Decision
 from qdq.tune.variant import Variant
@@ -36,12 +38,14 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
         variants: how many were priced.
         ended_by: what ended the search before it was through: 'compiles', 'seconds', or '' for nothing.
         refused: float type -> what the compiler said of the model in it, where it does not compile.
-        decision: how sure the choice between quantized and float is.
+        decision: how sure the choice between quantized and float is, as predicted.
+        measured: the forms that were timed on this machine's GPU, which decided; None where predicted times did.
         said: the same, and what else a person must know, one sentence each.
         steps: what was kept and given back, one line each.
+        elsewhere: what the other compiler is predicted to make of the model.
     """
 
-    FORMAT: ClassVar[str] = "qdq.tuning/3"
+    FORMAT: ClassVar[str] = "qdq.tuning/4"
     MAKE: ClassVar[str] = "qdq tune --json"
     COMPUTED: ClassVar[Mapping[str, str]] = {"complete": "complete"}
 
@@ -57,13 +61,20 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
     ended_by: Literal["", "compiles", "seconds"]
     refused: dict[str, str]
     decision: Decision
+    measured: Timings | None = None
     said: tuple[str, ...]
     steps: tuple[str, ...]
+    elsewhere: str
 
     @property
     def complete(self) -> bool:
         """Whether the search was through."""
         return not self.ended_by
+
+    @property
+    def lines(self) -> str:
+        """A line of JSON for each form that was timed or left out; '' where none was to be."""
+        return "".join(f"{form.line}\n" for form in self.measured.forms) if self.measured else ""
 
     @property
     def label(self) -> str:
@@ -103,6 +114,9 @@ class Tuned:
         plan: of the variant, with its rewrites; every node left in float for the price's sake says so.
         unquantized: the plan of the fastest variant known with nothing quantized.
         unquantized_price: of that.
+        floating: that variant.
+        everywhere: the variant of `untuned`.
+        listed: the variants that may be taken by who measures, as far as accuracy goes; none where nobody does.
         price: of the variant.
         plain: predicted microseconds of the model in its float type, nothing quantized or rewritten.
         untuned: of everything quantized that the rules want, weight scales hoisted if that is better.
@@ -110,6 +124,9 @@ class Tuned:
         tried: how many variants were priced.
         ended: what ended the search, as `ended_by` of `TuningOutcome`.
         refusal: what the compiler said of the first quantized variant that does not compile; "" if all do.
+        measured: as of `TuningOutcome`.
+        reference: the fastest float form that was timed.
+        remarks: what is to be said of the measurement, one sentence each.
     """
 
     variant: Variant
@@ -127,6 +144,12 @@ class Tuned:
     refusal: str
     decision: Decision
     steps: tuple[str, ...]
+    floating: Variant = field(default_factory=Variant)
+    everywhere: Variant = field(default_factory=Variant)
+    listed: tuple[Variant, ...] = ()
+    measured: Timings | None = None
+    reference: Run | None = field(default=None, repr=False)
+    remarks: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -144,16 +167,18 @@ class Tuned:
     def left_in_float(self, built: Price) -> Tuned:
         """The same where the plan, as built, gains nothing on float: the float form's plan, price and decision."""
         decision = self.decision.left_in_float(built, self.unquantized_price)
-        return replace(self, plan=self.unquantized, price=self.unquantized_price, decision=decision)
+        timings = self.measured and replace(self.measured, chosen=self.measured.unquantized)
+        return replace(self, plan=self.unquantized, price=self.unquantized_price, decision=decision, measured=timings)
 
     def said(self, gpus: Sequence[PricedGpu]) -> list[str]:
         """What a person must know beside the summary, one sentence each, with times predicted for these GPUs."""
         floats = [f"the {kind.upper()} model does not compile: {_short(why)}" for kind, why in self.refused.items()]
         others = [f"some variants do not compile, so they were not chosen: {_short(self.refusal)}"]
-        return [*self.decision.sentences(self.operands, gpus), *floats, *(others if self.refusal else [])]
+        decided = self.decision.sentences(self.operands, gpus) if self.measured is None else []
+        return [*self.remarks, *decided, *floats, *(others if self.refusal else [])]
 
-    def outcome(self, gpus: Sequence[PricedGpu]) -> TuningOutcome:
-        """What a report says of it, with times predicted for these GPUs."""
+    def outcome(self, gpus: Sequence[PricedGpu], elsewhere: str = "") -> TuningOutcome:
+        """What a report says of it, with times predicted for these GPUs, and of the other compiler."""
         times = (self.price.us, self.plain, self.untuned, self.fp32)
         predicted, plain, untuned, fp32 = (us if math.isfinite(us) else None for us in times)
         return TuningOutcome(
@@ -169,8 +194,10 @@ class Tuned:
             ended_by=cast(Literal["", "compiles", "seconds"], self.ended),
             refused=dict(self.refused),
             decision=self.decision,
+            measured=self.measured,
             said=tuple(self.said(gpus)),
             steps=self.steps,
+            elsewhere=elsewhere,
         )
 
 

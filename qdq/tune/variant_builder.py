@@ -74,6 +74,7 @@ class VariantBuilder:
     _noises: dict[Variant, float] = field(default_factory=dict)
     _outputs: dict[str, np.ndarray] = field(default_factory=dict)
     _last: tuple[Variant, Model] | None = None
+    _usual: Variant | None = None
 
     def __post_init__(self) -> None:
         """Refuse patterns that match nothing: after rewrites they may, as given they may not.
@@ -112,8 +113,10 @@ class VariantBuilder:
     @property
     def usual(self) -> Variant:
         """Nothing but the rewrites that every plan has."""
-        _, fired = applied(self.model, placement.usual(self.model, self.settings))
-        return Variant(rewrites=frozenset((r.name, node) for r in fired for node in r.nodes))
+        if self._usual is None:
+            _, fired = applied(self.model, placement.usual(self.model, self.settings))
+            self._usual = Variant(rewrites=frozenset((r.name, node) for r in fired for node in r.nodes))
+        return self._usual
 
     def quantizable(self, variant: Variant) -> tuple[str, ...]:
         """The weighted nodes that the rules would quantize after the variant's rewrites."""
@@ -139,6 +142,11 @@ class VariantBuilder:
     def shortcuts(self, variant: Variant) -> tuple[str, ...]:
         """The shortcut operands that the rules would quantize."""
         return _shortcuts(self.base(variant).plan)
+
+    def shared(self, variant: Variant) -> frozenset[str]:
+        """The nodes without weights that read codes in a variant: those of its shortcuts."""
+        base = self.base(variant)
+        return frozenset(c.rpartition(":")[0] for c in _shortcuts(restricted(base.model, base.plan, variant, "")))
 
     def model_of(self, variant: Variant) -> Model:
         """The whole model as it would be compiled, with quick scales and codes."""

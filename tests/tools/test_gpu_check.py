@@ -9,15 +9,16 @@ import math
 import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import yaml
-from fake_gpu import ATTRIBUTES, FakeCuda, FakeEngine, FakeKernel, fake_runtime, install
+from fake_gpu import ATTRIBUTES, FakeCuda, install
 from fake_torch import fake_torch
+from loadable_engines import fake_clock, rtx_engines
 from places import ROOT
 from simulated_gpu import RTX4090, SimulatedTimer, compiler, small_products, without_weights
 
@@ -26,8 +27,9 @@ from engines.core import onnx_runtime as ort
 from engines.core.errors import MissingRuntimeError
 from engines.cost.constants import CONSTANTS
 from engines.cost.gpus import GPUS, Gpu
-from engines.timing import events, gpu_file, loaded
+from engines.timing import gpu_file
 from engines.timing.driver import Driver
+from qdq.build.measured.forms import TimedKernel
 
 pytest.importorskip("onnxruntime")
 
@@ -42,11 +44,7 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """A fake driver, and clocks that are its own."""
-    fake = FakeCuda()
-    install(monkeypatch, fake)
-    clock = SimpleNamespace(perf_counter=lambda: fake.host_us / 1e6, sleep=lambda seconds: None)
-    monkeypatch.setattr(events, "time", clock)
-    return fake
+    return fake_clock(monkeypatch, FakeCuda())
 
 
 def parts(printed: str) -> dict[str, dict[str, Any]]:
@@ -154,7 +152,7 @@ def test_engines_on_a_simulated_gpu(
 
 
 def test_each_network_is_a_part(tools: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    Ran, pair = tools.networks.Ran, tools.networks.KernelPair(kernel="conv", predicted_us=2.0, measured_us=9.0)
+    Ran, pair = tools.networks.Ran, TimedKernel(kernel="conv", predicted_us=2.0, measured_us=9.0)
     good = Ran(network="good", form="FP32", predicted_us=10.0, measured_us=12.0, of_file=90.0, pairs=(pair,))
     wrong = dataclasses.replace(good, network="wrong", form="INT8", of_file=3.0)
 
@@ -177,42 +175,10 @@ def test_each_network_is_a_part(tools: SimpleNamespace, monkeypatch: pytest.Monk
     assert check.parts[3].lines[0] == "predicted      2.0, measured      9.0 us  good FP32 conv"
 
 
-class Loadable(dict[bytes, FakeEngine]):
-    """Engines that TensorRT-RTX really compiled, as a fake runtime runs them: ONNX Runtime computes their outputs."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, nets: ModuleType, slow: float) -> None:
-        super().__init__()
-        rtx, gpu = backend_named("rtx"), GPUS["rtx4090"]
-
-        def build(model: Any, **options: Any) -> Any:
-            made = rtx.build(model, **options)
-            session = ort.session(model)
-            shapes = {name: tuple(shape.opt) for name, shape in options["shapes"].items()}
-            (outputs,) = ort.run(session, [{n: np.zeros(s, np.float32) for n, s in shapes.items()}])
-            tensors = {name: (shape, "FLOAT", True) for name, shape in shapes.items()}
-            tensors |= {name: (a.shape, "FLOAT", False) for name, a in outputs.items()}
-            cost = nets.predict(model, made.table, gpu, shapes=options["shapes"])
-            kernels = [FakeKernel(k.name, lambda _, us=k.us: slow * us) for k in cost.kernels]  # type: ignore[misc]
-
-            def compute(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-                try:
-                    return next(iter(ort.run(session, [{n: arrays[n] for n in shapes}])))
-                except ort.failures():
-                    return {}
-
-            self[made.data] = FakeEngine(kernels, tensors=tensors, compute=compute)
-            return made
-
-        fake = dataclasses.replace(rtx, build=build)
-        monkeypatch.setattr(nets, "backend_named", lambda name: fake)
-
-
 @pytest.fixture
-def bench(tools: SimpleNamespace, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def bench(tools: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """What networks run on, each kernel twice as long as predicted."""
-    pytest.importorskip("tensorrt_rtx")
-    runtime = fake_runtime(cuda, Loadable(monkeypatch, tools.networks, 2.0))
-    monkeypatch.setattr(loaded, "import_runtime", lambda name: runtime)
+    rtx_engines(monkeypatch, lambda layer, predicted_us: 2.0 * predicted_us)
     gpu = GPUS["rtx4090"].to_mapping()
     with Driver() as opened:
         yield tools.networks.Bench(driver=opened, card=RTX4090, backend=backend_named("rtx"), gpu=gpu, folder=tmp_path)

@@ -13,18 +13,20 @@ import gzip
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from engines.backends.layers import KernelTensor, Layer
 from engines.core.errors import EngineError
 from engines.cost.family import TRANSFORMERS, family_of
 from engines.cost.gpus import Gpu, gpu_named
 from engines.cost.kernel import Kernel
-from engines.cost.tensorrt import tensorrt_kernels
+from engines.cost.tensorrt import Regions
 from engines.cost.work import ATTENTION, POINTWISE, work_of
 
 TYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
@@ -47,6 +49,11 @@ class Table:
         """The work of each; a fusion that reads a matrix is a product also where nothing was counted."""
         works = [work_of(layer, macs) for layer, macs in zip(self.layers, self.counted, strict=True)]
         return tuple(Kernel(work=work, dtype=TYPES[self.precision]) for work in works)
+
+    @cached_property
+    def regions(self) -> Regions:
+        """What TensorRT makes of them; the published INT8 transformers have an INT8 attention (demo/BERT's plugin)."""
+        return Regions.of(linked(self.layers), self.kernels, attention=True)
 
     @cached_property
     def family(self) -> str:
@@ -92,8 +99,8 @@ class Row:
         table = self.table
         int8 = self.precision == "int8"
         products = [i for i, k in enumerate(table.kernels) if int8 and k.work.form not in (POINTWISE, ATTENTION)]
-        kernels = tensorrt_kernels(table.layers, table.kernels, quantized=frozenset(products))
-        return merged(replace(k, work=k.work.scaled(self.scale)) for _, k in kernels)
+        kernels = table.regions.of_tensorrt(frozenset(products))
+        return merged(replace(k, work=k.work.scaled(self.scale)) for _, k, _ in kernels)
 
     @cached_property
     def plain(self) -> list[Kernel]:
@@ -110,6 +117,45 @@ class Row:
         lighter = replace(work, read=work.read * part, written=work.written * part)
         weights = work.weights * (0.5 if product else 1)
         return Kernel(work=replace(lighter, weights=weights), dtype="int8" if product else kernel.dtype)
+
+
+def linked(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers with names of tensors, which the tables lack: what an input is, its size tells.
+
+    It is the last tensor written that fits: of its shape, or of as many elements, or larger (a slice), those first that
+    nobody has read in full; no kernel reads one tensor twice. What fits none is an input of the network.
+    """
+    found = list[Layer]()
+    written: dict[str, tuple[KernelTensor, int]] = {}  # with the elements not read so far
+    for index, layer in enumerate(layers):
+        inputs = list[KernelTensor]()
+        for place, tensor in enumerate(layer.inputs):
+            source = _source(tensor, written, {t.name for t in inputs})
+            inputs.append(_named(tensor, source or f"input {index}.{place}"))
+            if source:
+                known, left = written[source]
+                written[source] = known, left - math.prod(tensor.shape)
+        outputs = [_named(tensor, f"{index}.{place}") for place, tensor in enumerate(layer.outputs)]
+        written = {t.name: (t, math.prod(t.shape)) for t in reversed(outputs)} | written
+        found.append(msgspec.structs.replace(layer, inputs=tuple(inputs), outputs=tuple(outputs)))
+    return found
+
+
+def _source(tensor: KernelTensor, written: Mapping[str, tuple[KernelTensor, int]], taken: Container[str]) -> str | None:
+    """The name of the tensor that an input is; `written` has the last one first."""
+    size = math.prod(tensor.shape)
+    free = [(t, left >= size) for t, left in written.values() if t.dtype == tensor.dtype and t.name not in taken]
+    for whole in (True, False):
+        fits = [t for t, unread in free if unread == whole]
+        same = [t for t in fits if math.prod(t.shape) == size]
+        slices = [t for t in fits if size > 1 and math.prod(t.shape) % size == 0]
+        if best := [*(t for t in same if t.shape == tensor.shape), *same, *slices]:
+            return best[0].name
+    return None
+
+
+def _named(tensor: KernelTensor, name: str) -> KernelTensor:
+    return KernelTensor(name=name, dtype=tensor.dtype, shape=tensor.shape)
 
 
 def merged(kernels: Iterable[Kernel]) -> list[Kernel]:

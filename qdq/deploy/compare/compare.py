@@ -30,8 +30,9 @@ from qdq.assemble.tables import Tables
 from qdq.build.branches import with_possible_branches
 from qdq.build.engine import compile_engine, shape_ranges
 from qdq.build.machine import builds_here, compiler_here, stand_in
-from qdq.build.pricer import Pricer, gpus_of
+from qdq.build.pricer import gpus_of
 from qdq.build.recipe import Recipe
+from qdq.build.tensorrt_pricer import pricer_of
 from qdq.core.choices import choose
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
@@ -131,6 +132,8 @@ def compare_schemes(
         gpus = gpus_of(recipe) if backend.predicts else ()
     except UnsupportedTargetError as error:
         notes.append(f"no predicted times: {error}")
+    if any(entry.recipe.judge == "measured" for entry in schemes):
+        notes.append("times are predicted: `judge: measured` is for deploy and tune")
     if not backend.predicts:
         notes.append(f"no predicted times: they {backend.unpredicted}")
     if not builds_here(recipe):
@@ -241,7 +244,7 @@ class _Bench:
 
     def _written(self, entry: Entry) -> ShippedModel:
         on_progress, tuned = self._tell(entry.text), entry.recipe.tune != "off" and bool(self.gpus)
-        pricer = Pricer(recipe=entry.recipe, shapes=self.shapes, gpus=self.gpus) if tuned else None
+        pricer = pricer_of(entry.recipe, self.shapes, gpus=self.gpus) if tuned else None
         return written(
             self.prepared, self.calibration, entry.recipe, pricer=pricer, tables=self.tables, on_progress=on_progress
         )

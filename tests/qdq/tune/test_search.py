@@ -20,10 +20,12 @@ from engines.core.errors import BuildError, EngineError, MissingRuntimeError, Un
 from qdq.assemble import quantize
 from qdq.assemble.finish import finish
 from qdq.assemble.precision.convert import convert
-from qdq.build import engine, processes
+from qdq.build import engine
 from qdq.build.cost import TIE_US, Kernel, Price
-from qdq.build.pricer import MOST_WORKERS, Pricer, gpus_of
-from qdq.build.processes import Job, Workers
+from qdq.build.pricer import Pricer, gpus_of
+from qdq.build.pricing import processes
+from qdq.build.pricing.compiles import MOST_WORKERS
+from qdq.build.pricing.processes import Job, Workers
 from qdq.build.recipe import Recipe, read_recipe
 from qdq.core.errors import InputError
 from qdq.core.resources import cores
@@ -315,7 +317,7 @@ def test_the_words_of_a_compiler_that_refuses_are_in_the_report(
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
     save(chain(blocks=2), tmp_path / "net.onnx")
-    monkeypatch.setattr("qdq.build.pricer.Pricer", Refusing)
+    monkeypatch.setattr("qdq.build.tensorrt_pricer.Pricer", Refusing)
     made = deploy.deploy(tmp_path / "net.onnx", samples(chain(blocks=2), 3), tmp_path / "out", recipe=Recipe())
     said = [note for note in made.report.notes if "do not compile" in note]
     assert len(said) == 1 and said[0].endswith("node conv_0: no kernel.")
@@ -330,7 +332,7 @@ def test_what_is_built_slower_than_in_float_is_left_in_float(tmp_path: Path, mon
     model = chain(blocks=2)
     save(model, tmp_path / "net.onnx")
     data = samples(model, 3)
-    monkeypatch.setattr("qdq.build.pricer.Pricer", Contrary)
+    monkeypatch.setattr("qdq.build.tensorrt_pricer.Pricer", Contrary)
     made = deploy.deploy(tmp_path / "net.onnx", data, tmp_path / "out", recipe=Recipe())
     assert any("left in float" in note for note in made.report.notes)
     assert not Plan.load(tmp_path / "out" / "plan.json").points
@@ -376,7 +378,9 @@ class TestPricing:
         price = self.pricer(first, cache)(first)
         assert price.us > 0 and price.kernels
         (stored,) = cache.iterdir()
-        monkeypatch.setattr("qdq.build.processes.compile_engine", lambda *_, **__: pytest.fail("compiled again"))
+        monkeypatch.setattr(
+            "qdq.build.pricing.processes.compile_engine", lambda *_, **__: pytest.fail("compiled again")
+        )
         assert self.pricer(second, cache)(second) == price
         monkeypatch.undo()
         stored.write_text("{")  # damaged: compiled again, and mended
@@ -389,34 +393,36 @@ class TestPricing:
         det = build([node("NonZero", "x", "i"), node("Det", "x", "y")], {"x": (1, 4, 4)}, outputs=("y",))
         models = [conv(), conv((16, 4, 3, 3)), conv((12, 4, 3, 3))]
         expected = self.pricer(models[0]).many(models)
-        monkeypatch.setattr("qdq.build.pricer.SLOW_S", 0.0)
+        monkeypatch.setattr("qdq.build.pricing.compiles.SLOW_S", 0.0)
         pricer = self.pricer(models[0])
         with pricer.parallel():
             assert pricer.width == 1 and pricer(models[0]) == expected[0] and pricer.width == min(cores(), MOST_WORKERS)
-            monkeypatch.setattr("qdq.build.pricer.price_of", lambda job: pytest.fail("compiled here"))
+            monkeypatch.setattr("qdq.build.pricing.compiles.works_of", lambda job: pytest.fail("compiled here"))
             assert pricer.many(models) == expected
         refused = self.pricer(det)
         with refused.parallel():
-            refused._slow = True
-            assert refused(det).us == math.inf and "parser" in str(refused.failure)
+            refused._compiles._slow = True
+            assert refused(det).us == math.inf and "parser" in str(refused._compiles.failure)
 
     def test_a_compiler_that_dies_takes_no_other_along(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         save(conv(), tmp_path / "good.onnx")
         shapes = {"x": ShapeRange.fixed([int(d) for d in conv().inputs[0].shape or ()])}
-        good = Job(path=tmp_path / "good.onnx", gpus=gpus_of(Recipe()), shapes=shapes)
+        good = Job(path=tmp_path / "good.onnx", targets=Recipe().targets, shapes=shapes)
         workers = Workers(1)
         first = workers([good])[0]
         worker = workers._free.get()
         assert worker is not None
         worker.process.kill()  # as for want of memory: tried again
         workers._free.put(worker)
-        assert workers([good]) == [first] and isinstance(first, Price)
-        monkeypatch.setattr("qdq.build.processes._START", "import os; os.write({answers}, b'ready'); os._exit(3)")
+        assert workers([good]) == [first] and isinstance(first, dict)
+        monkeypatch.setattr(
+            "qdq.build.pricing.processes._START", "import os; os.write({answers}, b'ready'); os._exit(3)"
+        )
         lethal = Workers(1)
         (dead,) = lethal([good])
         lethal.close()
         assert isinstance(dead, BuildError) and "exit code 3" in str(dead)
-        monkeypatch.setattr("qdq.build.processes._START", "pass")
+        monkeypatch.setattr("qdq.build.pricing.processes._START", "pass")
         with pytest.raises(MissingRuntimeError, match="before it was ready"):
             Workers(1)([good])
         monkeypatch.setattr("sys.executable", str(tmp_path / "none"))

@@ -1,30 +1,26 @@
 """Compilers in processes of their own: several models at once, and a model that crashes one compiler affects no other.
 
-Job (an ONNX file, GPUs, shapes) -> a free worker -> Price, or the compiler's refusal
-A worker is started when there is work for it, and ends with this process. It must not search, nor keep prices.
+Job (an ONNX file, targets, shapes) -> a free worker -> the work of each target's kernels, or the compiler's refusal
+A worker is started when there is work for it, and ends with this process. It must not search, price nor remember.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import BinaryIO
 
 from engines.backends.backend import DEFAULT, backend_named
 from engines.backends.compiler import ShapeRange
-from engines.backends.layers import SYNCHRONIZATION, LayerTable
 from engines.core.errors import BuildError, EngineError, MissingRuntimeError, import_runtime
-from engines.cost.gpus import Gpu
-from engines.cost.predict import Cost, EngineWork, engine_work
-from qdq.build.cost import Kernel, Price
+from engines.cost.predict import EngineWork, engine_work
 from qdq.build.engine import compile_engine
 from qdq.build.recipe import Recipe
 from qdq.core.child import without_ctrl_c
@@ -32,78 +28,37 @@ from qdq.core.child import without_ctrl_c
 _READY = b"ready"
 _START = (
     "import sys; sys.path[:] = {path!r}; from qdq.core.child import as_child; as_child({parent}); "
-    "from qdq.build.processes import serve; serve({answers}, {backend!r})"
+    "from qdq.build.pricing.processes import serve; serve({answers}, {backend!r})"
 )
 TRIES = 2  # of a job whose worker died: it may have been killed for another's memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """An ONNX file to compile by a backend for each GPU, at fixed shapes."""
+    """An ONNX file to compile by a backend for each target, at fixed shapes."""
 
     path: Path
-    gpus: tuple[Gpu, ...]
+    targets: tuple[str, ...]
     shapes: Mapping[str, ShapeRange]
     backend: str = DEFAULT
 
 
-def price_of(job: Job) -> Price:
-    """Compile and price in this process; microseconds are the mean over the GPUs.
+Works = dict[str, EngineWork]
+"""Target -> the work of the kernels of its engine."""
 
-    Where FP16 products may accumulate in either type, the price under the other assumption is that of the same kernels.
+
+def works_of(job: Job) -> Works:
+    """Compile in this process.
 
     Raises:
         BuildError: the compiler's refusal.
     """
-    engines: dict[str, tuple[EngineWork, tuple[str, ...]]] = {}
-    for target in dict.fromkeys(gpu.target for gpu in job.gpus):
+    found = {}
+    for target in job.targets:
         recipe = Recipe().compiled_by(job.backend, (target,))
         table = compile_engine(job.path, recipe=recipe, shapes=job.shapes, locate=False).table
-        engines[target] = engine_work(job.path, table, shapes=job.shapes), signatures(table)
-    price, others = _priced(job.gpus, engines), [gpu.other_accumulation() for gpu in job.gpus]
-    if not any(others):
-        return price
-    swapped = [other or gpu for gpu, other in zip(job.gpus, others, strict=True)]
-    return replace(price, other=_priced(swapped, engines))
-
-
-def _priced(gpus: Sequence[Gpu], engines: Mapping[str, tuple[EngineWork, tuple[str, ...]]]) -> Price:
-    """The mean over GPUs; its errors are the largest of theirs, and not known if one is not.
-
-    `engines` are target -> work and signatures of the kernels.
-    """
-    kernels: list[Kernel] = []
-    costs: list[Cost] = []
-    for gpu in gpus:
-        work, texts = engines[gpu.target]
-        costs.append(cost := work.on(gpu))
-        for kernel, text in zip(cost.kernels, texts, strict=True):
-            us = kernel.us / len(gpus)
-            kernels.append(Kernel(us=us, macs=kernel.macs, bytes=kernel.bytes, nodes=kernel.onnx_nodes, signature=text))
-    return Price(
-        us=math.fsum(k.us for k in kernels),
-        kernels=tuple(kernels),
-        error=_largest(cost.error for cost in costs),
-        ratio_error=_largest(cost.ratio_error for cost in costs),
-    )
-
-
-def _largest(errors: Iterable[float | None]) -> float | None:
-    every = list(errors)
-    known = [error for error in every if error is not None]
-    return max(known) if known and len(known) == len(every) else None
-
-
-def signatures(table: LayerTable) -> tuple[str, ...]:
-    """What each kernel is, without the compiler's numbering: kind, types and shapes in and out, ONNX nodes."""
-    found = []
-    for layer in table.layers:
-        if layer.kind in SYNCHRONIZATION:
-            continue
-        ends = (layer.inputs, layer.outputs)
-        reads, writes = (" ".join(sorted(f"{t.dtype}{list(t.shape)}" for t in tensors)) for tensors in ends)
-        found.append(f"{layer.kind} {reads} -> {writes} | {' '.join(sorted(layer.onnx_nodes))}")
-    return tuple(found)
+        found[target] = engine_work(job.path, table, shapes=job.shapes)
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,12 +68,12 @@ class _Worker:
     process: subprocess.Popen[bytes]
     answers: BinaryIO
 
-    def ask(self, job: Job) -> Price | BuildError:
+    def ask(self, job: Job) -> Works | BuildError:
         assert self.process.stdin
         pickle.dump(job, self.process.stdin)
         self.process.stdin.flush()
         answer = pickle.load(self.answers)
-        return answer if isinstance(answer, Price) else BuildError(answer[0], nodes=answer[1])
+        return answer if isinstance(answer, dict) else BuildError(answer[0], nodes=answer[1])
 
     def end(self) -> int:
         """Its exit code, once its input has ended."""
@@ -140,11 +95,11 @@ class Workers:
         for _ in range(count):
             self._free.put(None)
 
-    def __call__(self, jobs: Sequence[Job]) -> list[Price | BuildError]:
-        """The price of each, or why it has none; of a worker that died, that."""
+    def __call__(self, jobs: Sequence[Job]) -> list[Works | BuildError]:
+        """The work of each, or why there is none; of a worker that died, that."""
         return list(self._threads.map(self._one, jobs))
 
-    def _one(self, job: Job) -> Price | BuildError:
+    def _one(self, job: Job) -> Works | BuildError:
         worker: _Worker | None = self._free.get()
         code = 0
         try:
@@ -196,7 +151,7 @@ def _started(backend: str) -> _Worker:
 
 
 def serve(answers: int, backend: str) -> None:
-    """What a worker does: jobs from standard input, prices to a pipe, until the input ends."""
+    """What a worker does: jobs from standard input, answers to a pipe, until the input ends."""
     out = os.fdopen(answers, "wb")
     import_runtime(backend_named(backend).runtime)
     out.write(_READY)
@@ -207,7 +162,7 @@ def serve(answers: int, backend: str) -> None:
         except EOFError:
             return
         try:
-            answer: Price | tuple[str, tuple[str, ...]] = price_of(job)
+            answer: Works | tuple[str, tuple[str, ...]] = works_of(job)
         except EngineError as error:
             answer = str(error), getattr(error, "nodes", ())
         pickle.dump(answer, out)

@@ -1,0 +1,1 @@
+"""What prices are read from: models compiled here or in other processes, float forms. Must not price."""

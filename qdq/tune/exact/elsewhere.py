@@ -1,0 +1,72 @@
+"""What the other compiler is predicted to make of a model: one sentence for who may have chosen the wrong one.
+
+prepared model, pricer of one compiler -> the model as the other is predicted to run it, against FP16 there -> a sentence
+Of TensorRT that is the exact choice, from one compile. A search for TensorRT-RTX would take minutes, so of it that is
+INT8 wherever it is possible, untuned, from two. It must not change what is shipped.
+"""
+
+from __future__ import annotations
+
+import math
+from textwrap import shorten
+
+from engines.backends.backend import backend_named, backends
+from engines.core.documents import replace
+from engines.core.errors import BuildError
+from qdq.build.pricer import Pricer
+from qdq.build.recipe import Recipe
+from qdq.build.tensorrt_pricer import AnyPricer, TensorRtPricer
+from qdq.model.model import Model
+from qdq.tune.exact.search import tune_exactly
+from qdq.tune.variant import Variant
+from qdq.tune.variant_builder import VariantBuilder
+
+USUAL_TYPE = "fp16"
+
+
+def elsewhere(prepared: Model, pricer: AnyPricer) -> str:
+    """What the other compiler is predicted to make of a model on the same GPUs; "" of schemes other than INT8."""
+    derived = isinstance(pricer, TensorRtPricer)
+    other = next(b for b in backends().values() if b.predicts == derived)
+    recipe = pricer.recipe.compiled_by(other.name, pricer.recipe.targets)
+    if recipe.settings.scheme != "int8":
+        return ""
+    kind = USUAL_TYPE if recipe.unquantized_type == "auto" else recipe.unquantized_type
+    head, tail = f"with {other.title}: ", f": --compiler {other.compiler}"
+    try:
+        said = _searched(prepared, recipe, pricer, kind) if derived else _chosen(prepared, recipe, pricer, kind)
+    except BuildError as error:
+        return f"{head}not predicted, for the model does not compile: {shorten(str(error), 200, placeholder=' ...')}"
+    return head + said + tail
+
+
+def _chosen(prepared: Model, recipe: Recipe, pricer: AnyPricer, kind: str) -> str:
+    """Of TensorRT."""
+    judge = TensorRtPricer(recipe=recipe, shapes=pricer.shapes, gpus=pricer.gpus)
+    found = tune_exactly(VariantBuilder(model=prepared, settings=recipe.settings, unquantized_types=(kind,)), judge)
+    if math.isinf(found.price.us):
+        raise judge.refusal(prepared)
+    count = len(found.plan.quantized_nodes)
+    if not count:
+        return f"nothing gains by INT8, predicted {found.plain:.1f} us in {kind.upper()}"
+    nodes = f"{count} node{'s' * (count > 1)} in INT8"
+    return f"{nodes}, predicted {found.price.us / found.plain:.2f} of {kind.upper()}"
+
+
+def _searched(prepared: Model, recipe: Recipe, pricer: AnyPricer, kind: str) -> str:
+    """Of TensorRT-RTX."""
+    backend = backend_named(recipe.backend)
+    gpus = [gpu for gpu in pricer.gpus if gpu.target in backend.targets]
+    if not gpus:
+        return f"it does not compile for {', '.join(dict.fromkeys(gpu.target for gpu in pricer.gpus))}"
+    settings = replace(recipe.settings, shift=False)  # the plainest form of INT8
+    builder = VariantBuilder(model=prepared, settings=settings, unquantized_types=(kind,))
+    usual = builder.usual
+    everything = replace(usual, quantized=frozenset(builder.quantizable(usual)))
+    judge = Pricer(recipe=recipe, shapes=pricer.shapes, gpus=gpus)
+    with judge.parallel():
+        plain, quantized = judge.many([builder.model_of(Variant()), builder.model_of(everything)])
+    if math.isinf(plain.us + quantized.us):
+        raise BuildError(plain.refusal or quantized.refusal)
+    name = kind.upper()
+    return f"INT8 wherever it is possible is predicted {quantized.us / plain.us:.2f} of {name}, before a search"
