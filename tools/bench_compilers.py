@@ -2,8 +2,8 @@
 
     python tools/bench_compilers.py NETWORKS --json rows.json [--published FOLDER] [--compiler rtx] [NAME ...]
 
-NETWORKS holds <name>.onnx with fixed shapes, as export_full.py and export_monai.py write them. For TensorRT each network
-is compiled once in FP16 for each kind of GPU and what is quantized is chosen exactly; for TensorRT-RTX the search of
+NETWORKS holds <name>.onnx with fixed shapes, as export_full.py and export_monai.py write them. For TensorRT each one is
+compiled once in FP16 for each kind of GPU and what is quantized is chosen exactly; for TensorRT-RTX the search of
 `qdq tune` runs, which takes minutes. Neither sees samples. Rows in --json are kept, so a run goes on where one ended;
 all of them are printed. --published is a folder with published_latencies.csv: INT8 / FP16 of one network, GPU and
 source as measured, the smallest and the largest over shapes and batches (those of another shape are not comparable).

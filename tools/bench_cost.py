@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from costs.models import Held, Launched, Model, Ours, Reference, Roofline
 from costs.published import Row, read_rows
 from results import record
 
+from engines.cost.constants import CONSTANTS
 from engines.cost.family import FAMILIES
+from engines.cost.kernel import Batch
 
 Array = npt.NDArray[Any]
 TARGET = Path(__file__).parents[1] / "engines" / "cost" / "constants.py"
@@ -71,6 +74,7 @@ def main() -> None:
     }
     unseen = {name: _compare(name, model, rows) for name, model in models.items()}
     _two_factors(ours, rows)
+    _choices(rows, unseen["ours"])
     for name in ("reference", "ours"):
         _by_kind(name, rows, unseen[name])
     constants = fitted(models["ours"], rows, np.ones(len(rows), bool))
@@ -120,6 +124,46 @@ def _two_factors(model: Launched, rows: Sequence[Row]) -> None:
     each = {label: corrected([rows[i] for i in mine], us[mine], starts[mine]) for label, mine in groups}
     print("  a factor of starts and one of all else per GPU from four points, GPU left out: ", end="")
     print(f"{corrected(rows, us, starts):.3f} ({_known(each)}); GPU and family left out {pair:.3f}")
+
+
+def _choices(rows: Sequence[Row], predicted: Array) -> None:
+    """INT8 / FP16 ratios, and what who decides by them loses: in TensorRT, always INT8, as TensorRT-RTX's INT8 says.
+
+    That is TensorRT-RTX's own INT8 kernels on the same GPU, of the pairs whose table is known. A loss is the mean time
+    of what is chosen over that of the faster form.
+    """
+    measured = np.array([row.measured_us for row in rows])
+    rtx = np.array([_by_rtx(row) for row in rows])
+    print("\nINT8 or FP16 in TensorRT, ours with the GPU left out; error, sign, loss of time by the choice")
+    print(f"{'':46}{'pairs':>6}{'':3}{'TensorRT':>20}{'always INT8':>20}{'RTX, before':>20}")
+    pairs = [(i, j) for i, j in ratio_pairs(rows) if rtx[i] == rtx[i]]
+    for family in (*FAMILIES, ""):
+        mine = [(i, j) for i, j in pairs if family in ("", rows[i].family)]
+        if not mine:
+            continue
+        true = np.array([measured[i] / measured[j] for i, j in mine])
+        ours = np.array([predicted[i] / predicted[j] for i, j in mine])
+        always, before = np.full(len(mine), np.median(true)), np.array([rtx[i] for i, _ in mine])
+        cells = []
+        for ratio, quantizes in ((ours, ours < 1), (always, np.ones(len(mine), bool)), (before, before < 1)):
+            lost = np.where(quantizes, true, 1.0) / np.minimum(true, 1.0)
+            error = np.median(np.abs(ratio / true - 1))
+            cells.append(f"{error:8.3f}{np.mean(quantizes == (true < 1)):6.2f}{lost.mean():6.2f}")
+        print(f"  {family or 'all':44}{len(mine):6}{'':3}{''.join(cells)}")
+    print("  (always INT8: the error is that of the median ratio of the family, which nobody knows beforehand)")
+
+
+def _by_rtx(row: Row) -> float:
+    """The INT8 / FP16 ratio of TensorRT-RTX's own kernels, by the constants as they stand; nan where not known."""
+    if row.precision != "int8" or row.own is None:
+        return float("nan")
+    kernels = [
+        [replace(k, work=k.work.scaled(scale)) for k in table.kernels]
+        for table, scale in ((row.own, row.own_scale), (row.table, row.scale))
+    ]
+    batch = Batch.of([(some, row.gpu) for some in kernels])
+    int8, fp16 = batch.sums(batch.times(CONSTANTS).total)
+    return float(int8 / fp16)
 
 
 def _known(errors: Mapping[str, float]) -> str:

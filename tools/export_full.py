@@ -3,8 +3,8 @@
     python tools/export_full.py FOLDER [NAME ...]    writes FOLDER/<name>.onnx (opset 17, fixed shapes)
 
 ResNet-50, EfficientNet-B0, MobileNetV2 and ViT-B/16 of torchvision at 224 x 224 in batches of 8, BERT-base of
-transformers with 128 tokens in batches of 8 (eager attention, no pooler), the detector of `networks_own.py` at 640 x 640.
-The volumes are export_monai.py's. Weights come from a seed; normalizations are in inference mode. Needs torch,
+transformers with 128 tokens in batches of 8 (eager attention, no pooler), the detector of `networks_own.py` at 640 x
+640. The volumes are export_monai.py's. Weights come from a seed; normalizations are in inference mode. Needs torch,
 torchvision and transformers.
 """
 

@@ -78,9 +78,7 @@ class TensorRtPricer:
         for gpu in self.gpus:
             target = _compiled_for(gpu, self._compiles.targets)
             place = "" if target == gpu.target else f" for {target} in the place of {gpu.target}, which it lacks"
-            notes = (
-                f"times of {self.recipe.profile.title} are derived from what TensorRT-RTX compiles of the float model"
-            )
+            notes = f"times of {self.recipe.profile.title} are derived from what TensorRT-RTX makes of the float model"
             found.append(DerivedGpu(name=gpu.name, accumulation=gpu.accumulation, notes=(f"{notes}{place}",)))
         return tuple(found)
 

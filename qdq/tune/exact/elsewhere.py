@@ -1,6 +1,6 @@
 """What the other compiler is predicted to make of a model: one sentence for who may have chosen the wrong one.
 
-prepared model, pricer of one compiler -> the model as the other is predicted to run it, against FP16 there -> a sentence
+prepared model, pricer of one compiler -> its predicted time against FP16 with the other -> a sentence
 Of TensorRT that is the exact choice, from one compile. A search for TensorRT-RTX would take minutes, so of it that is
 INT8 wherever it is possible, untuned, from two. It must not change what is shipped.
 """

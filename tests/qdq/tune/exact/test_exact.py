@@ -1,0 +1,145 @@
+"""What TensorRT runs in INT8, chosen exactly: no set of nodes is faster, a bound is kept, nothing is guessed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from graphs import build, node, normal, samples
+
+from engines.backends.compiler import ShapeRange
+from engines.core.documents import replace
+from engines.core.errors import BuildError
+from qdq.assemble.finish import finish
+from qdq.assemble.quantize import quantize
+from qdq.build.float_form import float_form
+from qdq.build.recipe import Recipe
+from qdq.build.tensorrt_pricer import TensorRtPricer, pricer_of, unpriced
+from qdq.model.model import Model
+from qdq.tune.exact.elsewhere import elsewhere
+from qdq.tune.exact.search import NodePrices
+from qdq.tune.find_plan import find_plan
+from qdq.tune.variant_builder import VariantBuilder
+
+
+def network(*, size: int = 28, batch: int = 32) -> Model:
+    """A stem, a residual block, a wide branch that is concatenated, a head: 7 convolutions of 32 to 128 channels."""
+    tensors = {
+        "w0": normal(64, 32, 3, 3, seed=0),
+        "w1": normal(64, 64, 3, 3, seed=1),
+        "w2": normal(64, 64, 3, 3, seed=2),
+        "w3": normal(64, 64, 1, 1, seed=3),
+        "w4": normal(64, 64, 3, 3, seed=4),
+        "w5": normal(128, 128, 1, 1, seed=5),
+        "w6": normal(32, 128, 1, 1, seed=6),
+    }
+    nodes = [
+        node("Conv", "x w0", "a0", "stem", pads=[1] * 4),
+        node("Relu", "a0", "r0"),
+        node("Conv", "r0 w1", "a1", "first", pads=[1] * 4),
+        node("Relu", "a1", "r1"),
+        node("Conv", "r1 w2", "a2", "second", pads=[1] * 4),
+        node("Add", "a2 r0", "s2", "shortcut"),
+        node("Relu", "s2", "r2"),
+        node("Conv", "r2 w3", "a3", "left"),
+        node("Conv", "r2 w4", "a4", "right", pads=[1] * 4),
+        node("Concat", "a3 a4", "c", axis=1),
+        node("Conv", "c w5", "a5", "wide"),
+        node("Relu", "a5", "r5"),
+        node("Conv", "r5 w6", "y", "head"),
+    ]
+    return build(nodes, {"x": (batch, 32, size, size)}, tensors)
+
+
+def pricer(model: Model, **given: object) -> TensorRtPricer:
+    recipe = Recipe.from_mapping({"compiler": "tensorrt", "target": "sm80", "gpu": "a100", **given})
+    shapes = {i.name: ShapeRange.fixed([int(d) for d in i.shape or ()]) for i in model.inputs}
+    made = pricer_of(recipe, shapes)
+    assert isinstance(made, TensorRtPricer)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
+
+
+@pytest.mark.parametrize("size", [8, 28])
+def test_no_subset_of_the_nodes_is_predicted_faster(size: int) -> None:
+    model = network(size=size)
+    judge = pricer(model, unquantized_type="fp16")
+    builder = VariantBuilder(model=model, settings=judge.recipe.settings, unquantized_types=("fp16",))
+    prices = NodePrices(builder=builder, judge=judge, engines_of=judge.engines)
+    nodes = builder.quantizable(builder.usual)
+    every = itertools.chain.from_iterable(itertools.combinations(nodes, n) for n in range(len(nodes) + 1))
+    best = min((prices(replace(builder.usual, quantized=frozenset(some))) for some in every), key=lambda p: p.us)
+    found = find_plan(model, judge, samples=None)
+    assert len(nodes) == 7 and best.us <= found.price.us <= best.us + best.tie(found.price)
+    assert found.price.us <= found.plain and found.fp32 == math.inf
+
+
+def test_what_is_built_is_what_was_tuned() -> None:
+    model = network()
+    judge, data = pricer(model), samples(model, 2)
+    found = find_plan(model, judge, samples=data)
+    made = quantize(model, data, plan=found.plan, settings=judge.recipe.settings)
+    done = finish(made.model, made.plan, unquantized_type="auto", table=made.table)
+    form = float_form(done.model)
+    assert form.int8 == set(found.plan.quantized_nodes) and not form.others
+    assert not any("Linear" in n.op_type for n in form.model.graph.node)
+    assert judge(done.model).us == pytest.approx(found.price.us, rel=0.02)
+    assert found.price.us < found.plain < found.fp32 and found.decision.chosen
+    assert judge.told[0].notes == ("times of TensorRT 11 are derived from what TensorRT-RTX makes of the float model",)
+
+
+def test_a_bound_keeps_fewer_nodes() -> None:
+    model = network(batch=16)
+    data = samples(model, 2)
+    free = find_plan(model, pricer(model), samples=data)
+    builder = VariantBuilder(
+        model=model, settings=pricer(model).recipe.settings, unquantized_types=("fp16", "fp32"), samples=data
+    )
+    noise = builder.noise(free.variant)
+    assert noise
+    bound = -10 * math.log10(noise) + 1.5
+    kept = find_plan(model, pricer(model, min_sqnr_db=bound), samples=data)
+    assert len(kept.plan.quantized_nodes) < len(free.plan.quantized_nodes) and kept.price.us > free.price.us
+    assert any("measured" in step for step in kept.steps)
+    assert not find_plan(model, pricer(model, min_sqnr_db=200), samples=data).plan.points
+
+
+def test_several_gpus_of_targets_that_rtx_lacks() -> None:
+    model = network()
+    both = pricer(model, target=["sm80", "sm90"], gpu=["a100", "h100"])
+    price = both(model)
+    alone = [pricer(model, target=gpu.target, gpu=gpu.name)(model).us for gpu in both.gpus]
+    assert price.us == pytest.approx(sum(alone) / 2) and "for sm80 in the place of sm90" in both.told[1].notes[0]
+
+
+def test_what_is_not_known_is_refused() -> None:
+    model = network(size=8, batch=1)
+    recipe = Recipe.from_mapping({"compiler": "tensorrt", "target": "sm89", "scheme": "fp8"})
+    assert pricer_of(recipe, {}) is None and "not of the scheme fp8" in unpriced(recipe)
+    made = quantize(model, samples(model, 2), settings=recipe.settings)
+    refused = pricer(model)(finish(made.model, made.plan, unquantized_type="fp16", table=made.table).model)
+    assert refused.us == math.inf and "INT8 products only" in refused.refusal
+    det = build([node("Det", "x", "y", "det")], {"x": (1, 4, 4)}, {})
+    with pytest.raises(BuildError):
+        find_plan(det, pricer(det), samples=None)
+
+
+def test_the_other_compiler_is_said() -> None:
+    model = network()
+    said = elsewhere(model, pricer(model))
+    assert "with TensorRT-RTX: INT8 wherever it is possible is predicted" in said and said.endswith(": --compiler rtx")
+    recipe = Recipe.from_mapping({"compiler": "rtx", "target": "sm80", "gpu": "a100"})
+    shapes = {i.name: ShapeRange.fixed([int(d) for d in i.shape or ()]) for i in model.inputs}
+    other = pricer_of(recipe, shapes)
+    assert other is not None
+    found = find_plan(model, pricer(model, unquantized_type="fp16"), samples=None)
+    count, ratio = len(found.plan.quantized_nodes), found.price.us / found.plain
+    wanted = f"with TensorRT: {count} nodes in INT8, predicted {ratio:.2f} of FP16: --compiler tensorrt"
+    assert elsewhere(model, other) == wanted
+    lacking = pricer(model, target="sm90", gpu="h100")
+    assert "it does not compile for sm90" in elsewhere(model, lacking)
