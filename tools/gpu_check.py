@@ -34,6 +34,7 @@ try:
     import gpu_torch
 
     from engines.backends.doctor import diagnose
+    from engines.backends.profile import profile_named
     from engines.core.errors import EngineError, MissingRuntimeError
     from engines.core.files import write_atomic
     from engines.cost.gpus import Gpu
@@ -233,7 +234,7 @@ def on_gpu(check: Check, options: argparse.Namespace, folder: Path) -> None:
         with Monitor(card.bus) as monitor:
 
             def measure(part: Part) -> None:
-                backend = backend_for(card, options.backend)
+                backend = backend_for(card, options.compiler and profile_named(options.compiler).backend)
                 budget_s = min(MEASURING_S, check.ends_s - time.monotonic())
                 made.append(measured_gpu(card, backend, EventTimer(driver), seconds=SECONDS, budget_s=budget_s))
                 measuring(part, made[0], options.output)
@@ -243,7 +244,7 @@ def on_gpu(check: Check, options: argparse.Namespace, folder: Path) -> None:
             else:
                 check.part("measured by torch", lambda part: with_torch(part, options.output))
             try:
-                backend = backend_for(card, options.backend)
+                backend = backend_for(card, options.compiler and profile_named(options.compiler).backend)
             except EngineError as error:
                 check.parts.append(Part(name="networks", why=str(error)))
             else:
@@ -274,7 +275,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="*", help="float ONNX files to check too, with random inputs")
     parser.add_argument("--models", type=Path, help="folder with resnet20*.onnx, hippodeep_head.onnx, *minilm*.onnx")
-    parser.add_argument("--backend", help="rtx or trt; default: the first that is installed and has the GPU")
+    parser.add_argument("--compiler", help="rtx or tensorrt; default: the first that is installed and has the GPU")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="of the whole run, at most")
     parser.add_argument("-o", "--output", type=Path, help="write what was measured as a recipe")
     return parser.parse_args(argv)

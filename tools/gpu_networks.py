@@ -188,14 +188,8 @@ def model_of(form: str, prepared: Model, case: Case, bench: Bench) -> Model:
         return convert(prepared, unquantized_type="fp16", table=None).model
     settings, samples, plan = QUICK, case.samples[:-1], None
     if form == "tuned":
-        compiler = predicting(bench.backend.name).name
-        recipe = Recipe(
-            settings=settings,
-            targets=(bench.card.target,),
-            backend=compiler,
-            gpus=(dict(bench.gpu),),
-            time_limit_s=TUNING_S,
-        )
+        recipe = Recipe(settings=settings, gpus=(dict(bench.gpu),), time_limit_s=TUNING_S)
+        recipe = recipe.compiled_by(predicting(bench.backend.name).name, (bench.card.target,))
         pricer = Pricer(recipe=recipe, shapes=_fixed(case.samples[0]), gpus=gpus_of(recipe))
         plan = find_plan(prepared, pricer, samples=samples).plan
     made = quantize(prepared, samples, settings=settings, plan=plan)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pkgutil
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -50,7 +50,8 @@ class Backend:
     """One compiler of engines.
 
     Attributes:
-        name: as `--backend` takes it and layer tables hold it.
+        name: as layer tables hold it.
+        compiler: the name that `--compiler` takes it by; what each version of it does, `profile.Profile` says.
         title: the compiler's own name.
         runtime: module that must be importable.
         packages: distributions that may hold that module, the usual one first.
@@ -64,6 +65,7 @@ class Backend:
     """
 
     name: str
+    compiler: str
     title: str
     runtime: str
     packages: tuple[str, ...]
@@ -84,7 +86,7 @@ class Backend:
         name = f"sm{match[1]}{match[2]}" if match else text
         if name in self.targets:
             return name
-        others = [f"{b.title} (--backend {b.name})" for b in backends().values() if name in b.targets]
+        others = [f"{b.title} (--compiler {b.compiler})" for b in backends().values() if name in b.targets]
         hint = f" {name} needs {' or '.join(others)}." if others else did_you_mean(name, self.targets)
         known = ", ".join(self.targets)
         raise UnsupportedTargetError(f"{self.title} has no target {text!r}; it compiles for {known}.{hint}")
@@ -97,15 +99,21 @@ class Backend:
     @property
     def unpredicted(self) -> str:
         """Where predicted times come from instead, '' where the times of its own kernels are predicted."""
-        other = f"come from {predicting(self.name).title}'s compiler, and --backend {self.name} has another"
+        other = f"come from {predicting(self.name).title}'s compiler, and --compiler {self.compiler} is another"
         return "" if self.predicts else other
+
+
+def members(attribute: str) -> Iterator[Any]:
+    """What the files of this folder hold under a name, in the order of the files; those without it are left aside."""
+    for module in pkgutil.iter_modules(engines.backends.__path__):
+        found = getattr(import_module(f"{engines.backends.__name__}.{module.name}"), attribute, None)
+        if found is not None:
+            yield found
 
 
 def backends() -> dict[str, Backend]:
     """Name -> backend, of every file of this folder that holds one."""
-    names = (f"{engines.backends.__name__}.{m.name}" for m in pkgutil.iter_modules(engines.backends.__path__))
-    found = (getattr(import_module(name), "BACKEND", None) for name in names)
-    return {backend.name: backend for backend in found if backend is not None}
+    return {backend.name: backend for backend in members("BACKEND")}
 
 
 def backend_named(name: str) -> Backend:

@@ -102,7 +102,7 @@ def diagnose() -> list[Diagnosis]:
     details = [f"{g.name}, {g.target}, {g.memory_bytes / 2**30:.0f} GiB" for g in cards]
     rows += [Diagnosis(name="GPU", ok=True, detail=detail) for detail in details]
     if not cards:
-        free = " or ".join(f"--backend {b.name}" for b in compilers if not b.needs_gpu)
+        free = " or ".join(f"--compiler {b.compiler}" for b in compilers if not b.needs_gpu)
         fix = f"not needed to quantize, compile ({free}) or audit; run engines on a machine with a GPU"
         rows.append(Diagnosis(name="GPU", ok=False, detail="no NVIDIA GPU or driver found", fix=fix))
     for b in compilers:

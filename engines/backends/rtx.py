@@ -19,6 +19,7 @@ from onnx import TensorProto
 from engines.backends.backend import Backend
 from engines.backends.compiler import Engine, OnProgress, ShapeRange, compile_model
 from engines.backends.layers import table_from_rtx_log
+from engines.backends.profile import Fact, Profile
 from engines.backends.trt import runner
 from engines.core.errors import BuildError, UnsupportedTargetError, import_runtime
 from engines.core.load import load_graph
@@ -141,6 +142,7 @@ def build(
 
 BACKEND = Backend(
     name="rtx",
+    compiler="rtx",
     title="TensorRT-RTX",
     runtime="tensorrt_rtx",
     packages=("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt_rtx"),
@@ -150,4 +152,65 @@ BACKEND = Backend(
     check_targets=check_targets,
     build=build,
     runner=partial(runner, rtx=True),
+)
+
+_MEASURED = "measured: compiled with tensorrt_rtx 1.7.1.116 for SM86 and SM89, the types of every kernel read"
+
+PROFILES = (
+    Profile(
+        name=BACKEND.compiler,
+        version="",
+        title=BACKEND.title,
+        backend=BACKEND.name,
+        targets=BACKEND.targets,
+        kinds=("geforce", "workstation"),
+        # Turing has INT8 products of matrices only, and its convolutions run in FP16 (measured).
+        formats={"int8": 80, **{gate.dtype.replace("fp4", "nvfp4"): gate.minimum_sm for gate in GATES}},
+        blocks={"int4": (128, 64, 32, 16), "nvfp4": (16,)},  # one fused kernel each, on SM86 and SM89 (measured)
+        opset=None,  # 25 parses (measured); the newest is documented nowhere
+        types=("int8", "fp8", "int4", "fp4"),
+        trtexec=(),
+        integer_output=Fact(
+            holds=False,
+            says="TensorRT-RTX's INT8 convolutions write floats, which a kernel behind them quantizes",
+            source=_MEASURED,
+        ),
+        shift=Fact(holds=True, says="Pad, Sub and Q fuse into the kernel that made the tensor", source=_MEASURED),
+        hoist=Fact(
+            holds=True,
+            says="Mul, Add, activation and Q behind a convolution of one weight scale are one kernel",
+            source=_MEASURED,
+        ),
+        fours=Fact(
+            holds=True,
+            says="the compiler itself concatenates a constant of zeros as large as the tensor, stored in the engine",
+            source=_MEASURED,
+        ),
+        residual=Fact(
+            holds=True, says="the kernel that adds reads the shortcut in INT8, half the traffic", source=_MEASURED
+        ),
+        concat=Fact(holds=True, says="one kernel requantizes what two convolutions gave", source=_MEASURED),
+        mean_pool=Fact(
+            holds=False,
+            says="average pooling runs in float on TensorRT-RTX even if its input is quantized",
+            source=_MEASURED,
+        ),
+        conv_transpose=Fact(
+            holds=False,
+            says="TensorRT-RTX has no INT8 kernel for ConvTranspose (measured on SM86 and SM89)",
+            source=_MEASURED,
+        ),
+        first_layer=Fact(holds=True, says="it runs in INT8, behind a kernel that fills the channels", source=_MEASURED),
+        depthwise=Fact(holds=True, says="it runs in INT8, behind a kernel that fills the channels", source=_MEASURED),
+        small_products=Fact(
+            holds=None,
+            says="whether small products gain by INT8 is not known",
+            source="no published time of this compiler",
+        ),
+        attention=Fact(
+            holds=False,
+            says="a product of two computed tensors (attention): INT8 there breaks the fused attention kernel",
+            source=_MEASURED,
+        ),
+    ),
 )

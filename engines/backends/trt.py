@@ -27,7 +27,7 @@ def _gpu_target() -> str:
     if not (found := gpus()):
         raise MissingRuntimeError(
             "TensorRT needs an NVIDIA GPU and its driver, and none was found here. Build for TensorRT-RTX instead "
-            "(--backend rtx), which needs neither."
+            "(--compiler rtx), which needs neither."
         )
     return found[0].target
 
@@ -128,6 +128,7 @@ def runner(engine: Path | str | bytes, *, rtx: bool = False, name: str = "engine
 
 BACKEND = Backend(
     name="trt",
+    compiler="tensorrt",
     title="TensorRT",
     runtime="tensorrt",
     packages=("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),

@@ -86,7 +86,7 @@ class MeasuredGpu:
             f"target: [{self.card.target}]",
         ]
         if self.version and not backend_named(self.backend).predicts:
-            lines.append(f"backend: {self.backend}")
+            lines.append(f"compiler: {backend_named(self.backend).compiler}")
         lines += ["gpu:", *_yaml_item(self.gpu)]
         lines += [f"# {sentence}" for sentence in (*self.fit.evidence, *self.fit.missing)]
         return "\n".join(lines) + "\n"

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from engines.backends.backend import predicting
 from engines.backends.compiler import Engine, ShapeRange
 from engines.backends.layers import LayerTable
-from engines.core.documents import replace
 from engines.core.errors import BuildError
 from engines.core.files import Scratch
 from engines.cost.gpus import gpu_named
@@ -97,7 +96,7 @@ def price(path: Path, recipe: Recipe, gpu: str, on_progress: Progress | None = N
     chosen, model = gpu_named(gpu), load(path)
     ranges = shape_ranges(model, recipe.shapes, None)
     shapes = {name: ShapeRange.fixed(shape.opt) for name, shape in ranges.items()}
-    recipe = replace(recipe, targets=(chosen.target,), backend=predicting(recipe.backend).name)
+    recipe = recipe.compiled_by(predicting(recipe.backend).name, (chosen.target,))
     with _compiled(model, recipe, shapes, on_progress) as (form, table):
         return predict(form.proto, table, chosen, shapes=shapes)
 

@@ -253,7 +253,7 @@ def layers_of(path: Path, recipe: Recipe, samples: Samples | None, on_progress: 
     if predicted:
         other = predicting(recipe.backend)
         known = tuple(t for t in recipe.targets if t in other.targets)
-        recipe = replace(recipe, backend=other.name, targets=known or Recipe().targets)
+        recipe = recipe.compiled_by(other.name, known or Recipe().targets)
     model = load(path)
     shapes = shape_ranges(model, recipe.shapes, samples)
     engine_made = compile_engine(model, recipe=recipe, shapes=shapes, on_progress=on_progress)

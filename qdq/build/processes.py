@@ -56,7 +56,7 @@ def price_of(job: Job) -> Price:
     """
     engines: dict[str, tuple[EngineWork, tuple[str, ...]]] = {}
     for target in dict.fromkeys(gpu.target for gpu in job.gpus):
-        recipe = Recipe(targets=(target,), backend=job.backend)
+        recipe = Recipe().compiled_by(job.backend, (target,))
         table = compile_engine(job.path, recipe=recipe, shapes=job.shapes, locate=False).table
         engines[target] = engine_work(job.path, table, shapes=job.shapes), signatures(table)
     price, others = _priced(job.gpus, engines), [gpu.other_accumulation() for gpu in job.gpus]

@@ -23,7 +23,8 @@ from typing import Annotated
 import msgspec
 import yaml
 
-from engines.backends.backend import DEFAULT, backends
+from engines.backends.profile import Profile, profile_of
+from engines.core.documents import replace
 from engines.core.files import read_file
 from engines.verify.meaning import TASKS
 from engines.verify.report import Alarms, Limits
@@ -37,7 +38,8 @@ TUNE_COMPILES = 160
 TIME_LIMIT_S = 1800.0
 MOST_BYTES, MOST_CHARACTERS = 1 << 20, 1000  # of a recipe, and of one value in it
 MOST_VALUES = 10_000  # in a recipe, keys among them: PyYAML takes a tenth of a millisecond for each
-OLDER = {"rest": "unquantized_type"}  # keys that recipes still may have, and what they are called now
+# keys that recipes still may have, and what they are called now
+OLDER = {"rest": "unquantized_type", "backend": "compiler"}
 Words = str | tuple[str, ...]  # one text stands for a list of one
 Rates = dict[str, float]
 GpuRow = dict[str, str | float | dict[str, float | Rates] | None]  # what `engines.cost.gpus.Gpu` can be made of
@@ -55,7 +57,6 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
         time_limit: seconds.
         gpu: names or rows.
         target: to compile for.
-        backend: a name in `engines.backends.backend.backends`.
         shape: as `ShapeOption.parse` reads them.
         min_sqnr_db: least signal to noise ratio of each output, in dB.
         min_sqnr_spread_db: least ratio of the spread over samples to the error, of each output that varies, in dB.
@@ -75,7 +76,6 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
     time_limit: Annotated[float, msgspec.Meta(ge=0)] = TIME_LIMIT_S
     gpu: str | tuple[str | GpuRow, ...] = ()
     target: Words = ("sm89",)
-    backend: str = DEFAULT
     shape: Words = ()
     min_sqnr_db: Decibels | None = None
     min_sqnr_spread_db: Decibels | None = None
@@ -153,7 +153,6 @@ class Recipe:
         gpus: to predict times for, names in `engines.cost.gpus.GPUS` or mappings for `Gpu.from_mapping`;
             none for the usual one of each target.
         targets: to compile for.
-        backend: that compiles, a name in `engines.backends`.
         shapes: of dynamic inputs.
         limits: keys of `LIMITS`.
         min_int8_share: least fraction of the multiply-adds that run in INT8 as compiled; None: not checked.
@@ -169,13 +168,26 @@ class Recipe:
     time_limit_s: float = TIME_LIMIT_S
     gpus: tuple[str | Mapping[str, object], ...] = ()
     targets: tuple[str, ...] = ("sm89",)
-    backend: str = DEFAULT
     shapes: tuple[ShapeOption, ...] = ()
     limits: Mapping[str, float] = field(default_factory=dict)
     min_int8_share: float | None = None
     alarms: Alarms = field(default_factory=Alarms)
     task: str = "auto"
     class_axis: int | None = None
+
+    @property
+    def profile(self) -> Profile:
+        """What is known of the compiler that the engine is for."""
+        return self.settings.profile
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that compiles."""
+        return self.profile.backend
+
+    def compiled_by(self, backend: str, targets: tuple[str, ...]) -> Recipe:
+        """The same for the usual compiler of a backend and other targets: what compiles in the place of another."""
+        return replace(self, settings=replace(self.settings, compiler=profile_of(backend).key), targets=targets)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> Recipe:
@@ -188,6 +200,8 @@ class Recipe:
         if twice := next((key for key, now in OLDER.items() if key in values and now in values), None):
             raise InputError(f"The recipe has both {twice} and {OLDER[twice]}, its name today. Remove {twice}.")
         named = {OLDER.get(key, key): value for key, value in values.items()}
+        if isinstance(backend := values.get("backend"), str):  # the name of who builds, before compilers had one
+            named["compiler"] = profile_of(backend).key
         named |= {k: words[v] for k, v in named.items() if k in ("tune", "bias_correction") and isinstance(v, bool)}
         file = converted(named, RecipeFile, "recipe key")
         settings = Settings(**{name: getattr(file, name) for name in Settings.__struct_fields__})
@@ -200,7 +214,6 @@ class Recipe:
             time_limit_s=file.time_limit,
             gpus=(file.gpu,) if isinstance(file.gpu, str) else file.gpu,
             targets=_list(file.target),
-            backend=choose(file.backend, tuple(backends()), "backend"),
             shapes=tuple(map(ShapeOption.parse, _list(file.shape))),
             limits={name: getattr(file, name) for name in LIMITS if getattr(file, name) is not None},
             min_int8_share=file.min_int8_share,

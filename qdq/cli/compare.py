@@ -56,6 +56,7 @@ def _metrics() -> Iterable[str]:
 @click.option("-o", "--output", type=options.PATH, help="Write report.json here.")
 @options.unquantized_option
 @options.tune_options
+@options.compiler_option
 @options.compile_options
 @options.recipe_option
 @options.custom_ops_option

@@ -91,6 +91,7 @@ def finish_with(failures: list[str], warnings: Iterable[str] = ()) -> None:
 )
 @options.unquantized_option
 @options.tune_options
+@options.compiler_option
 @options.compile_options
 @options.json_option
 def demo(out: Path, as_json: bool, **given: Any) -> None:

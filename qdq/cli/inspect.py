@@ -44,7 +44,12 @@ def doctor(as_json: bool) -> None:
 
 @click.command("measure-gpu")
 @options.output_option("gpu.yaml, a recipe with what was measured")
-@click.option("--backend", help="Compile with rtx or trt; default: the first that is installed and has this GPU.")
+@click.option(
+    "--compiler",
+    cls=options.Listed,
+    names=options.compiler_names,
+    help="Compile with {names}; default: the first that is installed and has this GPU.",
+)
 @click.option(
     "--seconds",
     type=click.FloatRange(0.2, 60),
@@ -53,12 +58,13 @@ def doctor(as_json: bool) -> None:
     help="Run each large product that long: the clock falls under load.",
 )
 @options.json_option
-def measure_gpu(output: Path, backend: str | None, seconds: float, as_json: bool) -> None:
+def measure_gpu(output: Path, compiler: str | None, seconds: float, as_json: bool) -> None:
     """Measure this machine's GPU, so that predicted times become those of this GPU.
 
     Starts of kernels, bandwidths, rates in each type, and how FP16 products accumulate. Nothing else should use the GPU
     meanwhile. Then: qdq deploy MODEL --data DATA --recipe gpu.yaml.
     """
+    from engines.backends.profile import profile_named
     from engines.core.files import write_atomic
     from engines.timing.driver import Driver
     from engines.timing.events import EventTimer
@@ -69,15 +75,15 @@ def measure_gpu(output: Path, backend: str | None, seconds: float, as_json: bool
     options.check_output(output)
     with Driver() as driver, Bars() as bars:
         card = driver.card()
-        compiler = backend_for(card, backend)
+        backend = backend_for(card, compiler and profile_named(compiler).backend)
         with Monitor(card.bus) as monitor:
-            found = measured_gpu(card, compiler, EventTimer(driver), seconds=seconds, on_probe=bars)
+            found = measured_gpu(card, backend, EventTimer(driver), seconds=seconds, on_probe=bars)
         watched = monitor.watched()
     write_atomic(output, found.text())
     if as_json:
         click.echo(json.dumps({**found.to_mapping(), "watched": watched.to_mapping()}, indent=1))
         return
-    show_rows(f"{card.name} ({card.target}), measured with {compiler.title}", found.rows())
+    show_rows(f"{card.name} ({card.target}), measured with {backend.title}", found.rows())
     note(watched.summary())
     click.echo(f"Recipe: {output}")
 

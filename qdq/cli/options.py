@@ -55,10 +55,13 @@ def gpu_names() -> Iterable[str]:
     return GPUS
 
 
-def _backends() -> list[str]:
-    from engines.backends.backend import DEFAULT, backends
+def compiler_names() -> list[str]:
+    """What `--compiler` takes, with what each needs."""
+    from engines.backends.backend import backends
+    from engines.backends.profile import profiles
 
-    return [f"{b.name} ({'default, ' if b.name == DEFAULT else ''}{b.need})" for b in backends().values()]
+    versions = {b.name: [p.key for p in profiles().values() if p.backend == b.name] for b in backends().values()}
+    return [f"{', '.join(dict.fromkeys((b.compiler, *versions[b.name])))} ({b.need})" for b in backends().values()]
 
 
 def _targets() -> Iterable[str]:
@@ -103,9 +106,17 @@ scheme_option = _setting("--scheme", "Choose formats of weights and data: {names
 exclude_option = click.option(
     "--exclude", multiple=True, metavar="GLOB", help="Leave these nodes in float; repeatable."
 )
-place_options = _options(scheme_option, exclude_option, recipe_option)
+compiler_option = click.option(
+    "--compiler",
+    cls=Listed,
+    names=compiler_names,
+    help="Quantize for, and compile with, {names}; default: tensorrt for a --gpu of a data centre or a --target that "
+    "only TensorRT has, else rtx.",
+)
+place_options = _options(scheme_option, compiler_option, exclude_option, recipe_option)
 settings_options = _options(
     scheme_option,
+    compiler_option,
     _setting("--calibrator", "Choose activation ranges by: {names}."),
     click.option(
         "--percentile", type=float, help="Percentile to keep; only with --calibrator percentile. Default 99.99."
@@ -174,7 +185,6 @@ compile_options = _options(
         names=_targets,
         help="Compile for a GPU generation: {names}; 8.6 means sm86; default sm89; repeatable.",
     ),
-    click.option("--backend", cls=Listed, names=_backends, help="Compile with {names}."),
     shape_option,
 )
 

@@ -81,8 +81,8 @@ def quantize(
         recipe = options.recipe_of(given, base=chosen.settings.to_mapping() if chosen else None)
         if chosen and _places(recipe.settings) != _places(chosen.settings):
             raise InputError(
-                f"The plan {plan_file} already says what is quantized, which --scheme, --block, --shift and --exclude "
-                "cannot change. Edit the plan, or make another with `qdq plan`."
+                f"The plan {plan_file} already says what is quantized, which --scheme, --compiler, --block, --shift "
+                "and --exclude cannot change. Edit the plan, or make another with `qdq plan`."
             )
         prepared = load_float(model)
         table = CalibrationTable.load(table_file) if table_file else None
@@ -109,17 +109,18 @@ def quantize(
 
 def _places(settings: Settings) -> tuple[object, ...]:
     """The settings that decide where quantizers go; the others decide scales and codes."""
-    return (settings.scheme, settings.shift, settings.exclude, settings.overrides, settings.block)
+    return (settings.scheme, settings.compiler, settings.shift, settings.exclude, settings.overrides, settings.block)
 
 
 @click.command()
 @options.model_argument
 @options.output_option("the engine; its layers and manifest go beside it")
+@options.compiler_option
 @options.compile_options
 @click.option(
     "--timing-cache",
     type=options.PATH,
-    help="Read and write this cache of kernel timings; only with a backend that times kernels.",
+    help="Read and write this cache of kernel timings; only with a compiler that times kernels.",
 )
 @options.recipe_option
 def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) -> None:
@@ -150,6 +151,7 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
 
 @click.command()
 @options.model_argument
+@options.compiler_option
 @options.compile_options
 @click.option(
     "--gpu", cls=options.Listed, names=options.gpu_names, help="Also predict the time of each kernel: {names}."

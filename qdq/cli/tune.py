@@ -55,7 +55,9 @@ def tune(
     options.check_output(output, model, data, given["recipe"])
     recipe = options.recipe_of(given)
     if (other := predicting(recipe.backend)).name != recipe.backend:
-        raise InputError(f"tune prices what {other.title} compiles: it needs --backend {other.name} ({other.need}).")
+        raise InputError(
+            f"tune prices what {other.title} compiles: it needs --compiler {other.compiler} ({other.need})."
+        )
     gpus = gpus_of(recipe)
     with Bars() as bars:
         bars(0, None, "Prepare")

@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from engines.backends.backend import DEFAULT
+from engines.backends.profile import Profile, profile_named
 from engines.core.documents import Part, replace
 from qdq.core.choices import checked, choose, converted
 from qdq.core.errors import InputError
@@ -85,9 +87,12 @@ class Settings(Part, frozen=True, kw_only=True):
         v1: those above v0 and at most this are equalized first; those above v1 have one scale per token; "auto" gives
             it to those whose error counts beside that of the weights.
         overrides: node name pattern -> scheme for those nodes; the first that matches counts.
+        compiler: whose engine the model is for, a key of `engines.backends.profile.profiles`; placement, the form of
+            the Q/DQ model and what "auto" means follow its profile.
 
     Raises:
         InputError: an unknown name or a value outside its range.
+        EngineError: an unknown compiler.
     """
 
     scheme: str = "int8"
@@ -105,6 +110,7 @@ class Settings(Part, frozen=True, kw_only=True):
     v0: Magnitude | str = V0
     v1: Magnitude | str = V1
     overrides: dict[Pattern, str] = msgspec.field(default_factory=dict)
+    compiler: str = DEFAULT
 
     def __post_init__(self) -> None:
         """Hold each field to its type, and names to those that exist."""
@@ -116,6 +122,7 @@ class Settings(Part, frozen=True, kw_only=True):
             block = int(block)
         set_field(self, "block", block)
         checked(self)
+        set_field(self, "compiler", profile_named(self.compiler).key)
         rows = [SCHEMES[choose(name, tuple(SCHEMES), "scheme")] for name in (self.scheme, *self.overrides.values())]
         for name in ("rounding", "equalize"):
             if getattr(self, name) == "":
@@ -138,6 +145,11 @@ class Settings(Part, frozen=True, kw_only=True):
                 f"block is {self.block!r}, but {through[0].name} multiplies {fmt.bits}-bit weights through blocks: "
                 f"choose {', '.join(map(str, fmt.blocks))} or auto, or the weight-only scheme int4."
             )
+
+    @property
+    def profile(self) -> Profile:
+        """What is known of the compiler."""
+        return profile_named(self.compiler)
 
     def options(self, setting: str) -> tuple[str | int, ...]:
         """What an open setting is chosen from; the first where nothing can be compared."""

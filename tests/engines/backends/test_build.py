@@ -193,7 +193,7 @@ def test_building_without_the_runtime_is_the_same_error(monkeypatch: pytest.Monk
 def test_tensorrt_without_a_gpu_points_to_the_other_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trt, "gpus", list)
     for call in (lambda: trt.build(graphs.identity()), lambda: trt.runner(b"")):
-        with pytest.raises(MissingRuntimeError, match="--backend rtx"):
+        with pytest.raises(MissingRuntimeError, match="--compiler rtx"):
             call()
 
 

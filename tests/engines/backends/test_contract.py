@@ -31,9 +31,12 @@ from qdq.model.storage import load
 TOY = '''
 """Writes the model down in place of compiling it: one float kernel a node."""
 
+from dataclasses import replace
+
 from engines.backends.backend import Backend
 from engines.backends.compiler import Engine
 from engines.backends.layers import Layer, LayerTable, KernelTensor
+from engines.backends.rtx import PROFILES as OTHERS
 from engines.core.load import load_graph
 
 
@@ -64,6 +67,7 @@ def runner(engine, *, name="engine"):
 
 BACKEND = Backend(
     name="toy",
+    compiler="toy",
     title="Toy",
     runtime="json",
     packages=("toy",),
@@ -74,6 +78,7 @@ BACKEND = Backend(
     build=build,
     runner=runner,
 )
+PROFILES = (replace(OTHERS[0], name="toy", title="Toy", backend="toy", targets=BACKEND.targets),)
 '''
 
 
@@ -135,7 +140,7 @@ def test_an_unknown_backend_names_the_nearest() -> None:
 
 
 def test_a_target_of_another_backend_names_that() -> None:
-    with pytest.raises(UnsupportedTargetError, match=r"sm90 needs TensorRT \(--backend trt\)"):
+    with pytest.raises(UnsupportedTargetError, match=r"sm90 needs TensorRT \(--compiler tensorrt\)"):
         backend_named("rtx").target("9.0")
 
 
@@ -162,7 +167,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 class TestABackendInOneFile:
     def test_compiles_saves_and_audits(self, toy: Path) -> None:
-        recipe = Recipe.from_mapping({"backend": "toy", "target": "4.2"})
+        recipe = Recipe.from_mapping({"compiler": "toy", "target": "4.2"})
         engine = compile_engine(Path("same.onnx"), recipe=recipe, shapes={})
         save_engine(engine, toy / "same.engine", toy / "same.onnx", recipe=recipe, shapes={})
         audits = [audit_model(toy / "same.onnx", recipe), audit_engine(toy / "same.engine")]
@@ -170,14 +175,14 @@ class TestABackendInOneFile:
         assert json.loads((toy / "same.engine.manifest.json").read_text())["options"]["backend"] == "toy"
 
     def test_is_priced(self, toy: Path) -> None:
-        recipe = Recipe.from_mapping({"backend": "toy", "target": ["sm75"]})
+        recipe = Recipe.from_mapping({"compiler": "toy", "target": ["sm75"]})
         assert price(toy / "same.onnx", recipe, "t4").kernels[0].onnx_nodes == ("same",)
         pricer = Pricer(recipe=recipe, shapes={}, gpus=gpus_of(recipe))
         assert pricer(load(toy / "same.onnx")).kernels[0].signature.startswith("copy ")
 
     def test_runs(self, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
-        built = ["build", "same.onnx", "-o", "same.engine", "--backend", "toy", "--target", "sm42"]
+        built = ["build", "same.onnx", "-o", "same.engine", "--compiler", "toy", "--target", "sm42"]
         assert CliRunner().invoke(main, built).exit_code == 0
         here = doctor.InstalledGpu(name="Toy 42", target="sm42", memory_bytes=1)
         monkeypatch.setattr("qdq.build.engine.gpus", lambda: [here])
@@ -187,9 +192,9 @@ class TestABackendInOneFile:
 
     def test_is_known_to_options_help_and_errors(self, toy: Path) -> None:
         asked = " ".join(CliRunner().invoke(main, ["build", "--help"]).output.split())
-        assert "or toy (needs no GPU)." in asked
-        wrong = CliRunner().invoke(main, ["build", "same.onnx", "-o", "x", "--backend", "toi"])
+        assert "toy (needs no GPU)" in asked
+        wrong = CliRunner().invoke(main, ["build", "same.onnx", "-o", "x", "--compiler", "toi"])
         assert wrong.exit_code == 2 and "Did you mean 'toy'?" in wrong.stderr
-        wrong = CliRunner().invoke(main, ["build", "same.onnx", "-o", "x", "--backend", "toy", "--target", "sm43"])
+        wrong = CliRunner().invoke(main, ["build", "same.onnx", "-o", "x", "--compiler", "toy", "--target", "sm43"])
         assert wrong.exit_code == 2 and "Toy has no target 'sm43'" in wrong.stderr
         assert next(row.detail for row in doctor.diagnose() if row.name == "json").endswith("engines without a GPU)")

@@ -111,7 +111,9 @@ def test_layers_of_another_engine_beside_a_model_are_not_taken(folder: Path) -> 
 def test_layers_of_the_compiler_that_predicts_are_called_predicted(folder: Path) -> None:
     if not backend.backend_named("trt").needs_gpu or build_engine.gpus():
         pytest.skip("a GPU here compiles for itself")
-    found = build_engine.layers_of(Path("h.onnx"), Recipe(backend="trt", targets=("sm90",)), None)
+    found = build_engine.layers_of(
+        Path("h.onnx"), Recipe(settings=Settings(compiler="tensorrt"), targets=("sm90",)), None
+    )
     assert found.predicted and found.table.backend == "rtx"
     samples = as_samples([dict(np.load(p)) for p in sorted(Path("data").iterdir())], load(Path("h.onnx")))
     report = evaluate("x.onnx", "h.onnx", samples, limits={}, as_compiled=found.table, predicted=True)

@@ -1,0 +1,159 @@
+"""What a compiler of some version makes of quantized graphs: its facts, each with the source that it is known from.
+
+"tensorrt:10.16" -> `profile_named` -> `Profile` -> placement, the form of the Q/DQ model, lint rules, notes follow it.
+A file of this folder with `PROFILES` describes its compiler, the usual version first. Must not decide anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import engines.backends
+from engines.backends.backend import backend_named, members
+from engines.core.errors import EngineError, did_you_mean
+
+DLA = (
+    "DLA is no compiler here: it takes no Q/DQ model of this form (UINT8 or INT8 tensors in formats of its own, static "
+    "shapes), TensorRT 11.0 to 11.3 have none, and 11.4 has it on Jetson AGX Orin and Windows on ARM alone. Take "
+    "--compiler tensorrt for the GPU of that device."
+)
+"""Source: TensorRT release notes and documentation of 11.3 and 11.4, DLA layer restrictions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """Whether something holds of a compiler: true, false, or None where nobody says so; and from where that is known.
+
+    `says` is what a person is told who asks why; a fact that is not known counts as one that does not hold.
+    """
+
+    holds: bool | None
+    says: str
+    source: str
+
+    def __bool__(self) -> bool:
+        """Whether it is known to hold."""
+        return self.holds is True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """One version of a compiler.
+
+    Attributes:
+        name: as `--compiler` takes it, without the version.
+        version: "" where a compiler has one profile.
+        title: the compiler's own name, with the version where there are several.
+        backend: name of the `Backend` that builds.
+        targets: the GPU generations of that version.
+        kinds: of GPUs that it is the usual compiler of, as `engines.cost.datasheets` calls them.
+        formats: format of numbers -> the least SM on which products run in it; a format that is absent has no kernels.
+        blocks: format -> the lengths along a sum that may share a scale, the longest first.
+        opset: the newest ONNX opset that its parser documents; None where that is not known.
+        types: element types that its parser takes in an initializer of a quantized tensor.
+        trtexec: options that a build of a Q/DQ model needs with the version's command-line tool.
+        integer_output: an INT8 convolution writes INT8, so that its neighbours read half of what FP16 has.
+        shift: Q behind a Sub fuses into the kernel that made the tensor.
+        hoist: a per-channel scale that stands behind a convolution fuses into its kernel.
+        fours: channels padded to a multiple of four by zeros in the file cost less than what the compiler does itself.
+        residual: the shortcut of an Add is read quantized.
+        concat: one scale for all inputs of a Concat lets their producers write codes.
+        mean_pool: average pooling runs in INT8.
+        conv_transpose: a transposed convolution runs in INT8.
+        first_layer: a convolution of three channels runs in INT8.
+        depthwise: a depthwise convolution has an INT8 kernel.
+        small_products: products with fewer than 16 rows, columns or summands gain by INT8.
+        attention: products of two computed tensors stay one fused kernel in INT8.
+    """
+
+    name: str
+    version: str
+    title: str
+    backend: str
+    targets: tuple[str, ...]
+    kinds: tuple[str, ...]
+    formats: Mapping[str, int]
+    blocks: Mapping[str, tuple[int, ...]]
+    opset: int | None
+    types: tuple[str, ...]
+    trtexec: tuple[str, ...]
+    integer_output: Fact
+    shift: Fact
+    hoist: Fact
+    fours: Fact
+    residual: Fact
+    concat: Fact
+    mean_pool: Fact
+    conv_transpose: Fact
+    first_layer: Fact
+    depthwise: Fact
+    small_products: Fact
+    attention: Fact
+
+    @property
+    def key(self) -> str:
+        """The whole name, as plans and recipes hold it: 'rtx', 'tensorrt:11'."""
+        return f"{self.name}:{self.version}" if self.version else self.name
+
+    @property
+    def facts(self) -> dict[str, Fact]:
+        """Every fact by name."""
+        return {f.name: fact for f in fields(self) if isinstance(fact := getattr(self, f.name), Fact)}
+
+    def runs(self, fmt: str, targets: Iterable[str]) -> bool:
+        """Whether products run in a format on all of the targets ('sm89')."""
+        least = self.formats.get(fmt)
+        return least is not None and all(int(target[2:]) >= least for target in targets)
+
+    def same_compiler(self, backend: str, version: str) -> bool:
+        """Whether a layer table of that backend and version is of the compiler that this describes."""
+        ours, theirs = self.version.split("."), version.split(".")
+        return backend == self.backend and theirs[: len(ours)] == ours if self.version else backend == self.backend
+
+
+def profiles() -> dict[str, Profile]:
+    """Key -> profile, in the order of the files; of each compiler the usual version first."""
+    return _profiles(tuple(engines.backends.__path__))
+
+
+@lru_cache(maxsize=4)
+def _profiles(_folders: tuple[str, ...]) -> dict[str, Profile]:
+    return {profile.key: profile for found in members("PROFILES") for profile in found}
+
+
+def names(found: Iterable[Profile]) -> tuple[str, ...]:
+    """What `--compiler` takes for some profiles: the name for the usual version, and each version."""
+    keys = ((p.name, p.key) for p in found)
+    return tuple(dict.fromkeys(name for pair in keys for name in pair))
+
+
+def profile_named(text: str) -> Profile:
+    """The profile of a name, of the usual version where none is given.
+
+    >>> profile_named("tensorrt").key
+    'tensorrt:11'
+
+    Raises:
+        EngineError: there is none; names the nearest, or says why there is none for DLA.
+    """
+    found = profiles()
+    if text in found:
+        return found[text]
+    for profile in found.values():
+        if profile.name == text:
+            return profile
+    if text.partition(":")[0].lower() == "dla":
+        raise EngineError(DLA)
+    known = names(found.values())
+    raise EngineError(f"Unknown compiler {text!r}; there are {', '.join(known)}.{did_you_mean(text, known)}")
+
+
+def profile_of(backend: str) -> Profile:
+    """The usual profile of what a backend compiles.
+
+    Raises:
+        EngineError: see `backend_named`.
+    """
+    return next(p for p in profiles().values() if p.backend == backend_named(backend).name)

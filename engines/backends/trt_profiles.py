@@ -1,0 +1,115 @@
+"""What is known of TensorRT 10.3 (JetPack 6), 10.16 and 11 on graphs with Q/DQ nodes. None of it was measured here.
+
+Sources, as `Fact.source` and the comments name them: "release notes", "support matrix" and "guide" are NVIDIA's
+documentation; "headers" are NvInfer.h and NvInferRuntime.h of that release; "#n" is an issue of NVIDIA/TensorRT,
+answered by a maintainer unless "user" stands there; "dumps" are the layer dumps of TensorRT 8 on A100 and RTX 3090 in
+NVIDIA's trt-engine-explorer; "Model Optimizer" is the source of NVIDIA's own quantizer, a2fbac7b, whose placement is
+made for TensorRT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engines.backends.profile import Fact, Profile
+from engines.backends.trt import BACKEND
+
+_DUMPS = "dumps of ResNet-18 and ResNet-50"
+
+_LATEST = Profile(
+    name=BACKEND.compiler,
+    version="11",
+    title=f"{BACKEND.title} 11",
+    backend=BACKEND.name,
+    targets=BACKEND.targets,
+    kinds=("data centre", "jetson"),
+    # INT8 convolutions on Turing: #2134. INT4 weights, FP8: support matrix of Model Optimizer. FP4: release notes 10.8.
+    formats={"int8": 75, "int4": 80, "fp8": 89, "nvfp4": 100},
+    blocks={"int4": (128, 64), "nvfp4": (16,)},  # guide, quantized types; NVFP4: parser of 10.15
+    opset=25,  # guide of 11.x, ONNX opsets
+    types=("int8", "fp8", "int4", "fp4"),
+    trtexec=(),  # always strongly typed; CUDA graph, spin wait and no transfers are the default (sampleOptions.h)
+    integer_output=Fact(
+        holds=True,
+        says="with a Q behind it an INT8 convolution writes INT8 (bias, activation, shortcut inside)",
+        source=f"#2392, #2383; {_DUMPS}",
+    ),
+    shift=Fact(
+        holds=None,
+        says="whether Q behind a Sub still fuses in TensorRT is not known: moving a tensor may cost a kernel",
+        source="no test of Mul or Sub around a quantizer was found",
+    ),
+    hoist=Fact(
+        holds=None,
+        says="whether a per-channel scale behind a convolution fuses in TensorRT is not known, and per-channel scales "
+        "of weights cost it no kernel",
+        source="no test of it was found",
+    ),
+    fours=Fact(
+        holds=False,
+        says="TensorRT fills the channels of an INT8 convolution itself (formats CHW4 and CHW32)",
+        source=f"#1310; headers, TensorFormat; {_DUMPS}: the first convolution, three channels, in INT8",
+    ),
+    residual=Fact(
+        holds=True,
+        says="Add and activation are inside the convolution only where the shortcut has the type of what it writes, so "
+        "the shortcut is quantized and the convolution's own output is not",
+        source=f"#1992; {_DUMPS}; Model Optimizer, build_non_residual_input_map",
+    ),
+    concat=Fact(
+        holds=True,
+        says="a Q behind Concat is cloned into the convolutions before it, with equal scales for all",
+        source="#2597 user; NVIDIA's guide to YOLOv7 with Q/DQ on Orin: unequal scales reach .87 of the speed",
+    ),
+    mean_pool=Fact(
+        holds=True,
+        says="average pooling runs in INT8 where Q/DQ stands on both sides of it, else in float",
+        source=_DUMPS,
+    ),
+    conv_transpose=Fact(
+        holds=None,
+        says="whether TensorRT runs a quantized ConvTranspose in INT8 depends on what is behind it (an activation, no "
+        "normalization), and users saw it in FP16 in 3-D",
+        source="#3412; #4668, #2597 users",
+    ),
+    first_layer=Fact(holds=True, says="it runs in INT8, with its pooling inside", source=_DUMPS),
+    depthwise=Fact(
+        holds=True,
+        says="it has an INT8 kernel of its own; SiLU behind it is another kernel",
+        source="#3205; Model Optimizer quantizes 3x3 with channels in eights",
+    ),
+    small_products=Fact(
+        holds=False,
+        says="a product with fewer than 16 rows or summands gains nothing by INT8",
+        source="Model Optimizer, find_nodes_from_matmul_to_exclude",
+    ),
+    attention=Fact(
+        holds=None,
+        says="a product of two computed tensors (attention): TensorRT fuses attention in INT8 for some head sizes and "
+        "up to 512 tokens only, and a user measured it slower than FP16",
+        source="#3724; guide as quoted in #2981 and #4167; #4322 user",
+    ),
+)
+
+_TEN = replace(
+    _LATEST,
+    version="10.16",
+    title=f"{BACKEND.title} 10.16",
+    opset=24,  # operators.md of the parser, 10.15
+    # weakly typed unless asked, and timed with transfers, without CUDA graph (sampleOptions.h, sampleOptions.cpp)
+    trtexec=("--stronglyTyped", "--useCudaGraph", "--useSpinWait", "--noDataTransfers"),
+)
+
+_JETPACK_6 = replace(
+    _TEN,
+    version="10.3",
+    title=f"{BACKEND.title} 10.3",
+    # FP4 came with 10.8, Blackwell too; block scales of INT4 weights are for matrices (headers 10.0 to 10.6)
+    targets=tuple(target for target in BACKEND.targets if int(target[2:]) <= 90),
+    formats={"int8": 75, "int4": 80, "fp8": 89},
+    blocks={"int4": (128, 64)},
+    opset=20,  # operators.md of the parser, 10.3, from memory; of opset 21 it reads INT4 all the same (parser, 10.1)
+    types=("int8", "fp8", "int4"),
+)
+
+PROFILES = (_LATEST, _TEN, _JETPACK_6)
