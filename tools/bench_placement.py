@@ -21,7 +21,7 @@ import argparse
 import importlib
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,24 +120,32 @@ def _write(path: Path, calibration: Arrays, evaluation: Arrays) -> None:
 
 
 def _network(name: str, folder: Path, zoo: Any, seed: int) -> None:
-    """Write one network with its samples; statistics of normalizations and vanishing scales as after training."""
+    """Write one network with its samples; a random one's normalizations have seen them, else its values vanish."""
     import torch
 
     make, kind = NETWORKS[name]
     torch.manual_seed(seed)
     model = make().eval()
-    if name not in TRAINED:
-        for module in model.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 1.5)
     path = folder / f"{name}{'' if name in TRAINED else f'_{seed}'}.onnx"
     calibration, evaluation = _samples(kind, zoo, np.random.default_rng(seed))
     (given,) = calibration
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    if norms and name not in TRAINED:
+        for module in norms:
+            module.reset_running_stats()
+            module.momentum = None  # the mean over all batches
+            module.train()
+        with torch.no_grad():
+            model(torch.from_numpy(calibration[given]))
+        model.eval()
     names = {"input_names": [given], "output_names": ["output"], "opset_version": 17, "dynamo": False}
     with torch.no_grad():
         torch.onnx.export(model, (torch.from_numpy(calibration[given][:1]),), str(path), **names)
     _write(path, calibration, evaluation)
+
+
+def _joined(samples: Sequence[Arrays]) -> Arrays:
+    return {name: np.concatenate([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def export(folder: Path, zoo: Any, names: list[str], seeds: list[int]) -> None:
@@ -153,7 +161,9 @@ def export(folder: Path, zoo: Any, names: list[str], seeds: list[int]) -> None:
             continue
         zoo.named(case)
         shutil.copy(case.path, folder / f"{case.name}.onnx")
-        joined = [{k: np.concatenate([s[k] for s in some]) for k in some[0]} for some in (case.calibration, case.evaluation)]
+        joined = [
+            {k: np.concatenate([s[k] for s in some]) for k in some[0]} for some in (case.calibration, case.evaluation)
+        ]
         _write(folder / f"{case.name}.onnx", *joined)
         print(case.name, flush=True)
 

@@ -66,6 +66,9 @@ class Profile:
         depthwise: a depthwise convolution has an INT8 kernel.
         small_products: products with fewer than 16 rows, columns or summands gain by INT8.
         attention: products of two computed tensors stay one fused kernel in INT8.
+        narrow: a convolution of fewer than 16 channels in or out gains by INT8, whatever its form.
+        odd_groups: a convolution with groups has INT8 kernels though the channels of a group are not in fours.
+        fp8_convolutions: convolutions of any form have fast FP8 kernels.
     """
 
     name: str
@@ -91,6 +94,9 @@ class Profile:
     depthwise: Fact
     small_products: Fact
     attention: Fact
+    narrow: Fact
+    odd_groups: Fact
+    fp8_convolutions: Fact
 
     @property
     def key(self) -> str:

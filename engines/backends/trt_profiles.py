@@ -80,7 +80,7 @@ _LATEST = Profile(
     ),
     small_products=Fact(
         holds=False,
-        says="a product with fewer than 16 rows or summands gains nothing by INT8",
+        says="with one row, fewer than 16 summands or fewer than 16 outputs a product gains nothing by INT8",
         source="Model Optimizer, find_nodes_from_matmul_to_exclude",
     ),
     attention=Fact(
@@ -88,6 +88,21 @@ _LATEST = Profile(
         says="a product of two computed tensors (attention): TensorRT fuses attention in INT8 for some head sizes and "
         "up to 512 tokens only, and a user measured it slower than FP16",
         source="#3724; guide as quoted in #2981 and #4167; #4322 user",
+    ),
+    narrow=Fact(
+        holds=False,
+        says="TensorRT fills channels up to 32 for its INT8 kernels, so few channels gain nothing",
+        source="#1310; Model Optimizer, find_nodes_from_convs_to_exclude",
+    ),
+    odd_groups=Fact(
+        holds=False,
+        says="in INT8 TensorRT wants multiples of 4 channels in each group",
+        source="headers, IConvolutionLayer::setNbGroups",
+    ),
+    fp8_convolutions=Fact(
+        holds=False,
+        says="TensorRT has no fast FP8 kernels for groups, for more than 32 taps, or for 16 channels and fewer",
+        source="release notes 10.12 and 10.13, limitations; Model Optimizer, find_nodes_from_convs_to_exclude",
     ),
 )
 

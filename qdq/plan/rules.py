@@ -14,6 +14,7 @@ from typing import Literal
 
 from onnx import NodeProto
 
+from engines.backends.profile import Profile
 from engines.core.operators import LAST_AXIS_NORMS, MEAN_POOLS, NORMS, PICKERS, SOFTMAXES, family
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
@@ -32,7 +33,6 @@ _FLOAT_OPS = {
     NORMS | LAST_AXIS_NORMS: "normalization stays in float: its statistics need the range, and no integer kernel "
     "exists for it",
     SOFTMAXES: "softmax stays in float: INT8 around it breaks the fused attention kernel",
-    MEAN_POOLS: "average pooling runs in float on TensorRT-RTX even if its input is quantized",
     PICKERS | {"Resize", "Upsample"}: "it moves or picks values; a quantizer behind it is hoisted above it by the "
     "compiler",
     family(
@@ -47,11 +47,21 @@ _FLOAT_OPS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Want:
-    """A rule wants the tensor at one operand of the node quantized."""
+    """A rule wants the tensor at one operand of the node quantized.
+
+    Attributes:
+        tensor: its name.
+        index: of the operand.
+        role: of a weighted node "activation" (its data) or "weight"; of any other "operand" quantizes the tensor, and
+            "shortcut" reads the quantized tensor where another node wants it.
+        spec: how; a node without weights takes that of the weighted ones.
+        rule: who says so.
+        reason: why, where it is not what the settings ask for.
+    """
 
     tensor: str
     index: int
-    role: Literal["activation", "weight", "shortcut"]
+    role: Literal["activation", "weight", "operand", "shortcut"]
     spec: Spec
     rule: str
     reason: str = ""
@@ -148,9 +158,13 @@ def _no_data_blocks(model: Model, node: NodeProto) -> str:
 def residual(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
     """Want the shortcut of a residual Add read from the tensor its convolution reads: INT8 traffic, one fused kernel.
 
-    The shortcut is an input of the Add that a weighted operator reads too; the Add's other input is computed.
+    The shortcut is an input of the Add that a weighted operator reads too; the Add's other input is computed. Where
+    kernels write INT8, `tensorrt_rules.shortcut` speaks.
     """
-    if node.op_type != "Add" or any(model.is_constant(t) for t in node.input):
+    profile = settings.profile
+    if node.op_type != "Add" or profile.integer_output or not profile.residual:
+        return []
+    if any(model.is_constant(t) for t in node.input):
         return []
     wants: list[Decision] = []
     for index, tensor in enumerate(node.input):
@@ -165,15 +179,15 @@ def residual(model: Model, node: NodeProto, settings: Settings) -> list[Decision
 
 def concat(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
     """Tie the output of a Concat with its inputs, so that a branch that is quantized anyway need not be rescaled."""
-    return [Tie(tensors=(node.output[0], *node.input), rule="concat")] if node.op_type == "Concat" else []
+    if node.op_type != "Concat" or not settings.profile.concat:
+        return []
+    return [Tie(tensors=(node.output[0], *node.input), rule="concat")]
 
 
 def transposed(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
-    """Veto ConvTranspose: TensorRT-RTX never runs it in INT8, a quantizer on it only adds kernels."""
-    if node.op_type != "ConvTranspose":
-        return []
-    reason = "TensorRT-RTX has no INT8 kernel for ConvTranspose (measured on SM86 and SM89)"
-    return [Veto(rule="transposed", reason=reason)]
+    """Veto ConvTranspose where it is not known to run in INT8: a quantizer on it would only add kernels."""
+    fact = settings.profile.conv_transpose
+    return [Veto(rule="transposed", reason=fact.says)] if node.op_type == "ConvTranspose" and not fact else []
 
 
 def operands(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
@@ -184,7 +198,7 @@ def operands(model: Model, node: NodeProto, settings: Settings) -> list[Decision
     if data:
         reason = "its left operand is the constant one; INT8 kernels want the weight on the right"
     elif not weight and node.op_type == "MatMul":
-        reason = "a product of two computed tensors (attention): INT8 there breaks the fused attention kernel"
+        reason = settings.profile.attention.says
     elif not weight:
         reason = "its weight is computed, so its scale is not known before the engine runs"
     else:
@@ -247,8 +261,10 @@ def foreign(model: Model, node: NodeProto, settings: Settings) -> list[Decision]
 RULES: tuple[Rule, ...] = (weighted, residual, concat, transposed, operands, excluded, containers, inner, foreign)
 
 
-def why_float(op_type: str) -> tuple[str, str]:
+def why_float(op_type: str, profile: Profile) -> tuple[str, str]:
     """Rule name and reason why an operator that no rule wants stays in float."""
+    if op_type in MEAN_POOLS:
+        return "no_weight", profile.mean_pool.says
     other = "it has no weights; the compiler fuses pointwise operators into the kernel before or after them"
     return "no_weight", next((reason for ops, reason in _FLOAT_OPS.items() if op_type in ops), other)
 

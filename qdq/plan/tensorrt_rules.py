@@ -19,9 +19,8 @@ from onnx import NodeProto
 
 from engines.core.documents import replace
 from engines.core.operators import CURVES, MEAN_POOLS, MOVERS, RAMPS, family
-from qdq.core.formats import FORMATS
 from qdq.model.model import Model
-from qdq.model.nodes import WEIGHTED, attribute, input_axis, ints, weight_axis
+from qdq.model.nodes import WEIGHTED, attribute, input_axis, weight_axis
 from qdq.plan.rules import RULES as COMMON
 from qdq.plan.rules import Decision, Rule, Tie, Veto, Want
 from qdq.plan.settings import Settings
@@ -122,7 +121,7 @@ def normalized(model: Model, node: NodeProto, settings: Settings) -> list[Decisi
 
 
 def shared(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
-    """Want a float operator to read a tensor as its quantized readers do: else the tensor is written in float too.
+    """Want a float operator to read a tensor as quantized as others read it: else it is written in float too.
 
     It speaks of sums, gated products and means. An activation of the tensor that it is computed from reads floats: it
     is inside the kernel that makes the tensor.
@@ -134,14 +133,15 @@ def shared(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
     """
     if node.op_type not in _SHARING or not settings.profile.integer_output or node.name in model.inner_nodes:
         return []
-    main, found = _main(model, node), list[Decision]()
-    for index, tensor in enumerate(node.input):
-        if not tensor or model.is_constant(tensor) or index == main or _fused(model, node, tensor):
-            continue
-        spec = next(_readers(model, tensor, settings), None)
-        if spec is not None:
-            found.append(Want(tensor=tensor, index=index, role="shortcut", spec=spec, rule="shared"))
-    return found
+    spec = settings.activation(settings.scheme_of(node.name), convolution=True)
+    if spec is None:
+        return []
+    main = _main(model, node)
+    return [
+        Want(tensor=tensor, index=index, role="shortcut", spec=spec, rule="shared")
+        for index, tensor in enumerate(node.input)
+        if tensor and not model.is_constant(tensor) and index != main and not _fused(model, node, tensor)
+    ]
 
 
 def crossed(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
@@ -242,7 +242,7 @@ def _computed(model: Model, node: NodeProto) -> list[str]:
 
 def _gated(model: Model, factors: list[str]) -> str | None:
     """x where the factors are x and a gate of x, as in SiLU."""
-    for gate, other in (factors, factors[::-1]):
+    for gate, other in (factors, factors[::-1]) if len(factors) == 2 else ():
         made = model.producer(gate)
         if made is not None and made.op_type in _GATES and made.input[0] == other:
             return other
@@ -285,9 +285,7 @@ def _distances(model: Model, tensor: str) -> dict[str, int]:
     return found
 
 
-def _readers(
-    model: Model, tensor: str, settings: Settings, *, through: frozenset[str] = frozenset()
-) -> Iterator[Spec]:
+def _readers(model: Model, tensor: str, settings: Settings, *, through: frozenset[str] = frozenset()) -> Iterator[Spec]:
     """How weighted nodes read a tensor quantized, directly or behind operators of one data input."""
     for use in model.consumers(tensor):
         if use.index == 0 and (spec := quantized_data(model, use.node, settings)) is not None:
@@ -305,7 +303,7 @@ def _quantized_behind(model: Model, tensor: str, settings: Settings) -> bool:
         if use.index == 0 and quantized_data(model, node, settings) is not None:
             return True
         follows = node.op_type in _EPILOGUE or (node.op_type in _BY_CONSTANT and len(_computed(model, node)) == 1)
-        gate = node.op_type == "Mul" and _gated(model, _computed(model, node)[:2]) == tensor
+        gate = node.op_type == "Mul" and _gated(model, _computed(model, node)) == tensor
         if (follows or gate or node.op_type == "Concat") and _quantized_behind(model, node.output[0], settings):
             return True
     return False
