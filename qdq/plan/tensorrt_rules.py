@@ -33,7 +33,8 @@ _EPILOGUE = CURVES | RAMPS | MOVERS | family("BatchNormalization Dropout MaxPool
 _BY_CONSTANT = family("Add Div Mul Sub")
 _GATES = family("HardSigmoid Sigmoid")
 _POINTWISE = _EPILOGUE | _BY_CONSTANT
-_SHARING = MEAN_POOLS | family("Add Mul ReduceMean")
+_LINEAR = MOVERS | family("BatchNormalization Dropout")
+_SHARING = MEAN_POOLS | family("Add Concat MaxPool Mul ReduceMean Resize")
 
 
 def quantized_data(model: Model, node: NodeProto, settings: Settings) -> Spec | None:
@@ -52,28 +53,37 @@ def backbone(model: Model, tensor: str) -> NodeProto | None:
     Source: fusions seen in NVIDIA's layer dumps; SiLU counts as an activation (#966, #1114), a gate from elsewhere,
     as in squeeze-and-excitation, does not (Model Optimizer, `_is_fusible_mul`).
     """
-    while (node := model.producer(tensor)) is not None and node.op_type not in ("Conv", *WEIGHTED):
+    node, _ = _backbone(model, tensor)
+    return node
+
+
+def _backbone(model: Model, tensor: str) -> tuple[NodeProto | None, bool]:
+    """As `backbone`, and whether all that stands between is linear."""
+    linear = True
+    while (node := model.producer(tensor)) is not None and node.op_type not in WEIGHTED:
         computed = _computed(model, node)
         if node.op_type == "Mul" and len(set(computed)) == 2:
             inner = _gated(model, computed)
             computed = [] if inner is None else [inner]
-        elif len(computed) != 1 or node.op_type not in _POINTWISE:
-            return None
-        if not computed:
-            return None
+        elif node.op_type not in _POINTWISE:
+            return None, False
+        if len(computed) != 1:
+            return None, False
+        linear = linear and (node.op_type in _LINEAR or (node.op_type in _BY_CONSTANT and computed == node.input[:1]))
         tensor = computed[0]
-    return node if node is not None and node.op_type == "Conv" else None
+    return (node, linear) if node is not None and node.op_type == "Conv" else (None, False)
 
 
 def shortcut(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
     """Want Q and DQ on the shortcut of a residual Add behind a quantized convolution, also where nothing else reads it.
 
     Add and activation are inside the convolution's kernel only where the shortcut has the type that it writes; the
-    pair stands on the shortcut alone, so a convolution on it (downsampling) writes INT8 too. Of two convolutions the
-    one farther from what the branches share is the main one. Without a quantized reader behind the Add the kernel
-    would write floats and the shortcut be dequantized by a kernel of its own.
+    pair stands on the shortcut alone, so a convolution on it (downsampling) writes INT8 too. The main path is that of a
+    convolution without an activation before the Add (with one the Add is another kernel), and of two the one farther
+    from what the branches share. Without a quantized reader behind the Add the kernel would write floats and the
+    shortcut be dequantized by a kernel of its own.
 
-    Source: #1992; layer dumps of ResNet-18; Model Optimizer, `build_non_residual_input_map`.
+    Source: #1992; #3861; layer dumps of ResNet-18; Model Optimizer, `build_non_residual_input_map`.
     """
     profile = settings.profile
     main = _main(model, node) if profile.residual and profile.integer_output else None
@@ -123,8 +133,8 @@ def normalized(model: Model, node: NodeProto, settings: Settings) -> list[Decisi
 def shared(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
     """Want a float operator to read a tensor as quantized as others read it: else it is written in float too.
 
-    It speaks of sums, gated products and means. An activation of the tensor that it is computed from reads floats: it
-    is inside the kernel that makes the tensor.
+    It speaks of sums, gated products, means, joins, maxima and interpolations. An activation of the tensor that it is
+    computed from reads floats: it is inside the kernel that makes the tensor.
 
     Source: ResNet-18 on A100 with Q/DQ at convolutions only, whose shortcuts read floats, had 12 kernels that only
     quantize and was slower than FP16 (layer dumps); Model Optimizer, `filter_quantizable_kgen_heads`. Unlike there, the
@@ -260,12 +270,15 @@ def _main(model: Model, node: NodeProto) -> int | None:
     if node.op_type != "Add" or any(model.is_constant(t) or model.producer(t) is None for t in node.input):
         return None
     shapes = [info.shape if (info := model.info(name)) is not None else None for name in node.input]
-    found = [backbone(model, name) for name in node.input]
+    (first, plain), (second, also_plain) = (_backbone(model, name) for name in node.input)
+    found = [first, second]
     known = None not in shapes
     if (known and shapes[0] != shapes[1]) or not any(found) or found[0] is found[1]:
         return None
     left, right = (_distances(model, name) for name in node.input)
     common = min(left.keys() & right.keys(), key=lambda name: left[name] + right[name], default=None)
+    if all(found) and plain != also_plain:
+        return 0 if plain else 1
     if all(found):
         return 0 if common is not None and left[common] > right[common] else 1
     main = int(found[0] is None)
