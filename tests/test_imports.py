@@ -21,6 +21,7 @@ PIPELINE = ("core", "model", "passes", "plan", "measure", "solve", "assemble", "
 # The parts of engines that a folder of qdq may import: what is left out imports `engines.core` alone, or nothing.
 ENGINES = {
     "plan": {"core", "backends"},
+    "assemble": {"core", "backends"},
     "build": {"core", "backends", "cost", "verify"},
     "deploy": {"core", "backends", "cost", "verify"},
     "cli": {"core", "backends", "cost", "timing", "verify"},

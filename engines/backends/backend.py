@@ -82,8 +82,7 @@ class Backend:
         Raises:
             UnsupportedTargetError: the compiler does not know it; names another backend that does, or the nearest.
         """
-        match = re.fullmatch(r"(?:sm[_ ]?)?(\d+)\.?(\d)", text.strip().lower())
-        name = f"sm{match[1]}{match[2]}" if match else text
+        name = target_name(text)
         if name in self.targets:
             return name
         others = [f"{b.title} (--compiler {b.compiler})" for b in backends().values() if name in b.targets]
@@ -101,6 +100,12 @@ class Backend:
         """Where predicted times come from instead, '' where the times of its own kernels are predicted."""
         other = f"come from {predicting(self.name).title}'s compiler, and --compiler {self.compiler} is another"
         return "" if self.predicts else other
+
+
+def target_name(text: str) -> str:
+    """A target in the form 'sm89', from '8.9', '89' or 'SM_89'; a text of another form as it is."""
+    match = re.fullmatch(r"(?:sm[_ ]?)?(\d+)\.?(\d)", text.strip().lower())
+    return f"sm{match[1]}{match[2]}" if match else text
 
 
 def members(attribute: str) -> Iterator[Any]:

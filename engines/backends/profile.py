@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import engines.backends
-from engines.backends.backend import backend_named, members
-from engines.core.errors import EngineError, did_you_mean
+from engines.backends.backend import backend_named, members, target_name
+from engines.core.errors import EngineError, UnsupportedTargetError, did_you_mean
 
 DLA = (
     "DLA is no compiler here: it takes no Q/DQ model of this form (UINT8 or INT8 tensors in formats of its own, static "
@@ -57,7 +57,8 @@ class Profile:
         integer_output: an INT8 convolution writes INT8, so that its neighbours read half of what FP16 has.
         shift: Q behind a Sub fuses into the kernel that made the tensor.
         hoist: a per-channel scale that stands behind a convolution fuses into its kernel.
-        fours: channels padded to a multiple of four by zeros in the file cost less than what the compiler does itself.
+        padding: zeros that the file adds in front of a quantizer fuse into the kernel that made the tensor, and filling
+            up channels to fours so costs less than what the compiler does itself.
         residual: the shortcut of an Add is read quantized.
         concat: one scale for all inputs of a Concat lets their producers write codes.
         mean_pool: average pooling runs in INT8.
@@ -69,6 +70,8 @@ class Profile:
         narrow: a convolution of fewer than 16 channels in or out gains by INT8, whatever its form.
         odd_groups: a convolution with groups has INT8 kernels though the channels of a group are not in fours.
         fp8_convolutions: convolutions of any form have fast FP8 kernels.
+        two_level: weights of 4 bits that INT8 products read stay 4 bits in the engine.
+        token: one scale per token, computed as the engine runs, leaves the product in INT8.
     """
 
     name: str
@@ -85,7 +88,7 @@ class Profile:
     integer_output: Fact
     shift: Fact
     hoist: Fact
-    fours: Fact
+    padding: Fact
     residual: Fact
     concat: Fact
     mean_pool: Fact
@@ -97,6 +100,8 @@ class Profile:
     narrow: Fact
     odd_groups: Fact
     fp8_convolutions: Fact
+    two_level: Fact
+    token: Fact
 
     @property
     def key(self) -> str:
@@ -108,10 +113,47 @@ class Profile:
         """Every fact by name."""
         return {f.name: fact for f in fields(self) if isinstance(fact := getattr(self, f.name), Fact)}
 
-    def runs(self, fmt: str, targets: Iterable[str]) -> bool:
-        """Whether products run in a format on all of the targets ('sm89')."""
-        least = self.formats.get(fmt)
-        return least is not None and all(int(target[2:]) >= least for target in targets)
+    def about_opset(self, opset: int) -> str:
+        """A sentence where a model is newer than what the parser documents, else ""."""
+        if self.opset is None or opset <= self.opset:
+            return ""
+        return f"The model is of ONNX opset {opset}; {self.title} documents opsets up to {self.opset}."
+
+    def require_target(self, text: str) -> str:
+        """The name of a target that this version has.
+
+        Raises:
+            UnsupportedTargetError: another version, another compiler or none has it; names those, or the nearest.
+        """
+        name = backend_named(self.backend).target(text)
+        if name not in self.targets:
+            others = [p for p in profiles().values() if p.backend == self.backend and name in p.targets]
+            hint = " or ".join(f"{p.title} (--compiler {p.key})" for p in others)
+            known = ", ".join(self.targets)
+            raise UnsupportedTargetError(f"{self.title} has no target {text!r}; it has {known}. {name} needs {hint}.")
+        return name
+
+    def require_formats(self, formats: Iterable[str], targets: Iterable[str]) -> None:
+        """Refuse formats that this version has no kernels for on a target, before anything is measured.
+
+        Args:
+            formats: names of `formats`, or of what it lacks.
+            targets: in any spelling; one without a number is left to the compiler to refuse.
+
+        Raises:
+            UnsupportedTargetError: names the format, the target and the lowest one that has it.
+        """
+        for fmt in sorted(set(formats)):
+            if (least := self.formats.get(fmt)) is None:
+                having = [p.key for p in profiles().values() if fmt in p.formats]
+                hint = f"take --compiler {' or '.join(having)}, or " if having else ""
+                raise UnsupportedTargetError(f"{self.title} has no {fmt}: {hint}choose another scheme such as int8.")
+            numbers = {t: name[2:] for t in targets if (name := target_name(t)).startswith("sm")}
+            if lacking := [t for t, number in numbers.items() if number.isdecimal() and int(number) < least]:
+                raise UnsupportedTargetError(
+                    f"{', '.join(lacking)} cannot compile {fmt}: it needs sm{least} or newer. Choose another --target, "
+                    "or a scheme without that format such as int8."
+                )
 
     def same_compiler(self, backend: str, version: str) -> bool:
         """Whether a layer table of that backend and version is of the compiler that this describes."""

@@ -164,8 +164,8 @@ PROFILES = (
         backend=BACKEND.name,
         targets=BACKEND.targets,
         kinds=("geforce", "workstation"),
-        # Turing has INT8 products of matrices only, and its convolutions run in FP16 (measured).
-        formats={"int8": 80, **{gate.dtype.replace("fp4", "nvfp4"): gate.minimum_sm for gate in GATES}},
+        # Turing has INT8 products of matrices, and runs convolutions in FP16 whatever is quantized (measured).
+        formats={"int8": 75, **{gate.dtype.replace("fp4", "nvfp4"): gate.minimum_sm for gate in GATES}},
         blocks={"int4": (128, 64, 32, 16), "nvfp4": (16,)},  # one fused kernel each, on SM86 and SM89 (measured)
         opset=None,  # 25 parses (measured); the newest is documented nowhere
         types=("int8", "fp8", "int4", "fp4"),
@@ -175,15 +175,16 @@ PROFILES = (
             says="TensorRT-RTX's INT8 convolutions write floats, which a kernel behind them quantizes",
             source=_MEASURED,
         ),
-        shift=Fact(holds=True, says="Pad, Sub and Q fuse into the kernel that made the tensor", source=_MEASURED),
+        shift=Fact(holds=True, says="Sub and Q fuse into the kernel that made the tensor", source=_MEASURED),
         hoist=Fact(
             holds=True,
             says="Mul, Add, activation and Q behind a convolution of one weight scale are one kernel",
             source=_MEASURED,
         ),
-        fours=Fact(
+        padding=Fact(
             holds=True,
-            says="the compiler itself concatenates a constant of zeros as large as the tensor, stored in the engine",
+            says="Pad and Q fuse, and left to itself the compiler concatenates zeros as large as the tensor to fill up "
+            "channels, stored in the engine",
             source=_MEASURED,
         ),
         residual=Fact(
@@ -223,5 +224,7 @@ PROFILES = (
             says="how fast FP8 convolutions are is not known",
             source="no published time of this compiler",
         ),
+        two_level=Fact(holds=True, says="one kernel unpacks 4 bits, then the product is INT8", source=_MEASURED),
+        token=Fact(holds=True, says="a kernel quantizes, the product is INT8, a Mul follows", source=_MEASURED),
     ),
 )

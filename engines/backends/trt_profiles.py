@@ -11,17 +11,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from engines.backends import trt
 from engines.backends.profile import Fact, Profile
-from engines.backends.trt import BACKEND
 
 _DUMPS = "dumps of ResNet-18 and ResNet-50"
 
 _LATEST = Profile(
-    name=BACKEND.compiler,
+    name=trt.BACKEND.compiler,
     version="11",
-    title=f"{BACKEND.title} 11",
-    backend=BACKEND.name,
-    targets=BACKEND.targets,
+    title=f"{trt.BACKEND.title} 11",
+    backend=trt.BACKEND.name,
+    targets=trt.BACKEND.targets,
     kinds=("data centre", "jetson"),
     # INT8 convolutions on Turing: #2134. INT4 weights, FP8: support matrix of Model Optimizer. FP4: release notes 10.8.
     formats={"int8": 75, "int4": 80, "fp8": 89, "nvfp4": 100},
@@ -45,10 +45,10 @@ _LATEST = Profile(
         "of weights cost it no kernel",
         source="no test of it was found",
     ),
-    fours=Fact(
+    padding=Fact(
         holds=False,
-        says="TensorRT fills the channels of an INT8 convolution itself (formats CHW4 and CHW32)",
-        source=f"#1310; headers, TensorFormat; {_DUMPS}: the first convolution, three channels, in INT8",
+        says="a Pad in front of a quantizer is a kernel of its own, and TensorRT fills up channels by itself",
+        source=f"#2592, #1310; headers, TensorFormat; {_DUMPS}: the first convolution, three channels, in INT8",
     ),
     residual=Fact(
         holds=True,
@@ -104,12 +104,23 @@ _LATEST = Profile(
         says="TensorRT has no fast FP8 kernels for groups, for more than 32 taps, or for 16 channels and fewer",
         source="release notes 10.12 and 10.13, limitations; Model Optimizer, find_nodes_from_convs_to_exclude",
     ),
+    two_level=Fact(
+        holds=None,
+        says="whether TensorRT keeps weights of 4 bits that an INT8 product reads is not known; NVIDIA lists INT4 "
+        "weights with float data only",
+        source="support matrix of Model Optimizer",
+    ),
+    token=Fact(
+        holds=None,
+        says="whether TensorRT multiplies in INT8 where each token has its own scale is not known",
+        source="no test of it was found",
+    ),
 )
 
 _TEN = replace(
     _LATEST,
     version="10.16",
-    title=f"{BACKEND.title} 10.16",
+    title=f"{trt.BACKEND.title} 10.16",
     opset=24,  # operators.md of the parser, 10.15
     # weakly typed unless asked, and timed with transfers, without CUDA graph (sampleOptions.h, sampleOptions.cpp)
     trtexec=("--stronglyTyped", "--useCudaGraph", "--useSpinWait", "--noDataTransfers"),
@@ -118,9 +129,9 @@ _TEN = replace(
 _JETPACK_6 = replace(
     _TEN,
     version="10.3",
-    title=f"{BACKEND.title} 10.3",
+    title=f"{trt.BACKEND.title} 10.3",
     # FP4 came with 10.8, Blackwell too; block scales of INT4 weights are for matrices (headers 10.0 to 10.6)
-    targets=tuple(target for target in BACKEND.targets if int(target[2:]) <= 90),
+    targets=tuple(target for target in trt.BACKEND.targets if int(target[2:]) <= 90),
     formats={"int8": 75, "int4": 80, "fp8": 89},
     blocks={"int4": (128, 64)},
     opset=20,  # operators.md of the parser, 10.3, from memory; of opset 21 it reads INT4 all the same (parser, 10.1)

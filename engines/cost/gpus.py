@@ -11,7 +11,7 @@ from typing import Literal, cast, get_args
 
 from engines.backends.layers import BITS
 from engines.core.errors import EngineError, did_you_mean
-from engines.cost.datasheets import ROWS, TENSORRT_ONLY, USUAL
+from engines.cost.datasheets import KINDS, ROWS, TENSORRT_ONLY, USUAL
 
 Accumulation = Literal["float16", "float32"]
 RATES = (*BITS, "fp32_cores", "float16_accumulating")
@@ -103,6 +103,7 @@ class Gpu:
         accumulation: assumed for FP16 products, 'float16' or 'float32'. On GeForce the former is twice as fast;
             TensorRT uses it there (VGG-16 on an RTX 3090 runs above the other's peak), of TensorRT-RTX it is not known.
         measured: what was measured on one; None where nothing was.
+        kind: one of `datasheets.KINDS`, which says what usually compiles for it; None where it is not known.
     """
 
     name: str
@@ -116,13 +117,14 @@ class Gpu:
     tera_ops: Mapping[str, float] = field(hash=False)
     accumulation: Accumulation = "float16"
     measured: Measured | None = None
+    kind: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses numbers that predict nothing.
 
         Raises:
-            EngineError: an unknown type or accumulation, a number that is not above zero, a base clock above the boost
-                clock, or no rate for float32 and float16.
+            EngineError: an unknown type, kind or accumulation, a number that is not above zero, a base clock above the
+                boost clock, or no rate for float32 and float16.
         """
         where = f"GPU {self.name!r}: "
         for what in _NUMBERS:
@@ -139,6 +141,8 @@ class Gpu:
         if self.accumulation not in get_args(Accumulation):
             known = " or ".join(get_args(Accumulation))
             raise EngineError(f"{where}accumulation is {self.accumulation!r}; it must be {known}.")
+        if self.kind not in (*KINDS.values(), None):
+            raise EngineError(f"{where}kind is {self.kind!r}; it must be {', '.join(KINDS.values())}.")
 
     def __reduce__(self) -> tuple[object, ...]:
         """How to pickle it: a read-only mapping cannot be."""
@@ -205,7 +209,7 @@ class Gpu:
         _known(values, (*keys, "like", "launch_us"), "a GPU")
         own = {key: value for key, value in values.items() if value is not None}
         given: dict[str, object] = {k: _number(k, own[k]) for k in _NUMBERS if k in own}
-        given |= {k: str(own[k]) for k in ("name", "target", "accumulation") if k in own}
+        given |= {k: str(own[k]) for k in ("name", "target", "accumulation", "kind") if k in own}
         if "tera_ops" in own:
             given["tera_ops"] = _rates("tera_ops", own["tera_ops"])
         measured = Measured.from_mapping(own["measured"]) if "measured" in own else None
@@ -283,7 +287,8 @@ def _completed(given: Mapping[str, object]) -> dict[str, object]:
     _above_zero("bandwidth_gb_s", cast(float, given["bandwidth_gb_s"]))
     row = min(alike, key=lambda gpu: _distance(gpu, cast(float, given["bandwidth_gb_s"]), rates))
     values = {**row.to_mapping(), **given}
-    values.pop("watts" if "watts" not in given else "", None)
+    for key in {"watts", "kind"} - set(given):
+        values.pop(key, None)
     if "boost_mhz" in given and "base_mhz" not in given:
         values["base_mhz"] = row.base_mhz * min(1.0, cast(float, given["boost_mhz"]) / row.boost_mhz)
     if "sms" not in given:

@@ -198,6 +198,7 @@ def gpu_values(card: Card, said: Fit) -> dict[str, object]:
     if card.sms != like.sms:
         values["sms"] = card.sms
     if row is None:
+        values["kind"] = _kind(card.name)
         if card.boost_mhz and abs(card.boost_mhz / like.boost_mhz - 1) > _SAME_MHZ:
             values["boost_mhz"] = _short(card.boost_mhz)
         values["l2_mb"] = _short(card.l2_bytes / 2**20)
@@ -210,6 +211,14 @@ def gpu_values(card: Card, said: Fit) -> dict[str, object]:
         k: {t: _short(r) for t, r in v.items()} if isinstance(v, dict) else _short(v) for k, v in measured.items()
     }
     return {**values, "measured": rounded}
+
+
+def _kind(name: str) -> str:
+    """What a GPU without a row is sold as, by its driver's name: boards for data centres have nothing but a number."""
+    words = re.split(r"[\s_-]+", name.lower())
+    if "geforce" in words:
+        return "geforce"
+    return "workstation" if {"rtx", "quadro", "titan"} & set(words) else "data centre"
 
 
 def points(card: Card, gpu: Gpu, backend: Backend, timer: Timer) -> list[Point]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engines.backends.profile import Profile
 from qdq.core.qtensor import QParams
 from qdq.model.model import Model
 from qdq.plan.weighted_node import WeightedNode
@@ -32,9 +33,9 @@ class Rows:
     missing: int
 
 
-def missing_channels(model: Model, node: WeightedNode) -> int:
-    """Zero channels that bring each group of a Conv's input to a multiple of CHANNEL_MULTIPLE."""
-    if node.window is None or (node.groups > 1 and model.sizes(node.data, 2) is None):
+def missing_channels(model: Model, node: WeightedNode, profile: Profile) -> int:
+    """Zero channels that bring each group of a Conv's input to a multiple of CHANNEL_MULTIPLE, where that pays."""
+    if not profile.padding or node.window is None or (node.groups > 1 and model.sizes(node.data, 2) is None):
         return 0
     return -node.shape[1] % CHANNEL_MULTIPLE
 

@@ -37,6 +37,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
+from engines.backends.profile import Profile
 from engines.core.operators import MOVERS
 from qdq.assemble.borders import Border, Rows, border, missing_channels, rows
 from qdq.core.formats import FORMATS
@@ -63,7 +64,7 @@ def insert(model: Model, plan: Plan, solution: Solution) -> Model:
     Tensor names of the float model stay, new ones are `<tensor>_QuantizeLinear`, `<tensor>_scale` and so on. The same
     arguments give the same bytes.
     """
-    writer = _Writer(model, solution)
+    writer = _Writer(model, solution, plan.settings.profile)
     operands = {(name, index): point for point in plan.points for name, index in point.uses}
     for node in model.graph.node:
         writer.node(node, operands)
@@ -75,8 +76,9 @@ def insert(model: Model, plan: Plan, solution: Solution) -> Model:
 class _Writer(GraphWriter):
     """The cases of the table, node after node."""
 
-    def __init__(self, model: Model, solution: Solution) -> None:
+    def __init__(self, model: Model, solution: Solution, profile: Profile) -> None:
         super().__init__(model, solution.store)
+        self._profile = profile
         self._solution = solution
         self._readers = by_data(solution.nodes.values())
         self._made: dict[tuple[object, ...], str] = {}
@@ -121,7 +123,7 @@ class _Writer(GraphWriter):
     def _product(self, copy: NodeProto, weighted: WeightedNode, weight: Point) -> None:
         """A node whose data and weight are quantized, with the correction for a shift of its data."""
         params = self._solution.activations[weighted.data]
-        channels = missing_channels(self._model, weighted)
+        channels = missing_channels(self._model, weighted, self._profile)
         pads = weighted.window.pads if weighted.window and (params.zero_point or channels) else ()
         around = border(self._model, weighted, pads, channels) if weighted.window else self._rows(weighted)
         copy.input[0] = self._activation(weighted.data, params, around)

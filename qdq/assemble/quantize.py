@@ -117,5 +117,7 @@ def quantize(
     unseen = [skip.node for skip in chosen.skips if skip.rule == UNREACHED]
     unrun = f"{len(unseen)} nodes stay in float, for no calibration sample runs their bodies"
     said = [f"{unrun}: {unseen[0]}"] if unseen else []
-    solution = replace(solution, notes=(*chosen.settings.idle, *said, *choices, *solution.notes))
+    solution = replace(
+        solution, notes=(*chosen.settings.idle, *chosen.settings.doubts, *said, *choices, *solution.notes)
+    )
     return Quantized(prepared=prepared, plan=chosen, table=table, solution=solution, model=quantized)

@@ -16,6 +16,7 @@ from engines.backends.compiler import ShapeRange
 from engines.core.errors import BuildError
 from engines.core.files import Scratch
 from qdq.build.engine import compile_engine
+from qdq.build.machine import stand_in
 from qdq.build.recipe import Recipe
 from qdq.core.progress import Progress
 from qdq.measure.inference.samples import Sample
@@ -88,7 +89,7 @@ def _refusal(
         try:
             compile_engine(
                 folder / "tried.onnx",
-                recipe=recipe,
+                recipe=stand_in(recipe, model.proto),
                 shapes=shapes,
                 on_progress=on_progress,
                 label="Compile branches",

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from onnx import ModelProto
 
-from engines.backends.backend import backend_named, predicting
+from engines.backends.backend import backend_named
 from engines.backends.compiler import Engine, ShapeRange
-from engines.backends.doctor import gpus
 from engines.backends.layers import LayerTable
 from engines.backends.locate import located, nothing_named
 from engines.core.documents import Document, DocumentError, replace
@@ -27,6 +26,7 @@ from engines.core.files import read_file, write_atomic
 from engines.core.load import load_graph
 from engines.verify.audit import Audit, audit
 from engines.verify.manifest import Manifest, sha256_file, sha256_model
+from qdq.build.machine import builds_here, runs_here, stand_in
 from qdq.build.recipe import Recipe, ShapeOption
 from qdq.core.choices import choose
 from qdq.core.errors import InputError, MissingRuntimeError, StaleFileError
@@ -119,6 +119,20 @@ def compile_engine(
 
     proto, place = (load_graph(model), model.parent) if isinstance(model, Path) else (model.proto, model.directory)
     raise located(refusal, proto, place, trial, seconds=max(LOCATE_S, SEARCHES * took))
+
+
+def checked(model: Path, graph: ModelProto, recipe: Recipe, shapes: Mapping[str, ShapeRange], tell: Progress) -> str:
+    """Compile a file with who stands in for the recipe's compiler: a check of syntax and types; says what it shows.
+
+    `graph` is what the file holds, perhaps without the values of weights.
+    """
+    other = stand_in(recipe, graph)
+    where, title = f"{other.profile.title} for {other.targets[0]}", recipe.profile.title
+    try:
+        compile_engine(model, recipe=other, shapes=shapes, on_progress=tell, label="Check syntax", locate=False)
+    except BuildError as error:
+        return f"{where}, which checks the model in the place of {title}, refuses it, and {title} may too: {error}"
+    return f"{where} compiles the model, which checks its syntax and types for {title}, not its kernels or times."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,7 +243,7 @@ def compiled(path: Path) -> Compiled:
 def layers_of(path: Path, recipe: Recipe, samples: Samples | None, on_progress: Progress | None = None) -> Compiled:
     """The layers of an engine, or of an ONNX file: those of an engine beside it, else it is compiled now.
 
-    Where the recipe's backend needs a GPU that is not here, the compiler that predicts its times stands for it.
+    Where the recipe's compiler does not build here, the one that predicts its times stands for it.
 
     Args:
         path: an engine with its layer table and manifest, or an ONNX file.
@@ -248,13 +262,9 @@ def layers_of(path: Path, recipe: Recipe, samples: Samples | None, on_progress: 
             continue  # of another engine, or damaged: it says nothing of this model
         if found.model.samefile(path):
             return found
-    backend = backend_named(recipe.backend)
-    predicted = backend.needs_gpu and not gpus()
-    if predicted:
-        other = predicting(recipe.backend)
-        known = tuple(t for t in recipe.targets if t in other.targets)
-        recipe = recipe.compiled_by(other.name, known or Recipe().targets)
     model = load(path)
+    predicted = not builds_here(recipe)
+    recipe = stand_in(recipe, model.proto)
     shapes = shape_ranges(model, recipe.shapes, samples)
     engine_made = compile_engine(model, recipe=recipe, shapes=shapes, on_progress=on_progress)
     return Compiled(model=path, table=engine_made.table, shapes=shapes, predicted=predicted)
@@ -275,11 +285,6 @@ def engine_backend(path: Path) -> str:
             "(the .onnx file it was compiled from), or do this on a machine with such a GPU."
         )
     return table.backend
-
-
-def runs_here(targets: Sequence[str]) -> bool:
-    """Whether a GPU of this machine is one of the targets of an engine."""
-    return any(gpu.target in targets for gpu in gpus())
 
 
 def _papers(path: Path) -> tuple[LayerTable, Manifest]:

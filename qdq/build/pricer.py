@@ -147,6 +147,17 @@ class Pricer:
         return hashlib.sha256(proto.SerializeToString(deterministic=True) + repr(made).encode()).hexdigest()
 
 
+def cost_model(recipe: Recipe, shapes: Mapping[str, ShapeRange], cache: Path | None = None) -> Pricer | None:
+    """Who prices variants for a recipe; None where it tunes nothing, or its compiler's times are predicted by nobody.
+
+    Raises:
+        QdqError, EngineError: see `gpus_of`.
+    """
+    if recipe.tune == "off" or not backend_named(recipe.backend).predicts:
+        return None
+    return Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe), cache=cache)
+
+
 def gpus_of(recipe: Recipe) -> tuple[Gpu, ...]:
     """A GPU per target of a recipe: those it names, else the one that stands for that generation.
 

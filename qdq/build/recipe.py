@@ -28,6 +28,7 @@ from engines.core.documents import replace
 from engines.core.files import read_file
 from engines.verify.meaning import TASKS
 from engines.verify.report import Alarms, Limits
+from qdq.build.compiler import USUAL_TARGETS, choose_compiler
 from qdq.core.choices import choose, converted
 from qdq.core.errors import InputError
 from qdq.plan.settings import Settings
@@ -56,7 +57,7 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
         tune_compiles: variants that a search prices at most.
         time_limit: seconds.
         gpu: names or rows.
-        target: to compile for.
+        target: to compile for; none takes that of the GPUs, or the usual one.
         shape: as `ShapeOption.parse` reads them.
         min_sqnr_db: least signal to noise ratio of each output, in dB.
         min_sqnr_spread_db: least ratio of the spread over samples to the error, of each output that varies, in dB.
@@ -75,7 +76,7 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
     tune_compiles: Annotated[int, msgspec.Meta(ge=0)] = TUNE_COMPILES
     time_limit: Annotated[float, msgspec.Meta(ge=0)] = TIME_LIMIT_S
     gpu: str | tuple[str | GpuRow, ...] = ()
-    target: Words = ("sm89",)
+    target: Words = ()
     shape: Words = ()
     min_sqnr_db: Decibels | None = None
     min_sqnr_spread_db: Decibels | None = None
@@ -153,6 +154,7 @@ class Recipe:
         gpus: to predict times for, names in `engines.cost.gpus.GPUS` or mappings for `Gpu.from_mapping`;
             none for the usual one of each target.
         targets: to compile for.
+        chosen_because: why the compiler of the settings is that one; "" where the user says so.
         shapes: of dynamic inputs.
         limits: keys of `LIMITS`.
         min_int8_share: least fraction of the multiply-adds that run in INT8 as compiled; None: not checked.
@@ -167,7 +169,8 @@ class Recipe:
     tune_compiles: int = TUNE_COMPILES
     time_limit_s: float = TIME_LIMIT_S
     gpus: tuple[str | Mapping[str, object], ...] = ()
-    targets: tuple[str, ...] = ("sm89",)
+    targets: tuple[str, ...] = USUAL_TARGETS
+    chosen_because: str = ""
     shapes: tuple[ShapeOption, ...] = ()
     limits: Mapping[str, float] = field(default_factory=dict)
     min_int8_share: float | None = None
@@ -203,8 +206,14 @@ class Recipe:
         if isinstance(backend := values.get("backend"), str):  # the name of who builds, before compilers had one
             named["compiler"] = profile_of(backend).key
         named |= {k: words[v] for k, v in named.items() if k in ("tune", "bias_correction") and isinstance(v, bool)}
+        asked = named.pop("compiler", None)
+        if not isinstance(asked, str | None):
+            raise InputError(f"compiler is {asked!r}: it must be a text such as rtx or tensorrt.")
         file = converted(named, RecipeFile, "recipe key")
-        settings = Settings(**{name: getattr(file, name) for name in Settings.__struct_fields__})
+        gpus = (file.gpu,) if isinstance(file.gpu, str) else file.gpu
+        choice = choose_compiler(asked, gpus, _list(file.target))
+        fields = {name: getattr(file, name) for name in Settings.__struct_fields__}
+        settings = Settings(**{**fields, "compiler": choice.compiler})
         usual = "placement" if settings.scheme == "int8" else "rewrites"
         return cls(
             settings=settings,
@@ -212,8 +221,9 @@ class Recipe:
             tune=choose(file.tune or usual, TUNES, "way to tune"),
             tune_compiles=file.tune_compiles,
             time_limit_s=file.time_limit,
-            gpus=(file.gpu,) if isinstance(file.gpu, str) else file.gpu,
-            targets=_list(file.target),
+            gpus=gpus,
+            targets=choice.targets,
+            chosen_because=choice.because,
             shapes=tuple(map(ShapeOption.parse, _list(file.shape))),
             limits={name: getattr(file, name) for name in LIMITS if getattr(file, name) is not None},
             min_int8_share=file.min_int8_share,

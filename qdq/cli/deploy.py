@@ -70,7 +70,7 @@ def _show_deployed(done: Any, name: str, as_json: bool) -> None:
     if as_json:
         click.echo(done.report.to_json(), nl=False)
         return
-    show_rows(f"{name} for {', '.join(done.report.audit.targets)}", done.report.rows())
+    show_rows(f"{name} {done.report.title}", done.report.rows())
     for line in (*audit_lines(done.report.audit), *done.report.notes):
         note(line)
     click.echo(f"Results: {done.folder.resolve()}")

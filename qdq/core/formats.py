@@ -7,15 +7,13 @@ operators.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
 import onnx
 from onnx import TensorProto
-
-from qdq.core.errors import InputError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +30,6 @@ class Format:
         high: largest value of a code.
         onnx_type: the ONNX tensor type that stores codes (`onnx.TensorProto` enum value).
         minimum_opset: first ONNX opset in which QuantizeLinear / DequantizeLinear accept the type.
-        minimum_sm: lowest compute capability (major * 10 + minor) that TensorRT-RTX compiles the type for.
         integer: codes are integers; else floating-point numbers.
         blocks: lengths of a block that shares one scale; () where scales are per tensor or per axis only.
         scale_format: the format that block scales are quantized to themselves, "" where they stay float.
@@ -44,7 +41,6 @@ class Format:
     high: int
     onnx_type: int
     minimum_opset: int
-    minimum_sm: int
     integer: bool = True
     blocks: tuple[int, ...] = ()
     scale_format: str = ""
@@ -61,10 +57,8 @@ class Format:
 # 16 only: with quantized data one FP4 product, with float data a kernel of its own dequantizes the weight first.
 _BLOCKS = (128, 64, 32, 16)  # of INT4
 _ROWS = (
-    Format(name="int8", bits=8, low=-128, high=127, onnx_type=TensorProto.INT8, minimum_opset=13, minimum_sm=75),
-    Format(
-        name="int4", bits=4, low=-8, high=7, onnx_type=TensorProto.INT4, minimum_opset=21, minimum_sm=80, blocks=_BLOCKS
-    ),
+    Format(name="int8", bits=8, low=-128, high=127, onnx_type=TensorProto.INT8, minimum_opset=13),
+    Format(name="int4", bits=4, low=-8, high=7, onnx_type=TensorProto.INT4, minimum_opset=21, blocks=_BLOCKS),
     Format(
         name="fp8",
         bits=8,
@@ -72,7 +66,6 @@ _ROWS = (
         high=448,
         onnx_type=TensorProto.FLOAT8E4M3FN,
         minimum_opset=19,
-        minimum_sm=89,
         integer=False,
     ),
     Format(
@@ -82,28 +75,9 @@ _ROWS = (
         high=6,
         onnx_type=TensorProto.FLOAT4E2M1,
         minimum_opset=23,
-        minimum_sm=120,
         integer=False,
         blocks=(16,),
         scale_format="fp8",
     ),
 )
 FORMATS: Mapping[str, Format] = MappingProxyType({row.name: row for row in _ROWS})
-
-
-def require_targets(formats: Iterable[str], targets: Iterable[str]) -> None:
-    """Refuse formats that a GPU generation cannot compile, before anything is measured.
-
-    A target is a name such as 'sm86'; a spelling without a number is left to the compiler to refuse.
-
-    Raises:
-        InputError: names the format, the target and the lowest one that has it.
-    """
-    numbers = {t: int("".join(c for c in t if c.isdecimal())[:9] or 10**6) for t in targets}
-    for name in sorted(set(formats)):
-        lacking = [t for t, number in numbers.items() if number < FORMATS[name].minimum_sm]
-        if lacking:
-            raise InputError(
-                f"{', '.join(lacking)} cannot compile {name}: it needs sm{FORMATS[name].minimum_sm} or newer. Choose "
-                "another --target, or a scheme without that format such as int8."
-            )

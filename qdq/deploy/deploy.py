@@ -1,7 +1,7 @@
 """The main job in the order of its stages.
 
     float model, samples -> tuned plan -> Q/DQ model, finished                `written`: what is shipped, no file yet
-    that -> engine -> audit, check against the float model -> OUT             `deploy`: complete or not at all
+    that -> engine, where this machine can build it -> audit, check -> OUT    `deploy`: complete or not at all
 Must not print, decide exit codes or hold the arithmetic of a stage.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from calib_data import Samples
-from engines.backends.backend import backend_named
+from engines.backends.backend import backend_named, target_name
 from engines.backends.compiler import ShapeRange
 from engines.backends.layers import LayerTable
 from engines.core import arithmetic
@@ -28,11 +28,11 @@ from engines.core.files import write_atomic
 from engines.verify.audit import audit
 from qdq.assemble.finish import float_type_of
 from qdq.build.branches import with_possible_branches
-from qdq.build.engine import add_report, compile_engine, runs_here, save_engine, shape_ranges
-from qdq.build.pricer import Pricer, gpus_of
+from qdq.build.engine import add_report, checked, compile_engine, save_engine, shape_ranges
+from qdq.build.machine import builds_here, compiler_here, how_to_build, runs_here
+from qdq.build.pricer import cost_model
 from qdq.build.recipe import Recipe
 from qdq.core.files import folder_beside, move_all
-from qdq.core.formats import require_targets
 from qdq.core.progress import Progress
 from qdq.deploy.check import evaluate, float_session
 from qdq.deploy.costs.find import with_costs
@@ -76,7 +76,8 @@ def deploy(
 
     `out` receives <stem>.<scheme>.onnx (where nothing is quantized, <stem>.<float type>.onnx), <stem>.engine with its
     layers (.json) and manifest (.manifest.json), plan.json, table.json and report.json: all of them, or after an error
-    none. A missed limit is no error.
+    none. A missed limit is no error. Where the recipe's compiler needs a GPU that is not here, there is no engine, and
+    the report says how it is built.
 
     Args:
         model_path: a float ONNX file; it is not changed.
@@ -94,7 +95,6 @@ def deploy(
         QdqError, EngineError, DataError: see the stages; `overlap` of the samples.
     """
     recipe, out, model_path = recipe or Recipe(), Path(out), Path(model_path)
-    backend = backend_named(recipe.backend)
     on_progress = on_progress or (lambda done, total, label: None)
     on_progress(0, None, "Prepare")
     prepared = load_float(model_path)
@@ -111,8 +111,7 @@ def deploy(
     stem = model_path.name.removesuffix(".onnx")
     weights = out.absolute().with_name(f".{out.absolute().name}.weights")  # of a large model, if a run is killed
     with folder_beside(out) as folder, registered(custom_ops), kept(weights):
-        tuned = recipe.tune != "off" and backend.predicts
-        pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe)) if tuned else None
+        pricer = cost_model(recipe, shapes)
         done = written(prepared, calibration, recipe, pricer=pricer, on_progress=on_progress)
         made, finished = done.made, done.finished
         low = (
@@ -123,11 +122,19 @@ def deploy(
         save(finished.model, output)
         made.plan.save(folder / "plan.json")
         made.table.save(folder / "table.json")
-        engine = compile_engine(output, recipe=recipe, shapes=shapes, on_progress=on_progress)
-        save_engine(engine, engine_path, output, recipe=recipe, shapes=shapes, made_from=provenance(made))
-        float_table, reason = _float_table(prepared, folder, recipe, shapes, on_progress)
+        table: LayerTable | None = None
+        float_table, not_built = None, ""
+        if builds_here(recipe):
+            engine = compile_engine(output, recipe=recipe, shapes=shapes, on_progress=on_progress)
+            save_engine(engine, engine_path, output, recipe=recipe, shapes=shapes, made_from=provenance(made))
+            table = engine.table
+            float_table, reason = _float_table(prepared, folder, recipe, shapes, on_progress)
+        else:
+            notes = [*notes, recipe.profile.about_opset(finished.model.opset)]
+            not_built = how_to_build(output, engine_path.name, recipe, shapes)
+            reason = checked(output, finished.model.proto, recipe, shapes, on_progress)
         judged = calibration if evaluated is None else evaluated
-        on_engine = recipe.backend if runs_here(engine.table.targets) else None
+        on_engine = recipe.backend if table and runs_here(table.targets) else None
         against_float = partial(
             evaluate,
             model_path,
@@ -153,12 +160,14 @@ def deploy(
             notes = [*notes, made.plan.why_nothing, f"The model is called {output.name}, by its float type."]
         if seen:
             notes = [*notes, f"{seen} of the evaluation samples are calibration samples too, which was allowed."]
-        as_compiled = against_float(output, as_compiled=engine.table)
-        said = (engine.table.note, check.note, as_compiled.note.removeprefix(f"{check.note}; "))
+        as_compiled = against_float(output, as_compiled=table) if table else None
+        said = [check.note]
+        if table and as_compiled:
+            said = [table.note, check.note, as_compiled.note.removeprefix(f"{check.note}; ")]
         if evaluated is None:
             notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
         if recipe.tune != "off" and not pricer:
-            notes = [*notes, f"not tuned: predicted times {backend.unpredicted}"]
+            notes = [*notes, f"not tuned: predicted times {backend_named(recipe.backend).unpredicted}"]
         opened: dict[str, Callable[[], Any]] = {
             "float model": lambda: float_session(load(model_path), str(model_path), custom_ops=custom_ops),
             "shipped model": lambda: arithmetic.session(output, custom_ops=custom_ops),
@@ -167,7 +176,12 @@ def deploy(
         report = DeployReport(
             check=check,
             as_compiled=as_compiled,
-            audit=audit(output, engine.table, shapes=shapes),
+            audit=audit(output, table, shapes=shapes) if table else None,
+            compiler=recipe.profile.title,
+            chosen_because=recipe.chosen_because,
+            targets=table.targets if table else tuple(map(target_name, recipe.targets)),
+            not_built=not_built,
+            quantized_nodes=len(made.plan.quantized_nodes),
             float_engine=EngineSizes.of(float_table) if float_table else None,
             float_file_bytes=file_bytes(load(model_path)),
             int8_file_bytes=file_bytes(load(output)),
@@ -184,7 +198,8 @@ def deploy(
             tuning=done.tuned.outcome(pricer.gpus) if done.tuned and pricer else None,
         )
         write_atomic(folder / "report.json", report.to_json())
-        add_report(engine_path, folder / "report.json")
+        if table:
+            add_report(engine_path, folder / "report.json")
         return Deployed(folder=out, files=move_all(folder, out), quantized=bool(made.plan.points), report=report)
 
 
@@ -219,7 +234,7 @@ def _label_dice(session: Any, samples: Iterable[Sample], labels: Sequence[np.nda
 
 def _require_runtimes(model: Model, recipe: Recipe) -> None:
     """Refuse early what would fail after a long calibration: an unknown target, a missing runtime."""
-    backend = backend_named(recipe.backend)
-    for name in ("onnxruntime", "polygraphy", backend.runtime):
+    for name in ("onnxruntime", "polygraphy", compiler_here(recipe).runtime):
         import_runtime(name)
-    require_targets(recipe.settings.formats, backend.check_targets(model.proto, recipe.targets))
+    backend_named(recipe.backend).check_targets(model.proto, recipe.targets)
+    recipe.profile.require_formats(recipe.settings.formats, recipe.targets)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from engines.backends.profile import Profile
 from engines.core.macs import macs_in_all
 from engines.core.quantizers import read_graph
 from qdq.build.engine import audit_engine, shape_ranges
@@ -17,7 +18,7 @@ from qdq.deploy.report import count, size
 from qdq.model.external import tensor_bytes
 from qdq.model.model import Model
 from qdq.passes.prepare import load_float
-from qdq.passes.rewrites import FLOAT_REWRITES, USUAL_REWRITES
+from qdq.passes.rewrites import FLOAT_REWRITES, USUAL_REWRITES, why_not_for
 from qdq.plan import placement
 from qdq.plan.plan import Plan
 
@@ -39,7 +40,7 @@ def explain(source: Path, node: str, recipe: Recipe, *, engine: Path | None = No
     else:
         model = load_float(source)
         lines = placement.plan(model, recipe.settings).explain(node)
-        lines += _rewrites(model, node) + _cost(model, node, recipe)
+        lines += _rewrites(model, node, recipe.profile) + _cost(model, node, recipe)
     if engine is not None:
         rows = [row for row in audit_engine(engine).nodes if row.node == node]
         lines += [
@@ -49,17 +50,14 @@ def explain(source: Path, node: str, recipe: Recipe, *, engine: Path | None = No
     return lines
 
 
-def _rewrites(model: Model, node: str) -> list[str]:
+def _rewrites(model: Model, node: str, profile: Profile) -> list[str]:
     """What each exact rewrite that starts from the operator of a node says of the node."""
     lines = []
     for name, rewrite in FLOAT_REWRITES.items():
         done = rewrite(model, {node})
         if done.fired or node in done.unfit:
-            fits = (
-                "fits; every plan of INT8 weights has it"
-                if name in USUAL_REWRITES
-                else "fits; `tune` says whether it pays"
-            )
+            usual = "every plan of INT8 weights has it" if name in USUAL_REWRITES else "`tune` says whether it pays"
+            fits = f"fits; {why_not_for(name, profile.name) or usual}"
             said = f"does not fit: {done.unfit[node]}" if node in done.unfit else fits
             lines.append(f"  rewrite {name}: {said}")
     return lines

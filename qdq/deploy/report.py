@@ -61,10 +61,15 @@ class DeployReport(Document, frozen=True, kw_only=True):
         check: outputs of the engine, or of the Q/DQ model in its place, against the float model.
         as_compiled: the same of the Q/DQ model rounded where the engine's kernels write their results; None where no
             engine was compiled.
-        audit: what each weighted node asked for and got.
+        audit: what each weighted node asked for and got; None where no engine was built.
+        compiler: the title of whose engine the model is for.
+        chosen_because: why that one; "" where the user said so.
+        targets: of the engine.
+        not_built: why there is no engine, and how it is built; "" where there is one.
+        quantized_nodes: of the plan.
     """
 
-    FORMAT: ClassVar[str] = "qdq.report/4"
+    FORMAT: ClassVar[str] = "qdq.report/5"
     MAKE: ClassVar[str] = "qdq deploy"
     COMPUTED: ClassVar[Mapping[str, str]] = {"passed": "passed", "failures": "failures"}
 
@@ -80,7 +85,18 @@ class DeployReport(Document, frozen=True, kw_only=True):
     min_int8_share: float | None = None
     check: Report
     as_compiled: Report | None = None
-    audit: Audit
+    audit: Audit | None
+    compiler: str
+    chosen_because: str = ""
+    targets: tuple[str, ...]
+    not_built: str = ""
+    quantized_nodes: int
+
+    @property
+    def title(self) -> str:
+        """Whose engine for which targets, and why that compiler."""
+        why = f" ({self.chosen_because})" if self.chosen_because else ""
+        return f"for {', '.join(self.targets)} by {self.compiler}{why}"
 
     @property
     def passed(self) -> bool:
@@ -94,15 +110,7 @@ class DeployReport(Document, frozen=True, kw_only=True):
 
     def rows(self) -> list[Row]:
         """The short table."""
-        before, now = self.float_engine, self.audit
-        rows = [
-            *self._sizes(),
-            Row("multiply-adds, as compiled", _types(now)),
-            Row("bytes moved per inference", _against(now.bytes_moved, before.bytes_moved if before else None)),
-            Row("kernels", f"{now.kernels}" + (f" (FP32: {before.kernels})" if before else "")),
-            *self._predicted(),
-            *check_rows(self.check),
-        ]
+        rows = [*self._sizes(), *self._compiled(), *self._predicted(), *check_rows(self.check)]
         if self.as_compiled:
             rows.append(Row(f"{_measure(self.as_compiled.worst)}, rounded as compiled", headline(self.as_compiled)))
         return [*rows, *self._labels(), Row("compared on", f"{self.check.samples} {self.evaluated_on}")]
@@ -119,10 +127,21 @@ class DeployReport(Document, frozen=True, kw_only=True):
         return [*self._sizes(), *self._predicted(), close, *self._labels()]
 
     def _sizes(self) -> list[Row]:
+        file = Row(f"model file, {self.model_file}", _against(self.int8_file_bytes, self.float_file_bytes))
+        if self.audit is None:
+            return [file]
         before = self.float_engine.weight_bytes if self.float_engine else None
+        return [file, Row("weights in the engine", _against(self.audit.weight_bytes, before))]
+
+    def _compiled(self) -> list[Row]:
+        """What the engine does; where there is none, what the plan asks for, and how it is built."""
+        before, now = self.float_engine, self.audit
+        if now is None:
+            return [Row("engine", self.not_built), Row("nodes quantized, as planned", str(self.quantized_nodes))]
         return [
-            Row(f"model file, {self.model_file}", _against(self.int8_file_bytes, self.float_file_bytes)),
-            Row("weights in the engine", _against(self.audit.weight_bytes, before)),
+            Row("multiply-adds, as compiled", _types(now)),
+            Row("bytes moved per inference", _against(now.bytes_moved, before.bytes_moved if before else None)),
+            Row("kernels", f"{now.kernels}" + (f" (FP32: {before.kernels})" if before else "")),
         ]
 
     def _predicted(self) -> list[Row]:
@@ -234,8 +253,10 @@ def audit_rows(audit: Audit) -> list[Row]:
     ]
 
 
-def share_failures(audit: Audit, least: float | None) -> list[str]:
+def share_failures(audit: Audit | None, least: float | None) -> list[str]:
     """A sentence if less of the multiply-adds runs in INT8 than is asked for, or if that cannot be told."""
+    if audit is None:
+        return [f"min_int8_share is {least:g}, which cannot be checked: no engine was built."] if least else []
     uncounted = sum(not node.counted and node.consumed != "int8" for node in audit.nodes)
     if least is None or (audit.int8_share >= least and not (uncounted and least)):
         return []
@@ -244,11 +265,13 @@ def share_failures(audit: Audit, least: float | None) -> list[str]:
     return [f"{audit.int8_share:.4f} of the multiply-adds run in INT8 as compiled: min_int8_share is {least:g}."]
 
 
-def audit_lines(audit: Audit) -> list[str]:
+def audit_lines(audit: Audit | None) -> list[str]:
     """One sentence per node that did not get what it asked for, is suspect, or of which something is unknown.
 
-    How many are counted for one turn alone is in the rows.
+    None without an engine. How many are counted for one turn alone is in the rows.
     """
+    if audit is None:
+        return []
     lines = [
         f"{n.node} ({n.op_type}) asked for {n.requested} and runs in {n.consumed}: {n.cause}" for n in audit.missed
     ]

@@ -4,7 +4,8 @@ Model + Settings -> rewrites that every plan has -> every rule says Want, Veto, 
 Rules are order-free: a veto beats a want, ties of the same point are united. No rule sees data, so the plan can be
 made, read and edited before anything is measured. This module must not compute scales or change the model.
 
-Sources: NVIDIA's placement advice and what TensorRT-RTX 1.7.1 compiled from about 90 small graphs (SM89).
+Sources: NVIDIA's placement advice, what TensorRT-RTX 1.7.1 compiled from about 90 small graphs (SM89), and the facts of
+the compiler's profile, each with its own source (`engines.backends.profile`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from engines.core.documents import replace
 from qdq.core.errors import InputError
 from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, controlled_nodes
-from qdq.passes.rewrites import USUAL_REWRITES, applied
+from qdq.passes.rewrites import USUAL_REWRITES, applied, why_not_for
 from qdq.plan import tensorrt_rules
 from qdq.plan.plan import Plan, Point, Role, Skip
 from qdq.plan.rules import RULES as COMMON
@@ -54,6 +55,7 @@ def usual(model: Model, settings: Settings) -> frozenset[tuple[str, str]]:
     return frozenset(
         (name, node.name)
         for name, formats in USUAL_REWRITES.items()
+        if not why_not_for(name, settings.profile.name)
         for node in (*model.graph.node, *controlled_nodes(model.graph))
         if node.op_type in WEIGHTED
         and settings.scheme_of(node.name).weight in formats

@@ -1,7 +1,8 @@
 """Rules of placement: what one node says about the quantization of its tensors, without data.
 
 A rule sees a model, a node and the settings, and returns decisions: Want, Veto, Tie. Rules do not see each other.
-Sources: NVIDIA's placement advice and what TensorRT-RTX 1.7.1 compiled from about 90 small graphs (SM89).
+Sources: NVIDIA's placement advice, what TensorRT-RTX 1.7.1 compiled from about 90 small graphs (SM89), and the facts of
+the compiler's profile.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def weighted(model: Model, node: NodeProto, settings: Settings) -> list[Decision
     scheme, convolution = settings.scheme_of(node.name), node.op_type == "Conv"
     outputs, inputs = weight_axis(node, len(weight.shape)), input_axis(node, len(weight.shape))
     block, reason, fallback = None, "", False
-    if FORMATS[scheme.weight].blocks and not convolution and settings.block not in WHOLE:
+    if settings.lengths(scheme.weight) and not convolution and settings.block not in WHOLE:
         block, reason = _block(model, node, settings, scheme, weight.shape)
         fallback = block is None
     data = settings.activation(scheme, convolution=convolution)
@@ -125,11 +126,11 @@ def _block(
     model: Model, node: NodeProto, settings: Settings, scheme: Scheme, shape: Sequence[int | str | None]
 ) -> tuple[int | None, str]:
     """Elements per block, and why they are not as many as asked for; None and the reason where no block fits."""
-    blocks = FORMATS[scheme.weight].blocks
+    blocks, most = settings.lengths(scheme.weight), MOST_PADDING if settings.profile.padding else 0
     size, whole = shape[input_axis(node, len(shape))], f"{scheme.unblocked} per channel"
     if scheme.compute_format and len(shape) > 2:
         return None, f"{whole}: {scheme.weight} blocks that are read as {scheme.compute_format} need a matrix"
-    fitting = [b for b in blocks if isinstance(size, int) and -size % b <= MOST_PADDING * size]
+    fitting = [b for b in blocks if isinstance(size, int) and -size % b <= most * size]
     if not fitting or not isinstance(size, int):
         return None, f"{whole}: its {size} inputs do not fill blocks of {min(blocks)}"
     block = fitting[0]
@@ -185,9 +186,10 @@ def concat(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
 
 
 def transposed(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
-    """Veto ConvTranspose where it is not known to run in INT8: a quantizer on it would only add kernels."""
-    fact = settings.profile.conv_transpose
-    return [Veto(rule="transposed", reason=fact.says)] if node.op_type == "ConvTranspose" and not fact else []
+    """Veto ConvTranspose, unless the compiler is known to run it in INT8: else a quantizer on it only adds kernels."""
+    if node.op_type != "ConvTranspose" or settings.profile.conv_transpose:
+        return []
+    return [Veto(rule="transposed", reason=settings.profile.conv_transpose.says)]
 
 
 def operands(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:

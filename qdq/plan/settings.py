@@ -72,7 +72,8 @@ class Settings(Part, frozen=True, kw_only=True):
             (`qdq.assemble.judge`), as does "", unless the scheme has one only.
         equalize: the formula by which input channels of a layer are balanced where that pays, or "none"; "auto" and ""
             as for rounding. Weight-only blocks are balanced as AWQ does, unless it is "none" or "sinq".
-        shift: allow `Spec.shift` for activations; "auto" allows it unless held-out samples lose by it.
+        shift: allow `Spec.shift` for activations; "auto" allows it where the compiler is known to fuse it, unless
+            held-out samples lose by it.
         exclude: glob patterns of node names that stay in float; each must match at least one node.
         bias_correction: shift biases so that quantization does not move means; "auto" where held-out samples gain.
         block: weights that share a scale along the reduction axis, for formats that have blocks; "worth" takes for
@@ -138,6 +139,11 @@ class Settings(Part, frozen=True, kw_only=True):
                 least = "v0" if name == "v1" else "0"
                 shown = repr(value) if isinstance(value, str) else f"{value:g}"
                 raise InputError(f"{name} is {shown}: it must be a number of at least {least}, or auto.")
+        self.profile.require_formats(self.formats, ())
+        for name in dict.fromkeys(row.weight for row in rows):
+            if block in FORMATS[name].blocks and block not in self.lengths(name):
+                known = ", ".join(map(str, self.lengths(name)))
+                raise InputError(f"block is {block}: {self.profile.title} documents {known} for {name}.")
         through = [row for row in rows if row.compute_format or FORMATS[row.weight].scale_format]
         if self.block in WHOLE and through:
             fmt = FORMATS[through[0].weight]
@@ -158,7 +164,7 @@ class Settings(Part, frozen=True, kw_only=True):
             "calibrator": USUAL_CALIBRATORS,
             "rounding": row.roundings,
             "equalize": row.equalizations,
-            "shift": (True, False),
+            "shift": (True, False) if self.profile.shift else (False,),
             "block": (WORTH, min(self._lengths, default=AUTO)),
         }
         return found[setting]
@@ -167,9 +173,13 @@ class Settings(Part, frozen=True, kw_only=True):
     def _lengths(self) -> tuple[int, ...]:
         """The block lengths that formats of weights leave a choice of."""
         rows = (SCHEMES[scheme] for scheme in (self.scheme, *self.overrides.values()))
-        return tuple(
-            block for row in rows for block in FORMATS[row.weight].blocks if len(FORMATS[row.weight].blocks) > 1
-        )
+        each = (self.lengths(row.weight) for row in rows)
+        return tuple(block for lengths in each if len(lengths) > 1 for block in lengths)
+
+    def lengths(self, fmt: str) -> tuple[int, ...]:
+        """The block lengths of a format that the compiler has kernels for, the longest first."""
+        known = self.profile.blocks.get(fmt, ())
+        return tuple(block for block in FORMATS[fmt].blocks if block in known)
 
     @property
     def range_by(self) -> str:
@@ -180,7 +190,8 @@ class Settings(Part, frozen=True, kw_only=True):
     def open(self) -> tuple[str, ...]:
         """The settings that are not decided yet, in the order in which they are."""
         usual = () if self.calibrator else ("calibrator",)
-        found = (*usual, *(name for name in ("shift", "equalize", "rounding") if getattr(self, name) == AUTO))
+        several = (name for name in ("shift", "equalize", "rounding") if len(self.options(name)) > 1)
+        found = (*usual, *(name for name in several if getattr(self, name) == AUTO))
         return (*found, "block") if self.block == AUTO and self._lengths else found
 
     @property
@@ -230,6 +241,17 @@ class Settings(Part, frozen=True, kw_only=True):
             if not used and getattr(self, name) != defaults[name]
         )
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What is asked for and not known to serve its purpose with this compiler, a sentence each."""
+        rows, profile = [SCHEMES[name] for name in (self.scheme, *self.overrides.values())], self.profile
+        asked = (
+            ("shift", profile.shift, self.shift is True),
+            *((f"scheme {row.name}", profile.two_level, row.compute_format is not None) for row in rows),
+            *((f"scheme {row.name}", profile.token, row.token is not None) for row in rows),
+        )
+        return tuple(dict.fromkeys(f"{what}: {fact.says}" for what, fact, wanted in asked if wanted and not fact))
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> Settings:
         """Build settings from a recipe's keys.
@@ -251,7 +273,7 @@ class Settings(Part, frozen=True, kw_only=True):
 
     @property
     def formats(self) -> frozenset[str]:
-        """Every format that a model quantized so may hold: `formats.require_targets` says which GPUs have them."""
+        """Every format that a model quantized so may hold: `Profile.require_formats` says which GPUs have them."""
         rows = [SCHEMES[self.scheme], *(SCHEMES[scheme] for scheme in self.overrides.values())]
         return frozenset(
             f for row in rows for f in (row.data, row.weight, row.compute_format, row.convolution) if f is not None
@@ -262,7 +284,8 @@ class Settings(Part, frozen=True, kw_only=True):
         fmt = scheme.convolution if convolution else scheme.data
         if fmt is None:
             return None
-        shift = bool(self.shift) and FORMATS[fmt].integer
+        wanted = self.options("shift")[0] if self.shift == AUTO else self.shift
+        shift = bool(wanted) and FORMATS[fmt].integer
         return Spec(format=fmt, shift=shift, token=None if convolution else scheme.token)
 
     def weight(

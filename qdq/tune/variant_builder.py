@@ -25,7 +25,7 @@ from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import Session
 from qdq.measure.table import CalibrationTable, widest
 from qdq.model.model import Model
-from qdq.passes.rewrites import FLOAT_REWRITES, QUANTIZED_REWRITES, applied
+from qdq.passes.rewrites import FLOAT_REWRITES, QUANTIZED_REWRITES, applied, why_not_for
 from qdq.passes.rewrites.edit import Rewrite
 from qdq.plan import placement, rules
 from qdq.plan.plan import Plan, Skip
@@ -182,7 +182,9 @@ class VariantBuilder:
         return self._outputs
 
     def fits(self, name: str, variant: Variant) -> tuple[str, ...]:
-        """The nodes that a rewrite would fire on, had it all it could."""
+        """The nodes that a rewrite would fire on, had it all it could; none where it is not for the compiler."""
+        if why_not_for(name, self.settings.profile.name):
+            return ()
         if name in FLOAT_REWRITES:
             rewrites = frozenset(pair for pair in variant.rewrites if pair[0] != name)
             return FLOAT_REWRITES[name](self.base(replace(variant, rewrites=rewrites)).model).fired

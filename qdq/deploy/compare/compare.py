@@ -33,7 +33,7 @@ from qdq.build.pricer import Pricer, gpus_of
 from qdq.build.recipe import Recipe
 from qdq.core.choices import choose
 from qdq.core.errors import InputError
-from qdq.core.formats import FORMATS, require_targets
+from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.deploy.compare.result import Comparison, SchemeRow
 from qdq.deploy.compare.score import Reference, inputs_only, score
@@ -215,7 +215,7 @@ class _Bench:
         """Quantize by one scheme and measure."""
         path = folder / "scheme.onnx"
         try:
-            require_targets(entry.recipe.settings.formats, self.targets)
+            entry.recipe.profile.require_formats(entry.recipe.settings.formats, self.targets)
             done = self._written(entry)
             save(done.finished.model, path)
         except MissingRuntimeError:

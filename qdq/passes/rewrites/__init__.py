@@ -5,7 +5,8 @@ One file per rewrite, found by itself: `STAGE` ("prepared": what `prepare` alway
 only=None) -> Rewritten`, which says of each node whose operator it starts from why it does not fit. A rewrite is pure,
 deterministic and idempotent.
 It must not decide whether it pays: the compiled result does, so each can be limited to some nodes. A module's `USUAL`
-are formats of weights with which every plan has it, tuned or not: without it the compiler has no integer kernel.
+are formats of weights with which every plan has it, tuned or not: without it the compiler has no integer kernel. Its
+`NOT_FOR` are compilers that no plan for has it, each with the reason; what is true arithmetic for one is for all.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ __all__ = [
     "Rewritten",
     "applied",
     "rewritten",
+    "why_not_for",
 ]
 
 
@@ -59,6 +61,12 @@ PREPARED_REWRITES = found("prepared")
 FLOAT_REWRITES = found("float")
 QUANTIZED_REWRITES = found("quantized")
 USUAL_REWRITES: Mapping[str, tuple[str, ...]] = {n: m.USUAL for n, m in _modules().items() if hasattr(m, "USUAL")}
+_NOT_FOR: Mapping[str, Mapping[str, str]] = {n: getattr(m, "NOT_FOR", {}) for n, m in _modules().items()}
+
+
+def why_not_for(name: str, compiler: str) -> str:
+    """Why no plan for a compiler (the name of its profile) has a rewrite; "" where one may."""
+    return _NOT_FOR[name].get(compiler, "")
 
 
 def applied(

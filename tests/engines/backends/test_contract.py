@@ -185,7 +185,7 @@ class TestABackendInOneFile:
         built = ["build", "same.onnx", "-o", "same.engine", "--compiler", "toy", "--target", "sm42"]
         assert CliRunner().invoke(main, built).exit_code == 0
         here = doctor.InstalledGpu(name="Toy 42", target="sm42", memory_bytes=1)
-        monkeypatch.setattr("qdq.build.engine.gpus", lambda: [here])
+        monkeypatch.setattr("qdq.build.machine.gpus", lambda: [here])
         runner = backend_named(engine_backend(toy / "same.engine")).runner(toy / "same.engine", name="toy")
         report = compare(toy / "same.onnx", runner, [{"x": np.ones((1, 4), np.float32)}])
         assert (report.candidate, report.outputs[0].max_abs_error) == ("candidate", 0)

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from engines.backends.backend import backend_named, backends
+from engines.backends.backend import backend_named, backends, members
 from engines.backends.profile import Fact, Profile, profile_named, profile_of, profiles
-from engines.core.errors import EngineError
+from engines.core.errors import EngineError, UnsupportedTargetError
 
 
 @pytest.mark.parametrize("profile", profiles().values(), ids=list(profiles()))
@@ -27,8 +27,17 @@ class TestEveryProfile:
             assert bool(fact) is (fact.holds is True)
 
     def test_formats_need_their_generation(self, profile: Profile) -> None:
-        assert profile.runs("int8", ["sm86", "sm89"]) and not profile.runs("fp8", ["sm86", "sm89"])
-        assert profile.runs("fp8", ["sm89"]) and not profile.runs("int3", ["sm89"])
+        profile.require_formats(["int8", "int4"], ["sm80", "8.9"])
+        profile.require_formats(["fp8"], ["sm89"])
+        with pytest.raises(UnsupportedTargetError, match=r"8\.6 cannot compile fp8: it needs sm89 or newer"):
+            profile.require_formats(["fp8"], ["8.6", "sm89"])
+        with pytest.raises(UnsupportedTargetError, match=f"{profile.title} has no int3: choose"):
+            profile.require_formats(["int3"], ["sm89"])
+
+
+def test_a_file_of_profiles_is_no_second_backend() -> None:
+    names = [backend.name for backend in members("BACKEND")]
+    assert len(names) == len(set(names)) == len(backends())
 
 
 def test_every_backend_has_a_profile() -> None:
@@ -58,10 +67,21 @@ def test_another_name_is_refused_with_the_nearest_or_the_reason(text: str, said:
         profile_named(text)
 
 
+def test_a_version_without_a_target_or_format_names_those_that_have_it() -> None:
+    old = profile_named("tensorrt:10.3")
+    with pytest.raises(UnsupportedTargetError, match=r"10\.3 has no target 'sm120'.*needs TensorRT 11 \(--compiler"):
+        old.require_target("sm120")
+    with pytest.raises(UnsupportedTargetError, match=r"10\.3 has no nvfp4: take --compiler .*tensorrt:10\.16"):
+        old.require_formats(["nvfp4"], ["sm90"])
+    profile_named("tensorrt").require_formats(["nvfp4"], ["sm100"])
+    with pytest.raises(UnsupportedTargetError, match="it needs sm120 or newer"):
+        profile_named("rtx").require_formats(["nvfp4"], ["sm89"])
+
+
 def test_tensorrt_assumes_no_fusion_that_nobody_documents() -> None:
     rtx, tensorrt = profile_named("rtx"), profile_named("tensorrt")
-    assert rtx.shift and rtx.hoist and rtx.fours and not rtx.integer_output
-    assert tensorrt.integer_output and not (tensorrt.shift or tensorrt.hoist or tensorrt.fours)
+    assert rtx.shift and rtx.hoist and rtx.padding and not rtx.integer_output
+    assert tensorrt.integer_output and not (tensorrt.shift or tensorrt.hoist or tensorrt.padding)
     assert tensorrt.shift.holds is None and tensorrt.blocks["int4"] == (128, 64)
     old = profile_named("tensorrt:10.3")
     assert "nvfp4" not in old.formats and "sm120" not in old.targets and "sm87" in old.targets

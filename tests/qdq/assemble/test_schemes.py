@@ -18,12 +18,13 @@ from engines import ShapeRange
 from engines.backends import rtx
 from engines.backends.compiler import Engine
 from engines.core.documents import replace
+from engines.core.errors import UnsupportedTargetError
 from engines.verify.audit import audit
 from qdq.assemble import quantize
 from qdq.assemble.insert import insert
 from qdq.assemble.precision.convert import convert
 from qdq.core.errors import InputError
-from qdq.core.formats import FORMATS, require_targets
+from qdq.core.formats import FORMATS
 from qdq.lint.lint import lint
 from qdq.lint.repair.repair import repair
 from qdq.measure import collect, second_moments
@@ -317,11 +318,11 @@ def test_a_plan_edited_to_quantize_the_data_of_weight_only_blocks_is_refused() -
 
 
 def test_targets_without_the_format_are_refused_by_name() -> None:
-    require_targets(Settings(scheme="int4").formats, ["sm80", "sm120"])
-    require_targets(Settings().formats, ["sm75"])
+    Settings().profile.require_formats(Settings(scheme="int4").formats, ["sm80", "sm120"])
+    Settings().profile.require_formats(Settings().formats, ["sm75"])
     for scheme, target in (("int4", "sm75"), ("w4a8", "7.5"), ("fp8", "sm86"), ("nvfp4", "sm89")):
-        with pytest.raises(InputError, match=f"{target} cannot compile"):
-            require_targets(Settings(scheme=scheme).formats, [target, "sm89"])
+        with pytest.raises(UnsupportedTargetError, match=f"{target} cannot compile"):
+            Settings().profile.require_formats(Settings(scheme=scheme).formats, [target, "sm89"])
     assert Settings(overrides={"*": "fp8"}).formats == {"int8", "fp8"}
 
 

@@ -161,8 +161,8 @@ def test_a_tuned_plan_goes_through_the_other_verbs(folder: Path) -> None:
     ends = [onnx.helper.make_tensor_value_info(n, 1, [1, c, s, s]) for n, c, s in (("image", 1, 8), ("logits", 4, 16))]
     graph = onnx.helper.make_graph(nodes, "up", ends[:1], ends[1:], [weight])
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), "up.onnx")
-    said = done("tune", "up.onnx", "--data", "data", "--tune", "rewrites", "--gpu", "l4", "-o", "plan.json")
-    assert "predicted on l4" in said
+    said = done("tune", "up.onnx", "--data", "data", "--tune", "rewrites", "--gpu", "rtx4090", "-o", "plan.json")
+    assert "predicted on rtx4090" in said
     plan = json.loads((folder / "plan.json").read_text())
     # which rewrites pay is the compiler's to say
     done("calibrate", "up.onnx", "--data", "data", "--plan", "plan.json", "-o", "table.json")
@@ -288,7 +288,11 @@ BAD: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
         ("tune", "net.onnx", "-o", "plan.json", "--min-sqnr-db", "20"),
         "--data",
     ),
-    "tune for another GPU": (unchanged, ("tune", "net.onnx", "-o", "plan.json", "--gpu", "a10"), "--target sm86"),
+    "tune for another GPU": (
+        unchanged,
+        ("tune", "net.onnx", "-o", "plan.json", "--gpu", "rtx3090", "--target", "sm89"),
+        "--target sm86",
+    ),
     "tune without a node of that name": (
         unchanged,
         ("tune", "net.onnx", "-o", "plan.json", "--exclude", "/haed/*"),
@@ -398,7 +402,7 @@ def test_a_missing_runtime_ends_with_3_and_names_the_extra(
 
 
 def test_an_engine_without_a_gpu_ends_with_3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdq.build.engine.gpus", list)
+    monkeypatch.setattr("qdq.build.machine.gpus", list)
     done("build", "net.onnx", "-o", "net.engine")
     message = refused(folder, "check", "net.onnx", "net.engine", "--data", "data", code=3)
     assert "No GPU here" in message and "sm89" in message
@@ -414,7 +418,7 @@ def test_an_engine_needs_the_model_it_was_compiled_from(folder: Path) -> None:
 
 def test_a_file_that_is_not_the_engines_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer table of another engine would say what that one does; a plan, table or report alike."""
-    monkeypatch.setattr("qdq.build.engine.gpus", list)
+    monkeypatch.setattr("qdq.build.machine.gpus", list)
     done("deploy", "net.onnx", "--data", "data", "--out", "out", "--tune", "off")
     done("build", "net.onnx", "-o", "float.engine")
     own = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}

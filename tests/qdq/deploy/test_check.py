@@ -25,6 +25,7 @@ from engines.verify.compare import compare
 from qdq import Settings, evaluate, load, load_float, quantize, save
 from qdq.assemble.finish import finish
 from qdq.build import engine as build_engine
+from qdq.build import machine
 from qdq.build.recipe import Recipe
 from qdq.cli.main import main
 from qdq.measure.inference.inputs import as_samples
@@ -109,7 +110,7 @@ def test_layers_of_another_engine_beside_a_model_are_not_taken(folder: Path) -> 
 
 
 def test_layers_of_the_compiler_that_predicts_are_called_predicted(folder: Path) -> None:
-    if not backend.backend_named("trt").needs_gpu or build_engine.gpus():
+    if not backend.backend_named("trt").needs_gpu or machine.gpus():
         pytest.skip("a GPU here compiles for itself")
     found = build_engine.layers_of(
         Path("h.onnx"), Recipe(settings=Settings(compiler="tensorrt"), targets=("sm90",)), None

@@ -203,14 +203,14 @@ def test_a_model_that_the_compiler_refuses_is_still_scored(folder: Path, monkeyp
 
 
 def test_the_report_is_what_is_printed_and_the_table_names_every_scheme(folder: Path) -> None:
-    args = ("net.onnx", "--data", "data", "--schemes", "int8", "--schemes", "int8-weight, int8", "--gpu", "l4")
+    args = ("net.onnx", "--data", "data", "--schemes", "int8", "--schemes", "int8-weight, int8", "--gpu", "rtx4090")
     result = run(*args, "-o", "r.json", "--metric", "mae", "--unit", "kcal/mol", "--per", "0.5")
     assert result.exit_code == 0, result.output
     content = json.loads(Path("r.json").read_text())
     assert [row["scheme"] for row in content["rows"]] == ["FP32", "FP16", "int8", "int8-weight"]
-    assert content["gpus"] == ["l4"] and content["task"]["unit"] == "kcal/mol"
+    assert content["gpus"] == ["rtx4090"] and content["task"]["unit"] == "kcal/mol"
     assert str(folder) not in Path("r.json").read_text()
-    for text in ("FP16", "int8-weight", "W8A8", "kcal/mol", "on l4"):
+    for text in ("FP16", "int8-weight", "W8A8", "kcal/mol", "on rtx4090"):
         assert text in " ".join(result.stdout.split())
     for note in ("stood for the engines", "calibration samples themselves"):
         assert note in result.stderr
@@ -286,10 +286,13 @@ def test_each_target_is_compiled_once_whatever_its_gpus(folder: Path, monkeypatc
 
     monkeypatch.setattr(compare, "compile_engine", compiling)
     monkeypatch.setattr(compare, "predict", predicting)
-    targets, gpus = ("--target", "sm86", "--target", "sm89"), ("--gpu", "a10", "--gpu", "l4", "--gpu", "rtx4090")
+    targets, gpus = (
+        ("--target", "sm86", "--target", "sm89"),
+        ("--gpu", "rtx3090", "--gpu", "rtx4080", "--gpu", "rtx4090"),
+    )
     rows("net.onnx", "--data", "data", "--schemes", "int8", *targets, *gpus)
     assert compiled[-3:] == [("sm86", "sm89"), ("sm86",), ("sm89",)] and len(compiled) == 9  # with FP32 and FP16
-    assert predicted[-3:] == [("a10", ("sm86",)), ("l4", ("sm89",)), ("rtx4090", ("sm89",))]
+    assert predicted[-3:] == [("rtx3090", ("sm86",)), ("rtx4080", ("sm89",)), ("rtx4090", ("sm89",))]
 
 
 @pytest.mark.parametrize(

@@ -351,7 +351,7 @@ class TestPricing:
 
     def pricer(self, model: Model, cache: Path | None = None, **recipe: object) -> Pricer:
         """A pricer for fixed shapes."""
-        made = Recipe.from_mapping(recipe)
+        made = Recipe.from_mapping({"compiler": "rtx", **recipe})
         shapes = {i.name: ShapeRange.fixed([int(d) for d in i.shape or ()]) for i in model.inputs}
         return Pricer(recipe=made, shapes=shapes, gpus=gpus_of(made), cache=cache)
 
@@ -463,10 +463,9 @@ def test_gpus_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     own = {"name": "edge", "target": "sm89", "bandwidth_gb_s": 200, "tera_ops": {"float32": 10, "float16": 40}}
     assert gpus_of(Recipe.from_mapping({"gpu": [own]}))[0].bandwidth_gb_s == 200
     assert gpus_of(Recipe.from_mapping({"gpu": "l4"}))[0].name == "l4"
+    assert gpus_of(Recipe.from_mapping({"gpu": ["a10", "h100"]}))[1].target == "sm90"
     with pytest.raises(InputError, match="--target sm86"):
-        gpus_of(Recipe.from_mapping({"gpu": "a10"}))
-    with pytest.raises(UnsupportedTargetError, match=r"no target 'sm90'.*needs TensorRT"):  # not: add it
-        gpus_of(Recipe.from_mapping({"gpu": "h100"}))
+        gpus_of(Recipe.from_mapping({"gpu": "a10", "target": "sm89"}))
     for target in backend_named(DEFAULT).targets:  # each that can be named has one
         assert gpus_of(Recipe(targets=(target,)))[0].target == target
     assert [g.name for g in gpus_of(Recipe(targets=("sm121", "sm89")))] == ["gb10", "rtx4090"]

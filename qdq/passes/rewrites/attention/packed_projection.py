@@ -36,6 +36,7 @@ from qdq.model.nodes import all_nodes, attribute, attribute_value, weight_axis
 from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node
 
 STAGE, RANK = "float", 20  # before the others of attention, which read Q, K and V
+NOT_FOR = {"tensorrt": "TensorRT is not known to part a packed projection, and its documented form has one product"}
 USUAL = (
     "int8",
 )  # FP8, FP4 and 4-bit weights are multiplied whole as asked for, with as few bytes or fewer (SM89, 120)

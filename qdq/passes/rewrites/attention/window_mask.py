@@ -25,6 +25,7 @@ from qdq.passes.rewrites.attention.scores import alone, product_of
 from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node
 
 STAGE, RANK = "float", 35  # behind constants, which makes the masks; behind head_size and attention_scale: it adds to Q
+NOT_FOR = {"tensorrt": "TensorRT's fused attention takes a mask that is added"}
 
 MOST_GROUPS = 16
 MULTIPLE = 8  # values per head that the fused attention kernel takes

@@ -19,6 +19,7 @@ from qdq.passes.fold import fold_constants, why_kept
 from qdq.passes.rewrites.edit import Rewritten
 
 STAGE, RANK = "float", 25  # before window_mask, which looks for masks that are constants
+NOT_FOR = {"tensorrt": "TensorRT's builder is not known to leave such a chain to be computed"}
 
 LIMIT = 1 << 28  # bytes of one tensor
 

@@ -19,6 +19,7 @@ from qdq.model.nodes import attribute_value
 from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node, only_reader, require_constants
 
 STAGE, RANK = "float", 18  # no other rewrite depends on it; initializers are written in this order
+NOT_FOR = {"tensorrt": "TensorRT adds a shortcut inside the convolution, and the codes of W + I are coarse"}
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:

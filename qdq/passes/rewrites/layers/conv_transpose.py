@@ -22,6 +22,7 @@ from qdq.model.nodes import attribute_value
 from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, each_node, require_constants
 
 STAGE, RANK = "float", 20  # behind norm_bias and norm_channels, which look for ConvTranspose: phases multiply channels
+NOT_FOR = {"tensorrt": "TensorRT moves the channels of an INT8 convolution to space in a kernel of its own"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

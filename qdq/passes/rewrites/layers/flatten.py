@@ -20,6 +20,7 @@ from qdq.model.model import Model
 from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered
 
 STAGE, RANK = "float", 50  # behind all: it takes along what they made elementwise, as Gelu, and they look for the rest
+NOT_FOR = {"tensorrt": "TensorRT takes bias and activation into products of any rank"}
 
 LEAST_AXES = 4
 ELEMENTWISE = family(

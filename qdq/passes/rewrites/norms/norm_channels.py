@@ -22,6 +22,7 @@ from qdq.model.nodes import attribute_value
 from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node, only_reader, require_constants
 
 STAGE, RANK = "float", 15  # behind norm_bias and norm_one_channel, which leave less to widen; before conv_transpose
+NOT_FOR = {"tensorrt": "TensorRT has kernels for normalizations of any number of channels"}
 
 MULTIPLE = 8
 # finite at 0, where the added channels are

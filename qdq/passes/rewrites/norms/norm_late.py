@@ -23,6 +23,7 @@ from qdq.passes.draft import assign
 from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node
 
 STAGE, RANK = "float", 5  # behind layer_norm, which makes the operator that this moves
+NOT_FOR = {"tensorrt": "TensorRT is not known to write what a normalization centres"}
 
 # What `_keeps` can judge: without copies, and without what `prepare` or another rewrite replaces.
 MOVES = MOVERS - {"Expand", "Flatten", "Identity", "Tile"} | {"Concat", "Pad"}

@@ -21,6 +21,7 @@ from qdq.model.nodes import attribute_value
 from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node
 
 STAGE, RANK = "quantized", 20  # no other rewrite depends on it; initializers are written in this order
+NOT_FOR = {"tensorrt": "TensorRT clones a quantizer behind Concat into its inputs itself"}
 
 STEPS = ("Pad", "Cast", "Sub", "QuantizeLinear", "DequantizeLinear")  # what a quantizer is made of
 

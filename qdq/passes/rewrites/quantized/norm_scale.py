@@ -24,6 +24,7 @@ from qdq.passes.rewrites.edit import Edit, Rewritten, Unfit, altered, each_node,
 from qdq.passes.rewrites.quantized.weight_scales import channel_scales, common_scale, dequantized, ratios
 
 STAGE, RANK = "quantized", 5  # before hoist, which takes what this does not fit
+NOT_FOR = {"tensorrt": "scales per channel cost TensorRT no kernel"}
 
 EPSILON = 1e-5  # InstanceNormalization's default
 LARGEST_EPSILON = 1.01e-3  # of a norm that is to divide by the standard deviation; 1e-3 in float32 is a little more

@@ -1,0 +1,162 @@
+"""Deploying for a compiler that needs a GPU which is not here: everything but the engine, and how that is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+from models import images, save_samples, segmenter
+
+from engines.backends import rtx, trt
+from engines.backends.doctor import InstalledGpu
+from engines.backends.profile import profile_named
+from engines.core.documents import replace
+from engines.core.errors import BuildError
+from qdq.build import engine, machine
+from qdq.build.machine import builds_here, stand_in
+from qdq.build.recipe import Recipe
+from qdq.cli.main import main
+from qdq.plan.settings import Settings
+
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
+pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
+
+A10 = InstalledGpu(name="NVIDIA A10", target="sm86", memory_bytes=1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with net.onnx and samples in data/, on a machine without a GPU."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "gpus", list)
+    onnx.save(segmenter(), "net.onnx")
+    save_samples(tmp_path / "data", images(3))
+    return tmp_path
+
+
+def deploy(*args: str, code: int = 0) -> Result:
+    """`qdq deploy` of the folder's model into out/."""
+    result = CliRunner().invoke(main, ["deploy", "net.onnx", "--data", "data", "--out", "out", *args])
+    assert result.exit_code == code, f"{result.output}{result.exception!r}"
+    return result
+
+
+def words(result: Result) -> str:
+    """What was printed, without the line breaks of tables."""
+    return " ".join(result.output.split())
+
+
+class TestWithoutTheGpu:
+    def test_all_but_the_engine_is_written(self, folder: Path) -> None:
+        said = words(deploy("--gpu", "a10"))
+        assert {p.name for p in (folder / "out").iterdir()} >= {
+            "net.int8.onnx",
+            "plan.json",
+            "table.json",
+            "report.json",
+        }
+        assert not list((folder / "out").glob("*.engine*"))
+        assert "net.onnx for sm86 by TensorRT 11 (a10 is a GPU of the data centre)" in said
+        assert "no engine was built, which takes TensorRT 11 and a GPU of sm86" in said
+        assert (
+            "qdq build net.int8.onnx -o net.engine --compiler tensorrt:11 --target sm86 --shape image:1x1x8x8" in said
+        )
+        assert "compiles the model, which checks its syntax and types for TensorRT 11, not its kernels or times" in said
+        assert "as compiled" not in said and "kernels |" not in said
+
+    def test_the_report_says_what_was_not_built(self, folder: Path) -> None:
+        deploy("--compiler", "tensorrt:10.16", "--target", "sm80", "--target", "sm90")
+        report = json.loads((folder / "out/report.json").read_text())
+        assert report["audit"] is report["as_compiled"] is report["float_engine"] is report["tuning"] is None
+        assert report["targets"] == ["sm80", "sm90"] and report["compiler"] == "TensorRT 10.16"
+        assert report["chosen_because"] == "" and report["not_built"].startswith("no engine was built")
+        assert report["quantized_nodes"] == 2 and report["check"]["outputs"][0]["sqnr_db"] > 20
+
+    def test_the_model_has_the_documented_form(self, folder: Path) -> None:
+        deploy("--gpu", "l4")
+        ops = Counter(n.op_type for n in onnx.load("out/net.int8.onnx").graph.node)
+        assert ops["QuantizeLinear"] == 2 and ops["Conv"] == 2 and not ops["Pad"] + ops["Sub"]
+        plan = json.loads((folder / "out/plan.json").read_text())
+        assert plan["settings"]["compiler"] == "tensorrt:11" and plan["rewrites"] == []
+
+    def test_limits_decide_the_exit_code_as_ever(self, folder: Path) -> None:
+        deploy("--gpu", "a10", "--min-sqnr-db", "1")
+        deploy("--gpu", "a10", "--min-sqnr-db", "200", code=1)
+        assert "cannot be checked: no engine was built" in words(
+            deploy("--gpu", "a10", "--min-int8-share", ".5", code=1)
+        )
+
+    def test_a_refusal_of_the_stand_in_is_said_and_no_end(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refusing(*args: object, **more: object) -> None:
+            raise BuildError("no kernel for that")
+
+        monkeypatch.setattr(engine, "compile_engine", refusing)
+        said = words(deploy("--gpu", "a10"))
+        assert "refuses it, and TensorRT 11 may too: no kernel for that" in said
+
+    def test_a_model_newer_than_the_version_is_said(self, folder: Path) -> None:
+        onnx.save(onnx.version_converter.convert_version(segmenter(), 21), "net.onnx")
+        assert "opset 21; TensorRT 10.3 documents opsets up to 20" in words(deploy("--compiler", "tensorrt:10.3"))
+        assert "documents opsets" not in words(deploy("--compiler", "tensorrt"))
+
+    def test_a_bare_target_says_how_to_ask_for_the_other(self, folder: Path) -> None:
+        first = words(deploy("--target", "sm86", "--tune", "off"))
+        assert "net.onnx for sm86 by TensorRT-RTX (--target sm86 alone says of no GPU" in first
+        assert "for TensorRT 11 give --compiler tensorrt" in first and (folder / "out/net.engine").is_file()
+
+    def test_what_only_the_other_has_is_refused_with_a_hint(self, folder: Path) -> None:
+        said = words(deploy("--compiler", "rtx", "--target", "sm90", code=2))
+        assert "TensorRT-RTX has no target 'sm90'" in said and "--compiler tensorrt" in said
+
+
+class TestWithTheGpu:
+    """TensorRT is what TensorRT-RTX compiles, under its name: the flow is the same whoever compiles."""
+
+    @pytest.fixture(autouse=True)
+    def _machine(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def build(model: object, **more: object) -> object:
+            made = rtx.build(model, **{**more, "targets": ("sm86",)})  # type: ignore[arg-type]
+            table = replace(made.table, backend="trt", version="11.4.0.106", targets=("sm86",))
+            return dataclasses.replace(made, table=table)
+
+        monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
+        monkeypatch.setattr(machine, "gpus", lambda: [A10])
+        monkeypatch.setattr(trt, "BACKEND", dataclasses.replace(trt.BACKEND, build=build))
+        monkeypatch.setattr("qdq.deploy.deploy.runs_here", lambda targets: False)  # the engine itself cannot run here
+
+    def test_it_is_built_and_audited(self, folder: Path) -> None:
+        said = words(deploy("--gpu", "a10"))
+        assert "no engine was built" not in said and "multiply-adds, as compiled" in said
+        report = json.loads((folder / "out/report.json").read_text())
+        assert (
+            report["audit"]["backend"] == "trt" and report["audit"]["int8_share"] == 1.0 and report["not_built"] == ""
+        )
+        manifest = json.loads((folder / "out/net.engine.manifest.json").read_text())
+        assert (manifest["options"]["compiler"], manifest["options"]["backend"]) == ("tensorrt:11", "trt")
+
+    def test_another_gpu_than_that_of_the_target_does_not_build(self, folder: Path) -> None:
+        assert "a GPU of sm80" in words(deploy("--gpu", "a100"))
+        assert not (folder / "out/net.engine").exists()
+
+
+def test_what_stands_in_has_the_types_of_the_model_and_is_no_turing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "gpus", list)
+    plain = segmenter()
+    given = {"t4": "sm89", "a100": "sm80", "h100": "sm89", "a10": "sm86"}
+    for gpu, target in given.items():
+        found = stand_in(Recipe.from_mapping({"gpu": gpu}), plain)
+        assert (found.backend, found.targets) == ("rtx", (target,))
+    fp8 = onnx.ModelProto()
+    fp8.CopyFrom(plain)
+    fp8.graph.initializer.add(name="codes", data_type=onnx.TensorProto.FLOAT8E4M3FN, dims=[1], raw_data=b"\0")
+    assert stand_in(Recipe.from_mapping({"compiler": "tensorrt", "target": "sm86"}), fp8).targets == ("sm89",)
+    own = Recipe(settings=Settings(compiler="rtx"), targets=("sm75",))
+    assert stand_in(own, plain) is own and builds_here(own)
+    assert profile_named("tensorrt").backend == "trt" and not builds_here(Recipe.from_mapping({"gpu": "a10"}))
