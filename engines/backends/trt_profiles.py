@@ -67,10 +67,10 @@ _LATEST = Profile(
         source=_DUMPS,
     ),
     conv_transpose=Fact(
-        holds=None,
-        says="whether TensorRT runs a quantized ConvTranspose in INT8 depends on what is behind it (an activation, no "
-        "normalization), and users saw it in FP16 in 3-D",
-        source="#3412; #4668, #2597 users",
+        holds=True,
+        says="a quantized ConvTranspose fuses with an activation behind it and not with a normalization; in 3-D the "
+        "reader of the activation must be quantized too",
+        source="#3412; users saw FP16 in 3-D (#4668) and a Q behind Concat not merged into it (#2597)",
     ),
     first_layer=Fact(holds=True, says="it runs in INT8, with its pooling inside", source=_DUMPS),
     depthwise=Fact(

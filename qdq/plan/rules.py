@@ -16,7 +16,7 @@ from typing import Literal
 from onnx import NodeProto
 
 from engines.backends.profile import Profile
-from engines.core.operators import LAST_AXIS_NORMS, MEAN_POOLS, NORMS, PICKERS, SOFTMAXES, family
+from engines.core.operators import CONVOLUTIONS, LAST_AXIS_NORMS, MEAN_POOLS, NORMS, PICKERS, SOFTMAXES, family
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 from qdq.model.model import Model
@@ -89,13 +89,13 @@ Rule = Callable[[Model, NodeProto, Settings], list[Decision]]
 
 
 def weighted(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
-    """Want what the node's scheme says of the data and the constant weight of Conv, Gemm and MatMul."""
+    """Want what the node's scheme says of the data and the constant weight of a convolution, Gemm or MatMul."""
     if node.op_type not in WEIGHTED or len(node.input) < 2 or not model.is_constant(node.input[1]):
         return []
     weight = model.info(node.input[1])
     if weight is None or weight.shape is None or len(weight.shape) < 2 or 0 in weight.shape:
         return []
-    scheme, convolution = settings.scheme_of(node.name), node.op_type == "Conv"
+    scheme, convolution = settings.scheme_of(node.name), node.op_type in CONVOLUTIONS
     outputs, inputs = weight_axis(node, len(weight.shape)), input_axis(node, len(weight.shape))
     block, reason, fallback = None, "", False
     if settings.lengths(scheme.weight) and not convolution and settings.block not in WHOLE:
@@ -237,7 +237,7 @@ def containers(model: Model, node: NodeProto, settings: Settings) -> list[Decisi
     if controls(node):
         reason = f"it only decides what runs: each of the {len(inner)} nodes in its body has an entry of its own"
     else:
-        count = sum(n.op_type in (*WEIGHTED, "ConvTranspose") for n in inner)
+        count = sum(n.op_type in WEIGHTED for n in inner)
         reason = (
             f"the {len(inner)} nodes in its body stay in float, {count} of them weighted: only If, Loop and Scan run "
             "bodies whose values can be observed"

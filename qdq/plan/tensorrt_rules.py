@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from onnx import NodeProto
 
 from engines.core.documents import replace
-from engines.core.operators import CURVES, MEAN_POOLS, MOVERS, RAMPS, family
+from engines.core.operators import CONVOLUTIONS, CURVES, MEAN_POOLS, MOVERS, NORMS, RAMPS, family
 from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, attribute, input_axis, weight_axis
 from qdq.plan.rules import RULES as COMMON
@@ -31,6 +31,7 @@ EIGHTS, FOURS = 8, 4
 FP8_TAPS = 32  # of a convolution's kernel that optimised FP8 kernels have
 _EPILOGUE = CURVES | RAMPS | MOVERS | family("BatchNormalization Dropout MaxPool")
 _BY_CONSTANT = family("Add Div Mul Sub")
+_ACTIVATIONS = CURVES | family("Clip Relu")
 _GATES = family("HardSigmoid Sigmoid")
 _POINTWISE = _EPILOGUE | _BY_CONSTANT
 _LINEAR = MOVERS | family("BatchNormalization Dropout")
@@ -41,7 +42,7 @@ def quantized_data(model: Model, node: NodeProto, settings: Settings) -> Spec | 
     """How a node reads its data where every rule lets it be quantized; None where it stays in float."""
     if node.op_type not in WEIGHTED or len(node.input) < 2 or not model.is_constant(node.input[1]):
         return None
-    spec = settings.activation(settings.scheme_of(node.name), convolution=node.op_type == "Conv")
+    spec = settings.activation(settings.scheme_of(node.name), convolution=node.op_type in CONVOLUTIONS)
     if spec is None or any(isinstance(d, Veto) for rule in _VETOES for d in rule(model, node, settings)):
         return None
     return replace(spec, token=None)
@@ -71,7 +72,7 @@ def _backbone(model: Model, tensor: str) -> tuple[NodeProto | None, bool]:
             return None, False
         linear = linear and (node.op_type in _LINEAR or (node.op_type in _BY_CONSTANT and computed == node.input[:1]))
         tensor = computed[0]
-    return (node, linear) if node is not None and node.op_type == "Conv" else (None, False)
+    return (node, linear) if node is not None and node.op_type in CONVOLUTIONS else (None, False)
 
 
 def shortcut(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
@@ -133,8 +134,8 @@ def normalized(model: Model, node: NodeProto, settings: Settings) -> list[Decisi
 def shared(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
     """Want a float operator to read a tensor as quantized as others read it: else it is written in float too.
 
-    It speaks of sums, gated products, means, joins, maxima and interpolations. An activation of the tensor that it is
-    computed from reads floats: it is inside the kernel that makes the tensor.
+    It speaks of sums, gated products, means, joins, maxima and interpolations. The product that ends an
+    activation (SiLU, GELU) reads floats: it is inside the kernel that makes the tensor.
 
     Source: ResNet-18 on A100 with Q/DQ at convolutions only, whose shortcuts read floats, had 12 kernels that only
     quantize and was slower than FP16 (layer dumps); Model Optimizer, `filter_quantizable_kgen_heads`. Unlike there, the
@@ -146,11 +147,14 @@ def shared(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
     spec = settings.activation(settings.scheme_of(node.name), convolution=True)
     if spec is None:
         return []
+    computed = _computed(model, node)
+    if any(_fused(model, node, tensor) for tensor in computed):
+        return []
     main = _main(model, node)
     return [
         Want(tensor=tensor, index=index, role="shortcut", spec=spec, rule="shared")
         for index, tensor in enumerate(node.input)
-        if tensor and not model.is_constant(tensor) and index != main and not _fused(model, node, tensor)
+        if tensor in computed and index != main
     ]
 
 
@@ -186,6 +190,33 @@ def narrow(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
         fits = outputs % EIGHTS == 0 and all(taps >= 3 for taps in kernel)
     says = f"{inputs} channels in{' a group' if groups > 1 else ''}, {outputs} out: {settings.profile.narrow.says}"
     return [] if fits else [Veto(rule="narrow", reason=says)]
+
+
+def upsampled(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Veto transposed convolutions that are not the pattern which runs in INT8.
+
+    In 2-D a quantized one fuses with the activation behind it, and not with a normalization; in 3-D it needs the whole
+    pattern, quantizers in front, an activation, and the quantizer of a reader, which is not merged through a Concat.
+
+    Source: #3412; #2597, a user; groups build since 10.9 (#1934), and nobody says that they gain. Model Optimizer
+    quantizes all.
+    """
+    if node.op_type != "ConvTranspose" or not settings.profile.conv_transpose:
+        return []
+    behind = model.only_use(node.output[0])
+    after = behind.node if behind is not None else None
+    why = ""
+    if attribute(node, "group", 1) > 1:
+        why = "it has groups, whose speed nobody published"
+    elif after is not None and after.op_type in NORMS:
+        why = f"{after.op_type} stands behind it"
+    elif len(_weight(model, node)) > 4 and (
+        after is None
+        or after.op_type not in _ACTIVATIONS
+        or next(_readers(model, after.output[0], settings), None) is None
+    ):
+        why = "in 3-D it needs an activation behind it that a quantized node reads"
+    return [Veto(rule="upsampled", reason=f"{why}: {settings.profile.conv_transpose.says}")] if why else []
 
 
 def grouped(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
@@ -226,10 +257,14 @@ def eighths(model: Model, node: NodeProto, settings: Settings) -> list[Decision]
 def small(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
     """Veto products with fewer than 16 summands or outputs, and those that are a matrix times one vector.
 
+    Weights alone in low precision are for such products: those stay.
+
     Source: Model Optimizer, `find_nodes_from_matmul_to_exclude`. Unlike there, a batch that is open is not taken for 1
     because the first sample has 1.
     """
     if node.op_type not in ("Gemm", "MatMul") or settings.profile.small_products.holds is not False:
+        return []
+    if settings.scheme_of(node.name).data is None:
         return []
     if not (shape := _weight(model, node)) or len(shape) < 2:
         return []
@@ -242,8 +277,15 @@ def small(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
     return [Veto(rule="small", reason=f"a product of {what}: {settings.profile.small_products.says}")]
 
 
-RULES: tuple[Rule, ...] = (shortcut, pooled, normalized, shared, crossed, narrow, grouped, eighths, small)
-_VETOES: tuple[Rule, ...] = (*(r for r in COMMON if r.__name__ != "weighted"), narrow, grouped, eighths, small)
+RULES: tuple[Rule, ...] = (shortcut, pooled, normalized, shared, crossed, narrow, upsampled, grouped, eighths, small)
+_VETOES: tuple[Rule, ...] = (
+    *(r for r in COMMON if r.__name__ != "weighted"),
+    narrow,
+    upsampled,
+    grouped,
+    eighths,
+    small,
+)
 
 
 def _computed(model: Model, node: NodeProto) -> list[str]:
