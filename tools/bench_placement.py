@@ -12,7 +12,9 @@ Three steps, for PyTorch, the peers and qdq need not share an environment; what 
 `export` writes FOLDER/NAME.onnx with FOLDER/NAME.calibration.npz and FOLDER/NAME.evaluation.npz (one array per input,
 samples along axis 0). With `--zoo`, the folder with zoo.py, photographs and volumes are the samples, and the models of
 the zoo are written too; without it the samples are waves (`export_networks.smooth`).
-ResNet-50, U-Net, BERT and EfficientNet-B0 have random weights of a seed, EfficientNet-Lite0 trained ones.
+ResNet-50, U-Net, BERT and EfficientNet-B0 have random weights of a seed, EfficientNet-Lite0 trained ones. Everything
+that the rules of placement want is quantized, with qdq's defaults for the compiler; the rest is FP32. SQNR in dB of the
+outputs on the samples to evaluate on, the worst of several, with Q/DQ computed as the ONNX standard says.
 """
 
 from __future__ import annotations
@@ -20,17 +22,21 @@ from __future__ import annotations
 import argparse
 import importlib
 import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from export_networks import smooth
+from results import record
 
 CALIBRATION, EVALUATION = 32, 16
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "rocket.jpg", "ihc.png", "motorcycle_left.png")
 OTHERS = ("chelsea.png", "camera.png", "hubble_deep_field.jpg", "retina.jpg")
+PEERS = {"max": "Model Optimizer, max", "entropy": "Model Optimizer, entropy", "ort": "ONNX Runtime"}
 SIDE, TOKENS, WORDS, CUBE = 160, 128, 30522, 48
 Arrays = dict[str, np.ndarray]
 
@@ -168,6 +174,78 @@ def export(folder: Path, zoo: Any, names: list[str], seeds: list[int]) -> None:
         print(case.name, flush=True)
 
 
+def peers(folder: Path, names: Sequence[str], modelopt: str | None, ort: str | None) -> None:
+    """Write what each peer makes of every network as FOLDER/PEER/NAME.onnx; why one fails, as NAME.txt beside it."""
+    scripts = {"max": (modelopt, "modelopt", ["max", "fp32"]), "entropy": (modelopt, "modelopt", ["entropy", "fp32"])}
+    scripts["ort"] = (ort, "ort", [])
+    for path in models(folder, names):
+        for peer, (python, script, words) in scripts.items():
+            out = folder / peer / path.name
+            if python is None or out.exists() or out.with_suffix(".txt").exists():
+                continue
+            out.parent.mkdir(exist_ok=True)
+            command = [python, str(Path(__file__).with_name(f"peer_{script}.py")), str(path)]
+            data = str(path.with_suffix(".calibration.npz"))
+            done = subprocess.run([*command, data, str(out), *words], capture_output=True, text=True)
+            if not out.exists():
+                out.with_suffix(".txt").write_text((done.stderr.strip().splitlines() or ["no file"])[-1])
+            print(peer, path.stem, "ok" if out.exists() else "fails", file=sys.stderr, flush=True)
+
+
+def models(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The networks in a folder, or those that are named, in that order."""
+    return [folder / f"{name}.onnx" for name in names] if names else sorted(folder.glob("*.onnx"))
+
+
+def stored(path: Path, batch: int | None) -> list[Arrays]:
+    """Samples from an .npz file: of the model's batch, or about CALIBRATION of them where it is open."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    count = len(next(iter(arrays.values())))
+    each = batch or max(1, count // CALIBRATION)
+    return [{name: array[i : i + each] for name, array in arrays.items()} for i in range(0, count - each + 1, each)]
+
+
+def compare(folder: Path, names: Sequence[str], compilers: Sequence[str]) -> None:
+    """Quantize every network with qdq and print a row for each."""
+    from compare_placement import WEIGHTED, Peer
+
+    from qdq.assemble.quantize import quantize
+    from qdq.deploy.check import evaluate
+    from qdq.measure.inference.inputs import as_samples
+    from qdq.model.storage import save
+    from qdq.passes.prepare import load_float
+    from qdq.plan.settings import Settings
+
+    ours = [f"qdq, {compiler}" for compiler in compilers]
+    heads = ("network", *PEERS.values(), *ours, "ahead of Model Optimizer", "of the best", "INT8 nodes of each")
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)
+    for path in models(folder, names):
+        model = load_float(path)
+        shape = model.inputs[0].shape or ()
+        batch = shape[0] if shape and isinstance(shape[0], int) else None
+        samples = as_samples(stored(path.with_suffix(".calibration.npz"), batch), model)
+        held = as_samples(stored(path.with_suffix(".evaluation.npz"), batch), model)
+        with tempfile.TemporaryDirectory() as place:
+            files = [folder / peer / path.name for peer in PEERS]
+            for compiler in compilers:
+                files.append(Path(place) / f"{compiler.partition(':')[0]}.onnx")
+                save(quantize(model, samples, settings=Settings(compiler=compiler)).model, files[-1])
+            found, counts = [], []
+            for file in files:
+                made = Peer.read(file) if file.exists() else None
+                weighted = [n for n in model.graph.node if n.op_type in WEIGHTED and made and made.has(n, 1)]
+                counts.append("-" if made is None else str(len(weighted)))
+                scored = evaluate(path, file, held, limits={}).sqnr_db if weighted else None
+                found.append(np.nan if scored is None else scored)
+        best, rival = np.nanmax([*found[:3], -np.inf]), np.nanmax([*found[:2], -np.inf])
+        cells = [
+            "fails" if n == "-" else "float" if n == "0" else f"{x:.1f}" for x, n in zip(found, counts, strict=True)
+        ]
+        ahead = [f"{found[3] - x:+.1f}" if np.isfinite(x) and np.isfinite(found[3]) else "" for x in (rival, best)]
+        print(f"| {' | '.join((path.stem, *cells, *ahead, ' / '.join(counts)))} |", flush=True)
+
+
 def main() -> None:
     """Do one step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -176,6 +254,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the random weights")
     parser.add_argument("--zoo", type=Path, help="folder with zoo.py")
+    parser.add_argument("--modelopt", help="python of an environment with nvidia-modelopt")
+    parser.add_argument("--ort", help="python of an environment with onnxruntime")
+    parser.add_argument("--compilers", nargs="+", default=["tensorrt"], help="that qdq quantizes for")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     zoo = None
@@ -184,7 +265,11 @@ def main() -> None:
         zoo = importlib.import_module("zoo")
     if options.step == "export":
         export(options.folder, zoo, options.names, options.seeds)
+    elif options.step == "peers":
+        peers(options.folder, options.names, options.modelopt, options.ort)
+    else:
+        compare(options.folder, options.names, options.compilers)
 
 
 if __name__ == "__main__":
-    main()
+    record(main)
