@@ -121,7 +121,7 @@ def theirs(model: Model, peer: Peer, node: NodeProto, index: int) -> str:
     if node.op_type == "Conv" and shape and min(shape[:2]) < NARROW:
         kind = f"{attribute(node, 'group', 1)} groups, kernel {ints(node, 'kernel_shape', shape[2:])}"
         return f"convolutions of few channels ({shape[1]} in, {shape[0]} out, {kind}) are excluded"
-    if any(model.is_output(name) for name in node.output):
+    if node.op_type not in WEIGHTED and any(model.is_output(name) for name in node.output):
         return "nodes that give outputs stay float"
     if node.op_type == "Add":
         one = [backbone(model, name) for name in node.input]
