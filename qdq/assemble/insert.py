@@ -43,6 +43,7 @@ from qdq.assemble.borders import Border, Rows, border, missing_channels, rows
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, QTensor
 from qdq.model.external import release
+from qdq.model.made_for import mark
 from qdq.model.model import Model
 from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, attribute_value, bodies, controls, weight_axis
 from qdq.model.shift_correction import channel_sums, correct
@@ -62,7 +63,7 @@ def insert(model: Model, plan: Plan, solution: Solution) -> Model:
     """The Q/DQ model of a prepared float model, with the parameters of a solution at every point of a plan.
 
     Tensor names of the float model stay, new ones are `<tensor>_QuantizeLinear`, `<tensor>_scale` and so on. The same
-    arguments give the same bytes.
+    arguments give the same bytes. The model says which compiler it is for (`made_for`).
     """
     writer = _Writer(model, solution, plan.settings.profile)
     operands = {(name, index): point for point in plan.points for name, index in point.uses}
@@ -70,7 +71,9 @@ def insert(model: Model, plan: Plan, solution: Solution) -> Model:
         writer.node(node, operands)
     params = (*solution.activations.values(), *(w.params for w in solution.weights.values()))
     opset = max((FORMATS[p.format].minimum_opset for p in params), default=0)
-    return model.replace(writer.finish(opset), keeps=solution.store)
+    proto = writer.finish(opset)
+    mark(proto, plan.settings.compiler)
+    return model.replace(proto, keeps=solution.store)
 
 
 class _Writer(GraphWriter):

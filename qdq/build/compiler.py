@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engines.backends.backend import DEFAULT, backend_named, target_name
 from engines.backends.doctor import gpus as gpus_here
-from engines.backends.profile import Profile, profile_named, profiles
+from engines.backends.profile import Profile, profile_named, profile_of, profiles
 from engines.cost.datasheets import KINDS
 from engines.cost.gpus import Gpu, gpu_named
 from qdq.core.errors import InputError
@@ -29,6 +29,25 @@ class Choice:
     compiler: str
     because: str
     targets: tuple[str, ...]
+
+
+def of_another(made_for: str, backend: str, version: str) -> str:
+    """A warning where a model was made for another compiler than built its engine, or another version; "" where not.
+
+    Args:
+        made_for: key of a profile; "" where it is not known.
+        backend: of the engine's layer table.
+        version: of the same.
+    """
+    known = profiles()
+    if made_for not in known or known[made_for].same_compiler(backend, version):
+        return ""
+    title, other = known[made_for].title, profile_of(backend)
+    return (
+        f"The model was quantized for {title}, and {backend_named(backend).title} {version} compiled it: where it is "
+        f"quantized, and in which form, was decided by another compiler's kernels. Quantize it again with --compiler "
+        f"{other.name}, or build it by {title}."
+    )
 
 
 def choose_compiler(

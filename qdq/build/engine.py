@@ -26,10 +26,12 @@ from engines.core.files import read_file, write_atomic
 from engines.core.load import load_graph
 from engines.verify.audit import Audit, audit
 from engines.verify.manifest import Manifest, sha256_file, sha256_model
-from qdq.build.machine import builds_here, runs_here, stand_in
+from qdq.build.compiler import of_another
+from qdq.build.machine import builds_here, model_of_another, runs_here, stand_in
 from qdq.build.recipe import Recipe, ShapeOption
 from qdq.core.choices import choose
 from qdq.core.errors import InputError, MissingRuntimeError, StaleFileError
+from qdq.model.made_for import made_for
 from qdq.model.model import Model
 from qdq.model.storage import load
 from qdq.plan.settings import Settings
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from qdq.core.progress import Progress
 
 D = TypeVar("D", bound=Document)
-SHAPE_KEY = "shape."
+SHAPE_KEY, QUANTIZED_FOR = "shape.", "quantized_for"
 LOCATE_S, SEARCHES = 20, 4  # seconds, or times what the refusal took: the longest search for the node that it is about
 BESIDE = ("plan", "table", "report")  # what `deploy` writes beside an engine as <name>.json
 
@@ -168,7 +170,11 @@ def save_engine(
     `compiled` is the ONNX file it was compiled from; `made_from` says how that came to be, where it is known.
     """
     engine.save(path)
-    options: dict[str, str | int | float | bool | None] = {"backend": recipe.backend}
+    options: dict[str, str | int | float | bool | None] = {
+        "backend": recipe.backend,
+        "compiler": recipe.settings.compiler,
+        QUANTIZED_FOR: made_for(load_graph(compiled)),
+    }
     options |= {f"{SHAPE_KEY}{name}": _text(shape) for name, shape in sorted(shapes.items())}
     output = sha256_model(compiled)
     if made_from:
@@ -205,6 +211,11 @@ class Compiled:
     table: LayerTable
     shapes: Mapping[str, ShapeRange]
     predicted: bool = False
+
+    @property
+    def of_another(self) -> str:
+        """A warning where another compiler made the layers than the model was quantized for; "" where not."""
+        return "" if self.predicted else model_of_another(self.model, self.table.backend, self.table.version)
 
 
 def audit_engine(path: Path) -> Audit:
@@ -268,6 +279,16 @@ def layers_of(path: Path, recipe: Recipe, samples: Samples | None, on_progress: 
     shapes = shape_ranges(model, recipe.shapes, samples)
     engine_made = compile_engine(model, recipe=recipe, shapes=shapes, on_progress=on_progress)
     return Compiled(model=path, table=engine_made.table, shapes=shapes, predicted=predicted)
+
+
+def engine_of_another(path: Path) -> str:
+    """A warning where an engine is not of the compiler that its model was quantized for; "" where it is, or none known.
+
+    Raises:
+        InputError: the engine, its layer table or its manifest is missing.
+    """
+    table, manifest = _read(_layers_path(path), path, LayerTable), _read(_manifest_path(path), path, Manifest)
+    return of_another(str(manifest.options.get(QUANTIZED_FOR, "")), table.backend, table.version)
 
 
 def engine_backend(path: Path) -> str:

@@ -16,8 +16,10 @@ from engines.backends.backend import Backend, backend_named, predicting, target_
 from engines.backends.compiler import ShapeRange
 from engines.backends.doctor import gpus
 from engines.core.errors import MissingRuntimeError, UnsupportedTargetError, import_runtime
-from qdq.build.compiler import USUAL_TARGETS
+from engines.core.load import load_graph
+from qdq.build.compiler import USUAL_TARGETS, of_another
 from qdq.build.recipe import Recipe, ShapeOption
+from qdq.model.made_for import made_for
 
 LEAST_SM = 80  # Turing is a float target of the stand-in, and has no FP32 products of matrices there
 
@@ -60,6 +62,11 @@ def _has_types(backend: Backend, model: ModelProto, target: str) -> bool:
     except UnsupportedTargetError:
         return False
     return True
+
+
+def model_of_another(path: Path, backend: str, version: str) -> str:
+    """A warning where a model was quantized for another compiler than made its layers; "" where not, or unknown."""
+    return of_another(made_for(load_graph(path)), backend, version)
 
 
 def how_to_build(model: Path, engine: str, recipe: Recipe, shapes: Mapping[str, ShapeRange]) -> str:

@@ -18,6 +18,7 @@ from qdq.cli.terminal import Bars, note, show_rows
 from qdq.core.errors import InputError
 
 if TYPE_CHECKING:
+    from engines.backends.profile import Profile
     from engines.verify.report import Report
     from qdq.build.recipe import Recipe
     from qdq.lint.lint import Finding
@@ -34,6 +35,12 @@ PATH = click.Path(path_type=Path)
 @click.option("-o", "--output", type=PATH, help="Write the repaired model here.")
 @click.option("--target", multiple=True, help="Prove it for a GPU generation, such as sm89 (default); repeatable.")
 @click.option(
+    "--compiler",
+    cls=options.Listed,
+    names=options.compiler_names,
+    help="Judge it for {names}; default: the one that it was quantized for, or rtx.",
+)
+@click.option(
     "--shape",
     multiple=True,
     metavar="NAME:MIN:OPT:MAX",
@@ -41,10 +48,16 @@ PATH = click.Path(path_type=Path)
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON to standard output.")
 def lint_command(
-    model: Path, fix: bool, output: Path | None, target: tuple[str, ...], shape: tuple[str, ...], as_json: bool
+    model: Path,
+    fix: bool,
+    output: Path | None,
+    target: tuple[str, ...],
+    compiler: str | None,
+    shape: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Find what TensorRT refuses in a Q/DQ model, or would run in float, and repair it."""
-    from qdq.lint.lint import lint
+    from qdq.lint.lint import lint, profile_for
     from qdq.lint.report import LintReport
     from qdq.model.storage import load
 
@@ -55,20 +68,27 @@ def lint_command(
             else "-o writes a repaired model: give --fix too."
         )
     loaded = load(model)
+    profile = profile_for(loaded, compiler)
     if not fix:
-        found = lint(loaded)
+        found = lint(loaded, profile)
         if as_json:
             click.echo(LintReport(findings=tuple(found)).to_json(), nl=False)
         else:
-            _show(f"{model.name}: {_count(found)}", found)
+            _show(f"{model.name} for {profile.title}: {_count(found)}", found)
         raise SystemExit(int(any(f.severity == "error" for f in found)))
     assert output is not None
     options.check_output(output, model)
-    raise SystemExit(_fix(loaded, model, output, target, shape, as_json))
+    raise SystemExit(_fix(loaded, model, output, profile, target, shape, as_json))
 
 
 def _fix(
-    loaded: Model, model: Path, output: Path, target: tuple[str, ...], shape: tuple[str, ...], as_json: bool
+    loaded: Model,
+    model: Path,
+    output: Path,
+    profile: Profile,
+    target: tuple[str, ...],
+    shape: tuple[str, ...],
+    as_json: bool,
 ) -> int:
     """Repair, prove, write, report; returns the exit code."""
     from engines.core.files import Scratch
@@ -79,8 +99,8 @@ def _fix(
     from qdq.model.storage import save
 
     given: Mapping[str, object] = {k: list(v) for k, v in (("target", target), ("shape", shape)) if v}
-    recipe = Recipe.from_mapping(given)
-    done = repair(loaded)
+    recipe = Recipe.from_mapping({**given, "compiler": profile.key})
+    done = repair(loaded, profile)
     with Scratch(output.absolute().parent) as folder, Bars() as bars:
         draft = folder / output.name
         save(done.model, draft)
@@ -100,7 +120,7 @@ def _fix(
     )
     if as_json:
         found = LintReport(
-            findings=tuple(lint(loaded)), changes=tuple(done.changes), left=tuple(done.left), proof=proof
+            findings=tuple(lint(loaded, profile)), changes=tuple(done.changes), left=tuple(done.left), proof=proof
         )
         click.echo(found.to_json(), nl=False)
     else:
@@ -109,15 +129,20 @@ def _fix(
 
 
 def _compile(model: Model, path: Path, recipe: Recipe, bars: Bars) -> tuple[str, int]:
-    """The compiler's refusal ('' for none) and the number of kernels; never asked about what crashes it."""
+    """The compiler's refusal ('' for none) and the number of kernels; never asked about what crashes it.
+
+    Where it does not work here, who stands in for it says whether it compiles, and the kernels are those of that.
+    """
     from engines.core.errors import BuildError
     from qdq.build.engine import compile_engine, shape_ranges
+    from qdq.build.machine import stand_in
     from qdq.lint.lint import lint
 
     if any(f.effect == "crash" for f in lint(model)):
         return "not tried: a computed scale ends the compiler's process", 0
     try:
-        engine = compile_engine(path, recipe=recipe, shapes=shape_ranges(model, recipe.shapes, None), on_progress=bars)
+        shapes = shape_ranges(model, recipe.shapes, None)
+        engine = compile_engine(path, recipe=stand_in(recipe, model.proto), shapes=shapes, on_progress=bars)
     except BuildError as error:
         return str(error), 0
     return "", int(engine.table.kernels)

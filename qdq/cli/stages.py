@@ -11,7 +11,7 @@ import click
 
 from qdq.cli import options
 from qdq.cli.deploy import finish_with
-from qdq.cli.terminal import Bars, note, show_rows
+from qdq.cli.terminal import Bars, note, show_rows, warn
 from qdq.core.errors import InputError, ModelError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
     A float model that the compiler refuses is written again, beside the engine, in a form that it takes.
     """
     from qdq.build.any_model import compile_any
-    from qdq.build.engine import save_engine, shape_ranges
+    from qdq.build.engine import engine_of_another, save_engine, shape_ranges
     from qdq.model.storage import load
 
     options.check_output(output, model, given["recipe"])
@@ -146,6 +146,7 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
         note(f"{model.name} itself does not compile; the engine is of {source}, which computes the same.")
     if engine.table.note:
         note(engine.table.note)
+    warn([engine_of_another(output)])
     click.echo(f"{engine.table.kernels} kernels for {', '.join(engine.table.targets)}: {output}")
 
 
@@ -162,7 +163,8 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
 def audit(model: Path, gpu: str | None, as_json: bool, **given: Any) -> None:
     """Say in which type each node really runs; MODEL is an engine, or a Q/DQ model, which is compiled first."""
     from qdq.build.any_model import audit_model
-    from qdq.build.engine import audit_engine
+    from qdq.build.engine import audit_engine, engine_of_another
+    from qdq.build.machine import model_of_another
     from qdq.deploy.report import audit_lines, audit_rows, share_failures
 
     recipe = options.recipe_of(given)
@@ -173,6 +175,8 @@ def audit(model: Path, gpu: str | None, as_json: bool, **given: Any) -> None:
         return
     with Bars() as bars:
         result = audit_model(model, recipe, bars) if model.suffix == ".onnx" else audit_engine(model)
+    compiled_now = model.suffix == ".onnx"
+    warn([model_of_another(model, result.backend, result.version) if compiled_now else engine_of_another(model)])
     if as_json:
         click.echo(result.to_json(), nl=False)
     else:
@@ -231,7 +235,7 @@ def check(
 
     A model is computed in the float types of its file: FP16 rounds and overflows as it does in hardware.
     """
-    from qdq.build.engine import engine_backend, layers_of
+    from qdq.build.engine import engine_backend, engine_of_another, layers_of
     from qdq.deploy.check import evaluate
     from qdq.deploy.costs.find import with_costs
     from qdq.deploy.report import check_rows, warning_lines
@@ -265,6 +269,7 @@ def check(
         if report.poor and backend is None:
             with registered(custom_ops), suppress(ModelError):  # a reference that no plan can be made for
                 report = with_costs(report, load_float(float_model), load(model), samples, on_progress=bars)
+    warn([layers.of_another if layers else engine_of_another(candidate) if backend else ""])
     if output:
         report.save(output)
     if as_json:

@@ -291,8 +291,8 @@ def show_rows(title: str, rows: Iterable[tuple[str, ...]]) -> None:
 
 
 def warn(lines: Iterable[str]) -> None:
-    """Lines on standard error that a reader of the result must not miss."""
-    for text in lines:
+    """Lines on standard error that a reader of the result must not miss; empty ones are left out."""
+    for text in filter(None, lines):
         voice().say(f"Warning: {text}")
 
 

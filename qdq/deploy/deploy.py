@@ -28,6 +28,7 @@ from engines.core.files import write_atomic
 from engines.verify.audit import audit
 from qdq.assemble.finish import float_type_of
 from qdq.build.branches import with_possible_branches
+from qdq.build.compiler import of_another
 from qdq.build.engine import add_report, checked, compile_engine, save_engine, shape_ranges
 from qdq.build.machine import builds_here, compiler_here, how_to_build, runs_here
 from qdq.build.pricer import cost_model
@@ -163,7 +164,8 @@ def deploy(
         as_compiled = against_float(output, as_compiled=table) if table else None
         said = [check.note]
         if table and as_compiled:
-            said = [table.note, check.note, as_compiled.note.removeprefix(f"{check.note}; ")]
+            other = of_another(recipe.settings.compiler, table.backend, table.version)
+            said = [other, table.note, check.note, as_compiled.note.removeprefix(f"{check.note}; ")]
         if evaluated is None:
             notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
         if recipe.tune != "off" and not pricer:

@@ -14,6 +14,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
+from engines.backends.profile import Profile
 from engines.core.operators import MOVERS, PRODUCTS
 from engines.core.quantizers import Product, QuantizedGraph, Quantizer
 from engines.core.shapes import inferred
@@ -31,9 +32,12 @@ class View(QuantizedGraph):
     # float type that a DQ gives is what `scale-type` judges.
     through = MOVERS | {"MaxPool"}
 
-    def __init__(self, model: Model) -> None:
-        """Infer types and shapes, and read every Q and DQ of the main graph; they need not be valid."""
-        self.model = model
+    def __init__(self, model: Model, profile: Profile) -> None:
+        """Infer types and shapes, and read every Q and DQ of the main graph; they need not be valid.
+
+        `profile` is of the compiler that the model is judged for.
+        """
+        self.model, self.profile = model, profile
         self._values: dict[str, np.ndarray | None] = {}
         super().__init__(model.graph.node, inferred(model.proto), model.graph.initializer, opset=model.opset)
         for q in self.quantizers:

@@ -190,13 +190,23 @@ def unpaired(view: View, product: Product) -> bool:
 
 
 def transposed_quantizers(view: View, product: Product) -> list[Quantizer]:
-    """The DQs of a ConvTranspose that were made for it: of its weight, and of data that no other product reads."""
+    """The DQs of a ConvTranspose that were made for it: of its weight, and of data that no other product reads.
+
+    [] for a compiler that is not known to run it in float.
+    """
+    if view.profile.conv_transpose.holds is not False:
+        return []
     found = [o.dq for o in product.operands if o.dq is not None]
     return [q for q in found if q.constant or all(p.node.op_type == "ConvTranspose" for p, _ in view.products_of(q))]
 
 
 def attention_quantizers(view: View, product: Product) -> list[Quantizer]:
-    """The DQs of an FP16 product of two computed tensors next to a Softmax; [] for any other product."""
+    """The DQs of an FP16 product of two computed tensors next to a Softmax; [] for any other product.
+
+    [] for a compiler that is not known to lose its fused attention.
+    """
+    if view.profile.attention.holds is not False:
+        return []
     if product.node.op_type != "MatMul" or any(o.constant or o.elem != TensorProto.FLOAT16 for o in product.operands):
         return []
     found = [o.dq for o in product.operands if o.dq is not None and o.dq.dtype in EIGHT_BIT]

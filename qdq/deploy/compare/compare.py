@@ -29,6 +29,7 @@ from qdq.assemble.precision.convert import convert
 from qdq.assemble.tables import Tables
 from qdq.build.branches import with_possible_branches
 from qdq.build.engine import compile_engine, shape_ranges
+from qdq.build.machine import builds_here, compiler_here, stand_in
 from qdq.build.pricer import Pricer, gpus_of
 from qdq.build.recipe import Recipe
 from qdq.core.choices import choose
@@ -122,7 +123,7 @@ def compare_schemes(
     prepared = load_float(model_path) if prepared is None else prepared
     recipe, notes = schemes[0].recipe, []
     backend = backend_named(recipe.backend)
-    for name in ("onnxruntime", backend.runtime):
+    for name in ("onnxruntime", compiler_here(recipe).runtime):
         import_runtime(name)
     targets = backend.check_targets(prepared.proto, recipe.targets) or recipe.targets
     gpus: tuple[Gpu, ...] = ()
@@ -132,6 +133,11 @@ def compare_schemes(
         notes.append(f"no predicted times: {error}")
     if not backend.predicts:
         notes.append(f"no predicted times: they {backend.unpredicted}")
+    if not builds_here(recipe):
+        notes.append(
+            f"no engine was built, which takes {recipe.profile.title} and a GPU of a target; "
+            f"{compiler_here(recipe).title} checked the models, which says nothing of kernels, sizes and types"
+        )
     fed = inputs_only(calibration, prepared)
     seen = 0 if evaluation is None else overlap(fed, evaluation, prepared, allowed=allow_overlap)
     ranges = shape_ranges(prepared, recipe.shapes, fed)
@@ -246,9 +252,9 @@ class _Bench:
         row = replace(row, model_bytes=file_bytes(load(scored)))
         with _noted(problems, "does not compile"):
             audited, us = self._compiled(path, entry.recipe, on_progress)
-            row = replace(
-                row, weight_bytes=audited.weight_bytes, kernels=audited.kernels, shares=shares(audited), predicted_us=us
-            )
+            if audited is not None:
+                known = {"weight_bytes": audited.weight_bytes, "kernels": audited.kernels, "shares": shares(audited)}
+                row = replace(row, **known, predicted_us=us)
         with _noted(problems, "does not run in ONNX Runtime"):
             found = score(
                 self.reference,
@@ -269,8 +275,15 @@ class _Bench:
             self.samples, self.classes = found.samples, found.classes
         return replace(row, problem="; ".join(problems))
 
-    def _compiled(self, path: Path, recipe: Recipe, on_progress: Progress) -> tuple[Audit, float | None]:
-        """The audit of the engine for all targets, and the mean predicted time; each target has its own kernels."""
+    def _compiled(self, path: Path, recipe: Recipe, on_progress: Progress) -> tuple[Audit | None, float | None]:
+        """The audit of the engine for all targets, and the mean predicted time; each target has its own kernels.
+
+        Neither where the compiler does not work here: the model is only checked by who stands in for it.
+        """
+        if not builds_here(recipe):
+            other = stand_in(recipe, load(path).proto)
+            compile_engine(path, recipe=other, shapes=self.shapes, on_progress=on_progress)
+            return None, None
         engine = compile_engine(path, recipe=recipe, shapes=self.shapes, on_progress=on_progress)
         tables = {}
         for target in dict.fromkeys(gpu.target for gpu in self.gpus):

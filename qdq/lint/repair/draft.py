@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
+from engines.backends.profile import Profile
 from engines.core.documents import Part
 from engines.core.nodes import label
 from qdq.lint.lint import RULES
@@ -30,9 +31,9 @@ class Change(Part, frozen=True, kw_only=True):
 class RepairDraft:
     """The model in the making, its view, and the rules that find something at each node."""
 
-    def __init__(self, model: Model) -> None:
-        """A copy of a model."""
-        self.source = model
+    def __init__(self, model: Model, profile: Profile) -> None:
+        """A copy of a model, to be repaired for the compiler of a profile."""
+        self.source, self.profile = model, profile
         self.proto = ModelProto()
         self.proto.CopyFrom(model.proto)
         self.changes: list[Change] = []
@@ -46,7 +47,7 @@ class RepairDraft:
         if self._seen == len(self.changes) and not always:
             return
         self._seen = len(self.changes)
-        self.view = View(self.source.replace(self.proto))
+        self.view = View(self.source.replace(self.proto), self.profile)
         self.flags: dict[int, set[str]] = {}
         for rule in RULES:
             for node, _ in rule.find(self.view):

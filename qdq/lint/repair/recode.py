@@ -22,7 +22,6 @@ from qdq.lint.view import dequantized, spread
 from qdq.lint.warnings import unpaired
 
 INT8 = FORMATS["int8"]
-BLOCKS = (128, 64, 32, 16)  # block sizes that TensorRT-RTX fuses into a weight-only product
 # Rules of `lint` that new codes or scales answer: on any quantizer, and on constants only.
 OF_GRID = family(
     "asymmetric unsigned unsigned-codes no-zero-point code-type output-dtype scale-value scale-range zero-point-shape"
@@ -154,8 +153,8 @@ def _in_blocks(draft: RepairDraft, q: Quantizer, axis: int | None) -> None:
         return
     if q.scale.size not in (1, codes.shape[axis]) or (q.vector and q.axis != axis) or draft.view.model.opset < 21:
         return
-    summed = 1 - axis
-    block = next((b for b in BLOCKS if codes.shape[summed] % b == 0 and codes.shape[summed] > b), None)
+    summed, blocks = 1 - axis, draft.profile.blocks.get("int4", ())
+    block = next((b for b in blocks if codes.shape[summed] % b == 0 and codes.shape[summed] > b), None)
     if block is None:  # one block is no block
         return
     shape = [0, 0]

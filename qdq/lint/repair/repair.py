@@ -17,13 +17,14 @@ import ml_dtypes
 import numpy as np
 from onnx import TensorProto, helper
 
+from engines.backends.profile import Profile
 from engines.core.nodes import attribute, attribute_value, label
 from engines.core.operators import ARRANGERS, MOVERS, POOLS
 from engines.core.quantizers import Quantizer
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import representable
 from qdq.lint.errors import mistyped
-from qdq.lint.lint import Finding, lint
+from qdq.lint.lint import Finding, lint, profile_for
 from qdq.lint.repair.draft import Change, RepairDraft
 from qdq.lint.repair.integer_operators import write_floats
 from qdq.lint.repair.recode import OF_GRID, float_biases, quantize_partners, recode, set_axis, to_float
@@ -50,13 +51,16 @@ class Repaired:
     left: tuple[Finding, ...]
 
 
-def repair(model: Model) -> Repaired:
+def repair(model: Model, profile: Profile | None = None) -> Repaired:
     """Repair what needs no data, in a copy with the same inputs and outputs. Without changes it is the model given.
+
+    `profile` is of the compiler that it is repaired for, None as `lint.profile_for`.
 
     Raises:
         ModelError: external data of the model cannot be read.
     """
-    draft = RepairDraft(model)
+    profile = profile or profile_for(model)
+    draft = RepairDraft(model, profile)
     for _ in range(ROUNDS):
         before = len(draft.changes)
         for step in _steps():
@@ -66,10 +70,10 @@ def repair(model: Model) -> Repaired:
         if len(draft.changes) == before:
             break
     if not draft.changes:
-        return Repaired(model=model, changes=(), left=tuple(lint(model)))
+        return Repaired(model=model, changes=(), left=tuple(lint(model, profile)))
     del draft.proto.graph.value_info[:]  # types of codes have changed
     repaired = model.replace(draft.proto)
-    return Repaired(model=repaired, changes=tuple(draft.changes), left=tuple(lint(repaired)))
+    return Repaired(model=repaired, changes=tuple(draft.changes), left=tuple(lint(repaired, profile)))
 
 
 def _steps() -> tuple[Callable[[RepairDraft], None], ...]:

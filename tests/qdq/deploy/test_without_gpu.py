@@ -141,6 +141,10 @@ class TestWithTheGpu:
         manifest = json.loads((folder / "out/net.engine.manifest.json").read_text())
         assert (manifest["options"]["compiler"], manifest["options"]["backend"]) == ("tensorrt:11", "trt")
 
+    def test_another_version_is_said(self, folder: Path) -> None:
+        said = words(deploy("--compiler", "tensorrt:10.16", "--target", "sm86"))
+        assert "quantized for TensorRT 10.16, and TensorRT 11.4.0.106 compiled it" in said
+
     def test_another_gpu_than_that_of_the_target_does_not_build(self, folder: Path) -> None:
         assert "a GPU of sm80" in words(deploy("--gpu", "a100"))
         assert not (folder / "out/net.engine").exists()
