@@ -2,7 +2,9 @@
 
 Model + Settings -> rewrites that every plan has -> every rule says Want, Veto, Tie or nothing for every node -> Plan.
 Rules are order-free: a veto beats a want, ties of the same point are united. No rule sees data, so the plan can be
-made, read and edited before anything is measured. This module must not compute scales or change the model.
+made, read and edited before anything is measured. Nodes without weights read what the weighted ones read, or have a
+tensor quantized for the sake of the kernel that makes it (`tensorrt_rules`). This module must not compute scales or
+change the model.
 
 Sources: NVIDIA's placement advice, what TensorRT-RTX 1.7.1 compiled from about 90 small graphs (SM89), and the facts of
 the compiler's profile, each with its own source (`engines.backends.profile`).
