@@ -206,8 +206,8 @@ def stored(path: Path, batch: int | None) -> list[Arrays]:
     return [{name: array[i : i + each] for name, array in arrays.items()} for i in range(0, count - each + 1, each)]
 
 
-def compare(folder: Path, names: Sequence[str], compilers: Sequence[str]) -> None:
-    """Quantize every network with qdq and print a row for each."""
+def compare(folder: Path, names: Sequence[str], compilers: Sequence[str], given: Mapping[str, str]) -> None:
+    """Quantize every network with qdq, with settings that differ from its defaults, and print a row for each."""
     from compare_placement import WEIGHTED, Peer
 
     from qdq.assemble.quantize import quantize
@@ -230,7 +230,10 @@ def compare(folder: Path, names: Sequence[str], compilers: Sequence[str]) -> Non
             files = [folder / peer / path.name for peer in PEERS]
             for compiler in compilers:
                 files.append(Path(place) / f"{compiler.partition(':')[0]}.onnx")
-                save(quantize(model, samples, settings=Settings(compiler=compiler)).model, files[-1])
+                save(
+                    quantize(model, samples, settings=Settings.from_mapping({**given, "compiler": compiler})).model,
+                    files[-1],
+                )
             found, counts = [], []
             for file in files:
                 made = Peer.read(file) if file.exists() else None
@@ -257,6 +260,7 @@ def main() -> None:
     parser.add_argument("--modelopt", help="python of an environment with nvidia-modelopt")
     parser.add_argument("--ort", help="python of an environment with onnxruntime")
     parser.add_argument("--compilers", nargs="+", default=["tensorrt"], help="that qdq quantizes for")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings other than the defaults")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     zoo = None
@@ -268,7 +272,7 @@ def main() -> None:
     elif options.step == "peers":
         peers(options.folder, options.names, options.modelopt, options.ort)
     else:
-        compare(options.folder, options.names, options.compilers)
+        compare(options.folder, options.names, options.compilers, dict(pair.split("=", 1) for pair in options.set))
 
 
 if __name__ == "__main__":
