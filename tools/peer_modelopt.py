@@ -1,6 +1,8 @@
-"""NVIDIA Model Optimizer's INT8 with an FP16 rest, run in an environment of its own: MODEL.onnx DATA.npz OUT.onnx.
+"""NVIDIA Model Optimizer's INT8, run in an environment of its own: MODEL.onnx DATA.npz OUT.onnx [METHOD [REST]].
 
-Called by `bench_tune.py`. DATA.npz holds one array per input, samples along axis 0.
+Called by `bench_tune.py` and `bench_placement.py`. DATA.npz holds one array per input, samples along axis 0. METHOD is
+"max" (unless given) or "entropy", Model Optimizer's own default; REST is the type of what is not quantized, "fp16"
+unless given.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import numpy as np
 from modelopt.onnx.quantization import quantize
 
 
-def main(model: str, data: str, out: str) -> None:
+def main(model: str, data: str, out: str, method: str = "max", rest: str = "fp16") -> None:
     """Quantize a copy of the model: it writes beside its input."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "model.onnx"
@@ -24,13 +26,13 @@ def main(model: str, data: str, out: str) -> None:
             str(copy),
             quantize_mode="int8",
             calibration_data=arrays,
-            calibration_method="max",
+            calibration_method=method,
             calibration_eps=["cpu"],
-            high_precision_dtype="fp16",
+            high_precision_dtype=rest,
             output_path=out,
             log_level="ERROR",
         )
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(*sys.argv[1:])

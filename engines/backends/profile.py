@@ -61,6 +61,9 @@ class Profile:
         depthwise: a depthwise convolution has an INT8 kernel.
         small_products: products with fewer than 16 rows, columns or summands gain by INT8.
         attention: products of two computed tensors stay one fused kernel in INT8.
+        narrow: a convolution of fewer than 16 channels in or out gains by INT8, whatever its form.
+        odd_groups: a convolution with groups has INT8 kernels though the channels of a group are not in fours.
+        fp8_convolutions: convolutions of any form have fast FP8 kernels.
         two_level: weights of 4 bits that INT8 products read stay 4 bits in the engine.
         token: one scale per token, computed as the engine runs, leaves the product in INT8.
     """
@@ -88,6 +91,9 @@ class Profile:
     depthwise: Fact
     small_products: Fact
     attention: Fact
+    narrow: Fact
+    odd_groups: Fact
+    fp8_convolutions: Fact
     two_level: Fact
     token: Fact
 

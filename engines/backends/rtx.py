@@ -218,6 +218,17 @@ PROFILES = (
             says="a product of two computed tensors (attention): INT8 there breaks the fused attention kernel",
             source=_MEASURED,
         ),
+        narrow=Fact(
+            holds=None,
+            says="whether convolutions of few channels gain by INT8 the compiled kernels show, one by one",
+            source="no published time of this compiler",
+        ),
+        odd_groups=Fact(holds=True, says="channels that are missing in a group are filled up", source=_MEASURED),
+        fp8_convolutions=Fact(
+            holds=None,
+            says="how fast FP8 convolutions are is not known",
+            source="no published time of this compiler",
+        ),
         two_level=Fact(holds=True, says="one kernel unpacks 4 bits, then the product is INT8", source=_MEASURED),
         token=Fact(holds=True, says="a kernel quantizes, the product is INT8, a Mul follows", source=_MEASURED),
     ),

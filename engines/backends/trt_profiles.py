@@ -67,10 +67,10 @@ _LATEST = Profile(
         source=_DUMPS,
     ),
     conv_transpose=Fact(
-        holds=None,
-        says="whether TensorRT runs a quantized ConvTranspose in INT8 depends on what is behind it (an activation, no "
-        "normalization), and users saw it in FP16 in 3-D",
-        source="#3412; #4668, #2597 users",
+        holds=True,
+        says="a quantized ConvTranspose fuses with an activation behind it and not with a normalization; in 3-D the "
+        "reader of the activation must be quantized too",
+        source="#3412; users saw FP16 in 3-D (#4668) and a Q behind Concat not merged into it (#2597)",
     ),
     first_layer=Fact(holds=True, says="it runs in INT8, with its pooling inside", source=_DUMPS),
     depthwise=Fact(
@@ -80,7 +80,7 @@ _LATEST = Profile(
     ),
     small_products=Fact(
         holds=False,
-        says="a product with fewer than 16 rows or summands gains nothing by INT8",
+        says="with one row, fewer than 16 summands or fewer than 16 outputs a product gains nothing by INT8",
         source="Model Optimizer, find_nodes_from_matmul_to_exclude",
     ),
     attention=Fact(
@@ -88,6 +88,21 @@ _LATEST = Profile(
         says="a product of two computed tensors (attention): TensorRT fuses attention in INT8 for some head sizes and "
         "up to 512 tokens only, and a user measured it slower than FP16",
         source="#3724; guide as quoted in #2981 and #4167; #4322 user",
+    ),
+    narrow=Fact(
+        holds=False,
+        says="TensorRT fills channels up to 32 for its INT8 kernels, so few channels gain nothing",
+        source="#1310; Model Optimizer, find_nodes_from_convs_to_exclude",
+    ),
+    odd_groups=Fact(
+        holds=False,
+        says="in INT8 TensorRT wants multiples of 4 channels in each group",
+        source="headers, IConvolutionLayer::setNbGroups",
+    ),
+    fp8_convolutions=Fact(
+        holds=False,
+        says="TensorRT has no fast FP8 kernels for groups, for more than 32 taps, or for 16 channels and fewer",
+        source="release notes 10.12 and 10.13, limitations; Model Optimizer, find_nodes_from_convs_to_exclude",
     ),
     two_level=Fact(
         holds=None,

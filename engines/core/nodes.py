@@ -138,7 +138,12 @@ def external_files(proto: ModelProto) -> set[str]:
 
 
 def input_axis(node: NodeProto, rank: int) -> int:
-    """The axis of a weight that runs over input channels: Conv 1; Gemm 0 or 1 by transB; MatMul the last but one."""
+    """The axis of a weight that runs over input channels.
+
+    Conv 1; ConvTranspose 0; Gemm 0 or 1 by transB; MatMul the last but one.
+    """
+    if node.op_type == "ConvTranspose":
+        return 0
     if node.op_type == "Conv" or (node.op_type == "Gemm" and attribute(node, "transB", 0)):
         return 1
     return rank - 2

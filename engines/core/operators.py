@@ -12,9 +12,10 @@ def family(text: str) -> frozenset[str]:
 
 
 # Products whose second operand may be a weight that is quantized; in the order in which messages list them.
-WEIGHTED = ("Conv", "Gemm", "MatMul")
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+CONVOLUTIONS = frozenset(WEIGHTED[:2])
 # Products of two tensors along fixed axes: one operand may hold the weights, whose output channels are one axis of it.
-PRODUCTS = frozenset(WEIGHTED) | {"ConvTranspose"}
+PRODUCTS = frozenset(WEIGHTED)
 # Every operator of two operands that multiplies and adds. DeformConv is none of them: its sampling costs more.
 CONTRACTIONS = PRODUCTS | {"Einsum"}
 # Operators that multiply and add inside, and have no two operands to quantize.

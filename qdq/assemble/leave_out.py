@@ -22,6 +22,7 @@ from qdq.measure.inference.session import Session
 from qdq.measure.table import CalibrationTable
 from qdq.model.external import is_large
 from qdq.model.model import Model
+from qdq.plan.placement import remaining
 from qdq.plan.plan import Plan, Skip
 from qdq.solve.solve import Solution
 
@@ -89,10 +90,10 @@ def reached(model: Model, plan: Plan, table: CalibrationTable) -> Plan:
 def without(plan: Plan, model: Model, nodes: Collection[str], rule: str, why: str) -> Plan:
     """The plan with some of its weighted nodes in float, each with a Skip that gives the reason."""
     weighted = set(plan.quantized_nodes) - set(nodes)
+    beside = remaining(model, plan, weighted)
     points = []
     for point in plan.points:
-        kept = tuple(c for c in point.consumers if c.rpartition(":")[0] not in nodes)
-        if any(c.rpartition(":")[0] in weighted for c in kept):  # a shortcut alone is not worth a quantizer
+        if kept := tuple(c for c in point.consumers if c.rpartition(":")[0] in weighted or c in beside):
             points.append(replace(point, consumers=kept))
     skips = [Skip(node=n, op_type=model.node(n).op_type, rule=rule, reason=why) for n in nodes]
     ties = [p.tie for p in points]

@@ -138,6 +138,8 @@ def shrunk(moment: Moment) -> Floats:
 
 def has_matrix(readers: Sequence[WeightedNode], most_columns: int | None) -> bool:
     """Whether a weight gets a matrix, by the nodes that read it."""
+    if readers[0].op_type == "ConvTranspose":  # each output sums other taps of its kernel: no one matrix for all
+        return False
     small = most_columns is None or readers[0].columns <= most_columns
     batched = readers[0].op_type == "MatMul" and len(readers[0].shape) > 2
     return small and not batched and len({node.groups for node in readers}) == 1

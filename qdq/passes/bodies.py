@@ -30,7 +30,7 @@ from qdq.model.nodes import (
 from qdq.passes.draft import Draft, assign
 from qdq.passes.fold import why_kept
 
-_READERS = (*WEIGHTED, "ConvTranspose")
+_READERS = WEIGHTED
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 

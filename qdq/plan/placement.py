@@ -2,7 +2,9 @@
 
 Model + Settings -> rewrites that every plan has -> every rule says Want, Veto, Tie or nothing for every node -> Plan.
 Rules are order-free: a veto beats a want, ties of the same point are united. No rule sees data, so the plan can be
-made, read and edited before anything is measured. This module must not compute scales or change the model.
+made, read and edited before anything is measured. Nodes without weights read what the weighted ones read, or have a
+tensor quantized for the sake of the kernel that makes it (`tensorrt_rules`). This module must not compute scales or
+change the model.
 
 Sources: NVIDIA's placement advice, what TensorRT-RTX 1.7.1 compiled from about 90 small graphs (SM89), and the facts of
 the compiler's profile, each with its own source (`engines.backends.profile`).
@@ -13,15 +15,20 @@ from __future__ import annotations
 import fnmatch
 import glob
 from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 
 from engines.core.documents import replace
 from qdq.core.errors import InputError
 from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, controlled_nodes
 from qdq.passes.rewrites import USUAL_REWRITES, applied, why_not_for
-from qdq.plan.plan import Plan, Point, Skip
-from qdq.plan.rules import RULES, Tie, Veto, Want, check_patterns, why_float
+from qdq.plan import tensorrt_rules
+from qdq.plan.plan import Plan, Point, Role, Skip
+from qdq.plan.rules import RULES as COMMON
+from qdq.plan.rules import Tie, Veto, Want, check_patterns, why_float
 from qdq.plan.settings import Settings
+
+RULES = (*COMMON, *tensorrt_rules.RULES)
 
 
 def plan(model: Model, settings: Settings | None = None) -> Plan:
@@ -82,7 +89,7 @@ def carried(settings: Settings, before: Model, after: Model) -> Settings:
 def placed(model: Model, settings: Settings) -> Plan:
     """What the rules say of a model as it is; raises as `plan` does."""
     found: dict[tuple[str, str, int | None], Point] = {}
-    shortcuts: list[tuple[str, str]] = []
+    others: list[tuple[str, Want]] = []  # consumer and what it asks for, of nodes without weights
     skips: list[Skip] = []
     ties: list[Tie] = []
     for node in (*model.graph.node, *controlled_nodes(model.graph)):
@@ -94,15 +101,13 @@ def placed(model: Model, settings: Settings) -> Plan:
             reason = "; ".join(v.reason for v in vetoes)
             skips.append(Skip(node=node.name, op_type=node.op_type, rule=vetoes[0].rule, reason=reason))
             continue
-        for want in wants:
+        asked = [want for want in wants if want.role not in ("operand", "shortcut")]
+        beside = [want for want in wants if want.role in ("operand", "shortcut")]
+        others += [(f"{node.name}:{want.index}", want) for want in beside]
+        for want in asked:
             consumer = f"{node.name}:{want.index}"
-            if want.role == "shortcut":
-                shortcuts.append((want.tensor, consumer))
-                continue
             key = (want.role, want.tensor, want.spec.axis)
-            point = found.get(key) or Point(
-                tensor=want.tensor, role=want.role, spec=want.spec, consumers=(), rule=want.rule, reason=want.reason
-            )
+            point = found.get(key) or _point(want)
             if point.spec.token != want.spec.token:  # a reader that can only have one scale decides for all
                 want = replace(want, spec=replace(want.spec, token=None))
                 point = replace(point, spec=replace(point.spec, token=None))
@@ -113,15 +118,50 @@ def placed(model: Model, settings: Settings) -> Plan:
                     "overrides, or exclude one."
                 )
             found[key] = replace(point, consumers=(*point.consumers, consumer))
-        if not any(w.role != "shortcut" for w in wants):
-            rule, reason = why_float(node.op_type, settings.profile)
+        if not asked:
+            why = next(((want.rule, want.reason) for want in beside if want.reason), None)
+            rule, reason = why or why_float(node.op_type, settings.profile)
             skips.append(Skip(node=node.name, op_type=node.op_type, rule=rule, reason=reason))
-    for tensor, consumer in shortcuts:
-        key = ("activation", tensor, None)
-        if key in found:
-            found[key] = replace(found[key], consumers=(*found[key].consumers, consumer))
-    points = tuple(_tied(list(found.values()), ties))
-    return Plan(model_sha256=model.sha256, settings=settings, points=points, skips=tuple(skips))
+    order = {node.name: i for i, node in enumerate((*model.graph.node, *controlled_nodes(model.graph)))}
+    points = sorted(_read_too(found, others), key=lambda point: order[point.uses[0][0]])
+    tied = tuple(_tied(points, ties))
+    return Plan(model_sha256=model.sha256, settings=settings, points=tied, skips=tuple(skips))
+
+
+def remaining(model: Model, plan: Plan, kept: Collection[str]) -> frozenset[str]:
+    """Which operands, "node:index", of nodes without weights stay quantized where of the weighted nodes only some do.
+
+    Most read what a weighted node reads, and stay with it. `tensorrt_rules` may quantize a tensor for the sake of the
+    convolution that makes it, too: where the plan has such, the rules say what is left without the other nodes.
+    """
+    weighted = set(plan.quantized_nodes)
+    beside = {c for p in plan.activations for c in p.consumers if c.rpartition(":")[0] not in weighted}
+    if any(beside.issuperset(p.consumers) for p in plan.activations):
+        nodes = (*model.graph.node, *controlled_nodes(model.graph))
+        gone = sorted(n.name for n in nodes if n.op_type in WEIGHTED and n.name not in kept)
+        exclude = (*plan.settings.exclude, *map(glob.escape, gone))
+        points = placed(model, replace(plan.settings, exclude=exclude)).activations
+    else:
+        points = tuple(p for p in plan.activations if any(name in kept for name, _ in p.uses))
+    return frozenset(c for p in points for c in p.consumers if c in beside)
+
+
+def _point(want: Want) -> Point:
+    """What a want asks for, without consumers."""
+    role: Role = "weight" if want.role == "weight" else "activation"
+    return Point(tensor=want.tensor, role=role, spec=want.spec, consumers=(), rule=want.rule, reason=want.reason)
+
+
+def _read_too(found: Mapping[tuple[str, str, int | None], Point], others: Sequence[tuple[str, Want]]) -> list[Point]:
+    """The points of the weighted nodes, with what other nodes read of them, and those that only others want."""
+    points = dict(found)
+    for consumer, want in sorted(others, key=lambda pair: pair[1].role):  # operands before shortcuts
+        key = ("activation", want.tensor, None)
+        if want.role == "operand":
+            points.setdefault(key, _point(want))
+        if key in points and consumer not in points[key].consumers:
+            points[key] = replace(points[key], consumers=(*points[key].consumers, consumer))
+    return list(points.values())
 
 
 def _tied(points: list[Point], ties: list[Tie]) -> list[Point]:

@@ -16,7 +16,7 @@ from typing import Literal
 from onnx import NodeProto
 
 from engines.backends.profile import Profile
-from engines.core.operators import LAST_AXIS_NORMS, MEAN_POOLS, NORMS, PICKERS, SOFTMAXES, family
+from engines.core.operators import CONVOLUTIONS, LAST_AXIS_NORMS, MEAN_POOLS, NORMS, PICKERS, SOFTMAXES, family
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 from qdq.model.model import Model
@@ -48,11 +48,21 @@ _FLOAT_OPS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Want:
-    """A rule wants the tensor at one operand of the node quantized."""
+    """A rule wants the tensor at one operand of the node quantized.
+
+    Attributes:
+        tensor: its name.
+        index: of the operand.
+        role: of a weighted node "activation" (its data) or "weight"; of any other "operand" quantizes the tensor, and
+            "shortcut" reads the quantized tensor where another node wants it.
+        spec: how; a node without weights takes that of the weighted ones.
+        rule: who says so.
+        reason: why, where it is not what the settings ask for.
+    """
 
     tensor: str
     index: int
-    role: Literal["activation", "weight", "shortcut"]
+    role: Literal["activation", "weight", "operand", "shortcut"]
     spec: Spec
     rule: str
     reason: str = ""
@@ -79,13 +89,13 @@ Rule = Callable[[Model, NodeProto, Settings], list[Decision]]
 
 
 def weighted(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
-    """Want what the node's scheme says of the data and the constant weight of Conv, Gemm and MatMul."""
+    """Want what the node's scheme says of the data and the constant weight of a convolution, Gemm or MatMul."""
     if node.op_type not in WEIGHTED or len(node.input) < 2 or not model.is_constant(node.input[1]):
         return []
     weight = model.info(node.input[1])
     if weight is None or weight.shape is None or len(weight.shape) < 2 or 0 in weight.shape:
         return []
-    scheme, convolution = settings.scheme_of(node.name), node.op_type == "Conv"
+    scheme, convolution = settings.scheme_of(node.name), node.op_type in CONVOLUTIONS
     outputs, inputs = weight_axis(node, len(weight.shape)), input_axis(node, len(weight.shape))
     block, reason, fallback = None, "", False
     if settings.lengths(scheme.weight) and not convolution and settings.block not in WHOLE:
@@ -149,9 +159,13 @@ def _no_data_blocks(model: Model, node: NodeProto) -> str:
 def residual(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
     """Want the shortcut of a residual Add read from the tensor its convolution reads: INT8 traffic, one fused kernel.
 
-    The shortcut is an input of the Add that a weighted operator reads too; the Add's other input is computed.
+    The shortcut is an input of the Add that a weighted operator reads too; the Add's other input is computed. Where
+    kernels write INT8, `tensorrt_rules.shortcut` speaks.
     """
-    if node.op_type != "Add" or any(model.is_constant(t) for t in node.input):
+    profile = settings.profile
+    if node.op_type != "Add" or profile.integer_output or not profile.residual:
+        return []
+    if any(model.is_constant(t) for t in node.input):
         return []
     wants: list[Decision] = []
     for index, tensor in enumerate(node.input):
@@ -166,7 +180,9 @@ def residual(model: Model, node: NodeProto, settings: Settings) -> list[Decision
 
 def concat(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
     """Tie the output of a Concat with its inputs, so that a branch that is quantized anyway need not be rescaled."""
-    return [Tie(tensors=(node.output[0], *node.input), rule="concat")] if node.op_type == "Concat" else []
+    if node.op_type != "Concat" or not settings.profile.concat:
+        return []
+    return [Tie(tensors=(node.output[0], *node.input), rule="concat")]
 
 
 def transposed(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
@@ -221,7 +237,7 @@ def containers(model: Model, node: NodeProto, settings: Settings) -> list[Decisi
     if controls(node):
         reason = f"it only decides what runs: each of the {len(inner)} nodes in its body has an entry of its own"
     else:
-        count = sum(n.op_type in (*WEIGHTED, "ConvTranspose") for n in inner)
+        count = sum(n.op_type in WEIGHTED for n in inner)
         reason = (
             f"the {len(inner)} nodes in its body stay in float, {count} of them weighted: only If, Loop and Scan run "
             "bodies whose values can be observed"

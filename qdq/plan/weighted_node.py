@@ -1,4 +1,4 @@
-"""`WeightedNode`: one Conv, Gemm or MatMul whose weight a plan quantizes, with what every later stage asks about it.
+"""`WeightedNode`: one convolution, Gemm or MatMul whose weight a plan quantizes, and what every later stage asks of it.
 
 Model + Plan -> `weighted_nodes` -> measure, solve, assemble: none of them looks up the axes or operands of such a node
 in the graph again. It must not read the values of a weight.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from onnx import NodeProto
 
+from engines.core.operators import CONVOLUTIONS
 from qdq.core.errors import InputError
 from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, attribute, attribute_value, input_axis, ints, weight_axis
@@ -38,7 +39,7 @@ class WeightedNode:
 
     Attributes:
         name: of the node.
-        op_type: "Conv", "Gemm" or "MatMul".
+        op_type: one of `WEIGHTED`.
         data: the tensor of operand 0, whose channels the weight reads.
         weight: the constant of operand 1.
         bias: the tensor of operand 2, "" where there is none.
@@ -46,7 +47,7 @@ class WeightedNode:
         shape: of the weight, of rank 2 at least.
         output_axis: the axis of the weight that runs over output channels.
         input_axis: the axis of the weight that runs over the input channels of one group.
-        groups: of a Conv, else 1.
+        groups: of a convolution, else 1.
         data_transposed: a Gemm's transA: its sum runs over the first axis of the data.
         alpha: a Gemm's factor of the product, else 1.
         beta: a Gemm's factor of the bias, else 1.
@@ -80,12 +81,12 @@ class WeightedNode:
     @property
     def channel_axis(self) -> int:
         """The axis of the data, and of the output, that runs over channels."""
-        return 1 if self.window else -1
+        return 1 if self.op_type in CONVOLUTIONS else -1
 
     @property
     def spatial(self) -> int:
         """How many axes data and output have behind their channels."""
-        return len(self.shape) - 2 if self.window else 0
+        return len(self.shape) - 2 if self.op_type in CONVOLUTIONS else 0
 
     @property
     def columns(self) -> int:
@@ -175,7 +176,7 @@ def _check(node: WeightedNode) -> None:
             f"The plan quantizes {node.weight!r} along axis {spec.axis}, but the {what} of "
             f"{node.name!r} lie on axis {axis}. Set the axis to {axis}."
         )
-    if (spec.block or spec.weight_only) and (node.window or spec.shift):
+    if (spec.block or spec.weight_only) and (node.op_type in CONVOLUTIONS or spec.shift):
         raise InputError(
             f"The plan gives the weight {node.weight!r} of {node.name!r} ({node.op_type}) blocks or no quantized "
             "data: TensorRT has kernels for that in Gemm and MatMul only. Set an axis of output channels."

@@ -256,7 +256,8 @@ def _moments(
         return _Moments(grams=grams)
     note = (
         f"{len(plain)} of {len(plan.weights)} weights are rounded without their inputs: {settings.rounding} takes up "
-        f"to {settings.moment_inputs} inputs per output (moment_inputs), and no batched weights"
+        f"to {settings.moment_inputs} inputs per output (moment_inputs), and no "
+        "batched weights or transposed convolutions"
     )
     return _Moments(grams=grams, notes=(note,))
 

@@ -77,7 +77,7 @@ def classes(plan: Plan, nodes: Mapping[str, WeightedNode], table: CalibrationTab
 def can_have_tokens(point: Point, nodes: Mapping[str, WeightedNode]) -> bool:
     """Whether all readers can take data with one scale per row: the scales come back as a factor behind each."""
     readers = [nodes[name] for name, index in point.uses if name in nodes and index == 0]
-    plain = (n.window is None and n.alpha == n.beta == 1 and not n.data_transposed for n in readers)
+    plain = (n.spatial == 0 and n.alpha == n.beta == 1 and not n.data_transposed for n in readers)
     return len(readers) == len(point.uses) and all(plain)
 
 

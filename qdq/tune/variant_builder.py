@@ -277,16 +277,16 @@ def _adapted(base: Base, plan: Plan) -> Solution:
 def restricted(model: Model, plan: Plan, variant: Variant, why: str) -> Plan:
     """A plan that quantizes no more than a variant does.
 
-    Each weighted node that is left out gets a Skip of rule 'tuned' with the reason `why`. A shortcut stays only where a
-    weighted node reads its tensor too.
+    Each weighted node that is left out gets a Skip of rule 'tuned' with the reason `why`; of the other nodes' operands
+    stay those that `placement.remaining` says.
     """
-    shortcuts = set(_shortcuts(plan)) - variant.float_shortcuts
+    shortcuts = placement.remaining(model, plan, variant.quantized) - variant.float_shortcuts
     points = []
     for point in plan.points:
         kept = {name for name, _ in point.uses} & variant.quantized
-        if not kept:
-            continue
         consumers = tuple(c for c in point.consumers if c.rpartition(":")[0] in kept or c in shortcuts)
+        if not consumers:
+            continue
         if point.role == "weight":
             spec = replace(point.spec, axis=None) if kept <= variant.per_tensor else point.spec
         else:

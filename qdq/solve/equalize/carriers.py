@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
 
-from engines.core.operators import ARITHMETIC, AXIS_1_NORMS, HOMOGENEOUS, LAST_AXIS_NORMS, POOLS
+from engines.core.operators import ARITHMETIC, AXIS_1_NORMS, CONVOLUTIONS, HOMOGENEOUS, LAST_AXIS_NORMS, POOLS
 from qdq.core.arrays import Floats, Singles
 from qdq.core.formats import FORMATS
 from qdq.model.model import Model
@@ -183,7 +183,7 @@ class _Walk:
             return None
         shape = tuple(self._model.initializers[node.input[1]].dims)
         outputs = weight_axis(node, len(shape)) if len(shape) > 1 else 0
-        spatial = len(shape) - 2 if node.op_type == "Conv" else 0
+        spatial = len(shape) - 2 if node.op_type in CONVOLUTIONS else 0
         if len(shape) < 2 or spatial != self._trailing or shape[outputs] != self._channels:
             return None
         weight = CarryingConstant(node=node.name, index=1, trailing=len(shape) - outputs - 1)

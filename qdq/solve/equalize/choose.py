@@ -135,7 +135,7 @@ def by_input(model: Model, node: WeightedNode) -> npt.NDArray[np.floating]:
     if node.groups > 1:  # depthwise
         return np.asarray(model.array(node.weight).reshape(node.groups, node.shape[0] // node.groups, -1))
     moved = np.moveaxis(model.array(node.weight), node.input_axis, 0)
-    if node.window:
+    if node.channel_axis == 1:
         return np.asarray(moved.reshape(moved.shape[0], moved.shape[1], -1))
     return np.asarray(np.moveaxis(moved, -1, 1).reshape(moved.shape[0], moved.shape[-1], -1))
 

@@ -177,7 +177,7 @@ def test_explain_says_what_happens_to_a_node_and_why() -> None:
         (
             lambda: graphs.build([graphs.node("Relu", "x", "y")], {"x": (4, 4)}),
             Settings(),
-            "Nothing is quantized: none of the 1 nodes is a Conv, Gemm, MatMul.",
+            "Nothing is quantized: none of the 1 nodes is a Conv, ConvTranspose, Gemm, MatMul.",
         ),
     ],
 )
