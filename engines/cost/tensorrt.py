@@ -15,7 +15,7 @@ shortcut and the next quantizer into the product, where TensorRT-RTX writes floa
 | a pointwise kernel or fused attention writes | INT8 where all its readers want that: the kernel takes the Q |
 | an INT8 product adds to its sum (a shortcut) | of the type that the product writes: if that is float, a DQ kernel stands before (2.1, 2.2) |
 | a pool, Concat, Slice or another mover reads or writes | of one type on both sides (1.1, 2.1) |
-| another pointwise kernel reads, writes | three quarters of float16 on the mean, if the products at its ends are INT8 |
+| another pointwise kernel reads, writes | three quarters of float16, if the products at its ends are INT8 |
 
 INT8 carries half of float16; fused attention stays in float. Not known, and assumed: that a pointwise kernel takes a Q,
 and that a pool whose scales differ costs nothing. Each tensor and pointwise kernel is INT8 by an AND of products. What
