@@ -13,7 +13,7 @@ shortcut and the next quantizer into the product, where TensorRT-RTX writes floa
 | one float kernel reads, or is an output | float16; one Q kernel of its own serves its INT8 readers (2.2) |
 | a float product writes, or is an input | the same (2.1: only an INT8 convolution takes a Q) |
 | a pointwise kernel or fused attention writes | INT8 where all its readers want that: the kernel takes the Q |
-| an INT8 product adds to its sum (a shortcut) | of the type that the product writes: if that is float, a DQ kernel stands before (2.1, 2.2) |
+| an INT8 product adds (a shortcut) | of the type that it writes: where that is float, behind a DQ kernel (2.1, 2.2) |
 | a pool, Concat, Slice or another mover reads or writes | of one type on both sides (1.1, 2.1) |
 | another pointwise kernel reads, writes | three quarters of float16, if the products at its ends are INT8 |
 
