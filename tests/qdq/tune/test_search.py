@@ -21,8 +21,9 @@ from qdq.assemble import quantize
 from qdq.assemble.finish import finish
 from qdq.assemble.precision.convert import convert
 from qdq.build import engine, processes
+from qdq.build.compiles import MOST_WORKERS
 from qdq.build.cost import TIE_US, Kernel, Price
-from qdq.build.pricer import MOST_WORKERS, Pricer, gpus_of
+from qdq.build.pricer import Pricer, gpus_of
 from qdq.build.processes import Job, Workers
 from qdq.build.recipe import Recipe, read_recipe
 from qdq.core.errors import InputError
