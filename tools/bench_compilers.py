@@ -6,7 +6,7 @@ NETWORKS holds <name>.onnx with fixed shapes, as export_full.py and export_monai
 compiled once in FP16 for each kind of GPU and what is quantized is chosen exactly; for TensorRT-RTX the search of
 `qdq tune` runs, which takes minutes. Neither sees samples. Rows in --json are kept, so a run goes on where one ended;
 all of them are printed. --published is a folder with published_latencies.csv: INT8 / FP16 of one network, GPU and
-source as measured, the smallest and the largest over shapes and batches (those of another shape are not comparable).
+source as measured without host time, the least and the most over shapes and batches (those of another shape are not comparable).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def ratios(folder: Path | None, network: str, gpu: str) -> str:
     found: dict[tuple[str, ...], dict[str, float]] = {}
     with (folder / "published_latencies.csv").open() as file:
         for line in csv.DictReader(file):
-            if line["model"] in PUBLISHED.get(network, ()):
+            if line["model"] in PUBLISHED.get(network, ()) and line["quality"] == "clean":
                 tool = line["tool_version"].split(",")[0]
                 key = (line["gpu"], line["source_url"], line["model"], line["shape"], line["batch"], tool)
                 found.setdefault(key, {})[line["precision"]] = float(line["measured_ms"])

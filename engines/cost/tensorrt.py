@@ -13,9 +13,9 @@ shortcut and the next quantizer into the product, where TensorRT-RTX writes floa
 | one float kernel reads, or is an output | float16; one Q kernel of its own serves its INT8 readers (2.2) |
 | a float product writes, or is an input | the same (2.1: only an INT8 convolution takes a Q) |
 | a pointwise kernel or fused attention writes | INT8 where all its readers want that: the kernel takes the Q |
-| an INT8 product adds to its sum (a shortcut) | of one type with what the product writes (2.1) |
+| an INT8 product adds (a shortcut) | of the type that it writes: where that is float, behind a DQ kernel (2.1, 2.2) |
 | a pool, Concat, Slice or another mover reads or writes | of one type on both sides (1.1, 2.1) |
-| another pointwise kernel reads, writes | three quarters of float16 on the mean, if the products at its ends are INT8 |
+| another pointwise kernel reads, writes | three quarters of float16, if the products at its ends are INT8 |
 
 INT8 carries half of float16; fused attention stays in float. Not known, and assumed: that a pointwise kernel takes a Q,
 and that a pool whose scales differ costs nothing. Each tensor and pointwise kernel is INT8 by an AND of products. What
@@ -53,12 +53,14 @@ class Net:
         ends: products that must all be in INT8 for these tensors to be; None where nothing makes them INT8.
         writers: products that write one of them.
         movers: kernels that read and write them as they are, and are kernels of their own.
-        read: bytes, elements and readers of each tensor that products multiply.
+        adders: products that add one of them to their sum.
+        read: bytes, elements and readers of each tensor that products multiply or add.
     """
 
     ends: frozenset[int] | None
     writers: tuple[int, ...]
     movers: tuple[int, ...]
+    adders: frozenset[int]
     read: tuple[tuple[float, int, tuple[int, ...]], ...]
 
 
@@ -105,13 +107,20 @@ class Regions:
             share=_INT8_BITS / BITS[Counter(kernels[i].dtype for i in flow.products or (0,)).most_common(1)[0][0]],
         )
 
-    def product(self, index: int, *, through: bool) -> Kernel:
-        """A product in INT8; `through`: what it writes and adds to its sum is INT8 too."""
-        work, other = self.kernels[index].work, self.share if through else 1.0
-        added = self.shortcuts.get(index, 0.0)
-        read = (work.read - added) * self.share + added * other
-        lighter = replace(work, read=read, written=work.written * other, weights=work.weights * self.share)
-        return Kernel(work=lighter, dtype="int8")
+    def product(self, index: int, *, through: bool, apart: bool = False) -> Kernel:
+        """A product in INT8; `through`: what it writes is INT8 too; `apart`: what it adds is float."""
+        work, added = self.kernels[index].work, self.shortcuts.get(index, 0.0)
+        read = (work.read - added) * self.share + added * (1.0 if apart else self.share)
+        written = work.written * (self.share if through else 1.0)
+        return Kernel(work=replace(work, read=read, written=written, weights=work.weights * self.share), dtype="int8")
+
+    def dequantizer(self, index: int) -> Kernel:
+        """The kernel before a product that adds INT8 values and writes float ones."""
+        size = self.shortcuts[index]
+        return Kernel(
+            work=Work(form=POINTWISE, read=size * self.share, written=size, weights=0.0),
+            dtype=self.kernels[index].dtype,
+        )
 
     def mover(self, index: int) -> Kernel:
         """A kernel that moves INT8 values."""
@@ -129,9 +138,17 @@ class Regions:
         """The products that must all be in INT8 for a net to be; None where nothing makes it so.
 
         Args:
-            apart: products whose shortcut reads the float tensor all the same.
+            apart: products whose shortcut reads the float tensor: they write floats, as they are float readers of it.
         """
-        return None if any(i in apart and i in self.shortcuts for i in net.writers) else net.ends
+        held = {*net.adders, *(i for i in net.writers if i in self.shortcuts)}
+        return None if any(i in apart for i in held) else net.ends
+
+    def readers(self, net: Net, apart: Container[int] = ()) -> list[tuple[float, int, tuple[int, ...]]]:
+        """Bytes, elements and INT8 readers of each tensor of a net that products read."""
+        found = [
+            (size, n, tuple(i for i in some if not (i in net.adders and i in apart))) for size, n, some in net.read
+        ]
+        return [(size, n, some) for size, n, some in found if some]
 
     def of_tensorrt(
         self, quantized: Container[int] = (), *, apart: Container[int] = ()
@@ -143,7 +160,7 @@ class Regions:
             apart: as of `ends`.
 
         Returns:
-            The index of the layer that it comes from, the kernel, and whether that is a Q kernel before that layer.
+            The index of the layer that it comes from, the kernel, and whether that is one of a Q or DQ before it.
         """
         ends = [self.ends(net, apart) for net in self.nets]
         through = [some is not None and all(i in quantized for i in some) for some in ends]
@@ -155,14 +172,17 @@ class Regions:
             if index in self.gone:
                 continue
             if index in quantized:
-                kernel = self.product(index, through=index in written)
+                alone = index in apart and index in self.shortcuts
+                if index in self.shortcuts and index not in written and not alone:
+                    found.append((index, self.dequantizer(index), True))
+                kernel = self.product(index, through=index in written, apart=alone)
             elif index in moved:
                 kernel = self.mover(index)
             elif (between := self.pointwise.get(index)) and all(i in quantized for i in between):
                 kernel = self.between(index)
             found.append((index, kernel, False))
         for net in (net for net, passes in zip(self.nets, through, strict=True) if not passes):
-            for size, elements, readers in net.read:
+            for size, elements, readers in self.readers(net, apart):
                 if wants := [i for i in readers if i in quantized]:
                     found.append((wants[0], quantizer(size, elements), True))
         return found
@@ -187,6 +207,7 @@ class _Flow:
     _size: dict[str, float] = field(default_factory=dict)
     _parent: dict[str, str] = field(default_factory=dict)
     _multiplied: dict[int, str] = field(default_factory=dict)
+    _added: dict[str, list[int]] = field(default_factory=dict)
     _aside: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -236,7 +257,7 @@ class _Flow:
         self._multiplied[index] = main.name
         for t in (t for t in inputs if t is not main):
             if t in alike:
-                self._join([t.name, layer.outputs[0].name])
+                self._added.setdefault(t.name, []).append(index)
                 self.shortcuts[index] = self.shortcuts.get(index, 0.0) + float(t.nbytes or 0)
             else:
                 self._aside.add(t.name)
@@ -273,13 +294,19 @@ class _Flow:
             or any(name not in self._readers or name not in self._writers or name in self._aside for name in names)
         )
         multiplied = {
-            name: tuple(i for i in self._readers.get(name, ()) if self._multiplied.get(i) == name) for name in names
+            name: tuple(
+                i
+                for i in self._readers.get(name, ())
+                if self._multiplied.get(i) == name or i in self._added.get(name, ())
+            )
+            for name in names
         }
         shapes = {t.name: _elements(t) for i in readers for t in self.layers[i].inputs}
         return Net(
             ends=None if pinned or not ends else frozenset(ends),
             writers=tuple(sorted(i for i in writers if self.multiplies(i))),
             movers=tuple(sorted(i for i in writers & readers if self._moves(i) and i not in self.gone)),
+            adders=frozenset(i for name in names for i in self._added.get(name, ())),
             read=tuple((self._size[name], shapes[name], found) for name, found in multiplied.items() if found),
         )
 

@@ -105,23 +105,29 @@ class TensorRtEngine:
         regions, times = self.regions, _Times(self, gpu, at, apart)
         products = [i for i in self.products if i in candidates]
         fixed = {i: times(i, kernel) for i, kernel in enumerate(regions.kernels) if i not in regions.gone}
-        halves = {i: times(i, regions.product(i, through=False)) for i in products}
+        alone = {i for i in products if i in apart and i in regions.shortcuts}
+        halves = {i: times(i, regions.product(i, through=False, apart=i in alone)) for i in products}
+        floated = {i: times(i, regions.dequantizer(i)) for i in products if i in regions.shortcuts and i not in alone}
         through = {i: times(i, regions.product(i, through=True)) for i in products}
         moved = {i: times(i, regions.mover(i)) for net in regions.nets for i in net.movers}
         between = {i: times(i, regions.between(i)) for i, ends in regions.pointwise.items() if ends}
         quantizers = {
             (size, elements, readers): times(readers[0], quantizer(size, elements))
             for net in regions.nets
-            for size, elements, readers in net.read
+            for size, elements, readers in regions.readers(net, apart)
         }
         us = times.measured()
+        half = {i: us[halves[i]] + (us[floated[i]] if i in floated else 0.0) for i in products}
         gains, costs = [], []
         for net in regions.nets:
-            paid = [(us[quantizers[read]], frozenset(i for i in read[2] if i in candidates)) for read in net.read]
+            paid = [
+                (us[quantizers[read]], frozenset(i for i in read[2] if i in candidates))
+                for read in regions.readers(net, apart)
+            ]
             costs += [(cost, group) for cost, group in paid if group]
             ends = regions.ends(net, apart)
             if ends is not None and all(i in candidates for i in ends):
-                written = sum(us[halves[i]] - us[through[i]] for i in net.writers)
+                written = sum(half[i] - us[through[i]] for i in net.writers)
                 carried = sum(us[fixed[i]] - us[moved[i]] for i in net.movers)
                 gains.append((written + carried + sum(cost for cost, group in paid if group), ends))
         for i, ends in regions.pointwise.items():
@@ -129,7 +135,7 @@ class TensorRtEngine:
                 gains.append((us[fixed[i]] - us[between[i]], ends))
         return Terms(
             fixed=sum(us[place] for place in fixed.values()),
-            alone={i: us[halves[i]] - us[fixed[i]] for i in products},
+            alone={i: half[i] - us[fixed[i]] for i in products},
             gains=tuple((max(gain, 0.0), group) for gain, group in gains),
             costs=tuple(costs),
         )
@@ -160,7 +166,7 @@ def _derived(layer: Layer, kernel: Kernel, *, quantizes: bool) -> Layer:
     if not quantizes:
         return msgspec.structs.replace(layer, kind=f"{layer.kind} ({carried})")
     return Layer(
-        name=f"Q before {layer.name}",
+        name=f"quantizer before {layer.name}",
         kind=f"quantize ({carried})",
         inputs=layer.inputs[:1],
         constants=(),

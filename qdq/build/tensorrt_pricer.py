@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engines.backends.backend import backend_named, predicting
+from engines.backends.backend import backend_named, backends, predicting
 from engines.backends.compiler import ShapeRange
 from engines.core.errors import BuildError
 from engines.core.operators import CONTRACTIONS
@@ -173,6 +173,18 @@ def pricer_of(
     if backend_named(recipe.backend).predicts:
         return Pricer(recipe=recipe, shapes=shapes, gpus=known, cache=cache)
     return TensorRtPricer(recipe=recipe, shapes=shapes, gpus=known)
+
+
+def other_of(recipe: Recipe) -> Recipe:
+    """The same for the other compiler: TensorRT-RTX's for TensorRT, and TensorRT's for TensorRT-RTX."""
+    derived = not backend_named(recipe.backend).predicts
+    other = next(b for b in backends().values() if b.predicts == derived)
+    return recipe.compiled_by(other.name, recipe.targets)
+
+
+def served(recipe: Recipe, gpus: Sequence[Gpu]) -> list[Gpu]:
+    """Those of some GPUs that a recipe's compiler compiles for."""
+    return [gpu for gpu in gpus if gpu.target in backend_named(recipe.backend).targets]
 
 
 def unpriced(recipe: Recipe) -> str:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from textwrap import shorten
 
-from engines.backends.backend import backend_named, backends
 from engines.core.documents import replace
 from engines.core.errors import BuildError
 from qdq.build.pricer import Pricer
 from qdq.build.recipe import Recipe
-from qdq.build.tensorrt_pricer import AnyPricer, TensorRtPricer
+from qdq.build.tensorrt_pricer import AnyPricer, TensorRtPricer, other_of, served
 from qdq.model.model import Model
 from qdq.tune.exact.search import tune_exactly
 from qdq.tune.variant import Variant
@@ -26,13 +25,11 @@ USUAL_TYPE = "fp16"
 
 def elsewhere(prepared: Model, pricer: AnyPricer) -> str:
     """What the other compiler is predicted to make of a model on the same GPUs; "" of schemes other than INT8."""
-    derived = isinstance(pricer, TensorRtPricer)
-    other = next(b for b in backends().values() if b.predicts == derived)
-    recipe = pricer.recipe.compiled_by(other.name, pricer.recipe.targets)
+    recipe, derived = other_of(pricer.recipe), isinstance(pricer, TensorRtPricer)
     if recipe.settings.scheme != "int8":
         return ""
     kind = USUAL_TYPE if recipe.unquantized_type == "auto" else recipe.unquantized_type
-    head, tail = f"with {other.title}: ", f": --compiler {other.compiler}"
+    head, tail = f"with {recipe.profile.title}: ", f": --compiler {recipe.profile.name}"
     try:
         said = _searched(prepared, recipe, pricer, kind) if derived else _chosen(prepared, recipe, pricer, kind)
     except BuildError as error:
@@ -55,9 +52,7 @@ def _chosen(prepared: Model, recipe: Recipe, pricer: AnyPricer, kind: str) -> st
 
 def _searched(prepared: Model, recipe: Recipe, pricer: AnyPricer, kind: str) -> str:
     """Of TensorRT-RTX."""
-    backend = backend_named(recipe.backend)
-    gpus = [gpu for gpu in pricer.gpus if gpu.target in backend.targets]
-    if not gpus:
+    if not (gpus := served(recipe, pricer.gpus)):
         return f"it does not compile for {', '.join(dict.fromkeys(gpu.target for gpu in pricer.gpus))}"
     settings = replace(recipe.settings, shift=False)  # the plainest form of INT8
     builder = VariantBuilder(model=prepared, settings=settings, unquantized_types=(kind,))

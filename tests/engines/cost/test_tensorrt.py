@@ -111,12 +111,16 @@ def test_one_float_reader_pins_a_tensor() -> None:
 
 def test_a_shortcut_has_the_type_of_what_the_product_writes() -> None:
     block = [("conv", "x", "a"), ("conv", "a", "b"), ("conv", "a b", "c"), ("conv", "c", "d"), ("conv", "c d", "e")]
-    whole = carried([*block, ("conv", "e", "y")], set(range(6)))
-    assert whole[2] == (1.0, 0.5)  # two tensors of half the bytes
-    half = carried([*block, ("conv", "e", "y")], {0, 1, 2, 3, 4})  # the last reader is float
-    assert half[2] == (1.5, 1.0) and half[0] == (0.5, 1.0)  # all of the stream
-    assert half[1] == (0.5, 0.5)  # not within a block
-    assert carried([*block, ("conv", "e", "y")], set(range(6)), apart={4}) == half | {5: (0.5, 1.0), -6: (1, 0.5)}
+    stream = [*block, ("conv", "e", "y")]
+    whole = carried(stream, set(range(6)))
+    assert whole[0] == (0.5, 0.5) and whole[2] == (1.0, 0.5) and whole[4] == (1.0, 0.5)  # two tensors of half the bytes
+    half = carried(stream, {0, 1, 2, 3, 4})  # the last reader is float
+    assert half[4] == (1.0, 1.0) and half[-5] == (0.5, 1)  # what it adds is made float by a kernel of its own
+    assert half[2] == (1.0, 0.5) and half[0] == (0.5, 0.5)  # the others are as they were
+    apart = carried(stream, set(range(6)), apart={2})  # the shortcut around the first block is float
+    assert apart[0] == (0.5, 1.0) and apart[2] == (1.5, 1.0) and -3 not in apart
+    assert apart[-2] == (1, 0.5) and apart[-4] == (1, 0.5)  # Q kernels of what these wrote
+    assert apart[4] == (1.0, 0.5) and apart[3] == (0.5, 0.5)
 
 
 def test_pools_and_concats_pass_int8_on() -> None:
@@ -186,5 +190,5 @@ def test_a_gpu_that_the_engine_was_not_compiled_for_is_priced_all_the_same() -> 
     made = engine(*NETWORKS["residual"])
     cost = made.cost(gpu_named("h100"), set(made.products))
     assert cost.total_us < made.cost(gpu_named("h100")).total_us
-    assert [k.name for k in cost.kernels if k.kind.startswith("quantize")] == ["Q before conv0"]
+    assert [k.name for k in cost.kernels if k.kind.startswith("quantize")] == ["quantizer before conv0"]
     assert cost.kernels[0].bytes == round(BYTES * 0.5 + BYTES * 0.5 + 64 * 576)

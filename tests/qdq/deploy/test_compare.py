@@ -18,7 +18,7 @@ from engines.core import arithmetic
 from engines.core import onnx_runtime as ort
 from engines.cost import predict as predict_module
 from qdq.assemble.held_out import ranked
-from qdq.build import engine, pricer
+from qdq.build import engine, tensorrt_pricer
 from qdq.build.cost import Price
 from qdq.build.pricer import Pricer
 from qdq.cli.main import main
@@ -239,8 +239,7 @@ class Cheaper(Pricer):
 
 
 def test_a_tuned_scheme_keeps_the_bound_as_deploy_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "Pricer", Cheaper)
-    monkeypatch.setattr(pricer, "Pricer", Cheaper)
+    monkeypatch.setattr(tensorrt_pricer, "Pricer", Cheaper)
     found = images(8, seed=7)
     found[0]["image"] *= 12  # clipped by the average of all, and unknown to the samples that quick scales come from
     assert 0 not in ranked(found)[:FEW]
@@ -263,7 +262,7 @@ def test_a_tuned_scheme_keeps_the_bound_as_deploy_does(folder: Path, monkeypatch
 def test_what_is_written_slower_than_in_float_is_measured_in_float(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "Pricer", Cheaper)
+    monkeypatch.setattr(tensorrt_pricer, "Pricer", Cheaper)
     args = ("net.onnx", "--data", "data", "--schemes", "int8:tune=placement")
     assert rows(*args)["int8:tune=placement"]["quantized_nodes"] == 2
     monkeypatch.setattr(Cheaper, "dear", True)

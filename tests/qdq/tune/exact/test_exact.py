@@ -139,7 +139,7 @@ def test_the_other_compiler_is_said() -> None:
     assert other is not None
     found = find_plan(model, pricer(model, unquantized_type="fp16"), samples=None)
     count, ratio = len(found.plan.quantized_nodes), found.price.us / found.plain
-    wanted = f"with TensorRT: {count} nodes in INT8, predicted {ratio:.2f} of FP16: --compiler tensorrt"
+    wanted = f"with TensorRT 11: {count} nodes in INT8, predicted {ratio:.2f} of FP16: --compiler tensorrt"
     assert elsewhere(model, other) == wanted
     lacking = pricer(model, target="sm90", gpu="h100")
     assert "it does not compile for sm90" in elsewhere(model, lacking)
