@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from engines.backends.backend import backends
+from engines.backends.backend import Backend, backends
+from engines.backends.profile import profiles
 from engines.core.errors import how_to_install
 
 
@@ -93,10 +94,11 @@ def diagnose() -> list[Diagnosis]:
     needed = [_Runtime(b.runtime, b.packages, purpose[b.needs_gpu]) for b in compilers]
     runtimes = (_ONNX_RUNTIME, *needed, _POLYGRAPHY)
     versions = {r.module: _version(r) for r in runtimes}
+    described = {b.runtime: _described(b, versions[b.runtime]) for b in compilers}
     rows = []
     for r in runtimes:
         version, fix = versions[r.module], "" if versions[r.module] else how_to_install(r.module)
-        detail = f"{version or 'not installed'} ({r.purpose})"
+        detail = f"{version or 'not installed'} ({r.purpose}{described.get(r.module, '')})"
         rows.append(Diagnosis(name=r.module, ok=bool(version), detail=detail, fix=fix))
     cards = gpus()
     details = [f"{g.name}, {g.target}, {g.memory_bytes / 2**30:.0f} GiB" for g in cards]
@@ -107,6 +109,8 @@ def diagnose() -> list[Diagnosis]:
         rows.append(Diagnosis(name="GPU", ok=False, detail="no NVIDIA GPU or driver found", fix=fix))
     for b in compilers:
         fix = how_to_install(b.runtime) + (" on a machine with an NVIDIA GPU" if b.needs_gpu else "")
+        if b.needs_gpu:
+            fix += "; without it `qdq deploy` writes all but the engine, and says how that is built"
         works = bool(versions[b.runtime]) and (bool(cards) or not b.needs_gpu)
         rows.append(_ability(f"compile with {b.title}", works, fix))
     checks = bool(versions["onnxruntime"] and versions["polygraphy"])
@@ -116,6 +120,15 @@ def diagnose() -> list[Diagnosis]:
         _ability("run engines", runs, "a machine with an NVIDIA GPU; until then the Q/DQ model stands in"),
         _ability("check accuracy", checks, how_to_install("onnxruntime")),
     ]
+
+
+def _described(backend: Backend, version: str) -> str:
+    """How `--compiler` names the version that is installed; what it takes where none is, or none is known so."""
+    known = [p for p in profiles().values() if p.backend == backend.name]
+    own = [p.key for p in known if version and p.same_compiler(backend.name, version)]
+    if version and not own:
+        return f": no profile is of this version; there are {', '.join(p.key for p in known)}"
+    return f": --compiler {' or '.join(own or [p.key for p in known])}"
 
 
 def _ability(name: str, ok: bool, fix: str) -> Diagnosis:

@@ -42,11 +42,12 @@ def of_another(made_for: str, backend: str, version: str) -> str:
     known = profiles()
     if made_for not in known or known[made_for].same_compiler(backend, version):
         return ""
-    title, other = known[made_for].title, profile_of(backend)
+    title = known[made_for].title
+    other = next((p.key for p in known.values() if p.same_compiler(backend, version)), profile_of(backend).name)
     return (
         f"The model was quantized for {title}, and {backend_named(backend).title} {version} compiled it: where it is "
         f"quantized, and in which form, was decided by another compiler's kernels. Quantize it again with --compiler "
-        f"{other.name}, or build it by {title}."
+        f"{other}, or build it by {title}."
     )
 
 

@@ -27,6 +27,7 @@ from engines.cost.predict import Cost, EngineWork, engine_work
 from qdq.build.cost import Kernel, Price
 from qdq.build.engine import compile_engine
 from qdq.build.recipe import Recipe
+from qdq.core.child import without_ctrl_c
 
 _READY = b"ready"
 _START = (
@@ -181,7 +182,8 @@ def _started(backend: str) -> _Worker:
     source, answers = os.pipe()
     command = [sys.executable, "-c", _START.format(path=sys.path, parent=os.getpid(), answers=answers, backend=backend)]
     try:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=(answers,))
+        with without_ctrl_c():
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=(answers,))
     except OSError as error:
         os.close(source)
         raise MissingRuntimeError(f"Cannot start a compiler's process ({sys.executable}): {error}.") from error

@@ -6,8 +6,23 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 LOOK_S = 0.5
+
+
+@contextmanager
+def without_ctrl_c() -> Iterator[None]:
+    """Inside, Ctrl-C waits; what is started here never gets it, so not before it has called `as_child` either."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def as_child(parent: int) -> None:

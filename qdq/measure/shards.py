@@ -19,7 +19,7 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, Protocol
 
-from qdq.core.child import as_child
+from qdq.core.child import as_child, without_ctrl_c
 from qdq.core.errors import InputError, MissingRuntimeError, StaleFileError
 from qdq.core.progress import Progress
 from qdq.core.resources import cores
@@ -79,9 +79,14 @@ def local_pool(workers: int) -> Pool:
             workers, mp_context=context, initializer=as_child, initargs=(os.getpid(),)
         ) as executor:
             try:
+                with without_ctrl_c():
+                    for _ in range(workers):  # a process each
+                        executor.submit(os.getpid)
                 yield executor
             except BaseException:
-                for child in set(active_children()) - others:  # a shard may take minutes
+                # A shard may take minutes. No future is cancelled: the executor's thread fails on one that is, and then
+                # nobody empties the pipe in which the jobs wait for the workers.
+                for child in set(active_children()) - others:
                     child.kill()
                 raise
 
@@ -109,7 +114,11 @@ def dask_pool(address: str) -> Pool:
     def connect() -> Iterator[Executor]:
         client = distributed.Client(address, set_as_default=False)
         with client, client.get_executor(pure=False) as executor:
-            yield executor
+            try:
+                yield executor
+            except BaseException:
+                executor.shutdown(wait=False)  # cancels; else the end waits for every shard
+                raise
 
     async def greet() -> None:  # a Client that nobody answers waits 20 s more when it is freed, and prints a traceback
         comm = await distributed.comm.connect(address, timeout=CONNECT_S)
@@ -228,15 +237,11 @@ def _round(job: _Job, left: Sequence[int], count: int, pool: Pool) -> Iterator[t
         with suppress(BrokenExecutor):  # a worker died already
             for i in left:
                 futures[executor.submit(_measure, job, i, count)] = i
-        try:
-            for future in as_completed(futures):
-                try:
-                    yield futures[future], future.result()
-                except lost:
-                    continue
-        finally:
-            for future in futures:
-                future.cancel()
+        for future in as_completed(futures):
+            try:
+                yield futures[future], future.result()
+            except lost:
+                continue
 
 
 def _measure(job: _Job, index: int, count: int) -> CalibrationTable:

@@ -16,6 +16,7 @@ import msgspec
 from engines.backends.backend import DEFAULT
 from engines.backends.profile import Profile, profile_named
 from engines.core.documents import Part, replace
+from engines.core.errors import EngineError
 from qdq.core.choices import checked, choose, converted
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
@@ -92,8 +93,7 @@ class Settings(Part, frozen=True, kw_only=True):
             the Q/DQ model and what "auto" means follow its profile.
 
     Raises:
-        InputError: an unknown name or a value outside its range.
-        EngineError: an unknown compiler.
+        InputError: an unknown name, a value outside its range, or a format that the compiler has no kernels for.
     """
 
     scheme: str = "int8"
@@ -123,8 +123,12 @@ class Settings(Part, frozen=True, kw_only=True):
             block = int(block)
         set_field(self, "block", block)
         checked(self)
-        set_field(self, "compiler", profile_named(self.compiler).key)
         rows = [SCHEMES[choose(name, tuple(SCHEMES), "scheme")] for name in (self.scheme, *self.overrides.values())]
+        try:
+            set_field(self, "compiler", profile_named(self.compiler).key)
+            self.profile.require_formats(self.formats, ())
+        except EngineError as error:
+            raise InputError(str(error)) from None
         for name in ("rounding", "equalize"):
             if getattr(self, name) == "":
                 set_field(self, name, AUTO if len(self.options(name)) > 1 else self.options(name)[0])
@@ -139,7 +143,6 @@ class Settings(Part, frozen=True, kw_only=True):
                 least = "v0" if name == "v1" else "0"
                 shown = repr(value) if isinstance(value, str) else f"{value:g}"
                 raise InputError(f"{name} is {shown}: it must be a number of at least {least}, or auto.")
-        self.profile.require_formats(self.formats, ())
         for name in dict.fromkeys(row.weight for row in rows):
             if block in FORMATS[name].blocks and block not in self.lengths(name):
                 known = ", ".join(map(str, self.lengths(name)))

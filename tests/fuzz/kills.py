@@ -30,6 +30,7 @@ from fuzz.mutate import valid
 
 GONE_S, ENDED_S = 5.0, 30.0  # of what a run leaves behind, and of the run itself, however busy the machine is
 SIGNALS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
+STARTING = {signal.SIGINT: {1}}  # how Python ends before `main`, besides by the signal: its own modules are not loaded
 OTHERS = {".ses"}  # which ONNX Runtime writes when it is imported
 RESULTS = {
     "deploy": {"out"},
@@ -127,7 +128,8 @@ def main() -> None:
                 code = process.wait(moments.uniform(0, durations[name]))
                 counted["ended before"] += 1
             except subprocess.TimeoutExpired:
-                codes = {SIGNALS[kind], 0} if begun(process.pid) else {SIGNALS[kind], 0, -kind}
+                codes = {SIGNALS[kind], 0}
+                codes |= set() if begun(process.pid) else {-kind, *STARTING.get(kind, ())}
                 process.send_signal(kind) if kind == signal.SIGKILL else os.killpg(process.pid, kind)
                 began = time.monotonic()
                 try:

@@ -197,4 +197,5 @@ class TestABackendInOneFile:
         assert wrong.exit_code == 2 and "Did you mean 'toy'?" in wrong.stderr
         wrong = CliRunner().invoke(main, ["build", "same.onnx", "-o", "x", "--compiler", "toy", "--target", "sm43"])
         assert wrong.exit_code == 2 and "Toy has no target 'sm43'" in wrong.stderr
-        assert next(row.detail for row in doctor.diagnose() if row.name == "json").endswith("engines without a GPU)")
+        detail = next(row.detail for row in doctor.diagnose() if row.name == "json")
+        assert detail.endswith("engines without a GPU: --compiler toy)")

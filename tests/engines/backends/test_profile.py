@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from engines.backends import doctor
 from engines.backends.backend import backend_named, backends, members
 from engines.backends.profile import Fact, Profile, profile_named, profile_of, profiles
 from engines.core.errors import EngineError, UnsupportedTargetError
@@ -106,3 +107,20 @@ def test_layers_are_of_the_compiler_or_of_another(key: str, version: str, same: 
 def test_a_fact_that_does_not_hold_or_is_not_known_counts_as_none() -> None:
     fact = Fact(holds=True, says="it does", source="measured")
     assert fact and not dataclasses.replace(fact, holds=None) and not dataclasses.replace(fact, holds=False)
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("11.4.0.106", "--compiler tensorrt:11"),
+        ("10.16.1.11", "--compiler tensorrt:10.16"),
+        ("9.3.0.1", "no profile is of this version; there are tensorrt:11, tensorrt:10.16, tensorrt:10.3"),
+        ("", "not installed (compile on the GPU: --compiler tensorrt:11 or tensorrt:10.16 or tensorrt:10.3)"),
+    ],
+)
+def test_the_doctor_names_the_version_that_is_here(monkeypatch: pytest.MonkeyPatch, version: str, said: str) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda runtime: version)
+    row = next(row for row in doctor.diagnose() if row.name == backend_named("trt").runtime)
+    assert said in row.detail
+    able = next(row for row in doctor.diagnose() if row.name == "compile with TensorRT")
+    assert able.ok or "writes all but the engine" in able.fix

@@ -101,3 +101,11 @@ def test_a_plan_of_before_is_for_the_usual_compiler(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(text.replace(',\n  "compiler": "rtx"', ""))
     assert "compiler" not in (tmp_path / "plan.json").read_text()
     assert Plan.load(tmp_path / "plan.json").settings.compiler == "rtx"
+
+
+@pytest.mark.parametrize(("compiler", "said"), [("xyz", "Unknown compiler 'xyz'"), ("dla", "DLA is no compiler here")])
+def test_a_plan_for_no_compiler_is_refused(tmp_path: Path, compiler: str, said: str) -> None:
+    text = Plan(model_sha256="0" * 64, settings=Settings(), points=(), skips=()).to_json()
+    (tmp_path / "plan.json").write_text(text.replace('"compiler": "rtx"', f'"compiler": "{compiler}"'))
+    with pytest.raises(InputError, match=said):
+        Plan.load(tmp_path / "plan.json")

@@ -311,7 +311,7 @@ BAD: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "unknown calibrator": (unchanged, (*QUANTIZE, "--calibrator", "entrpy"), "Did you mean 'entropy'"),
     "unknown rounding": (unchanged, (*QUANTIZE, "--rounding", "gpt"), "Did you mean 'gptq'"),
     "bad percentile": (unchanged, (*QUANTIZE, "--percentile", "101"), "percentile"),
-    "unknown target": (unchanged, (*DEPLOY, "--target", "sm90"), "sm90"),
+    "unknown target": (unchanged, (*DEPLOY, "--target", "sm88"), "sm88"),
     "unknown compiler": (unchanged, (*DEPLOY, "--compiler", "rxt"), "Did you mean 'rtx'"),
     "exclude matches nothing": (unchanged, (*QUANTIZE, "--exclude", "/haed/*"), "/head/Conv"),
     "missing recipe": (unchanged, (*QUANTIZE, "--recipe", "r.yaml"), "r.yaml"),

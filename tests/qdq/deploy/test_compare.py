@@ -18,12 +18,11 @@ from engines.core import arithmetic
 from engines.core import onnx_runtime as ort
 from engines.cost import predict as predict_module
 from qdq.assemble.held_out import ranked
-from qdq.build import engine
+from qdq.build import engine, pricer
 from qdq.build.cost import Price
 from qdq.build.pricer import Pricer
 from qdq.cli.main import main
 from qdq.core.errors import InputError
-from qdq.deploy import deploy
 from qdq.deploy.compare import compare
 from qdq.deploy.compare.compare import entries
 from qdq.deploy.compare.metrics import metric, next_tokens
@@ -241,7 +240,7 @@ class Cheaper(Pricer):
 
 def test_a_tuned_scheme_keeps_the_bound_as_deploy_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "Pricer", Cheaper)
-    monkeypatch.setattr(deploy, "Pricer", Cheaper)
+    monkeypatch.setattr(pricer, "Pricer", Cheaper)
     found = images(8, seed=7)
     found[0]["image"] *= 12  # clipped by the average of all, and unknown to the samples that quick scales come from
     assert 0 not in ranked(found)[:FEW]

@@ -116,6 +116,18 @@ class TestWithoutTheGpu:
         assert "TensorRT-RTX has no target 'sm90'" in said and "--compiler tensorrt" in said
 
 
+def test_schemes_are_compared_without_kernels(folder: Path) -> None:
+    arguments = ["compare", "net.onnx", "--data", "data", "--schemes", "int8", "--gpu", "h100", "--json"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    compared = json.loads(result.stdout)
+    assert compared["targets"] == ["sm90"] and compared["gpus"] == []
+    assert any("no engine was built, which takes TensorRT 11" in note for note in compared["notes"])
+    (row,) = (row for row in compared["rows"] if row["scheme"] == "int8")
+    assert row["problem"] == "" and row["sqnr_db"] > 20 and row["quantized_nodes"] == 2
+    assert row["kernels"] is row["weight_bytes"] is row["predicted_us"] is row["shares"] is None
+
+
 class TestWithTheGpu:
     """TensorRT is what TensorRT-RTX compiles, under its name: the flow is the same whoever compiles."""
 
@@ -144,6 +156,7 @@ class TestWithTheGpu:
     def test_another_version_is_said(self, folder: Path) -> None:
         said = words(deploy("--compiler", "tensorrt:10.16", "--target", "sm86"))
         assert "quantized for TensorRT 10.16, and TensorRT 11.4.0.106 compiled it" in said
+        assert "again with --compiler tensorrt:11, or build it by TensorRT 10.16" in said
 
     def test_another_gpu_than_that_of_the_target_does_not_build(self, folder: Path) -> None:
         assert "a GPU of sm80" in words(deploy("--gpu", "a100"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -42,6 +44,28 @@ def samples():
         yield {{"image": np.random.default_rng(i).normal(size=(1, 1, 8, 8)).astype(np.float32)}}
 """
 
+# Ctrl-C, as a terminal sends it to all, when workers only start whose jobs no pipe holds at once.
+INTERRUPTED = """
+import os, signal, sys, time
+from functools import partial
+import qdq.measure.shards as shards
+from qdq.passes.prepare import load_float
+from qdq.plan import placement
+
+def source(ballast):
+    return []
+
+def end(number, frame):
+    raise SystemExit(130)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, end)
+    shards.as_completed = lambda futures: [time.sleep(0.1), os.killpg(0, signal.SIGINT)]
+    plan = placement.plan(load_float(sys.argv[1]))
+    pool = shards.local_pool(2)
+    shards.collect_shards(sys.argv[1], plan, partial(source, bytes(1 << 20)), pool, total=None)
+"""
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -79,6 +103,19 @@ def test_a_killed_local_worker_is_retried(
     assert (tmp_path / "killed").exists()
     assert found.to_json() == collect(model, plan, deadly()).to_json()
     assert told[-1] == (8, 8, "calibrating, shards")
+
+
+def test_ctrl_c_ends_workers_that_have_not_read_their_jobs(tmp_path: Path, path: Path) -> None:
+    (tmp_path / "run.py").write_text(INTERRUPTED)
+    found = subprocess.run(
+        [sys.executable, "run.py", str(path)],
+        cwd=tmp_path,
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "")
 
 
 def test_a_killed_dask_worker_is_retried(

@@ -12,7 +12,6 @@ import transformer_graphs
 from graphs import build, node, normal, quantized
 
 from engines.backends.profile import profile_named, profiles
-from engines.core.errors import UnsupportedTargetError
 from qdq.build.recipe import Recipe
 from qdq.core.errors import InputError
 from qdq.deploy.explain import explain
@@ -97,7 +96,7 @@ class TestBlocks:
         assert any("block 32 has no effect" in said for said in Settings(compiler=TENSORRT, block=32).idle)
 
     def test_a_format_that_the_version_lacks_is_refused(self) -> None:
-        with pytest.raises(UnsupportedTargetError, match=r"10\.3 has no nvfp4"):
+        with pytest.raises(InputError, match=r"10\.3 has no nvfp4"):
             Settings(compiler="tensorrt:10.3", scheme="nvfp4")
 
 

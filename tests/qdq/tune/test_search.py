@@ -315,7 +315,7 @@ def test_the_words_of_a_compiler_that_refuses_are_in_the_report(
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
     save(chain(blocks=2), tmp_path / "net.onnx")
-    monkeypatch.setattr(deploy, "Pricer", Refusing)
+    monkeypatch.setattr("qdq.build.pricer.Pricer", Refusing)
     made = deploy.deploy(tmp_path / "net.onnx", samples(chain(blocks=2), 3), tmp_path / "out", recipe=Recipe())
     said = [note for note in made.report.notes if "do not compile" in note]
     assert len(said) == 1 and said[0].endswith("node conv_0: no kernel.")
@@ -330,7 +330,7 @@ def test_what_is_built_slower_than_in_float_is_left_in_float(tmp_path: Path, mon
     model = chain(blocks=2)
     save(model, tmp_path / "net.onnx")
     data = samples(model, 3)
-    monkeypatch.setattr(deploy, "Pricer", Contrary)
+    monkeypatch.setattr("qdq.build.pricer.Pricer", Contrary)
     made = deploy.deploy(tmp_path / "net.onnx", data, tmp_path / "out", recipe=Recipe())
     assert any("left in float" in note for note in made.report.notes)
     assert not Plan.load(tmp_path / "out" / "plan.json").points
