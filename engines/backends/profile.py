@@ -59,7 +59,7 @@ class Profile:
         conv_transpose: a transposed convolution runs in INT8.
         first_layer: a convolution of three channels runs in INT8.
         depthwise: a depthwise convolution has an INT8 kernel.
-        small_products: products with fewer than 16 rows, columns or summands gain by INT8.
+        small_products: products of one row, or with fewer than 16 summands or outputs, gain by INT8.
         attention: products of two computed tensors stay one fused kernel in INT8.
         narrow: a convolution of fewer than 16 channels in or out gains by INT8, whatever its form.
         odd_groups: a convolution with groups has INT8 kernels though the channels of a group are not in fours.

@@ -42,7 +42,8 @@ class Point(Part, frozen=True, kw_only=True, omit_defaults=True):
         consumers: the operands that read the quantized tensor, each "node:input index".
         rule: the rule that wants it.
         tie: points with the same name here share scale and zero point as far as their ranges are alike.
-        reason: why the spec is not the one that the settings ask for, "" where it is.
+        reason: why the spec is not the one that the settings ask for, or why a tensor is quantized that no weighted
+            node reads; "" for all others.
     """
 
     tensor: str

@@ -57,7 +57,7 @@ class Want:
             "shortcut" reads the quantized tensor where another node wants it.
         spec: how; a node without weights takes that of the weighted ones.
         rule: who says so.
-        reason: why, where it is not what the settings ask for.
+        reason: why, where it is not what the settings ask for, or the node has no weights.
     """
 
     tensor: str
