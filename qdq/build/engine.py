@@ -32,6 +32,7 @@ from qdq.core.choices import choose
 from qdq.core.errors import InputError, MissingRuntimeError, StaleFileError
 from qdq.model.model import Model
 from qdq.model.storage import load
+from qdq.passes.steered import advice
 from qdq.plan.settings import Settings
 
 if TYPE_CHECKING:
@@ -106,9 +107,9 @@ def compile_engine(
             on_progress=report,
         )
     except BuildError as error:
+        refusal, took = _advised(error, model), time.monotonic() - began
         if not locate or not nothing_named(error):
-            raise
-        refusal, took = error, time.monotonic() - began
+            raise refusal from None
 
     def trial(part: Path) -> Engine:
         there = {v.name for v in load_graph(part).graph.input}
@@ -119,6 +120,12 @@ def compile_engine(
 
     proto, place = (load_graph(model), model.parent) if isinstance(model, Path) else (model.proto, model.directory)
     raise located(refusal, proto, place, trial, seconds=max(LOCATE_S, SEARCHES * took))
+
+
+def _advised(error: BuildError, model: Model | Path) -> BuildError:
+    """A refusal, and what to do where the model has an input that steers it."""
+    what = advice(load(model) if isinstance(model, Path) else model)
+    return BuildError(f"{error} {what}", nodes=error.nodes) if what else error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

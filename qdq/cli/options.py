@@ -176,6 +176,13 @@ compile_options = _options(
     ),
     click.option("--backend", cls=Listed, names=_backends, help="Compile with {names}."),
     shape_option,
+    click.option(
+        "--hold",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Compile for this value of an input of one bool or integer that chooses branches or counts turns; "
+        "repeatable. Default: the samples', where the compiler does not take the model for all values.",
+    ),
 )
 
 

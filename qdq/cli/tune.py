@@ -45,6 +45,7 @@ def tune(
     Without --data every activation is assumed asymmetric, the most expensive case.
     """
     from engines.backends.backend import predicting
+    from qdq.build.branches import with_possible_branches
     from qdq.build.engine import shape_ranges
     from qdq.build.pricer import Pricer, gpus_of
     from qdq.core.errors import InputError
@@ -66,6 +67,7 @@ def tune(
         elif "min_sqnr_db" in recipe.limits:
             raise InputError("--min-sqnr-db needs --data: accuracy is measured on samples.")
         shapes = shape_ranges(prepared, recipe.shapes, samples)
+        prepared = with_possible_branches(prepared, samples, recipe=recipe, shapes=shapes, on_progress=bars)
         pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus, cache=cache)
         found = find_plan(prepared, pricer, samples=samples, on_progress=bars)
     found.plan.save(output)
@@ -78,5 +80,6 @@ def tune(
         Row("choice", found.summary),
         *(Row("", said) for said in outcome.said),
         *(Row("kept", step) for step in found.steps),
+        *(Row("", said) for said in prepared.notes),
     ]
     show_rows(f"Tuned plan of {model.name} in {output}", rows)

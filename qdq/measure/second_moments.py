@@ -90,9 +90,9 @@ def collect(
                 values = session(sample)
                 for name, value in values.items():
                     require_finite(value, name, sorted(samples.chosen)[index])
-                for node in (
-                    reader for reader in readers if reader.data in values
-                ):  # else in a body that no run reached
+                for node in readers:
+                    if node.data not in values or not node.takes(values[node.data].shape):
+                        continue  # in a body that the run did not reach
                     count = -(-max(MIN_ROWS, ROWS_PER_COLUMN * node.columns) // len(samples))
                     for rows in _rows(node, values[node.data], count, params.get(node.data), divisors.get(node.data)):
                         yield {node.key: Moment.of(rows)}

@@ -119,7 +119,13 @@ def placed(model: Model, settings: Settings) -> Plan:
         if key in found:
             found[key] = replace(found[key], consumers=(*found[key].consumers, consumer))
     points = tuple(_tied(list(found.values()), ties))
-    return Plan(model_sha256=model.sha256, settings=settings, points=points, skips=tuple(skips))
+    return Plan(
+        model_sha256=model.sha256,
+        settings=settings,
+        points=points,
+        skips=tuple(skips),
+        held_inputs=dict(model.held_inputs),
+    )
 
 
 def _tied(points: list[Point], ties: list[Tie]) -> list[Point]:
