@@ -20,7 +20,7 @@ import numpy.typing as npt
 from onnx import ModelProto, helper
 
 from engines.core.fp4 import holds_fp4, runnable
-from engines.core.onnx_runtime import give_weights, open_session, refusals, register_library, session_options
+from engines.core.onnx_runtime import give_weights, open_session, refusals, register_library, session_options, trim
 from qdq.core.errors import InputError, MissingRuntimeError
 from qdq.core.resources import given_bytes
 from qdq.measure.inference.inside import gathered, joined
@@ -138,6 +138,8 @@ class Session:
         """
         options = session_options(threads=threads, severity=4)
         options.enable_mem_reuse = given_bytes() is None
+        if given_bytes() is not None:
+            trim()
         for library in libraries:
             try:
                 register_library(options, library)
