@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -265,6 +265,7 @@ class Model:
         return tensor_array(self.initializers[name], self.directory)
 
 
+@cache
 def dtype_name(data_type: int) -> str:
     """Numpy's name of an ONNX tensor type; "string" for text, "undefined" for none, "type 999" for one that is not."""
     if data_type not in TensorProto.DataType.values():

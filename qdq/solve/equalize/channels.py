@@ -150,17 +150,16 @@ def look(
     samples = second_moments.few(samples)
     each = max(1, ROWS // len(samples))
 
+    def shown(values: Mapping[str, npt.NDArray[np.floating]], index: int) -> dict[str, Channels]:
+        for tensor, array in values.items():
+            require_finite(array, tensor, sorted(samples.chosen)[index])
+        fitting = {t: array for t, array in values.items() if readers[t][0].takes(array.shape)}
+        return {t: _one(array, readers[t][0].channel_axis, each) for t, array in fitting.items()}
+
     def seen(group: Sequence[str]) -> Iterator[dict[str, Channels]]:
         session = Session(model, group, threads=second_moments.THREADS, in_order=True)
         for index, sample in counted(samples):
-            values = session(sample)
-            for tensor, array in values.items():
-                require_finite(array, tensor, sorted(samples.chosen)[index])
-            yield {
-                t: _one(array, readers[t][0].channel_axis, each)
-                for t, array in values.items()
-                if readers[t][0].takes(array.shape)
-            }
+            yield shown(session(sample), index)  # the tensors are gone before the next run
             if on_progress is not None:
                 on_progress(index + 1, len(samples), "channel ranges")
 
