@@ -63,8 +63,9 @@ def check_names(got: Collection[str], inputs: Sequence[InputSpec], where: str) -
         DataError: a name is missing or unknown; the message gives the right names and the closest one.
     """
     needed = [spec.name for spec in inputs]
-    missing = [name for name in needed if name not in got]
-    extra = [name for name in got if name not in needed]
+    known, there = set(needed), set(got)
+    missing = [name for name in needed if name not in there]
+    extra = [name for name in got if name not in known]
     if not missing and not extra:
         return
     near = [(name, close) for name in extra[:8] for close in get_close_matches(name, missing, n=1)]
@@ -115,6 +116,8 @@ def check_shape(shape: tuple[int, ...], spec: InputSpec, where: str) -> None:
     Raises:
         DataError: another rank, or another size of a fixed dimension.
     """
+    if shape == spec.shape:
+        return
     if len(shape) != len(spec.shape):
         fix = "Reshape it to the model's rank."
         if len(shape) == len(spec.shape) - 1:
@@ -158,13 +161,16 @@ def check_sample(arrays: Mapping[str, Array], inputs: Sequence[InputSpec], where
 
 def _converted(array: Array, spec: InputSpec, where: str) -> Array:
     needed = np.dtype(spec.dtype)
+    if array.dtype == needed and (needed.kind != "f" or np.isfinite(array).all()):
+        return np.asarray(array, order="C")
     if array.dtype.kind == "f" and needed.kind == "f":
         mask = array == np.asarray(-np.inf, array.dtype)  # of attention: no value of a measured quantity
         _require(np.isfinite(array) | mask, spec, where, "Find out where it comes from, or remove this sample.")
         with np.errstate(over="ignore"):
             result = np.asarray(array, needed, order="C")
-        fix = f"The {array.dtype} values exceed {needed}: normalize them."
-        _require(np.isfinite(result) | mask, spec, where, fix)
+        if result.dtype != array.dtype:
+            fix = f"The {array.dtype} values exceed {needed}: normalize them."
+            _require(np.isfinite(result) | mask, spec, where, fix)
         return result
     if array.dtype.kind in "biu" and needed.kind in "iu":
         limits = np.iinfo(needed)
@@ -175,8 +181,6 @@ def _converted(array: Array, spec: InputSpec, where: str) -> Array:
                 f"takes {needed}, {limits.min} to {limits.max}. Save the values that the model gets at inference."
             )
         return np.asarray(array, needed, order="C")
-    if array.dtype == needed:
-        return np.asarray(array, order="C")
     fix = "Save the array with that dtype."
     if array.dtype.kind in "iu" and needed.kind == "f":
         fix = (

@@ -26,7 +26,7 @@ from engines.core.documents import replace
 from qdq.assemble.held_out import HeldOutScore, Split, split
 from qdq.core.arrays import Floats
 from qdq.core.progress import Progress
-from qdq.measure.inference.memory import at_once, groups_of, passes
+from qdq.measure.inference.memory import at_once, groups_of, left_bytes, passes
 from qdq.measure.inference.samples import Sample, overlapped
 from qdq.measure.inference.session import Session
 from qdq.measure.inference.staged import Stages, can_stage
@@ -104,7 +104,8 @@ def correct(
     staged = can_stage(quantized)
     cuts = [[node.output for node in level] for level in levels] if staged else []
     threads = at_once(model, held.fitting(), copies=2)
-    with Stages(quantized, cuts, held.fitting() if staged else (), threads=threads) as run:
+    left = left_bytes(quantized, held.fitting())
+    with Stages(quantized, cuts, held.fitting() if staged else (), memory=left, threads=threads) as run:
         for number, level in enumerate(levels):
             if on_progress is not None:
                 on_progress(number, len(levels), "correcting biases")

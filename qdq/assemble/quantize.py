@@ -26,7 +26,7 @@ from qdq.measure.table import CalibrationTable
 from qdq.model.graphsurgeon import ModelSource
 from qdq.model.model import Model
 from qdq.passes.prepare import load_float
-from qdq.passes.rewrites import rewritten
+from qdq.passes.steered import noted, steering, values_of
 from qdq.plan import placement
 from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
@@ -70,7 +70,7 @@ def quantize(
     """
     prepared = model if isinstance(model, Model) else load_float(model)
     chosen = plan or placement.plan(prepared, settings or Settings())
-    prepared = rewritten(prepared, chosen.rewrites)
+    prepared = chosen.form(prepared)
     chosen.check(prepared)
     checked = None if samples is None else as_samples(samples, prepared)
     if checked is not None:
@@ -114,6 +114,8 @@ def quantize(
         if checked is not None:
             chosen, made = spared(prepared, chosen, made, checked, build)
     solution, quantized = made
+    if checked is not None and (steered := steering(prepared)):
+        quantized = noted(quantized, values_of(checked, steered))
     unseen = [skip.node for skip in chosen.skips if skip.rule == UNREACHED]
     unrun = f"{len(unseen)} nodes stay in float, for no calibration sample runs their bodies"
     said = [f"{unrun}: {unseen[0]}"] if unseen else []

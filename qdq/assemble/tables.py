@@ -11,7 +11,7 @@ from qdq.measure.collect import collect
 from qdq.measure.inference.samples import Sample
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
-from qdq.passes.rewrites import FLOAT_REWRITES, rewritten
+from qdq.passes.rewrites import FLOAT_REWRITES
 from qdq.passes.rewrites.edit import Rewrite
 from qdq.plan.plan import Plan
 
@@ -31,6 +31,6 @@ class Tables:
         for done, table in self._held:
             if done == rewrites and needed <= table.tensors.keys():
                 return replace(table, tensors={name: h for name, h in table.tensors.items() if name in needed})
-        table = collect(rewritten(self.model, plan.rewrites), plan, self.samples, on_progress=on_progress)
+        table = collect(plan.form(self.model), plan, self.samples, on_progress=on_progress)
         self._held.append((rewrites, table))
         return table

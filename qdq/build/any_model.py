@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING
 from engines.backends.backend import predicting
 from engines.backends.compiler import Engine, ShapeRange
 from engines.backends.layers import LayerTable
+from engines.core.documents import replace
 from engines.core.errors import BuildError
 from engines.core.files import Scratch
 from engines.cost.gpus import gpu_named
 from engines.cost.predict import Cost, predict
 from engines.verify.audit import Audit, audit
+from qdq.build.branches import ALONE, as_asked
 from qdq.build.engine import compile_engine, shape_ranges
 from qdq.build.recipe import Recipe
 from qdq.core.errors import ModelError
 from qdq.model.model import Model
 from qdq.model.storage import is_quantized, load, save
 from qdq.passes.prepare import prepare
+from qdq.passes.steered import held, said, value_noted
 
 if TYPE_CHECKING:
     from qdq.core.progress import Progress
@@ -38,38 +41,65 @@ def compile_any(
     recipe: Recipe,
     shapes: Mapping[str, ShapeRange],
     on_progress: Progress | None = None,
-) -> tuple[Engine, Path | None]:
-    """The engine of a model as it is; of a float model that is refused so, as `prepare` writes it.
+) -> tuple[Engine, Model | None]:
+    """The engine of a model as it is; of one that is refused so, in the first form that compiles.
+
+    The forms are: of a float model what `prepare` makes of it; of one that inputs steer, that with the values that it
+    was quantized for. Inputs that the recipe holds are held in every form.
 
     Args:
         model: as it was loaded, quantized or not.
-        prepared: where to write the prepared model, if that is what compiles; replaced if it is there.
+        prepared: where to write another form, if that is what compiles; replaced if it is there.
 
     Returns:
-        The engine, and `prepared` where it was compiled from that.
+        The engine, and the form that it was compiled from where `prepared` holds that.
 
     Raises:
-        EngineError: the file is refused; where the prepared model is tried and refused too, what was said of that.
+        EngineError: the file is refused; where other forms are tried and refused too, what was said of the last.
+        InputError: an input cannot be held.
     """
 
-    def compiled(form: Model | Path, *, last: bool = True) -> Engine:
-        return compile_engine(form, recipe=recipe, shapes=shapes, on_progress=on_progress, locate=last)
+    def compiled(form: Model, *, locate: bool = False) -> Engine:
+        path = folder / "form.onnx"
+        if form is not model:
+            save(form, path)
+        source = model if form is model else path
+        return compile_engine(source, recipe=recipe, shapes=shapes, on_progress=on_progress, locate=locate)
 
-    alone = is_quantized(model) or (model.file and prepared.exists() and prepared.samefile(model.file))
-    try:
-        return compiled(model, last=bool(alone)), None
-    except BuildError:
-        if alone:
-            raise
-    try:
-        ready = prepare(model)
-    except ModelError:
-        return compiled(model), None  # refused again, with the node
     with Scratch() as folder:
-        save(ready, folder / "prepared.onnx")
-        engine = compiled(folder / "prepared.onnx")
-    save(ready, prepared)
-    return engine, prepared
+        for form in _forms(model, prepared, recipe):
+            try:
+                engine = compiled(form)
+            except BuildError:
+                continue
+            if form is model:
+                return engine, None
+            save(form, prepared)
+            return engine, form
+        return compiled(form, locate=True), form  # refused again, with the node
+
+
+def _forms(model: Model, prepared: Path, recipe: Recipe) -> Iterator[Model]:
+    """The forms of a model to try, one after the other."""
+    ready = model
+    if not recipe.held_inputs:
+        yield model
+    if not is_quantized(model) and not (model.file and prepared.exists() and prepared.samefile(model.file)):
+        try:
+            ready = prepare(model)
+        except ModelError:
+            if recipe.held_inputs:
+                raise
+            return
+    if recipe.held_inputs:
+        yield as_asked(ready, recipe.held_inputs)
+        return
+    if ready is not model:
+        yield ready
+    if values := value_noted(ready):
+        alone = held(ready, values)
+        note = f"input {said(values)} in all samples that it was calibrated with: {ALONE}"
+        yield replace(alone, notes=(*alone.notes, note))
 
 
 def audit_model(path: Path, recipe: Recipe, on_progress: Progress | None = None) -> Audit:
@@ -104,7 +134,7 @@ def _compiled(
 ) -> Iterator[tuple[Model, LayerTable]]:
     """The form of a model that the compiler takes, and its layers; it is gone at the end."""
     with Scratch() as folder:
-        engine, source = compile_any(
+        engine, form = compile_any(
             model, folder / "prepared.onnx", recipe=recipe, shapes=shapes, on_progress=on_progress
         )
-        yield load(source) if source else model, engine.table
+        yield form or model, engine.table

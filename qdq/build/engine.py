@@ -7,6 +7,7 @@ Must not quantize: it takes any ONNX file. Must not believe a file that the mani
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -34,6 +35,7 @@ from qdq.core.errors import InputError, MissingRuntimeError, StaleFileError
 from qdq.model.made_for import made_for
 from qdq.model.model import Model
 from qdq.model.storage import load
+from qdq.passes.steered import advice
 from qdq.plan.settings import Settings
 
 if TYPE_CHECKING:
@@ -126,9 +128,9 @@ def compile_engine(
             on_progress=report,
         )
     except BuildError as error:
+        refusal, took = _advised(error, model), time.monotonic() - began
         if not locate or not nothing_named(error):
-            raise
-        refusal, took = error, time.monotonic() - began
+            raise refusal from None
 
     def trial(part: Path) -> Engine:
         there = {v.name for v in load_graph(part).graph.input}
@@ -153,6 +155,14 @@ def checked(model: Path, graph: ModelProto, recipe: Recipe, shapes: Mapping[str,
     except BuildError as error:
         return f"{where}, which checks the model in the place of {title}, refuses it, and {title} may too: {error}"
     return f"{where} compiles the model, which checks its syntax and types for {title}, not its kernels or times."
+
+
+def _advised(error: BuildError, model: Model | Path) -> BuildError:
+    """A refusal, and what to do where the model has an input that steers it, or whose values decide sizes."""
+    loaded = load(model) if isinstance(model, Path) else model
+    sizes = re.search(r"missing values for shape input tensor (\S+?)\.? ", f"{error} ")
+    what = advice(loaded, sizes[1] if sizes else "")
+    return BuildError(f"{error} {what}", nodes=error.nodes) if what else error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

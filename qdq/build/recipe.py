@@ -34,6 +34,7 @@ from engines.verify.report import Alarms, Limits
 from qdq.build.compiler import USUAL_TARGETS, choose_compiler
 from qdq.core.choices import choose, converted
 from qdq.core.errors import InputError
+from qdq.model.model import Held
 from qdq.plan.settings import Settings
 
 UNQUANTIZED_TYPES = ("auto", "fp16", "bf16", "fp32")
@@ -64,6 +65,7 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
         gpu: names or rows.
         target: to compile for; none takes that of the GPUs, or the usual one.
         shape: as `ShapeOption.parse` reads them.
+        hold: inputs and values, as `held_input` reads them.
         min_sqnr_db: least signal to noise ratio of each output, in dB.
         min_sqnr_spread_db: least ratio of the spread over samples to the error, of each output that varies, in dB.
         min_cosine: least cosine similarity of each output.
@@ -86,6 +88,7 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
     gpu: str | tuple[str | GpuRow, ...] = ()
     target: Words = ()
     shape: Words = ()
+    hold: Words = ()
     min_sqnr_db: Decibels | None = None
     min_sqnr_spread_db: Decibels | None = None
     min_cosine: Annotated[float, msgspec.Meta(ge=-1, le=1)] | None = None
@@ -148,6 +151,25 @@ class ShapeOption:
         return ":".join([self.name, *(shapes[:1] if len(set(shapes)) == 1 else shapes)])
 
 
+def held_input(text: str) -> tuple[str, Held]:
+    """An input and its value, of NAME=VALUE; a value is true, false or an integer.
+
+    >>> held_input("rate=16000"), held_input("use=cache=true")
+    (('rate', 16000), ('use=cache', True))
+
+    Raises:
+        InputError: another form.
+    """
+    name, _, value = text.rpartition("=")
+    words = {"true": True, "false": False}
+    if not name or not (value.lower() in words or re.fullmatch(r"-?\d{1,19}", value)):
+        raise InputError(
+            f"Cannot read what to hold, {text!r}: it must be NAME=VALUE, the name of an input and an integer, true or "
+            "false, such as rate=16000."
+        )
+    return name, words[value.lower()] if value.lower() in words else int(value)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """Settings, the float type of what `deploy` leaves unquantized, what to compile for, and the limits to pass.
@@ -168,6 +190,7 @@ class Recipe:
         targets: to compile for.
         chosen_because: why the compiler of the settings is that one; "" where the user says so.
         shapes: of dynamic inputs.
+        held_inputs: of one bool or integer, and the value that the engine is for.
         limits: keys of `LIMITS`.
         min_int8_share: least fraction of the multiply-adds that run in INT8 as compiled; None: not checked.
         alarms: below these a result is called poor.
@@ -187,6 +210,7 @@ class Recipe:
     targets: tuple[str, ...] = USUAL_TARGETS
     chosen_because: str = ""
     shapes: tuple[ShapeOption, ...] = ()
+    held_inputs: Mapping[str, Held] = field(default_factory=dict)
     limits: Mapping[str, float] = field(default_factory=dict)
     min_int8_share: float | None = None
     alarms: Alarms = field(default_factory=Alarms)
@@ -283,6 +307,7 @@ class Recipe:
             targets=choice.targets,
             chosen_because=choice.because,
             shapes=tuple(map(ShapeOption.parse, _list(file.shape))),
+            held_inputs=dict(map(held_input, _list(file.hold))),
             limits={name: getattr(file, name) for name in LIMITS if getattr(file, name) is not None},
             min_int8_share=file.min_int8_share,
             alarms=Alarms(warn_sqnr_db=file.warn_sqnr_db, warn_top1=file.warn_top1),

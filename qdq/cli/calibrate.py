@@ -120,7 +120,6 @@ def _measured(
     from qdq.measure.inference.memory import passes
     from qdq.measure.shards import collect_shards
     from qdq.passes.prepare import load_float
-    from qdq.passes.rewrites import rewritten
     from qdq.plan import placement
     from qdq.plan.plan import Plan
 
@@ -129,7 +128,7 @@ def _measured(
         prepared = load_float(model)
         samples = options.samples_of(prepared, recipe, data, random_data)
         plan = Plan.load(plan_file) if plan_file else placement.plan(prepared, recipe.settings)
-        prepared = rewritten(prepared, plan.rewrites)
+        prepared = plan.form(prepared)
         made_of = key(prepared, plan, provider=running["provider"], custom_ops=running["custom_ops"])
         checkpoint = Checkpoint.beside(output, made_of)
         if checkpoint.path.exists():

@@ -191,6 +191,13 @@ compile_options = _options(
         help="Compile for a GPU generation: {names}; 8.6 means sm86; default sm89; repeatable.",
     ),
     shape_option,
+    click.option(
+        "--hold",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Compile for this value of an input of one bool or integer that chooses branches or counts turns; "
+        "repeatable. Default: the samples', where the compiler does not take the model for all values.",
+    ),
 )
 
 

@@ -131,6 +131,7 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
     from qdq.build.any_model import compile_any
     from qdq.build.engine import engine_of_another, save_engine, shape_ranges
     from qdq.model.storage import load
+    from qdq.passes.steered import said
 
     options.check_output(output, model, given["recipe"])
     recipe = options.recipe_of(given)
@@ -140,10 +141,12 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
         loaded = load(model)
         shapes = shape_ranges(loaded, recipe.shapes, None)
         prepared = output.with_name(f"{output.name.removesuffix('.engine')}.prepared.onnx")
-        engine, source = compile_any(loaded, prepared, recipe=recipe, shapes=shapes, on_progress=bars)
-        save_engine(engine, output, source or model, recipe=recipe, shapes=shapes)
-    if source:
-        note(f"{model.name} itself does not compile; the engine is of {source}, which computes the same.")
+        engine, form = compile_any(loaded, prepared, recipe=recipe, shapes=shapes, on_progress=bars)
+        save_engine(engine, output, prepared if form else model, recipe=recipe, shapes=shapes)
+    if form:
+        why = "" if recipe.held_inputs else f"{model.name} itself does not compile; "
+        same = "which computes the same" + (f" where {said(form.held_inputs)}" if form.held_inputs else "")
+        note(f"{why}the engine is of {prepared}, {same}.")
     for text in filter(None, (*recipe.option_notes, engine.table.note)):
         note(text)
     warn([engine_of_another(output)])

@@ -45,6 +45,7 @@ def tune(
     Without --data every activation is assumed asymmetric, the most expensive case.
     """
     from engines.core.files import write_atomic
+    from qdq.build.branches import with_possible_branches
     from qdq.build.engine import shape_ranges
     from qdq.build.measured.bench import bench_of, priced_here, why_predicted
     from qdq.build.tensorrt_pricer import pricer_of, unpriced
@@ -67,6 +68,7 @@ def tune(
         elif "min_sqnr_db" in recipe.limits:
             raise InputError("--min-sqnr-db needs --data: accuracy is measured on samples.")
         shapes = shape_ranges(prepared, recipe.shapes, samples)
+        prepared = with_possible_branches(prepared, samples, recipe=recipe, shapes=shapes, on_progress=bars)
         with bench_of(recipe, shapes) as bench:
             pricer = pricer_of(priced_here(recipe, bench), shapes, cache=cache)
             assert pricer is not None
@@ -84,6 +86,7 @@ def tune(
         Row("choice", found.summary),
         *(Row("", said) for said in (*outcome.said, outcome.elsewhere) if said),
         *(Row("kept", step) for step in found.steps),
+        *(Row("", said) for said in prepared.notes),
     ]
     if why := why_predicted(recipe):
         note(why)

@@ -31,7 +31,15 @@ from qdq.measure.checkpoint import Checkpoint
 from qdq.measure.histogram import BINS, Histogram
 from qdq.measure.inference.magnitudes import Magnitude, WatchedSession
 from qdq.measure.inference.memory import passes, peak, tensor_bytes
-from qdq.measure.inference.samples import Sample, counted, length, not_finite, overlapped, sample_sha256
+from qdq.measure.inference.samples import (
+    Sample,
+    counted,
+    length,
+    not_finite,
+    overlapped,
+    require_held,
+    sample_sha256,
+)
 from qdq.measure.inference.session import Session
 from qdq.measure.table import CalibrationTable, TableFile, merged, samples_digest
 from qdq.model.model import Model
@@ -170,6 +178,7 @@ def _one_pass(
 
     def sized() -> Iterator[_Work]:
         for index, sample in counted(samples):
+            require_held(model, sample, shard[0] + index * shard[1])
             needs = peak(model, tensor_bytes(model, sample), group, model.graph.node)
             yield _Work(index=index, sample=sample, needs=needs)
 

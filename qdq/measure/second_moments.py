@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,9 @@ from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams, to_codes
 from qdq.core.resources import default_bytes, said_bytes
-from qdq.measure.inference.memory import groups_of, needed_bytes
+from qdq.measure.inference.memory import groups_of, left_bytes
 from qdq.measure.inference.samples import Sample, counted, length, require_finite
 from qdq.measure.inference.session import Session
-from qdq.measure.statistics import Moment, union
 from qdq.model.model import Model
 from qdq.plan.weighted_node import Weight, WeightedNode, Window, by_weight
 
@@ -40,6 +40,7 @@ LEAST_ROWS = 256
 BUDGET_BYTES = 1 << 30  # matrices held at once at most; more weights take further passes over the samples
 
 Grams = dict[Weight, Floats]
+_Values = Mapping[str, npt.NDArray[np.floating]]
 
 
 def collect(
@@ -78,51 +79,82 @@ def collect(
     samples = few(samples)
     total, share = sum(_bytes(node) for node, *_ in weights.values()), _share(model, samples)
     grams: Grams = {}
+    make = mapped if total > share else np.zeros
+
+    def add(moments: dict[Weight, Moment], readers: Iterable[WeightedNode], values: _Values, index: int) -> None:
+        for name, value in values.items():
+            require_finite(value, name, sorted(samples.chosen)[index])
+        for node in readers:
+            if node.data not in values or not node.takes(values[node.data].shape):
+                continue  # in a body that the run did not reach
+            if node.key not in moments:
+                moments[node.key] = Moment(sums=make((node.groups, node.columns, node.columns)))
+            count = -(-max(MIN_ROWS, ROWS_PER_COLUMN * node.columns) // len(samples))
+            for rows in _rows(node, values[node.data], count, params.get(node.data), divisors.get(node.data)):
+                moments[node.key].add(rows)
+
     for batch in _batches(weights, share):
         readers = [node for weight in batch for node in weights[weight]]
-        left = default_bytes() - 2 * min(total, share)  # those of the batch, and those that are done
-        groups = groups_of(model, (node.data for node in readers), samples, memory=left)
-
-        def found(group: tuple[str, ...], of: list[WeightedNode] = readers) -> Iterator[dict[Weight, Moment]]:
+        left = default_bytes() - (2 * total if total <= share else 0)
+        moments: dict[Weight, Moment] = {}
+        for group in groups_of(model, (node.data for node in readers), samples, memory=left):
             session = Session(model, group, threads=THREADS, in_order=True)
-            readers = [node for node in of if node.data in group]
+            inside = [node for node in readers if node.data in group]
             for index, sample in counted(samples):
-                values = session(sample)
-                for name, value in values.items():
-                    require_finite(value, name, sorted(samples.chosen)[index])
-                for node in (
-                    reader for reader in readers if reader.data in values
-                ):  # else in a body that no run reached
-                    count = -(-max(MIN_ROWS, ROWS_PER_COLUMN * node.columns) // len(samples))
-                    for rows in _rows(node, values[node.data], count, params.get(node.data), divisors.get(node.data)):
-                        yield {node.key: Moment.of(rows)}
+                add(moments, inside, session(sample), index)  # the tensors are gone before the next run
                 if on_progress is not None:
                     on_progress(index + 1, len(samples), "second moments")
-
-        moments = union(each for group in groups for each in found(group))
-        for weight in list(moments):
-            moment, coarse = moments.pop(weight), FORMATS[weights[weight][0].spec.format].bits < 8
-            gram = shrunk(moment) if shrink and coarse else moment.sums
-            grams[weight] = gram if total <= share else mapped(gram)
+        for weight, moment in moments.items():
+            if shrink and FORMATS[weights[weight][0].spec.format].bits < 8:
+                shrunk(moment)
+            moment.sums.setflags(write=total <= share)
+            grams[weight] = moment.sums
     return grams
 
 
-def mapped(values: Floats) -> Floats:
-    """The same values in a file without a name, which is gone with the array; read-only, read as they are looked at."""
+@dataclass(slots=True, kw_only=True)
+class Moment:
+    """Second moments of integer rows, the sum of q q^T; rows are added in any order.
+
+    Attributes:
+        sums: (groups, columns, columns) float64, whole numbers below 2^53, so that every sum is exact.
+        rows: how many rows were summed in each group.
+    """
+
+    sums: Floats
+    rows: int = 0
+
+    def add(self, rows: npt.NDArray[np.floating]) -> None:
+        """Add (groups, rows, columns) whole numbers of at most 2^8: up to 2^37 rows stay exact.
+
+        Some columns at a time: a product as large as the sums is never beside them.
+        """
+        wide = np.ascontiguousarray(rows, dtype=np.float64)
+        groups, count, columns = wide.shape
+        step = max(1, CHUNK // max(1, groups * columns))
+        for start in range(0, columns, step):
+            some = slice(start, start + step)
+            self.sums[:, some] += wide[:, :, some].transpose(0, 2, 1) @ wide
+        self.rows += count
+
+
+def mapped(shape: tuple[int, ...]) -> Floats:
+    """Zeros in a file without a name, which is gone with the array; its pages need not stay in memory."""
+    size = 8 * math.prod(shape)
     try:
         with tempfile.TemporaryFile() as file:
-            values.tofile(file)
-            file.flush()
-            return np.asarray(np.memmap(file, values.dtype, mode="r", shape=values.shape))
+            if size:
+                os.posix_fallocate(file.fileno(), 0, size)  # else a full disk ends the process at a later write
+            return np.asarray(np.memmap(file, np.float64, mode="r+", shape=shape) if size else np.zeros(shape))
     except OSError as error:
         raise InputError(
-            f"Cannot write {said_bytes(values.nbytes)} of second moments to {tempfile.gettempdir()}: "
+            f"Cannot write {said_bytes(size)} of second moments to {tempfile.gettempdir()}: "
             f"{error.strerror or error}. Make room, set TMPDIR to another disk, or give more --memory."
         ) from None
 
 
 def shrunk(moment: Moment) -> Floats:
-    """(groups, columns, columns): (1 - r) H + r mean(diag H) I of the sums H, r = (columns / (rows + columns))^2.
+    """(1 - r) H + r mean(diag H) I in place of the sums H, r = (columns / (rows + columns))^2; returns them.
 
     Few rows leave directions that H says nothing of, and codes that trust it put their errors there: with 500 rows of
     384 columns, 5 % of the energy of other inputs lay in them. At the ROWS_PER_COLUMN that are taken where there are
@@ -130,10 +162,11 @@ def shrunk(moment: Moment) -> Floats:
     """
     columns = moment.sums.shape[-1]
     r = (columns / (moment.rows + columns)) ** 2
-    found = np.asarray((1 - r) * moment.sums)
     diagonal = np.einsum("gii->gi", moment.sums)
-    np.einsum("gii->gi", found)[...] += r * diagonal.mean(axis=1, keepdims=True)
-    return found
+    added = r * diagonal.mean(axis=1, keepdims=True)
+    np.multiply(moment.sums, 1 - r, out=moment.sums)
+    diagonal += added
+    return moment.sums
 
 
 def has_matrix(readers: Sequence[WeightedNode], most_columns: int | None) -> bool:
@@ -186,9 +219,7 @@ def _share(model: Model, samples: Iterable[Sample]) -> int:
 
     A quarter of the memory, less where a sample that runs through the model leaves less for them and their copies.
     """
-    first = next(iter(samples), None)
-    left = default_bytes() - (needed_bytes(model, first)[1] if first is not None else 0)
-    return min(BUDGET_BYTES, default_bytes() // 4, max(0, left // 2))
+    return min(BUDGET_BYTES, default_bytes() // 4, left_bytes(model, samples) // 2)
 
 
 def _bytes(node: WeightedNode) -> int:

@@ -30,7 +30,6 @@ from qdq.measure.table import CalibrationTable, merged
 from qdq.model.model import Model
 from qdq.model.storage import load
 from qdq.passes.prepare import prepare
-from qdq.passes.rewrites import rewritten
 from qdq.plan.plan import Plan
 
 PER_WORKER = 4  # shards per worker: the more, the less a dead worker or a kill of the whole run costs
@@ -175,7 +174,7 @@ def collect_shards(
         raise StaleFileError(
             "The unfinished calibration here was begun without workers: repeat that command, or delete its checkpoint."
         )
-    prepared = rewritten(_prepared(Path(model_path)), plan.rewrites) if parts else None
+    prepared = plan.form(_prepared(Path(model_path))) if parts else None
     given = check_same(parts, prepared, source().shard(0, 1)) if prepared is not None else ""
     count = int(state.get("shards", min(total or pool.workers * PER_WORKER, pool.workers * PER_WORKER)))
     done = set(state.get("done", ()))
@@ -246,7 +245,7 @@ def _round(job: _Job, left: Sequence[int], count: int, pool: Pool) -> Iterator[t
 
 def _measure(job: _Job, index: int, count: int) -> CalibrationTable:
     """In the worker: the table of one shard, without any tensor where there are fewer samples than shards."""
-    model = rewritten(_prepared(job.model_path), job.plan.rewrites)
+    model = job.plan.form(_prepared(job.model_path))
     shard = job.source().shard(index, count)
     if next(iter(shard), None) is None:
         return CalibrationTable.empty(model)

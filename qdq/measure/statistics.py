@@ -56,26 +56,3 @@ class ChannelRange:
     def merge(self, other: ChannelRange) -> ChannelRange:
         """The range of both."""
         return ChannelRange(low=np.minimum(self.low, other.low), high=np.maximum(self.high, other.high))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moment:
-    """Second moments of integer rows: the sum of q q^T.
-
-    Attributes:
-        sums: (groups, columns, columns) float64, whole numbers below 2^53, so that every sum is exact.
-        rows: how many rows were summed in each group.
-    """
-
-    sums: Floats
-    rows: int
-
-    @classmethod
-    def of(cls, rows: npt.NDArray[np.floating]) -> Moment:
-        """Sum over (groups, rows, columns) whole numbers of at most 2^8: up to 2^37 rows stay exact."""
-        wide = np.ascontiguousarray(rows, dtype=np.float64)
-        return cls(sums=np.asarray(wide.transpose(0, 2, 1) @ wide), rows=wide.shape[1])
-
-    def merge(self, other: Moment) -> Moment:
-        """The moments of both sets of rows."""
-        return Moment(sums=self.sums + other.sums, rows=self.rows + other.rows)

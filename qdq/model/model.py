@@ -10,8 +10,8 @@ It must not change a graph, modify a user's file, or hold all external weights i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,8 @@ from qdq.model.opset import opset_of
 
 if TYPE_CHECKING:
     from onnx_graphsurgeon import Graph
+
+Held = bool | int  # the value of an input of one element
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,7 @@ class Model:
     `keeps` are what must live as long as the model: the stores of its tensors.
     `file` holds exactly this model; None where `proto` was repaired or changed, or never was in a file.
     `notes` are what a user must know of how it was prepared, one sentence each.
+    `held_inputs` are those that it no longer reads, and the values that it computes with in their place.
     """
 
     proto: ModelProto
@@ -77,6 +80,7 @@ class Model:
     keeps: tuple[object, ...] = ()
     file: Path | None = None
     notes: tuple[str, ...] = ()
+    held_inputs: Mapping[str, Held] = field(default_factory=dict)
 
     def replace(self, proto: ModelProto, *, keeps: object = None, notes: tuple[str, ...] = ()) -> Model:
         """The same user's model with another graph: a changed copy, the store of tensors that are new in it, new notes.
@@ -261,6 +265,7 @@ class Model:
         return tensor_array(self.initializers[name], self.directory)
 
 
+@cache
 def dtype_name(data_type: int) -> str:
     """Numpy's name of an ONNX tensor type; "string" for text, "undefined" for none, "type 999" for one that is not."""
     if data_type not in TensorProto.DataType.values():

@@ -125,7 +125,13 @@ def placed(model: Model, settings: Settings) -> Plan:
     order = {node.name: i for i, node in enumerate((*model.graph.node, *controlled_nodes(model.graph)))}
     points = sorted(_read_too(found, others), key=lambda point: order[point.uses[0][0]])
     tied = tuple(_tied(points, ties))
-    return Plan(model_sha256=model.sha256, settings=settings, points=tied, skips=tuple(skips))
+    return Plan(
+        model_sha256=model.sha256,
+        settings=settings,
+        points=tied,
+        skips=tuple(skips),
+        held_inputs=dict(model.held_inputs),
+    )
 
 
 def remaining(model: Model, plan: Plan, kept: Collection[str]) -> frozenset[str]:

@@ -20,9 +20,11 @@ from engines.core.operators import COMPOUNDS, CONTRACTIONS, WEIGHTED
 from qdq.core.errors import InputError, StaleFileError
 from qdq.core.files import read_document, write_text
 from qdq.core.formats import FORMATS
-from qdq.model.model import Model
+from qdq.model.model import Held, Model
 from qdq.model.nodes import controlled_nodes
+from qdq.passes.rewrites import rewritten
 from qdq.passes.rewrites.edit import Rewrite
+from qdq.passes.steered import held
 from qdq.plan.settings import Settings
 from qdq.plan.spec import Spec
 
@@ -81,6 +83,7 @@ class Plan(Document, frozen=True, kw_only=True):
         skips: nodes left in float.
         rewrites: done to the prepared model before points and skips are looked up in it, or to the Q/DQ model.
         unquantized_type: float type of what is not quantized, as tuned; None leaves it to who writes the model.
+        held_inputs: input -> the value that the model computes with in its place, also before anything is looked up.
     """
 
     FORMAT: ClassVar[str] = "qdq.plan/2"
@@ -92,6 +95,7 @@ class Plan(Document, frozen=True, kw_only=True):
     skips: tuple[Skip, ...]
     rewrites: tuple[Rewrite, ...] = ()
     unquantized_type: str | None = None
+    held_inputs: dict[str, Held] = msgspec.field(default_factory=dict)
 
     @property
     def activations(self) -> tuple[Point, ...]:
@@ -151,6 +155,14 @@ class Plan(Document, frozen=True, kw_only=True):
             InputError: missing, not JSON, another format version, or an entry that makes no sense.
         """
         return read_document(path, cls, "plan")
+
+    def form(self, prepared: Model) -> Model:
+        """The model that the plan names nodes and tensors of: with inputs held, and with the rewrites.
+
+        Raises:
+            InputError: an edited plan names an input, a node or a rewrite that does not exist, or does not fit.
+        """
+        return rewritten(held(prepared, self.held_inputs), self.rewrites)
 
     def check(self, model: Model) -> None:
         """Refuse a plan that does not fit a prepared model.

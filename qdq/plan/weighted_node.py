@@ -84,6 +84,15 @@ class WeightedNode:
         return 1 if self.op_type in CONVOLUTIONS else -1
 
     @property
+    def channels(self) -> int:
+        """How many channels of the data the weight reads."""
+        return self.groups * self.shape[self.input_axis]
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether data of a shape have these channels: what branches of an If read may have those of another one."""
+        return shape[-2 if self.data_transposed else self.channel_axis] == self.channels
+
+    @property
     def spatial(self) -> int:
         """How many axes data and output have behind their channels."""
         return len(self.shape) - 2 if self.op_type in CONVOLUTIONS else 0

@@ -49,7 +49,7 @@ def widened(
         alone.
     """
     found = {}
-    for tensor, nodes in readers.items():
+    for tensor, nodes in ((t, nodes) for t, nodes in readers.items() if t in seen):
         plain, turns = params[tensor], seen[tensor].turns()
         fmt = FORMATS[plain.format]
         if not turns or not fmt.integer or len(seen[tensor].rows) > len(seen[tensor].parts):

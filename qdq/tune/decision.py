@@ -110,13 +110,14 @@ class Decision(Part, frozen=True, kw_only=True):
         head = f"FP16 products are assumed to accumulate in {assumed}; if in {ACCUMULATIONS[other]}"
         floats = f"{self.other.unquantized_us:.1f} in float"
         if not self.other.changes:
-            return f"{head}, the choice is the same ({self.other.chosen_us:.1f} us, {floats})"
+            return f"{head}, the choice is the same (predicted {self.other.chosen_us:.1f} us, {floats})"
         nodes = self.other.quantized_nodes
-        some = f"{nodes} node{'s' * (nodes > 1)} in {operands}, {self.other.best_us:.1f} us"
+        some = f"{nodes} node{'s' * (nodes > 1)} in {operands}, predicted {self.other.best_us:.1f} us"
         best = some if nodes else f"nothing in {operands}"
         return (
-            f"{head}, another choice is better: {best}; what was chosen would take {self.other.chosen_us:.1f} us, "
-            f"{floats}. A recipe with `gpu: [{{like: {first.name}, accumulation: {other}}}]` assumes that"
+            f"{head}, another choice is better: {best}; what was chosen is predicted to take "
+            f"{self.other.chosen_us:.1f} us, {floats}. A recipe with "
+            f"`gpu: [{{like: {first.name}, accumulation: {other}}}]` assumes that"
         )
 
 

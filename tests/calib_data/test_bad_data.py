@@ -358,3 +358,21 @@ def test_an_archive_is_opened_once_however_many_members_it_has(tmp_path: Path, m
     monkeypatch.setattr(zipfile, "ZipFile", lambda *given: opened.append(given) or plain(*given))
     refused(tmp_path, words="no array for 'image' & unknown '0' & and 292 more")
     assert len(opened) == 1
+
+
+def test_names_of_many_inputs_are_not_compared_with_each_other() -> None:
+    class Name(str):
+        """Counts how often it is compared; no two objects are one."""
+
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            Name.compared += 1
+            return str.__eq__(self, other)  # type: ignore[arg-type]
+
+    count = 300
+    fed = {Name(f"x{i}"): GOOD for i in range(count)}
+    inputs = [InputSpec(name=Name(f"x{i}"), dtype="float32", shape=(1, 2, 4)) for i in range(count)]
+    assert len(check_sample(fed, inputs, "a sample")) == count
+    assert Name.compared < 10 * count

@@ -125,6 +125,12 @@ def needed_bytes(model: Model, sample: Sample) -> tuple[int, int]:
     return activations, int(OVERHEAD * activations) + held_bytes(model)
 
 
+def left_bytes(model: Model, samples: Iterable[Sample]) -> int:
+    """Bytes of the budget that the first sample leaves where it runs through the model."""
+    first = next(iter(samples), None)
+    return max(0, default_bytes() - (needed_bytes(model, first)[1] if first is not None else 0))
+
+
 def held_bytes(model: Model) -> int:
     """What a session of the model holds of its weights: its own copy, and one in the form that the kernels read."""
     sizes = [2 * external.tensor_bytes(tensor) for tensor in model.graph.initializer]

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qdq.core.errors import InputError
+from qdq.model.model import Model
 
 
 def sample_sha256(sample: Sample) -> str:
@@ -58,6 +59,16 @@ def require_finite(values: npt.NDArray[Any], tensor: str, index: int) -> None:
     """Refuse values that are not finite, with `not_finite`."""
     if not np.isfinite(values).all():
         raise not_finite(tensor, index)
+
+
+def require_held(model: Model, sample: Sample, index: int) -> None:
+    """Refuse a sample, by its number, of another value than a model computes with in place of an input."""
+    for name, value in model.held_inputs.items():
+        if name in sample and np.asarray(sample[name]).item() != value:
+            raise InputError(
+                f"Sample {index} has {np.asarray(sample[name]).item()} as input {name!r}, which the plan, or --hold, "
+                f"holds at {value}. Give samples of that value, or make a plan for the other one."
+            )
 
 
 def counted(samples: Iterable[Sample]) -> Iterator[tuple[int, Sample]]:

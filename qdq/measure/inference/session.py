@@ -20,7 +20,7 @@ import numpy.typing as npt
 from onnx import ModelProto, helper
 
 from engines.core.fp4 import holds_fp4, runnable
-from engines.core.onnx_runtime import give_weights, open_session, refusals, register_library, session_options
+from engines.core.onnx_runtime import give_weights, open_session, refusals, register_library, session_options, trim
 from qdq.core.errors import InputError, MissingRuntimeError
 from qdq.core.resources import given_bytes
 from qdq.measure.inference.inside import gathered, joined
@@ -138,6 +138,8 @@ class Session:
         """
         options = session_options(threads=threads, severity=4)
         options.enable_mem_reuse = given_bytes() is None
+        if given_bytes() is not None:
+            trim()
         for library in libraries:
             try:
                 register_library(options, library)
@@ -169,11 +171,17 @@ class Session:
         return seen
 
 
+_UNLIKE = "Inconsistent shape in loop output"  # ONNX Runtime's words where the turns of a Loop give unlike elements
+_PADDED = (
+    "What the turns of that Loop make has several shapes, and is stacked here, for the compiler has no sequences: let "
+    "every turn make elements of one shape (pad them), and export the model again."
+)
+
+
 def _refused(error: Exception, called: str) -> InputError:
-    return InputError(
-        f"ONNX Runtime cannot run {called}: {' '.join(str(error).split())[:500]} Check that the model runs by itself "
-        "on these samples."
-    )
+    said = " ".join(str(error).split())
+    fix = _PADDED if _UNLIKE in said else "Check that the model runs by itself on these samples."
+    return InputError(f"ONNX Runtime cannot run {called}: {said[:500]} {fix}")
 
 
 def _with_outputs(model: Model, tensors: Sequence[str]) -> ModelProto:

@@ -8,6 +8,7 @@ read are kept, in memory up to a limit and beyond it in files. This module must 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -48,7 +49,7 @@ class Stages:
         """Cut the model up and take the samples' inputs over; nothing is run yet.
 
         The tensors `wanted` of a stage depend on none of a later stage. The samples are few, for all that is needed of
-        them is kept: up to `memory` bytes, None for a share of `default_bytes`, in memory. `threads` samples run at a
+        them is kept: in memory up to a share of `default_bytes`, and to `memory` bytes. `threads` samples run at a
         time, None for one per core.
         """
         self._threads = threads or cores()
@@ -61,7 +62,7 @@ class Stages:
             self._last.update((n, stage) for index in group for n in reads(nodes[index]))
         self._next = 0  # the stage to run
         self._files = ExitStack()
-        self._kept = _Kept(default_bytes() // SHARE if memory is None else memory, self._files)
+        self._kept = _Kept(min(default_bytes() // SHARE, math.inf if memory is None else memory), self._files)
         fed = [i.name for i in model.inputs if i.name in self._last]
         self._samples = 0
         for number, sample in enumerate(samples):
@@ -154,7 +155,7 @@ def _groups(model: Model, wanted: Sequence[Collection[str]], fixed: Collection[s
 class _Kept:
     """Tensors of each sample; may be used from several threads at once."""
 
-    def __init__(self, room: int, files: ExitStack) -> None:
+    def __init__(self, room: float, files: ExitStack) -> None:
         self._room, self._files = room, files
         self._folder: Path | None = None
         self._count = 0

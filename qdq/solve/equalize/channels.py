@@ -107,12 +107,12 @@ def _joined(parts: Sequence[SampleChannels]) -> Floats:
 def data_readers(point: Point, nodes: Mapping[str, WeightedNode]) -> list[WeightedNode]:
     """The weighted nodes that multiply an activation's channels, if they are all that reads its codes.
 
-    Every one is a Conv, or every one a Gemm or MatMul without transA; none for any other activation, or where it is
-    tied to another.
+    Every one is a Conv, or every one a Gemm or MatMul without transA, and all of as many channels; none for any other
+    activation, or where it is tied to another.
     """
     readers = [nodes[name] for name, index in point.uses if name in nodes and index == 0]
     plain = len(readers) == len(point.uses) and not any(node.data_transposed for node in readers)
-    return readers if plain and point.tie is None and len({node.channel_axis for node in readers}) == 1 else []
+    return readers if plain and point.tie is None and len({(n.channel_axis, n.channels) for n in readers}) == 1 else []
 
 
 def candidates(plan: Plan, nodes: Mapping[str, WeightedNode]) -> dict[str, list[WeightedNode]]:
@@ -142,20 +142,24 @@ def look(
 ) -> dict[str, Channels]:
     """Tensor -> what samples, of which `second_moments.MAX_SAMPLES` at most are run, show of its channels.
 
-    `readers` are the nodes that multiply a tensor's channels, one of them at least.
+    Those of a sample in which it has others than a reader multiplies do not count. `readers` are the nodes that
+    multiply the channels of a tensor, one of them at least.
     """
     if not readers:
         return {}
     samples = second_moments.few(samples)
     each = max(1, ROWS // len(samples))
 
+    def shown(values: Mapping[str, npt.NDArray[np.floating]], index: int) -> dict[str, Channels]:
+        for tensor, array in values.items():
+            require_finite(array, tensor, sorted(samples.chosen)[index])
+        fitting = {t: array for t, array in values.items() if readers[t][0].takes(array.shape)}
+        return {t: _one(array, readers[t][0].channel_axis, each) for t, array in fitting.items()}
+
     def seen(group: Sequence[str]) -> Iterator[dict[str, Channels]]:
         session = Session(model, group, threads=second_moments.THREADS, in_order=True)
         for index, sample in counted(samples):
-            values = session(sample)
-            for tensor, array in values.items():
-                require_finite(array, tensor, sorted(samples.chosen)[index])
-            yield {t: _one(array, readers[t][0].channel_axis, each) for t, array in values.items()}
+            yield shown(session(sample), index)  # the tensors are gone before the next run
             if on_progress is not None:
                 on_progress(index + 1, len(samples), "channel ranges")
 

@@ -61,3 +61,30 @@ def test_optimizers_change_no_value(case: str) -> None:
 def test_messages_call_a_model_what_they_are_told(tmp_path: Any) -> None:
     with pytest.raises(ort.EngineError, match="cannot load the Q/DQ model"):
         ort.session(b"no model", where="the Q/DQ model")
+
+
+def test_inputs_are_looked_up_at_once_and_a_missing_one_is_refused() -> None:
+    names = [f"x{i}" for i in range(50)]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in names]
+    graph = helper.make_graph(
+        [node("Concat", names, ["y"], axis=0)],
+        "many",
+        inputs,
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [50])],
+    )
+    opened = ort.session(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
+    fed = {name: np.full(1, i, np.float32) for i, name in enumerate(names)}
+    seen: list[object] = []
+    base = onnxruntime.InferenceSession._validate_input
+
+    def look(self: object, given: object) -> None:
+        seen.append(given)
+        base(self, given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime.InferenceSession, "_validate_input", look)
+        assert np.array_equal(opened.run(None, fed)[0], np.arange(50, dtype=np.float32))
+    assert [type(each) for each in seen] == [dict]  # a list is searched anew for each input
+    del fed["x7"]
+    with pytest.raises(ValueError, match="x7"):
+        opened.run(None, fed)

@@ -33,9 +33,9 @@ def test_a_refused_model_is_compiled_as_prepare_writes_it(tmp_path: Path) -> Non
     onnx.save(gradient().proto, path)
     before = path.read_bytes()
     for _ in range(2):  # a second time replaces it
-        engine, source = compile_any(load(path), prepared, recipe=Recipe(), shapes={})
-    assert source == prepared and path.read_bytes() == before
-    save_engine(engine, tmp_path / "a.engine", source, recipe=Recipe(), shapes={})
+        engine, form = compile_any(load(path), prepared, recipe=Recipe(), shapes={})
+    assert form is not None and form.proto == load(prepared).proto and path.read_bytes() == before
+    save_engine(engine, tmp_path / "a.engine", prepared, recipe=Recipe(), shapes={})
     assert [n.node for n in audit_engine(tmp_path / "a.engine").nodes] == ["matmul", "sum"]
 
 

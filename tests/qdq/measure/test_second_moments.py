@@ -19,7 +19,7 @@ from qdq.core.errors import InputError
 from qdq.core.qtensor import QParams, to_codes
 from qdq.core.resources import within
 from qdq.measure import second_moments
-from qdq.measure.statistics import Moment
+from qdq.measure.second_moments import Moment
 from qdq.model.model import Model
 from qdq.plan import placement
 from qdq.plan.settings import Settings
@@ -189,15 +189,32 @@ def test_a_small_budget_takes_more_passes_and_finds_the_same(monkeypatch: pytest
     assert all(np.array_equal(whole[k], parts[k]) for k in whole)
 
 
+def summed(*parts: np.ndarray) -> Moment:
+    """Of (groups, rows, columns) whole numbers."""
+    found = Moment(sums=np.zeros((parts[0].shape[0], parts[0].shape[2], parts[0].shape[2])))
+    for rows in parts:
+        found.add(rows)
+    return found
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 1 << 20])
+def test_columns_at_a_time_change_no_sum(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(second_moments, "CHUNK", chunk)
+    rows = np.random.default_rng(0).integers(-255, 256, (2, 30, 7)).astype(np.float32)
+    wide = rows.astype(np.int64)
+    assert np.array_equal(summed(rows[:, :13], rows[:, 13:]).sums, wide.transpose(0, 2, 1) @ wide)
+
+
 def test_few_rows_leave_no_direction_free_and_many_change_little() -> None:
     """(columns / (rows + columns))^2 of the mean diagonal: 1/4 for as many rows as columns, 1/81 for eight times."""
     rng = np.random.default_rng(3)
     for rows, share in ((16, 1 / 4), (128, 1 / 81)):
-        moment = Moment.of(rng.integers(-9, 9, (2, rows, 16)))
+        moment = summed(rng.integers(-9, 9, (2, rows, 16)))
+        plain = moment.sums.copy()
         H = second_moments.shrunk(moment)
-        mean = np.einsum("gii->g", moment.sums) / 16
-        np.testing.assert_allclose(H, (1 - share) * moment.sums + share * mean[:, None, None] * np.eye(16), rtol=1e-12)
-    few = Moment.of(rng.integers(-9, 9, (1, 4, 16)))
+        mean = np.einsum("gii->g", plain) / 16
+        np.testing.assert_allclose(H, (1 - share) * plain + share * mean[:, None, None] * np.eye(16), rtol=1e-12)
+    few = summed(rng.integers(-9, 9, (1, 4, 16)))
     assert np.linalg.eigvalsh(few.sums[0])[0] < 1e-9
     assert np.linalg.eigvalsh(second_moments.shrunk(few)[0])[0] > 0.6 * np.diag(few.sums[0]).mean()
 
@@ -249,8 +266,8 @@ def test_rows_at_a_time_change_no_sum(floats: bool, monkeypatch: pytest.MonkeyPa
     params = None if floats else QParams(scale=np.float32(0.02), zero_point=5)
 
     def sums() -> tuple[np.ndarray, int]:
-        found = [Moment.of(rows) for rows in second_moments._rows(node, values, 50, params, divisor)]
-        return np.sum([each.sums for each in found], axis=0), sum(each.rows for each in found)
+        found = summed(*second_moments._rows(node, values, 50, params, divisor))
+        return found.sums, found.rows
 
     whole, rows = sums()
     monkeypatch.setattr(second_moments, "CHUNK", 1)

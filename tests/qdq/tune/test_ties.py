@@ -248,14 +248,15 @@ def test_both_answers_where_the_accumulation_decides() -> None:
     assert not tuned.plan.points and other is not None and other.changes
     assert other.quantized_nodes == 4 and (other.best_us, other.unquantized_us) == (39.6, 80)
     said = tuned.said(geforce)[1]
-    assert "assumed to accumulate in FP16 on rtx4090; if in FP32, another choice is better: 4 nodes in INT8" in said
+    assert "assumed to accumulate in FP16 on rtx4090; if in FP32, another choice is better: 4 nodes in INT8, " in said
+    assert "INT8, predicted 39.6 us; what was chosen is predicted to take 80.0 us, 80.0 in float" in said
     advised = yaml.safe_load(said.partition("`")[2].partition("`")[0])  # as the sentence writes it
     assert gpus_of(Recipe.from_mapping(advised)) == (geforce[0].other_accumulation(),)
     same = found(
         lambda name, quantized, _: 5.0 if quantized else 10.0, other=lambda name, quantized, _: 5.0 if quantized else 20
     )
     assert same.decision.other is not None and not same.decision.other.changes
-    assert "if in FP32, the choice is the same (20.0 us, 80.0 in float)" in same.said(geforce)[1]
+    assert "if in FP32, the choice is the same (predicted 20.0 us, 80.0 in float)" in same.said(geforce)[1]
     back = found(
         lambda name, quantized, _: 5.0 if quantized else 10.0, other=lambda name, quantized, _: 5.0 if quantized else 3
     )
