@@ -6,7 +6,7 @@ NETWORKS holds <name>.onnx with fixed shapes, as export_full.py and export_monai
 compiled once in FP16 for each kind of GPU and what is quantized is chosen exactly; for TensorRT-RTX the search of
 `qdq tune` runs, which takes minutes. Neither sees samples. Rows in --json are kept, so a run goes on where one ended;
 all of them are printed. --published is a folder with published_latencies.csv: INT8 / FP16 of one network, GPU and
-source as measured without host time, the least and the most over shapes and batches (another shape is not comparable).
+source, without host time; the least and the most over shapes and batches, which are others than here.
 """
 
 from __future__ import annotations
