@@ -7,6 +7,7 @@ Must not quantize: it takes any ONNX file. Must not believe a file that the mani
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -123,8 +124,10 @@ def compile_engine(
 
 
 def _advised(error: BuildError, model: Model | Path) -> BuildError:
-    """A refusal, and what to do where the model has an input that steers it."""
-    what = advice(load(model) if isinstance(model, Path) else model)
+    """A refusal, and what to do where the model has an input that steers it, or whose values decide sizes."""
+    loaded = load(model) if isinstance(model, Path) else model
+    sizes = re.search(r"missing values for shape input tensor (\S+?)\.? ", f"{error} ")
+    what = advice(loaded, sizes[1] if sizes else "")
     return BuildError(f"{error} {what}", nodes=error.nodes) if what else error
 
 

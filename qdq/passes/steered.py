@@ -43,8 +43,19 @@ def steering(model: Model) -> dict[str, str]:
     return found
 
 
-def advice(model: Model) -> str:
-    """What to do where a compiler does not take a model as it is, in a sentence; "" where no input steers it."""
+def advice(model: Model, sizing: str = "") -> str:
+    """What to do where a compiler does not take a model as it is, in a sentence; "" where no input steers it.
+
+    `sizing` is an input whose values decide sizes, as the compiler says.
+    """
+    if any(i.name == sizing for i in model.inputs):
+        read = next((n for n in all_nodes(model.graph) if sizing in n.input), None)
+        node = f", the first in {read.op_type} {read.name!r}" if read is not None else ""
+        return (
+            f"The values of input {sizing!r} decide sizes{node}, and an engine has the sizes of its inputs alone: "
+            f"choose a value, by --hold {sizing}=VALUE of build, audit, tune, deploy or compare if it is one integer, "
+            "or make it a constant and export the model again."
+        )
     steered = steering(model)
     if not steered:
         return ""

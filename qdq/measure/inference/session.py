@@ -171,11 +171,17 @@ class Session:
         return seen
 
 
+_UNLIKE = "Inconsistent shape in loop output"  # ONNX Runtime's words where the turns of a Loop give unlike elements
+_PADDED = (
+    "What the turns of that Loop make has several shapes, and is stacked here, for the compiler has no sequences: let "
+    "every turn make elements of one shape (pad them), and export the model again."
+)
+
+
 def _refused(error: Exception, called: str) -> InputError:
-    return InputError(
-        f"ONNX Runtime cannot run {called}: {' '.join(str(error).split())[:500]} Check that the model runs by itself "
-        "on these samples."
-    )
+    said = " ".join(str(error).split())
+    fix = _PADDED if _UNLIKE in said else "Check that the model runs by itself on these samples."
+    return InputError(f"ONNX Runtime cannot run {called}: {said[:500]} {fix}")
 
 
 def _with_outputs(model: Model, tensors: Sequence[str]) -> ModelProto:

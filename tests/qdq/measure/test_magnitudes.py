@@ -12,6 +12,7 @@ from graphs import build, node, normal
 from onnx import TensorProto, helper, numpy_helper
 
 from qdq.measure.collect import collect
+from qdq.measure.inference import session as measured_session
 from qdq.measure.inference.magnitudes import WatchedSession
 from qdq.measure.inference.session import Session
 from qdq.measure.table import CalibrationTable, merged
@@ -194,11 +195,14 @@ def test_tensors_do_not_outlive_their_readers(monkeypatch: pytest.MonkeyPatch) -
     import onnxruntime as ort
 
     orders = []
-    real = ort.InferenceSession
-    monkeypatch.setattr(
-        ort, "InferenceSession", lambda s, o, **k: [orders.append(o.execution_order), real(s, o, **k)][1]
-    )
+    real = measured_session.session_options
+
+    def options(**given: object) -> object:
+        orders.append(real(**given))
+        return orders[-1]
+
+    monkeypatch.setattr(measured_session, "session_options", options)
     session = WatchedSession(model, [], threads=1)
-    assert orders == [ort.ExecutionOrder.PRIORITY_BASED]
+    assert [each.execution_order for each in orders] == [ort.ExecutionOrder.PRIORITY_BASED]
     _, seen = session({"t0": np.ones((1024, 1024), np.float32)})
     assert len(seen) == 41
