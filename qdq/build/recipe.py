@@ -9,6 +9,7 @@ A key is the name of the option with underscores. It must not look at a model or
     target: [sm86, sm89]
     shape: ["image:1x1x32x32x32:1x1x64x64x64:1x1x96x96x96"]
     min_sqnr_db: 20
+    volume: {orientation: RAS, spacing_mm: [1, 1, 1], grid: centers, intensity: {zscore: nonzero}}
     gpu: [a10, {name: edge, target: sm89, bandwidth_gb_s: 288, tera_ops: {float32: 22, float16: 88, int8: 353}}]
 """
 
@@ -23,6 +24,8 @@ from typing import Annotated
 import msgspec
 import yaml
 
+from calib_data.volumes.preprocess import preprocess_spec
+from calib_data.volumes.spec import VolumeSpec, volume_spec
 from engines.backends.backend import DEFAULT, backends
 from engines.core.files import read_file
 from engines.verify.meaning import TASKS
@@ -67,6 +70,9 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
         warn_top1: below this agreement of the argmax, too.
         task: what the outputs are, one of `engines.verify.meaning.TASKS`.
         class_axis: axis of their classes.
+        volume: what is done to images, as `calib_data.volumes.spec` says.
+        preprocess: reads `volume` from elsewhere: nnunet:FOLDER, nnunet:FOLDER:CONFIGURATION, or monai:BUNDLE.json.
+        case_key: file with the key of the names by which messages call images.
     """
 
     unquantized_type: str = "auto"
@@ -87,6 +93,9 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
     warn_top1: Share = Alarms().warn_top1
     task: str = "auto"
     class_axis: Annotated[int, msgspec.Meta(ge=-64, le=63)] | None = None
+    volume: VolumeSpec | None = None
+    preprocess: str = ""
+    case_key: str = ""
 
 
 LIMITS = Limits.__struct_fields__
@@ -160,6 +169,8 @@ class Recipe:
         alarms: below these a result is called poor.
         task: what the outputs are; "auto" is what the end of the graph tells.
         class_axis: axis of their classes; None is what the graph tells.
+        volume: what is done to images; None where samples are arrays.
+        case_key: file with the key of images' names; "" for a key of this run.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -176,6 +187,8 @@ class Recipe:
     alarms: Alarms = field(default_factory=Alarms)
     task: str = "auto"
     class_axis: int | None = None
+    volume: VolumeSpec | None = None
+    case_key: str = ""
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> Recipe:
@@ -183,13 +196,18 @@ class Recipe:
 
         Raises:
             InputError: an unknown key or value; the message names the nearest key.
+            DataError: the same of `volume`, or what `preprocess` names is not there or not understood.
         """
         words = {True: "on", False: "off"}  # YAML reads on and off as booleans
         if twice := next((key for key, now in OLDER.items() if key in values and now in values), None):
             raise InputError(f"The recipe has both {twice} and {OLDER[twice]}, its name today. Remove {twice}.")
         named = {OLDER.get(key, key): value for key, value in values.items()}
         named |= {k: words[v] for k, v in named.items() if k in ("tune", "bias_correction") and isinstance(v, bool)}
+        if named.get("volume") is not None:
+            named["volume"] = volume_spec(named["volume"])
         file = converted(named, RecipeFile, "recipe key")
+        if file.volume and file.preprocess:
+            raise InputError("Both `volume` and `preprocess` say what is done to images: choose one.")
         settings = Settings(**{name: getattr(file, name) for name in Settings.__struct_fields__})
         usual = "placement" if settings.scheme == "int8" else "rewrites"
         return cls(
@@ -207,6 +225,8 @@ class Recipe:
             alarms=Alarms(warn_sqnr_db=file.warn_sqnr_db, warn_top1=file.warn_top1),
             task=choose(file.task, TASKS, "task"),
             class_axis=file.class_axis,
+            volume=preprocess_spec(file.preprocess) if file.preprocess else file.volume,
+            case_key=file.case_key,
         )
 
 
