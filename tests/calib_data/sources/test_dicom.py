@@ -1,4 +1,4 @@
-"""DICOM series: ordered along their normal, rescaled slice by slice; what is no even stack is refused with the reason."""
+"""DICOM series: ordered along their normal, rescaled slice by slice; what is no even stack is refused, with why."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_pages_are_slices_and_transparency_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="mode RGBA"):
         pictures.read(tmp_path / "b.png")
     (tmp_path / "c.jpg").write_bytes(b"\xff\xd8 no picture")
-    with pytest.raises(DataError, match="UnidentifiedImageError|damaged"), told("case 1 of 1"):
+    with pytest.raises(DataError, match="damaged"), told("case 1 of 1"):
         pictures.read(tmp_path / "c.jpg")
 
 
@@ -131,5 +131,5 @@ def test_lists_that_are_wrong(tmp_path: Path, text: str, words: str) -> None:
 @pytest.mark.parametrize("text", ["{}", "[1]", "nothing", '[{"image": 1}]'])
 def test_json_that_is_no_list_of_cases(tmp_path: Path, text: str) -> None:
     (tmp_path / "cases.json").write_text(text)
-    with pytest.raises(DataError, match="list of (rows|cases)"):
+    with pytest.raises(DataError, match=r"list of (rows|cases)"):
         case_list.cases(str(tmp_path / "cases.json"))

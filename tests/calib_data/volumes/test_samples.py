@@ -1,4 +1,4 @@
-"""Images as a model gets them: axes, patches, labels, padding; whatever reads the same values gives the same samples."""
+"""Images as a model gets them: axes, patches, labels, padding; equal values give equal samples."""
 
 from __future__ import annotations
 
