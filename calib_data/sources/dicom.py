@@ -23,7 +23,7 @@ import numpy.typing as npt
 from calib_data.extras import need
 from calib_data.sources import ImageForm
 from calib_data.validation import Array, DataError
-from calib_data.volume import Affine, Volume
+from calib_data.volume import Affine, Volume, require_size
 from calib_data.volumes.case import Case, told
 from calib_data.volumes.files import refuse_others
 
@@ -283,6 +283,7 @@ def _volume(slices: Sequence[_Slice]) -> Volume:
         DataError: see `_stack`; or pixels in colour, damaged, or of a compression that nothing here reads.
     """
     ordered, step = _stack(slices)
+    require_size((*ordered[0].size, len(ordered)))
     plain = all((s.slope, s.intercept) == (1, 0) for s in ordered)
     frames: dict[Path, Array] = {}
     planes = []

@@ -18,10 +18,9 @@ import numpy.typing as npt
 
 from calib_data.extras import need
 from calib_data.validation import Array, DataError
-from calib_data.volume import Volume
+from calib_data.volume import MOST_VOXELS, Volume
 
 THICK = 3  # slices are thick where the largest spacing is more than so many times the smallest
-MOST_VOXELS = 1 << 31
 Sizes = tuple[float, float, float]
 Floats = npt.NDArray[np.float64]
 

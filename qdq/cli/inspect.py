@@ -56,7 +56,7 @@ def data(source: str, preview: Path | None, write_recipe: Path | None, as_json: 
         rows = [(name, "x".join(map(str, shape)), dtype) for name, (shape, dtype) in found.items()]
         _show(found, f"One of the samples: {form.says}", rows or [("arrays without names", "", "")], as_json)
         return
-    spec = recipe.volume or VolumeSpec()
+    spec = recipe.volume or VolumeSpec(intensity="stored")
     cases = keyed(form.cases(source), options.case_key_of(recipe))
     require_one_geometry(cases, spec)
     with Bars() as bars:
