@@ -19,7 +19,7 @@ from calib_data.validation import Array, DataError
 
 Affine = npt.NDArray[np.float64]
 ENDS = ("LR", "PA", "IS")  # negative and positive end of the axes of the patient's space: left, posterior, inferior
-MOST_VOXELS = 1 << 31  # of one image, all channels: 8 GB in FP32
+MOST_VOXELS = 1 << 30  # of one image, all channels: 4 GB in FP32
 STORED = "stored"  # in place of letters: the axes as the file has them
 
 

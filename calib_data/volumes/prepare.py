@@ -92,7 +92,7 @@ def require_one_geometry(cases: Sequence[Case], spec: VolumeSpec) -> None:
     Raises:
         DataError: orientations or spacings differ, and the recipe does not say which is wanted.
     """
-    if spec.orientation is not None and spec.spacing_mm is not None:
+    if spec.bundle or (spec.orientation is not None and spec.spacing_mm is not None):
         return
     letters, spacings = {}, {}
     for case in cases:

@@ -29,6 +29,7 @@ import msgspec
 from calib_data.validation import DataError
 from calib_data.volume import STORED, axis_of
 
+_BY_BUNDLE = ("orientation", "spacing_mm", "grid", "order", "separate_z", "order_z", "crop", "intensity", "normalize")
 AXES = tuple("".join(p) for p in permutations("cxyz")) + tuple("".join(p) for p in permutations("cxy"))
 Pair = tuple[float, float]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
@@ -181,6 +182,9 @@ def _fault(spec: VolumeSpec) -> str:
             "spacing_mm needs its grid: `centers` keeps the centre of the first voxel (MONAI, nibabel), `edges` the "
             "outer edges (nnU-Net); they differ by up to a voxel"
         )
+    beside = [name for name in _BY_BUNDLE if getattr(spec, name) not in (getattr(VolumeSpec(), name), STORED)]
+    if spec.bundle and beside:
+        return f"bundle and {beside[0]} are given: the bundle's own transforms do all but axes, patches, pad and dtype"
     if spec.patches and not spec.patch:
         return "patches needs patch, their size"
     if spec.dtype not in ("float16", "float32", "float64", "uint8", "int16", "int32", "int64"):
