@@ -167,7 +167,9 @@ def _values(header: _Header) -> Array:
         elif header.encoding == "bzip2":
             data = bz2.BZ2Decompressor().decompress(file.read(), wanted)
         else:
-            raise DataError(f"its data are encoded as {header.encoding[:20]}; raw, gzip and bzip2 are read.")
+            raise DataError(
+                "its data are encoded as text, or in a way that is not known; raw, gzip and bzip2 are read."
+            )
     if len(data) != wanted:
         raise DataError(f"its data end {wanted - len(data)} bytes early. Write the file again.")
     return np.frombuffer(data, header.dtype).astype(header.dtype.newbyteorder("="), copy=False)

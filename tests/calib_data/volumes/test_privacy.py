@@ -19,8 +19,9 @@ from image_files import ramp, write_nifti, write_series
 from models import segmenter
 
 from calib_data import DataError
-from calib_data.sources import dicom
+from calib_data.sources import dicom, nifti
 from calib_data.volumes.case import Case, keyed, read_case_key, told
+from calib_data.volumes.samples import cases_of
 from qdq.cli.main import main
 
 pydicom = pytest.importorskip("pydicom", reason="pip install 'qdq[medical]'")
@@ -169,6 +170,17 @@ def test_what_a_library_says_is_not_repeated(error: Exception, caplog: pytest.Lo
         raise error
     assert NAME not in "".join(traceback.format_exception(caught.value)).replace("NAME", "") and not caplog.text
     assert logging.getLogger("pydicom").level <= logging.CRITICAL
+
+
+def test_a_folder_that_cannot_be_listed_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> Iterator[Path]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    write_nifti(tmp_path / NAME / "imagesTr" / "a.nii", ramp(4, 5, 6))
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(DataError, match=r"^Cannot list the images: Permission denied\.") as caught:
+        cases_of(nifti.FORM, str(tmp_path / NAME), None)
+    assert NAME not in str(caught.value)
 
 
 def test_keys_are_keyed_hashes(tmp_path: Path) -> None:
