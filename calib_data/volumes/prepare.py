@@ -136,7 +136,8 @@ def _samples(made: Prepared, spec: VolumeSpec) -> str:
 def _said(volume: Volume) -> str:
     grid, spacing = "x".join(map(str, volume.grid)), " x ".join(f"{size:.4g}" for size in volume.spacing_mm)
     values = f"{volume.array.dtype} {float(volume.array.min()):.4g} to {float(volume.array.max()):.4g}"
-    return f"{len(volume.array)} channels {grid}, {spacing} mm, {volume.orientation}, {values}"
+    channels = f"{len(volume.array)} channel{'s' * (len(volume.array) > 1)}"
+    return f"{channels} {grid}, {spacing} mm, {volume.orientation}, {values}"
 
 
 def _above_mean(image: Volume) -> Volume:
