@@ -98,7 +98,7 @@ class CaseSamples:
     def _sample(self, where: str, image: Array, label: Array | None) -> RawSample:
         """In the axes of the recipe, with a batch axis; a model of slices gets no axis where the patch has size 1."""
         spec, axes, sizes = self.inputs[0], self.spec.axes, list(image.shape[1:])
-        if "z" not in axes:
+        if self.spec.flat:
             sizes.pop()
         batch = len(spec.shape) > len(axes)
         if not batch and self.spec.patch and 1 in self.spec.patch:
