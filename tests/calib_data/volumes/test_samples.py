@@ -65,7 +65,7 @@ def test_a_model_without_batch_axis_and_a_model_of_slices(tmp_path: Path) -> Non
 def test_a_model_of_one_size_needs_a_patch(tmp_path: Path) -> None:
     path = write_nifti(tmp_path / "a.nii", ramp(9, 8, 7))
     fixed = InputSpec(name="image", dtype="float32", shape=(1, 1, 8, "y", 4))
-    with pytest.raises(DataError, match="the image is 9 x 8 x 7 as .* takes 8 x any x 4"):
+    with pytest.raises(DataError, match=r"the image is 9 x 8 x 7 as .* takes 8 x any x 4"):
         list(opened(path, fixed))
     assert len(list(opened(path, fixed, patch=[8, 8, 4]))) == 4
 
