@@ -9,6 +9,7 @@ A key is the name of the option with underscores. It must not look at a model or
     target: [sm86, sm89]
     shape: ["image:1x1x32x32x32:1x1x64x64x64:1x1x96x96x96"]
     min_sqnr_db: 20
+    volume: {orientation: RAS, spacing_mm: [1, 1, 1], grid: centers, intensity: {zscore: nonzero}}
     gpu: [a10, {name: edge, target: sm89, bandwidth_gb_s: 288, tera_ops: {float32: 22, float16: 88, int8: 353}}]
 """
 
@@ -23,6 +24,8 @@ from typing import Annotated, Any
 import msgspec
 import yaml
 
+from calib_data.volumes.preprocess import preprocess_spec
+from calib_data.volumes.spec import VolumeSpec, volume_spec
 from engines.backends.backend import Running, backend_named
 from engines.backends.compiler import ShapeRange
 from engines.backends.profile import Profile, profile_of
@@ -78,6 +81,9 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
         class_axis: axis of their classes.
         tensorrt: options of TensorRT's builder, as `TensorRtOptions.from_mapping` reads them.
         runtime_cache: file for what TensorRT-RTX compiles when an engine first runs.
+        volume: what is done to images, as `calib_data.volumes.spec` says.
+        preprocess: reads `volume` from elsewhere: nnunet:FOLDER, nnunet:FOLDER:CONFIGURATION, or monai:BUNDLE.json.
+        case_key: file with the key of the names by which messages call images.
     """
 
     unquantized_type: str = "auto"
@@ -101,6 +107,9 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
     class_axis: Annotated[int, msgspec.Meta(ge=-64, le=63)] | None = None
     tensorrt: TensorRtOptions = TensorRtOptions()
     runtime_cache: str = ""
+    volume: VolumeSpec | None = None
+    preprocess: str = ""
+    case_key: str = ""
 
 
 LIMITS = Limits.__struct_fields__
@@ -198,6 +207,8 @@ class Recipe:
         class_axis: axis of their classes; None is what the graph tells.
         tensorrt: options of TensorRT's builder, where that compiles.
         runtime_cache: file for what TensorRT-RTX compiles when an engine first runs; None keeps nothing.
+        volume: what is done to images; None where samples are arrays.
+        case_key: file with the key of images' names; "" for a key of this run.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -218,6 +229,8 @@ class Recipe:
     class_axis: int | None = None
     tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
     runtime_cache: Path | None = None
+    volume: VolumeSpec | None = None
+    case_key: str = ""
 
     def with_tensorrt(self, **changes: Any) -> Recipe:
         """The same with other fields of `TensorRtOptions`."""
@@ -270,6 +283,7 @@ class Recipe:
 
         Raises:
             InputError: an unknown key or value; the message names the nearest key.
+            DataError: the same of `volume`, or what `preprocess` names is not there or not understood.
         """
         words = {True: "on", False: "off"}  # YAML reads on and off as booleans
         if twice := next((key for key, now in OLDER.items() if key in values and now in values), None):
@@ -284,7 +298,11 @@ class Recipe:
         asked = named.pop("compiler", None)
         if not isinstance(asked, str | None):
             raise InputError(f"compiler is {asked!r}: it must be a text such as rtx or tensorrt.")
+        if named.get("volume") is not None:
+            named["volume"] = volume_spec(named["volume"])
         file = converted(named, RecipeFile, "recipe key")
+        if file.volume and file.preprocess:
+            raise InputError("Both `volume` and `preprocess` say what is done to images: choose one.")
         gpus = (file.gpu,) if isinstance(file.gpu, str) else file.gpu
         choice = choose_compiler(asked, gpus, _list(file.target))
         fields = {name: getattr(file, name) for name in Settings.__struct_fields__}
@@ -315,6 +333,8 @@ class Recipe:
             class_axis=file.class_axis,
             tensorrt=file.tensorrt,
             runtime_cache=Path(file.runtime_cache) if file.runtime_cache else None,
+            volume=preprocess_spec(file.preprocess) if file.preprocess else file.volume,
+            case_key=file.case_key,
         )
         if not backend_named(made.backend).no_options:
             made.tensorrt.require(made.profile.version)
