@@ -55,30 +55,39 @@ def shape_ranges(model: Model, options: Sequence[ShapeOption], samples: Samples 
         InputError: an option for an unknown input, or one that does not fit the input.
         DataError: a sample does not fit the model.
     """
-    declared = {info.name: info.shape or () for info in model.inputs}
     given = {}
     for option in options:
-        shape = declared[choose(option.name, tuple(declared), "input")]
-        fixed = {i: size for i, size in enumerate(shape) if isinstance(size, int)}
-        if len(shape) != len(option.opt) or any({option.min[i], option.max[i]} != {n} for i, n in fixed.items()):
-            raise InputError(
-                f"--shape {option} does not fit input {option.name!r}, which the model declares as {list(shape)}: it "
-                "needs that rank and those fixed sizes."
-            )
         given[option.name] = ShapeRange(min=option.min, opt=option.opt, max=option.max)
-    if samples is not None and set(declared) - set(given):
+        _require_fit(model, option.name, given[option.name], f"--shape {option}")
+    if samples is not None and {info.name for info in model.inputs} - set(given):
         seen = samples.shapes().items()
         given = {name: ShapeRange(min=s.min, opt=s.opt, max=s.max) for name, s in seen} | given
     return given
 
 
-def require_profiles(recipe: Recipe, shapes: Mapping[str, ShapeRange], samples: Samples) -> None:
-    """Refuse early what would fail when the engine runs: samples smaller or larger than its optimization profiles take.
+def _require_fit(model: Model, name: str, shapes: ShapeRange, what: str) -> None:
+    """Refuse shapes that an input of a model cannot have, or of no input; `what` says where they stand."""
+    declared = {info.name: info.shape or () for info in model.inputs}
+    shape = declared[choose(name, tuple(declared), "input")]
+    fixed = {i: size for i, size in enumerate(shape) if isinstance(size, int)}
+    if len(shape) != len(shapes.opt) or any({shapes.min[i], shapes.max[i]} != {n} for i, n in fixed.items()):
+        raise InputError(
+            f"{what} does not fit input {name!r}, which the model declares as {list(shape)}: it needs that rank and "
+            "those fixed sizes."
+        )
+
+
+def require_profiles(model: Model, recipe: Recipe, shapes: Mapping[str, ShapeRange], samples: Samples) -> None:
+    """Refuse early what would fail when the engine is built or runs, of its optimization profiles.
 
     Raises:
-        InputError: no profile takes the smallest, or the largest of them.
+        InputError: an unknown input, a shape that does not fit it, or samples of which no profile takes the smallest,
+            or the largest.
     """
     profiles = recipe.profiles
+    for number, own in enumerate(profiles):
+        for name, range_ in own.items():
+            _require_fit(model, name, range_, f"The shape {range_} of the recipe's tensorrt: profiles[{number}]")
     seen = samples.shapes() if profiles else {}
     for kind in ("min", "max") if profiles else ():
         given: dict[str, tuple[int, ...]] = {name: getattr(s, kind) for name, s in seen.items()}

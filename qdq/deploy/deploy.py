@@ -116,7 +116,7 @@ def deploy(
     assert calibration is not None
     shapes = shape_ranges(prepared, recipe.shapes, calibration)
     _require_runtimes(prepared, recipe)
-    require_profiles(recipe, shapes, calibration if evaluated is None else evaluated)
+    require_profiles(prepared, recipe, shapes, calibration if evaluated is None else evaluated)
     seen = 0 if evaluated is None else overlap(calibration, evaluated, prepared, allowed=allow_overlap)
     prepared = with_possible_branches(
         prepared, chain(calibration, evaluated or ()), recipe=recipe, shapes=shapes, on_progress=on_progress

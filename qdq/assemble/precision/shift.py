@@ -8,8 +8,8 @@ every input, times sum(W). Here the bias is computed anew, from what will be sto
     bias' = bias - c * sum(W) - k * s' * sum(W')        s' and W' as DQ stores them
 
 and written as two numbers of the low type: one in the product's bias, the remainder in a Sub behind it, which
-TensorRT-RTX fuses (ONNX Runtime would fold an Add back into the bias). Where the compiler fuses it, the same is done for
-a float product whose bias loses more by rounding than its weight: a folded BatchNormalization often leaves a large bias
+TensorRT-RTX fuses (ONNX Runtime would fold an Add back into the bias). Where the compiler fuses it, a float product
+whose bias loses more by rounding than its weight gets the same: a folded BatchNormalization often leaves a large bias
 that the product cancels.
 `model.shift_correction` cannot do it: it knows the exact offset only. This module must not touch nodes that stay FP32.
 """

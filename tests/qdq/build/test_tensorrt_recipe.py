@@ -149,12 +149,26 @@ def samples(*batches: int) -> Samples:
 def test_samples_that_no_profile_takes_are_refused_before_the_work(fake: Any) -> None:
     recipe = Recipe.from_mapping(read_recipe("recipe.yaml"))
     for batches in ((1,), (1, 32), (2, 8)):
-        require_profiles(recipe, {}, samples(*batches))
+        require_profiles(load("m.onnx"), recipe, {}, samples(*batches))
     with pytest.raises(InputError, match="samples of x 33x16x8x8, and none of the recipe's 2 optimization profiles"):
-        require_profiles(recipe, {}, samples(1, 33))
-    require_profiles(Recipe(), {}, samples(33))
+        require_profiles(load("m.onnx"), recipe, {}, samples(1, 33))
+    require_profiles(load("m.onnx"), Recipe(), {}, samples(33))
     np.savez("big.npz", x=np.zeros((33, 16, 8, 8), np.float32))
     Path("data").mkdir()
     Path("big.npz").rename("data/big.npz")
     wrong = run("deploy", "m.onnx", "--data", "data", "--out", "out", "--recipe", "recipe.yaml")
     assert wrong.exit_code == 2 and not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        ({"xx": "1x16x8x8"}, r"Unknown input 'xx'.*'x'"),
+        ({"x": "1x16x8"}, r"The shape 1x16x8 of the recipe's tensorrt: profiles\[0\] does not fit input 'x'"),
+        ({"x": "1x8x8x8"}, "it needs that rank and those fixed sizes"),
+    ],
+)
+def test_profiles_of_other_inputs_are_refused_without_a_gpu(fake: Any, profile: dict[str, str], message: str) -> None:
+    recipe = Recipe.from_mapping({"compiler": "tensorrt", "target": "sm86", "tensorrt": {"profiles": [profile]}})
+    with pytest.raises(InputError, match=message):
+        require_profiles(load("m.onnx"), recipe, {}, samples(1))
