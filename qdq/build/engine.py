@@ -72,8 +72,7 @@ def _require_fit(model: Model, name: str, shapes: ShapeRange, what: str) -> None
     fixed = {i: size for i, size in enumerate(shape) if isinstance(size, int)}
     if len(shape) != len(shapes.opt) or any({shapes.min[i], shapes.max[i]} != {n} for i, n in fixed.items()):
         raise InputError(
-            f"{what} does not fit input {name!r}, which the model declares as {list(shape)}: it needs that rank and "
-            "those fixed sizes."
+            f"{what} does not fit input {name!r}, declared as {list(shape)}: it needs that rank and those fixed sizes."
         )
 
 
@@ -81,8 +80,7 @@ def require_profiles(model: Model, recipe: Recipe, shapes: Mapping[str, ShapeRan
     """Refuse early what would fail when the engine is built or runs, of its optimization profiles.
 
     Raises:
-        InputError: an unknown input, a shape that does not fit it, or samples of which no profile takes the smallest,
-            or the largest.
+        InputError: an unknown input, a shape that does not fit it, or samples too small or too large for all profiles.
     """
     profiles = recipe.profiles
     for number, own in enumerate(profiles):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -62,8 +62,11 @@ def folder_beside(out: Path) -> Iterator[Path]:
         yield folder
 
 
-def move_all(folder: Path, out: Path) -> tuple[str, ...]:
+def move_all(folder: Path, out: Path, *, outdated: Collection[str] = ()) -> tuple[str, ...]:
     """Moves every file into `out`, all or none, and returns their names; what they replace is then gone.
+
+    Args:
+        outdated: names of files in `out` that are gone then too, for they belong to what was replaced.
 
     Raises:
         InputError: `out` is not writable, or holds a folder, a pipe or a device where a file is to lie; nothing is
@@ -73,16 +76,18 @@ def move_all(folder: Path, out: Path) -> tuple[str, ...]:
     if taken := next((out / name for name in names if (out / name).exists() and not (out / name).is_file()), None):
         kind = "folder" if taken.is_dir() else "pipe or a device"
         raise InputError(f"Cannot write {taken}: it is a {kind}. Move it away, or choose another folder.")
+    gone = sorted(name for name in set(outdated).difference(names) if (out / name).is_file())
     done: list[str] = []
     try:
         out.mkdir(parents=True, exist_ok=True)
         with Scratch(out) as old, uninterrupted():
             try:
-                for name in names:
+                for name in (*names, *gone):
                     with suppress(FileNotFoundError):
                         os.replace(out / name, old / name)
                     done.append(name)
-                    os.replace(folder / name, out / name)
+                    if name in names:
+                        os.replace(folder / name, out / name)
             except OSError:
                 for name in done:
                     for source, target in ((out, folder), (old, out)):

@@ -40,7 +40,7 @@ from qdq.build.engine import (
 from qdq.build.machine import builds_here, compiler_here, how_to_build, runs_here
 from qdq.build.measured.bench import bench_of, priced_here, why_predicted
 from qdq.build.recipe import Recipe
-from qdq.build.script.write import save_build_script
+from qdq.build.script.write import NAME, save_build_script
 from qdq.build.tensorrt_pricer import pricer_of, unpriced
 from qdq.core.files import folder_beside, move_all
 from qdq.core.progress import Progress
@@ -58,6 +58,9 @@ from qdq.model.weight_store import kept
 from qdq.passes.composites import written_out
 from qdq.passes.prepare import load_float
 from qdq.tune.exact.elsewhere import elsewhere
+
+MEASURED = "measured.jsonl"
+ENDS = ("", ".json", ".manifest.json")  # of the names of an engine and what lies beside it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +97,8 @@ def deploy(
     Args:
         model_path: a float ONNX file; it is not changed.
         samples: to calibrate with; or a function that opens them for the model.
-        out: a folder, made if need be; files of these names in it are replaced.
+        out: a folder, made if need be; files of these names in it are replaced, and those of them that are not made
+            now are removed: an engine of another model beside the script that builds this one's.
         evaluation: to check on; None takes the calibration samples, and the report says so.
         labels: true classes of the evaluation samples, each shaped like the argmax over axis 1 of the first output;
             the report then says how well both models find them.
@@ -190,7 +194,7 @@ def deploy(
         }
         outcome = done.tuned.outcome(pricer.told, elsewhere(prepared, pricer)) if done.tuned and pricer else None
         if outcome and outcome.measured:
-            write_atomic(folder / "measured.jsonl", outcome.lines)
+            write_atomic(folder / MEASURED, outcome.lines)
         label_dice = {name: _label_dice(session(), judged, labels) for name, session in opened.items() if labels}
         report = DeployReport(
             check=check,
@@ -229,7 +233,10 @@ def deploy(
         write_atomic(folder / "report.json", report.to_json())
         if table:
             add_report(engine_path, folder / "report.json")
-        return Deployed(folder=out, files=move_all(folder, out), quantized=bool(made.plan.points), report=report)
+        outdated = (*(engine_path.name + end for end in ENDS), NAME, MEASURED)
+        return Deployed(
+            folder=out, files=move_all(folder, out, outdated=outdated), quantized=bool(made.plan.points), report=report
+        )
 
 
 def _float_table(

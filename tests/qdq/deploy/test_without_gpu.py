@@ -77,6 +77,16 @@ class TestWithoutTheGpu:
         assert "compiles the model, which checks its syntax and types for TensorRT 11, not its kernels or times" in said
         assert "as compiled" not in said and "kernels |" not in said
 
+    def test_what_an_earlier_run_left_is_not_taken_for_this_one_s(self, folder: Path) -> None:
+        deploy("--target", "sm86", "--tune", "off")
+        (folder / "out/notes.txt").write_text("mine")
+        assert len(list((folder / "out").glob("net.engine*"))) == 3
+        deploy("--gpu", "a10", "--tune", "off")
+        assert not list((folder / "out").glob("net.engine*")) and (folder / "out/build_engine.sh").exists()
+        deploy("--target", "sm86", "--tune", "off")
+        assert (folder / "out/net.engine").exists() and not (folder / "out/build_engine.sh").exists()
+        assert (folder / "out/notes.txt").read_text() == "mine"
+
     def test_the_report_says_what_was_not_built(self, folder: Path) -> None:
         deploy("--compiler", "tensorrt:10.16", "--target", "sm80", "--target", "sm90")
         report = json.loads((folder / "out/report.json").read_text())
