@@ -26,7 +26,9 @@ import yaml
 from engines.backends.backend import DEFAULT, backends
 from engines.core.files import read_file
 from engines.verify.meaning import TASKS
-from engines.verify.report import Alarms, Limits
+from engines.verify.report import OF_VOLUMES, Alarms, Limits
+from qdq.build.segmentation import Segmentation, WholeVolumes
+from qdq.build.window import Window
 from qdq.core.choices import choose, converted
 from qdq.core.errors import InputError
 from qdq.plan.settings import Settings
@@ -67,6 +69,11 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
         warn_top1: below this agreement of the argmax, too.
         task: what the outputs are, one of `engines.verify.meaning.TASKS`.
         class_axis: axis of their classes.
+        window: that goes over whole volumes, as a mapping or as `Window.parse` reads it.
+        segmentation: what a network's channels are in whole volumes.
+        max_dice_drop: most that a structure's mean Dice falls in whole volumes.
+        max_hd95_mm: most HD95 of a structure to the float model.
+        max_volume_diff_ml: most difference of a structure's volume to the float model.
     """
 
     unquantized_type: str = "auto"
@@ -87,6 +94,11 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
     warn_top1: Share = Alarms().warn_top1
     task: str = "auto"
     class_axis: Annotated[int, msgspec.Meta(ge=-64, le=63)] | None = None
+    window: Window | str | None = None
+    segmentation: Segmentation | None = None
+    max_dice_drop: Share | None = None
+    max_hd95_mm: Annotated[float, msgspec.Meta(ge=0, le=1e6)] | None = None
+    max_volume_diff_ml: Annotated[float, msgspec.Meta(ge=0, le=1e9)] | None = None
 
 
 LIMITS = Limits.__struct_fields__
@@ -160,6 +172,8 @@ class Recipe:
         alarms: below these a result is called poor.
         task: what the outputs are; "auto" is what the end of the graph tells.
         class_axis: axis of their classes; None is what the graph tells.
+        whole: how whole volumes are run; None: they are not, for there is no window, no segmentation and no limit on
+            them.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -176,6 +190,7 @@ class Recipe:
     alarms: Alarms = field(default_factory=Alarms)
     task: str = "auto"
     class_axis: int | None = None
+    whole: WholeVolumes | None = None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> Recipe:
@@ -207,7 +222,15 @@ class Recipe:
             alarms=Alarms(warn_sqnr_db=file.warn_sqnr_db, warn_top1=file.warn_top1),
             task=choose(file.task, TASKS, "task"),
             class_axis=file.class_axis,
+            whole=_whole(file),
         )
+
+
+def _whole(file: RecipeFile) -> WholeVolumes | None:
+    """How whole volumes are run, if anything asks for it."""
+    window = Window.parse(file.window) if isinstance(file.window, str) else file.window
+    asked = window or file.segmentation or any(getattr(file, name) is not None for name in OF_VOLUMES)
+    return WholeVolumes(window=window, segmentation=file.segmentation or Segmentation()) if asked else None
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -12,6 +12,7 @@ from qdq.cli import options
 from qdq.cli.terminal import Bars, note, show_rows, warn
 
 if TYPE_CHECKING:
+    from engines.verify.report import Report
     from qdq.build.recipe import Recipe
     from qdq.deploy.deploy import Deployed
 
@@ -71,9 +72,21 @@ def _show_deployed(done: Any, name: str, as_json: bool) -> None:
         click.echo(done.report.to_json(), nl=False)
         return
     show_rows(f"{name} for {', '.join(done.report.audit.targets)}", done.report.rows())
+    show_volumes(done.report.check)
     for line in (*audit_lines(done.report.audit), *done.report.notes):
         note(line)
     click.echo(f"Results: {done.folder.resolve()}")
+
+
+def show_volumes(report: Report) -> None:
+    """The tables of whole volumes, where any were run."""
+    from qdq.deploy.volumes.table import lines, tables
+
+    if report.volumes:
+        for title, rows in tables(report.volumes):
+            show_rows(title, rows)
+        for line in lines(report.volumes):
+            note(line)
 
 
 def finish_with(failures: list[str], warnings: Iterable[str] = ()) -> None:

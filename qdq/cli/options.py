@@ -210,9 +210,24 @@ limit_options = _options(
     click.option("--min-cosine", type=float, help="Require this cosine similarity of each output."),
     click.option("--min-dice", type=float, help="Require this Dice of each class of each segmentation."),
     click.option("--min-top1", type=float, help="Require this agreement of the argmax, from 0 to 1."),
+    click.option(
+        "--max-dice-drop",
+        type=float,
+        help="Allow this fall of each structure's mean Dice in whole volumes, against labels, else the float model.",
+    ),
+    click.option("--max-hd95-mm", type=float, help="Allow this HD95 of each structure to the float model, in mm."),
+    click.option(
+        "--max-volume-diff-ml", type=float, help="Allow this difference of each structure's volume to it, in ml."
+    ),
+)
+window_option = click.option(
+    "--window",
+    metavar="PATCH[:KEY=VALUE...]",
+    help="Run over whole volumes with this patch, as 96x96x96:overlap=0.5:rule=nnunet; default: the model's size.",
 )
 judging_options = _options(
     limit_options,
+    window_option,
     click.option("--task", cls=Listed, names=_tasks, help="Take the outputs for: {names}; auto: as the graph ends."),
     click.option(
         "--class-axis", type=int, help="Look for classes on this axis of the outputs; default: as the graph says."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qdq.cli import options
-from qdq.cli.deploy import finish_with
+from qdq.cli.deploy import finish_with, show_volumes
 from qdq.cli.terminal import Bars, note, show_rows
 from qdq.core.errors import InputError, ModelError
 
@@ -258,6 +258,7 @@ def check(
             as_compiled=layers.table if layers else None,
             predicted=bool(layers and layers.predicted),
             custom_ops=custom_ops,
+            whole=recipe.whole,
             on_progress=bars,
         )
         if report.poor and backend is None:
@@ -269,6 +270,7 @@ def check(
         click.echo(report.to_json(), nl=False)
     else:
         show_rows(f"{candidate.name} against {float_model.name}, {report.samples} samples", check_rows(report))
+        show_volumes(report)
         if report.note:
             note(report.note)
     finish_with(report.failures, warning_lines(report))

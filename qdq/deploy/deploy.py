@@ -26,6 +26,7 @@ from engines.core import onnx_runtime as ort
 from engines.core.errors import BuildError, import_runtime
 from engines.core.files import write_atomic
 from engines.verify.audit import audit
+from engines.verify.report import OF_VOLUMES
 from qdq.assemble.finish import float_type_of
 from qdq.build.branches import with_possible_branches
 from qdq.build.engine import add_report, compile_engine, runs_here, save_engine, shape_ranges
@@ -139,7 +140,7 @@ def deploy(
             custom_ops=custom_ops,
             on_progress=on_progress,
         )
-        check = against_float(engine_path if on_engine else output, engine_backend=on_engine)
+        check = against_float(engine_path if on_engine else output, engine_backend=on_engine, whole=recipe.whole)
         check = with_costs(
             check,
             prepared,
@@ -153,7 +154,8 @@ def deploy(
             notes = [*notes, made.plan.why_nothing, f"The model is called {output.name}, by its float type."]
         if seen:
             notes = [*notes, f"{seen} of the evaluation samples are calibration samples too, which was allowed."]
-        as_compiled = against_float(output, as_compiled=engine.table)
+        of_outputs = {name: value for name, value in recipe.limits.items() if name not in OF_VOLUMES}
+        as_compiled = against_float(output, as_compiled=engine.table, limits=of_outputs)
         said = (engine.table.note, check.note, as_compiled.note.removeprefix(f"{check.note}; "))
         if evaluated is None:
             notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]

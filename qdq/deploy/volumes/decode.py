@@ -7,7 +7,6 @@ is measured of such labels. Must not run a network.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,15 +58,28 @@ class Decoder(Protocol):
     def channel(self, labels: Array, best: Array, values: Array, index: int) -> None:
         """Take the channels of `labels` one at a time, in order: `best` is kept between them, float32."""
 
-    def structures(self, names: Mapping[int, str]) -> tuple[Structure, ...]:
-        """What is measured; `names` of label values, or of channels."""
+    @property
+    def structures(self) -> tuple[Structure, ...]:
+        """What is measured."""
+
+    @property
+    def said(self) -> str:
+        """In words, for reports."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Classes:
-    """Each voxel has one class, channel 0 the background; of equal values the first channel's."""
+    """Each voxel has one class, channel 0 the background; of equal values the first channel's.
+
+    Attributes:
+        channels: how many.
+        names: of structures; empty: every channel but the background is one.
+        parts: the channels of each that has a name.
+    """
 
     channels: int
+    names: tuple[str, ...] = ()
+    parts: tuple[tuple[int, ...], ...] = ()
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -86,10 +98,17 @@ class Classes:
         np.copyto(labels, labels.dtype.type(index), where=values > best)
         np.maximum(best, values, out=best)
 
-    def structures(self, names: Mapping[int, str]) -> tuple[Structure, ...]:
+    @property
+    def structures(self) -> tuple[Structure, ...]:
         """See `Decoder.structures`."""
-        found = {value: names.get(value, f"class {value}") for value in range(1, self.channels)}
-        return tuple(Structure(name=name, values=(value,)) for value, name in found.items())
+        parts = self.parts or tuple((value,) for value in range(1, self.channels))
+        names = self.names or tuple(f"class {value}" for value in range(1, self.channels))
+        return tuple(Structure(name=name, values=values) for name, values in zip(names, parts, strict=True))
+
+    @property
+    def said(self) -> str:
+        """See `Decoder.said`."""
+        return f"{self.channels} classes, of which each voxel has one"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +122,7 @@ class Regions:
             `regions_class_order`); empty: each channel is a bit of the label, and none hides another.
         parts: the label values that make up each channel's region, by which it is measured; empty: the label that a
             channel paints, or without an order its number, from 1.
+        names: of the channels.
 
     Raises:
         InputError: an order of another length, or too many channels for bits.
@@ -112,6 +132,7 @@ class Regions:
     threshold: float
     order: tuple[int, ...] = ()
     parts: tuple[tuple[int, ...], ...] = ()
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -121,7 +142,9 @@ class Regions:
                 "for each is needed."
             )
         if not self.order and self.channels > MOST_BITS:
-            raise InputError(f"{self.channels} channels overlap; at most {MOST_BITS} can be told apart without an order.")
+            raise InputError(
+                f"{self.channels} channels overlap; at most {MOST_BITS} can be told apart without an order."
+            )
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -144,18 +167,21 @@ class Regions:
         else:
             labels |= there.astype(labels.dtype) << labels.dtype.type(index)
 
-    def structures(self, names: Mapping[int, str]) -> tuple[Structure, ...]:
+    @property
+    def structures(self) -> tuple[Structure, ...]:
         """See `Decoder.structures`."""
         parts = self.parts or tuple((label,) for label in self.order or range(1, self.channels + 1))
+        names = self.names or tuple(f"channel {n}" for n in range(self.channels))
+        bits = [None if self.order else n for n in range(self.channels)]
         return tuple(
-            Structure(name=names.get(n, f"channel {n}"), values=some, bit=None if self.order else n)
-            for n, some in enumerate(parts)
+            Structure(name=name, values=values, bit=bit) for name, values, bit in zip(names, parts, bits, strict=True)
         )
 
-
-def present(labels: Array, structures: Sequence[Structure]) -> tuple[Structure, ...]:
-    """The structures of which a label volume has a voxel."""
-    return tuple(s for s in structures if s.mask(labels).any())
+    @property
+    def said(self) -> str:
+        """See `Decoder.said`."""
+        painted = f", painted as {', '.join(map(str, self.order))}" if self.order else ""
+        return f"{self.channels} channels that may overlap, each above {self.threshold:g}{painted}"
 
 
 def _in_turn(decoder: Decoder, values: Array) -> Array:

@@ -1,6 +1,6 @@
 """How two masks of one structure differ: overlap, distance of their surfaces, volume, and lesions that only one has.
 
-two masks on one grid, spacing -> the box around both -> `Measured`. Memory: a few times that box in bytes, and the points
+two masks on one grid, spacing -> the box around both -> `MaskReport`. Memory: a few times that box in bytes, and the points
 of both surfaces. Definitions:
 
 - Dice: 2 |both| / (|found| + |true|); 0 where only one is empty, as nnU-Net; none where both are.
@@ -20,12 +20,13 @@ Must not know where masks come from.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from engines.core.errors import import_runtime
+from calib_data.extras import need
+from engines.verify.volumes import MaskReport
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,40 +37,11 @@ PERCENTILE = 95.0
 CHUNK = 1 << 18  # surface points whose nearest is looked for at a time
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """One structure of one case; distances are None where either mask is empty.
-
-    Attributes:
-        dice: None where both are empty.
-        hd95_mm: see above.
-        surface_mm: mean surface distance.
-        found_ml: volume of what was found.
-        true_ml: volume of the truth.
-        lesions: components of the truth.
-        missed: of these, those of which nothing is found.
-        false: components of what was found of which nothing is true.
-        missed_ml: volume of the largest that is missed.
-        false_ml: volume of the largest that is false.
-    """
-
-    dice: float | None
-    hd95_mm: float | None
-    surface_mm: float | None
-    found_ml: float
-    true_ml: float
-    lesions: int
-    missed: int
-    false: int
-    missed_ml: float
-    false_ml: float
-
-
-def measured(found: Mask, true: Mask, spacing_mm: Sequence[float]) -> Measured:
+def measured(found: Mask, true: Mask, spacing_mm: Sequence[float]) -> MaskReport:
     """Compare two masks (i, j, k) of one grid with this spacing along i, j, k.
 
     Raises:
-        MissingRuntimeError: scipy is not installed.
+        MissingExtraError: scipy is not installed.
     """
     voxel_ml = float(np.prod(spacing_mm)) / 1000
     ours, theirs = (_cropped(m, _box(found, true)) for m in (found, true))
@@ -78,7 +50,7 @@ def measured(found: Mask, true: Mask, spacing_mm: Sequence[float]) -> Measured:
     distances = _distances(ours, theirs, spacing_mm) if all(counts) else None
     missed = _alone(theirs, ours)
     false = _alone(ours, theirs)
-    return Measured(
+    return MaskReport(
         dice=2 * both / sum(counts) if any(counts) else None,
         hd95_mm=max(float(np.percentile(d, PERCENTILE)) for d in distances) if distances else None,
         surface_mm=float(np.concatenate(distances).mean()) if distances else None,
@@ -134,14 +106,14 @@ def _distances(ours: Mask, theirs: Mask, spacing_mm: Sequence[float]) -> tuple[F
 
 
 def _nearest(points: Floats, others: Floats) -> Floats:
-    spatial: Any = import_runtime("scipy.spatial")
+    spatial = need("scipy.spatial", extra="medical", for_what="Measuring surfaces")
     tree = spatial.cKDTree(others, compact_nodes=False, balanced_tree=False)
     return np.concatenate([tree.query(points[n : n + CHUNK])[0] for n in range(0, len(points), CHUNK)])
 
 
 def _alone(mask: Mask, other: Mask) -> _Alone:
     """What of a mask stands alone."""
-    ndimage: Any = import_runtime("scipy.ndimage")
+    ndimage = need("scipy.ndimage", extra="medical", for_what="Counting lesions")
     numbers, count = ndimage.label(mask, structure=np.ones((3, 3, 3), bool))
     if not count:
         return _Alone(components=0, alone=0, largest=0)

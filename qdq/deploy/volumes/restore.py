@@ -5,7 +5,7 @@ Turned, flipped, cropped and resampled grids are all one map for each axis: inde
 the image's + offset. Labels take the nearest voxel. Logits are interpolated along each axis, the outermost value beyond
 the last centre, and decoded on the image's grid, as nnU-Net exports. Must not run a network.
 
-nnU-Net takes the nearest slice along an axis whose spacing is more than 3 times the least; `coarse_axis` says which.
+nnU-Net takes the nearest slice along an axis of thick slices (`calib_data.volumes.resample.thick_axis`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from calib_data.volume import Affine, Volume
+from calib_data.volumes.resample import thick_axis
 from qdq.core.errors import InputError
 from qdq.deploy.volumes.decode import Decoder
 
 Array = npt.NDArray[Any]
-ANISOTROPIC = 3.0  # nnU-Net's ratio of spacings above which slices are resampled apart
 _SKEW = 0.05  # of a voxel: how far an axis may lead aside from one end to the other
 _EDGE = 1e-4  # of a voxel: what rounding moves a position
 
@@ -59,19 +59,6 @@ class _Axis:
     seen: npt.NDArray[np.bool_]  # within the source
 
 
-def coarse_axis(spacing_mm: tuple[float, ...], onto_mm: tuple[float, ...]) -> int | None:
-    """The axis along which nnU-Net takes the nearest slice, of the source's spacing, else of the target's.
-
-    >>> coarse_axis((3.0, 1, 1), (3.0, 1, 1)), coarse_axis((3.01, 1, 1), (1, 1, 1))
-    (None, 0)
-    """
-    for spacing in (spacing_mm, onto_mm):
-        if max(spacing) / min(spacing) > ANISOTROPIC:
-            axes = [a for a, length in enumerate(spacing) if length == max(spacing)]
-            return axes[0] if len(axes) == 1 else None
-    return None
-
-
 def labels_onto(labels: Array, source: Grid, target: Grid) -> Array:
     """Label values on another grid, each of the nearest voxel; 0 beyond the source.
 
@@ -89,7 +76,7 @@ def labels_onto(labels: Array, source: Grid, target: Grid) -> Array:
 
 
 def decoded_onto(
-    values: Array, source: Grid, target: Grid, decoder: Decoder, *, coarse: int | None = None, block: int = 32
+    values: Array, source: Grid, target: Grid, decoder: Decoder, *, separate_z: bool = False, block: int = 32
 ) -> Array:
     """Logits interpolated onto another grid and decoded there.
 
@@ -98,13 +85,17 @@ def decoded_onto(
         source: the network's grid.
         target: the image's grid.
         decoder: makes labels of channels.
-        coarse: axis of the source along which the nearest slice is taken.
+        separate_z: take the nearest slice along an axis of thick slices.
         block: slices of the target in memory at a time, in all of one channel.
 
     Raises:
         InputError: the grids are turned against each other by more than right angles.
     """
     axes = _axes(source, target)
+    spacing = [0.0] * 3
+    for axis, length in zip(axes, target.spacing_mm, strict=True):
+        spacing[axis.source] = length
+    coarse = thick_axis(source.spacing_mm, spacing) if separate_z else None
     labels = np.zeros(target.shape, decoder.dtype)
     turned = values.transpose(0, *(1 + a.source for a in axes))
     for begin in range(0, target.shape[0], block):

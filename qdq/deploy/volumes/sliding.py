@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from qdq.build.window import PADDINGS, Window
 from qdq.core.errors import InputError
-from qdq.core.resources import default_bytes
+from qdq.core.resources import default_bytes, said_bytes
 
 Array = npt.NDArray[Any]
 Run = Callable[[Array], Array]
@@ -99,7 +99,9 @@ class Sliding:
             return volume
         mode = PADDINGS[self.window.padding]
         given: dict[str, Any] = {"constant_values": self.window.pad_value} if mode == "constant" else {}
-        short = next((n for (_, n), (_, after) in zip(inside, widths, strict=True) if mode == "reflect" and after >= n), 0)
+        short = next(
+            (n for (_, n), (_, after) in zip(inside, widths, strict=True) if mode == "reflect" and after >= n), 0
+        )
         if short:
             raise InputError(
                 f"An axis of {short} voxels cannot be reflected to the patch, {' x '.join(map(str, sizes))}: reflection "
@@ -142,13 +144,15 @@ class Sliding:
                         cut = slice(max(low - b, 0), min(high - b, size[1]))
                         to = (slice(None), slice(b + cut.start - low, b + cut.stop - low), slice(c, c + size[2]))
                         counted = made[:, :, cut]
-                        counted *= weight[:, cut]
-                        sums[(slice(None), *to)] += counted
+                        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused below
+                            counted *= weight[:, cut]
+                            sums[(slice(None), *to)] += counted
                         total[to] += weight[:, cut]
                 following = starts[0][n + 1] if n + 1 < len(starts[0]) else long
                 done = following - at
                 values = sums[:, :done]
-                values /= total[:done]
+                with np.errstate(invalid="ignore"):
+                    values /= total[:done]
                 place = [slice(0)] * 3
                 for a, found in zip(order, (slice(at, following), slice(low, high), slice(0, deep)), strict=True):
                     place[a] = found
@@ -200,11 +204,27 @@ class Sliding:
         return [a + 3 - len(self.window.patch) for a in self.window.mirror]
 
 
-def output(sliding: Sliding, volume: Array, *, room: int | None = None) -> Array:
-    """The mean output of a whole volume: (channels, i, j, k) FP32, which is all in memory."""
+def output(sliding: Sliding, volume: Array, *, room: int | None = None, most: int | None = None) -> Array:
+    """The mean output of a whole volume: (channels, i, j, k) FP32, which is all in memory.
+
+    Args:
+        sliding: the network.
+        volume: as of `Sliding.parts`.
+        room: as there.
+        most: bytes of the output that may be used; None: any number.
+
+    Raises:
+        InputError: as `Sliding.parts`; or it needs more.
+    """
     whole: Array = np.zeros(0)
     for part in sliding.parts(volume, room=room):
         if not whole.size:
+            needed = 4 * len(part.values) * math.prod(volume.shape[1:])
+            if most is not None and needed > most:
+                raise InputError(
+                    f"All {len(part.values)} channels of a volume take {said_bytes(needed)}, and {said_bytes(most)} may "
+                    "be used. Raise --memory, or take resample: labels, which needs one slab."
+                )
             whole = np.zeros((len(part.values), *volume.shape[1:]), np.float32)
         whole[(slice(None), *part.place)] = part.values
     return whole

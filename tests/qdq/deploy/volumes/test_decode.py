@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qdq.core.errors import InputError
-from qdq.deploy.volumes.decode import Classes, Regions, Structure, present
+from qdq.deploy.volumes.decode import Classes, Regions, Structure
 
 
 def test_classes_are_the_argmax_and_the_first_of_equals() -> None:
@@ -27,8 +27,8 @@ def test_regions_paint_over_each_other_as_in_nnunet() -> None:
 
 
 def test_a_region_is_measured_by_all_labels_in_it() -> None:
-    regions = Regions(channels=2, threshold=0, order=(2, 3), parts=((2, 3), (3,)))
-    whole, core = regions.structures({0: "tumour", 1: "core"})
+    regions = Regions(channels=2, threshold=0, order=(2, 3), parts=((2, 3), (3,)), names=("tumour", "core"))
+    whole, core = regions.structures
     labels = np.array([0, 2, 3])
     assert whole.name == "tumour" and whole.mask(labels).tolist() == [False, True, True]
     assert core.mask(labels).tolist() == [False, False, True]
@@ -39,10 +39,9 @@ def test_without_an_order_regions_that_cross_are_kept_apart() -> None:
     regions = Regions(channels=2, threshold=0.5)
     labels = regions.labels(probabilities)
     assert labels.ravel().tolist() == [1, 3, 0]
-    first, second = regions.structures({})
+    first, second = regions.structures
     assert first.mask(labels).ravel().tolist() == [True, True, False]
     assert second.mask(labels).ravel().tolist() == [False, True, False]
-    assert present(labels * 0 + 2, (first, second)) == (second,)
 
 
 def test_truth_is_of_label_values_also_where_the_prediction_is_of_bits() -> None:

@@ -11,7 +11,7 @@ import pytest
 from calib_data.volume import Volume
 from qdq.core.errors import InputError
 from qdq.deploy.volumes.decode import Classes
-from qdq.deploy.volumes.restore import Grid, coarse_axis, decoded_onto, labels_onto
+from qdq.deploy.volumes.restore import Grid, decoded_onto, labels_onto
 
 Array = npt.NDArray[Any]
 
@@ -76,21 +76,14 @@ def test_logits_are_interpolated_as_scipy_does(shape: tuple[int, int, int], bloc
 def test_thick_slices_are_taken_whole() -> None:
     ndimage = pytest.importorskip("scipy.ndimage", reason="scipy is not installed: pip install 'qdq[medical]'")
     own = stored((20, 17, 12), (1.0, 1.0, 4.0))
-    assert coarse_axis((1.0, 1.0, 4.0), own.spacing_mm) == 2
     shape, channels = (13, 9, 7), 3
     logits = np.random.default_rng(1).normal(size=(channels, *shape)).astype(np.float32)
-    flat = [ndimage.zoom(c.astype(float), (20 / 13, 17 / 9, 1), order=1, mode="nearest", grid_mode=True) for c in logits]
+    ratio = (20 / 13, 17 / 9, 1)
+    flat = [ndimage.zoom(c.astype(float), ratio, order=1, mode="nearest", grid_mode=True) for c in logits]
     at = np.floor(7 / 12 * (np.arange(12) + 0.5)).astype(int)
     expected = np.argmax(flat, 0)[..., at]
-    found = decoded_onto(logits, spaced(own, shape), Grid.of(own), Classes(channels=channels), coarse=2)
+    found = decoded_onto(logits, spaced(own, shape), Grid.of(own), Classes(channels=channels), separate_z=True)
     np.testing.assert_array_equal(found, expected)
-
-
-def test_which_axis_is_coarse() -> None:
-    assert coarse_axis((3.0, 1.0, 1.0), (3.0, 1.0, 1.0)) is None
-    assert coarse_axis((3.01, 1.0, 1.0), (1.0, 1.0, 1.0)) == 0
-    assert coarse_axis((1.0, 1.0, 1.0), (4.0, 1.0, 1.0)) == 0
-    assert coarse_axis((0.24, 1.25, 1.25), (1.0, 1.0, 1.0)) is None
 
 
 def test_a_grid_that_is_turned_by_another_angle_is_refused() -> None:
