@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from calib_data.sources import Source, form_of
+from calib_data.sources import ImageForm, Source, form_of
 from calib_data.validation import Array, DataError, InputSpec, check_names, check_sample, check_shapes
+from calib_data.volumes.samples import open_cases
+from calib_data.volumes.spec import VolumeSpec
 
 _BEYOND_ANY = 1 << 40  # stands for the number of samples where it is unknown: more than anyone has
 
@@ -122,13 +124,22 @@ class Samples:
             )
 
 
-def open_samples(source: str | Path, inputs: Sequence[InputSpec], *, limit: int | None = None) -> Samples:
+def open_samples(
+    source: str | Path,
+    inputs: Sequence[InputSpec],
+    *,
+    limit: int | None = None,
+    volume: VolumeSpec | None = None,
+    case_key: bytes | None = None,
+) -> Samples:
     """Open calibration or evaluation samples. Files, but for the headers of a single one, are read by iteration.
 
     Args:
         source: in one of the forms that `calib_data.sources` has a file for.
         inputs: what the model takes.
         limit: use the first ``limit`` samples only.
+        volume: what is done to images; for a source of images only.
+        case_key: of the keys by which messages call images; None for one of this run.
 
     Raises:
         DataError: the source is missing, of no known form, empty, or does not fit the model's inputs.
@@ -137,9 +148,19 @@ def open_samples(source: str | Path, inputs: Sequence[InputSpec], *, limit: int 
         raise DataError(f"Cannot use {source}: the model has no inputs to feed.")
     if limit is not None and limit < 1:
         raise DataError(f"Cannot use {limit} samples of {source}: at least one is needed. Raise the limit or omit it.")
-    opened = form_of(str(source)).open(str(source), tuple(inputs))
+    form, origin = form_of(str(source)), str(source)
+    opened: Source
+    if isinstance(form, ImageForm):
+        opened, origin = open_cases(form, origin, inputs, volume, case_key), "what --data names"
+    elif volume is not None:
+        raise DataError(
+            f"Cannot use `volume:` on {source}: it holds arrays, which are given as the model gets them. Leave out "
+            "`volume:` and --preprocess, or give images."
+        )
+    else:
+        opened = form.open(origin, tuple(inputs))
     count = _BEYOND_ANY if opened.count is None else opened.count
-    return Samples(inputs=tuple(inputs), source=opened, indices=range(count)[:limit], origin=str(source))
+    return Samples(inputs=tuple(inputs), source=opened, indices=range(count)[:limit], origin=origin)
 
 
 def _range_of(shapes: Sequence[tuple[int, ...]], opt: tuple[int, ...]) -> ShapeBounds:

@@ -17,6 +17,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from calib_data.validation import Array, DataError, InputSpec
+from calib_data.volume import Affine, Volume
+from calib_data.volumes.case import Case
 
 
 class RawSample(NamedTuple):
@@ -76,10 +78,29 @@ class Form:
     last: bool = False
 
 
-def forms() -> list[Form]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageForm:
+    """One form of DATA that holds images, which a recipe's `volume:` turns into samples (`calib_data.volumes`).
+
+    Attributes:
+        says, owns, last: as of `Form`.
+        cases: the images of a text that it owns.
+        image: one image in a file or folder that it owns.
+        affine: the place of that image, from headers.
+    """
+
+    says: str
+    owns: Callable[[str], bool]
+    cases: Callable[[str], Sequence[Case]]
+    image: Callable[[Path], Volume]
+    affine: Callable[[Path], Affine]
+    last: bool = False
+
+
+def forms() -> list[Form | ImageForm]:
     """Every form, in the order in which they are asked."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    found: list[Form] = [importlib.import_module(f"{__name__}.{name}").FORM for name in names]
+    found: list[Form | ImageForm] = [importlib.import_module(f"{__name__}.{name}").FORM for name in names]
     return sorted(found, key=lambda form: form.last)
 
 
@@ -89,7 +110,7 @@ def listed() -> str:
     return f"{', '.join(some)}, or {last}"
 
 
-def form_of(source: str) -> Form:
+def form_of(source: str) -> Form | ImageForm:
     """The form that owns a text.
 
     Raises:

@@ -9,6 +9,7 @@ A key is the name of the option with underscores. It must not look at a model or
     target: [sm86, sm89]
     shape: ["image:1x1x32x32x32:1x1x64x64x64:1x1x96x96x96"]
     min_sqnr_db: 20
+    volume: {orientation: RAS, spacing_mm: [1, 1, 1], grid: centers, intensity: {zscore: nonzero}}
     gpu: [a10, {name: edge, target: sm89, bandwidth_gb_s: 288, tera_ops: {float32: 22, float16: 88, int8: 353}}]
 """
 
@@ -23,6 +24,8 @@ from typing import Annotated
 import msgspec
 import yaml
 
+from calib_data.volumes.preprocess import preprocess_spec
+from calib_data.volumes.spec import VolumeSpec, volume_spec
 from engines.backends.backend import DEFAULT, backends
 from engines.core.files import read_file
 from engines.verify.meaning import TASKS
@@ -74,6 +77,9 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
         max_dice_drop: most that a structure's mean Dice falls in whole volumes.
         max_hd95_mm: most HD95 of a structure to the float model.
         max_volume_diff_ml: most difference of a structure's volume to the float model.
+        volume: what is done to images, as `calib_data.volumes.spec` says.
+        preprocess: reads `volume` from elsewhere: nnunet:FOLDER, nnunet:FOLDER:CONFIGURATION, or monai:BUNDLE.json.
+        case_key: file with the key of the names by which messages call images.
     """
 
     unquantized_type: str = "auto"
@@ -99,6 +105,9 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
     max_dice_drop: Share | None = None
     max_hd95_mm: Annotated[float, msgspec.Meta(ge=0, le=1e6)] | None = None
     max_volume_diff_ml: Annotated[float, msgspec.Meta(ge=0, le=1e9)] | None = None
+    volume: VolumeSpec | None = None
+    preprocess: str = ""
+    case_key: str = ""
 
 
 LIMITS = Limits.__struct_fields__
@@ -174,6 +183,8 @@ class Recipe:
         class_axis: axis of their classes; None is what the graph tells.
         whole: how whole volumes are run; None: they are not, for there is no window, no segmentation and no limit on
             them.
+        volume: what is done to images; None where samples are arrays.
+        case_key: file with the key of images' names; "" for a key of this run.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -191,6 +202,8 @@ class Recipe:
     task: str = "auto"
     class_axis: int | None = None
     whole: WholeVolumes | None = None
+    volume: VolumeSpec | None = None
+    case_key: str = ""
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> Recipe:
@@ -198,13 +211,18 @@ class Recipe:
 
         Raises:
             InputError: an unknown key or value; the message names the nearest key.
+            DataError: the same of `volume`, or what `preprocess` names is not there or not understood.
         """
         words = {True: "on", False: "off"}  # YAML reads on and off as booleans
         if twice := next((key for key, now in OLDER.items() if key in values and now in values), None):
             raise InputError(f"The recipe has both {twice} and {OLDER[twice]}, its name today. Remove {twice}.")
         named = {OLDER.get(key, key): value for key, value in values.items()}
         named |= {k: words[v] for k, v in named.items() if k in ("tune", "bias_correction") and isinstance(v, bool)}
+        if named.get("volume") is not None:
+            named["volume"] = volume_spec(named["volume"])
         file = converted(named, RecipeFile, "recipe key")
+        if file.volume and file.preprocess:
+            raise InputError("Both `volume` and `preprocess` say what is done to images: choose one.")
         settings = Settings(**{name: getattr(file, name) for name in Settings.__struct_fields__})
         usual = "placement" if settings.scheme == "int8" else "rewrites"
         return cls(
@@ -223,6 +241,8 @@ class Recipe:
             task=choose(file.task, TASKS, "task"),
             class_axis=file.class_axis,
             whole=_whole(file),
+            volume=preprocess_spec(file.preprocess) if file.preprocess else file.volume,
+            case_key=file.case_key,
         )
 
 

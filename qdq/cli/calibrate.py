@@ -20,6 +20,7 @@ from qdq.core.errors import InputError
 
 if TYPE_CHECKING:
     from calib_data import InputSpec, Samples
+    from calib_data.volumes.spec import VolumeSpec
     from qdq.build.recipe import Recipe
     from qdq.measure.shards import Pool
     from qdq.measure.table import CalibrationTable
@@ -114,6 +115,7 @@ def _measured(
     running: dict[str, Any],
 ) -> tuple[Model, Plan, CalibrationTable]:
     """Measure and write the table, going on from a checkpoint beside it."""
+    from calib_data.volumes.monai import trusted
     from qdq.core.files import write_text
     from qdq.measure.checkpoint import Checkpoint
     from qdq.measure.collect import collect, key
@@ -145,7 +147,8 @@ def _measured(
             table = collect(prepared, plan, samples, checkpoint=checkpoint, on_progress=bars, **running)
         else:
             where = None if data is None else os.path.abspath(data)
-            source = partial(_open, where, samples.inputs) if where else partial(replace, samples)
+            how = (recipe.volume, options.case_key_of(recipe), trusted())
+            source = partial(_open, where, samples.inputs, *how) if where else partial(replace, samples)
             table = collect_shards(
                 model,
                 plan,
@@ -161,11 +164,15 @@ def _measured(
     return prepared, plan, table
 
 
-def _open(data: str, inputs: tuple[InputSpec, ...]) -> Samples:
+def _open(
+    data: str, inputs: tuple[InputSpec, ...], volume: VolumeSpec | None, case_key: bytes | None, trust: bool
+) -> Samples:
     """In a worker: the samples."""
     from calib_data import open_samples
+    from calib_data.volumes.monai import trust_here
 
-    return open_samples(data, inputs)
+    trust_here(trust)
+    return open_samples(data, inputs, volume=volume, case_key=case_key)
 
 
 def _merged(files: tuple[Path, ...]) -> CalibrationTable:

@@ -100,7 +100,8 @@ def compare(
 
         def opened(source: str | None, random: int | None, *, scored: bool) -> Samples:
             if source and task.array and random is None:
-                return labelled(source, prepared, task.array, required=scored)
+                key = options.case_key_of(recipe)
+                return labelled(source, prepared, task.array, required=scored, volume=recipe.volume, case_key=key)
             return options.samples_of(prepared, recipe, source, random)
 
         calibration = opened(data, random_data, scored=not evaluation)

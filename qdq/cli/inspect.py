@@ -1,4 +1,4 @@
-"""What is known of a plan, a machine or a file without deploying: explain, doctor, measure-gpu, schema."""
+"""What is known of a plan, samples, a machine or a file alone: explain, data, doctor, measure-gpu, schema."""
 
 from __future__ import annotations
 
@@ -25,6 +25,61 @@ def explain(source: Path, node: str, engine: Path | None, as_json: bool, **given
 
     lines = explained(source, node, options.recipe_of(given), engine=engine)
     click.echo(json.dumps({"node": node, "lines": lines}, indent=1) if as_json else "\n".join(lines))
+
+
+@click.command()
+@click.argument("source", metavar="DATA")
+@click.option("--preview", type=options.PATH, metavar="OUT.png", help="Draw what a model will see of the images.")
+@click.option("--write-recipe", type=options.PATH, metavar="FILE", help="Write the `volume:` block; - prints it.")
+@options.image_options
+@options.recipe_option
+@options.json_option
+def data(source: str, preview: Path | None, write_recipe: Path | None, as_json: bool, **given: Any) -> None:
+    """Say what samples hold: arrays, or images and what a recipe or --preprocess makes of them."""
+    from calib_data.sources import ImageForm, form_of
+    from calib_data.volumes.case import keyed
+    from calib_data.volumes.prepare import described, require_one_geometry
+    from calib_data.volumes.preview import preview as drawn
+    from calib_data.volumes.spec import VolumeSpec, block
+    from engines.core.files import write_atomic
+    from qdq.core.errors import InputError
+
+    for path in filter(None, (preview, write_recipe)):
+        options.check_output(path, source, given["recipe"])
+    recipe, form = options.recipe_of(given), form_of(source)
+    if not isinstance(form, ImageForm):
+        if preview or write_recipe or recipe.volume:
+            raise InputError(
+                "These samples are arrays, which are given as a model gets them: there is no image in them."
+            )
+        found = {name: [list(array.shape), str(array.dtype)] for name, array in form.arrays(source).items()}
+        rows = [(name, "x".join(map(str, shape)), dtype) for name, (shape, dtype) in found.items()]
+        _show(found, f"One of the samples: {form.says}", rows or [("arrays without names", "", "")], as_json)
+        return
+    spec = recipe.volume or VolumeSpec()
+    cases = keyed(form.cases(source), options.case_key_of(recipe))
+    require_one_geometry(cases, spec)
+    with Bars() as bars:
+        images = []
+        for done, case in enumerate(cases, 1):
+            images.append(described(case, spec))
+            bars(done, len(cases), "read")
+    _show(images, f"{len(cases)} images: {form.says}", [tuple(image.values()) for image in images], as_json)
+    if write_recipe and str(write_recipe) != "-":
+        write_atomic(write_recipe, block(spec).encode())
+        click.echo(f"Recipe: {write_recipe}")
+    elif write_recipe:
+        click.echo(block(spec), nl=False)
+    if preview:
+        write_atomic(preview, drawn(cases, spec))
+        click.echo(f"Preview: {preview}")
+
+
+def _show(plain: object, title: str, rows: Any, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(plain, indent=1))
+    else:
+        show_rows(title, rows)
 
 
 @click.command()

@@ -195,9 +195,36 @@ memory_option = click.option(
     help="Use at most this much to run samples, as 2G: weights and activations; more passes, or fewer samples at a "
     "time, where that is little. Default: 4G, or half of what is free.",
 )
+
+
+def _trust(context: click.Context, _: click.Parameter, yes: bool) -> None:
+    """Let a bundle run its code, for the whole verb. No recipe can say so."""
+    if yes:
+        from calib_data.volumes.monai import trusting
+
+        context.with_resource(trusting())
+
+
+image_options = _options(
+    click.option(
+        "--trust", is_flag=True, expose_value=False, is_eager=True, callback=_trust, help="Run a MONAI bundle's code."
+    ),
+    click.option(
+        "--preprocess",
+        metavar="SOURCE",
+        help="Prepare images as nnunet:FOLDER[:3d_fullres] or monai:BUNDLE/configs/inference.json says (the latter "
+        "with --trust), in place of a recipe's `volume:`.",
+    ),
+    click.option(
+        "--case-key",
+        metavar="FILE",
+        help="Call images by the keyed hash (HMAC) of their names with this key; default: a key of this run.",
+    ),
+)
 data_options = _options(
     memory_option,
     click.option("--data", cls=Listed, names=_forms, help="Read samples from {names}."),
+    image_options,
     click.option("--random-data", type=int, metavar="N", help="Make N random samples in place of --data."),
 )
 limit_options = _options(
@@ -293,7 +320,7 @@ def samples_of(model: Model, recipe: Recipe, data: str | None, random_data: int 
         )
     specs = input_specs(model)
     if data is not None:
-        found = open_samples(data, specs)
+        found = open_samples(data, specs, volume=recipe.volume, case_key=case_key_of(recipe))
         _require_room(model, found)
         return found
     note(RANDOM_NOTE)
@@ -303,6 +330,13 @@ def samples_of(model: Model, recipe: Recipe, data: str | None, random_data: int 
     found = random_samples(specs, random_data or 0, seed=0, sizes=sizes)
     _require_room(model, found)
     return found
+
+
+def case_key_of(recipe: Recipe) -> bytes | None:
+    """The key of images' names, None for one of this run."""
+    from calib_data.volumes.case import read_case_key
+
+    return read_case_key(recipe.case_key) if recipe.case_key else None
 
 
 def _require_room(model: Model, samples: Samples) -> None:

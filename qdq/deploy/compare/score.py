@@ -17,8 +17,10 @@ import numpy as np
 from onnx import ModelProto
 
 from calib_data import DataError, InputSpec, Samples, open_samples
-from calib_data.sources import ArrayForm, form_of
+from calib_data.sources import ArrayForm, ImageForm, form_of
 from calib_data.sources.function import PythonFunction
+from calib_data.volumes.samples import label_form
+from calib_data.volumes.spec import VolumeSpec
 from engines.core import arithmetic
 from engines.core import onnx_runtime as ort
 from engines.core.errors import EngineError
@@ -60,7 +62,15 @@ class Score:
     samples: int
 
 
-def labelled(source: str, model: Model, labels: str, *, required: bool = True) -> Samples:
+def labelled(
+    source: str,
+    model: Model,
+    labels: str,
+    *,
+    required: bool = True,
+    volume: VolumeSpec | None = None,
+    case_key: bytes | None = None,
+) -> Samples:
     """Evaluation samples that hold one array more than the model's inputs, whatever its shape.
 
     Args:
@@ -68,21 +78,26 @@ def labelled(source: str, model: Model, labels: str, *, required: bool = True) -
         model: says the inputs.
         labels: name of the array; an input of the model may be its own label.
         required: False opens samples without such an array as those of the inputs alone.
+        volume: what is done to images; their labels are the array `label`.
+        case_key: as in `calib_data.open_samples`.
 
     Raises:
         DataError: see `calib_data.open_samples`; or the samples hold no such array, and it is required.
     """
     specs = input_specs(model)
+
+    def opened(*more: InputSpec) -> Samples:
+        return open_samples(source, (*specs, *more), volume=volume, case_key=case_key)
+
     if labels in [spec.name for spec in specs]:
-        return open_samples(source, specs)
+        return opened()
     try:
-        shape, dtype = _label_form(source, labels)
+        shape, dtype = _label_form(source, labels, volume)
     except DataError:
         if required:
             raise
-        return open_samples(source, specs)
-    extra = InputSpec(name=labels, dtype="float64" if dtype.kind == "f" else "int64", shape=(None,) * len(shape))
-    return open_samples(source, (*specs, extra))
+        return opened()
+    return opened(InputSpec(name=labels, dtype="float64" if dtype.kind == "f" else "int64", shape=(None,) * len(shape)))
 
 
 def inputs_only(samples: Samples, model: Model) -> Samples:
@@ -98,12 +113,14 @@ def inputs_only(samples: Samples, model: Model) -> Samples:
     return Samples(inputs=specs, source=source, indices=samples.indices, origin=samples.origin)
 
 
-def _label_form(source: str, name: str) -> ArrayForm:
+def _label_form(source: str, name: str, volume: VolumeSpec | None) -> ArrayForm:
     """Shape and type of the labels of one sample."""
-    found = form_of(source).arrays(source)
+    form = form_of(source)
+    found = label_form(form, source, volume) if isinstance(form, ImageForm) else form.arrays(source)
     if name in found:
         return found[name]
     there = ", ".join(sorted(found)) or "no named arrays"
+    source = "what --data or --eval names" if isinstance(form, ImageForm) else source
     raise DataError(
         f"No labels {name!r} in {source}: its samples hold {there}. Save them beside the inputs, "
         "numpy.savez(path, **inputs, labels=labels), or leave out --labels to compare with the float model."

@@ -1,0 +1,127 @@
+"""A CSV or JSON list of cases: `image[, image2...], label, case`, with paths relative to the list.
+
+JSON is a list of mappings with these keys. The images of a case are its channels; each is a file or a folder that
+another form reads.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from calib_data.sources import ImageForm, forms
+from calib_data.validation import DataError
+from calib_data.volume import Affine, Volume
+from calib_data.volumes.case import Case, as_channels
+
+MOST_BYTES = 16 << 20
+_IMAGE = re.compile(r"image([2-9]|[1-9]\d)?")
+NEEDED = "columns image, image2 and so on (one for each channel), and where wanted label and case"
+
+
+def owns(source: str) -> bool:
+    """Whether a text names a list: a .csv file, or a .json file."""
+    return Path(source).is_file() and Path(source).suffix.lower() in (".csv", ".json")
+
+
+def cases(source: str) -> list[Case]:
+    """The cases of a list.
+
+    Raises:
+        DataError: it is no such list, a case stands there twice, or a path is nothing that can be read.
+    """
+    found: dict[str, Case] = {}
+    for number, row in enumerate(rows := _rows(Path(source)), 1):
+        given = {key.strip(): value.strip() for key, value in row.items() if value and value.strip()}
+        images = sorted((key for key in given if _IMAGE.fullmatch(key)), key=lambda key: int(key[5:] or 1))
+        unknown = [key for key in given if not _IMAGE.fullmatch(key) and key not in ("label", "case")]
+        whole = [f"image{n or ''}" if n != 1 else "image" for n in range(1, len(images) + 1)]
+        if unknown or not images or images != whole:
+            what = f"the column {unknown[0][:40]!r}" if unknown else f"the images {', '.join(images) or 'none'}"
+            raise DataError(f"Row {number} of {len(rows)} of the list of cases has {what}; it must have {NEEDED}.")
+        forms_of = [_form(Path(source).parent / given[key], number, len(rows), key) for key in images]
+        paths = tuple(Path(source).parent / given[key] for key in images)
+        label = None
+        if "label" in given:
+            place = Path(source).parent / given["label"]
+            label = partial(_form(place, number, len(rows), "label").image, place)
+        name = given.get("case", given["image"])
+        if name in found:
+            raise DataError(f"Row {number} of {len(rows)} of the list of cases names a case that is there before.")
+        read = [partial(form.image, path) for form, path in zip(forms_of, paths, strict=True)]
+        found[name] = Case(
+            name=name,
+            image=lambda read=read: as_channels([one() for one in read]),  # type: ignore[misc]
+            affine=partial(forms_of[0].affine, paths[0]),
+            label=label,
+            paths=paths,
+        )
+    if not found:
+        raise DataError(f"The list of cases is empty; it needs {NEEDED}.")
+    return list(found.values())
+
+
+def _form(path: Path, row: int, rows: int, column: str) -> ImageForm:
+    form = next((f for f in forms() if isinstance(f, ImageForm) and f is not FORM and f.owns(str(path))), None)
+    if form is None:
+        what = "a file that no form of images reads" if path.exists() else "a path that does not exist"
+        raise DataError(
+            f"Row {row} of {rows} of the list of cases has under {column!r} {what}. Paths count from the list's folder."
+        )
+    return form
+
+
+def _rows(path: Path) -> Sequence[Mapping[str, str]]:
+    """Rows as mappings of texts.
+
+    Raises:
+        DataError: it is no table.
+    """
+    data = path.read_bytes()[: MOST_BYTES + 1]
+    if len(data) > MOST_BYTES:
+        raise DataError(f"The list of cases has more than {MOST_BYTES} bytes.")
+    try:
+        text = data.decode("utf-8-sig")
+        if path.suffix.lower() == ".csv":
+            read = list(csv.DictReader(io.StringIO(text), restkey="a value without a column", strict=True))
+        else:
+            read = json.loads(text)
+    except (ValueError, csv.Error, RecursionError):
+        raise DataError(f"The list of cases is no {path.suffix[1:].upper()} in UTF-8; it needs {NEEDED}.") from None
+    plain = isinstance(read, list) and all(
+        isinstance(row, dict) and all(isinstance(v, str | None) for v in row.values()) for row in read
+    )
+    if not plain:
+        raise DataError(f"The list of cases is no list of rows with texts; it needs {NEEDED}.")
+    return read
+
+
+def image(path: Path) -> Volume:
+    """The image of the only case of a list."""
+    return _only(path).image()
+
+
+def affine_of(path: Path) -> Affine:
+    """Its place."""
+    return _only(path).affine()
+
+
+def _only(path: Path) -> Case:
+    found = cases(str(path))
+    if len(found) != 1:
+        raise DataError(f"its list holds {len(found)} cases; one is needed.")
+    return found[0]
+
+
+FORM = ImageForm(
+    says="a CSV or JSON list of images, labels and cases",
+    owns=owns,
+    cases=cases,
+    image=image,
+    affine=affine_of,
+)

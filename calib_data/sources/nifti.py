@@ -1,0 +1,72 @@
+"""NIfTI images: a file, or a folder of files (`calib_data.volumes.files`).
+
+The first three axes are space; further ones are channels. Nothing of the header but geometry and scaling is used.
+
+Source: nibabel (sform before qform; `x = raw * slope + inter`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calib_data.extras import need
+from calib_data.sources import ImageForm
+from calib_data.validation import DataError
+from calib_data.volume import Affine, Volume
+from calib_data.volumes.files import ENDINGS, cases_of, holds
+
+
+def affine_of(path: Path) -> Affine:
+    """Where the image lies, by its header.
+
+    Raises:
+        DataError: the header does not say.
+    """
+    return _affine(_opened(path))
+
+
+def read(path: Path) -> Volume:
+    """The image of a file.
+
+    Raises:
+        DataError: it has no place in space, or values that are no real numbers.
+    """
+    image = _opened(path)
+    affine = _affine(image)
+    array = np.asanyarray(image.dataobj)
+    if array.dtype.kind not in "biuf":
+        raise DataError(f"its voxels are {array.dtype.name}; real numbers are needed. Split colours into channels.")
+    if (image.dataobj.slope, image.dataobj.inter) != (1, 0):
+        array = array.astype(np.float32)
+    if array.ndim < 3:
+        array = array.reshape(*array.shape, *[1] * (3 - array.ndim))
+    array = array.reshape(*array.shape[:3], -1)
+    return Volume(array=np.moveaxis(array, 3, 0), affine=affine)
+
+
+def _opened(path: Path) -> Any:
+    nibabel = need("nibabel", install="qdq[medical]", for_what="A NIfTI image")
+    return nibabel.load(path)
+
+
+def _affine(image: Any) -> Affine:
+    if not (int(image.header["sform_code"]) or int(image.header["qform_code"])):
+        raise DataError(
+            "its header says nowhere in which direction its axes run (sform and qform have code 0): readers guess, and "
+            "their guesses mirror each other. Set it: image.set_sform(affine, code=1) in nibabel."
+        )
+    return np.asarray(image.affine, np.float64)
+
+
+KINDS = ("NIfTI",)
+FORM = ImageForm(
+    says="a NIfTI file or a folder of them (nnU-Net's imagesTr too)",
+    owns=partial(holds, endings=ENDINGS["NIfTI"]),
+    cases=partial(cases_of, kind=KINDS, image=read, affine=affine_of),
+    image=read,
+    affine=affine_of,
+)

@@ -1,0 +1,168 @@
+"""A case into what a model sees of it: the whole image, in the order of the model's axes.
+
+Case -> read, checked -> turned -> cropped -> normalized -> resampled -> `Prepared`: voxels, label, and where they lie.
+The affine goes along, so that what a model finds can be brought back onto the file's grid.
+It must not cut patches, nor change an image in a way that the recipe does not name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from calib_data.validation import DataError
+from calib_data.volume import STORED, Affine, Volume
+from calib_data.volumes.case import Case, check_label, told
+from calib_data.volumes.intensity import normalized
+from calib_data.volumes.monai import bundle_image
+from calib_data.volumes.resample import resampled
+from calib_data.volumes.spec import VolumeSpec, differing
+
+SAME_MM = 0.001  # spacings that differ by less, in share, are one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prepared:
+    """A whole image as a model sees it.
+
+    Attributes:
+        image: channels and the axes of space in the order of the recipe's `axes`, float32.
+        label: one channel on the same grid, in its own type; None where the case has none.
+        foreground: the label; without one, voxels above the mean of the file's values in some channel, 1 and 0; None
+            where no patches are drawn around it.
+        stored: affine of the file's grid.
+        stored_grid: voxels of the file's grid.
+    """
+
+    image: Volume
+    label: Volume | None
+    foreground: Volume | None
+    stored: Affine
+    stored_grid: tuple[int, int, int]
+
+
+def prepared(case: Case, spec: VolumeSpec) -> Prepared:
+    """Read a case and do to it what the recipe says, but for patches.
+
+    Raises:
+        DataError: the case cannot be read, or is not what the recipe is for; says which case, and no name.
+    """
+    with told(case.where):
+        if spec.bundle:
+            return _by_bundle(case, spec)
+        image = case.image()
+        label = case.label() if case.label else None
+        _check_values(image)
+        if label is not None:
+            check_label(label, image)
+        stored, grid = image.affine, image.grid
+        wanted = spec.patches is not None and spec.patches.kind == "foreground"
+        marked = _above_mean(image) if wanted and label is None else label
+        found, *marks = (_turned(v, spec) for v in (image, marked) if v is not None)
+        if spec.crop:
+            found, *marks = _cropped([found, *marks])
+        if spec.normalize == "before":
+            found = Volume(array=normalized(found.array, spec.intensity), affine=found.affine)
+        found, marks = _on_spacing(found, spec), [_on_spacing(v, spec, label=True) for v in marks]
+        if spec.normalize == "after":
+            found = Volume(array=normalized(found.array, spec.intensity), affine=found.affine)
+        mark = next(iter(marks), None)
+        return Prepared(image=found, label=mark if label else None, foreground=mark, stored=stored, stored_grid=grid)
+
+
+def _by_bundle(case: Case, spec: VolumeSpec) -> Prepared:
+    """A MONAI bundle's own transforms; they see no label."""
+    stored, made = case.image(), bundle_image(case, spec.bundle)
+    _check_values(made)
+    seen = _turned(made, spec)
+    return Prepared(image=seen, label=None, foreground=_above_mean(seen), stored=stored.affine, stored_grid=stored.grid)
+
+
+def require_one_geometry(cases: Sequence[Case], spec: VolumeSpec) -> None:
+    """Require that what the recipe leaves open is the same in all files.
+
+    Raises:
+        DataError: orientations or spacings differ, and the recipe does not say which is wanted.
+    """
+    if spec.orientation is not None and spec.spacing_mm is not None:
+        return
+    letters, spacings = {}, {}
+    for case in cases:
+        with told(case.where):
+            volume = Volume(array=np.zeros((1, 1, 1, 1), np.uint8), affine=case.affine())
+            turned = _turned(volume, spec)
+        letters[case.where] = volume.orientation
+        spacings[case.where] = turned.spacing_mm
+    if spec.orientation is None and len(set(letters.values())) > 1:
+        raise differing(letters, "orientation")
+    first = next(iter(spacings.values()), (1.0, 1.0, 1.0))
+    same = all(np.allclose(spacing, first, rtol=SAME_MM, atol=0) for spacing in spacings.values())
+    if spec.spacing_mm is None and not same:
+        said = {where: " x ".join(f"{size:.4g}" for size in sizes) + " mm" for where, sizes in spacings.items()}
+        raise differing(said, "spacing_mm")
+
+
+def described(case: Case, spec: VolumeSpec) -> dict[str, str]:
+    """What a case holds and what becomes of it, in words without a name."""
+    with told(case.where):
+        image = case.image()
+    made = prepared(case, spec)
+    label = "" if made.label is None else f"label {', '.join(f'{v:g}' for v in np.unique(made.label.array)[:12])}"
+    return {"case": case.where, "stored": _said(image), "seen": _said(made.image), "label": label}
+
+
+def _said(volume: Volume) -> str:
+    grid, spacing = "x".join(map(str, volume.grid)), " x ".join(f"{size:.4g}" for size in volume.spacing_mm)
+    values = f"{volume.array.dtype} {float(volume.array.min()):.4g} to {float(volume.array.max()):.4g}"
+    return f"{len(volume.array)} channels {grid}, {spacing} mm, {volume.orientation}, {values}"
+
+
+def _above_mean(image: Volume) -> Volume:
+    means = image.array.mean(axis=(1, 2, 3), keepdims=True, dtype=np.float64)
+    return Volume(array=(image.array > means).any(axis=0)[None].astype(np.uint8), affine=image.affine)
+
+
+def _check_values(image: Volume) -> None:
+    if image.array.dtype.kind == "f" and (bad := int(np.count_nonzero(~np.isfinite(image.array)))):
+        raise DataError(
+            f"{bad} of its {image.array.size} voxels are NaN or infinite; every one must be a number. Set them to what "
+            "the model's training had there, for instance 0 or air."
+        )
+
+
+def _turned(volume: Volume, spec: VolumeSpec) -> Volume:
+    """In the recipe's orientation, with i, j, k in the order of its axes; pictures keep z, of size 1, last."""
+    turned = volume.oriented(spec.orientation or STORED)
+    if "z" not in spec.axes and turned.grid[2] != 1:
+        raise DataError(f"it has {turned.grid[2]} slices, and axes is {spec.axes}, without z.")
+    order = ["xyz".index(axis) for axis in (*spec.spatial, "z")[:3]]
+    return Volume(array=turned.array.transpose(0, *(n + 1 for n in order)), affine=turned.affine[:, [*order, 3]])
+
+
+def _cropped(volumes: Sequence[Volume]) -> list[Volume]:
+    """The box of the first one's voxels that are not 0 in some channel; the whole image where there is none."""
+    mask = (volumes[0].array != 0).any(axis=0)
+    if not mask.any():
+        return list(volumes)
+    box, start = [], []
+    for axis in range(3):
+        used = np.flatnonzero(mask.any(axis=tuple(n for n in range(3) if n != axis)))
+        box.append(slice(int(used[0]), int(used[-1]) + 1))
+        start.append(int(used[0]))
+    affine = volumes[0].affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ np.array(start, float)
+    return [Volume(array=v.array[:, box[0], box[1], box[2]], affine=affine) for v in volumes]
+
+
+def _on_spacing(volume: Volume, spec: VolumeSpec, *, label: bool = False) -> Volume:
+    """The volume on the recipe's spacing, where it names one."""
+    if spec.spacing_mm is None or spec.spacing_mm == STORED or spec.grid is None:
+        return volume
+    wanted = (*spec.spacing_mm, None)[:3]
+    a, b, c = (own if size is None else size for size, own in zip(wanted, volume.spacing_mm, strict=True))
+    if label:
+        return resampled(volume, (a, b, c), grid=spec.grid, order=0)
+    thick = spec.separate_z == "auto"
+    return resampled(volume, (a, b, c), grid=spec.grid, order=spec.order, separate=thick, order_z=spec.order_z)
