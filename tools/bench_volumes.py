@@ -2,8 +2,8 @@
 
     python tools/bench_volumes.py [--shape 512x512x600] [--classes 105] [--window 96x96x96:overlap=0.25] [--memory 4G]
 
-Prints the largest resident memory of the process in its whole life, the windows that ran, and how many of these ran once
-more because a slab did not fit. Run it in a fresh process for each number of classes.
+Prints the largest resident memory of the process in its whole life, the windows that ran, and how many of these ran
+once more because a slab did not fit. Run it in a fresh process for each number of classes.
 """
 
 from __future__ import annotations

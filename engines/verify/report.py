@@ -195,9 +195,7 @@ class Report(Document, frozen=True, kw_only=True):
         if self.volumes:
             found += self.volumes.failures(**of_volumes)
         elif given := [name for name, most in of_volumes.items() if most is not None]:
-            found.append(
-                f"No whole volume was run, so {', '.join(given)} cannot be checked: give images, and a window."
-            )
+            found.append(f"No whole volume was run, so {', '.join(given)} cannot be checked: give images.")
         for limit, least in asked.items():
             metric = limit.removeprefix("min_")
             values = [(o.name, v) for o in self.outputs for v in _values(o, metric)]

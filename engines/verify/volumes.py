@@ -1,12 +1,12 @@
 """What whole volumes say of two models: measures per structure and case, their means with intervals, and missed limits.
 
 measures of each case -> `StructureReport` each (`summed`) -> `VolumeComparison` (candidate against float model; both
-against labels where there are any) -> `VolumeReport`, part of a `Report`. Beside each mean stands over how many cases it
-is, for structures that are empty on one side or on both have no distance, and every library counts them otherwise.
+against labels where there are any) -> `VolumeReport`, part of a `Report`. Beside each mean stands over how many cases
+it is, for structures that are empty on one side or on both have no distance, and every library counts them otherwise.
 Must not measure anything, and holds numbers and keys of cases, never voxels or names.
 
-An interval is the middle 95 % of the means of `RESAMPLES` draws of as many cases with replacement (bootstrap, percentile
-method; Efron 1979), with a fixed seed; there is none of fewer than 3 cases.
+An interval is the middle 95 % of the means of `RESAMPLES` draws of as many cases with replacement (bootstrap,
+percentile method; Efron 1979), with a fixed seed; there is none of fewer than 3 cases.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
       regions_class_order: [1, 2, 3]
       resample: logits
 
-`structures` and `regions_class_order` are what nnU-Net's dataset.json calls `labels` and `regions_class_order`. Must not
-look at a model or an image.
+`structures` and `regions_class_order` are what nnU-Net's dataset.json calls `labels` and `regions_class_order`. Must
+not look at a model or an image.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Segmentation(Part, frozen=True, kw_only=True):
     """
 
     activation: Literal["auto", "softmax", "sigmoid"] = "auto"
-    structures: dict[str, Value | tuple[Value, ...]] = {}
+    structures: dict[str, Value | tuple[Value, ...]] = msgspec.field(default_factory=dict)
     regions_class_order: tuple[Annotated[int, msgspec.Meta(ge=1, le=65535)], ...] = ()
     resample: Literal["labels", "logits"] = "labels"
 
@@ -52,9 +52,7 @@ class Segmentation(Part, frozen=True, kw_only=True):
         """Validate."""
         regions = len(self.regions)
         if self.regions_class_order and self.activation == "softmax":
-            raise InputError(
-                "The recipe's segmentation has regions_class_order, which belongs to sigmoid, and softmax."
-            )
+            raise InputError("The recipe's segmentation has softmax, and regions_class_order, which sigmoid needs.")
         if self.regions_class_order and regions and regions != len(self.regions_class_order):
             raise InputError(
                 f"The recipe's segmentation has {regions} structures beside the background and "

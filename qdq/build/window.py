@@ -1,4 +1,4 @@
-"""The window that goes over a volume too large for one run: its size, its steps, and what a result weighs at each place.
+"""The window that goes over a volume too large for one run: its size, its steps, and what results weigh at each place.
 
 MONAI and nnU-Net define all three otherwise, and "overlap 0.5, Gaussian" alone does not say which: `rule` does.
 
@@ -6,7 +6,7 @@ MONAI and nnU-Net define all three otherwise, and "overlap 0.5, Gaussian" alone 
     monai    whole steps, the last one moved back       centre (n - 1) / 2, nothing below 1e-3
     nnunet   as many steps, spread evenly               centre n // 2, cut off at 4 sigma, times 10, rounded to FP16
 
-Both put a volume that is smaller than the patch into the middle, an odd voxel at the end. Must not read or run anything.
+Both put a volume that is smaller than the patch into the middle, an odd voxel at the end. Must not run anything.
 
 Sources: MONAI 1.6.1, inferers/utils.py and data/utils.py; nnU-Net 2.8.1, inference/sliding_window_prediction.py.
 """

@@ -1,8 +1,8 @@
 """What channels mean: logits or probabilities -> labels, without a second array of their size.
 
-`Classes`: the channel with the largest value is the label. `Regions`: channels overlap, each above its threshold; painted
-one over the other as nnU-Net does it, or, without an order, kept apart as one bit for each channel. A `Structure` is what
-is measured of such labels. Must not run a network.
+`Classes`: the channel with the largest value is the label. `Regions`: channels overlap, each above its threshold;
+painted one over the other as nnU-Net does it, or, without an order, kept apart as one bit for each channel. A
+`Structure` is what is measured of such labels. Must not run a network.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Regions:
             )
         if not self.order and self.channels > MOST_BITS:
             raise InputError(
-                f"{self.channels} channels overlap; at most {MOST_BITS} can be told apart without an order."
+                f"{self.channels} channels overlap; without an order at most {MOST_BITS} can be told apart."
             )
 
     @property

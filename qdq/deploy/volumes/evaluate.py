@@ -1,8 +1,8 @@
 """Float model and candidate on whole volumes: labels of both on each image's own grid, measured against each other.
 
-images -> each prepared as the recipe says -> both networks window by window -> labels on the image's grid -> `MaskReport`
-of each structure, also of both against labels where there are any -> `VolumeReport`. One case is in memory at a time. Must
-not tell what a case is called.
+images -> each prepared as the recipe says -> both networks window by window -> labels on the image's grid ->
+`MaskReport` of each structure, also of both against labels where there are any -> `VolumeReport`. One case is in memory
+at a time. Must not tell what a case is called.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Segmenter:
 
 def active(opened: Any) -> AbstractContextManager[Any]:
     """A session as it is, or a runner that can run within."""
-    return nullcontext(opened) if hasattr(opened, "get_inputs") else opened  # type: ignore[no-any-return]
+    return nullcontext(opened) if hasattr(opened, "get_inputs") else opened
 
 
 @contextmanager
@@ -194,7 +194,7 @@ def _label(case: Case) -> Array | None:
     """The label of a case as whole numbers (i, j, k) on the image's grid."""
     if case.label is None:
         return None
-    array = case.label().array[0]
+    array: Array = case.label().array[0]
     return array.astype(np.min_scalar_type(int(array.max()))) if array.dtype.kind == "f" else array
 
 
@@ -214,7 +214,7 @@ def _measured(
 
 def _boxes(labels: Array, structures: Sequence[Structure], *, of_file: bool) -> Iterator[Box | None]:
     """The box of each structure, None where it is empty."""
-    ndimage = need("scipy.ndimage", extra="medical", for_what="Measuring whole volumes")
+    ndimage = need("scipy.ndimage", install="qdq[medical]", for_what="Measuring whole volumes")
     if any(s.bit is not None for s in structures) and not of_file:
         for structure in structures:
             yield next(iter(ndimage.find_objects(structure.mask(labels).view(np.uint8))), None)

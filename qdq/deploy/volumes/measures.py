@@ -1,7 +1,7 @@
 """How two masks of one structure differ: overlap, distance of their surfaces, volume, and lesions that only one has.
 
-two masks on one grid, spacing -> the box around both -> `MaskReport`. Memory: a few times that box in bytes, and the points
-of both surfaces. Definitions:
+two masks on one grid, spacing -> the box around both -> `MaskReport`. Memory: a few times that box in bytes, and the
+points of both surfaces. Definitions:
 
 - Dice: 2 |both| / (|found| + |true|); 0 where only one is empty, as nnU-Net; none where both are.
 - surface: voxels of a mask with one of 6 neighbours outside it; beyond the image is outside. Distances are between
@@ -101,19 +101,19 @@ def surface(mask: Mask) -> Mask:
 
 def _distances(ours: Mask, theirs: Mask, spacing_mm: Sequence[float]) -> tuple[Floats, Floats]:
     """Of each surface voxel of one, the distance to the nearest of the other: both directions."""
-    points = [np.argwhere(surface(m)) * np.asarray(spacing_mm, np.float64) for m in (ours, theirs)]
+    points = [np.argwhere(surface(m)).astype(np.float64) * np.asarray(spacing_mm) for m in (ours, theirs)]
     return _nearest(points[0], points[1]), _nearest(points[1], points[0])
 
 
 def _nearest(points: Floats, others: Floats) -> Floats:
-    spatial = need("scipy.spatial", extra="medical", for_what="Measuring surfaces")
+    spatial = need("scipy.spatial", install="qdq[medical]", for_what="Measuring surfaces")
     tree = spatial.cKDTree(others, compact_nodes=False, balanced_tree=False)
     return np.concatenate([tree.query(points[n : n + CHUNK])[0] for n in range(0, len(points), CHUNK)])
 
 
 def _alone(mask: Mask, other: Mask) -> _Alone:
     """What of a mask stands alone."""
-    ndimage = need("scipy.ndimage", extra="medical", for_what="Counting lesions")
+    ndimage = need("scipy.ndimage", install="qdq[medical]", for_what="Counting lesions")
     numbers, count = ndimage.label(mask, structure=np.ones((3, 3, 3), bool))
     if not count:
         return _Alone(components=0, alone=0, largest=0)

@@ -1,7 +1,7 @@
 """A session or an engine as a function from patches to channels, and what these channels are.
 
-ONNX Runtime session, or Polygraphy runner of an engine -> `Network` -> patches (n, c, i, j, k) in, (n, channels, i, j, k)
-out, whatever axes and batch the model has. What the float model gives first decides what channels are (`Reader`).
+ONNX Runtime session, or Polygraphy runner of an engine -> `Network` -> patches (n, c, i, j, k) in, (n, channels, i, j,
+k) out, whatever axes and batch the model has. What the float model gives first decides what channels are (`Reader`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Infer = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
 
 def inferring(opened: Any) -> Infer:
-    """An ONNX Runtime session, or an active Polygraphy runner, whose results are copied as it may use their memory again.
+    """An ONNX Runtime session, or an active Polygraphy runner, whose results are copied: it uses their memory again.
 
     Raises:
         EngineError: when it is called, and the run fails.
@@ -211,7 +211,7 @@ def planned(
     own = layout.sizes(spec)
     if given and any(n and m and n != m for n, m in zip(own, window.patch, strict=True)):
         raise InputError(
-            f"The window's patch is {' x '.join(map(str, given.patch))}, and the model takes {' x '.join(map(str, own))} "
-            "(0: any size). Give that patch, or leave out --window."
+            f"The window's patch is {' x '.join(map(str, given.patch))}, and the model takes "
+            f"{' x '.join(map(str, own))} (0: any size). Give that patch, or leave out --window."
         )
     return replace(window, patch=tuple(n or m for n, m in zip(own, window.patch, strict=True))), layout

@@ -1,9 +1,9 @@
 """From the network's grid back to the image's own: where each voxel of the one lies on the other, by their affines.
 
 labels, or logits channel by channel + both grids -> labels on the image's grid, 0 where the network saw nothing.
-Turned, flipped, cropped and resampled grids are all one map for each axis: index on the network's grid = scale x index on
-the image's + offset. Labels take the nearest voxel. Logits are interpolated along each axis, the outermost value beyond
-the last centre, and decoded on the image's grid, as nnU-Net exports. Must not run a network.
+Turned, flipped, cropped and resampled grids are all one map for each axis: index on the network's grid = scale x index
+on the image's + offset. Labels take the nearest voxel. Logits are interpolated along each axis, the outermost value
+beyond the last centre, and decoded on the image's grid, as nnU-Net exports. Must not run a network.
 
 nnU-Net takes the nearest slice along an axis of thick slices (`calib_data.volumes.resample.thick_axis`).
 """

@@ -1,10 +1,11 @@
 """A network over a whole volume, window by window; what no later window touches is handed over at once.
 
 volume (c, i, j, k) -> padded to the patch -> windows in order along one axis, weighted sums in one slab -> `Part` after
-part of the mean output -> a consumer, which makes labels of it (`labels`). Memory: the volume, what the consumer keeps,
-and one slab: channels x patch length x the other two axes, FP32. Where that is more than the memory given, the second
-axis is cut into strips, one after the other; windows on a seam are then run once for each strip, which `Sliding.repeated`
-counts. Neither the order of sums at a voxel nor any value depends on it. Must not know what the channels mean.
+part of the mean output -> a consumer, which makes labels of it. Memory: the volume, what the consumer keeps, outputs of
+a batch, and one slab: channels x patch length x the other two axes, FP32. Where that is more than the memory given,
+the second axis is cut into strips, one after the other; windows on a seam are then run once for each strip, which
+`Sliding.repeated` counts. Neither the order of sums at a voxel nor any value depends on it. Must not know what the
+channels mean.
 
 nnU-Net adds up in FP16; here it is FP32, with nnU-Net's FP16 weights.
 """
@@ -99,13 +100,11 @@ class Sliding:
             return volume
         mode = PADDINGS[self.window.padding]
         given: dict[str, Any] = {"constant_values": self.window.pad_value} if mode == "constant" else {}
-        short = next(
-            (n for (_, n), (_, after) in zip(inside, widths, strict=True) if mode == "reflect" and after >= n), 0
-        )
-        if short:
+        short = [n for (_, n), (_, after) in zip(inside, widths, strict=True) if after >= n]
+        if short and mode == "reflect":
             raise InputError(
-                f"An axis of {short} voxels cannot be reflected to the patch, {' x '.join(map(str, sizes))}: reflection "
-                "adds less than the axis has. Choose a smaller patch, or the padding constant or replicate."
+                f"An axis of {short[0]} voxels cannot be reflected to the patch, {' x '.join(map(str, sizes))}: "
+                "reflection adds less than the axis has. Choose a smaller patch, or the padding constant or replicate."
             )
         kind = np.float32 if mode == "constant" else volume.dtype
         return np.pad(volume.astype(kind, copy=False), [(0, 0), *widths], mode=mode, **given)  # type: ignore[call-overload,no-any-return]
@@ -222,8 +221,8 @@ def output(sliding: Sliding, volume: Array, *, room: int | None = None, most: in
             needed = 4 * len(part.values) * math.prod(volume.shape[1:])
             if most is not None and needed > most:
                 raise InputError(
-                    f"All {len(part.values)} channels of a volume take {said_bytes(needed)}, and {said_bytes(most)} may "
-                    "be used. Raise --memory, or take resample: labels, which needs one slab."
+                    f"All {len(part.values)} channels of a volume take {said_bytes(needed)}, and {said_bytes(most)} "
+                    "may be used. Raise --memory, or take resample: labels, which needs one slab."
                 )
             whole = np.zeros((len(part.values), *volume.shape[1:]), np.float32)
         whole[(slice(None), *part.place)] = part.values

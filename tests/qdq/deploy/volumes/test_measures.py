@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-pytest.importorskip("scipy", reason="scipy is not installed: pip install 'qdq[medical]'")
 
 from qdq.deploy.volumes.measures import measured, surface
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from scipy import ndimage
 
 from calib_data.volume import Volume
 from qdq.core.errors import InputError
@@ -64,7 +65,7 @@ def test_labels_of_twice_the_voxels_come_back() -> None:
 @pytest.mark.parametrize("block", [5, 100])
 @pytest.mark.parametrize("shape", [(13, 17, 30), (20, 9, 12)])
 def test_logits_are_interpolated_as_scipy_does(shape: tuple[int, int, int], block: int) -> None:
-    ndimage = pytest.importorskip("scipy.ndimage", reason="scipy is not installed: pip install 'qdq[medical]'")
+
     own, channels = stored(), 4
     logits = np.random.default_rng(1).normal(size=(channels, *shape)).astype(np.float32)
     ratio = np.asarray(own.grid) / shape
@@ -74,7 +75,7 @@ def test_logits_are_interpolated_as_scipy_does(shape: tuple[int, int, int], bloc
 
 
 def test_thick_slices_are_taken_whole() -> None:
-    ndimage = pytest.importorskip("scipy.ndimage", reason="scipy is not installed: pip install 'qdq[medical]'")
+
     own = stored((20, 17, 12), (1.0, 1.0, 4.0))
     shape, channels = (13, 9, 7), 3
     logits = np.random.default_rng(1).normal(size=(channels, *shape)).astype(np.float32)
