@@ -67,7 +67,7 @@ def _targets() -> Iterable[str]:
     return dict.fromkeys(target for b in backends().values() if not b.needs_gpu for target in b.targets)
 
 
-def _tasks() -> Iterable[str]:
+def tasks() -> Iterable[str]:
     """What outputs can be taken for."""
     from engines.verify.meaning import TASKS
 
@@ -255,7 +255,7 @@ window_option = click.option(
 judging_options = _options(
     limit_options,
     window_option,
-    click.option("--task", cls=Listed, names=_tasks, help="Take the outputs for: {names}; auto: as the graph ends."),
+    click.option("--task", cls=Listed, names=tasks, help="Take the outputs for: {names}; auto: as the graph ends."),
     click.option(
         "--class-axis", type=int, help="Look for classes on this axis of the outputs; default: as the graph says."
     ),

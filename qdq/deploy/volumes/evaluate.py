@@ -27,7 +27,7 @@ from qdq.core.progress import Progress
 from qdq.core.resources import default_bytes
 from qdq.deploy.volumes.decode import Structure
 from qdq.deploy.volumes.measures import measured
-from qdq.deploy.volumes.network import Network, Reader, inferring, planned
+from qdq.deploy.volumes.network import Network, Reader, inferring, output_of, planned
 from qdq.deploy.volumes.restore import Grid, decoded_onto, labels_onto
 from qdq.deploy.volumes.sliding import Sliding, output
 
@@ -143,8 +143,9 @@ def compare_volumes(
         InputError: the samples are no images; the model's first output is no segmentation; the window does not fit.
         DataError: a case cannot be used.
     """
-    first = next((o.name for o in reference.get_outputs() if str(o.type).startswith("tensor(")), "")
-    reader = Reader(graph=graph, output=first, asked=whole.segmentation, task=task, class_axis=class_axis)
+    reader = Reader(
+        graph=graph, output=output_of(reference), asked=whole.segmentation, task=task, class_axis=class_axis
+    )
     ours, theirs = (Segmenter(model, samples, whole, reader) for model in (reference, candidate))
     kept: list[list[CaseReport]] = [[], [], []]
     cases = ours.source.cases

@@ -101,19 +101,26 @@ class Layout:
         return np.ascontiguousarray(array if self.flat is None else np.expand_dims(array, 2 + self.flat), np.float32)
 
 
+def output_of(opened: Any) -> str:
+    """The first output of a session that is a tensor; "" of a runner, which tells when it runs."""
+    if not hasattr(opened, "get_inputs"):
+        return ""
+    return next((o.name for o in opened.get_outputs() if str(o.type).startswith("tensor(")), "")
+
+
 @dataclass(slots=True, kw_only=True)
 class Reader:
     """What the channels of an output are, decided by the first that the float model gives.
 
     Attributes:
-        graph: the float model.
-        output: name of the output.
+        graph: the float model; None where only values tell.
+        output: name of the output; "" takes the first.
         asked: by the recipe.
         task: as in `engines.verify.meaning.meanings`.
         class_axis: as there.
     """
 
-    graph: ModelProto
+    graph: ModelProto | None
     output: str
     asked: Segmentation
     task: str = "auto"
@@ -182,7 +189,8 @@ class Network:
             missing = size - len(some)
             full = np.concatenate([some, some[:1].repeat(missing, 0)]) if missing else some
             fed = {self.spec.name: self.layout.fed(full, self.spec.dtype)}
-            found = self.infer(fed)[self.reader.output]
+            outputs = self.infer(fed)
+            found = outputs[self.reader.output or next(iter(outputs))]
             made.append(self.layout.placed(found, self.reader.channels(fed, found))[: len(some)])
         return made[0] if len(made) == 1 else np.concatenate(made)
 

@@ -138,9 +138,7 @@ def test_regions_are_painted_in_their_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(20, 17, 1), (5, 4, 3)])
 def test_one_slice_and_volumes_smaller_than_the_patch_are_padded(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     picture = image(0, shape)
-    found = compared(
-        tmp_path, save(tmp_path / "data", [picture], [classes_of(picture, 1, 2)]), *[thresholds(1, 2)] * 2
-    )
+    found = compared(tmp_path, save(tmp_path / "data", [picture], [classes_of(picture, 1, 2)]), *[thresholds(1, 2)] * 2)
     assert all(s.dice and s.dice.mean == 1 for s in found.to_labels[0].structures)
 
 
@@ -173,9 +171,7 @@ def test_without_any_size_the_whole_volume_runs_at_once(tmp_path: Path) -> None:
 def test_a_window_that_the_model_does_not_take(tmp_path: Path, window: Any, shape: Any, said: str) -> None:
     model = thresholds(1, 2, shape=shape)
     with pytest.raises(InputError, match=said):
-        compared(
-            tmp_path, save(tmp_path / "d", [image(0)]), model, model, WholeVolumes(window=Window(patch=window))
-        )
+        compared(tmp_path, save(tmp_path / "d", [image(0)]), model, model, WholeVolumes(window=Window(patch=window)))
 
 
 def test_structures_must_fit_the_channels(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-
 from qdq.deploy.volumes.measures import measured, surface
 
 Mask = npt.NDArray[np.bool_]
