@@ -27,19 +27,21 @@ class FileFolder:
             DataError: no samples, both forms at once, or ``.npy`` files for a model of several inputs.
         """
         files = sorted(p for p in folder.iterdir() if p.suffix in (".npz", ".npy") and not p.name.startswith("."))
-        kinds = Counter(path.suffix for path in files)
+        forms = Counter(path.suffix for path in files)
         if not files:
-            others = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+            names = [p.suffix for p in folder.iterdir() if p.suffix]  # names themselves may be those of patients
+            kinds = ", ".join(sorted(set(names))[:5])
+            others = f"{len(names)} file{'s' * (len(names) > 1)}, {kinds}" if names else "nothing"
             raise DataError(
                 f"No samples in the folder {folder}: it holds {others}; one .npz (or .npy) file per sample is needed. "
                 "Save each sample with numpy.savez(path, **inputs), or give a module.py:function that yields dicts."
             )
-        if len(kinds) > 1:
+        if len(forms) > 1:
             raise DataError(
-                f"Cannot tell which files of the folder {folder} are the samples: got {kinds['.npz']} .npz and "
-                f"{kinds['.npy']} .npy files, one kind is needed. Move the others away."
+                f"Cannot tell which files of the folder {folder} are the samples: got {forms['.npz']} .npz and "
+                f"{forms['.npy']} .npy files, one kind is needed. Move the others away."
             )
-        if ".npy" in kinds:
+        if ".npy" in forms:
             require_one_input(files[0], inputs)
         return cls(files=files, inputs=inputs)
 

@@ -35,14 +35,14 @@ def padded(volume: Volume, patch: Sequence[int], value: float = 0) -> Volume:
 
 
 def steps(size: int, patch: int, step: float = 0.5) -> list[int]:
-    """Starts of windows that cover an axis, evenly spread, at most `step` of a patch apart.
+    """Starts of windows that cover an axis, evenly spread, at most `step` of a patch, or one voxel, apart.
 
     >>> steps(110, 64), steps(97, 96), steps(200, 96), steps(512, 128)[:3], steps(5, 8)
     ([0, 23, 46], [0, 1], [0, 35, 69, 104], [0, 64, 128], [0])
     """
     if size <= patch:
         return [0]
-    count = math.ceil((size - patch) / (patch * step)) + 1
+    count = math.ceil((size - patch) / max(1, patch * step)) + 1
     return [round((size - patch) / (count - 1) * i) for i in range(count)]
 
 

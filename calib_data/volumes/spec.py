@@ -122,7 +122,7 @@ class VolumeSpec(Spec, frozen=True, kw_only=True):
 
     def to_mapping(self) -> dict[str, Any]:
         """The block as plain values, without what is the default."""
-        found: dict[str, Any] = msgspec.to_builtins(self)
+        found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
         return found
 
 

@@ -130,9 +130,9 @@ def test_nothing_there(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", words="No such file or folder & nowhere & module.py:function")
     refused(tmp_path / "nowhere.npz", words="No such file or folder & nowhere.npz")
     refused(tmp_path, words="No samples in the folder & nothing & numpy.savez")
-    (tmp_path / "scan.nii").write_bytes(b"")
-    refused(tmp_path, words="scan.nii")
-    refused(tmp_path / "scan.nii", words="Cannot read & scan.nii & convert")
+    (tmp_path / "doe.ima").write_bytes(b"")
+    assert "doe" not in refused(tmp_path, words="1 file, .ima").replace(str(tmp_path), "")
+    refused(tmp_path / "doe.ima", words="Cannot read & doe.ima & convert")
 
 
 def test_unclear_folder(tmp_path: Path) -> None:

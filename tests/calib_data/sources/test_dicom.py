@@ -1,0 +1,200 @@
+"""DICOM series: ordered along their normal, rescaled slice by slice; what is no even stack is refused, with why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from image_files import OBLIQUE, ramp, write_series
+
+from calib_data import DataError
+from calib_data.sources import dicom
+from calib_data.volumes.case import keyed, told
+
+pydicom = pytest.importorskip("pydicom", reason="pip install 'qdq[medical]'")
+GRID = (4, 5, 6)
+Each = Callable[[Any, int], None]
+
+
+def moved(by: Callable[[int], tuple[float, float, float]]) -> Each:
+    """Adds something to each slice's position, in LPS millimetres."""
+
+    def each(data: Any, index: int) -> None:
+        data.ImagePositionPatient = [float(a) + b for a, b in zip(data.ImagePositionPatient, by(index), strict=True)]
+
+    return each
+
+
+def refused(folder: Path, words: str) -> None:
+    (case,) = keyed(dicom.cases(str(folder)))
+    with pytest.raises(DataError, match=words), told(case.where):
+        case.image()
+
+
+def test_shuffled_files_give_the_volume_and_its_place(tmp_path: Path) -> None:
+    volume = dicom.read(write_series(tmp_path, ramp(*GRID), OBLIQUE))
+    assert volume.array.dtype == np.int16
+    np.testing.assert_array_equal(volume.array[0], ramp(*GRID))
+    np.testing.assert_allclose(volume.affine, OBLIQUE, atol=1e-6)  # positions are decimal text of 10 digits
+    np.testing.assert_array_equal(dicom.affine_of(tmp_path), volume.affine)
+    assert dicom.owns(str(tmp_path)) and not dicom.owns(str(tmp_path / "nothing"))
+
+
+def test_series_are_cases_in_folders_of_folders(tmp_path: Path) -> None:
+    write_series(tmp_path / "a", ramp(*GRID), OBLIQUE, uid="1.2.3.1")
+    write_series(tmp_path / "a", ramp(*GRID) + 1, OBLIQUE, uid="1.2.3.2", seed=1)
+    write_series(tmp_path / "b" / "c", ramp(*GRID) + 2, OBLIQUE, uid="1.2.3.3")
+    (tmp_path / "b" / "notes.txt").write_text("no image")
+    found = keyed(dicom.cases(str(tmp_path)))
+    assert [int(case.image().array.min()) for case in found] == [0, 1, 2]
+    with pytest.raises(DataError, match="holds 3 DICOM series; one is needed"):
+        dicom.read(tmp_path)
+
+
+def test_rescale_of_each_slice(tmp_path: Path) -> None:
+    def each(data: Any, index: int) -> None:
+        data.Modality, data.RescaleSlope, data.RescaleIntercept = "PT", index + 0.5, -1024
+
+    volume = dicom.read(write_series(tmp_path, ramp(*GRID), OBLIQUE, each=each))
+    assert volume.array.dtype == np.float32
+    np.testing.assert_array_equal(volume.array[0], (ramp(*GRID) * (np.arange(6) + 0.5) - 1024).astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16"])
+def test_monochrome1_is_inverted_in_its_range(tmp_path: Path, dtype: str) -> None:
+    def each(data: Any, index: int) -> None:
+        data.PhotometricInterpretation = "MONOCHROME1"
+
+    stored = ramp(*GRID, dtype=dtype)
+    volume = dicom.read(write_series(tmp_path, stored, OBLIQUE, each=each))
+    np.testing.assert_array_equal(volume.array[0], 255 - stored if dtype == "uint8" else -1 - stored)
+
+
+def test_monochrome1_of_measurements_is_refused(tmp_path: Path) -> None:
+    def each(data: Any, index: int) -> None:
+        data.PhotometricInterpretation, data.Modality = "MONOCHROME1", "CT"
+
+    with pytest.raises(DataError, match="MONOCHROME1 and of modality CT"):
+        dicom.cases(str(write_series(tmp_path, ramp(*GRID), OBLIQUE, each=each)))
+
+
+def test_run_length_encoded_pixels(tmp_path: Path) -> None:
+    from pydicom.uid import RLELossless
+
+    volume = dicom.read(write_series(tmp_path, ramp(*GRID), OBLIQUE, syntax=RLELossless))
+    np.testing.assert_array_equal(volume.array[0], ramp(*GRID))
+
+
+def test_a_compression_without_decoder_is_named(tmp_path: Path) -> None:
+    def each(data: Any, index: int) -> None:
+        data.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLosslessSV1
+        data.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8\xff\xd9"])
+        data["PixelData"].VR = "OB"
+        data["PixelData"].is_undefined_length = True
+
+    refused(write_series(tmp_path, ramp(*GRID), OBLIQUE, each=each), "compressed as JPEG Lossless.*pip install")
+
+
+def test_a_missing_slice_is_refused(tmp_path: Path) -> None:
+    write_series(tmp_path, ramp(4, 5, 7), OBLIQUE)
+    gone = next(
+        path for path in tmp_path.iterdir() if round(float(pydicom.dcmread(path).ImagePositionPatient[2]), 3) == 17.5
+    )
+    gone.unlink()  # index 3 of 0 to 6
+    refused(tmp_path, "is 2.5 mm, but 5 mm between slices 3 and 4 of 6 .* a slice is missing")
+
+
+def test_uneven_steps_are_refused_and_rounded_ones_are_not(tmp_path: Path) -> None:
+    write_series(tmp_path / "round", ramp(*GRID), OBLIQUE, each=moved(lambda n: (0, 0, 0.02 * (n % 2))))
+    assert dicom.read(tmp_path / "round").array.shape == (1, *GRID)
+    write_series(tmp_path / "uneven", ramp(*GRID), OBLIQUE, each=moved(lambda n: (0, 0, 0.5 * (n > 3))))
+    refused(tmp_path / "uneven", "is 2.5 mm, but 3 mm between slices 4 and 5")
+
+
+def test_doubled_slices_are_refused(tmp_path: Path) -> None:
+    write_series(tmp_path, ramp(*GRID), OBLIQUE, each=moved(lambda n: (0, 0, -2.5 * (n == 3))))
+    refused(tmp_path, "1 of its 6 slices lie where another one lies")
+
+
+def test_a_tilted_gantry_is_refused(tmp_path: Path) -> None:
+    shift = 2.5 * np.tan(np.radians(15))
+    write_series(tmp_path, ramp(*GRID), np.diag([-1, -1, 2.5, 1.0]), each=moved(lambda n: (0, float(shift) * n, 0)))
+    refused(tmp_path, "sheared by 15.0 degrees")
+
+
+def test_a_localizer_in_the_series_is_refused(tmp_path: Path) -> None:
+    def each(data: Any, index: int) -> None:
+        if index == 2:
+            data.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
+
+    refused(write_series(tmp_path, ramp(*GRID), OBLIQUE, each=each), "its 6 slices are 2 stacks")
+
+
+def test_one_slice_is_refused(tmp_path: Path) -> None:
+    refused(write_series(tmp_path, ramp(4, 5, 1), OBLIQUE), "it has one slice")
+
+
+def test_several_modalities_are_refused(tmp_path: Path) -> None:
+    def each(data: Any, index: int) -> None:
+        data.Modality = "CT"
+
+    write_series(tmp_path / "mr", ramp(*GRID), OBLIQUE)
+    write_series(tmp_path / "ct", ramp(*GRID), OBLIQUE, each=each)
+    with pytest.raises(DataError, match="series of CT and MR"):
+        dicom.cases(str(tmp_path))
+
+
+@pytest.mark.parametrize("keyword", ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"])
+def test_a_slice_without_a_place_is_refused(tmp_path: Path, keyword: str) -> None:
+    def each(data: Any, index: int) -> None:
+        delattr(data, keyword)
+
+    with pytest.raises(DataError, match=f"has no {keyword}"):
+        dicom.cases(str(write_series(tmp_path, ramp(*GRID), OBLIQUE, each=each)))
+
+
+def test_a_table_of_values_is_refused(tmp_path: Path) -> None:
+    def each(data: Any, index: int) -> None:
+        table = pydicom.Dataset()
+        table.LUTDescriptor, table.LUTData = [2, 0, 16], [0, 5]
+        table["LUTDescriptor"].VR = table["LUTData"].VR = "US"
+        data.ModalityLUTSequence = [table]
+
+    with pytest.raises(DataError, match="ModalityLUTSequence"):
+        dicom.cases(str(write_series(tmp_path, ramp(*GRID), OBLIQUE, each=each)))
+
+
+def test_enhanced_frames_have_places_and_rescaling_of_their_own(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "plain", ramp(*GRID), OBLIQUE)
+    slices = [pydicom.dcmread(path) for path in sorted(folder.iterdir())]  # by names: in no order of space
+    whole, frames, expected = slices[0], [], np.zeros(GRID, np.float32)
+    for number, one in enumerate(slices):
+        frame = pydicom.Dataset()
+        for sequence, keyword in (
+            ("PlanePositionSequence", "ImagePositionPatient"),
+            ("PlaneOrientationSequence", "ImageOrientationPatient"),
+        ):
+            inside = pydicom.Dataset()
+            setattr(inside, keyword, getattr(one, keyword))
+            setattr(frame, sequence, [inside])
+        value = pydicom.Dataset()
+        value.RescaleSlope, value.RescaleIntercept = 2, number
+        frame.PixelValueTransformationSequence = [value]
+        frames.append(frame)
+        index = round((float(one.ImagePositionPatient[2]) - 10) / 2.5)
+        expected[:, :, index] = ramp(*GRID)[:, :, index] * 2 + number
+    measures, shared = pydicom.Dataset(), pydicom.Dataset()
+    measures.PixelSpacing = whole.PixelSpacing
+    shared.PixelMeasuresSequence = [measures]
+    whole.SharedFunctionalGroupsSequence, whole.PerFrameFunctionalGroupsSequence = [shared], frames
+    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
+        delattr(whole, keyword)
+    pixels = b"".join(one.PixelData for one in slices)
+    whole.NumberOfFrames, whole.PixelData = len(slices), pixels
+    whole.save_as(tmp_path / "enhanced.dcm", enforce_file_format=True)
+    volume = dicom.read(tmp_path / "enhanced.dcm")
+    np.testing.assert_array_equal(volume.array[0], expected)
+    np.testing.assert_allclose(volume.affine, OBLIQUE, atol=1e-6)

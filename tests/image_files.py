@@ -1,0 +1,78 @@
+"""Images that tests write: NIfTI files and DICOM series."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+OBLIQUE = np.array([[-0.8, -0.1, 0, 20], [0.1, -0.8, 0, -30], [0, 0, 2.5, 10], [0, 0, 0, 1.0]])
+
+
+def ramp(*grid: int, dtype: str = "int16") -> np.ndarray:
+    """Values that are all different, as far as the dtype goes."""
+    return np.arange(np.prod(grid)).reshape(grid).astype(dtype)
+
+
+def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray | None = None, *, codes: int = 1) -> Path:
+    """An image with the sform's and qform's code."""
+    import nibabel
+
+    image = nibabel.Nifti1Image(array, np.eye(4) if affine is None else affine)
+    image.set_sform(image.affine, code=codes)
+    image.set_qform(image.affine, code=codes)
+    if not codes:
+        image.header.set_zooms(np.abs(np.linalg.norm(image.affine[:3, :3], axis=0)))
+    path.parent.mkdir(exist_ok=True, parents=True)
+    nibabel.save(image, path)
+    return path
+
+
+def write_series(
+    folder: Path,
+    array: np.ndarray,
+    affine: np.ndarray,
+    *,
+    seed: int = 0,
+    each: Callable[[Any, int], None] = lambda slice_, index: None,
+    uid: str = "",
+    syntax: str = "1.2.840.10008.1.2.1",
+) -> Path:
+    """A DICOM series of (column, row, slice), a file a slice, with names that say nothing of their order.
+
+    `each` changes a slice's data set before it is written; `affine` is in RAS+ millimetres.
+    """
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import UID, MRImageStorage, generate_uid
+
+    folder.mkdir(exist_ok=True, parents=True)
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    series = uid or generate_uid()
+    names = np.random.default_rng(seed).permutation(array.shape[2])
+    for index in range(array.shape[2]):
+        data = Dataset()
+        data.file_meta = FileMetaDataset()
+        data.file_meta.TransferSyntaxUID = UID("1.2.840.10008.1.2.1")
+        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = MRImageStorage
+        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = generate_uid()
+        data.SeriesInstanceUID, data.Modality = series, "MR"
+        data.Rows, data.Columns = array.shape[1], array.shape[0]
+        data.PixelSpacing = [f"{spacing[1]:.10g}", f"{spacing[0]:.10g}"]
+        data.ImageOrientationPatient = [f"{v:.10g}" for n in (0, 1) for v in lps[:3, n] / spacing[n]]
+        data.ImagePositionPatient = [f"{v:.10g}" for v in (lps @ [0, 0, index, 1])[:3]]
+        data.InstanceNumber = int(names[index])
+        data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+        bits = array.dtype.itemsize * 8
+        data.BitsAllocated = data.BitsStored = bits
+        data.HighBit, data.PixelRepresentation = bits - 1, int(array.dtype.kind == "i")
+        pixels = np.ascontiguousarray(array[:, :, index].T)
+        data.PixelData = pixels.tobytes() + b"\0" * (pixels.nbytes % 2)
+        data["PixelData"].VR = "OB" if bits == 8 else "OW"
+        each(data, index)
+        if syntax != "1.2.840.10008.1.2.1":
+            data.compress(syntax, generate_instance_uid=False)
+        data.save_as(folder / f"file{names[index]:04d}{seed}", enforce_file_format=True)
+    return folder
