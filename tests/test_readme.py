@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx
 import pytest
 from click.testing import CliRunner
+from clinic import image, save
 from models import images, save_samples, segmenter
 from places import ROOT
 
@@ -50,7 +51,9 @@ def test_every_command_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.M
     onnx.save(segmenter(spatial=("x", "y", "z")), "unet.onnx")
     save_samples(tmp_path / "volumes", images(3, CUBE))
     save_samples(tmp_path / "held_out", images(2, CUBE, seed=7))
-    Path("recipe.yaml").write_text("".join(blocks("yaml")))
+    save(tmp_path / "scans", [image(n, CUBE[2:]) for n in range(3)])
+    for block in blocks("yaml"):
+        Path(block.partition("\n")[0].removeprefix("# ")).write_text(block)
     Path("loader.py").write_text(LOADER)
     assert {shlex.split(c)[1] for c in commands()} == set(main.commands)  # every verb is shown
     for command in commands():
