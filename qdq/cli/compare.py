@@ -52,6 +52,7 @@ def _metrics() -> Iterable[str]:
 @click.option("--unit", default="", help="Name the unit of a metric that has one, as mae; for instance kcal/mol.")
 @click.option("--per", type=float, default=1.0, help="Say how much of the output makes one such unit.")
 @click.option("--class-axis", type=int, help="Look for classes on this axis; default: as the end of the graph says.")
+@options.window_option
 @options.overlap_option
 @click.option("-o", "--output", type=options.PATH, help="Write report.json here.")
 @options.unquantized_option

@@ -257,6 +257,7 @@ class _Bench:
                 self.task,
                 model=self.prepared,
                 custom_ops=self.custom_ops,
+                whole=entry.recipe.whole,
                 on_progress=on_progress,
             )
             row = replace(

@@ -125,12 +125,14 @@ class Sliding:
         left = room - 8 * self.window.batch * channels * math.prod(size)  # the outputs of a batch, twice
         strips = min(-(-wide * per_row // max(left, 1)), -(-wide // size[1]) * 8)
         width = max(-(-wide // strips), 1)
+        slab = np.empty((channels, size[0], width, deep), np.float32)  # once: two would be in memory at a seam
+        weights = np.empty(slab.shape[1:], np.float32)
         seen: set[Start] = set()
         for low in range(0, wide, width):
             high = min(low + width, wide)
             across = [s for s in starts[1] if s < high and s + size[1] > low]
-            sums = np.zeros((channels, size[0], high - low, deep), np.float32)
-            total = np.zeros(sums.shape[1:], np.float32)
+            sums, total = slab[:, :, : high - low], weights[:, : high - low]
+            sums[...] = total[...] = 0
             for n, at in enumerate(starts[0]):
                 every = [(at, b, c) for b, c in product(across, starts[2])]
                 self.repeated += len(seen.intersection(every))

@@ -119,3 +119,22 @@ def test_deploy_reports_whole_volumes(place: Path) -> None:
     assert report["check"]["volumes"]["cases"] == 2 and report["failures"] == []
     assert report["as_compiled"]["volumes"] is None and report["as_compiled"]["failures"] == []
     assert "against float model, 2 whole volumes" in done.output
+
+
+def test_compare_scores_whole_volumes(place: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
+    (place / "recipe.yaml").write_text(RECIPE.replace("RAS}", "RAS, patch: [8, 8, 8]}"))
+    pictures = [image(n) for n in range(2)]
+    data = save(place / "data", pictures, [classes_of(p, 1, 2) for p in pictures])
+    words = ("compare", place / "float.onnx", "--data", data, "--recipe", place / "recipe.yaml", "--schemes", "int8")
+    values = {}
+    for metric in ("volume-dice", "volume-hd95", "volume-ml"):
+        done = qdq(*words, "--metric", metric, "--json")
+        assert done.exit_code == 0, done.output
+        made = json.loads(done.stdout)
+        values[metric] = [row["value"] for row in made["rows"]]
+        assert made["rows"][0]["scheme"] == "FP32" and "classes of output of whole volumes" in str(made["notes"])
+    assert values["volume-dice"][0] == 1 and values["volume-hd95"][0] == values["volume-ml"][0] == 0
+    assert 0.5 < values["volume-dice"][-1] <= 1
+    labelled = json.loads(qdq(*words, "--metric", "volume-dice", "--labels", "label", "--json").stdout)
+    assert labelled["rows"][0]["value"] == 1 and labelled["task"]["labels"] == "label"
