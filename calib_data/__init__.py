@@ -1,8 +1,8 @@
 """Sources of calibration and evaluation samples.
 
-Flow: a folder, an ``.npz`` / ``.npy`` file or a ``module.py:function`` -> ``open_samples`` -> ``Samples``, which reads
-one sample at a time and hands it over only after checking it against what the model takes.
-It must not know of quantization, change a sample's values, or make up data that was not asked for.
+Flow: a folder, an ``.npz`` / ``.npy`` file, a ``module.py:function`` or images -> ``open_samples`` -> ``Samples``,
+which reads one sample at a time and hands it over only after checking it against what the model takes.
+It must not know of quantization, change values unless a recipe says so, or make up data that was not asked for.
 """
 
 from calib_data.random_data import random_samples

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import onnx
+from image_files import write_nifti
 from models import assemble, constant
 from onnx import helper
 
@@ -54,11 +54,9 @@ def image(seed: int, shape: Sequence[int] = (20, 17, 12)) -> Array:
 
 def save(folder: Path, images: Sequence[Array], labels: Sequence[Array | None] = (), affine: Array = AFFINE) -> Path:
     """NIfTI files as nnU-Net has them: imagesTr, and labelsTr of those that have one."""
-    for kind in ("imagesTr", "labelsTr") if any(label is not None for label in labels) else ("imagesTr",):
-        (folder / kind).mkdir(parents=True, exist_ok=True)
     for n, array in enumerate(images):
-        nib.save(nib.Nifti1Image(array, affine), folder / "imagesTr" / f"doe_{n}_0000.nii.gz")
+        write_nifti(folder / "imagesTr" / f"doe_{n}_0000.nii.gz", array, affine)
     for n, label in enumerate(labels):
         if label is not None:
-            nib.save(nib.Nifti1Image(label, affine), folder / "labelsTr" / f"doe_{n}.nii.gz")
+            write_nifti(folder / "labelsTr" / f"doe_{n}.nii.gz", label, affine)
     return folder

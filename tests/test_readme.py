@@ -8,10 +8,12 @@ import shlex
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from clinic import image, save
+from clinic import image
+from image_files import write_nifti
 from models import images, save_samples, segmenter
 from places import ROOT
 
@@ -21,6 +23,8 @@ from qdq.cli.main import main
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
+pytest.importorskip("nibabel", reason="nibabel is not installed: pip install 'qdq[medical]'")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'qdq[plot]'")
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,9 +55,11 @@ def test_every_command_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.M
     onnx.save(segmenter(spatial=("x", "y", "z")), "unet.onnx")
     save_samples(tmp_path / "volumes", images(3, CUBE))
     save_samples(tmp_path / "held_out", images(2, CUBE, seed=7))
-    save(tmp_path / "scans", [image(n, CUBE[2:]) for n in range(3)])
     for block in blocks("yaml"):
-        Path(block.partition("\n")[0].removeprefix("# ")).write_text(block)
+        Path(block.split()[1]).write_text(block)  # its first line is a comment with its name
+    for seed in range(2):
+        scan = (250 * image(seed, (20, 18, 16))).astype(np.int16)
+        write_nifti(tmp_path / f"scans/{seed}.nii.gz", scan, np.diag([-1.0, 1.0, 1.2, 1.0]))
     Path("loader.py").write_text(LOADER)
     assert {shlex.split(c)[1] for c in commands()} == set(main.commands)  # every verb is shown
     for command in commands():

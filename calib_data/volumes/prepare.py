@@ -18,7 +18,7 @@ from calib_data.volumes.case import Case, check_label, told
 from calib_data.volumes.intensity import normalized
 from calib_data.volumes.monai import bundle_image
 from calib_data.volumes.resample import resampled
-from calib_data.volumes.spec import VolumeSpec, differing
+from calib_data.volumes.spec import Patches, VolumeSpec, differing
 
 SAME_MM = 0.001  # spacings that differ by less, in share, are one
 
@@ -110,7 +110,21 @@ def described(case: Case, spec: VolumeSpec) -> dict[str, str]:
         image = case.image()
     made = prepared(case, spec)
     label = "" if made.label is None else f"label {', '.join(f'{v:g}' for v in np.unique(made.label.array)[:12])}"
-    return {"case": case.where, "stored": _said(image), "seen": _said(made.image), "label": label}
+    found = {"case": case.where, "stored": _said(image), "seen": _said(made.image), "label": label}
+    return {**found, "samples": _samples(made, spec)}
+
+
+def _samples(made: Prepared, spec: VolumeSpec) -> str:
+    """Which parts are samples, and what is done where that does not fit the image."""
+    if not spec.patch:
+        return "the whole image"
+    how, patch = spec.patches or Patches(), (*spec.patch, 1)[:3]
+    text = f"{how.per_volume} {how.kind} patches of {'x'.join(map(str, spec.patch))}"
+    if any(n < p for n, p in zip(made.image.grid, patch, strict=True)):
+        text += f"; the image is smaller and padded with {spec.pad:g}"
+    if how.kind == "foreground" and (made.foreground is None or not made.foreground.array.any()):
+        text += "; there is no foreground, so they are random"
+    return text
 
 
 def _said(volume: Volume) -> str:
