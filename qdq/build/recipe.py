@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeGuard
 
 import msgspec
 import yaml
@@ -220,6 +220,7 @@ class Recipe:
         named |= {k: words[v] for k, v in named.items() if k in ("tune", "bias_correction") and isinstance(v, bool)}
         if named.get("volume") is not None:
             named["volume"] = volume_spec(named["volume"])
+        named |= {k: converted(v, _BLOCKS[k], f"key of {k}") for k, v in named.items() if k in _BLOCKS and _is_block(v)}
         file = converted(named, RecipeFile, "recipe key")
         if file.volume and file.preprocess:
             raise InputError("Both `volume` and `preprocess` say what is done to images: choose one.")
@@ -244,6 +245,14 @@ class Recipe:
             volume=preprocess_spec(file.preprocess) if file.preprocess else file.volume,
             case_key=file.case_key,
         )
+
+
+_BLOCKS: Mapping[str, type[Window] | type[Segmentation]] = {"window": Window, "segmentation": Segmentation}
+
+
+def _is_block(value: object) -> TypeGuard[Mapping[str, object]]:
+    """Whether a value has keys of its own."""
+    return isinstance(value, Mapping)
 
 
 def _whole(file: RecipeFile) -> WholeVolumes | None:

@@ -20,6 +20,7 @@ import msgspec
 
 from engines.core.documents import Part
 from qdq.build.window import Window
+from qdq.core.choices import checked
 from qdq.core.errors import InputError
 
 Value = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -50,6 +51,7 @@ class Segmentation(Part, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Validate."""
+        checked(self)
         regions = len(self.regions)
         if self.regions_class_order and self.activation == "softmax":
             raise InputError("The recipe's segmentation has softmax, and regions_class_order, which sigmoid needs.")

@@ -30,7 +30,8 @@ def lines(report: VolumeReport) -> list[str]:
     said = [
         f"Whole volumes: {report.window}; {report.decoded}; on the image's own grid by {report.grid}.",
         "HD95 is the larger of both directed 95th percentiles between border voxels, and the mean surface distance "
-        "pools both directions, as MONAI has them. Brackets, from 3 cases on: 95 % of resampled means (bootstrap over cases).",
+        "pools both directions, as MONAI has them. Brackets, from 3 cases on: 95 % of resampled means (bootstrap over "
+        "cases).",
     ]
     left = [c.without_truth for c in report.to_labels if c.without_truth]
     if left:
