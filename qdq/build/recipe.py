@@ -19,12 +19,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, TypeGuard
+from typing import Annotated, Literal, TypeGuard
 
 import msgspec
 import yaml
 
-from calib_data.volumes.preprocess import preprocess_spec
+from calib_data.volumes.nnunet import plans_labels
+from calib_data.volumes.preprocess import nnunet_plans, preprocess_spec
 from calib_data.volumes.spec import VolumeSpec, volume_spec
 from engines.backends.backend import DEFAULT, backends
 from engines.core.files import read_file
@@ -181,8 +182,7 @@ class Recipe:
         alarms: below these a result is called poor.
         task: what the outputs are; "auto" is what the end of the graph tells.
         class_axis: axis of their classes; None is what the graph tells.
-        whole: how whole volumes are run; None: they are not, for there is no window, no segmentation and no limit on
-            them.
+        whole: how whole volumes are run, and whether they are.
         volume: what is done to images; None where samples are arrays.
         case_key: file with the key of images' names; "" for a key of this run.
     """
@@ -201,7 +201,7 @@ class Recipe:
     alarms: Alarms = field(default_factory=Alarms)
     task: str = "auto"
     class_axis: int | None = None
-    whole: WholeVolumes | None = None
+    whole: WholeVolumes = field(default_factory=WholeVolumes)
     volume: VolumeSpec | None = None
     case_key: str = ""
 
@@ -224,6 +224,7 @@ class Recipe:
         file = converted(named, RecipeFile, "recipe key")
         if file.volume and file.preprocess:
             raise InputError("Both `volume` and `preprocess` say what is done to images: choose one.")
+        volume = preprocess_spec(file.preprocess) if file.preprocess else file.volume
         settings = Settings(**{name: getattr(file, name) for name in Settings.__struct_fields__})
         usual = "placement" if settings.scheme == "int8" else "rewrites"
         return cls(
@@ -241,8 +242,8 @@ class Recipe:
             alarms=Alarms(warn_sqnr_db=file.warn_sqnr_db, warn_top1=file.warn_top1),
             task=choose(file.task, TASKS, "task"),
             class_axis=file.class_axis,
-            whole=_whole(file),
-            volume=preprocess_spec(file.preprocess) if file.preprocess else file.volume,
+            whole=_whole(file, volume),
+            volume=volume,
             case_key=file.case_key,
         )
 
@@ -255,11 +256,21 @@ def _is_block(value: object) -> TypeGuard[Mapping[str, object]]:
     return isinstance(value, Mapping)
 
 
-def _whole(file: RecipeFile) -> WholeVolumes | None:
-    """How whole volumes are run, if anything asks for it."""
+def _whole(file: RecipeFile, volume: VolumeSpec | None) -> WholeVolumes:
+    """How whole volumes are run; what the recipe does not say, nnU-Net's plans do where images are prepared by them."""
     window = Window.parse(file.window) if isinstance(file.window, str) else file.window
-    asked = window or file.segmentation or any(getattr(file, name) is not None for name in OF_VOLUMES)
-    return WholeVolumes(window=window, segmentation=file.segmentation or Segmentation()) if asked else None
+    segmentation = file.segmentation
+    if plans := nnunet_plans(file.preprocess):
+        if window is None and volume and volume.patch:
+            window = Window(patch=volume.patch, rule="nnunet")
+        if segmentation is None:
+            structures, order = plans_labels(plans[0])
+            kind: Literal["softmax", "sigmoid"] = "sigmoid" if order else "softmax"
+            segmentation = Segmentation(
+                activation=kind, structures=dict(structures), regions_class_order=order, resample="logits"
+            )
+    asked = bool(file.window or file.segmentation or any(getattr(file, name) is not None for name in OF_VOLUMES))
+    return WholeVolumes(window=window, segmentation=segmentation or Segmentation(), asked=asked)
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -82,7 +82,9 @@ class WholeVolumes:
     Attributes:
         window: over a volume; None takes the model's fixed sizes, else the samples' patch, else the whole volume.
         segmentation: what channels are.
+        asked: a window, a segmentation or a limit on volumes was given: checks run them too.
     """
 
     window: Window | None = None
     segmentation: Segmentation = field(default_factory=Segmentation)
+    asked: bool = False

@@ -115,7 +115,6 @@ def segment(model: Path, data: str, out: Path, custom_ops: tuple[str, ...], **gi
     Files are named by the number of an image in the order of names, and by its key.
     """
     from calib_data import open_samples
-    from qdq.build.segmentation import WholeVolumes
     from qdq.deploy.volumes.segment import opened
     from qdq.deploy.volumes.segment import segment as segmented
 
@@ -126,7 +125,7 @@ def segment(model: Path, data: str, out: Path, custom_ops: tuple[str, ...], **gi
         made = segmented(
             found,
             samples,
-            recipe.whole or WholeVolumes(),
+            recipe.whole,
             out,
             task=recipe.task,
             class_axis=recipe.class_axis,

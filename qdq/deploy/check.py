@@ -87,7 +87,7 @@ def evaluate(
             else. None rounds where the file says.
         predicted: the layers are those of another compiler, which predicts the engine.
         custom_ops: libraries of custom operators that ONNX Runtime needs for the models.
-        whole: how the samples' images are run as whole volumes too; None: they are not.
+        whole: how the samples' images are run as whole volumes too, where that is asked for.
     """
     total = samples.len_or_none()
 
@@ -120,7 +120,7 @@ def evaluate(
     expected = float_session(reference, called(float_model), custom_ops=custom_ops)
     names = ("float model", name)
     volumes = None
-    if whole:
+    if whole and whole.asked:
         volumes = compare_volumes(
             expected,
             tried,
