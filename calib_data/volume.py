@@ -8,6 +8,8 @@ Source: nibabel's conventions (voxel index to RAS+ millimetres; letters name the
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +19,7 @@ from calib_data.validation import Array, DataError
 
 Affine = npt.NDArray[np.float64]
 ENDS = ("LR", "PA", "IS")  # negative and positive end of the axes of the patient's space: left, posterior, inferior
+MOST_VOXELS = 1 << 30  # of one image, all channels: 4 GB in FP32
 STORED = "stored"  # in place of letters: the axes as the file has them
 
 
@@ -101,6 +104,16 @@ class Volume:
         corners = np.array(np.meshgrid(*[(0, n - 1) for n in self.grid], indexing="ij")).reshape(3, -1)
         apart = (self.affine - other.affine)[:3] @ np.vstack([corners, np.ones(8)])
         return bool(np.linalg.norm(apart, axis=0).max() <= 0.01 * min(self.spacing_mm))
+
+
+def require_size(sizes: Sequence[int]) -> None:
+    """Refuse an image that is too large to be one, before its values are read.
+
+    Raises:
+        DataError: it would have more than `MOST_VOXELS` values.
+    """
+    if math.prod(int(size) for size in sizes) > MOST_VOXELS:
+        raise DataError(f"it has {'x'.join(map(str, sizes))} values by its header; at most {MOST_VOXELS} are read.")
 
 
 def axis_of(letter: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +43,10 @@ def cases(source: str) -> list[Case]:
         unknown = [key for key in given if not _IMAGE.fullmatch(key) and key not in ("label", "case")]
         whole = [f"image{n or ''}" if n != 1 else "image" for n in range(1, len(images) + 1)]
         if unknown or not images or images != whole:
-            what = f"the column {unknown[0][:40]!r}" if unknown else f"the images {', '.join(images) or 'none'}"
+            what = f"the images {', '.join(images) or 'none'}"
+            if unknown:  # a list without headings has a path there
+                near = get_close_matches(unknown[0], ("image", "image2", "label", "case"), n=1)
+                what = "a column that is not known" + (f" (did you mean {near[0]!r}?)" if near else "")
             raise DataError(f"Row {number} of {len(rows)} of the list of cases has {what}; it must have {NEEDED}.")
         forms_of = [_form(Path(source).parent / given[key], number, len(rows), key) for key in images]
         paths = tuple(Path(source).parent / given[key] for key in images)

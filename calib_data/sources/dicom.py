@@ -23,7 +23,7 @@ import numpy.typing as npt
 from calib_data.extras import need
 from calib_data.sources import ImageForm
 from calib_data.validation import Array, DataError
-from calib_data.volume import Affine, Volume
+from calib_data.volume import Affine, Volume, require_size
 from calib_data.volumes.case import Case, told
 from calib_data.volumes.files import refuse_others
 
@@ -57,6 +57,7 @@ PIXELS = (
 TAGS = (*GEOMETRY, *PIXELS)
 """All that is read of a file, with its transfer syntax."""
 
+MODALITIES = "CT MR PT NM US CR DX MG XA RF OT OPT SEG SR PR RTDOSE RTIMAGE RTSTRUCT"  # that are told
 PHYSICAL = ("CT", "PT")  # their values are measurements, which no display rule may turn round
 STEP_SHARE, STEP_MM = 0.05, 0.1  # by how much steps between slices may differ: dicom2nifti's bounds
 LOOKED_AT = 2000  # files, before a folder counts as one without DICOM
@@ -153,7 +154,8 @@ def _series(path: Path) -> tuple[dict[str, list[_Slice]], set[str]]:
     for number, file in enumerate(_files(path), 1):
         with told(f"DICOM file {number} in order of name"):
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*GEOMETRY])
-            modalities.add(str(header.get("Modality", "an unknown kind"))[:16])
+            kind = str(header.get("Modality", ""))
+            modalities.add(kind if kind in MODALITIES.split() else "another kind")
             found[str(header.get("SeriesInstanceUID", ""))] += list(_slices(header, file))
     if not found:
         raise DataError("its folder holds no DICOM file.")
@@ -283,6 +285,7 @@ def _volume(slices: Sequence[_Slice]) -> Volume:
         DataError: see `_stack`; or pixels in colour, damaged, or of a compression that nothing here reads.
     """
     ordered, step = _stack(slices)
+    require_size((*ordered[0].size, len(ordered)))
     plain = all((s.slope, s.intercept) == (1, 0) for s in ordered)
     frames: dict[Path, Array] = {}
     planes = []

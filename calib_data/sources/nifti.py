@@ -16,7 +16,7 @@ import numpy as np
 from calib_data.extras import need
 from calib_data.sources import ImageForm
 from calib_data.validation import DataError
-from calib_data.volume import Affine, Volume
+from calib_data.volume import Affine, Volume, require_size
 from calib_data.volumes.files import ENDINGS, cases_of, holds
 
 
@@ -37,6 +37,7 @@ def read(path: Path) -> Volume:
     """
     image = _opened(path)
     affine = _affine(image)
+    require_size(image.shape)
     array = np.asanyarray(image.dataobj)
     if array.dtype.kind not in "biuf":
         raise DataError(f"its voxels are {array.dtype.name}; real numbers are needed. Split colours into channels.")

@@ -20,7 +20,7 @@ import numpy as np
 
 from calib_data.sources import ImageForm
 from calib_data.validation import Array, DataError
-from calib_data.volume import Affine, Volume
+from calib_data.volume import Affine, Volume, require_size
 from calib_data.volumes.files import ENDINGS, cases_of, holds
 
 MOST_HEADER = 1 << 20  # bytes
@@ -151,6 +151,7 @@ def _metaimage(path: Path, text: bytes) -> _Header:
 
 def _values(header: _Header) -> Array:
     """All values, as long as the header says."""
+    require_size(header.sizes)
     wanted = math.prod(header.sizes) * header.dtype.itemsize
     if min(header.sizes) < 1:
         raise DataError(f"it has the sizes {header.sizes}; at least one voxel is needed.")
@@ -166,7 +167,9 @@ def _values(header: _Header) -> Array:
         elif header.encoding == "bzip2":
             data = bz2.BZ2Decompressor().decompress(file.read(), wanted)
         else:
-            raise DataError(f"its data are encoded as {header.encoding[:20]}; raw, gzip and bzip2 are read.")
+            raise DataError(
+                "its data are encoded as text, or in a way that is not known; raw, gzip and bzip2 are read."
+            )
     if len(data) != wanted:
         raise DataError(f"its data end {wanted - len(data)} bytes early. Write the file again.")
     return np.frombuffer(data, header.dtype).astype(header.dtype.newbyteorder("="), copy=False)

@@ -19,16 +19,16 @@ LEAST = 1e-8  # by which nothing is divided: a constant becomes 0
 Floats = npt.NDArray[np.float32]
 
 
-def normalized(channels: Array, how: Intensity | Sequence[Intensity] | None) -> Floats:
-    """All channels (c, i, j, k) in float32, normalized.
+def normalized(channels: Array, how: str | Intensity | Sequence[Intensity] | None) -> Floats:
+    """All channels (c, i, j, k) in float32, normalized; a text or None: as they are.
 
     Raises:
         DataError: there are as many recipes as no image has channels.
     """
     values = channels.astype(np.float32)
-    if how is None:
+    if how is None or isinstance(how, str):
         return values
-    each = list(how) if isinstance(how, Sequence) else [how] * len(values)
+    each = [how] * len(values) if isinstance(how, Intensity) else list(how)
     if len(each) != len(values):
         raise DataError(
             f"it has {len(values)} channels, and `intensity` is a list of {len(each)}. Give one for all, or one each."

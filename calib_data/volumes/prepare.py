@@ -55,6 +55,12 @@ def prepared(case: Case, spec: VolumeSpec) -> Prepared:
         image = case.image()
         label = case.label() if case.label else None
         _check_values(image)
+        if spec.intensity is None and image.array.dtype.kind in "biu" and np.dtype(spec.dtype).kind == "f":
+            raise DataError(
+                f"its values are whole numbers ({image.array.dtype}) and the model takes {spec.dtype}: say with "
+                "`intensity:` under `volume:` how its training scaled them, or take them as they are with "
+                "`intensity: stored`."
+            )
         if label is not None:
             check_label(label, image)
         stored, grid = image.affine, image.grid
@@ -86,7 +92,7 @@ def require_one_geometry(cases: Sequence[Case], spec: VolumeSpec) -> None:
     Raises:
         DataError: orientations or spacings differ, and the recipe does not say which is wanted.
     """
-    if spec.orientation is not None and spec.spacing_mm is not None:
+    if spec.bundle or (spec.orientation is not None and spec.spacing_mm is not None):
         return
     letters, spacings = {}, {}
     for case in cases:

@@ -19,7 +19,7 @@ def preprocess_spec(text: str) -> VolumeSpec:
     kind, _, rest = text.partition(":")
     if kind == "monai" and rest:
         require_trust(rest)
-        return VolumeSpec(bundle=rest, orientation="stored", spacing_mm="stored")
+        return VolumeSpec(bundle=rest)
     if (plans := nnunet_plans(text)) is None:
         raise DataError(
             f"Cannot read the preprocessing {text!r}: it must be nnunet:FOLDER, nnunet:FOLDER:CONFIGURATION, or "

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from calib_data.extras import need
 from calib_data.validation import Array, DataError
-from calib_data.volume import Volume
+from calib_data.volume import MOST_VOXELS, Volume
 
 THICK = 3  # slices are thick where the largest spacing is more than so many times the smallest
-MOST_VOXELS = 1 << 31
 Sizes = tuple[float, float, float]
 Floats = npt.NDArray[np.float64]
 
@@ -117,7 +117,7 @@ class _Map:
 def _channel(channel: Array, to: _Map, order: int, thick: int | None, order_z: int) -> Array:
     """One channel; slices first and then the axis of thick slices, where there is one."""
     if thick is None:
-        found = _spline(channel, to, order)
+        found = _spline(channel, to, order, np.float32)
     else:
         flat = [n for n in range(3) if n != thick]
         planes = np.stack([_spline(plane, to.on(*flat), order) for plane in np.moveaxis(channel, thick, 0)])
@@ -126,8 +126,8 @@ def _channel(channel: Array, to: _Map, order: int, thick: int | None, order_z: i
     return found if found.dtype == channel.dtype and not order else found.astype(np.float32)
 
 
-def _spline(array: Array, to: _Map, order: int) -> Array:
-    """Values in float64; the nearest voxel's own where order is 0, of two equally near the higher, as scipy has it."""
+def _spline(array: Array, to: _Map, order: int, dtype: type[np.floating[Any]] = np.float64) -> Array:
+    """Values, computed in float64; with order 0 the nearest voxel's own, of two equally near the higher, as scipy."""
     if not order:
         for axis, (factor, start, size) in enumerate(zip(to.factors, to.starts, to.sizes, strict=True)):
             index = np.floor(np.arange(size) * factor + start + 0.5).astype(int).clip(0, array.shape[axis] - 1)
@@ -135,6 +135,6 @@ def _spline(array: Array, to: _Map, order: int) -> Array:
         return array
     ndimage = need("scipy.ndimage", install="qdq[medical]", for_what="Another spacing")
     found: Array = ndimage.affine_transform(
-        array.astype(np.float64), to.factors, to.starts, to.sizes, output=np.float64, order=order, mode="nearest"
+        array, to.factors, to.starts, to.sizes, output=dtype, order=order, mode="nearest"
     )
     return np.clip(found, array.min(), array.max()) if to.clip else found

@@ -113,6 +113,21 @@ class CaseSamples:
         return RawSample(where, arrays)
 
 
+def cases_of(form: ImageForm, source: str, key: bytes | None) -> list[Case]:
+    """The keyed cases of a text that a form of images owns; nothing that is said holds a path.
+
+    Raises:
+        DataError: there is none, or what is there cannot be read.
+    """
+    try:
+        cases = keyed(form.cases(source), key)
+    except OSError as error:
+        raise DataError(f"Cannot list the images: {error.strerror}. Check the rights of what --data names.") from None
+    if not cases:
+        raise DataError("No samples: there is no image where --data points to.")
+    return cases
+
+
 def open_cases(
     form: ImageForm, source: str, inputs: Sequence[InputSpec], spec: VolumeSpec | None, key: bytes | None
 ) -> CaseSamples:
@@ -134,9 +149,7 @@ def open_cases(
             f"The model has the inputs {', '.join(repr(one.name) for one in own)}, and images are samples of a model "
             "of one: its channels. Save .npz files for this model, with an array for each input."
         )
-    cases = keyed(form.cases(source), key)
-    if not cases:
-        raise DataError("No samples: there is no image where --data points to.")
+    cases = cases_of(form, source, key)
     found = CaseSamples(cases=cases, spec=spec or VolumeSpec(), inputs=[*own, *(i for i in inputs if i is not own[0])])
     require_one_geometry(cases, found.spec)
     return found

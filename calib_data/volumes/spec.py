@@ -29,6 +29,7 @@ import msgspec
 from calib_data.validation import DataError
 from calib_data.volume import STORED, axis_of
 
+_BY_BUNDLE = ("orientation", "spacing_mm", "grid", "order", "separate_z", "order_z", "crop", "intensity", "normalize")
 AXES = tuple("".join(p) for p in permutations("cxyz")) + tuple("".join(p) for p in permutations("cxy"))
 Pair = tuple[float, float]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
@@ -90,7 +91,8 @@ class VolumeSpec(Spec, frozen=True, kw_only=True):
             spacing is more than three times the smallest, of the image, else of `spacing_mm`.
         order_z: of that axis.
         crop: `nonzero` cuts to the box of voxels that are not 0 in some channel; none: null.
-        intensity: of every channel, or a list with one for each.
+        intensity: of every channel, or a list with one for each; `stored` takes the values as they are. There is no
+            default for files of whole numbers and a model of floats, which hardly takes them as they are.
         normalize: `before` or `after` resampling.
         patch: in the order of `axes`; an image that is smaller is padded with `pad` on both sides.
         patches: which parts; without `patch` the whole image is the sample.
@@ -107,7 +109,7 @@ class VolumeSpec(Spec, frozen=True, kw_only=True):
     separate_z: Literal["auto", "never"] = "never"
     order_z: Literal[0, 1, 3] = 0
     crop: Literal["nonzero"] | None = None
-    intensity: Intensity | tuple[Intensity, ...] | None = None
+    intensity: Literal["stored"] | Intensity | tuple[Intensity, ...] | None = None
     normalize: Literal["before", "after"] = "after"
     patch: tuple[Size, ...] | None = None
     patches: Patches | None = None
@@ -180,12 +182,15 @@ def _fault(spec: VolumeSpec) -> str:
             "spacing_mm needs its grid: `centers` keeps the centre of the first voxel (MONAI, nibabel), `edges` the "
             "outer edges (nnU-Net); they differ by up to a voxel"
         )
+    beside = [name for name in _BY_BUNDLE if getattr(spec, name) not in (getattr(VolumeSpec(), name), STORED)]
+    if spec.bundle and beside:
+        return f"bundle and {beside[0]} are given: the bundle's own transforms do all but axes, patches, pad and dtype"
     if spec.patches and not spec.patch:
         return "patches needs patch, their size"
     if spec.dtype not in ("float16", "float32", "float64", "uint8", "int16", "int32", "int64"):
         return f"dtype is {spec.dtype!r}; float32, float16, float64, uint8, int16, int32 or int64 is needed"
     each = spec.intensity if isinstance(spec.intensity, tuple) else (spec.intensity,)
-    return next((fault for one in each if one and (fault := _intensity_fault(one))), "")
+    return next((fault for one in each if isinstance(one, Intensity) and (fault := _intensity_fault(one))), "")
 
 
 def _intensity_fault(one: Intensity) -> str:

@@ -37,9 +37,9 @@ def explain(source: Path, node: str, engine: Path | None, as_json: bool, **given
 def data(source: str, preview: Path | None, write_recipe: Path | None, as_json: bool, **given: Any) -> None:
     """Say what samples hold: arrays, or images and what a recipe or --preprocess makes of them."""
     from calib_data.sources import ImageForm, form_of
-    from calib_data.volumes.case import keyed
     from calib_data.volumes.prepare import described, require_one_geometry
     from calib_data.volumes.preview import preview as drawn
+    from calib_data.volumes.samples import cases_of
     from calib_data.volumes.spec import VolumeSpec, block
     from engines.core.files import write_atomic
     from qdq.core.errors import InputError
@@ -56,8 +56,8 @@ def data(source: str, preview: Path | None, write_recipe: Path | None, as_json: 
         rows = [(name, "x".join(map(str, shape)), dtype) for name, (shape, dtype) in found.items()]
         _show(found, f"One of the samples: {form.says}", rows or [("arrays without names", "", "")], as_json)
         return
-    spec = recipe.volume or VolumeSpec()
-    cases = keyed(form.cases(source), options.case_key_of(recipe))
+    spec = recipe.volume or VolumeSpec(intensity="stored")
+    cases = cases_of(form, source, options.case_key_of(recipe))
     require_one_geometry(cases, spec)
     with Bars() as bars:
         images = []

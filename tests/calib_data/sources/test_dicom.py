@@ -81,11 +81,15 @@ def test_monochrome1_of_measurements_is_refused(tmp_path: Path) -> None:
         dicom.cases(str(write_series(tmp_path, ramp(*GRID), OBLIQUE, each=each)))
 
 
-def test_run_length_encoded_pixels(tmp_path: Path) -> None:
-    from pydicom.uid import RLELossless
-
-    volume = dicom.read(write_series(tmp_path, ramp(*GRID), OBLIQUE, syntax=RLELossless))
-    np.testing.assert_array_equal(volume.array[0], ramp(*GRID))
+@pytest.mark.parametrize(
+    ("keyword", "plugin"),
+    [("RLELossless", "pydicom"), ("JPEG2000Lossless", "openjpeg"), ("JPEGLSLossless", "jpeg_ls")],
+)
+def test_pixels_compressed_without_loss(tmp_path: Path, keyword: str, plugin: str) -> None:
+    pytest.importorskip(plugin, reason="pip install 'qdq[medical]'")
+    array = np.random.default_rng(0).integers(-1024, 3000, (64, 72, 4)).astype(np.int16)
+    volume = dicom.read(write_series(tmp_path, array, OBLIQUE, syntax=getattr(pydicom.uid, keyword)))
+    np.testing.assert_array_equal(volume.array[0], array)
 
 
 def test_a_compression_without_decoder_is_named(tmp_path: Path) -> None:

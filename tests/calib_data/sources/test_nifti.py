@@ -107,3 +107,11 @@ def test_damaged_files_are_refused_without_a_name(tmp_path: Path) -> None:
 def test_colours_are_refused(tmp_path: Path) -> None:
     rgb = np.zeros((2, 3, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
     refused(write_nifti(tmp_path / "a.nii", rgb), "real numbers are needed")
+
+
+def test_a_header_of_terabytes_is_refused_before_they_are_asked_for(tmp_path: Path) -> None:
+    path = write_nifti(tmp_path / "a.nii", ramp(2, 3, 4))
+    raw = bytearray(path.read_bytes())
+    raw[42:48] = np.array([30000, 30000, 30000], "<i2").tobytes()
+    path.write_bytes(raw)
+    refused(path, "30000x30000x30000 values by its header; at most")

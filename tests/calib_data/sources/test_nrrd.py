@@ -122,7 +122,7 @@ def test_as_simpleitk_reads_them(tmp_path: Path) -> None:
     [
         (b"NRRD0005", b"NOPE0005", "does not begin with NRRD"),
         (b"space: left-posterior-superior", b"space: scanner-xyz", "no space that is known"),
-        (b"encoding: raw", b"encoding: hex", "encoded as hex"),
+        (b"encoding: raw", b"encoding: hex", "encoded as text"),
         (b"type: int16", b"type: block", "type of values that is not known"),
         (b"sizes: 4 5 6", b"sizes: 4 5 7", "end 40 bytes early"),
         (b"sizes: 4 5 6", b"sizes: 4 5 six", "damaged"),

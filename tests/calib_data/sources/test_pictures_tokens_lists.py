@@ -111,7 +111,8 @@ def test_a_list_names_channels_labels_and_cases(tmp_path: Path, kind: str) -> No
     ("text", "words"),
     [
         ("", "empty"),
-        ("image,lable\na.nii,b.nii\n", "the column 'lable'"),
+        ("image,lable\na.nii,b.nii\n", "a column that is not known .did you mean 'label'"),
+        ("doe.nii,b.nii\na.nii,b.nii\n", "^Row 1 of 1 of the list of cases has a column that is not known; it must"),
         ("label\na.nii\n", "the images none"),
         ("image,image3\na.nii,a.nii\n", "the images image, image3"),
         ("image\nb.nii\n", "a path that does not exist"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,9 @@ from image_files import ramp, write_nifti, write_series
 from models import segmenter
 
 from calib_data import DataError
-from calib_data.sources import dicom
-from calib_data.volumes.case import Case, keyed, read_case_key
+from calib_data.sources import dicom, nifti
+from calib_data.volumes.case import Case, keyed, read_case_key, told
+from calib_data.volumes.samples import cases_of
 from qdq.cli.main import main
 
 pydicom = pytest.importorskip("pydicom", reason="pip install 'qdq[medical]'")
@@ -153,6 +157,30 @@ def test_only_allowed_tags_are_read(patient: Path, monkeypatch: pytest.MonkeyPat
     assert asked and set().union(*asked) == set(dicom.TAGS)
     people = re.compile("Name|Date|Time|Birth|ID$|Comment|Description|Study|Institution|Address|Physician")
     assert [tag for tag in dicom.TAGS if people.search(tag)] == ["SeriesInstanceUID"]  # only to group by
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError(NAME), FileNotFoundError(2, "No such file", NAME), KeyError(NAME), EOFError(NAME), MemoryError(NAME)],
+)
+def test_what_a_library_says_is_not_repeated(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(DataError, match=r"^Cannot use case 1: ") as caught, told("case 1"):
+        warnings.warn(NAME, stacklevel=1)
+        logging.getLogger("pydicom").warning(NAME)
+        raise error
+    assert NAME not in "".join(traceback.format_exception(caught.value)).replace("NAME", "") and not caplog.text
+    assert logging.getLogger("pydicom").level <= logging.CRITICAL
+
+
+def test_a_folder_that_cannot_be_listed_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> Iterator[Path]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    write_nifti(tmp_path / NAME / "imagesTr" / "a.nii", ramp(4, 5, 6))
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(DataError, match=r"^Cannot list the images: Permission denied\.") as caught:
+        cases_of(nifti.FORM, str(tmp_path / NAME), None)
+    assert NAME not in str(caught.value)
 
 
 def test_keys_are_keyed_hashes(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from image_files import OBLIQUE, ramp, write_nifti, write_series
 
 from calib_data import DataError, InputSpec, Samples, open_samples
 from calib_data.volumes.patches import starts
-from calib_data.volumes.spec import Patches, volume_spec
+from calib_data.volumes.spec import Patches, VolumeSpec, volume_spec
 
 pytest.importorskip("nibabel", reason="pip install 'qdq[medical]'")
 IMAGE = InputSpec(name="image", dtype="float32", shape=("n", None, None, None, None))
@@ -20,7 +20,7 @@ LABEL = InputSpec(name="label", dtype="int64", shape=(None,) * 4)
 
 
 def opened(source: Path, *inputs: InputSpec, **values: Any) -> Samples:
-    return open_samples(source, inputs or [IMAGE], volume=volume_spec(values))
+    return open_samples(source, inputs or [IMAGE], volume=volume_spec({"intensity": "stored", **values}))
 
 
 def arrays(source: Path, **values: Any) -> list[np.ndarray]:
@@ -154,6 +154,15 @@ def test_values_that_are_wrong(tmp_path: Path, change: Any, words: str) -> None:
     with pytest.raises(DataError, match=words) as caught:
         list(opened(tmp_path))
     assert "doe" not in str(caught.value) and str(caught.value).startswith("Cannot use case 1 of 1 (key ")
+
+
+@pytest.mark.parametrize("volume", [None, volume_spec({"orientation": "stored"})])
+def test_whole_numbers_into_a_float_model_need_an_intensity(tmp_path: Path, volume: VolumeSpec | None) -> None:
+    path = write_nifti(tmp_path / "a.nii", ramp(4, 5, 6))
+    with pytest.raises(DataError, match=r"whole numbers \(int16\) and the model takes float32.*`intensity: stored`"):
+        list(open_samples(path, [IMAGE], volume=volume))
+    write_nifti(path, ramp(4, 5, 6, dtype="float32"))
+    assert len(list(open_samples(path, [IMAGE], volume=volume))) == 1
 
 
 def test_the_label_of_another_grid_is_refused(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def test_a_block_is_read_and_written() -> None:
         ({"intensity": {"window_hu": [0, float("inf")]}}, r"\[low, high\] is needed"),
         ({"dtype": "complex64"}, "dtype is 'complex64'"),
         ({"crop": "zero"}, "crop"),
+        ({"bundle": "x.json", "crop": "nonzero"}, "bundle and crop are given"),
         ("RAS", "Expected `object`"),
         ([], "Expected `object`"),
     ],

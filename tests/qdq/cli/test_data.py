@@ -79,7 +79,7 @@ def test_a_preview_is_a_picture_of_every_channel(tmp_path: Path) -> None:
     sizes = []
     for channels in (1, 2):
         image = write_nifti(tmp_path / f"{channels}.nii", ramp(9, 8, 7, channels))
-        recipe = write_recipe(tmp_path / "r.yaml", patch=[4, 4, 4], patches={"kind": "foreground"})
+        recipe = write_recipe(tmp_path / "r.yaml", intensity="stored", patch=[4] * 3, patches={"kind": "foreground"})
         done = run("data", image, "--recipe", recipe, "--preview", tmp_path / "p.png")
         assert done.exit_code == 0, done.output
         with pillow.open(tmp_path / "p.png") as picture:
@@ -139,7 +139,7 @@ def test_a_series_gives_the_table_of_the_nifti_file_byte_for_byte(tmp_path: Path
 def test_what_a_model_does_not_take_is_said_before_anything_is_written(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="pip install 'qdq[cpu]'")
     onnx.save(segmenter(spatial=("x", "y", "z")), tmp_path / "m.onnx")
-    image = write_nifti(tmp_path / "doe.nii", ramp(16, 16, 16, 3))
+    image = write_nifti(tmp_path / "doe.nii", ramp(16, 16, 16, 3, dtype="float32"))
     done = run("calibrate", tmp_path / "m.onnx", "--data", image, "-o", tmp_path / "t.json")
     assert done.exit_code == 2 and "axis 1 is 3 and must be 1" in done.stderr and "doe" not in done.stderr
     assert not (tmp_path / "t.json").exists()
