@@ -40,6 +40,7 @@ from qdq.deploy.costs.find import with_costs
 from qdq.deploy.overlap import overlap
 from qdq.deploy.report import DeployReport, EngineSizes
 from qdq.deploy.shipped import file_bytes, provenance, written
+from qdq.deploy.volumes.evaluate import require_volumes
 from qdq.measure.inference.inputs import as_samples
 from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import registered
@@ -105,6 +106,8 @@ def deploy(
     assert calibration is not None
     shapes = shape_ranges(prepared, recipe.shapes, calibration)
     _require_runtimes(prepared, recipe)
+    if recipe.whole.asked:
+        require_volumes(calibration if evaluated is None else evaluated, recipe.whole)
     seen = 0 if evaluated is None else overlap(calibration, evaluated, prepared, allowed=allow_overlap)
     prepared = with_possible_branches(
         prepared, chain(calibration, evaluated or ()), recipe=recipe, shapes=shapes, on_progress=on_progress

@@ -115,6 +115,18 @@ def images_of(samples: Samples) -> CaseSamples:
     )
 
 
+def require_volumes(samples: Samples, whole: WholeVolumes) -> None:
+    """Refuse early what would fail after a long calibration.
+
+    Raises:
+        InputError: the samples are no images, or the window does not fit the model.
+        MissingExtraError: scipy is not installed.
+    """
+    source = images_of(samples)
+    planned(source.inputs[0], source.spec.axes, whole.window, source.spec.patch, source.spec.pad)
+    need("scipy.spatial", install="qdq[medical]", for_what="Measuring whole volumes")
+
+
 def compare_volumes(
     reference: Any,
     candidate: Any,

@@ -107,6 +107,15 @@ def test_limits_of_volumes_need_images(place: Path) -> None:
     assert done.exit_code == 2 and "whole volumes need images" in done.stderr
 
 
+def test_deploy_refuses_arrays_before_it_calibrates(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
+    monkeypatch.setattr("qdq.deploy.deploy.written", lambda *_, **__: pytest.fail("it calibrated"))
+    np.savez(place / "a.npz", image=image(0)[None, None])
+    words = ("deploy", place / "float.onnx", "--data", place / "a.npz", "--max-hd95-mm", 1, "--out", place / "out")
+    done = qdq(*words)
+    assert done.exit_code == 2 and "whole volumes need images" in done.stderr
+
+
 def test_deploy_reports_whole_volumes(place: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
     recipe = RECIPE.replace("RAS}", "RAS, patch: [8, 8, 8]}")
