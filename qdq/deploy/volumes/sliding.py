@@ -180,17 +180,17 @@ class Sliding:
                 [moved[(slice(None), *(slice(b, b + n) for b, n in zip(s, size, strict=True)))] for s in missing]
             )
             found = self._run(np.ascontiguousarray(np.moveaxis(patches, 2, 2 + order[0]), np.float32))
-            if found.ndim != 5 or len(found) != len(missing) or found.shape[2:] != sizes:
-                raise InputError(
-                    f"The network gives {list(found.shape)} for {len(missing)} patches of {list(sizes)}; "
-                    "(patches, channels, i, j, k) of the patch's own size is needed. Choose another output or patch."
-                )
             made = iter(np.moveaxis(found, 2 + order[0], 2))
         return [next(made) if found is None else found for found in known]
 
     def _run(self, patches: Array) -> Array:
         """The outputs of patches: the mean over all flips that the window asks for."""
         plain = np.asarray(self.run(patches), np.float32)
+        if plain.ndim != 5 or len(plain) != len(patches) or plain.shape[2:] != patches.shape[2:]:
+            raise InputError(
+                f"The network gives {list(plain.shape)} for {len(patches)} patches of {list(patches.shape[2:])}; "
+                "(patches, channels, i, j, k) of the patch's own size is needed. Choose another output or patch."
+            )
         flips = [f for n in range(1, len(self._mirrored) + 1) for f in combinations(self._mirrored, n)]
         for flip in flips:
             turned = tuple(2 + a for a in flip)

@@ -136,8 +136,9 @@ def test_memory_is_one_slab() -> None:
     ],
 )
 def test_what_a_network_must_give(spoiled: Any, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        output(Sliding(run=spoiled, window=Window(patch=(8, 8, 8))), volume((9, 9, 9)))
+    for mirror in ((), (2,)):
+        with pytest.raises(InputError, match=said):
+            output(Sliding(run=spoiled, window=Window(patch=(8, 8, 8), mirror=mirror)), volume((9, 9, 9)))
 
 
 def test_voxels_that_are_no_numbers_are_refused() -> None:
