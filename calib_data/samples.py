@@ -19,7 +19,7 @@ import numpy as np
 from calib_data.sources import ImageForm, Source, form_of
 from calib_data.validation import Array, DataError, InputSpec, check_names, check_sample, check_shapes
 from calib_data.volumes.samples import open_cases
-from calib_data.volumes.spec import VolumeSpec
+from calib_data.volumes.spec import VolumeSpec, volume_spec
 
 _BEYOND_ANY = 1 << 40  # stands for the number of samples where it is unknown: more than anyone has
 
@@ -129,7 +129,7 @@ def open_samples(
     inputs: Sequence[InputSpec],
     *,
     limit: int | None = None,
-    volume: VolumeSpec | None = None,
+    volume: VolumeSpec | Mapping[str, object] | None = None,
     case_key: bytes | None = None,
 ) -> Samples:
     """Open calibration or evaluation samples. Files, but for the headers of a single one, are read by iteration.
@@ -138,7 +138,7 @@ def open_samples(
         source: in one of the forms that `calib_data.sources` has a file for.
         inputs: what the model takes.
         limit: use the first ``limit`` samples only.
-        volume: what is done to images; for a source of images only.
+        volume: what is done to images, or the keys of such a block; for a source of images only.
         case_key: of the keys by which messages call images; None for one of this run.
 
     Raises:
@@ -151,7 +151,10 @@ def open_samples(
     form, origin = form_of(str(source)), str(source)
     opened: Source
     if isinstance(form, ImageForm):
-        opened, origin = open_cases(form, origin, inputs, volume, case_key), "what --data names"
+        opened, origin = (
+            open_cases(form, origin, inputs, None if volume is None else volume_spec(volume), case_key),
+            "what --data names",
+        )
     elif volume is not None:
         raise DataError(
             f"Cannot use `volume:` on {source}: it holds arrays, which are given as the model gets them. Leave out "

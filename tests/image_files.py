@@ -1,7 +1,10 @@
-"""Images that tests write: NIfTI files and DICOM series."""
+"""Images that tests write: NIfTI, NRRD and MetaImage files, DICOM series."""
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,3 +79,66 @@ def write_series(
             data.compress(syntax, generate_instance_uid=False)
         data.save_as(folder / f"file{names[index]:04d}{seed}", enforce_file_format=True)
     return folder
+
+
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0]) @ OBLIQUE
+PACK = {"raw": bytes, "gzip": gzip.compress, "bzip2": bz2.compress}
+
+
+def vector(values: np.ndarray) -> str:
+    return "(" + ",".join(f"{v:.17g}" for v in values) + ")"
+
+
+def write_nrrd(path: Path, array: np.ndarray, *, encoding: str = "raw", big: bool = False, data: str = "") -> Path:
+    """An image (i, j, k), or (channels, i, j, k), in LPS; `data` is the name of a second file."""
+    axes = " ".join(vector(LPS[:3, n]) for n in range(3))
+    channels = array.ndim == 4
+    lines = [
+        "NRRD0005",
+        "# a remark",
+        f"type: {array.dtype.name.replace('float32', 'float')}",
+        f"dimension: {array.ndim}",
+        "space: left-posterior-superior",
+        f"sizes: {' '.join(map(str, array.shape))}",
+        f"kinds: {'vector ' if channels else ''}domain domain domain",
+        f"space directions: {'none ' if channels else ''}{axes}",
+        f"endian: {'big' if big else 'little'}",
+        f"encoding: {encoding}",
+        f"space origin: {vector(LPS[:3, 3])}",
+        "patient:=Doe",
+        *([f"data file: {data}"] if data else []),
+    ]
+    pixels = array.astype(array.dtype.newbyteorder(">" if big else "<")).tobytes(order="F")
+    packed = PACK[encoding](pixels)
+    path.write_bytes("\n".join(lines).encode() + b"\n\n" + (b"" if data else packed))
+    if data:
+        path.with_name(data).write_bytes(packed)
+    return path
+
+
+def write_mha(path: Path, array: np.ndarray, *, compressed: bool = False, big: bool = False, data: str = "") -> Path:
+    """An image (i, j, k), or (channels, i, j, k)."""
+    spacing = np.linalg.norm(LPS[:3, :3], axis=0)
+    matrix = (LPS[:3, :3] / spacing).T.ravel()
+    kind = {"int16": "MET_SHORT", "uint8": "MET_UCHAR", "float32": "MET_FLOAT"}[array.dtype.name]
+    pixels = array.astype(array.dtype.newbyteorder(">" if big else "<")).tobytes(order="F")
+    packed = zlib.compress(pixels) if compressed else pixels
+    lines = [
+        "ObjectType = Image",
+        "NDims = 3",
+        "BinaryData = True",
+        f"BinaryDataByteOrderMSB = {big}",
+        f"CompressedData = {compressed}",
+        *([f"CompressedDataSize = {len(packed)}"] if compressed else []),
+        f"TransformMatrix = {' '.join(f'{v:.17g}' for v in matrix)}",
+        f"Offset = {' '.join(f'{v:.17g}' for v in LPS[:3, 3])}",
+        f"ElementSpacing = {' '.join(f'{v:.17g}' for v in spacing)}",
+        f"DimSize = {' '.join(map(str, array.shape[-3:]))}",
+        *([f"ElementNumberOfChannels = {len(array)}"] if array.ndim == 4 else []),
+        f"ElementType = {kind}",
+        f"ElementDataFile = {data or 'LOCAL'}",
+    ]
+    path.write_bytes("\n".join(lines).encode() + b"\n" + (b"" if data else packed))
+    if data:
+        path.with_name(data).write_bytes(packed)
+    return path

@@ -116,7 +116,7 @@ def described(case: Case, spec: VolumeSpec) -> dict[str, str]:
         image = case.image()
     made = prepared(case, spec)
     label = "" if made.label is None else f"label {', '.join(f'{v:g}' for v in np.unique(made.label.array)[:12])}"
-    found = {"case": case.where, "stored": _said(image), "seen": _said(made.image), "label": label}
+    found = {"case": case.where, "stored": _said(image, spec), "seen": _said(made.image, spec), "label": label}
     return {**found, "samples": _samples(made, spec)}
 
 
@@ -133,10 +133,10 @@ def _samples(made: Prepared, spec: VolumeSpec) -> str:
     return text
 
 
-def _said(volume: Volume) -> str:
-    grid, spacing = "x".join(map(str, volume.grid)), " x ".join(f"{size:.4g}" for size in volume.spacing_mm)
+def _said(volume: Volume, spec: VolumeSpec) -> str:
+    channels = f"{len(volume.array)} channel{'s' * (len(volume.array) > 1)}"
     values = f"{volume.array.dtype} {float(volume.array.min()):.4g} to {float(volume.array.max()):.4g}"
-    return f"{len(volume.array)} channels {grid}, {spacing} mm, {volume.orientation}, {values}"
+    return f"{channels} of {spec.said(volume)}, {values}"
 
 
 def _above_mean(image: Volume) -> Volume:
@@ -155,7 +155,7 @@ def _check_values(image: Volume) -> None:
 def _turned(volume: Volume, spec: VolumeSpec) -> Volume:
     """In the recipe's orientation, with i, j, k in the order of its axes; pictures keep z, of size 1, last."""
     turned = volume.oriented(spec.orientation or STORED)
-    if "z" not in spec.axes and turned.grid[2] != 1:
+    if spec.flat and turned.grid[2] != 1:
         raise DataError(f"it has {turned.grid[2]} slices, and axes is {spec.axes}, without z.")
     order = ["xyz".index(axis) for axis in (*spec.spatial, "z")[:3]]
     return Volume(array=turned.array.transpose(0, *(n + 1 for n in order)), affine=turned.affine[:, [*order, 3]])

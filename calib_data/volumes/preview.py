@@ -1,6 +1,7 @@
 """A picture of what a model will see: three planes of each channel, with the letters of the axes' ends.
 
-prepared images -> PNG. Every plane is drawn as the array has it: its first axis to the right, its second upwards.
+prepared images -> PNG. Every plane is drawn as the array has it: its first axis to the right, its second upwards;
+pictures as they are looked at.
 It must not know what a case is called.
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from calib_data.extras import need
+from calib_data.validation import Array
 from calib_data.volume import ENDS, Volume
 from calib_data.volumes.case import Case
 from calib_data.volumes.patches import Start, padded, starts
@@ -36,9 +38,12 @@ def preview(cases: Sequence[Case], spec: VolumeSpec) -> bytes:
     figures = need("matplotlib.figure", install="qdq[plot]", for_what="A preview")
     rows = [row for case in cases[:MOST_CASES] for row in _rows(case, spec)]
     figure = figures.Figure(figsize=(12, 4.6 * len(rows)), layout="constrained")
+    planes: Sequence[tuple[int, int, int]] = _PLANES
+    if spec.flat:
+        planes = [(spec.spatial.index("x"), spec.spatial.index("y"), 2)]
     for panel, (title, image, label, frames) in zip(np.ravel(figure.subfigures(len(rows), 1)), rows, strict=True):
         panel.suptitle(title, fontsize=10)
-        for axes, plane in zip(panel.subplots(1, 3), _PLANES, strict=True):
+        for axes, plane in zip(np.ravel(panel.subplots(1, len(planes))), planes, strict=True):
             _draw(axes, plane, image, label, frames, spec)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=80)
@@ -54,13 +59,10 @@ def _rows(case: Case, spec: VolumeSpec) -> Iterator[tuple[str, Volume, Volume | 
         image, label = padded(image, patch, spec.pad), label and padded(label, patch)
         marks = made.foreground and padded(made.foreground, patch)
         frames = starts(image, marks, patch, spec.patches or Patches())[:MOST_PATCHES]
-    spacing = " x ".join(f"{size:.4g}" for size in image.spacing_mm)
     for n, channel in enumerate(image.array[:MOST_CHANNELS], 1):
         low, high, mean = float(channel.min()), float(channel.max()), float(channel.mean(dtype=np.float64))
-        title = (
-            f"{case.where}, channel {n} of {len(image.array)}: values {low:.4g} to {high:.4g}, mean {mean:.4g}; "
-            f"{'x'.join(map(str, image.grid))} voxels of {spacing} mm, {image.orientation}"
-        )
+        values = f"values {low:.4g} to {high:.4g}, mean {mean:.4g}"
+        title = f"{case.where}, channel {n} of {len(image.array)}: {values}; {spec.said(image)}"
         yield title, Volume(array=channel[None], affine=image.affine), label, frames
 
 
@@ -76,30 +78,23 @@ def _draw(
     right, up, cut = plane
     at, names = image.grid[cut] // 2, (*spec.spatial, "z")[:3]
     array, letters, spacing = image.array[0], image.orientation, image.spacing_mm
-    axes.imshow(
-        array.take(at, cut).T,
-        origin="lower",
-        cmap="gray",
-        vmin=float(array.min()),
-        vmax=float(array.max()),
-        aspect=spacing[up] / spacing[right],
-        interpolation="nearest",
-    )
+    how: dict[str, Any] = {
+        "origin": "upper" if spec.flat else "lower",
+        "aspect": spacing[up] / spacing[right],
+        "interpolation": "nearest",
+    }
+    low, high = float(array.min()), float(array.max())
+    axes.imshow(_plane(array, plane, at), cmap="gray", vmin=low, vmax=high, **how)
     if label is not None:
-        drawn = label.array[0].take(at, cut).T
-        axes.imshow(
-            np.ma.masked_equal(drawn, 0),
-            origin="lower",
-            cmap="tab20",
-            alpha=0.45,
-            aspect=spacing[up] / spacing[right],
-            interpolation="nearest",
-        )
+        axes.imshow(np.ma.masked_equal(_plane(label.array[0], plane, at), 0), cmap="tab20", alpha=0.45, **how)
     for start in frames if spec.patch else ():
         size = (*(spec.patch or ()), 1)[:3]
         if start[cut] <= at < start[cut] + size[cut]:
             corner = (start[right] - 0.5, start[up] - 0.5)
             axes.add_patch(_rectangle(corner, size[right], size[up]))
+    axes.tick_params(labelsize=7)
+    if spec.flat:
+        return
     ends = ((0.5, 0.97, letters[up]), (0.5, 0.03, _OPPOSITE[letters[up]]))
     sides = ((0.97, 0.5, letters[right]), (0.03, 0.5, _OPPOSITE[letters[right]]))
     for x, y, letter in (*ends, *sides):
@@ -107,7 +102,13 @@ def _draw(
     axes.set_title(f"{names[cut]} = {at} of {image.grid[cut]}", fontsize=9)
     axes.set_xlabel(f"{names[right]}, {letters[right]} is right", fontsize=8)
     axes.set_ylabel(f"{names[up]}, {letters[up]} is up", fontsize=8)
-    axes.tick_params(labelsize=7)
+
+
+def _plane(array: Array, plane: tuple[int, int, int], at: int) -> Array:
+    """One slice, rows upwards."""
+    right, up, cut = plane
+    found: Array = np.take(array, [at], cut).squeeze(cut)
+    return found.T if right < up else found
 
 
 def _rectangle(corner: tuple[float, float], width: int, height: int) -> Any:

@@ -98,7 +98,7 @@ class CaseSamples:
     def _sample(self, where: str, image: Array, label: Array | None) -> RawSample:
         """In the axes of the recipe, with a batch axis; a model of slices gets no axis where the patch has size 1."""
         spec, axes, sizes = self.inputs[0], self.spec.axes, list(image.shape[1:])
-        if "z" not in axes:
+        if self.spec.flat:
             sizes.pop()
         batch = len(spec.shape) > len(axes)
         if not batch and self.spec.patch and 1 in self.spec.patch:
@@ -106,11 +106,24 @@ class CaseSamples:
             sizes.pop(at)
             axes, batch = axes.replace(self.spec.spatial[at], ""), True
         array = np.moveaxis(image.reshape(len(image), *sizes), 0, axes.index("c"))
+        if self.spec.patch is None:
+            self._require_size(array.shape, axes, spec.shape[batch:], where)
         arrays = {spec.name: _as_dtype(array[None] if batch else array, self.spec.dtype, where)}
         for wanted in self.inputs[1:]:
             if label is not None:
                 arrays[wanted.name] = label.astype(np.int64).reshape(1, *sizes)
         return RawSample(where, arrays)
+
+    def _require_size(self, shape: Sequence[int], axes: str, model: Sequence[int | str | None], where: str) -> None:
+        """Refuse a whole image of another size than the model's, with the key that cuts it."""
+        pairs = [(n, m) for axis, n, m in zip(axes, shape, model, strict=False) if axis != "c"]
+        if any(isinstance(m, int) and m != n for n, m in pairs):
+            size = " x ".join(str(n) for n, _ in pairs)
+            needed = " x ".join(str(m) if isinstance(m, int) else "any" for _, m in pairs)
+            raise DataError(
+                f"Cannot use {where}: the image is {size} as the model would get it, and the model takes {needed}. Cut "
+                f"it with `patch:` under `volume:` in a recipe, and `spacing_mm:` if its voxels have another size."
+            )
 
 
 def cases_of(form: ImageForm, source: str, key: bytes | None) -> list[Case]:

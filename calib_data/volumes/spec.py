@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from calib_data.validation import DataError
-from calib_data.volume import STORED, axis_of
+from calib_data.volume import STORED, Volume, axis_of
 
 _BY_BUNDLE = ("orientation", "spacing_mm", "grid", "order", "separate_z", "order_z", "crop", "intensity", "normalize")
 AXES = tuple("".join(p) for p in permutations("cxyz")) + tuple("".join(p) for p in permutations("cxy"))
@@ -121,6 +121,18 @@ class VolumeSpec(Spec, frozen=True, kw_only=True):
     def spatial(self) -> str:
         """The axes without channels."""
         return self.axes.replace("c", "")
+
+    @property
+    def flat(self) -> bool:
+        """Whether images are pictures, without a place in a patient's space."""
+        return "z" not in self.axes
+
+    def said(self, image: Volume) -> str:
+        """Size and place of an image in words."""
+        if self.flat:
+            return f"{'x'.join(map(str, image.grid[:2]))} pixels"
+        spacing = " x ".join(f"{size:.4g}" for size in image.spacing_mm)
+        return f"{'x'.join(map(str, image.grid))} voxels of {spacing} mm, {image.orientation}"
 
     def to_mapping(self) -> dict[str, Any]:
         """The block as plain values, without what is the default."""

@@ -29,7 +29,7 @@ def explain(source: Path, node: str, engine: Path | None, as_json: bool, **given
 
 @click.command()
 @click.argument("source", metavar="DATA")
-@click.option("--preview", type=options.PATH, metavar="OUT.png", help="Draw what a model will see of the images.")
+@click.option("--preview", type=options.PATH, metavar="OUT.png", help="Draw what a model will see of the first images.")
 @click.option("--write-recipe", type=options.PATH, metavar="FILE", help="Write the `volume:` block; - prints it.")
 @options.image_options
 @options.recipe_option
@@ -64,7 +64,12 @@ def data(source: str, preview: Path | None, write_recipe: Path | None, as_json: 
         for done, case in enumerate(cases, 1):
             images.append(described(case, spec))
             bars(done, len(cases), "read")
-    _show(images, f"{len(cases)} images: {form.says}", [tuple(image.values()) for image in images], as_json)
+    _show(
+        images,
+        f"{len(cases)} image{'s' * (len(cases) > 1)}: {form.says}",
+        [tuple(image.values()) for image in images],
+        as_json,
+    )
     if write_recipe and str(write_recipe) != "-":
         write_atomic(write_recipe, block(spec).encode())
         click.echo(f"Recipe: {write_recipe}")

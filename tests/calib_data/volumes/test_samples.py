@@ -62,6 +62,14 @@ def test_a_model_without_batch_axis_and_a_model_of_slices(tmp_path: Path) -> Non
     np.testing.assert_array_equal(slices[2][0, 0], ramp(4, 5, 6)[:, :, 2].T)
 
 
+def test_a_model_of_one_size_needs_a_patch(tmp_path: Path) -> None:
+    path = write_nifti(tmp_path / "a.nii", ramp(9, 8, 7))
+    fixed = InputSpec(name="image", dtype="float32", shape=(1, 1, 8, "y", 4))
+    with pytest.raises(DataError, match=r"the image is 9 x 8 x 7 as .* takes 8 x any x 4"):
+        list(opened(path, fixed))
+    assert len(list(opened(path, fixed, patch=[8, 8, 4]))) == 4
+
+
 def test_a_small_image_is_padded_on_both_sides(tmp_path: Path) -> None:
     path = write_nifti(tmp_path / "a.nii", ramp(5, 4, 4) + 1)
     (found,) = arrays(path, patch=[8, 4, 4], patches={"per_volume": 1}, pad=-7)

@@ -50,8 +50,8 @@ def test_images_are_described_with_what_a_recipe_makes_of_them(tmp_path: Path) -
     assert done.exit_code == 0, done.output
     (found,) = json.loads(done.stdout)
     assert re.fullmatch(r"case 1 of 1 \(key [0-9a-f]{12}\)", found.pop("case"))
-    assert found["stored"] == "1 channels 4x5x6, 0.8062 x 0.8062 x 2.5 mm, LPS, int16 0 to 119"
-    assert found["seen"].startswith("1 channels 3x4x14, 1 x 1 x 1 mm, RAS, float32 ")
+    assert found["stored"] == "1 channel of 4x5x6 voxels of 0.8062 x 0.8062 x 2.5 mm, LPS, int16 0 to 119"
+    assert found["seen"].startswith("1 channel of 3x4x14 voxels of 1 x 1 x 1 mm, RAS, float32 ")
     assert found["label"] == "label 0, 1, 2" and found["samples"] == "the whole image"
     write_nifti(tmp_path / "in/labelsTr/a.nii.gz", np.zeros((4, 5, 6), np.uint8), OBLIQUE)
     how = {"patch": [4, 4, 8], "patches": {"kind": "foreground", "per_volume": 2}}
