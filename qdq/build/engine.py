@@ -28,8 +28,9 @@ from engines.core.load import load_graph
 from engines.verify.audit import Audit, audit
 from engines.verify.manifest import Manifest, sha256_model
 from qdq.build.compiler import of_another
+from qdq.build.keys.shapes import ShapeOption
 from qdq.build.machine import builds_here, model_of_another, runs_here, stand_in
-from qdq.build.recipe import Recipe, ShapeOption
+from qdq.build.recipe import Recipe
 from qdq.core.choices import choose
 from qdq.core.errors import InputError, MissingRuntimeError, StaleFileError
 from qdq.model.made_for import made_for
