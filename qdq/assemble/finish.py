@@ -35,7 +35,12 @@ def finish(model: Model, plan: Plan, *, unquantized_type: str, table: Calibratio
     The model has Q/DQ by that plan and float32 tensors. `unquantized_type` is 'fp16', 'bf16', 'fp32', or 'auto' for the
     plan's; tensors that could overflow by the calibrated ranges of the table stay FP32.
     """
-    converted = convert(model, unquantized_type=float_type_of(plan, unquantized_type), table=table)
+    converted = convert(
+        model,
+        unquantized_type=float_type_of(plan, unquantized_type),
+        split_biases=bool(plan.settings.profile.shift),
+        table=table,
+    )
     rules = Counter(skip.rule for skip in converted.kept)
     why = {"shift": "to keep shifted inputs exact", "neighbours": "because their neighbours compute in FP32"}
     said = ", ".join(f"{count} {why.get(rule, f'by rule {rule!r}')}" for rule, count in sorted(rules.items()))

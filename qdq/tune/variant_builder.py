@@ -218,7 +218,9 @@ class VariantBuilder:
             plan = restricted(base.model, base.plan, variant, "")
             model = insert(base.model, plan, _adapted(base, plan)) if plan.points else base.model
             unquantized_type = variant.unquantized_type or self.unquantized_types[0]
-            self._last = key, convert(model, unquantized_type=unquantized_type, table=base.table).model
+            fused = bool(self.settings.profile.shift)
+            converted = convert(model, unquantized_type=unquantized_type, split_biases=fused, table=base.table)
+            self._last = key, converted.model
         return self._last[1]
 
     def _table(self, model: Model, plan: Plan) -> CalibrationTable:

@@ -52,7 +52,12 @@ class Converted:
 
 
 def convert(
-    model: Model, *, unquantized_type: str = "fp16", keep_io: bool = True, table: CalibrationTable | None = None
+    model: Model,
+    *,
+    unquantized_type: str = "fp16",
+    keep_io: bool = True,
+    split_biases: bool = True,
+    table: CalibrationTable | None = None,
 ) -> Converted:
     """Make every float32 tensor FP16 or BF16, except what must stay FP32.
 
@@ -63,6 +68,7 @@ def convert(
         model: prepared; with or without Q/DQ from `insert`.
         unquantized_type: 'fp16', 'bf16' or 'fp32': nothing changes but `composites` that FP32 has no kernel for.
         keep_io: inputs and outputs stay float32; else they take the new type too.
+        split_biases: write what a float product's bias loses by rounding as a Sub behind it, which the compiler fuses.
         table: calibrated ranges; a tensor beyond half of FP16's range stays FP32, one within is trusted to fit.
 
     Raises:
@@ -74,7 +80,7 @@ def convert(
     proto = _typed(model, BFLOAT16_OPSET if low == "bfloat16" else 0)
     typed = model.replace(proto)
     kept = decide(typed, low, table)
-    typed = compensate(typed, low, kept)
+    typed = compensate(typed, low, kept, split_biases=split_biases)
     writer = _Writer(typed, low, frozenset(kept), keep_io)
     order = (kept[node.name] for node in typed.graph.node if node.name in kept)
     return Converted(model=written_out(model.replace(writer.write(), keeps=writer.store)), kept=tuple(order))

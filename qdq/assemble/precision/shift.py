@@ -8,8 +8,9 @@ every input, times sum(W). Here the bias is computed anew, from what will be sto
     bias' = bias - c * sum(W) - k * s' * sum(W')        s' and W' as DQ stores them
 
 and written as two numbers of the low type: one in the product's bias, the remainder in a Sub behind it, which
-TensorRT-RTX fuses (ONNX Runtime would fold an Add back into the bias). The same is done for a float product whose bias
-loses more by rounding than its weight: a folded BatchNormalization often leaves a large bias that the product cancels.
+TensorRT-RTX fuses (ONNX Runtime would fold an Add back into the bias). Where the compiler fuses it, so is done for a
+float product whose bias loses more by rounding than its weight: a folded BatchNormalization often leaves a large bias
+that the product cancels.
 `model.shift_correction` cannot do it: it knows the exact offset only. This module must not touch nodes that stay FP32.
 """
 
@@ -39,11 +40,11 @@ class _Shift:
     zero: float
 
 
-def compensate(model: Model, low: str, kept: Collection[str]) -> Model:
+def compensate(model: Model, low: str, kept: Collection[str], *, split_biases: bool) -> Model:
     """The model, still in float32, with biases behind shifted tensors that are exact in the low type.
 
     All tensors are typed; Q/DQ nodes are those of `insert`, others are left alone. `low` is 'float16' or 'bfloat16';
-    the nodes named in `kept` stay FP32.
+    the nodes named in `kept` stay FP32. Biases of float products are left alone without `split_biases`.
     """
     draft = _Draft(model, low)
     for node in model.graph.node:
@@ -52,7 +53,7 @@ def compensate(model: Model, low: str, kept: Collection[str]) -> Model:
         shift = None if node.op_type not in WEIGHTED or node.name in kept else _shift(model, node, low)
         if shift is not None:
             draft.shifted(node, copy, shift)
-        elif node.op_type in ("Conv", "Gemm") and node.name not in kept and draft.coarse(node):
+        elif split_biases and node.op_type in ("Conv", "Gemm") and node.name not in kept and draft.coarse(node):
             draft.split(copy, np.zeros(1), at=2)
         elif node.name in draft.pending:
             draft.split(copy, draft.pending.pop(node.name), at=[model.is_constant(t) for t in node.input].index(True))

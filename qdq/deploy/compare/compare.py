@@ -214,7 +214,8 @@ class _Bench:
         rows = []
         for kind in dict.fromkeys(("fp32", "fp16", float_type_of(plan, entry.recipe.unquantized_type))):
             path, bits = folder / f"{kind}.onnx", f"W{FLOAT_BITS[kind]}A{FLOAT_BITS[kind]}"
-            save(convert(self.prepared, unquantized_type=kind, table=table).model, path)
+            fused = bool(entry.recipe.profile.shift)
+            save(convert(self.prepared, unquantized_type=kind, split_biases=fused, table=table).model, path)
             row = SchemeRow(scheme=kind.upper(), precision=bits, weights_per="-", data_per="-", quantized_nodes=0)
             rows.append(self._measured(row, path, self.path if kind == "fp32" else path, entry))
             path.unlink()
