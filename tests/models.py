@@ -34,15 +34,17 @@ def assemble(
     return model
 
 
-def segmenter(*, spatial: Sequence[int | str] = (8, 8), classes: int = 3, seed: int = 0) -> onnx.ModelProto:
-    """image (1, 1, *spatial) -> /encode/Conv -> Relu -> /head/Conv -> logits (1, classes, *spatial); 2-D or 3-D."""
+def segmenter(
+    *, spatial: Sequence[int | str] = (8, 8), classes: int = 3, inputs: int = 1, width: int = 4, seed: int = 0
+) -> onnx.ModelProto:
+    """image (1, inputs, *spatial) -> /encode/Conv -> Relu -> /head/Conv -> logits (1, classes, *spatial); 2-D, 3-D."""
     rng = np.random.default_rng(seed)
     rank = len(spatial)
     kernel, pads = (3,) * rank, [1] * (2 * rank)
     weights = {
-        "encode.weight": rng.normal(0, 0.5, (4, 1, *kernel)),
-        "encode.bias": rng.normal(0, 0.1, 4),
-        "head.weight": rng.normal(0, 0.5, (classes, 4, *kernel)),
+        "encode.weight": rng.normal(0, 0.5, (width, inputs, *kernel)),
+        "encode.bias": rng.normal(0, 0.1, width),
+        "head.weight": rng.normal(0, 0.5, (classes, width, *kernel)),
         "head.bias": rng.normal(0, 0.1, classes),
     }
     nodes = [
@@ -51,7 +53,7 @@ def segmenter(*, spatial: Sequence[int | str] = (8, 8), classes: int = 3, seed: 
         helper.make_node("Conv", ["b", "head.weight", "head.bias"], ["logits"], name="/head/Conv", pads=pads),
     ]
     tensors = [constant(name, array.astype(np.float32)) for name, array in weights.items()]
-    return assemble(nodes, {"image": (1, 1, *spatial)}, {"logits": (1, classes, *spatial)}, tensors)
+    return assemble(nodes, {"image": (1, inputs, *spatial)}, {"logits": (1, classes, *spatial)}, tensors)
 
 
 def images(count: int, shape: Sequence[int] = (1, 1, 8, 8), *, seed: int = 1) -> list[dict[str, np.ndarray]]:

@@ -12,13 +12,15 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from clinic import image
 from image_files import write_nifti
 from models import images, save_samples, segmenter
 from places import ROOT
 
 from engines.backends.doctor import gpus
 from qdq.build.cost import TIE, TIE_US
-from qdq.build.recipe import Recipe, read_recipe
+from qdq.build.keys.recipe_file import read_recipe
+from qdq.build.recipe import Recipe
 from qdq.cli.main import main
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
@@ -71,7 +73,7 @@ def test_every_command_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.M
     save_samples(tmp_path / "held_out", images(2, CUBE, seed=7))
     write_recipes(tmp_path)
     for seed in range(2):
-        scan = np.random.default_rng(seed).integers(0, 1000, (20, 18, 16)).astype(np.int16)
+        scan = (250 * image(seed, (20, 18, 16))).astype(np.int16)
         write_nifti(tmp_path / f"scans/{seed}.nii.gz", scan, np.diag([-1.0, 1.0, 1.2, 1.0]))
     Path("loader.py").write_text(LOADER)
     assert {shlex.split(c)[1] for c in commands()} == set(main.commands)  # every verb is shown

@@ -24,8 +24,8 @@ from results import record
 
 from engines.cost.gpus import gpu_named
 from qdq.build.engine import shape_ranges
+from qdq.build.pricing.tensorrt_pricer import pricer_of
 from qdq.build.recipe import Recipe
-from qdq.build.tensorrt_pricer import pricer_of
 from qdq.passes.prepare import load_float
 from qdq.tune.find_plan import find_plan
 

@@ -48,6 +48,26 @@ def plans_spec(folder: Path | str, configuration: str = CONFIGURATION) -> Volume
         ) from None
 
 
+def plans_labels(folder: Path | str) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
+    """Of `FOLDER/dataset.json`: name -> label values, without the ignored one, and the order that regions are painted.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    data = _read(Path(folder) / "dataset.json")
+    try:
+        each = {str(name): tuple(v) if isinstance(v, list) else (v,) for name, v in data.get("labels", {}).items()}
+        order = tuple(data.get("regions_class_order") or ())
+        if not all(isinstance(v, int) for v in (*order, *(v for some in each.values() for v in some))):
+            raise TypeError("a label is no whole number")
+    except (TypeError, AttributeError) as error:
+        raise DataError(
+            f"Cannot read the labels in {folder}/dataset.json: {error}. nnU-Net 2 has a number for each name, or for "
+            "regions a list of numbers."
+        ) from None
+    return {name: values for name, values in each.items() if name != "ignore"}, order
+
+
 def _spec(plans: Mapping[str, Any], data: Mapping[str, Any], configuration: str) -> VolumeSpec:
     chosen = _configuration(plans["configurations"], configuration)
     if chosen.get("previous_stage"):

@@ -20,12 +20,18 @@ def preprocess_spec(text: str) -> VolumeSpec:
     if kind == "monai" and rest:
         require_trust(rest)
         return VolumeSpec(bundle=rest)
-    if kind != "nnunet" or not rest:
+    if (plans := nnunet_plans(text)) is None:
         raise DataError(
             f"Cannot read the preprocessing {text!r}: it must be nnunet:FOLDER, nnunet:FOLDER:CONFIGURATION, or "
             "monai:BUNDLE/configs/inference.json."
         )
+    return plans_spec(*plans)
+
+
+def nnunet_plans(text: str) -> tuple[str, str] | None:
+    """Folder and configuration of `nnunet:FOLDER[:CONFIGURATION]`; None of another text."""
+    kind, _, rest = text.partition(":")
+    if kind != "nnunet" or not rest:
+        return None
     folder, _, name = rest.rpartition(":")
-    if not folder or Path(rest).is_dir():
-        folder, name = rest, CONFIGURATION
-    return plans_spec(folder, name)
+    return (rest, CONFIGURATION) if not folder or Path(rest).is_dir() else (folder, name)

@@ -14,7 +14,7 @@ import re
 import typing
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 import msgspec
 
@@ -213,9 +213,12 @@ def _needed(error: str, kind: Any) -> str:
     'a whole number or a text'
     >>> _needed("Invalid enum value 'yes'", bool | Literal["auto"])
     'true or false or auto'
+    >>> _needed("Invalid enum value 'yes'", Literal["auto", "never"])
+    'auto or never'
     """
     if error.startswith("Invalid enum value"):
-        parts = (get_args(part) or (_WORDS.get(part.__name__, part.__name__),) for part in get_args(kind) or (kind,))
+        some = (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
+        parts = (get_args(part) or (_WORDS.get(part.__name__, part.__name__),) for part in some)
         return " or ".join(str(value) for values in parts for value in values)
     text, _, place = error.removeprefix("Expected ").partition(" - at ")
     if key := re.match(r"Object (contains unknown|missing required) field `(.*)`", text):

@@ -20,7 +20,7 @@ shortcut and the next quantizer into the product, where TensorRT-RTX writes floa
 INT8 carries half of float16; fused attention stays in float. Not known, and assumed: that a pointwise kernel takes a Q,
 and that a pool whose scales differ costs nothing. Each tensor and pointwise kernel is INT8 by an AND of products. What
 that saves, and what Q kernels cost (an OR of readers, less the AND of the tensor), is submodular in the set of INT8
-products, so the best set is a minimum cut (`qdq.tune.cut`).
+products, so the best set is a minimum cut (`qdq.tune.exact.cut`).
 Must not be taken for measured: it is a derivation, held against published latencies by tools/bench_cost.py.
 Source: ../shared/docs/cost.md sections 2 and 3; numbers in brackets, ../shared/docs/tensorrt_int8.md.
 """

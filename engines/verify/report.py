@@ -13,16 +13,26 @@ from typing import ClassVar
 
 from engines.core.documents import Document, Measured, Part
 from engines.core.files import write_atomic
+from engines.verify.volumes import VolumeReport
 
 
 class Limits(Part, frozen=True, kw_only=True):
-    """The least that passes, for every output that has the metric; None: not checked."""
+    """The least that passes, for every output that has the metric, and the most, of whole volumes; None: not checked.
+
+    Those of volumes hold for every structure; see `engines.verify.volumes.VolumeReport.failures`.
+    """
 
     min_sqnr_db: float | None = None
     min_sqnr_spread_db: float | None = None
     min_cosine: float | None = None
     min_dice: float | None = None
     min_top1: float | None = None
+    max_dice_drop: float | None = None
+    max_hd95_mm: float | None = None
+    max_volume_diff_ml: float | None = None
+
+
+OF_VOLUMES = tuple(name for name in Limits.__struct_fields__ if name.startswith("max_"))
 
 
 class Alarms(Part, frozen=True, kw_only=True):
@@ -128,6 +138,7 @@ class Report(Document, frozen=True, kw_only=True):
         note: what stood for the engine.
         costly: where an output is poor: the quantized tensors that cost it most, the costliest first.
         advice: where an output is poor: what was found and what to try, one sentence each.
+        volumes: what whole volumes say; None where none were run.
     """
 
     FORMAT: ClassVar[str] = "qdq.check/3"
@@ -151,6 +162,7 @@ class Report(Document, frozen=True, kw_only=True):
     note: str = ""
     costly: tuple[TensorCost, ...] = ()
     advice: tuple[str, ...] = ()
+    volumes: VolumeReport | None = None
 
     @property
     def worst(self) -> OutputReport:
@@ -178,9 +190,13 @@ class Report(Document, frozen=True, kw_only=True):
         """One sentence per missed limit, per limit that no output has a value for, and per output with NaN."""
         wrong = [o for o in self.outputs if o.non_finite]
         found = [f"Output {o.name}: {o.non_finite} values are not finite, the first in {self._side(o)}." for o in wrong]
-        for limit, least in ((name, getattr(self.limits, name)) for name in Limits.__struct_fields__):
-            if least is None:
-                continue
+        asked = {name: given for name in Limits.__struct_fields__ if (given := getattr(self.limits, name)) is not None}
+        of_volumes = {name: asked.pop(name, None) for name in OF_VOLUMES}
+        if self.volumes:
+            found += self.volumes.failures(**of_volumes)
+        elif given := [name for name, most in of_volumes.items() if most is not None]:
+            found.append(f"No whole volume was run, so {', '.join(given)} cannot be checked: give images.")
+        for limit, least in asked.items():
             metric = limit.removeprefix("min_")
             values = [(o.name, v) for o in self.outputs for v in _values(o, metric)]
             found += [f"Output {name}: {what} is below {least:g}." for name, (what, v) in values if not v >= least]

@@ -28,8 +28,9 @@ from engines.core.load import load_graph
 from engines.verify.audit import Audit, audit
 from engines.verify.manifest import Manifest, sha256_model
 from qdq.build.compiler import of_another
+from qdq.build.keys.shapes import ShapeOption
 from qdq.build.machine import builds_here, model_of_another, runs_here, stand_in
-from qdq.build.recipe import Recipe, ShapeOption
+from qdq.build.recipe import Recipe
 from qdq.core.choices import choose
 from qdq.core.errors import InputError, MissingRuntimeError, StaleFileError
 from qdq.model.made_for import made_for
@@ -66,7 +67,7 @@ def shape_ranges(model: Model, options: Sequence[ShapeOption], samples: Samples 
 
 
 def _require_fit(model: Model, name: str, shapes: ShapeRange, what: str) -> None:
-    """Refuse shapes that an input of a model cannot have, or of no input; `what` says where they stand."""
+    """Refuse shapes that no input has; `what` says where they stand."""
     declared = {info.name: info.shape or () for info in model.inputs}
     shape = declared[choose(name, tuple(declared), "input")]
     fixed = {i: size for i, size in enumerate(shape) if isinstance(size, int)}

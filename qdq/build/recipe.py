@@ -15,26 +15,27 @@ A key is the name of the option with underscores. It must not look at a model or
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeGuard
 
 import msgspec
-import yaml
 
-from calib_data.volumes.preprocess import preprocess_spec
+from calib_data.volumes.nnunet import plans_labels
+from calib_data.volumes.preprocess import nnunet_plans, preprocess_spec
 from calib_data.volumes.spec import VolumeSpec, volume_spec
 from engines.backends.backend import Running, backend_named
 from engines.backends.compiler import ShapeRange
 from engines.backends.profile import Profile, profile_of
 from engines.backends.tensorrt_options import TensorRtOptions
 from engines.core.documents import replace
-from engines.core.files import read_file
 from engines.verify.meaning import TASKS
-from engines.verify.report import Alarms, Limits
+from engines.verify.report import OF_VOLUMES, Alarms, Limits
 from qdq.build.compiler import USUAL_TARGETS, choose_compiler
+from qdq.build.keys.segmentation import Segmentation, WholeVolumes
+from qdq.build.keys.shapes import ShapeOption, held_input
+from qdq.build.keys.window import Window
 from qdq.core.choices import choose, converted
 from qdq.core.errors import InputError
 from qdq.model.model import Held
@@ -45,8 +46,6 @@ TUNES = ("placement", "rewrites", "off")
 JUDGES = ("predicted", "measured")
 TUNE_COMPILES = 160
 TIME_LIMIT_S = 1800.0
-MOST_BYTES, MOST_CHARACTERS = 1 << 20, 1000  # of a recipe, and of one value in it
-MOST_VALUES = 10_000  # in a recipe, keys among them: PyYAML takes a tenth of a millisecond for each
 # keys that recipes still may have, and what they are called now
 OLDER = {"rest": "unquantized_type", "backend": "compiler"}
 Words = str | tuple[str, ...]  # one text stands for a list of one
@@ -81,6 +80,11 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
         class_axis: axis of their classes.
         tensorrt: options of TensorRT's builder, as `TensorRtOptions.from_mapping` reads them.
         runtime_cache: file for what TensorRT-RTX compiles when an engine first runs.
+        window: that goes over whole volumes, as a mapping or as `Window.parse` reads it.
+        segmentation: what a network's channels are in whole volumes.
+        max_dice_drop: most that a structure's mean Dice falls in whole volumes.
+        max_hd95_mm: most HD95 of a structure to the float model.
+        max_volume_diff_ml: most difference of a structure's volume to the float model.
         volume: what is done to images, as `calib_data.volumes.spec` says.
         preprocess: reads `volume` from elsewhere: nnunet:FOLDER, nnunet:FOLDER:CONFIGURATION, or monai:BUNDLE.json.
         case_key: file with the key of the names by which messages call images.
@@ -107,6 +111,11 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
     class_axis: Annotated[int, msgspec.Meta(ge=-64, le=63)] | None = None
     tensorrt: TensorRtOptions = TensorRtOptions()
     runtime_cache: str = ""
+    window: Window | str | None = None
+    segmentation: Segmentation | None = None
+    max_dice_drop: Share | None = None
+    max_hd95_mm: Annotated[float, msgspec.Meta(ge=0, le=1e6)] | None = None
+    max_volume_diff_ml: Annotated[float, msgspec.Meta(ge=0, le=1e9)] | None = None
     volume: VolumeSpec | None = None
     preprocess: str = ""
     case_key: str = ""
@@ -114,69 +123,6 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
 
 LIMITS = Limits.__struct_fields__
 """The limits on outputs that decide the exit code."""
-
-_SHAPE = r"\d{1,18}(?:x\d{1,18})*"
-_SHAPE_OPTION = re.compile(rf"(?P<name>.+?):(?:(?P<fixed>{_SHAPE})|(?P<range>{_SHAPE}:{_SHAPE}:{_SHAPE}))")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShapeOption:
-    """The smallest, the usual and the largest shape of one input, as a user wrote them."""
-
-    name: str
-    min: tuple[int, ...]
-    opt: tuple[int, ...]
-    max: tuple[int, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> ShapeOption:
-        """Read 'name:shape' or 'name:min:opt:max', each shape like 1x3x224x224. A name may hold colons.
-
-        >>> ShapeOption.parse("input:0:1x3:2x3:4x3").max
-        (4, 3)
-
-        Raises:
-            InputError: another form, or shapes that are no range.
-        """
-        match = _SHAPE_OPTION.fullmatch(text)
-        if not match:
-            raise InputError(
-                f"Cannot read the shape {text!r}: it must be name:shape or name:min:opt:max, with shapes such as "
-                "1x1x64x64x64."
-            )
-        parts = (match["range"] or ":".join([match["fixed"]] * 3)).split(":")
-        low, usual, high = (tuple(int(size) for size in part.split("x")) for part in parts)
-        one_rank = len(low) == len(usual) == len(high)
-        if not one_rank or any(not 1 <= a <= b <= c for a, b, c in zip(low, usual, high, strict=True)):
-            raise InputError(
-                f"The shape {text!r} is no range: min, opt and max need one rank, and 1 <= min <= opt <= max in every "
-                "dimension."
-            )
-        return cls(name=match["name"], min=low, opt=usual, max=high)
-
-    def __str__(self) -> str:
-        """The text that `parse` reads."""
-        shapes = ["x".join(map(str, shape)) for shape in (self.min, self.opt, self.max)]
-        return ":".join([self.name, *(shapes[:1] if len(set(shapes)) == 1 else shapes)])
-
-
-def held_input(text: str) -> tuple[str, Held]:
-    """An input and its value, of NAME=VALUE; a value is true, false or an integer.
-
-    >>> held_input("rate=16000"), held_input("use=cache=true")
-    (('rate', 16000), ('use=cache', True))
-
-    Raises:
-        InputError: another form.
-    """
-    name, _, value = text.rpartition("=")
-    words = {"true": True, "false": False}
-    if not name or not (value.lower() in words or re.fullmatch(r"-?\d{1,19}", value)):
-        raise InputError(
-            f"Cannot read what to hold, {text!r}: it must be NAME=VALUE, the name of an input and an integer, true or "
-            "false, such as rate=16000."
-        )
-    return name, words[value.lower()] if value.lower() in words else int(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +153,7 @@ class Recipe:
         class_axis: axis of their classes; None is what the graph tells.
         tensorrt: options of TensorRT's builder, where that compiles.
         runtime_cache: file for what TensorRT-RTX compiles when an engine first runs; None keeps nothing.
+        whole: how whole volumes are run, and whether they are.
         volume: what is done to images; None where samples are arrays.
         case_key: file with the key of images' names; "" for a key of this run.
     """
@@ -229,6 +176,7 @@ class Recipe:
     class_axis: int | None = None
     tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
     runtime_cache: Path | None = None
+    whole: WholeVolumes = field(default_factory=WholeVolumes)
     volume: VolumeSpec | None = None
     case_key: str = ""
 
@@ -300,6 +248,7 @@ class Recipe:
             raise InputError(f"compiler is {asked!r}: it must be a text such as rtx or tensorrt.")
         if named.get("volume") is not None:
             named["volume"] = volume_spec(named["volume"])
+        named |= {k: converted(v, _BLOCKS[k], f"key of {k}") for k, v in named.items() if k in _BLOCKS and _is_block(v)}
         file = converted(named, RecipeFile, "recipe key")
         if file.volume and file.preprocess:
             raise InputError("Both `volume` and `preprocess` say what is done to images: choose one.")
@@ -307,6 +256,7 @@ class Recipe:
         choice = choose_compiler(asked, gpus, _list(file.target))
         fields = {name: getattr(file, name) for name in Settings.__struct_fields__}
         settings = Settings(**{**fields, "compiler": choice.compiler})
+        volume = preprocess_spec(file.preprocess) if file.preprocess else file.volume
         usual = "placement" if settings.scheme == "int8" else "rewrites"
         tune = choose(file.tune or usual, TUNES, "way to tune")
         judge = choose(file.judge, JUDGES, "judge") if file.judge else ""
@@ -333,7 +283,8 @@ class Recipe:
             class_axis=file.class_axis,
             tensorrt=file.tensorrt,
             runtime_cache=Path(file.runtime_cache) if file.runtime_cache else None,
-            volume=preprocess_spec(file.preprocess) if file.preprocess else file.volume,
+            whole=_whole(file, volume),
+            volume=volume,
             case_key=file.case_key,
         )
         if not backend_named(made.backend).no_options:
@@ -341,48 +292,29 @@ class Recipe:
         return made
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: a few lines of them stand for more values than any memory holds."""
-
-    values = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """A node; an alias is refused."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias (*name); write the value out")
-        self.values += 1
-        if self.values > MOST_VALUES:
-            raise yaml.YAMLError(f"it has more than {MOST_VALUES} values")
-        node = super().compose_node(parent, index)
-        if isinstance(node, yaml.ScalarNode) and len(node.value) > MOST_CHARACTERS:
-            raise yaml.YAMLError(f"a value has {len(node.value)} characters; at most {MOST_CHARACTERS} are taken")
-        return node
+_BLOCKS: Mapping[str, type[Window] | type[Segmentation]] = {"window": Window, "segmentation": Segmentation}
 
 
-def read_recipe(path: Path | str) -> dict[str, object]:
-    """The keys of a recipe file, not yet checked.
+def _is_block(value: object) -> TypeGuard[Mapping[str, object]]:
+    """Whether a value has keys of its own."""
+    return isinstance(value, Mapping)
 
-    Raises:
-        InputError: the file is unreadable, no YAML, or no mapping.
-    """
-    try:
-        text = read_file(path)
-        if len(text) > MOST_BYTES:
-            raise InputError(f"The recipe {path} has {len(text)} bytes; a recipe has at most {MOST_BYTES}.")
-        values = yaml.load(text.decode(), _PlainLoader)
-    except OSError as error:
-        raise InputError(f"Cannot read the recipe {path}: {error.strerror or error}. Check the path.") from error
-    except RecursionError:
-        raise InputError(f"The recipe {path} is nested too deeply; a recipe holds texts, numbers and lists.") from None
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
-        # what PyYAML's resolvers raise for a date or a number that is none has no base of its own
-        raise InputError(f"The recipe {path} is not YAML: {' '.join(str(error).split())[:300]}.") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        kind = type(values).__name__
-        raise InputError(f"The recipe {path} holds a {kind}; it needs lines such as 'scheme: int8', one per option.")
-    return {str(key): value for key, value in values.items()}
+
+def _whole(file: RecipeFile, volume: VolumeSpec | None) -> WholeVolumes:
+    """How whole volumes are run; what the recipe does not say, nnU-Net's plans do where images are prepared by them."""
+    window = Window.parse(file.window) if isinstance(file.window, str) else file.window
+    segmentation = file.segmentation
+    if plans := nnunet_plans(file.preprocess):
+        if window is None and volume and volume.patch:
+            window = Window(patch=volume.patch, rule="nnunet")
+        if segmentation is None:
+            structures, order = plans_labels(plans[0])
+            kind: Literal["softmax", "sigmoid"] = "sigmoid" if order else "softmax"
+            segmentation = Segmentation(
+                activation=kind, structures=dict(structures), regions_class_order=order, resample="logits"
+            )
+    asked = bool(file.window or file.segmentation or any(getattr(file, name) is not None for name in OF_VOLUMES))
+    return WholeVolumes(window=window, segmentation=segmentation or Segmentation(), asked=asked)
 
 
 def _list(words: Words) -> tuple[str, ...]:

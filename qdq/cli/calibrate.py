@@ -17,6 +17,7 @@ import click
 from qdq.cli import options
 from qdq.cli.terminal import Bars, note
 from qdq.core.errors import InputError
+from qdq.core.outputs import check_output
 
 if TYPE_CHECKING:
     from calib_data import InputSpec, Samples
@@ -62,7 +63,7 @@ def calibrate(
     Killed at any moment, the same command goes on where it was. `--merge A.json B.json -o C.json` unites tables of
     different samples.
     """
-    options.check_output(output, *files, data, plan_file, given["recipe"], *custom_ops)
+    check_output(output, *files, data, plan_file, given["recipe"], *custom_ops)
     if merge:
         table = _merged(files)
         table.save(output)

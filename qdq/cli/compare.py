@@ -14,6 +14,7 @@ import click
 
 from qdq.cli import options
 from qdq.cli.terminal import Bars, note, show_rows
+from qdq.core.outputs import check_output
 
 if TYPE_CHECKING:
     from calib_data import Samples
@@ -52,6 +53,7 @@ def _metrics() -> Iterable[str]:
 @click.option("--unit", default="", help="Name the unit of a metric that has one, as mae; for instance kcal/mol.")
 @click.option("--per", type=float, default=1.0, help="Say how much of the output makes one such unit.")
 @click.option("--class-axis", type=int, help="Look for classes on this axis; default: as the end of the graph says.")
+@options.window_option
 @options.overlap_option
 @click.option("-o", "--output", type=options.PATH, help="Write report.json here.")
 @options.unquantized_option
@@ -91,7 +93,7 @@ def compare(
     from qdq.passes.prepare import load_float
 
     if output:
-        options.check_output(output, model, data, evaluation, given["recipe"], *custom_ops)
+        check_output(output, model, data, evaluation, given["recipe"], *custom_ops)
     task = Task(metric=metric, labels=labels, output=score_output, unit=unit, per=per, class_axis=class_axis)
     asked = entries(",".join(schemes).split(","), options.recipe_values(given, base={"tune": "off"}))
     recipe = asked[0].recipe

@@ -1,4 +1,4 @@
-"""The whole job as a verb: deploy, and the demo."""
+"""The whole job as a verb: deploy; what is deployed at work: segment; and the demo."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from qdq.cli import options
 from qdq.cli.terminal import Bars, note, show_rows, warn
 
 if TYPE_CHECKING:
+    from engines.verify.report import Report
     from qdq.build.recipe import Recipe
     from qdq.deploy.deploy import Deployed
 
@@ -71,9 +72,21 @@ def _show_deployed(done: Any, name: str, as_json: bool) -> None:
         click.echo(done.report.to_json(), nl=False)
         return
     show_rows(f"{name} {done.report.title}", done.report.rows())
+    show_volumes(done.report.check)
     for line in (*audit_lines(done.report.audit), *done.report.notes):
         note(line)
     click.echo(f"Results: {done.folder.resolve()}")
+
+
+def show_volumes(report: Report) -> None:
+    """The tables of whole volumes, where any were run."""
+    from qdq.deploy.volumes.table import lines, tables
+
+    if report.volumes:
+        for title, rows in tables(report.volumes):
+            show_rows(title, rows)
+        for line in lines(report.volumes):
+            note(line)
 
 
 def finish_with(failures: list[str], warnings: Iterable[str] = ()) -> None:
@@ -83,6 +96,43 @@ def finish_with(failures: list[str], warnings: Iterable[str] = ()) -> None:
         click.echo(f"Failed: {failure}", err=True)
     if failures:
         click.get_current_context().exit(1)
+
+
+@click.command()
+@click.argument("model", type=options.PATH, metavar="MODEL|ENGINE")
+@options.memory_option
+@click.option("--data", required=True, help="Read images from this folder or file.")
+@options.image_options
+@options.window_option
+@click.option("-o", "--out", type=options.PATH, required=True, help="Write the labels to this folder.")
+@click.option("--task", cls=options.Listed, names=options.tasks, help="Take the output for: {names}.")
+@click.option("--class-axis", type=int, help="Look for classes on this axis; default: as the graph says.")
+@options.custom_ops_option
+@options.recipe_option
+def segment(model: Path, data: str, out: Path, custom_ops: tuple[str, ...], **given: Any) -> None:
+    """Segment images: labels as NIfTI files on the images' own grids, and the names of structures.
+
+    Files are named by the number of an image in the order of names, and by its key.
+    """
+    from calib_data import open_samples
+    from qdq.deploy.volumes.segment import opened
+    from qdq.deploy.volumes.segment import segment as segmented
+
+    recipe = options.recipe_of(given)
+    found = opened(model, custom_ops=custom_ops)
+    samples = open_samples(data, found.inputs, volume=recipe.volume, case_key=options.case_key_of(recipe))
+    with Bars() as bars:
+        made = segmented(
+            found,
+            samples,
+            recipe.whole,
+            out,
+            task=recipe.task,
+            class_axis=recipe.class_axis,
+            on_progress=bars,
+        )
+    note(made.said)
+    click.echo(f"{len(made.files) - 1} images: {out.resolve()}")
 
 
 @click.command()

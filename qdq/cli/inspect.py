@@ -10,6 +10,7 @@ import click
 
 from qdq.cli import options
 from qdq.cli.terminal import Bars, note, show_rows
+from qdq.core.outputs import check_output
 
 
 @click.command()
@@ -45,7 +46,7 @@ def data(source: str, preview: Path | None, write_recipe: Path | None, as_json: 
     from qdq.core.errors import InputError
 
     for path in filter(None, (preview, write_recipe)):
-        options.check_output(path, source, given["recipe"])
+        check_output(path, source, given["recipe"])
     recipe, form = options.recipe_of(given), form_of(source)
     if not isinstance(form, ImageForm):
         if preview or write_recipe or recipe.volume:
@@ -132,7 +133,7 @@ def measure_gpu(output: Path, compiler: str | None, seconds: float, as_json: boo
     from engines.timing.machine import Monitor
     from engines.timing.measure import backend_for
 
-    options.check_output(output)
+    check_output(output)
     with Driver() as driver, Bars() as bars:
         card = driver.card()
         backend = backend_for(card, compiler and profile_named(compiler).backend)

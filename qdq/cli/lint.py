@@ -16,6 +16,7 @@ import click
 from qdq.cli import options
 from qdq.cli.terminal import Bars, note, show_rows
 from qdq.core.errors import InputError
+from qdq.core.outputs import check_output
 
 if TYPE_CHECKING:
     from engines.backends.profile import Profile
@@ -77,7 +78,7 @@ def lint_command(
             _show(f"{model.name} for {profile.title}: {_count(found)}", found)
         raise SystemExit(int(any(f.severity == "error" for f in found)))
     assert output is not None
-    options.check_output(output, model)
+    check_output(output, model)
     raise SystemExit(_fix(loaded, model, output, profile, target, shape, as_json))
 
 

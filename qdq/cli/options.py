@@ -1,13 +1,12 @@
 """The options that several verbs share, and what they mean: a recipe, samples, a place to write.
 
-option decorators -> click's parsed values -> `recipe_of`, `samples_of`, `check_output`.
+option decorators -> click's parsed values -> `recipe_of`, `samples_of`.
 Must stay light, like `cli`: what is heavy is imported inside the functions.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
-SAMPLES = (".npz", ".npy")  # what a folder of samples holds
 RANDOM_NOTE = "Random data: the figures say that the model compiles and runs, nothing about its accuracy."
 
 
@@ -70,7 +68,7 @@ def _targets() -> Iterable[str]:
     return dict.fromkeys(target for b in backends().values() if not b.needs_gpu for target in b.targets)
 
 
-def _tasks() -> Iterable[str]:
+def tasks() -> Iterable[str]:
     """What outputs can be taken for."""
     from engines.verify.meaning import TASKS
 
@@ -259,10 +257,25 @@ limit_options = _options(
     click.option("--min-cosine", type=float, help="Require this cosine similarity of each output."),
     click.option("--min-dice", type=float, help="Require this Dice of each class of each segmentation."),
     click.option("--min-top1", type=float, help="Require this agreement of the argmax, from 0 to 1."),
+    click.option(
+        "--max-dice-drop",
+        type=float,
+        help="Allow this fall of each structure's mean Dice in whole volumes, against labels, else the float model.",
+    ),
+    click.option("--max-hd95-mm", type=float, help="Allow this HD95 of each structure to the float model, in mm."),
+    click.option(
+        "--max-volume-diff-ml", type=float, help="Allow this difference of each structure's volume to it, in ml."
+    ),
+)
+window_option = click.option(
+    "--window",
+    metavar="PATCH[:KEY=VALUE...]",
+    help="Run over whole volumes with this patch, as 96x96x96:overlap=0.5:rule=nnunet; default: the model's size.",
 )
 judging_options = _options(
     limit_options,
-    click.option("--task", cls=Listed, names=_tasks, help="Take the outputs for: {names}; auto: as the graph ends."),
+    window_option,
+    click.option("--task", cls=Listed, names=tasks, help="Take the outputs for: {names}; auto: as the graph ends."),
     click.option(
         "--class-axis", type=int, help="Look for classes on this axis of the outputs; default: as the graph says."
     ),
@@ -293,7 +306,7 @@ def output_option(what: str, *, required: bool = True) -> Callable[[F], F]:
 
 def recipe_values(given: Mapping[str, Any], base: Mapping[str, object] | None = None) -> dict[str, object]:
     """Keys of a verb's recipe: `base`, then its recipe file, then the options given."""
-    from qdq.build.recipe import read_recipe
+    from qdq.build.keys.recipe_file import read_recipe
 
     options = {k: v for k, v in given.items() if k != "recipe" and v is not None and v != ()}
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
@@ -353,51 +366,3 @@ def _require_room(model: Model, samples: Samples) -> None:
 
     if given_bytes() is not None and (first := next(iter(samples), None)) is not None:
         require_room(model, first)
-
-
-def check_output(path: Path, *inputs: Path | str | None) -> None:
-    """Refuse early what would fail after the work, or would replace a file that is being read.
-
-    Raises:
-        InputError: says which.
-    """
-    folder, what = path.absolute().parent, ""
-    if path.exists() and not path.is_file():
-        what = "it is a folder" if path.is_dir() else "it is a pipe or a device"
-    elif not folder.is_dir() or not os.access(folder, os.W_OK):
-        what = "its folder does not exist or is not writable"
-    if what:
-        raise InputError(f"Cannot write {path}: {what}. Choose a file name in a folder that is writable.")
-    if path.exists() and any(path.samefile(held) for held in _files_of(inputs, path)):
-        raise InputError(
-            f"Cannot write {path}: it is an input of this command, which is never changed. Choose another name."
-        )
-
-
-def _files_of(inputs: Iterable[Path | str | None], beside: Path) -> Iterator[Path]:
-    """The files that are read of some inputs: themselves, a sample that lies `beside`, a model's external data."""
-    for given in inputs:
-        if not given:
-            continue
-        path = Path(given)
-        if not path.exists() and isinstance(given, str):
-            path = Path(given.rpartition(":")[0])  # of module.py:function
-        if path.is_file():
-            yield path
-            yield from (path.parent / name for name in _external(path) if (path.parent / name).is_file())
-        elif path.is_dir() and beside.suffix in SAMPLES and beside.parent.samefile(path):
-            yield beside
-
-
-def _external(model: Path) -> set[str]:
-    """The files of a model's weights; none of what is no model, which its reader refuses."""
-    if model.suffix != ".onnx":
-        return set()
-    from engines.core.errors import BuildError
-    from engines.core.load import load_graph
-    from engines.core.nodes import external_files
-
-    try:
-        return {name for name in external_files(load_graph(model)) if "\0" not in name}
-    except BuildError:
-        return set()

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qdq.cli import options
-from qdq.cli.deploy import finish_with
+from qdq.cli.deploy import finish_with, show_volumes
 from qdq.cli.terminal import Bars, note, show_rows, warn
 from qdq.core.errors import InputError, ModelError
+from qdq.core.outputs import check_output
 
 if TYPE_CHECKING:
     from qdq.build.recipe import Recipe
@@ -31,7 +32,7 @@ def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
     from qdq.plan import placement
 
     if output:
-        options.check_output(output, model, given["recipe"])
+        check_output(output, model, given["recipe"])
     recipe = options.recipe_of(given)
     prepared = load_float(model)
     made = placement.plan(prepared, recipe.settings)
@@ -74,7 +75,7 @@ def quantize(
     from qdq.passes.prepare import load_float
     from qdq.plan.plan import Plan
 
-    options.check_output(output, model, data, plan_file, table_file, given["recipe"], *custom_ops)
+    check_output(output, model, data, plan_file, table_file, given["recipe"], *custom_ops)
     with Bars() as bars:
         bars(0, None, "Prepare")
         chosen = Plan.load(plan_file) if plan_file else None
@@ -133,7 +134,7 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
     from qdq.model.storage import load
     from qdq.passes.steered import said
 
-    options.check_output(output, model, given["recipe"])
+    check_output(output, model, given["recipe"])
     recipe = options.recipe_of(given)
     if timing_cache:
         recipe = recipe.with_tensorrt(timing_cache=str(timing_cache))
@@ -247,7 +248,7 @@ def check(
     from qdq.passes.prepare import load_float
 
     if output:
-        options.check_output(output, float_model, candidate, data, given["recipe"], *custom_ops)
+        check_output(output, float_model, candidate, data, given["recipe"], *custom_ops)
     recipe = options.recipe_of(given)
     reference = load(float_model)
     samples = options.samples_of(reference, recipe, data, random_data)
@@ -268,6 +269,7 @@ def check(
             as_compiled=layers.table if layers else None,
             predicted=bool(layers and layers.predicted),
             custom_ops=custom_ops,
+            whole=recipe.whole,
             on_progress=bars,
         )
         if report.poor and backend is None:
@@ -280,6 +282,7 @@ def check(
         click.echo(report.to_json(), nl=False)
     else:
         show_rows(f"{candidate.name} against {float_model.name}, {report.samples} samples", check_rows(report))
+        show_volumes(report)
         if report.note:
             note(report.note)
     finish_with(report.failures, warning_lines(report))

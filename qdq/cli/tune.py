@@ -13,6 +13,7 @@ import click
 
 from qdq.cli import options
 from qdq.cli.terminal import Bars, note, show_rows
+from qdq.core.outputs import check_output
 
 
 @click.command()
@@ -48,14 +49,14 @@ def tune(
     from qdq.build.branches import with_possible_branches
     from qdq.build.engine import shape_ranges
     from qdq.build.measured.bench import bench_of, priced_here, why_predicted
-    from qdq.build.tensorrt_pricer import pricer_of, unpriced
+    from qdq.build.pricing.tensorrt_pricer import pricer_of, unpriced
     from qdq.core.errors import InputError
     from qdq.deploy.report import Row, measured_rows
     from qdq.passes.prepare import load_float
     from qdq.tune.exact.elsewhere import elsewhere
     from qdq.tune.find_plan import find_plan
 
-    options.check_output(output, model, data, given["recipe"])
+    check_output(output, model, data, given["recipe"])
     recipe = options.recipe_of(given)
     if why := unpriced(recipe):
         raise InputError(f"Nothing to tune by: {why}. Take the scheme int8, or --compiler rtx.")

@@ -21,7 +21,9 @@ from engines.core.errors import EngineError
 from engines.verify.as_compiled import roundings
 from engines.verify.compare import compare
 from engines.verify.report import Alarms, Limits, Report
+from qdq.build.keys.segmentation import WholeVolumes
 from qdq.core.progress import Progress
+from qdq.deploy.volumes.evaluate import compare_volumes
 from qdq.measure.inference.samples import Sample
 from qdq.model.graphsurgeon import ModelSource, called
 from qdq.model.model import Model
@@ -69,6 +71,7 @@ def evaluate(
     as_compiled: LayerTable | None = None,
     predicted: bool = False,
     custom_ops: Sequence[str] = (),
+    whole: WholeVolumes | None = None,
     on_progress: Progress | None = None,
 ) -> Report:
     """The candidate's outputs against those of the float model as the user gave it.
@@ -86,6 +89,7 @@ def evaluate(
             else. None rounds where the file says.
         predicted: the layers are those of another compiler, which predicts the engine.
         custom_ops: libraries of custom operators that ONNX Runtime needs for the models.
+        whole: how the samples' images are run as whole volumes too, where that is asked for.
     """
     total = samples.len_or_none()
 
@@ -115,8 +119,23 @@ def evaluate(
             written=found.written if found else None,
             custom_ops=custom_ops,
         )
+    expected = float_session(reference, called(float_model), custom_ops=custom_ops)
+    names = ("float model", name)
+    volumes = None
+    if whole and whole.asked:
+        volumes = compare_volumes(
+            expected,
+            tried,
+            samples,
+            whole,
+            graph=reference.proto,
+            task=task,
+            class_axis=class_axis,
+            names=names,
+            on_progress=on_progress,
+        )
     report = compare(
-        float_session(reference, called(float_model), custom_ops=custom_ops),
+        expected,
         tried,
         counted(),
         limits=Limits(**limits),
@@ -125,9 +144,9 @@ def evaluate(
         class_axis=class_axis,
         model=reference.proto,
         stood_for_engine=engine_backend is None,
-        names=("float model", name),
+        names=names,
     )
     if engine_backend and (kept := getattr(tried, "runtime_cache", None)):
         notes = [kept.note] * bool(kept.note)
     stood = [NOT_RUN if gpus() else report.note] if report.stood_for_engine else []
-    return replace(report, note="; ".join([*stood, *notes]))
+    return replace(report, note="; ".join([*stood, *notes]), volumes=volumes)

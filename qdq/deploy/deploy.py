@@ -26,6 +26,7 @@ from engines.core import onnx_runtime as ort
 from engines.core.errors import BuildError, import_runtime
 from engines.core.files import write_atomic
 from engines.verify.audit import audit
+from engines.verify.report import OF_VOLUMES
 from qdq.assemble.finish import float_type_of
 from qdq.build.branches import with_possible_branches
 from qdq.build.compiler import of_another
@@ -39,9 +40,9 @@ from qdq.build.engine import (
 )
 from qdq.build.machine import builds_here, compiler_here, how_to_build, runs_here
 from qdq.build.measured.bench import bench_of, priced_here, why_predicted
+from qdq.build.pricing.tensorrt_pricer import pricer_of, unpriced
 from qdq.build.recipe import Recipe
 from qdq.build.script.write import NAME, save_build_script
-from qdq.build.tensorrt_pricer import pricer_of, unpriced
 from qdq.core.files import folder_beside, move_all
 from qdq.core.progress import Progress
 from qdq.deploy.check import evaluate, float_session
@@ -49,6 +50,7 @@ from qdq.deploy.costs.find import with_costs
 from qdq.deploy.overlap import overlap
 from qdq.deploy.report import DeployReport, EngineSizes
 from qdq.deploy.shipped import file_bytes, provenance, written
+from qdq.deploy.volumes.evaluate import require_volumes
 from qdq.measure.inference.inputs import as_samples
 from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import registered
@@ -121,6 +123,8 @@ def deploy(
     shapes = shape_ranges(prepared, recipe.shapes, calibration)
     _require_runtimes(prepared, recipe)
     require_profiles(prepared, recipe, shapes, calibration if evaluated is None else evaluated)
+    if recipe.whole.asked:
+        require_volumes(calibration if evaluated is None else evaluated, recipe.whole)
     seen = 0 if evaluated is None else overlap(calibration, evaluated, prepared, allowed=allow_overlap)
     prepared = with_possible_branches(
         prepared, chain(calibration, evaluated or ()), recipe=recipe, shapes=shapes, on_progress=on_progress
@@ -165,7 +169,12 @@ def deploy(
             custom_ops=custom_ops,
             on_progress=on_progress,
         )
-        check = against_float(engine_path if on_engine else output, engine_backend=on_engine, running=recipe.running)
+        check = against_float(
+            engine_path if on_engine else output,
+            engine_backend=on_engine,
+            running=recipe.running,
+            whole=recipe.whole,
+        )
         check = with_costs(
             check,
             prepared,
@@ -179,7 +188,8 @@ def deploy(
             notes = [*notes, made.plan.why_nothing, f"The model is called {output.name}, by its float type."]
         if seen:
             notes = [*notes, f"{seen} of the evaluation samples are calibration samples too, which was allowed."]
-        as_compiled = against_float(output, as_compiled=table) if table else None
+        of_outputs = {name: value for name, value in recipe.limits.items() if name not in OF_VOLUMES}
+        as_compiled = against_float(output, as_compiled=table, limits=of_outputs) if table else None
         said = [check.note]
         if table and as_compiled:
             other = of_another(recipe.settings.compiler, table.backend, table.version)

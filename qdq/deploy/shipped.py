@@ -11,8 +11,8 @@ from qdq.assemble.quantize import Quantized, quantize
 from qdq.assemble.tables import Tables
 from qdq.build.engine import Provenance
 from qdq.build.measured.bench import Bench
+from qdq.build.pricing.tensorrt_pricer import AnyPricer
 from qdq.build.recipe import Recipe
-from qdq.build.tensorrt_pricer import AnyPricer
 from qdq.core.progress import Progress
 from qdq.model.external import is_external, tensor_bytes
 from qdq.model.model import Model

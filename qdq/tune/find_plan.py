@@ -14,7 +14,7 @@ from qdq.assemble.quantize import quantize
 from qdq.assemble.tables import Tables
 from qdq.build.cost import Price
 from qdq.build.measured.bench import Bench
-from qdq.build.tensorrt_pricer import AnyPricer, TensorRtPricer
+from qdq.build.pricing.tensorrt_pricer import AnyPricer, TensorRtPricer
 from qdq.core.progress import Progress
 from qdq.measure.inference.inputs import as_samples
 from qdq.measure.inference.samples import Sample

@@ -31,8 +31,8 @@ from qdq.build.branches import with_possible_branches
 from qdq.build.engine import compile_engine, shape_ranges
 from qdq.build.machine import builds_here, compiler_here, stand_in
 from qdq.build.pricer import gpus_of
+from qdq.build.pricing.tensorrt_pricer import pricer_of
 from qdq.build.recipe import Recipe
-from qdq.build.tensorrt_pricer import pricer_of
 from qdq.core.choices import choose
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
@@ -267,6 +267,7 @@ class _Bench:
                 self.task,
                 model=self.prepared,
                 custom_ops=self.custom_ops,
+                whole=entry.recipe.whole,
                 on_progress=on_progress,
             )
             row = replace(

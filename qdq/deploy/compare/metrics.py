@@ -31,6 +31,7 @@ class Metric(Protocol):
     needs_labels: ClassVar[bool] = False
     has_unit: ClassVar[bool] = False  # its value is in the unit of the output: made with `per`
     has_classes: ClassVar[bool] = False  # along `axis`
+    of_volumes: ClassVar[bool] = False  # of whole images: see `volume_metrics`
     axis: int = -1
 
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:

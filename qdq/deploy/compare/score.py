@@ -27,6 +27,7 @@ from engines.core.errors import EngineError
 from engines.verify.compare import OutputSums
 from engines.verify.meaning import FirstSample, meanings
 from engines.verify.report import worst_of
+from qdq.build.keys.segmentation import WholeVolumes
 from qdq.core.choices import choose
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
@@ -34,6 +35,8 @@ from qdq.core.resources import default_bytes
 from qdq.deploy.check import float_session
 from qdq.deploy.compare.metrics import METRICS, Array, metric, next_tokens
 from qdq.deploy.compare.task import Task
+from qdq.deploy.compare.volume_metrics import OfVolumes
+from qdq.deploy.volumes.evaluate import compare_volumes
 from qdq.measure.inference.inputs import input_specs
 from qdq.model.model import Model
 from qdq.model.storage import load
@@ -142,6 +145,13 @@ class Reference:
         """The model without its external data."""
         return self._model.proto
 
+    @property
+    def session(self) -> Any:
+        """ONNX Runtime's session of it, opened once."""
+        if self._session is None:
+            self._session = float_session(self._model, str(self._path), custom_ops=self._custom_ops)
+        return self._session
+
     def outputs(self, index: int, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs for the sample of an index.
 
@@ -150,9 +160,7 @@ class Reference:
         """
         if index in self._kept:
             return self._kept[index]
-        if self._session is None:
-            self._session = float_session(self._model, str(self._path), custom_ops=self._custom_ops)
-        found = next(ort.run(self._session, [inputs]))
+        found = next(ort.run(self.session, [inputs]))
         self._bytes += sum(array.nbytes for array in found.values())
         if self._bytes <= min(KEPT_BYTES, default_bytes() // 4):
             self._kept[index] = found
@@ -167,6 +175,7 @@ def score(
     *,
     model: Model,
     custom_ops: Sequence[str] = (),
+    whole: WholeVolumes | None = None,
     on_progress: Progress | None = None,
 ) -> Score:
     """Run a model on every sample, in its own arithmetic, and compare it with the float model.
@@ -177,6 +186,7 @@ def score(
         samples: with the task's labels, in the same order each time.
         model: the float model, loaded: says inputs and outputs.
         custom_ops: libraries of custom operators for ONNX Runtime.
+        whole: how whole volumes are run, for a metric of them.
 
     Raises:
         InputError: the task does not fit the model or the labels.
@@ -211,6 +221,18 @@ def score(
             counting.add(found[of], expected[of], labels)
         if on_progress:
             on_progress(done, total, "score")
+    if isinstance(counting, OfVolumes):
+        volumes = compare_volumes(
+            reference.session,
+            session,
+            samples,
+            whole or WholeVolumes(),
+            graph=reference.graph,
+            class_axis=task.class_axis,
+            on_progress=on_progress,
+        )
+        counting.take(volumes.to_labels[1] if task.labels else volumes.to_float)
+        classes = f"of whole volumes: {volumes.decoded}; {volumes.window}"
     worst = worst_of(sums.reports())
     return Score(
         sqnr_db=-math.inf if worst.sqnr_db is not None and math.isnan(worst.sqnr_db) else worst.sqnr_db,

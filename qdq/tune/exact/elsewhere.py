@@ -13,8 +13,8 @@ from textwrap import shorten
 from engines.core.documents import replace
 from engines.core.errors import BuildError
 from qdq.build.pricer import Pricer
+from qdq.build.pricing.tensorrt_pricer import AnyPricer, TensorRtPricer, other_of, served
 from qdq.build.recipe import Recipe
-from qdq.build.tensorrt_pricer import AnyPricer, TensorRtPricer, other_of, served
 from qdq.model.model import Model
 from qdq.tune.exact.search import tune_exactly
 from qdq.tune.variant import Variant

@@ -20,7 +20,8 @@ from engines.backends.backend import Running
 from engines.backends.doctor import InstalledGpu
 from engines.core.errors import EngineError
 from qdq.build.engine import compiled, require_profiles
-from qdq.build.recipe import Recipe, RecipeFile, read_recipe
+from qdq.build.keys.recipe_file import read_recipe
+from qdq.build.recipe import Recipe, RecipeFile
 from qdq.cli.main import main
 from qdq.core.errors import InputError
 from qdq.measure.inference.inputs import as_samples

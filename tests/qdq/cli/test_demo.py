@@ -26,12 +26,13 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             seen.append((out.name, recipe))
             quantized = pays or recipe.tune == "rewrites"
             report = SimpleNamespace(
+                title="for sm89",
                 audit=SimpleNamespace(targets=("sm89",), missed=(), suspect=(), unknown=()),
                 rows=lambda: [Row("form", "INT8" if quantized else "FP16")],
                 brief=lambda: [Row("brief", "INT8" if quantized else "FP16")],
                 to_json=lambda: "{}\n",
                 slower=slower and recipe.tune == "rewrites",
-                check=SimpleNamespace(poorest=None),
+                check=SimpleNamespace(poorest=None, volumes=None),
                 failures=[],
                 notes=(),
             )

@@ -16,8 +16,9 @@ from models import segmenter
 from simulated_gpu import RTX4090, SimulatedTimer, compiler, small_products, without_weights
 
 from engines.timing import driver, events, gpu_file, machine, measure
+from qdq.build.keys.recipe_file import read_recipe
 from qdq.build.pricer import gpus_of
-from qdq.build.recipe import Recipe, read_recipe
+from qdq.build.recipe import Recipe
 from qdq.cli.main import main
 
 

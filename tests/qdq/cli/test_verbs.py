@@ -298,11 +298,6 @@ BAD: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
         ("tune", "net.onnx", "-o", "plan.json", "--exclude", "/haed/*"),
         "matches none",
     ),
-    "tune by tensorrt": (
-        unchanged,
-        ("tune", "net.onnx", "-o", "plan.json", "--compiler", "tensorrt"),
-        "--compiler rtx",
-    ),
     "no such way to tune": (unchanged, ("tune", "net.onnx", "-o", "plan.json", "--tune", "fast"), "placement"),
     "no data": (unchanged, ("deploy", "net.onnx", "--out", "build"), "--random-data"),
     "both kinds of data": (unchanged, (*QUANTIZE, "--random-data", "2"), "choose one"),

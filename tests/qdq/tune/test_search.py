@@ -22,11 +22,12 @@ from qdq.assemble.finish import finish
 from qdq.assemble.precision.convert import convert
 from qdq.build import engine
 from qdq.build.cost import TIE_US, Kernel, Price
+from qdq.build.keys.recipe_file import read_recipe
 from qdq.build.pricer import Pricer, gpus_of
 from qdq.build.pricing import processes
 from qdq.build.pricing.compiles import MOST_WORKERS
 from qdq.build.pricing.processes import Job, Workers
-from qdq.build.recipe import Recipe, read_recipe
+from qdq.build.recipe import Recipe
 from qdq.core.errors import InputError
 from qdq.core.resources import cores
 from qdq.deploy import deploy
@@ -317,7 +318,7 @@ def test_the_words_of_a_compiler_that_refuses_are_in_the_report(
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
     save(chain(blocks=2), tmp_path / "net.onnx")
-    monkeypatch.setattr("qdq.build.tensorrt_pricer.Pricer", Refusing)
+    monkeypatch.setattr("qdq.build.pricing.tensorrt_pricer.Pricer", Refusing)
     made = deploy.deploy(tmp_path / "net.onnx", samples(chain(blocks=2), 3), tmp_path / "out", recipe=Recipe())
     said = [note for note in made.report.notes if "do not compile" in note]
     assert len(said) == 1 and said[0].endswith("node conv_0: no kernel.")
@@ -332,7 +333,7 @@ def test_what_is_built_slower_than_in_float_is_left_in_float(tmp_path: Path, mon
     model = chain(blocks=2)
     save(model, tmp_path / "net.onnx")
     data = samples(model, 3)
-    monkeypatch.setattr("qdq.build.tensorrt_pricer.Pricer", Contrary)
+    monkeypatch.setattr("qdq.build.pricing.tensorrt_pricer.Pricer", Contrary)
     made = deploy.deploy(tmp_path / "net.onnx", data, tmp_path / "out", recipe=Recipe())
     assert any("left in float" in note for note in made.report.notes)
     assert not Plan.load(tmp_path / "out" / "plan.json").points

@@ -20,7 +20,8 @@ import pytest
 from engines.backends.compiler import ShapeRange
 from engines.backends.tensorrt_options import TensorRtOptions, release
 from engines.core.errors import EngineError
-from qdq.build.recipe import Recipe, read_recipe
+from qdq.build.keys.recipe_file import read_recipe
+from qdq.build.recipe import Recipe
 from qdq.build.script.commands import Job, compare, convert, trtexec
 from qdq.build.script.write import build_script, save_build_script
 from qdq.cli.main import main

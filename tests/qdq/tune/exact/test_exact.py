@@ -14,8 +14,8 @@ from engines.core.errors import BuildError
 from qdq.assemble.finish import finish
 from qdq.assemble.quantize import quantize
 from qdq.build.pricing.float_form import float_form
+from qdq.build.pricing.tensorrt_pricer import TensorRtPricer, pricer_of, unpriced
 from qdq.build.recipe import Recipe
-from qdq.build.tensorrt_pricer import TensorRtPricer, pricer_of, unpriced
 from qdq.model.model import Model
 from qdq.tune.exact.elsewhere import elsewhere
 from qdq.tune.exact.search import NodePrices

@@ -1,0 +1,159 @@
+"""Labels of images as NIfTI files on their own grids, with the names of structures.
+
+a model or an engine + images -> `Segmenter` -> one file for each image, named by its number and key, and labels.json;
+all or none. A file holds labels, the grid, and in a comment the names; nothing of the image's file goes into it.
+Channels that overlap without an order are written beside each other, along a fourth axis. Must not tell what a case is
+called.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import ModelProto
+
+from calib_data import InputSpec, Samples
+from calib_data.extras import need
+from calib_data.volumes.prepare import prepared
+from engines.backends.backend import backend_named
+from engines.core import arithmetic
+from qdq.build.engine import engine_backend
+from qdq.build.keys.segmentation import WholeVolumes
+from qdq.core.files import folder_beside, move_all
+from qdq.core.progress import Progress
+from qdq.deploy.volumes.decode import Structure
+from qdq.deploy.volumes.evaluate import Segmenter, active, named
+from qdq.deploy.volumes.network import Reader, output_of
+from qdq.deploy.volumes.restore import Grid
+from qdq.measure.inference.inputs import input_specs
+from qdq.model.storage import load
+
+Array = npt.NDArray[Any]
+COMMENT, LABELS, SCANNER = 6, "label", 1  # NIfTI-1: code of a plain text extension, intent, code of a space
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segmented:
+    """What was written to a folder: names of files, and how the labels were made, one sentence."""
+
+    files: tuple[str, ...]
+    said: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A model that can run: a session or a runner, what it takes, and its graph; None for an engine."""
+
+    model: Any
+    inputs: tuple[InputSpec, ...]
+    graph: ModelProto | None
+
+
+def opened(path: Path, *, custom_ops: Sequence[str] = ()) -> Opened:
+    """A model's file, float or Q/DQ, computed in the types that it has; or an engine, on a GPU.
+
+    Raises:
+        InputError, EngineError: it cannot be read.
+        MissingRuntimeError: no GPU here runs the engine.
+    """
+    if path.suffix == ".onnx":
+        model = load(path)
+        session = arithmetic.session(model.proto, directory=model.directory, where=str(path), custom_ops=custom_ops)
+        return Opened(model=session, inputs=input_specs(model), graph=model.proto)
+    runner = backend_named(engine_backend(path)).runner(str(path), name="engine")
+    with runner:
+        takes = runner.get_input_metadata(use_numpy_dtypes=False)
+    inputs = tuple(
+        InputSpec(
+            name=name,
+            dtype=found.dtype.name,
+            shape=tuple(n if isinstance(n, int) and n > 0 else None for n in found.shape),
+        )
+        for name, found in takes.items()
+    )
+    return Opened(model=runner, inputs=inputs, graph=None)
+
+
+def segment(
+    model: Opened,
+    samples: Samples,
+    whole: WholeVolumes,
+    out: Path,
+    *,
+    task: str = "auto",
+    class_axis: int | None = None,
+    on_progress: Progress | None = None,
+) -> Segmented:
+    """Segment every image; files of the same names in `out` are replaced.
+
+    Args:
+        model: of `opened`.
+        samples: of images.
+        whole: window, and what channels are.
+        out: a folder, made if need be.
+        task: as in `engines.verify.meaning.meanings`.
+        class_axis: as there.
+
+    Raises:
+        InputError: as `Segmenter`; `out` is not writable.
+        DataError: a case cannot be used.
+    """
+    need("nibabel", install="qdq[medical]", for_what="Writing NIfTI")
+    reader = Reader(
+        graph=model.graph, output=output_of(model.model), asked=whole.segmentation, task=task, class_axis=class_axis
+    )
+    one = Segmenter(model.model, samples, whole, reader)
+    cases = one.source.cases
+    with folder_beside(out) as folder, active(model.model):
+        for done, case in enumerate(cases):
+            if on_progress:
+                on_progress(done, len(cases), "Segment")
+            made = prepared(case, one.source.spec)
+            grid = Grid(shape=made.stored_grid, affine=made.stored)
+            with named(case):
+                labels = one.labels(made.image, grid)
+            del made
+            content = nifti(labels, grid, reader.decoder.structures)
+            (folder / f"case-{done + 1:0{max(3, len(str(len(cases))))}}-{case.key}.nii.gz").write_bytes(content)
+        if on_progress:
+            on_progress(len(cases), len(cases), "Segment")
+        (folder / "labels.json").write_text(json.dumps(names(reader.decoder.structures), indent=1) + "\n")
+        files = move_all(folder, out)
+    said = f"{one.sliding.window.said}; {reader.decoder.said}; on the image's own grid by {one.said}"
+    return Segmented(files=files, said=said)
+
+
+def names(structures: Sequence[Structure]) -> dict[str, int | list[int]]:
+    """Label values by name, as nnU-Net's dataset.json has them; of bits, the index along the fourth axis."""
+    bits: dict[str, int | list[int]] = {s.name: s.bit for s in structures if s.bit is not None}
+    if bits:
+        return bits
+    values = {s.name: s.values[0] if len(s.values) == 1 else list(s.values) for s in structures}
+    return {"background": 0, **values}
+
+
+def nifti(labels: Array, grid: Grid, structures: Sequence[Structure]) -> bytes:
+    """A compressed NIfTI file: labels on a grid, and the names of structures.
+
+    The compressed form holds no name and no time, so that one result gives the same bytes.
+
+    Raises:
+        MissingExtraError: nibabel is not installed.
+    """
+    nib = need("nibabel", install="qdq[medical]", for_what="Writing NIfTI")
+    if any(s.bit is not None for s in structures):
+        labels = np.stack([s.mask(labels) for s in structures], axis=-1).astype(np.uint8)
+    image = nib.Nifti1Image(labels, grid.affine)
+    image.set_sform(grid.affine, SCANNER)
+    image.header.set_xyzt_units("mm")
+    image.header.set_intent(LABELS)
+    comment = json.dumps(names(structures)).encode()
+    image.header.extensions.append(nib.nifti1.Nifti1Extension(COMMENT, comment))
+    return gzip.compress(image.to_bytes(), compresslevel=6, mtime=0)

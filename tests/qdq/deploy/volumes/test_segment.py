@@ -1,0 +1,149 @@
+"""`qdq segment`, `check` and `deploy` on images, from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+from clinic import AFFINE, classes_of, image, save, thresholds
+
+from qdq.cli.main import main
+
+RECIPE = """
+volume: {orientation: RAS}
+window: {patch: [8, 8, 8], overlap: 0.25}
+segmentation:
+  structures: {background: 0, grey: 1, white: 2}
+"""
+
+
+def qdq(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    onnx.save(thresholds(1, 2), tmp_path / "float.onnx")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def test_labels_lie_on_the_grid_of_the_image(place: Path) -> None:
+    images = [image(0), image(1)]
+    data = save(place / "data", images)
+    done = qdq("segment", place / "float.onnx", "--data", data, "--recipe", place / "recipe.yaml", "-o", place / "out")
+    assert done.exit_code == 0, done.output
+    assert "doe" not in done.output and "overlap 0.25" in done.stderr
+    first, second, names = sorted((place / "out").iterdir())
+    assert json.loads(names.read_text()) == {"background": 0, "grey": 1, "white": 2}
+    for path, picture in zip((first, second), images, strict=True):
+        found = nib.load(path)
+        np.testing.assert_array_equal(np.asarray(found.dataobj), classes_of(picture, 1, 2))
+        np.testing.assert_allclose(found.affine, AFFINE)
+        assert found.header["sform_code"] == 1 and found.header.get_intent()[0] == "label"
+        (comment,) = found.header.extensions
+        assert json.loads(comment.get_content()) == json.loads(names.read_text())
+        assert b"doe" not in path.read_bytes()
+
+
+def test_the_same_key_gives_the_same_bytes_and_names(place: Path) -> None:
+    data = save(place / "data", [image(0)])
+    (place / "key").write_bytes(b"k" * 32)
+    made = []
+    for out in ("a", "b"):
+        words = ("--data", data, "--recipe", place / "recipe.yaml", "--case-key", place / "key", "-o", place / out)
+        assert qdq("segment", place / "float.onnx", *words).exit_code == 0
+        made.append({path.name: path.read_bytes() for path in (place / out).iterdir()})
+    assert made[0] == made[1] and len(made[0]) == 2
+
+
+def test_channels_that_overlap_are_written_beside_each_other(place: Path) -> None:
+    onnx.save(thresholds(1, 2, sigmoid=True), place / "sigmoid.onnx")
+    data = save(place / "data", [image(0)])
+    done = qdq("segment", place / "sigmoid.onnx", "--data", data, "--window", "8x8x8", "-o", place / "out")
+    assert done.exit_code == 0, done.output
+    path, names = sorted((place / "out").iterdir())
+    found = np.asarray(nib.load(path).dataobj)
+    expected = np.stack([image(0) > 1, image(0) > 2], -1)
+    np.testing.assert_array_equal(found, expected)
+    assert json.loads(names.read_text()) == {"channel 0": 0, "channel 1": 1}
+
+
+def test_nothing_is_written_where_one_image_is_bad(place: Path) -> None:
+    bad = image(1)
+    bad[3, 3, 3] = np.nan
+    data = save(place / "data", [image(0), bad])
+    done = qdq("segment", place / "float.onnx", "--data", data, "--recipe", place / "recipe.yaml", "-o", place / "out")
+    assert done.exit_code == 2 and "case 2 of 2" in done.stderr and "1 of its 4080 voxels are NaN" in done.stderr
+    assert not (place / "out").exists()
+
+
+def test_check_holds_to_the_limits_of_volumes(place: Path) -> None:
+    onnx.save(thresholds(1.3, 2), place / "other.onnx")
+    pictures = [image(n) for n in range(3)]
+    data = save(place / "data", pictures, [classes_of(p, 1, 2) for p in pictures])
+    words = ("check", place / "float.onnx", place / "other.onnx", "--data", data, "--recipe", place / "recipe.yaml")
+    kept = qdq(
+        *words, "--max-dice-drop", 0.9, "--max-hd95-mm", 100, "--max-volume-diff-ml", 100, "-o", place / "r.json"
+    )
+    assert kept.exit_code == 0, kept.output
+    report = json.loads((place / "r.json").read_text())["volumes"]
+    assert [s["name"] for s in report["to_float"]["structures"]] == ["grey", "white"]
+    assert [side["found"] for side in report["to_labels"]] == ["float model", "Q/DQ model"]
+    assert "Q/DQ model against float model, 3 whole volumes" in kept.output and "missed" in kept.output
+    broken = qdq(*words, "--max-dice-drop", 0.01)
+    assert broken.exit_code == 1 and "grey: Dice drops by" in broken.stderr and "white" not in broken.stderr
+    assert qdq(*words, "--max-volume-diff-ml", 0.01).exit_code == 1
+
+
+def test_limits_of_volumes_need_images(place: Path) -> None:
+    np.savez(place / "a.npz", image=image(0)[None, None])
+    done = qdq("check", place / "float.onnx", place / "float.onnx", "--data", place / "a.npz", "--max-hd95-mm", 1)
+    assert done.exit_code == 2 and "whole volumes need images" in done.stderr
+
+
+def test_deploy_refuses_arrays_before_it_calibrates(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
+    monkeypatch.setattr("qdq.deploy.deploy.written", lambda *_, **__: pytest.fail("it calibrated"))
+    np.savez(place / "a.npz", image=image(0)[None, None])
+    words = ("deploy", place / "float.onnx", "--data", place / "a.npz", "--max-hd95-mm", 1, "--out", place / "out")
+    done = qdq(*words)
+    assert done.exit_code == 2 and "whole volumes need images" in done.stderr
+
+
+def test_deploy_reports_whole_volumes(place: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
+    recipe = RECIPE.replace("RAS}", "RAS, patch: [8, 8, 8]}")
+    (place / "recipe.yaml").write_text(recipe + "tune: off\n")
+    data = save(place / "data", [image(n) for n in range(2)])
+    words = ("--data", data, "--recipe", place / "recipe.yaml", "--max-dice-drop", 0.5, "--out", place / "out")
+    done = qdq("deploy", place / "float.onnx", *words)
+    assert done.exit_code == 0, done.output
+    report = json.loads((place / "out" / "report.json").read_text())
+    assert report["check"]["volumes"]["cases"] == 2 and report["failures"] == []
+    assert report["as_compiled"]["volumes"] is None and report["as_compiled"]["failures"] == []
+    assert "against float model, 2 whole volumes" in done.output
+
+
+def test_compare_scores_whole_volumes(place: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
+    (place / "recipe.yaml").write_text(RECIPE.replace("RAS}", "RAS, patch: [8, 8, 8]}"))
+    pictures = [image(n) for n in range(2)]
+    data = save(place / "data", pictures, [classes_of(p, 1, 2) for p in pictures])
+    words = ("compare", place / "float.onnx", "--data", data, "--recipe", place / "recipe.yaml", "--schemes", "int8")
+    values = {}
+    for metric in ("volume-dice", "volume-hd95", "volume-ml"):
+        done = qdq(*words, "--metric", metric, "--json")
+        assert done.exit_code == 0, done.output
+        made = json.loads(done.stdout)
+        values[metric] = [row["value"] for row in made["rows"]]
+        assert made["rows"][0]["scheme"] == "FP32" and "classes of output of whole volumes" in str(made["notes"])
+    assert values["volume-dice"][0] == 1 and values["volume-hd95"][0] == values["volume-ml"][0] == 0
+    assert 0.5 < values["volume-dice"][-1] <= 1
+    labelled = json.loads(qdq(*words, "--metric", "volume-dice", "--labels", "label", "--json").stdout)
+    assert labelled["rows"][0]["value"] == 1 and labelled["task"]["labels"] == "label"
