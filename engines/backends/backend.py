@@ -117,12 +117,6 @@ class Backend:
         """What it needs, for help and messages."""
         return "needs this machine's GPU" if self.needs_gpu else "needs no GPU"
 
-    @property
-    def unpredicted(self) -> str:
-        """Where predicted times come from instead, '' where the times of its own kernels are predicted."""
-        other = f"come from {predicting(self.name).title}'s compiler, and --compiler {self.compiler} is another"
-        return "" if self.predicts else other
-
 
 def target_name(text: str) -> str:
     """A target in the form 'sm89', from '8.9', '89' or 'SM_89'; a text of another form as it is."""

@@ -16,7 +16,7 @@ from engines.backends.backend import predicting
 from engines.backends.compiler import Engine, ShapeRange
 from engines.backends.layers import LayerTable
 from engines.core.documents import replace
-from engines.core.errors import BuildError
+from engines.core.errors import BuildError, UnsupportedTargetError
 from engines.core.files import Scratch
 from engines.cost.gpus import gpu_named
 from engines.cost.predict import Cost, predict
@@ -119,11 +119,17 @@ def price(path: Path, recipe: Recipe, gpu: str, on_progress: Progress | None = N
 
     Raises:
         EngineError: an unknown GPU; see `compile_any`.
+        UnsupportedTargetError: the compiler whose kernels are predicted has no target of that GPU.
     """
-    chosen, model = gpu_named(gpu), load(path)
+    chosen, model, backend = gpu_named(gpu), load(path), predicting(recipe.backend)
+    if chosen.target not in backend.targets:
+        raise UnsupportedTargetError(
+            f"Times of kernels are predicted as {backend.title} compiles them, which has no target {chosen.target} "
+            f"({gpu}). `qdq tune` and `qdq deploy` with --gpu {gpu} predict the time of the whole model."
+        )
     ranges = shape_ranges(model, recipe.shapes, None)
     shapes = {name: ShapeRange.fixed(shape.opt) for name, shape in ranges.items()}
-    recipe = recipe.compiled_by(predicting(recipe.backend).name, (chosen.target,))
+    recipe = recipe.compiled_by(backend.name, (chosen.target,))
     with _compiled(model, recipe, shapes, on_progress) as (form, table):
         return predict(form.proto, table, chosen, shapes=shapes)
 

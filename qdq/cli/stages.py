@@ -193,11 +193,16 @@ def audit(model: Path, gpu: str | None, as_json: bool, **given: Any) -> None:
 def _show_price(model: Path, recipe: Recipe, gpu: str, as_json: bool) -> None:
     from dataclasses import asdict
 
+    from engines.backends.backend import predicting
+    from engines.core.errors import import_runtime
     from engines.cost.predict import HEADERS, rows
     from qdq.build.any_model import price
+    from qdq.build.machine import model_of_another
 
     with Bars() as bars:
         cost = price(model, recipe, gpu, bars)
+    compiler = predicting(recipe.backend)
+    warn([model_of_another(model, compiler.name, import_runtime(compiler.runtime).__version__)])
     if as_json:
         kernels = [asdict(k) for k in cost.kernels]
         found = {"gpu": cost.gpu.name, "predicted_us": cost.total_us, "family": cost.family, "error": cost.error}

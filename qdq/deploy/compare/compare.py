@@ -7,6 +7,7 @@ A scheme that cannot be written or compiled is a row with the reason. Must not c
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from qdq.build.branches import with_possible_branches
 from qdq.build.engine import compile_engine, shape_ranges
 from qdq.build.machine import builds_here, compiler_here, stand_in
 from qdq.build.pricer import gpus_of
-from qdq.build.pricing.tensorrt_pricer import pricer_of
+from qdq.build.pricing.tensorrt_pricer import TensorRtPricer, pricer_of
 from qdq.build.recipe import Recipe
 from qdq.core.choices import choose
 from qdq.core.errors import InputError
@@ -129,13 +130,13 @@ def compare_schemes(
     targets = backend.check_targets(prepared.proto, recipe.targets) or recipe.targets
     gpus: tuple[Gpu, ...] = ()
     try:
-        gpus = gpus_of(recipe) if backend.predicts else ()
+        gpus = gpus_of(recipe)
     except UnsupportedTargetError as error:
         notes.append(f"no predicted times: {error}")
     if any(entry.recipe.judge == "measured" for entry in schemes):
         notes.append("times are predicted: `judge: measured` is for deploy and tune")
-    if not backend.predicts:
-        notes.append(f"no predicted times: they {backend.unpredicted}")
+    if gpus and not backend.predicts:
+        notes.append(f"times of {recipe.profile.title} are derived from the float models, for INT8 and float alone")
     if not builds_here(recipe):
         notes.append(
             f"no engine was built, which takes {recipe.profile.title} and a GPU of a target; "
@@ -256,9 +257,10 @@ class _Bench:
         row = replace(row, model_bytes=file_bytes(load(scored)))
         with _noted(problems, "does not compile"):
             audited, us = self._compiled(path, entry.recipe, on_progress)
+            row = replace(row, predicted_us=us)
             if audited is not None:
                 known = {"weight_bytes": audited.weight_bytes, "kernels": audited.kernels, "shares": shares(audited)}
-                row = replace(row, **known, predicted_us=us)
+                row = replace(row, **known)
         with _noted(problems, "does not run in ONNX Runtime"):
             found = score(
                 self.reference,
@@ -283,13 +285,19 @@ class _Bench:
     def _compiled(self, path: Path, recipe: Recipe, on_progress: Progress) -> tuple[Audit | None, float | None]:
         """The audit of the engine for all targets, and the mean predicted time; each target has its own kernels.
 
-        Neither where the compiler does not work here: the model is only checked by who stands in for it.
+        No audit where the compiler does not work here: the model is only checked by who stands in for it.
         """
+        derived = None
+        if self.gpus and not backend_named(recipe.backend).predicts:
+            us = TensorRtPricer(recipe=recipe, shapes=self.shapes, gpus=self.gpus)(load(path)).us
+            derived = us if math.isfinite(us) else None
         if not builds_here(recipe):
             other = stand_in(recipe, load(path).proto)
             compile_engine(path, recipe=other, shapes=self.shapes, on_progress=on_progress)
-            return None, None
+            return None, derived
         engine = compile_engine(path, recipe=recipe, shapes=self.shapes, on_progress=on_progress)
+        if not backend_named(recipe.backend).predicts:
+            return audit(path, engine.table, shapes=self.shapes), derived
         tables = {}
         for target in dict.fromkeys(gpu.target for gpu in self.gpus):
             tables[target] = engine.table

@@ -34,7 +34,7 @@ def elsewhere(prepared: Model, pricer: AnyPricer) -> str:
         said = _searched(prepared, recipe, pricer, kind) if derived else _chosen(prepared, recipe, pricer, kind)
     except BuildError as error:
         return f"{head}not predicted, for the model does not compile: {shorten(str(error), 200, placeholder=' ...')}"
-    return head + said + tail
+    return head + said + tail if said else f"{head}it has no such target as {_targets(pricer)}"
 
 
 def _chosen(prepared: Model, recipe: Recipe, pricer: AnyPricer, kind: str) -> str:
@@ -51,9 +51,9 @@ def _chosen(prepared: Model, recipe: Recipe, pricer: AnyPricer, kind: str) -> st
 
 
 def _searched(prepared: Model, recipe: Recipe, pricer: AnyPricer, kind: str) -> str:
-    """Of TensorRT-RTX."""
+    """Of TensorRT-RTX; "" where it has none of the targets."""
     if not (gpus := served(recipe, pricer.gpus)):
-        return f"it does not compile for {', '.join(dict.fromkeys(gpu.target for gpu in pricer.gpus))}"
+        return ""
     settings = replace(recipe.settings, shift=False)  # the plainest form of INT8
     builder = VariantBuilder(model=prepared, settings=settings, unquantized_types=(kind,))
     usual = builder.usual
@@ -65,3 +65,7 @@ def _searched(prepared: Model, recipe: Recipe, pricer: AnyPricer, kind: str) -> 
         raise BuildError(plain.refusal or quantized.refusal)
     name = kind.upper()
     return f"INT8 wherever it is possible is predicted {quantized.us / plain.us:.2f} of {name}, before a search"
+
+
+def _targets(pricer: AnyPricer) -> str:
+    return " or ".join(dict.fromkeys(gpu.target for gpu in pricer.gpus))

@@ -88,7 +88,7 @@ class TestEveryBackend:
     def test_is_described(self, backend: Backend) -> None:
         assert backends()[backend.name] is backend_named(backend.name) is backend
         assert backend.title and backend.packages and backend.targets and backend.need
-        assert (backend.unpredicted == "") is (predicting(backend.name) is backend) is backend.predicts
+        assert (predicting(backend.name) is backend) is backend.predicts
 
     def test_takes_its_targets_in_any_spelling_and_names_the_nearest_to_another(self, backend: Backend) -> None:
         model = graphs.identity()

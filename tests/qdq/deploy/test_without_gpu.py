@@ -137,16 +137,28 @@ class TestWithoutTheGpu:
         assert "TensorRT-RTX has no target 'sm90'" in said and "--compiler tensorrt" in said
 
 
+def test_kernels_are_priced_as_the_compiler_that_is_here_makes_them(folder: Path) -> None:
+    def audit(gpu: str) -> Result:
+        return CliRunner().invoke(main, ["audit", "out/net.int8.onnx", "--compiler", "tensorrt", "--gpu", gpu])
+
+    deploy("--gpu", "a10")
+    there, lacking = audit("a10"), audit("h100")
+    assert there.exit_code == 0 and "was quantized for TensorRT 11, and TensorRT-RTX" in words(there)
+    assert lacking.exit_code == 2 and "which has no target sm90 (h100)" in words(lacking)
+
+
 def test_schemes_are_compared_without_kernels(folder: Path) -> None:
     arguments = ["compare", "net.onnx", "--data", "data", "--schemes", "int8", "--gpu", "h100", "--json"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     compared = json.loads(result.stdout)
-    assert compared["targets"] == ["sm90"] and compared["gpus"] == []
+    assert compared["targets"] == ["sm90"] and compared["gpus"] == ["h100"]
     assert any("no engine was built, which takes TensorRT 11" in note for note in compared["notes"])
     (row,) = (row for row in compared["rows"] if row["scheme"] == "int8")
     assert row["problem"] == "" and row["sqnr_db"] > 20 and row["quantized_nodes"] == 2
-    assert row["kernels"] is row["weight_bytes"] is row["predicted_us"] is row["shares"] is None
+    assert row["kernels"] is row["weight_bytes"] is row["shares"] is None
+    times = [row["predicted_us"] for row in compared["rows"]]
+    assert len(times) == 3 and all(us > 0 for us in times)  # FP32, FP16, INT8: derived
 
 
 class TestWithTheGpu:

@@ -142,4 +142,4 @@ def test_the_other_compiler_is_said() -> None:
     wanted = f"with TensorRT 11: {count} nodes in INT8, predicted {ratio:.2f} of FP16: --compiler tensorrt"
     assert elsewhere(model, other) == wanted
     lacking = pricer(model, target="sm90", gpu="h100")
-    assert "it does not compile for sm90" in elsewhere(model, lacking)
+    assert elsewhere(model, lacking) == "with TensorRT-RTX: it has no such target as sm90"
