@@ -161,6 +161,8 @@ class Tuned:
         """One sentence for a person."""
         count, rewrites = len(self.plan.quantized_nodes), ", ".join(sorted({r.name for r in self.plan.rewrites}))
         idle = "does not pay anywhere" if math.isfinite(self.untuned) else "wherever it is possible does not compile"
+        if self.untuned < self.price.us:
+            idle = "is left out: it gains too little, or costs more accuracy than the bound allows"
         quantized = f"{count} node{'s' * (count > 1)} in {self.operands}" if count else f"{self.operands} {idle}"
         return f"{quantized}; rewrites: {rewrites or 'none'}; {self.tried} variants looked at{ENDED[self.ended]}"
 

@@ -139,6 +139,7 @@ def test_int8_is_kept_nowhere_if_it_pays_nowhere() -> None:
     found = tune(builder(chain()), priced(conv_0=20.0, conv_1=20.0, conv_2=20.0))
     assert not found.plan.points and found.price.us == found.plain
     assert "INT8 does not pay anywhere" in found.summary
+    assert "does not pay" not in replace(found, untuned=found.price.us - 5).summary
 
 
 def test_a_variant_that_does_not_compile_is_not_said_to_be_slow() -> None:
