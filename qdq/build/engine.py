@@ -83,8 +83,7 @@ def require_profiles(model: Model, recipe: Recipe, shapes: Mapping[str, ShapeRan
     Raises:
         InputError: an unknown input, a shape that does not fit it, or samples too small or too large for all profiles.
     """
-    profiles = recipe.profiles
-    for number, own in enumerate(profiles):
+    for number, own in enumerate(profiles := recipe.profiles):
         for name, range_ in own.items():
             _require_fit(model, name, range_, f"The shape {range_} of the recipe's tensorrt: profiles[{number}]")
     seen = samples.shapes() if profiles else {}
