@@ -1,7 +1,7 @@
 """Peak memory of a command on few and on many volumes: what grows with the samples, and whether a budget is kept.
 
     python tools/bench_memory.py [--verb quantize|deploy|calibrate|check] [--size 64] [--few 16] [--many 96] [--times 3]
-                                 [--memory SIZE] [--model FILE]
+                                 [--memory SIZE] [--scheme NAME] [--model FILE]
 
 volumes in files, one each -> the command in a process of its own, on the first few and on all -> peak resident memory
 (ru_maxrss) of both, less that of `qdq plan`, which runs no sample. The network is a small 3-D U-Net, made here.
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--many", type=int, default=96)
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--memory", help="passed on")
+    parser.add_argument("--scheme", help="passed on, to other verbs than check")
     parser.add_argument("--model", type=Path, help="in place of the network made here; its input is x (1, 1, n, n, n)")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -108,6 +109,7 @@ def main() -> None:
             onnx.save(network(given.size), model)
         data = {n: volumes(folder / str(n), n, given.size) for n in (given.few, given.many)}
         budget = ["--memory", given.memory] if given.memory else []
+        scheme = ["--scheme", given.scheme] if given.scheme and given.verb != "check" else []
         ends = {
             "quantize": ["-o", folder / "q.onnx"],
             "calibrate": ["-o", folder / "table.json"],
@@ -118,7 +120,7 @@ def main() -> None:
         base, _ = peak("plan", model)
         print(f"{given.verb}: a process that runs no sample has {base:.0f} MB", flush=True)
         for _ in range(given.times):
-            found = {n: peak(given.verb, *models, "--data", at, *ends, *budget) for n, at in data.items()}
+            found = {n: peak(given.verb, *models, "--data", at, *ends, *budget, *scheme) for n, at in data.items()}
             (few, _), (many, seconds) = found[given.few], found[given.many]
             print(
                 f"{given.few} volumes {few:.0f} MB ({few - base:.0f} more), {given.many} volumes {many:.0f} MB "

@@ -10,18 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from engines.core.arithmetic import stand_in
 from engines.core.nodes import sized_by_values
+from qdq.core.resources import given_bytes
 from qdq.measure.inference.memory import at_once
 from qdq.measure.inference.samples import Sample, counted, overlapped, sample_sha256
 from qdq.measure.inference.session import Session
 from qdq.model.model import Model
 
 MOST_FIT = 8  # samples that corrections are fitted on, at most
-AT_ONCE = 2  # candidates compared in one go: each session keeps the memory of its activations
+AT_ONCE = 2  # candidates compared in one go: each has a session
 CHUNK = 1 << 18  # values compared at a time, which are copied in float64
 MOST_HELD = 32  # samples that candidates are compared on, at most
 
@@ -100,16 +102,15 @@ class HeldOutScore:
     """
 
     def __init__(self, model: Model, held: Split) -> None:
-        """Open the float model, which is prepared."""
-        self._outputs = comparable(model)
-        self._float, self._held = Session(model, self._outputs, threads=1), held
+        """Of the prepared float model."""
+        self._model, self._outputs, self._held = model, comparable(model), held
         self._threads = at_once(model, held.holding(), copies=2)  # a Q/DQ model has more tensors beside each other
 
     def sqnr_db(self, candidate: Model) -> float:
         """See `sqnrs_db`."""
         return self.sqnrs_db([candidate])[0]
 
-    def sqnrs_db(self, candidates: Sequence[Model]) -> list[float]:
+    def sqnrs_db(self, candidates: Iterable[Model]) -> list[float]:
         """Signal to quantization noise ratio of each model, over all outputs and samples.
 
         10 log10(sum y^2 / sum (y - candidate's y)^2); infinite if they are equal, -infinite if the candidate's are not
@@ -118,22 +119,38 @@ class HeldOutScore:
         signals, noises = self.energies(candidates)
         return [decibels(signals, each) for each in noises]
 
-    def energies(self, candidates: Sequence[Model]) -> tuple[list[float], list[list[float]]]:
+    def energies(self, candidates: Iterable[Model]) -> tuple[list[float], list[list[float]]]:
         """Of each sample the energy of the float outputs; of each model that of its error, sample by sample.
 
-        Infinite where a candidate's outputs are not finite. The samples are in the order in which they are read.
+        Infinite where a candidate's outputs are not finite. The samples are in the order in which they are read. Of
+        candidates that are made as they are asked for, AT_ONCE are there at a time.
         """
         if not self._outputs:
             return [0.0], [[0.0] for _ in candidates]
-        if len(candidates) > AT_ONCE:
-            signals, some = self.energies(candidates[:AT_ONCE])
-            return signals, some + self.energies(candidates[AT_ONCE:])[1]
+        signals, noises, left = list[float](), list[list[float]](), iter(candidates)
+        while some := list(islice(left, AT_ONCE)):
+            found, more = self._energies(some)
+            signals, noises = signals or found, noises + more
+            del some  # before the next are made
+        return signals, noises
+
+    def _energies(self, candidates: Sequence[Model]) -> tuple[list[float], list[list[float]]]:
+        """The same of few candidates: all in one go, or one by one where there is a budget to keep."""
         lost = {name for name in self._outputs for each in candidates if name not in each.names()}
         outputs = [name for name in self._outputs if name not in lost]
-        taps = [in_its_types(candidate, outputs, threads=1) for candidate in candidates]
+        some = len(candidates) if given_bytes() is None else 1
+        found = [self._by_sample(candidates[i : i + some], outputs) for i in range(0, len(candidates), some)]
+        return found[0][0], [noise for _, noises in found for noise in noises]
+
+    def _by_sample(self, candidates: Sequence[Model], outputs: Sequence[str]) -> tuple[list[float], list[list[float]]]:
+        """The same of some outputs, with a session of each candidate beside that of the float model."""
+        whole, *taps = (
+            Session(self._model, self._outputs, threads=1),
+            *(in_its_types(candidate, outputs, threads=1) for candidate in candidates),
+        )
 
         def compare(sample: Sample) -> list[float]:
-            expected = {name: value for name, value in self._float(sample).items() if name not in lost}
+            expected = {name: value for name, value in whole(sample).items() if name in outputs}
             both = [energies(expected, session(sample)) for session in taps]
             return [both[0][0], *(noise for _, noise in both)]
 

@@ -269,7 +269,7 @@ class _Trials:
             if new:
                 fit, held, table, seen = self._turn(turn)
                 plans = [reached(self.model, plan, table) for plan in new.values()]
-                made = [insert(self.model, p, solve(self.model, p, table, samples=fit, seen=seen)) for p in plans]
+                made = (insert(self.model, p, solve(self.model, p, table, samples=fit, seen=seen)) for p in plans)
                 self._signals[turn], noises = HeldOutScore(self.model, held).energies(made)
                 known.update(zip(new, noises, strict=True))
             self.signals += self._signals[turn]

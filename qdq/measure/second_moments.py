@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
 from qdq.core.arrays import Floats, Singles
-from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams, to_codes
-from qdq.core.resources import default_bytes, said_bytes
+from qdq.core.resources import default_bytes
+from qdq.core.spill import mapped
 from qdq.measure.inference.memory import groups_of, left_bytes
 from qdq.measure.inference.samples import Sample, counted, length, require_finite
 from qdq.measure.inference.session import Session
@@ -79,7 +78,7 @@ def collect(
     samples = few(samples)
     total, share = sum(_bytes(node) for node, *_ in weights.values()), _share(model, samples)
     grams: Grams = {}
-    make = mapped if total > share else np.zeros
+    make = partial(mapped, what="second moments") if total > share else np.zeros
 
     def add(moments: dict[Weight, Moment], readers: Iterable[WeightedNode], values: _Values, index: int) -> None:
         for name, value in values.items():
@@ -136,21 +135,6 @@ class Moment:
             some = slice(start, start + step)
             self.sums[:, some] += wide[:, :, some].transpose(0, 2, 1) @ wide
         self.rows += count
-
-
-def mapped(shape: tuple[int, ...]) -> Floats:
-    """Zeros in a file without a name, which is gone with the array; its pages need not stay in memory."""
-    size = 8 * math.prod(shape)
-    try:
-        with tempfile.TemporaryFile() as file:
-            if size:
-                os.posix_fallocate(file.fileno(), 0, size)  # else a full disk ends the process at a later write
-            return np.asarray(np.memmap(file, np.float64, mode="r+", shape=shape) if size else np.zeros(shape))
-    except OSError as error:
-        raise InputError(
-            f"Cannot write {said_bytes(size)} of second moments to {tempfile.gettempdir()}: "
-            f"{error.strerror or error}. Make room, set TMPDIR to another disk, or give more --memory."
-        ) from None
 
 
 def shrunk(moment: Moment) -> Floats:

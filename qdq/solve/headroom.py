@@ -50,13 +50,13 @@ def widened(
     """
     found = {}
     for tensor, nodes in ((t, nodes) for t, nodes in readers.items() if t in seen):
-        plain, turns = params[tensor], seen[tensor].turns()
+        plain, shown = params[tensor], seen[tensor]
         fmt = FORMATS[plain.format]
-        if not turns or not fmt.integer or len(seen[tensor].rows) > len(seen[tensor].parts):
+        if not fmt.integer or shown.count > len(shown.parts) or not (turns := shown.turns()):
             continue
         first = {node.weight: node for node in reversed(nodes)}
         read = np.sum([sizes(by_input(model, node))[1] for node in first.values()], axis=0)
-        limits = seen[tensor].limits
+        limits = shown.limits
         whole = max(_amax(limits), float(np.finfo(np.float64).tiny))
         before = _noise(turns, [_times(plain, _amax(turn.limits) / whole) for turn in turns], read)
         dtype, shifted = model.dtype(tensor), plain.zero_point != 0

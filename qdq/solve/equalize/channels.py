@@ -1,4 +1,7 @@
-"""What equalization looks at: the channels of a data tensor, and of the weights that read it. Chooses nothing."""
+"""What equalization looks at: the channels of a data tensor, and of the weights that read it. Chooses nothing.
+
+Samples -> `look` -> ranges and vectors of channels, in a file: those of a wide model exceed any memory.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import numpy.typing as npt
 
 from qdq.core.arrays import Floats, Singles, along_widest, part
 from qdq.core.progress import Progress
-from qdq.core.qtensor import QParams
+from qdq.core.qtensor import CHUNK, QParams
+from qdq.core.spill import Spill, Spilled
 from qdq.measure import second_moments
 from qdq.measure.inference.memory import groups_of
 from qdq.measure.inference.samples import Sample, counted, require_finite
@@ -45,12 +49,18 @@ class SampleChannels:
     """What one sample shows of a tensor's channels.
 
     Attributes:
-        limits: the exact range of each.
+        ends: (2, channels) the exact range of each: its smallest and its largest values.
         rows: (vectors, channels) some of the channel vectors.
     """
 
-    limits: ChannelRange
-    rows: Singles
+    ends: Spilled
+    rows: Spilled
+
+    @property
+    def limits(self) -> ChannelRange:
+        """The exact range of each channel."""
+        low, high = self.ends.read().astype(np.float64)
+        return ChannelRange(low=low, high=high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +87,13 @@ class Channels:
         return reduce(ChannelRange.merge, (each.limits for each in self.parts))
 
     @property
-    def rows(self) -> Floats:
-        """(vectors, channels), a new array."""
-        return _joined(self.parts)
+    def count(self) -> int:
+        """How many channel vectors there are."""
+        return sum(each.rows.shape[0] for each in self.parts)
+
+    def rows(self) -> Iterator[Floats]:
+        """(vectors, channels) arrays of about CHUNK values each, which together are all channel vectors."""
+        return _rows(self.parts)
 
     def turns(self) -> list[Turn]:
         """Every sample held out once, in `TURNS` parts that differ as much as possible; none of fewer samples.
@@ -88,20 +102,35 @@ class Channels:
         """
         if len(self.parts) < TURNS:
             return []
-        parts = sorted(self.parts, key=lambda each: each.rows.tobytes())
-        peaks = np.array([np.maximum(-each.limits.low, each.limits.high) for each in parts])
+        parts = sorted(self.parts, key=lambda each: each.rows.sha256)
+        peaks = np.array([np.maximum(-limits.low, limits.high) for limits in (each.limits for each in parts)])
         peaks = (peaks - peaks.mean(axis=0)) / np.maximum(peaks.max(axis=0), np.finfo(np.float64).tiny)
         order = [parts[i] for i in along_widest(peaks)]
         cuts = [part(len(order), turn, TURNS) for turn in range(TURNS)]
         return [
-            Turn(limits=Channels(parts=(*order[: cut.start], *order[cut.stop :])).limits, held=_joined(order[cut]))
+            Turn(
+                limits=Channels(parts=(*order[: cut.start], *order[cut.stop :])).limits,
+                held=np.concatenate([*_rows(order[cut])]),
+            )
             for cut in cuts
         ]
 
 
-def _joined(parts: Sequence[SampleChannels]) -> Floats:
+def _rows(parts: Sequence[SampleChannels]) -> Iterator[Floats]:
     """The rows of some samples in one order, so that sums over them are the same whatever that of the samples."""
-    return np.concatenate(sorted((each.rows for each in parts), key=np.ndarray.tobytes)).astype(np.float64)
+    whole = sorted((each.rows for each in parts), key=lambda rows: rows.sha256)
+    some: list[Singles] = []
+    step = left = max(1, CHUNK // max(1, whole[0].shape[1]))
+    for rows in whole:
+        start = 0
+        while start < rows.shape[0]:
+            some.append(rows.read(start, start + left))
+            start, left = start + len(some[-1]), left - len(some[-1])
+            if not left:
+                yield np.concatenate(some).astype(np.float64)
+                some, left = [], step
+    if some:
+        yield np.concatenate(some).astype(np.float64)
 
 
 def data_readers(point: Point, nodes: Mapping[str, WeightedNode]) -> list[WeightedNode]:
@@ -148,13 +177,13 @@ def look(
     if not readers:
         return {}
     samples = second_moments.few(samples)
-    each = max(1, ROWS // len(samples))
+    each, spill = max(1, ROWS // len(samples)), Spill("channel vectors")
 
     def shown(values: Mapping[str, npt.NDArray[np.floating]], index: int) -> dict[str, Channels]:
         for tensor, array in values.items():
             require_finite(array, tensor, sorted(samples.chosen)[index])
         fitting = {t: array for t, array in values.items() if readers[t][0].takes(array.shape)}
-        return {t: _one(array, readers[t][0].channel_axis, each) for t, array in fitting.items()}
+        return {t: _one(spill, array, readers[t][0].channel_axis, each) for t, array in fitting.items()}
 
     def seen(group: Sequence[str]) -> Iterator[dict[str, Channels]]:
         session = Session(model, group, threads=second_moments.THREADS, in_order=True)
@@ -166,11 +195,12 @@ def look(
     return union(found for group in groups_of(model, readers, samples) for found in seen(group))
 
 
-def _one(values: npt.NDArray[np.floating], axis: int, each: int) -> Channels:
-    """What one sample shows of a tensor, with `each` of its channel vectors."""
+def _one(spill: Spill, values: npt.NDArray[np.floating], axis: int, each: int) -> Channels:
+    """What one sample shows of a tensor, with `each` of its channel vectors; the values go to a file."""
     grid = values.reshape(*values.shape[:2], -1) if axis == 1 else values.reshape(-1, values.shape[-1], 1)
     positions = grid.shape[0] * grid.shape[2]
     picked = np.random.default_rng(positions).choice(positions, min(each, positions), replace=False)
     first, last = np.divmod(np.sort(picked), grid.shape[2])
+    ends = np.stack([grid.min(axis=(0, 2)), grid.max(axis=(0, 2))]).astype(np.float32)
     rows = grid[first, :, last].astype(np.float32)
-    return Channels(parts=(SampleChannels(limits=ChannelRange.of(grid, axis=1), rows=rows),))
+    return Channels(parts=(SampleChannels(ends=spill.put(ends), rows=spill.put(rows)),))

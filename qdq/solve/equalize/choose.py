@@ -55,8 +55,8 @@ def equalized(
     points = {p.tensor: p for p in plan.activations}
     found: dict[str, Equalized] = {}
     for tensor, readers in wanted.items():
-        rows, limits = seen[tensor].rows, seen[tensor].limits
-        if rows.shape[1] < 2:
+        limits = seen[tensor].limits
+        if limits.low.size < 2:
             continue
         first = {node.weight: node for node in reversed(readers)}
         weights = [_Weight.of(model, node) for node in first.values()]
@@ -66,15 +66,15 @@ def equalized(
         fmt = points[tensor].spec.format
         shifted = shifts(model, points[tensor])
         limit = min(FORMATS[node.spec.format].high for node in readers)  # of the coarsest weight
-        plain = _noise(rows, weights, read, np.ones_like(amax), params[tensor], limit)
+        ways = [(np.ones_like(amax), params[tensor])]
         for s in (t.astype(np.float32).astype(np.float64) for t in formula.candidates(amax, wmax)):
             low = HEADROOM * min(float((limits.low / s).min()), 0.0)
             high = HEADROOM * max(float((limits.high / s).max()), 0.0)
-            if high - low <= 0:
-                continue
-            divided = covering(low, high, fmt_name=fmt, dtype=model.dtype(tensor), shift=shifted)
-            equalized = _noise(rows, weights, read, s, divided, limit)
-            gain_db = 10 * np.log10(plain / equalized) if equalized > 0 and plain > 0 else 0.0
+            if high - low > 0:
+                ways.append((s, covering(low, high, fmt_name=fmt, dtype=model.dtype(tensor), shift=shifted)))
+        plain, *noises = _noises(seen[tensor], weights, read, ways, limit)
+        for (s, divided), noise in zip(ways[1:], noises, strict=True):
+            gain_db = 10 * np.log10(plain / noise) if noise > 0 and plain > 0 else 0.0
             if gain_db >= formula.minimum_gain_db and (tensor not in found or gain_db > found[tensor].gain_db):
                 found[tensor] = Equalized(scale=s.astype(np.float32), params=divided, gain_db=float(gain_db))
     return found
@@ -179,11 +179,20 @@ def _peaks(matrix: npt.NDArray[np.floating], s: Floats) -> Floats:
     return most
 
 
-def _noise(rows: Floats, weights: Sequence[_Weight], read: Floats, s: Floats, params: QParams, limit: int) -> float:
-    """Predicted error power at the consumers' outputs per position, for channels divided by s.
+def _noises(
+    seen: Channels, weights: Sequence[_Weight], read: Floats, ways: Sequence[tuple[Floats, QParams]], limit: int
+) -> list[float]:
+    """Predicted error power at the consumers' outputs per position, for channels divided by s and quantized, each way.
 
     `read` is the sum of squares of the weights that read each channel.
     """
-    data = float(data_errors(rows, s, params).mean(axis=0) @ read)
-    power = (rows**2).mean(axis=0)
-    return data + math.fsum(weight.error(s, power) for weight in weights) / limit**2 / 12
+    power, errors = np.zeros_like(read), np.zeros((len(ways), *read.shape))
+    for rows in seen.rows():
+        power += np.square(rows).sum(axis=0)
+        for way, (s, params) in enumerate(ways):
+            errors[way] += data_errors(rows, s, params).sum(axis=0)
+    power /= seen.count
+    return [
+        float(errors[way] / seen.count @ read) + math.fsum(weight.error(s, power) for weight in weights) / limit**2 / 12
+        for way, (s, _) in enumerate(ways)
+    ]

@@ -52,19 +52,19 @@ def errors(
     """
     found = {}
     for tensor, seen in look(model, readers, samples, on_progress).items():
-        rows = seen.rows
-        s = divisors[tensor].astype(np.float64) if tensor in divisors else np.ones(rows.shape[1])
-        matrices = [by_input(model, node) for node in readers[tensor]]
+        fmt, matrices = FORMATS[params[tensor].format], [by_input(model, node) for node in readers[tensor]]
         read = np.sum([sizes(matrix)[1] for matrix in matrices], axis=0)
-        signal = np.square(rows) @ read
-        share = np.divide(1, signal, out=np.zeros_like(signal), where=signal > 0) / max(len(signal), 1)
-        power = share @ np.square(rows)
-        step = np.abs(rows).max(axis=1, keepdims=True) / FORMATS[params[tensor].format].high
-        rest = rows - np.rint(np.divide(rows, step, out=np.zeros_like(rows), where=step > 0)) * step
+        s = divisors[tensor].astype(np.float64) if tensor in divisors else np.ones_like(read)
+        power, data, tokens = np.zeros_like(read), 0.0, 0.0
+        for rows in seen.rows():
+            signal = np.square(rows) @ read
+            share = np.divide(1, signal, out=np.zeros_like(signal), where=signal > 0) / seen.count
+            power += share @ np.square(rows)
+            step = np.abs(rows).max(axis=1, keepdims=True) / fmt.high
+            rest = rows - np.rint(np.divide(rows, step, out=np.zeros_like(rows), where=step > 0)) * step
+            data += float(share @ data_errors(rows, s, params[tensor]) @ read)
+            tokens += float(share @ np.square(rest) @ read)
         each = zip(readers[tensor], matrices, strict=True)
-        found[tensor] = Errors(
-            data=float(share @ data_errors(rows, s, params[tensor]) @ read),
-            tokens=float(share @ np.square(rest) @ read),
-            weights=math.fsum(weight_error(m, node.spec, power / s**2, s) for node, m in each),
-        )
+        weights = math.fsum(weight_error(m, node.spec, power / s**2, s) for node, m in each)
+        found[tensor] = Errors(data=data, tokens=tokens, weights=weights)
     return found

@@ -15,6 +15,7 @@ from onnx import helper, numpy_helper
 
 from engines.core import onnx_runtime as ort
 from engines.core.documents import replace
+from qdq.core import spill
 from qdq.core.errors import InputError
 from qdq.core.qtensor import QParams, to_codes
 from qdq.core.resources import within
@@ -251,7 +252,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> str:
     def full() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(second_moments.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(spill.tempfile, "TemporaryFile", full)
     return os.strerror(errno.ENOSPC)
 
 

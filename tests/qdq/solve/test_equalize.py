@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import tracemalloc
 
+import graphs
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -69,6 +71,50 @@ def test_the_order_of_the_samples_does_not_change_a_bit(tmp_path):
     )
     assert forth["x"].gain_db == back["x"].gain_db and forth["x"].params == back["x"].params
     assert np.array_equal(forth["x"].scale, back["x"].scale)
+
+
+def wide(width: int = 64, layers: int = 12, rows: int = 512):
+    """Layers whose inputs are all looked at, and samples of many rows."""
+    nodes = [graphs.node("MatMul", f"h{k} w{k}", f"h{k + 1}") for k in range(layers)]
+    weights = {f"w{k}": graphs.normal(width, width, seed=k) / width**0.5 for k in range(layers)}
+    model = graphs.build(nodes, {"h0": (rows, width)}, weights, outputs=(f"h{layers}",))
+    return model, [{"h0": graphs.normal(rows, width, seed=k)} for k in range(4)]
+
+
+def test_what_is_seen_of_many_tensors_is_not_kept_in_memory():
+    model, samples = wide()
+    plan = placement.plan(model)
+    nodes = weighted_nodes(model, plan)
+    read = channels.candidates(plan, nodes)
+    params = activation_params(model, plan, collect(model, plan, samples), {})
+    one = 4 * 512 * 64 * 4  # bytes of the vectors of a tensor, in float32
+    assert len(read) == 12
+    tracemalloc.start()
+    try:
+        seen = channels.look(model, read, samples, None)
+        left = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        choose.equalized(model, plan, nodes, params, seen, formula=smoothquant.FORMULA)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(s.count for s in seen.values()) == 12 * 4 * 512
+    assert left < one < 12 * one
+    assert peak - left < 8 * 2 * one  # some copies in float64 of what one tensor shows, or less
+
+
+@pytest.mark.parametrize("chunk", [64, 5 * 64, 1 << 18])
+def test_rows_come_whole_whatever_their_pieces(chunk, monkeypatch):
+    model, samples = wide(layers=1, rows=7)
+    plan = placement.plan(model)
+    seen = channels.look(model, channels.candidates(plan, weighted_nodes(model, plan)), samples, None)["h0"]
+    monkeypatch.setattr(channels, "CHUNK", chunk)
+    pieces = list(seen.rows())
+    found = np.concatenate(pieces)
+    wanted = np.concatenate([sample["h0"] for sample in samples])
+    assert all(piece.size <= chunk for piece in pieces) and seen.count == 28
+    assert sorted(map(bytes, found.astype(np.float32))) == sorted(map(bytes, wanted))
+    assert np.array_equal(seen.limits.low, wanted.min(axis=0)) and np.array_equal(seen.limits.high, wanted.max(axis=0))
 
 
 def run(model, samples, tmp_path):

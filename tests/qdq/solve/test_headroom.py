@@ -7,7 +7,7 @@ import numpy as np
 from graphs import build, node, normal
 
 from qdq.assemble.quantize import Quantized, quantize
-from qdq.measure.statistics import ChannelRange
+from qdq.core.spill import Spill
 from qdq.model.model import Model
 from qdq.plan import placement
 from qdq.plan.settings import Settings
@@ -69,10 +69,11 @@ def test_the_order_of_the_samples_changes_nothing() -> None:
 
 
 def test_each_sample_is_held_out_once_and_the_ends_differ_most() -> None:
+    spill = Spill("channel vectors")
     parts = tuple(
         SampleChannels(
-            limits=ChannelRange(low=np.zeros(2), high=np.array([float(size), 1.0])),
-            rows=np.full((1, 2), size, dtype=np.float32),
+            ends=spill.put(np.array([[0, 0], [size, 1]], dtype=np.float32)),
+            rows=spill.put(np.full((1, 2), size, dtype=np.float32)),
         )
         for size in (5, 1, 9, 2, 8, 4)
     )
