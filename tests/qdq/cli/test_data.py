@@ -126,6 +126,7 @@ def test_a_series_gives_the_table_of_the_nifti_file_byte_for_byte(tmp_path: Path
         image = np.random.default_rng(seed).integers(0, 255, (20, 18, 16)).astype(np.uint8)
         write_nifti(tmp_path / "nifti" / f"{seed}.nii.gz", image, lia)
         write_series(tmp_path / "dicom", image, lia, seed=seed)
+    write_series(tmp_path / "dicom", image[:, :, :1], lia, seed=2)
     recipe = write_recipe(
         tmp_path / "r.yaml", orientation="LIA", intensity={"percentile": [0, 100]}, patch=[16, 16, 16]
     )
@@ -133,6 +134,8 @@ def test_a_series_gives_the_table_of_the_nifti_file_byte_for_byte(tmp_path: Path
         source, table = tmp_path / form, tmp_path / f"{form}.json"
         done = run("calibrate", tmp_path / "m.onnx", "--data", source, "--recipe", recipe, "-o", table)
         assert done.exit_code == 0, done.output
+        assert ("2 DICOM series are taken, and beside them left out: 1 file" in done.stderr) == (form == "dicom")
+        assert ("left out" in run("data", source, "--recipe", recipe).stderr) == (form == "dicom")
     assert (tmp_path / "nifti.json").read_bytes() == (tmp_path / "dicom.json").read_bytes()
 
 
