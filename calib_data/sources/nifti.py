@@ -66,8 +66,8 @@ def _affine(image: Any) -> Affine:
         ways = [Volume(array=_ONE, affine=form).orientation for form in (image.get_sform(), image.get_qform())]
         if ways[0] != ways[1]:
             raise DataError(
-                f"its header says twice in which direction its axes run, sform {ways[0]} and qform {ways[1]}: some readers "
-                "take the one, some the other, so the image may be mirrored. Set the wrong one's code to 0: "
+                f"its header says twice in which direction its axes run, sform {ways[0]} and qform {ways[1]}: some "
+                "readers take the one, some the other, so the image may be mirrored. Set the wrong one's code to 0: "
                 "image.set_qform(None, code=0) in nibabel."
             )
     return np.asarray(image.affine, np.float64)

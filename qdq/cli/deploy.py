@@ -133,7 +133,7 @@ def segment(model: Path, data: str, out: Path, custom_ops: tuple[str, ...], **gi
             on_progress=bars,
         )
     note(made.said)
-    click.echo(f"{len(made.files) - 1} images: {out.resolve()}")
+    click.echo(f"{len(made.files) - 1} image{'s' * (len(made.files) > 2)}: {out.resolve()}")
 
 
 @click.command()

@@ -72,8 +72,8 @@ class Segmenter:
         """The labels of a prepared image, on its file's grid.
 
         Raises:
-            InputError: the image has other channels than the model takes; voxels or results that are not finite; channels
-                of the result that do not fit the memory.
+            InputError: the image has other channels than the model takes; voxels or results that are not finite;
+                channels of the result that do not fit the memory.
         """
         self._layout.require_channels(len(image.array), self._given)
         if self._whole.segmentation.resample == "logits":
