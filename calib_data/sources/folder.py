@@ -29,12 +29,15 @@ class FileFolder:
         files = sorted(p for p in folder.iterdir() if p.suffix in (".npz", ".npy") and not p.name.startswith("."))
         forms = Counter(path.suffix for path in files)
         if not files:
-            names = [p.suffix for p in folder.iterdir() if p.suffix]  # names themselves may be those of patients
+            names = [
+                p.suffix for p in folder.iterdir() if p.suffix
+            ]  # no name, nor the folder's: both may be a patient's
             kinds = ", ".join(sorted(set(names))[:5])
             others = f"{len(names)} file{'s' * (len(names) > 1)}, {kinds}" if names else "nothing"
             raise DataError(
-                f"No samples in the folder {folder}: it holds {others}; one .npz (or .npy) file per sample is needed. "
-                "Save each sample with numpy.savez(path, **inputs), or give a module.py:function that yields dicts."
+                f"No samples in the folder that was given: it holds {others}. Needed are images (NIfTI, DICOM with its "
+                "preamble, NRRD), or one .npz (or .npy) file per sample: save each with numpy.savez(path, **inputs), "
+                "or give a module.py:function that yields dicts."
             )
         if len(forms) > 1:
             raise DataError(
