@@ -64,6 +64,7 @@ BESIDE = ("SEG", "RTDOSE")  # grids, but made of images
 PHYSICAL = ("CT", "PT")  # their values are measurements, which no display rule may turn round
 STEP_SHARE, STEP_MM = 0.05, 0.1  # by how much steps between slices may differ: dicom2nifti's bounds
 LOOKED_AT = 2000  # files, before a folder counts as one without DICOM
+ROUNDING = 1e-4  # of directions and of spacings in mm, between slices of one stack
 TILT_DEGREES = 1.0  # between the slices' normal and the way from the first to the last
 
 
@@ -117,8 +118,8 @@ def cases(source: str) -> Cases:
             "one. Give a folder for each."
         )
     made = Cases(
-        Case(name=uid, image=partial(_volume, slices), affine=partial(_affine_of, slices), paths=_paths(slices))
-        for uid, slices in found.slices.items()
+        Case(name=uid, image=partial(_volume, some), affine=partial(_affine_of, some), paths=_paths(some))
+        for uid, some in found.slices.items()
     )
     made.left_out = found.left_out
     return made
@@ -202,17 +203,21 @@ def _series(path: Path) -> _Series:
     said = "; ".join(f"{n} file{'s' * (n > 1)}, each {why}" if n > 1 else f"1 file, {why}" for why, n in left.items())
     if not found:
         raise DataError(f"its folder holds no DICOM series that is a volume ({said or 'no DICOM file'}).")
-    taken = f"{len(found)} DICOM series {'are' if len(found) > 1 else 'is'} taken, and beside "
-    return _Series(
-        slices=dict(found),
-        modalities={kinds[uid] for uid in found},
-        left_out=f"{taken}{'them' if len(found) > 1 else 'it'} left out: {said}." if said else "",
-    )
+    taken = f"{len(found)} DICOM series {'are' if len(found) > 1 else 'is'} taken"
+    left_out = f"{taken}, and beside {'them' if len(found) > 1 else 'it'} left out: {said}." if said else ""
+    return _Series(slices=dict(found), modalities={kinds[uid] for uid in found}, left_out=left_out)
 
 
 def _stacked(slices: Sequence[_Slice]) -> bool:
     """Whether there are several slices, all of one direction."""
-    return len(slices) > 1 and len({tuple(np.round(s.rows_cols.ravel(), 4)) for s in slices}) == 1
+    same = partial(np.allclose, rtol=0, atol=0.01)
+    return len(slices) > 1 and all(same(s.rows_cols, slices[0].rows_cols) for s in slices)
+
+
+def _alike(one: _Slice, other: _Slice) -> bool:
+    """Whether two slices have one size, spacing and direction, but for how headers round."""
+    near = partial(np.allclose, rtol=0, atol=ROUNDING)
+    return one.size == other.size and near(one.rows_cols, other.rows_cols) and near(one.spacing, other.spacing)
 
 
 def _slices(header: Any, file: Path) -> Iterator[_Slice]:
@@ -283,7 +288,10 @@ def _stack(slices: Sequence[_Slice]) -> tuple[list[_Slice], npt.NDArray[np.float
         DataError: several stacks, one slice, doubled or missing slices, a tilted gantry.
     """
     first = slices[0]
-    stacks = {(s.size, *np.round([*s.rows_cols.ravel(), *s.spacing], 4).tolist()) for s in slices}
+    stacks: list[_Slice] = []
+    for one in slices:
+        if not any(_alike(one, other) for other in stacks):
+            stacks.append(one)
     if len(stacks) > 1:
         raise DataError(
             f"its {len(slices)} slices are {len(stacks)} stacks, of other sizes, spacings or directions: localizers, "
@@ -383,10 +391,4 @@ def _pixels(path: Path) -> Array:
     return stored
 
 
-FORM = ImageForm(
-    says="a folder of DICOM series",
-    owns=owns,
-    cases=cases,
-    image=read,
-    affine=affine_of,
-)
+FORM = ImageForm(says="a folder of DICOM series", owns=owns, cases=cases, image=read, affine=affine_of)

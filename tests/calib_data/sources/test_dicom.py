@@ -122,6 +122,16 @@ def test_uneven_steps_are_refused_and_rounded_ones_are_not(tmp_path: Path) -> No
     refused(tmp_path / "uneven", "is 2.5 mm, but 3 mm between slices 4 and 5")
 
 
+def test_directions_that_differ_as_headers_round_are_one(tmp_path: Path) -> None:
+    def each(data: Any, index: int) -> None:
+        data.ImageOrientationPatient = [1, 0.00004 + 0.00002 * (index % 2), 0, 0, 1, 0]
+
+    write_series(tmp_path, ramp(*GRID), np.diag([-1, -1, 2.5, 1.0]), each=each)
+    write_series(tmp_path / "more", ramp(*GRID), np.diag([-1, -1, 2.5, 1.0]))
+    found = dicom.cases(str(tmp_path))
+    assert [case.image().grid for case in found] == [GRID, GRID] and not found.left_out
+
+
 def test_doubled_slices_are_refused(tmp_path: Path) -> None:
     write_series(tmp_path, ramp(*GRID), OBLIQUE, each=moved(lambda n: (0, 0, -2.5 * (n == 3))))
     refused(tmp_path, "1 of its 6 slices lie where another one lies")
