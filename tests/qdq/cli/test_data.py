@@ -41,6 +41,15 @@ def test_arrays_are_described_and_not_drawn(tmp_path: Path) -> None:
         assert done.exit_code == 2 and "no image in them" in done.stderr
 
 
+def test_a_folder_without_samples_is_no_folder_of_arrays(tmp_path: Path) -> None:
+    write_series(tmp_path / "doe", ramp(4, 5, 2), OBLIQUE)
+    for path in (tmp_path / "doe").iterdir():
+        path.write_bytes(path.read_bytes()[132:])  # as old devices write it
+    done = run("data", tmp_path / "doe")
+    assert done.exit_code == 2 and "it holds 2 files, without an ending" in done.stderr
+    assert "DICOM with its preamble" in done.stderr and "doe" not in done.stderr
+
+
 def test_images_are_described_with_what_a_recipe_makes_of_them(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="pip install 'qdq[medical]'")
     write_nifti(tmp_path / "in/imagesTr/a_0000.nii.gz", ramp(4, 5, 6), OBLIQUE)
