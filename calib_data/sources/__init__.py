@@ -18,7 +18,7 @@ import numpy as np
 
 from calib_data.validation import Array, DataError, InputSpec
 from calib_data.volume import Affine, Volume
-from calib_data.volumes.case import Case
+from calib_data.volumes.case import Cases
 
 
 class RawSample(NamedTuple):
@@ -91,7 +91,7 @@ class ImageForm:
 
     says: str
     owns: Callable[[str], bool]
-    cases: Callable[[str], Sequence[Case]]
+    cases: Callable[[str], Cases]
     image: Callable[[Path], Volume]
     affine: Callable[[Path], Affine]
     last: bool = False

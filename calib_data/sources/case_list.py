@@ -18,7 +18,7 @@ from pathlib import Path
 from calib_data.sources import ImageForm, forms
 from calib_data.validation import DataError
 from calib_data.volume import Affine, Volume
-from calib_data.volumes.case import Case, as_channels
+from calib_data.volumes.case import Case, Cases, as_channels
 
 MOST_BYTES = 16 << 20
 _IMAGE = re.compile(r"image([2-9]|[1-9]\d)?")
@@ -30,7 +30,7 @@ def owns(source: str) -> bool:
     return Path(source).is_file() and Path(source).suffix.lower() in (".csv", ".json")
 
 
-def cases(source: str) -> list[Case]:
+def cases(source: str) -> Cases:
     """The cases of a list.
 
     Raises:
@@ -67,7 +67,7 @@ def cases(source: str) -> list[Case]:
         )
     if not found:
         raise DataError(f"The list of cases is empty; it needs {NEEDED}.")
-    return list(found.values())
+    return Cases(found.values())
 
 
 def _form(path: Path, row: int, rows: int, column: str) -> ImageForm:

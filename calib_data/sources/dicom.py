@@ -1,7 +1,8 @@
 """DICOM images: a folder with one or many series, also in folders inside it; each series is a case.
 
 files -> headers of allowed tags -> slices by series -> one stack, ordered along its normal, its steps checked -> pixels
-with the rescaling of each slice. What libraries accept silently (a missing slice, a tilted gantry) is refused.
+with the rescaling of each slice. What libraries accept silently (a missing slice, a tilted gantry) is refused; what
+lies beside the series in every study (localizers, screenshots, reports) is left out, and that is said.
 It must not read a tag that is not in `TAGS`.
 
 Source: DICOM PS3.3 C.7.6.2 (image plane), C.7.6.16 (multi-frame functional groups); pydicom.
@@ -9,13 +10,13 @@ Source: DICOM PS3.3 C.7.6.2 (image plane), C.7.6.16 (multi-frame functional grou
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +25,13 @@ from calib_data.extras import need
 from calib_data.sources import ImageForm
 from calib_data.validation import Array, DataError
 from calib_data.volume import Affine, Volume, require_size
-from calib_data.volumes.case import Case, told
+from calib_data.volumes.case import Case, Cases, told
 from calib_data.volumes.files import refuse_others
 
 GEOMETRY = (
     "SeriesInstanceUID",  # groups slices; only its keyed hash is ever told
     "Modality",
+    "ImageType",  # only whether it says LOCALIZER
     "Rows",
     "Columns",
     "NumberOfFrames",
@@ -58,9 +60,11 @@ TAGS = (*GEOMETRY, *PIXELS)
 """All that is read of a file, with its transfer syntax."""
 
 MODALITIES = "CT MR PT NM US CR DX MG XA RF OT OPT SEG SR PR RTDOSE RTIMAGE RTSTRUCT"  # that are told
+BESIDE = ("SEG", "RTDOSE")  # grids, but made of images
 PHYSICAL = ("CT", "PT")  # their values are measurements, which no display rule may turn round
 STEP_SHARE, STEP_MM = 0.05, 0.1  # by how much steps between slices may differ: dicom2nifti's bounds
 LOOKED_AT = 2000  # files, before a folder counts as one without DICOM
+ROUNDING = 1e-4  # of directions and of spacings in mm, between slices of one stack
 TILT_DEGREES = 1.0  # between the slices' normal and the way from the first to the last
 
 
@@ -78,6 +82,18 @@ class _Slice:
     intercept: float
 
 
+class _NoPlaneError(DataError):
+    """A file is an image, but none that lies in space."""
+
+
+class _Series(NamedTuple):
+    """What lies in a folder: series -> its slices; what kinds of image they are; what was left out, in words."""
+
+    slices: dict[str, list[_Slice]]
+    modalities: set[str]
+    left_out: str
+
+
 def owns(source: str) -> bool:
     """Whether a text names a DICOM file, or a folder that holds one and no arrays."""
     path = Path(source)
@@ -88,23 +104,25 @@ def owns(source: str) -> bool:
     return any(p.is_file() and _is_dicom(p) for p in islice(path.rglob("*"), LOOKED_AT))
 
 
-def cases(source: str) -> list[Case]:
-    """Each series as a case.
+def cases(source: str) -> Cases:
+    """Each series as a case; left out is what `_series` leaves out.
 
     Raises:
         DataError: a header cannot be read, or the series are of several modalities.
     """
     refuse_others(Path(source), "DICOM")
-    found, modalities = _series(Path(source))
-    if len(modalities) > 1:
+    found = _series(Path(source))
+    if len(found.modalities) > 1:
         raise DataError(
-            f"The folder of the samples holds DICOM series of {' and '.join(sorted(modalities))}: a model takes one. "
-            "Give a folder for each."
+            f"The folder of the samples holds DICOM series of {' and '.join(sorted(found.modalities))}: a model takes "
+            "one. Give a folder for each."
         )
-    return [
-        Case(name=uid, image=partial(_volume, slices), affine=partial(_affine_of, slices), paths=_paths(slices))
-        for uid, slices in found.items()
-    ]
+    made = Cases(
+        Case(name=uid, image=partial(_volume, some), affine=partial(_affine_of, some), paths=_paths(some))
+        for uid, some in found.slices.items()
+    )
+    made.left_out = found.left_out
+    return made
 
 
 def read(path: Path) -> Volume:
@@ -122,7 +140,7 @@ def affine_of(path: Path) -> Affine:
 
 
 def _only(path: Path) -> Sequence[_Slice]:
-    found, _ = _series(path)
+    found = _series(path).slices
     if len(found) != 1:
         raise DataError(f"its folder holds {len(found)} DICOM series; one is needed. Give each a folder of its own.")
     return next(iter(found.values()))
@@ -146,20 +164,60 @@ def _files(path: Path) -> Iterator[Path]:
     return (p for p in below if p.is_file() and not p.name.startswith(".") and _is_dicom(p))
 
 
-def _series(path: Path) -> tuple[dict[str, list[_Slice]], set[str]]:
-    """Series -> its slices; and what kinds of image they are."""
+def _series(path: Path) -> _Series:
+    """The series of a folder that are volumes, as far as headers tell.
+
+    Left out are files without pixels or made of images (reports, segmentations), those that are marked as localizers,
+    series without a place (screenshots, films), and beside a stack those of one slice or several directions.
+
+    Raises:
+        DataError: no file is a slice, or only some of a series are.
+    """
     pydicom = need("pydicom", install="qdq[medical]", for_what="A DICOM image")
     found: dict[str, list[_Slice]] = defaultdict(list)
-    modalities: set[str] = set()
+    placeless: dict[str, list[_NoPlaneError]] = defaultdict(list)
+    kinds: dict[str, str] = {}
+    left: Counter[str] = Counter()
     for number, file in enumerate(_files(path), 1):
-        with told(f"DICOM file {number} in order of name"):
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*GEOMETRY])
-            kind = str(header.get("Modality", ""))
-            modalities.add(kind if kind in MODALITIES.split() else "another kind")
-            found[str(header.get("SeriesInstanceUID", ""))] += list(_slices(header, file))
+        try:
+            with told(f"DICOM file {number} in order of name"):
+                header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*GEOMETRY])
+                given, uid = str(header.get("Modality", "")), str(header.get("SeriesInstanceUID", ""))
+                kind = given if given in MODALITIES.split() else "another kind"
+                if "Rows" not in header or given in BESIDE:
+                    left[f"no image ({kind})"] += 1
+                elif "LOCALIZER" in header.get("ImageType", ""):
+                    left["a localizer"] += 1
+                else:
+                    kinds[uid] = kind
+                    found[uid] += _slices(header, file)
+        except _NoPlaneError as error:
+            placeless[uid].append(error)
+    for uid, errors in placeless.items():
+        if found.pop(uid, None) or not any(map(_stacked, found.values())):
+            raise errors[0]
+        left["an image without a place in space"] += len(errors)
+    if any(map(_stacked, found.values())):
+        for uid in [uid for uid, slices in found.items() if not _stacked(slices)]:
+            left["of a series of one slice or of several directions, as localizers are"] += len(_paths(found.pop(uid)))
+    said = "; ".join(f"{n} file{'s' * (n > 1)}, each {why}" if n > 1 else f"1 file, {why}" for why, n in left.items())
     if not found:
-        raise DataError("its folder holds no DICOM file.")
-    return dict(found), modalities
+        raise DataError(f"its folder holds no DICOM series that is a volume ({said or 'no DICOM file'}).")
+    taken = f"{len(found)} DICOM series {'are' if len(found) > 1 else 'is'} taken"
+    left_out = f"{taken}, and beside {'them' if len(found) > 1 else 'it'} left out: {said}." if said else ""
+    return _Series(slices=dict(found), modalities={kinds[uid] for uid in found}, left_out=left_out)
+
+
+def _stacked(slices: Sequence[_Slice]) -> bool:
+    """Whether there are several slices, all of one direction."""
+    same = partial(np.allclose, rtol=0, atol=0.01)
+    return len(slices) > 1 and all(same(s.rows_cols, slices[0].rows_cols) for s in slices)
+
+
+def _alike(one: _Slice, other: _Slice) -> bool:
+    """Whether two slices have one size, spacing and direction, but for how headers round."""
+    near = partial(np.allclose, rtol=0, atol=ROUNDING)
+    return one.size == other.size and near(one.rows_cols, other.rows_cols) and near(one.spacing, other.spacing)
 
 
 def _slices(header: Any, file: Path) -> Iterator[_Slice]:
@@ -173,7 +231,9 @@ def _slices(header: Any, file: Path) -> Iterator[_Slice]:
         for n, own in enumerate(header.PerFrameFunctionalGroupsSequence):
             yield _slice(_frame_tags(own, shared[0]), header, file, n)
     elif int(header.get("NumberOfFrames") or 1) > 1:
-        raise DataError("it has several frames and no place for each, so it is no volume (a film, or an old format).")
+        raise _NoPlaneError(
+            "it has several frames and no place for each, so it is no volume (a film, or an old format)."
+        )
     else:
         yield _slice(header, header, file, 0)
 
@@ -199,7 +259,7 @@ def _slice(tags: Any, header: Any, file: Path, frame: int) -> _Slice:
     needed = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
     missing = [name for name in needed if tags.get(name) is None]
     if missing:
-        raise DataError(f"it has no {' and no '.join(missing)}, so it is no slice of a volume. Move it away.")
+        raise _NoPlaneError(f"it has no {' and no '.join(missing)}, so it is no slice of a volume. Move it away.")
     if header.get("PhotometricInterpretation") == "MONOCHROME1" and header.get("Modality") in PHYSICAL:
         raise DataError(
             f"it is MONOCHROME1 and of modality {header.get('Modality')}, whose values are measurements: whether they "
@@ -228,7 +288,10 @@ def _stack(slices: Sequence[_Slice]) -> tuple[list[_Slice], npt.NDArray[np.float
         DataError: several stacks, one slice, doubled or missing slices, a tilted gantry.
     """
     first = slices[0]
-    stacks = {(s.size, *np.round([*s.rows_cols.ravel(), *s.spacing], 4).tolist()) for s in slices}
+    stacks: list[_Slice] = []
+    for one in slices:
+        if not any(_alike(one, other) for other in stacks):
+            stacks.append(one)
     if len(stacks) > 1:
         raise DataError(
             f"its {len(slices)} slices are {len(stacks)} stacks, of other sizes, spacings or directions: localizers, "
@@ -328,10 +391,4 @@ def _pixels(path: Path) -> Array:
     return stored
 
 
-FORM = ImageForm(
-    says="a folder of DICOM series",
-    owns=owns,
-    cases=cases,
-    image=read,
-    affine=affine_of,
-)
+FORM = ImageForm(says="a folder of DICOM series", owns=owns, cases=cases, image=read, affine=affine_of)

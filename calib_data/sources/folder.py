@@ -26,16 +26,8 @@ class FileFolder:
         Raises:
             DataError: no samples, both forms at once, or ``.npy`` files for a model of several inputs.
         """
-        files = sorted(p for p in folder.iterdir() if p.suffix in (".npz", ".npy") and not p.name.startswith("."))
+        files = _files(folder)
         forms = Counter(path.suffix for path in files)
-        if not files:
-            names = [p.suffix for p in folder.iterdir() if p.suffix]  # names themselves may be those of patients
-            kinds = ", ".join(sorted(set(names))[:5])
-            others = f"{len(names)} file{'s' * (len(names) > 1)}, {kinds}" if names else "nothing"
-            raise DataError(
-                f"No samples in the folder {folder}: it holds {others}; one .npz (or .npy) file per sample is needed. "
-                "Save each sample with numpy.savez(path, **inputs), or give a module.py:function that yields dicts."
-            )
         if len(forms) > 1:
             raise DataError(
                 f"Cannot tell which files of the folder {folder} are the samples: got {forms['.npz']} .npz and "
@@ -72,9 +64,32 @@ class FileFolder:
             yield path, stored
 
 
+def _files(folder: Path) -> list[Path]:
+    """The files that are samples, by name.
+
+    Raises:
+        DataError: none is.
+    """
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".npz", ".npy") and not p.name.startswith("."))
+    if files:
+        return files
+    others = [p.suffix for p in folder.iterdir() if p.is_file()]  # no name, nor the folder's: both may be a patient's
+    kinds = ", ".join(sorted({suffix or "without an ending" for suffix in others})[:5])
+    held = f"{len(others)} file{'s' * (len(others) > 1)}, {kinds}" if others else "nothing"
+    raise DataError(
+        f"No samples in the folder that was given: it holds {held}. Needed are images (NIfTI, DICOM with its preamble, "
+        "NRRD), or one .npz (or .npy) file per sample: save each with numpy.savez(path, **inputs), or give a "
+        "module.py:function that yields dicts."
+    )
+
+
 def arrays(source: str) -> dict[str, ArrayForm]:
-    """Those of the first .npz file."""
-    first = next(iter(sorted(p for p in Path(source).glob("*.npz") if not p.name.startswith("."))), None)
+    """Those of the first .npz file.
+
+    Raises:
+        DataError: the folder holds no samples.
+    """
+    first = next((p for p in _files(Path(source)) if p.suffix == ".npz"), None)
     return {n: ArrayForm(a.shape, a.dtype) for n, a in (stored_arrays(first) if first else {}).items()}
 
 

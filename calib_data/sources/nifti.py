@@ -7,6 +7,7 @@ Source: nibabel (sform before qform; `x = raw * slope + inter`).
 
 from __future__ import annotations
 
+import gzip
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def read(path: Path) -> Volume:
     affine = _affine(image)
     require_size(image.shape)
     array = np.asanyarray(image.dataobj)
+    _check_gzip(path)
     if array.dtype.kind not in "biuf":
         raise DataError(f"its voxels are {array.dtype.name}; real numbers are needed. Split colours into channels.")
     if (image.dataobj.slope, image.dataobj.inter) != (1, 0):
@@ -60,9 +62,28 @@ def _affine(image: Any) -> Affine:
             "its header says nowhere in which direction its axes run (sform and qform have code 0): readers guess, and "
             "their guesses mirror each other. Set it: image.set_sform(affine, code=1) in nibabel."
         )
+    if int(image.header["sform_code"]) and int(image.header["qform_code"]):
+        ways = [Volume(array=_ONE, affine=form).orientation for form in (image.get_sform(), image.get_qform())]
+        if ways[0] != ways[1]:
+            raise DataError(
+                f"its header says twice in which direction its axes run, sform {ways[0]} and qform {ways[1]}: some "
+                "readers take the one, some the other, so the image may be mirrored. Set the wrong one's code to 0: "
+                "image.set_qform(None, code=0) in nibabel."
+            )
     return np.asarray(image.affine, np.float64)
 
 
+def _check_gzip(path: Path) -> None:
+    """Read on to the end, where the checksum stands: who stops behind the last voxel never compares it."""
+    with path.open("rb") as file:
+        if file.read(2) != b"\x1f\x8b":
+            return
+    with gzip.open(path) as stream:
+        while stream.read(1 << 20):
+            pass
+
+
+_ONE = np.zeros((1, 1, 1, 1), np.uint8)
 KINDS = ("NIfTI",)
 FORM = ImageForm(
     says="a NIfTI file or a folder of them (nnU-Net's imagesTr too)",

@@ -52,6 +52,16 @@ class Case:
     key: str = ""
 
 
+class Cases(list[Case]):
+    """The images of a source.
+
+    Attributes:
+        left_out: what of its files is none of them and why, in words without a name; "" where all are taken.
+    """
+
+    left_out: str = ""
+
+
 def keyed(cases: Sequence[Case], key: bytes | None = None) -> list[Case]:
     """The cases in the order of their names, each with its number and the HMAC-SHA256 of its name.
 

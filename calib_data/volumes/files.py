@@ -16,7 +16,7 @@ from pathlib import Path
 
 from calib_data.validation import DataError
 from calib_data.volume import Affine, Volume
-from calib_data.volumes.case import Case, as_channels
+from calib_data.volumes.case import Case, Cases, as_channels
 
 ENDINGS = {
     "NIfTI": (".nii", ".nii.gz"),
@@ -43,7 +43,7 @@ def holds(source: str, endings: Sequence[str]) -> bool:
 
 def cases_of(
     source: str, kind: Sequence[str], image: Callable[[Path], Volume], affine: Callable[[Path], Affine]
-) -> list[Case]:
+) -> Cases:
     """The cases of a text that `holds` files of some kinds in `ENDINGS`.
 
     Args:
@@ -57,7 +57,7 @@ def cases_of(
     """
     path, endings = Path(source), tuple(ending for name in kind for ending in ENDINGS[name])
     if path.is_file():
-        return [_case(_stem(path, endings), [path], None, image, affine)]
+        return Cases([_case(_stem(path, endings), [path], None, image, affine)])
     folder = _images(path)
     refuse_others(folder, *kind)
     channels: dict[str, list[Path]] = defaultdict(list)
@@ -67,7 +67,7 @@ def cases_of(
         match = _CHANNEL.fullmatch(stem)
         channels[match[1] if match else stem].append(file)
     labels = _labels(folder, endings)
-    found = []
+    found = Cases()
     for name, some in channels.items():
         numbers = [int(match[2]) for file in some if (match := _CHANNEL.fullmatch(_stem(file, endings)))]
         if (numbers or len(some) > 1) and numbers != list(range(len(some))):

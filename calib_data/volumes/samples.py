@@ -13,7 +13,7 @@ import numpy as np
 
 from calib_data.sources import ArrayForm, ImageForm, RawSample, SampleShapes
 from calib_data.validation import Array, DataError, InputSpec
-from calib_data.volumes.case import Case, keyed
+from calib_data.volumes.case import Case, Cases, keyed
 from calib_data.volumes.patches import padded, starts
 from calib_data.volumes.prepare import prepared, require_one_geometry
 from calib_data.volumes.spec import Patches, VolumeSpec
@@ -30,12 +30,14 @@ class CaseSamples:
         cases: keyed.
         spec: what is done to each.
         inputs: the model's one input, and `LABEL` where it is asked for.
+        left_out: as of `Cases`.
         shapes_seen: index -> shapes, of samples that were read.
     """
 
     cases: Sequence[Case]
     spec: VolumeSpec
     inputs: Sequence[InputSpec]
+    left_out: str = ""
     shapes_seen: dict[int, SampleShapes] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -126,18 +128,20 @@ class CaseSamples:
             )
 
 
-def cases_of(form: ImageForm, source: str, key: bytes | None) -> list[Case]:
+def cases_of(form: ImageForm, source: str, key: bytes | None) -> Cases:
     """The keyed cases of a text that a form of images owns; nothing that is said holds a path.
 
     Raises:
         DataError: there is none, or what is there cannot be read.
     """
     try:
-        cases = keyed(form.cases(source), key)
+        found = form.cases(source)
     except OSError as error:
         raise DataError(f"Cannot list the images: {error.strerror}. Check the rights of what --data names.") from None
-    if not cases:
+    if not found:
         raise DataError("No samples: there is no image where --data points to.")
+    cases = Cases(keyed(found, key))
+    cases.left_out = found.left_out
     return cases
 
 
@@ -163,7 +167,8 @@ def open_cases(
             "of one: its channels. Save .npz files for this model, with an array for each input."
         )
     cases = cases_of(form, source, key)
-    found = CaseSamples(cases=cases, spec=spec or VolumeSpec(), inputs=[*own, *(i for i in inputs if i is not own[0])])
+    given = [*own, *(i for i in inputs if i is not own[0])]
+    found = CaseSamples(cases=cases, spec=spec or VolumeSpec(), inputs=given, left_out=cases.left_out)
     require_one_geometry(cases, found.spec)
     return found
 

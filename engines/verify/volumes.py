@@ -192,8 +192,8 @@ class VolumeReport(Part, frozen=True, kw_only=True):
                 found.append(f"{s.name}: HD95 to the float model is {s.worst_hd95_mm:.3g} mm, above {max_hd95_mm:g}.")
             if max_hd95_mm is not None and s.one_sided:
                 found.append(
-                    f"{s.name}: no HD95 in {s.one_sided} cases, in which only one of both models finds it: max_hd95_mm "
-                    "cannot be kept."
+                    f"{s.name}: no HD95 in {s.one_sided} case{'s' * (s.one_sided > 1)}, where only one of both models "
+                    "finds it: max_hd95_mm cannot be kept."
                 )
             worst = s.worst_difference_ml
             if max_volume_diff_ml is not None and worst is not None and not abs(worst) <= max_volume_diff_ml:

@@ -121,6 +121,7 @@ def segment(model: Path, data: str, out: Path, custom_ops: tuple[str, ...], **gi
     recipe = options.recipe_of(given)
     found = opened(model, custom_ops=custom_ops)
     samples = open_samples(data, found.inputs, volume=recipe.volume, case_key=options.case_key_of(recipe))
+    options.note_left_out(samples.source)
     with Bars() as bars:
         made = segmented(
             found,
@@ -132,7 +133,7 @@ def segment(model: Path, data: str, out: Path, custom_ops: tuple[str, ...], **gi
             on_progress=bars,
         )
     note(made.said)
-    click.echo(f"{len(made.files) - 1} images: {out.resolve()}")
+    click.echo(f"{len(made.files) - 1} image{'s' * (len(made.files) > 2)}: {out.resolve()}")
 
 
 @click.command()

@@ -59,6 +59,7 @@ def data(source: str, preview: Path | None, write_recipe: Path | None, as_json: 
         return
     spec = recipe.volume or VolumeSpec(intensity="stored")
     cases = cases_of(form, source, options.case_key_of(recipe))
+    options.note_left_out(cases)
     require_one_geometry(cases, spec)
     with Bars() as bars:
         images = []

@@ -341,6 +341,7 @@ def samples_of(model: Model, recipe: Recipe, data: str | None, random_data: int 
     specs = input_specs(model)
     if data is not None:
         found = open_samples(data, specs, volume=recipe.volume, case_key=case_key_of(recipe))
+        note_left_out(found.source)
         _require_room(model, found)
         return found
     note(RANDOM_NOTE)
@@ -357,6 +358,12 @@ def case_key_of(recipe: Recipe) -> bytes | None:
     from calib_data.volumes.case import read_case_key
 
     return read_case_key(recipe.case_key) if recipe.case_key else None
+
+
+def note_left_out(source: object) -> None:
+    """Tell which files of a source of images, or of its cases, are no samples, and why."""
+    if said := getattr(source, "left_out", ""):
+        note(said)
 
 
 def _require_room(model: Model, samples: Samples) -> None:

@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from calib_data.volumes.patches import steps
 from engines.core.documents import Part
 from qdq.core.choices import checked, converted
 from qdq.core.errors import InputError
@@ -116,11 +117,10 @@ class Window(Part, frozen=True, kw_only=True):
         >>> Window(patch=(64,) * 3).starts(110, 64), Window(patch=(64,) * 3, rule="nnunet").starts(110, 64)
         ([0, 32, 46], [0, 23, 46])
         """
+        if self.rule == "nnunet":
+            return steps(length, size, 1 - self.overlap)
         if length <= size:
             return [0]
-        if self.rule == "nnunet":
-            count = math.ceil((length - size) / (size * (1 - self.overlap))) + 1
-            return [round((length - size) / (count - 1) * i) for i in range(count)]
         step = max(int(size * (1 - self.overlap)), 1)
         return [*range(0, length - size, step), length - size]
 

@@ -56,7 +56,7 @@ class Segmenter:
         self.source = images_of(samples)
         spec, given = self.source.spec, self.source.inputs[0]
         window, layout = planned(given, spec.axes, whole.window, spec.patch, spec.pad)
-        self._whole, self._reader = whole, reader
+        self._whole, self._reader, self._given, self._layout = whole, reader, given, layout
         network = Network(infer=inferring(opened), spec=given, layout=layout, reader=reader)
         self.sliding = Sliding(run=network, window=window)
 
@@ -72,8 +72,10 @@ class Segmenter:
         """The labels of a prepared image, on its file's grid.
 
         Raises:
-            InputError: voxels or results that are not finite; channels that do not fit the memory.
+            InputError: the image has other channels than the model takes; voxels or results that are not finite;
+                channels of the result that do not fit the memory.
         """
+        self._layout.require_channels(len(image.array), self._given)
         if self._whole.segmentation.resample == "logits":
             values = output(self.sliding, image.array, most=default_bytes())
             separate = self.source.spec.separate_z == "auto"

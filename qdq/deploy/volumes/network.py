@@ -88,6 +88,19 @@ class Layout:
             found.insert(self.flat, 1)
         return tuple(found)
 
+    def require_channels(self, found: int, spec: InputSpec) -> None:
+        """Refuse an image of other channels than the model's.
+
+        Raises:
+            InputError: it is one.
+        """
+        wanted = spec.shape[self.batch != 0 :][self.axes.index("c")]
+        if isinstance(wanted, int) and wanted != found:
+            raise InputError(
+                f"The image has {found} channel{'s' * (found > 1)}, and input {spec.name} of the model takes {wanted}. "
+                "nnU-Net's CASE_0000, CASE_0001, image2 of a list, and a fourth axis of NIfTI are channels."
+            )
+
     def fed(self, patches: Array, dtype: str) -> Array:
         """Patches in the axes and the type of the input."""
         array = patches if self.flat is None else patches.squeeze(2 + self.flat)

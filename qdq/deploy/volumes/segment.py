@@ -26,6 +26,7 @@ from engines.backends.backend import backend_named
 from engines.core import arithmetic
 from qdq.build.engine import engine_backend
 from qdq.build.keys.segmentation import WholeVolumes
+from qdq.core.errors import InputError
 from qdq.core.files import folder_beside, move_all
 from qdq.core.progress import Progress
 from qdq.deploy.volumes.decode import Structure
@@ -91,7 +92,7 @@ def segment(
     class_axis: int | None = None,
     on_progress: Progress | None = None,
 ) -> Segmented:
-    """Segment every image; files of the same names in `out` are replaced.
+    """Segment every image; files of the same names in `out` are replaced, labels of other names are refused.
 
     Args:
         model: of `opened`.
@@ -102,7 +103,7 @@ def segment(
         class_axis: as there.
 
     Raises:
-        InputError: as `Segmenter`; `out` is not writable.
+        InputError: as `Segmenter`; `out` is not writable, or holds labels of other images or another key.
         DataError: a case cannot be used.
     """
     need("nibabel", install="qdq[medical]", for_what="Writing NIfTI")
@@ -111,8 +112,16 @@ def segment(
     )
     one = Segmenter(model.model, samples, whole, reader)
     cases = one.source.cases
+    digits = max(3, len(str(len(cases))))
+    written = [f"case-{number:0{digits}}-{case.key}.nii.gz" for number, case in enumerate(cases, 1)]
+    if older := {path.name for path in out.glob("case-*.nii.gz")}.difference(written):
+        raise InputError(
+            f"{out} holds {len(older)} label file{'s' * (len(older) > 1)} of other images or of a run with another "
+            "key, and nothing would tell them from this run's. Choose another folder, or remove them; --case-key FILE "
+            "gives an image the same name in every run."
+        )
     with folder_beside(out) as folder, active(model.model):
-        for done, case in enumerate(cases):
+        for done, (case, name) in enumerate(zip(cases, written, strict=True)):
             if on_progress:
                 on_progress(done, len(cases), "Segment")
             made = prepared(case, one.source.spec)
@@ -120,8 +129,7 @@ def segment(
             with named(case):
                 labels = one.labels(made.image, grid)
             del made
-            content = nifti(labels, grid, reader.decoder.structures)
-            (folder / f"case-{done + 1:0{max(3, len(str(len(cases))))}}-{case.key}.nii.gz").write_bytes(content)
+            (folder / name).write_bytes(nifti(labels, grid, reader.decoder.structures))
         if on_progress:
             on_progress(len(cases), len(cases), "Segment")
         (folder / "labels.json").write_text(json.dumps(names(reader.decoder.structures), indent=1) + "\n")

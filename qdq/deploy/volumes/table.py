@@ -13,7 +13,8 @@ HEADERS = ("structure", "Dice", "HD95, mm", "mean surface, mm", "volume, ml", "l
 def tables(report: VolumeReport) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
     """Title and rows of each comparison."""
     for compared in (report.to_float, *report.to_labels):
-        title = f"{compared.found} against {compared.true}, {len(compared.cases)} whole volumes"
+        count = len(compared.cases)
+        title = f"{compared.found} against {compared.true}, {count} whole volume{'s' * (count > 1)}"
         yield title, rows(compared)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 from image_files import OBLIQUE, ramp, write_series
 
-from calib_data import DataError
+from calib_data import DataError, InputSpec
 from calib_data.sources import dicom
 from calib_data.volumes.case import keyed, told
+from calib_data.volumes.samples import open_cases
+from calib_data.volumes.spec import VolumeSpec
 
 pydicom = pytest.importorskip("pydicom", reason="pip install 'qdq[medical]'")
 GRID = (4, 5, 6)
+IMAGE = InputSpec(name="image", dtype="float32", shape=(1, 1, None, None, None))
 Each = Callable[[Any, int], None]
 
 
@@ -118,6 +122,16 @@ def test_uneven_steps_are_refused_and_rounded_ones_are_not(tmp_path: Path) -> No
     refused(tmp_path / "uneven", "is 2.5 mm, but 3 mm between slices 4 and 5")
 
 
+def test_directions_that_differ_as_headers_round_are_one(tmp_path: Path) -> None:
+    def each(data: Any, index: int) -> None:
+        data.ImageOrientationPatient = [1, 0.00004 + 0.00002 * (index % 2), 0, 0, 1, 0]
+
+    write_series(tmp_path, ramp(*GRID), np.diag([-1, -1, 2.5, 1.0]), each=each)
+    write_series(tmp_path / "more", ramp(*GRID), np.diag([-1, -1, 2.5, 1.0]))
+    found = dicom.cases(str(tmp_path))
+    assert [case.image().grid for case in found] == [GRID, GRID] and not found.left_out
+
+
 def test_doubled_slices_are_refused(tmp_path: Path) -> None:
     write_series(tmp_path, ramp(*GRID), OBLIQUE, each=moved(lambda n: (0, 0, -2.5 * (n == 3))))
     refused(tmp_path, "1 of its 6 slices lie where another one lies")
@@ -135,6 +149,80 @@ def test_a_localizer_in_the_series_is_refused(tmp_path: Path) -> None:
             data.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
 
     refused(write_series(tmp_path, ramp(*GRID), OBLIQUE, each=each), "its 6 slices are 2 stacks")
+
+
+def scout(data: Any, index: int) -> None:
+    """Three planes, as a localizer has them."""
+    data.ImageOrientationPatient = [[1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, -1], [0, 1, 0, 0, 0, -1]][index]
+
+
+def marked_scout(data: Any, index: int) -> None:
+    data.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+
+
+def report(data: Any, index: int) -> None:
+    data.Modality = "SR"
+    for keyword in ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "PixelData"):
+        delattr(data, keyword)
+
+
+def screenshot(data: Any, index: int) -> None:
+    data.Modality = "OT"
+    del data.ImagePositionPatient
+
+
+def segmentation(data: Any, index: int) -> None:
+    data.Modality = "SEG"
+
+
+@pytest.mark.parametrize(
+    ("each", "slices", "said"),
+    [
+        (scout, 3, "3 files, each of a series of one slice or of several directions, as localizers are"),
+        (marked_scout, 2, "2 files, each a localizer"),
+        (lambda data, index: None, 1, "1 file, of a series of one slice or of several directions, as localizers are"),
+        (report, 1, r"1 file, no image \(SR\)"),
+        (screenshot, 2, "2 files, each an image without a place in space"),
+        (segmentation, 1, r"1 file, no image \(SEG\)"),
+    ],
+)
+def test_what_lies_beside_a_series_is_left_out_and_said(tmp_path: Path, each: Each, slices: int, said: str) -> None:
+    write_series(tmp_path, ramp(*GRID), OBLIQUE, uid="1.2.3.1")
+    write_series(tmp_path / "more", ramp(7, 8, slices), OBLIQUE, uid="1.2.3.2", seed=1, each=each)
+    found = dicom.cases(str(tmp_path))
+    assert re.fullmatch(f"1 DICOM series is taken, and beside it left out: {said}.", found.left_out)
+    (case,) = found
+    np.testing.assert_array_equal(case.image().array[0], ramp(*GRID))
+    np.testing.assert_array_equal(dicom.read(tmp_path).array[0], ramp(*GRID))
+    cases = open_cases(dicom.FORM, str(tmp_path), [IMAGE], VolumeSpec(intensity="stored"), None)
+    assert cases.left_out == found.left_out
+    assert not dicom.cases(str(write_series(tmp_path / "alone", ramp(*GRID), OBLIQUE))).left_out
+
+
+def test_localizers_marked_in_the_series_of_the_slices(tmp_path: Path) -> None:
+    def each(data: Any, index: int) -> None:
+        if index == 5:
+            marked_scout(data, index)
+            data.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
+
+    found = dicom.cases(str(write_series(tmp_path, ramp(*GRID), OBLIQUE, each=each)))
+    assert found[0].image().grid == (4, 5, 5) and "1 file, a localizer" in found.left_out
+
+
+def test_a_series_with_a_slice_without_place_is_not_left_out(tmp_path: Path) -> None:
+    def each(data: Any, index: int) -> None:
+        if index == 2:
+            del data.ImagePositionPatient
+
+    write_series(tmp_path / "whole", ramp(*GRID), OBLIQUE)
+    with pytest.raises(DataError, match="has no ImagePositionPatient"):
+        dicom.cases(str(write_series(tmp_path, ramp(*GRID), OBLIQUE, each=each, seed=1)))
+
+
+@pytest.mark.parametrize("each", [report, marked_scout])
+def test_a_folder_of_nothing_but_reports_or_localizers(tmp_path: Path, each: Each) -> None:
+    with pytest.raises(DataError, match=r"no DICOM series that is a volume \(2 files, each (no image|a localizer)"):
+        dicom.cases(str(write_series(tmp_path, ramp(4, 5, 2), OBLIQUE, each=each)))
 
 
 def test_one_slice_is_refused(tmp_path: Path) -> None:

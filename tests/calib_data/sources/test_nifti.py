@@ -115,3 +115,21 @@ def test_a_header_of_terabytes_is_refused_before_they_are_asked_for(tmp_path: Pa
     raw[42:48] = np.array([30000, 30000, 30000], "<i2").tobytes()
     path.write_bytes(raw)
     refused(path, "30000x30000x30000 values by its header; at most")
+
+
+def test_forms_that_mirror_each_other_are_refused_and_finer_ones_are_not(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(ramp(4, 5, 6), np.eye(4))
+    image.set_sform(np.diag([-1, 1, 1, 1]), code=1)
+    image.set_qform(np.eye(4), code=1)
+    nibabel.save(image, tmp_path / "a.nii")
+    refused(tmp_path / "a.nii", "twice .* sform LAS and qform RAS")
+    image.set_sform(np.array([[1, 0.1, 0, 3], [-0.1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), code=4)
+    nibabel.save(image, tmp_path / "b.nii")  # as a registration leaves it
+    np.testing.assert_allclose(cases(tmp_path / "b.nii")[0].affine(), image.get_sform())
+
+
+def test_a_gzip_whose_checksum_is_wrong_or_cut_off_is_refused(tmp_path: Path) -> None:
+    whole = gzip.compress(write_nifti(tmp_path / "w.nii", ramp(20, 20, 20)).read_bytes())
+    for n, data in enumerate((whole[:-4], whole[:-8] + b"\0" * 8)):
+        (tmp_path / f"{n}.nii.gz").write_bytes(data)
+        refused(tmp_path / f"{n}.nii.gz", "its data end early or are damaged")

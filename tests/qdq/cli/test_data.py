@@ -41,6 +41,15 @@ def test_arrays_are_described_and_not_drawn(tmp_path: Path) -> None:
         assert done.exit_code == 2 and "no image in them" in done.stderr
 
 
+def test_a_folder_without_samples_is_no_folder_of_arrays(tmp_path: Path) -> None:
+    write_series(tmp_path / "doe", ramp(4, 5, 2), OBLIQUE)
+    for path in (tmp_path / "doe").iterdir():
+        path.write_bytes(path.read_bytes()[132:])  # as old devices write it
+    done = run("data", tmp_path / "doe")
+    assert done.exit_code == 2 and "it holds 2 files, without an ending" in done.stderr
+    assert "DICOM with its preamble" in done.stderr and "doe" not in done.stderr
+
+
 def test_images_are_described_with_what_a_recipe_makes_of_them(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="pip install 'qdq[medical]'")
     write_nifti(tmp_path / "in/imagesTr/a_0000.nii.gz", ramp(4, 5, 6), OBLIQUE)
@@ -126,6 +135,7 @@ def test_a_series_gives_the_table_of_the_nifti_file_byte_for_byte(tmp_path: Path
         image = np.random.default_rng(seed).integers(0, 255, (20, 18, 16)).astype(np.uint8)
         write_nifti(tmp_path / "nifti" / f"{seed}.nii.gz", image, lia)
         write_series(tmp_path / "dicom", image, lia, seed=seed)
+    write_series(tmp_path / "dicom", image[:, :, :1], lia, seed=2)
     recipe = write_recipe(
         tmp_path / "r.yaml", orientation="LIA", intensity={"percentile": [0, 100]}, patch=[16, 16, 16]
     )
@@ -133,6 +143,8 @@ def test_a_series_gives_the_table_of_the_nifti_file_byte_for_byte(tmp_path: Path
         source, table = tmp_path / form, tmp_path / f"{form}.json"
         done = run("calibrate", tmp_path / "m.onnx", "--data", source, "--recipe", recipe, "-o", table)
         assert done.exit_code == 0, done.output
+        assert ("2 DICOM series are taken, and beside them left out: 1 file" in done.stderr) == (form == "dicom")
+        assert ("left out" in run("data", source, "--recipe", recipe).stderr) == (form == "dicom")
     assert (tmp_path / "nifti.json").read_bytes() == (tmp_path / "dicom.json").read_bytes()
 
 

@@ -107,9 +107,7 @@ def test_structures_that_are_empty_are_counted(tmp_path: Path) -> None:
     assert first.hd95_mm and first.hd95_mm.cases == 1
     assert (second.empty, second.dice and second.dice.cases) == (2, 1)
     said = found.failures(max_dice_drop=None, max_hd95_mm=100, max_volume_diff_ml=None)
-    assert said == [
-        "class 1: no HD95 in 1 cases, in which only one of both models finds it: max_hd95_mm cannot be kept."
-    ]
+    assert said == ["class 1: no HD95 in 1 case, where only one of both models finds it: max_hd95_mm cannot be kept."]
 
 
 def test_overlapping_channels_have_names_and_label_values(tmp_path: Path) -> None:

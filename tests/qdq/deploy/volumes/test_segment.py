@@ -62,6 +62,27 @@ def test_the_same_key_gives_the_same_bytes_and_names(place: Path) -> None:
     assert made[0] == made[1] and len(made[0]) == 2
 
 
+def test_labels_of_another_run_are_not_mixed_with_these(place: Path) -> None:
+    data = save(place / "data", [image(0)])
+    words = ("segment", place / "float.onnx", "--data", data, "--recipe", place / "recipe.yaml", "-o", place / "out")
+    (place / "key").write_bytes(b"k" * 32)
+    assert [qdq(*words, "--case-key", place / "key").exit_code for _ in range(2)] == [0, 0]
+    kept = {path.name: path.read_bytes() for path in (place / "out").iterdir()}
+    done = qdq(*words)  # with a key of its own
+    assert done.exit_code == 2 and "holds 1 label file of other images or of a run with another key" in done.stderr
+    assert {path.name: path.read_bytes() for path in (place / "out").iterdir()} == kept
+
+
+@pytest.mark.parametrize("words", [("segment",), ("check",)])
+def test_an_image_of_other_channels_than_the_model_takes(place: Path, words: tuple[str, ...]) -> None:
+    data = save(place / "data", [np.stack([image(0)] * 2, -1)])
+    models = [place / "float.onnx"] * (2 if words == ("check",) else 1)
+    more = ("-o", place / "out") if words == ("segment",) else ("--max-dice-drop", 0.5)
+    done = qdq(*words, *models, "--data", data, "--recipe", place / "recipe.yaml", *more)
+    assert done.exit_code == 2 and "ONNXRuntimeError" not in done.stderr
+    assert "case 1 of 1" in done.stderr and "2 channels" in done.stderr and "takes 1" in done.stderr
+
+
 def test_channels_that_overlap_are_written_beside_each_other(place: Path) -> None:
     onnx.save(thresholds(1, 2, sigmoid=True), place / "sigmoid.onnx")
     data = save(place / "data", [image(0)])
