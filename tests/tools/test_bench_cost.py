@@ -154,8 +154,9 @@ def test_rows_are_read_with_the_kernels_that_are_most_like(bench: ModuleType, tm
         (1, "sm75", 2),
     ]
     assert bench.ratio_pairs(rows) == [(1, 0)]
-    (half,), (whole,) = rows[1].tensorrt, rows[0].tensorrt
+    (half, quantizer), (whole,) = rows[1].tensorrt, rows[0].tensorrt
     assert (half.dtype, half.work.read, half.work.macs) == ("int8", whole.work.read / 2, 4 * 56 * 56 * 64 * 576)
+    assert (quantizer.work.read, quantizer.work.written) == (whole.work.read, whole.work.read / 2)
 
 
 @pytest.mark.skipif(not (SHARED / "kernel_tables.json.gz").exists(), reason="no published latencies in $QDQ_SHARED")
