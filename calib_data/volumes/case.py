@@ -38,7 +38,7 @@ class Case:
         image: reads it, all channels on one grid.
         affine: its place, from headers alone.
         label: reads the label, one channel of whole numbers on the image's grid; None where there is none.
-        paths: the files of its channels, for who reads them otherwise.
+        paths: the files of its channels, for who reads them otherwise; none of a DICOM series, which is many.
         where: what messages call it.
         key: keyed hash of the name.
     """
