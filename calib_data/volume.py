@@ -69,8 +69,8 @@ class Volume:
 
     @property
     def orientation(self) -> str:
-        """Three letters of L/R, P/A, I/S: where i, j, k grow to, as `nibabel.aff2axcodes` says."""
-        return "".join(ENDS[axis][sign > 0] for axis, sign in _axes(self.affine))
+        """See `orientation_of`."""
+        return orientation_of(self.affine)
 
     def oriented(self, orientation: str) -> Volume:
         """The same voxels with axes that grow to these ends; an oblique grid stays oblique. `STORED` changes nothing.
@@ -114,6 +114,11 @@ def require_size(sizes: Sequence[int]) -> None:
     """
     if math.prod(int(size) for size in sizes) > MOST_VOXELS:
         raise DataError(f"it has {'x'.join(map(str, sizes))} values by its header; at most {MOST_VOXELS} are read.")
+
+
+def orientation_of(affine: Affine) -> str:
+    """Three letters of L/R, P/A, I/S: where i, j, k grow to, as `nibabel.aff2axcodes` says."""
+    return "".join(ENDS[axis][sign > 0] for axis, sign in _axes(affine))
 
 
 def axis_of(letter: str) -> tuple[int, int]:

@@ -63,7 +63,7 @@ def cases(source: str) -> Cases:
             image=lambda read=read: as_channels([one() for one in read]),  # type: ignore[misc]
             affine=partial(forms_of[0].affine, paths[0]),
             label=label,
-            paths=paths,
+            paths=paths if all(path.is_file() for path in paths) else (),
         )
     if not found:
         raise DataError(f"The list of cases is empty; it needs {NEEDED}.")

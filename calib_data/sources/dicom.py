@@ -118,7 +118,7 @@ def cases(source: str) -> Cases:
             "one. Give a folder for each."
         )
     made = Cases(
-        Case(name=uid, image=partial(_volume, some), affine=partial(_affine_of, some), paths=_paths(some))
+        Case(name=uid, image=partial(_volume, some), affine=partial(_affine_of, some))
         for uid, some in found.slices.items()
     )
     made.left_out = found.left_out

@@ -17,7 +17,7 @@ import numpy as np
 from calib_data.extras import need
 from calib_data.sources import ImageForm
 from calib_data.validation import DataError
-from calib_data.volume import Affine, Volume, require_size
+from calib_data.volume import Affine, Volume, orientation_of, require_size
 from calib_data.volumes.files import ENDINGS, cases_of, holds
 
 
@@ -63,7 +63,7 @@ def _affine(image: Any) -> Affine:
             "their guesses mirror each other. Set it: image.set_sform(affine, code=1) in nibabel."
         )
     if int(image.header["sform_code"]) and int(image.header["qform_code"]):
-        ways = [Volume(array=_ONE, affine=form).orientation for form in (image.get_sform(), image.get_qform())]
+        ways = [orientation_of(form) for form in (image.get_sform(), image.get_qform())]
         if ways[0] != ways[1]:
             raise DataError(
                 f"its header says twice in which direction its axes run, sform {ways[0]} and qform {ways[1]}: some "
@@ -83,7 +83,6 @@ def _check_gzip(path: Path) -> None:
             pass
 
 
-_ONE = np.zeros((1, 1, 1, 1), np.uint8)
 KINDS = ("NIfTI",)
 FORM = ImageForm(
     says="a NIfTI file or a folder of them (nnU-Net's imagesTr too)",

@@ -37,8 +37,9 @@ class Case:
         name: tells the case from others and orders them; may identify a patient, so nobody is told.
         image: reads it, all channels on one grid.
         affine: its place, from headers alone.
-        label: reads the label, one channel of whole numbers on the image's grid; None where there is none.
-        paths: the files of its channels, for who reads them otherwise.
+        label: reads the label, one channel of whole numbers on the image's grid, its axes perhaps in another order or
+            direction; None where there is none.
+        paths: the files of its channels, for who reads them otherwise; none of a DICOM series, which is many.
         where: what messages call it.
         key: keyed hash of the name.
     """
@@ -129,11 +130,12 @@ def told(where: str) -> Iterator[None]:
 
 
 def as_channels(volumes: Sequence[Volume]) -> Volume:
-    """Images of one case as the channels of one.
+    """Images of one case as the channels of one, with the axes of the first.
 
     Raises:
         DataError: they do not lie on one grid.
     """
+    volumes = [volume.oriented(volumes[0].orientation) for volume in volumes]
     for number, volume in enumerate(volumes[1:], 2):
         if not volume.same_grid(volumes[0]):
             raise DataError(

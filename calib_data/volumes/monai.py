@@ -62,10 +62,15 @@ def bundle_image(case: Case, bundle: str) -> Volume:
     """What the bundle's preprocessing makes of a case's files: (channels, i, j, k) with its place.
 
     Raises:
-        DataError: not trusted; no such bundle; its transforms give no image of three axes.
+        DataError: not trusted; no such bundle; a DICOM series; its transforms give no image of three axes.
         MissingExtraError: MONAI is not installed.
     """
     transforms = _transforms(bundle)
+    if not case.paths:
+        raise DataError(
+            "a MONAI bundle reads files by itself, and whether it orders and checks the slices of a DICOM series is "
+            "not known. Convert the series to NIfTI (dcm2niix), or write what the bundle does as a `volume:` block."
+        )
     files = [str(path) for path in case.paths]
     found = transforms({"image": files[0] if len(files) == 1 else files})["image"]
     array = np.asarray(found.detach().cpu().numpy() if hasattr(found, "detach") else found)

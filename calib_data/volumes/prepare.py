@@ -53,7 +53,7 @@ def prepared(case: Case, spec: VolumeSpec) -> Prepared:
         if spec.bundle:
             return _by_bundle(case, spec)
         image = case.image()
-        label = case.label() if case.label else None
+        label = case.label().oriented(image.orientation) if case.label else None
         _check_values(image)
         if spec.intensity is None and image.array.dtype.kind in "biu" and np.dtype(spec.dtype).kind == "f":
             raise DataError(

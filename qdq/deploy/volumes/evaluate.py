@@ -17,6 +17,7 @@ from onnx import ModelProto
 
 from calib_data import Samples
 from calib_data.extras import need
+from calib_data.volume import orientation_of
 from calib_data.volumes.case import Case, told
 from calib_data.volumes.prepare import prepared
 from calib_data.volumes.samples import CaseSamples
@@ -32,7 +33,7 @@ from qdq.deploy.volumes.restore import Grid, decoded_onto, labels_onto
 from qdq.deploy.volumes.sliding import Sliding, output
 
 if TYPE_CHECKING:
-    from calib_data.volume import Volume
+    from calib_data.volume import Affine, Volume
 
 Array = npt.NDArray[Any]
 Box = tuple[slice, slice, slice]
@@ -170,7 +171,7 @@ def compare_volumes(
             made = prepared(case, ours.source.spec)
             grid = Grid(shape=made.stored_grid, affine=made.stored)
             with told(case.where):
-                true = _label(case)
+                true = _label(case, made.stored)
             with named(case):
                 before, after = (side.labels(made.image, grid) for side in (ours, theirs))
             del made
@@ -205,11 +206,11 @@ def compare_volumes(
     )
 
 
-def _label(case: Case) -> Array | None:
-    """The label of a case as whole numbers (i, j, k) on the image's grid."""
+def _label(case: Case, stored: Affine) -> Array | None:
+    """The label of a case as whole numbers (i, j, k) on the image's grid, in the order and direction of its axes."""
     if case.label is None:
         return None
-    array: Array = case.label().array[0]
+    array: Array = case.label().oriented(orientation_of(stored)).array[0]
     return array.astype(np.min_scalar_type(int(array.max()))) if array.dtype.kind == "f" else array
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_files import ramp, write_nifti
+from image_files import OBLIQUE, ramp, write_nifti, write_series
 
 from calib_data import DataError, InputSpec, open_samples
 from calib_data.extras import MissingExtraError
@@ -49,6 +49,14 @@ def test_a_bundle_without_trust_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Refused to open"):  # a recipe cannot give trust
         list(open_samples(image, [IMAGE], volume=volume_spec({"bundle": str(path)})))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_dicom_series_is_not_left_to_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pydicom", reason="pip install 'qdq[medical]'")
+    monkeypatch.setattr(bundles, "_transforms", lambda bundle: lambda read: pytest.fail("it read files by itself"))
+    series = write_series(tmp_path / "in", ramp(4, 5, 6), OBLIQUE)
+    with bundles.trusting(), pytest.raises(DataError, match=r"case 1 of 1 .* the slices of a DICOM series"):
+        list(open_samples(series, [IMAGE], volume=preprocess_spec(f"monai:{write_bundle(tmp_path)}")))
 
 
 def test_monai_that_is_absent_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 from clinic import AFFINE, classes_of, image, save, thresholds
+from image_files import write_nifti
 
 from qdq.cli.main import main
 
@@ -168,3 +169,29 @@ def test_compare_scores_whole_volumes(place: Path) -> None:
     assert 0.5 < values["volume-dice"][-1] <= 1
     labelled = json.loads(qdq(*words, "--metric", "volume-dice", "--labels", "label", "--json").stdout)
     assert labelled["rows"][0]["value"] == 1 and labelled["task"]["labels"] == "label"
+
+
+def test_a_label_whose_axes_run_otherwise_is_the_same_label(place: Path) -> None:
+    """As dcm2niix writes it beside the DICOM series: rows the other way round."""
+    pictures = [image(n) for n in range(2)]
+    labels = [classes_of(p, 1, 2) for p in pictures]
+    plain, turned = save(place / "plain", pictures, labels), save(place / "turned", pictures)
+    way = np.eye(4)
+    way[1, 1], way[1, 3] = -1, labels[0].shape[1] - 1
+    for n, label in enumerate(labels):
+        write_nifti(turned / "labelsTr" / f"doe_{n}.nii.gz", label[:, ::-1].transpose(2, 0, 1), _moved(AFFINE @ way))
+    reports = []
+    for data in (plain, turned):
+        words = ("--data", data, "--recipe", place / "recipe.yaml", "--max-dice-drop", 0.5, "-o", place / "r.json")
+        done = qdq("check", place / "float.onnx", place / "float.onnx", *words)
+        assert done.exit_code == 0, done.output
+        reports.append(json.loads((place / "r.json").read_text())["volumes"]["to_labels"][0]["structures"])
+        assert "label 0, 1, 2" in " ".join(
+            qdq("data", data, "--recipe", place / "recipe.yaml", "--json").output.split()
+        )
+    assert reports[0] == reports[1] and [s["dice"]["mean"] for s in reports[0]] == [1, 1]
+
+
+def _moved(affine: np.ndarray) -> np.ndarray:
+    """Of (i, j, k) as that of (k, i, j)."""
+    return affine[:, [2, 0, 1, 3]]
