@@ -13,12 +13,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from types import FrameType
 
 FAULT = 70  # EX_SOFTWARE of sysexits.h
 CLOSED = 128 + 13  # as after SIGPIPE
 AGAIN_S = 0.02  # after which a signal that cannot be obeyed yet is looked at again
 LOST_S = 1.0  # after which one that was obeyed without effect is obeyed again
+LATE_S = 20.0  # after which a process that still runs is ended: in another language, which does not see signals
 _ENDINGS = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}
 
 
@@ -36,6 +39,23 @@ class _Signals:
     def __init__(self) -> None:
         self.number = 0
         self._ends = False
+
+    def end_late(self) -> None:
+        """Ends the process `LATE_S` after a signal, whatever it is in; what it leaves goes with the next run."""
+        if os.name != "posix":
+            return
+        source, arrived = os.pipe()
+        os.set_blocking(arrived, False)
+        signal.set_wakeup_fd(arrived, warn_on_full_buffer=False)
+
+        def wait() -> None:
+            while (number := os.read(source, 1)[0]) not in _ENDINGS:
+                pass
+            time.sleep(LATE_S)
+            _say(_ended_by(number))
+            os._exit(128 + number)
+
+        threading.Thread(target=wait, daemon=True, name="end late").start()
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.number:
@@ -87,6 +107,7 @@ def main() -> None:
         try:
             for number in _ENDINGS:
                 signal.signal(number, stopped)
+            stopped.end_late()
             _open_streams()
             code = _run()
         except BaseException as error:
@@ -100,8 +121,12 @@ def main() -> None:
     stopped.end()
     if stopped.number:
         code = 128 + stopped.number
-        _say(f"{_ENDINGS[signal.Signals(stopped.number)]}; no file is left half written.")
+        _say(_ended_by(stopped.number))
     sys.exit(code)
+
+
+def _ended_by(number: int) -> str:
+    return f"{_ENDINGS[signal.Signals(number)]}; no file is left half written."
 
 
 def _open_streams() -> None:

@@ -147,6 +147,26 @@ def test_a_signal_while_python_ends_changes_nothing() -> None:
     assert done.returncode == 0 and not done.stderr
 
 
+@pytest.mark.parametrize("where", ["itself", "a thread that is waited for"])
+def test_a_signal_ends_what_does_not_see_it(where: str) -> None:
+    """A call of another language neither ends nor comes back to Python for some minutes."""
+    program = (
+        "import hashlib, signal, threading, qdq.cli.entry as entry\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "def long(): hashlib.pbkdf2_hmac('sha256', b'', b'', 1 << 30)\n"
+        "def run():\n"
+        "    threading.Timer(0.2, signal.raise_signal, [signal.SIGTERM]).start()\n"
+        "    if THREAD:\n"
+        "        with ThreadPoolExecutor(1) as pool: pool.submit(long).result()\n"
+        "    long()\n"
+        "entry.LATE_S, entry._run = 1.0, run\n"
+        "entry.main()\n"
+    ).replace("THREAD", str(where != "itself"))
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout) == (143, "")
+    assert found.stderr == "Terminated; no file is left half written.\n"
+
+
 def test_what_is_no_exception_is_a_fault_too(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
