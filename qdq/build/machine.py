@@ -70,4 +70,5 @@ def model_of_another(path: Path, backend: str, version: str) -> str:
 def how_to_build(script: str, recipe: Recipe) -> str:
     """Why there is no engine of a model here, and the script that builds it on a machine that can."""
     needs = f"{recipe.profile.title} and a GPU of {' or '.join(map(target_name, recipe.targets))}"
-    return f"no engine was built, which takes {needs}; there: sh {script}"
+    once = ", once for each: an engine is for the GPU that it is built on" if len(recipe.targets) > 1 else ""
+    return f"no engine was built, which takes {needs}; there: sh {script}{once}"

@@ -98,6 +98,7 @@ class TestWithoutTheGpu:
         assert report["audit"] is report["as_compiled"] is report["float_engine"] is report["tuning"] is None
         assert report["targets"] == ["sm80", "sm90"] and report["compiler"] == "TensorRT 10.16"
         assert report["chosen_because"] == "" and report["not_built"].startswith("no engine was built")
+        assert report["not_built"].endswith("once for each: an engine is for the GPU that it is built on")
         assert report["quantized_nodes"] == 2 and report["check"]["outputs"][0]["sqnr_db"] > 20
 
     def test_the_model_has_the_documented_form(self, folder: Path) -> None:
