@@ -10,14 +10,12 @@ torchvision and transformers.
 
 from __future__ import annotations
 
-import sys
-import time
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from exporting import export_all, write
 from networks import hf, own, tv
 
 IMAGES, TOKENS = (8, 3, 224, 224), (8, 128)
@@ -52,19 +50,8 @@ def export(name: str, path: Path) -> None:
     make, shape = NETWORKS[name]
     sample = torch.zeros(shape, dtype=torch.long) if shape == TOKENS else torch.zeros(shape)
     network = First(make().eval()).eval()
-    with torch.no_grad():
-        torch.onnx.export(
-            network, (sample,), str(path), opset_version=17, input_names=["x"], output_names=["y"], dynamo=False
-        )
+    write(network, sample, path)
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore")
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in sys.argv[2:] or NETWORKS:
-        start = time.time()
-        export(name, folder / f"{name}.onnx")
-        print(
-            name, f"{time.time() - start:.0f} s", f"{(folder / f'{name}.onnx').stat().st_size / 1e6:.1f} MB", flush=True
-        )
+    export_all(NETWORKS, export)

@@ -7,13 +7,11 @@ Needs torch and monai. The weights come from a seed; BatchNorm and InstanceNorm 
 
 from __future__ import annotations
 
-import sys
-import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from exporting import export_all, write
 from monai.networks import nets
 
 SIZE = 96
@@ -44,21 +42,8 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 def export(name: str, path: Path) -> None:
     """Write one network."""
     torch.manual_seed(1)
-    network = MODELS[name]().eval()
-    sample = torch.zeros(1, 1, SIZE, SIZE, SIZE)
-    with torch.no_grad():
-        torch.onnx.export(
-            network, (sample,), str(path), opset_version=17, input_names=["x"], output_names=["y"], dynamo=False
-        )
+    write(MODELS[name]().eval(), torch.zeros(1, 1, SIZE, SIZE, SIZE), path)
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore")
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in sys.argv[2:] or MODELS:
-        start = time.time()
-        export(name, folder / f"{name}.onnx")
-        print(
-            name, f"{time.time() - start:.0f} s", f"{(folder / f'{name}.onnx').stat().st_size / 1e6:.1f} MB", flush=True
-        )
+    export_all(MODELS, export)
