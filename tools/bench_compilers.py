@@ -22,6 +22,7 @@ from pathlib import Path
 
 from results import record
 
+from engines.core.errors import EngineError
 from engines.cost.gpus import gpu_named
 from qdq.build.engine import shape_ranges
 from qdq.build.pricing.tensorrt_pricer import pricer_of
@@ -134,16 +135,21 @@ def main() -> None:
     parser.add_argument("--published", type=Path, help="folder with published_latencies.csv")
     parser.add_argument("--compiler", choices=tuple(GPUS), default="tensorrt")
     given = parser.parse_args()
-    rows = _kept(given.json)
+    rows, refused = _kept(given.json), list[str]()
     paths = [given.folder / f"{name}.onnx" for name in given.names] or sorted(given.folder.glob("*.onnx"))
     for path in paths:
         for gpu in GPUS[given.compiler]:
             if (path.stem, given.compiler, gpu) not in {(r.network, r.compiler, r.gpu) for r in rows}:
-                rows.append(row(path, given.compiler, gpu))
+                try:
+                    rows.append(row(path, given.compiler, gpu))
+                except EngineError as error:
+                    refused.append(f"{path.stem} on {gpu}: {error}")
                 _keep(given.json, rows)
     print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
     for one in sorted(rows, key=lambda r: (r.compiler == "rtx", r.network)):
         print("| " + " | ".join(one.cells(ratios(given.published, one.network, one.gpu))) + " |")
+    for why in refused:
+        print(f"\nNot predicted: {' '.join(why.split())[:300]}")
 
 
 if __name__ == "__main__":
