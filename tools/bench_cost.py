@@ -85,7 +85,7 @@ def main() -> None:
         _parts(rows, models["ours"])
     if given.write:
         TARGET.write_text(source(constants, errors(rows, unseen["ours"])))
-        print(f"\nwritten: {TARGET}")
+        print(f"\nwritten: {TARGET.name}")
 
 
 def _counts(names: Any) -> str:
