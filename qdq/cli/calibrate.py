@@ -85,7 +85,7 @@ def calibrate(
     if table.repeated:
         note(f"{table.repeated} samples are equal to others and count as often as they are there.")
     if plot_folder is not None and not merge:
-        from qdq.deploy.plots import draw
+        from qdq.deploy.report.plots import draw
 
         click.echo(f"Histograms and thresholds: {draw(prepared, plan, table, plot_folder)}")
 

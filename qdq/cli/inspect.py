@@ -154,6 +154,6 @@ def measure_gpu(output: Path, compiler: str | None, seconds: float, as_json: boo
 @click.argument("name", metavar="FILE")
 def schema(name: str) -> None:
     """Print the JSON Schema of a file that qdq reads or writes, such as plan, recipe, report or manifest."""
-    from qdq.deploy.schemas import schema as schema_of
+    from qdq.deploy.report.schemas import schema as schema_of
 
     click.echo(json.dumps(schema_of(name), indent=1))
