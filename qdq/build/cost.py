@@ -26,13 +26,19 @@ TIE_US = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """One kernel: predicted microseconds, multiply-adds, bytes, the ONNX nodes in it, and what it reads and writes."""
+    """One kernel: predicted microseconds, multiply-adds, bytes, the ONNX nodes in it, and what it reads and writes.
+
+    For who reads of it: the compiler's word for its kind, the type it multiplies in, and what bounds its time.
+    """
 
     us: float
     macs: int
     bytes: int
     nodes: tuple[str, ...]
     signature: str
+    kind: str = ""
+    dtype: str = ""
+    bound: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,12 +16,12 @@ from typing import Any
 
 from engines.backends.backend import backend_named
 from engines.backends.compiler import ShapeRange
-from engines.backends.layers import Layer
+from engines.backends.layers import Layer, LayerTable
 from engines.core.errors import BuildError, UnsupportedTargetError
 from engines.core.files import read_file
 from engines.cost.constants import CONSTANTS
 from engines.cost.gpus import GPUS, Gpu, gpu_named, usual_gpu
-from engines.cost.predict import Cost, EngineWork
+from engines.cost.predict import Cost, EngineWork, engine_work
 from qdq.build.cost import Kernel, Price
 from qdq.build.pricing.compiles import Compiles
 from qdq.build.recipe import Recipe
@@ -113,6 +113,22 @@ def priced(works: Mapping[str, EngineWork], gpus: Sequence[Gpu]) -> Price:
     return replace(on(gpus), other=on([other or gpu for gpu, other in zip(gpus, others, strict=True)]))
 
 
+def priced_engine(
+    model: Path, table: LayerTable, *, recipe: Recipe, shapes: Mapping[str, ShapeRange]
+) -> tuple[Price | None, tuple[str, ...]]:
+    """The price of an engine that is built, and the GPUs it is predicted for; None where none can be predicted.
+
+    That is for several targets, dynamic shapes, a GPU that is not known, or a compiler whose times are derived.
+    """
+    if not backend_named(recipe.backend).predicts or len(table.targets) != 1 or table.bytes_moved is None:
+        return None, ()
+    try:
+        gpus = gpus_of(recipe)
+    except UnsupportedTargetError:
+        return None, ()
+    return priced({table.targets[0]: engine_work(model, table, shapes=shapes)}, gpus), tuple(gpu.name for gpu in gpus)
+
+
 def refused(error: BuildError) -> Price:
     """The price of a model that does not compile."""
     return Price(us=math.inf, refusal=str(error))
@@ -127,6 +143,9 @@ def mean(costs: Sequence[tuple[Sequence[Layer], Cost]]) -> Price:
             bytes=kernel.bytes,
             nodes=kernel.onnx_nodes,
             signature=signature(layer),
+            kind=kernel.kind,
+            dtype=kernel.dtype if kernel.macs else "",
+            bound=kernel.bound,
         )
         for layers, cost in costs
         for layer, kernel in zip(layers, cost.kernels, strict=True)

@@ -28,6 +28,7 @@ from engines.core.files import write_atomic
 from engines.verify.audit import audit
 from engines.verify.report import OF_VOLUMES
 from qdq.assemble.finish import float_type_of
+from qdq.assemble.precision.convert import convert
 from qdq.build.branches import with_possible_branches
 from qdq.build.compiler import of_another
 from qdq.build.engine import (
@@ -40,20 +41,25 @@ from qdq.build.engine import (
 )
 from qdq.build.machine import builds_here, compiler_here, how_to_build, runs_here
 from qdq.build.measured.bench import bench_of, priced_here, why_predicted
+from qdq.build.pricer import priced_engine
 from qdq.build.pricing.tensorrt_pricer import pricer_of, unpriced
 from qdq.build.recipe import Recipe
 from qdq.build.script.write import NAME, save_build_script
 from qdq.core.files import folder_beside, move_all
 from qdq.core.progress import Progress
 from qdq.deploy.check import evaluate, float_session
+from qdq.deploy.costs.errors import tensor_errors
 from qdq.deploy.costs.find import with_costs
 from qdq.deploy.overlap import overlap
+from qdq.deploy.report.details import details_of
 from qdq.deploy.report.report import DeployReport, EngineSizes
 from qdq.deploy.shipped import file_bytes, provenance, written
 from qdq.deploy.volumes.evaluate import require_volumes
 from qdq.measure.inference.inputs import as_samples
 from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import registered
+from qdq.measure.table import CalibrationTable
+from qdq.model.external import is_large
 from qdq.model.model import Model
 from qdq.model.storage import load, save
 from qdq.model.weight_store import kept
@@ -144,13 +150,16 @@ def deploy(
         made.plan.save(folder / "plan.json")
         made.table.save(folder / "table.json")
         table: LayerTable | None = None
-        float_table, not_built = None, ""
+        float_table, fp16_table, not_built = None, None, ""
+        fp16 = _in_fp16(prepared, made.table, recipe)
         if builds_here(recipe):
             notes = [*notes, *recipe.option_notes]
             engine = compile_engine(output, recipe=recipe, shapes=shapes, on_progress=on_progress)
             save_engine(engine, engine_path, output, recipe=recipe, shapes=shapes, made_from=provenance(made))
             table = engine.table
-            float_table, reason = _float_table(prepared, folder, recipe, shapes, on_progress)
+            float_table, reason = _float_table(written_out(prepared), folder, recipe, shapes, on_progress)
+            same = not made.plan.points and low == "fp16"
+            fp16_table = table if same else _float_table(fp16, folder, recipe, shapes, on_progress, kind="FP16")[0]
         else:
             notes = [*notes, recipe.profile.about_opset(finished.model.opset)]
             script = save_build_script(output, engine_path.name, recipe=recipe, shapes=shapes)
@@ -184,6 +193,10 @@ def deploy(
             calibrated_on=made.table.count,
             on_progress=on_progress,
         )
+        errors = tensor_errors(made.prepared, finished.model, judged, on_progress=on_progress)
+        price, gpus = done.price, tuple(gpu.name for gpu in (pricer.told if pricer else ()))
+        if price is None and table is not None:
+            price, gpus = priced_engine(output, table, recipe=recipe, shapes=shapes)
         if not made.plan.points:
             notes = [*notes, made.plan.why_nothing, f"The model is called {output.name}, by its float type."]
         if seen:
@@ -216,8 +229,11 @@ def deploy(
             not_built=not_built,
             quantized_nodes=len(made.plan.quantized_nodes),
             float_engine=EngineSizes.of(float_table) if float_table else None,
+            fp16_engine=EngineSizes.of(fp16_table) if fp16_table else None,
             float_file_bytes=file_bytes(load(model_path)),
+            fp16_file_bytes=file_bytes(fp16) if fp16 else None,
             int8_file_bytes=file_bytes(load(output)),
+            details=details_of(made, finished.model, errors, price=price, gpus=gpus, shapes=shapes),
             model_file=output.name,
             min_int8_share=recipe.min_int8_share,
             overlap=seen,
@@ -249,16 +265,30 @@ def deploy(
         )
 
 
+def _in_fp16(prepared: Model, table: CalibrationTable, recipe: Recipe) -> Model | None:
+    """The float model in FP16, to compare sizes with; None of a large one."""
+    if is_large(prepared.graph.initializer):
+        return None
+    return convert(prepared, split_biases=bool(recipe.profile.shift), table=table).model
+
+
 def _float_table(
-    prepared: Model, folder: Path, recipe: Recipe, shapes: Mapping[str, ShapeRange], on_progress: Progress
+    model: Model | None,
+    folder: Path,
+    recipe: Recipe,
+    shapes: Mapping[str, ShapeRange],
+    on_progress: Progress,
+    kind: str = "FP32",
 ) -> tuple[LayerTable | None, str]:
-    """The layers of the float model compiled in the same way, or None and why it does not compile."""
+    """The layers of a float model compiled in the same way, or None and why it does not compile."""
+    if model is None:
+        return None, ""
     place = folder / "float"
     place.mkdir()
     try:
-        save(written_out(prepared), place / "float.onnx")
+        save(model, place / "float.onnx")
         return compile_engine(
-            place / "float.onnx", recipe=recipe, shapes=shapes, on_progress=on_progress, label="Compile FP32"
+            place / "float.onnx", recipe=recipe, shapes=shapes, on_progress=on_progress, label=f"Compile {kind}"
         ).table, ""
     except BuildError as error:
         return None, f"The float model does not compile, so there are no sizes to compare with: {error}"

@@ -9,6 +9,7 @@ from calib_data import Samples
 from qdq.assemble.finish import Finished, finish
 from qdq.assemble.quantize import Quantized, quantize
 from qdq.assemble.tables import Tables
+from qdq.build.cost import Price
 from qdq.build.engine import Provenance
 from qdq.build.measured.bench import Bench
 from qdq.build.pricing.tensorrt_pricer import AnyPricer
@@ -26,12 +27,13 @@ from qdq.tune.tuned import Tuned
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShippedModel:
-    """A Q/DQ model as it is compiled, how its plan was found (None without tuning), and what to say of that."""
+    """A Q/DQ model as it is compiled, how its plan was found and its price (None without tuning), and what to say."""
 
     made: Quantized
     finished: Finished
     tuned: Tuned | None
     notes: tuple[str, ...]
+    price: Price | None = None
 
 
 def written(
@@ -79,9 +81,10 @@ def written(
     if recipe.tune == "placement" and made.plan.points and not gains:
         made, finished = by(tuned.unquantized)
         tuned = tuned.left_in_float(built)
+        built = pricer(finished.model)
         notes.append(f"that plan, as built, is not {judged} faster than float, so the model is left in float")
     notes += tuned.said(pricer.told)
-    return ShippedModel(made=made, finished=finished, tuned=tuned, notes=tuple(filter(None, notes)))
+    return ShippedModel(made=made, finished=finished, tuned=tuned, notes=tuple(filter(None, notes)), price=built)
 
 
 def file_bytes(model: Model) -> int:

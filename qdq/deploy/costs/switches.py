@@ -42,11 +42,15 @@ class FloatWeight:
         name: in the float model.
         values: float32, in the shape of the codes.
         missing: float32, what the output of its node lacks with these values, by channels that broadcast; None for 0.
+        signal: sum of the squares of the values.
+        noise: sum of the squares of what rounding changed.
     """
 
     name: str
     values: np.ndarray
     missing: np.ndarray | None
+    signal: float
+    noise: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,9 +86,15 @@ def float_weights(quantized: Model, float_model: Model, sample: Sample) -> dict[
             continue
         values = _fitted(values, rounded, use.node)
         error = float(((values - rounded) ** 2).sum())
-        if error <= NEAR[4 if kind in _FOUR_BITS else 8] * float((values**2).sum()):
-            missing = _missing(values - rounded, use.node, quantized)
-            near[output] = FloatWeight(name=name, values=values.astype(np.float32), missing=missing)
+        signal = float((values**2).sum())
+        if error <= NEAR[4 if kind in _FOUR_BITS else 8] * signal:
+            near[output] = FloatWeight(
+                name=name,
+                values=values.astype(np.float32),
+                missing=_missing(values - rounded, use.node, quantized),
+                signal=signal,
+                noise=error,
+            )
     return near
 
 
@@ -160,7 +170,7 @@ def switched(quantized: Model, weights: Mapping[str, FloatWeight]) -> Switched:
             nodes.append(helper.make_node("Add", [inner, added], [node.output[0]]))
         if node.op_type != "DequantizeLinear" or not quantized.consumers(node.output[0]):
             continue
-        output, source = node.output[0], _data(node, quantized)
+        output, source = node.output[0], quantized_data(node, quantized)
         weight = weights.get(output)
         if source is None and (weight is None or (weight.missing is not None and quantized.opset < 15)):
             made.untold += _is_weight(node, quantized)
@@ -203,7 +213,7 @@ def _renamed(node: NodeProto, output: str) -> NodeProto:
     return copy
 
 
-def _data(node: NodeProto, quantized: Model) -> str | None:
+def quantized_data(node: NodeProto, quantized: Model) -> str | None:
     """The computed tensor that a DequantizeLinear stands for; None of a constant, or a part such as a scale."""
     maker = quantized.producer(node.input[0])
     if maker is None or maker.op_type not in ("QuantizeLinear", FP4_QUANTIZE) or node.input[0] != maker.output[0]:

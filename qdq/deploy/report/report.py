@@ -17,6 +17,7 @@ from engines.core.documents import Document, Part
 from engines.verify.audit import Audit
 from engines.verify.report import OutputReport, Report
 from qdq.build.measured.forms import Timings
+from qdq.deploy.report.details import Details
 from qdq.plan.plan import Plan
 from qdq.tune.tuned import TuningOutcome
 
@@ -55,7 +56,9 @@ class DeployReport(Document, frozen=True, kw_only=True):
         model_file: name of the model that was compiled: by its scheme, or by its float type if nothing is quantized.
         float_file_bytes: size of the float model with its external data.
         int8_file_bytes: size of the Q/DQ model with its external data.
+        fp16_file_bytes: size of the float model in FP16; None where that was not made.
         float_engine: the float model compiled for the same targets; None where it does not compile.
+        fp16_engine: the same of the float model in FP16.
         min_int8_share: least fraction of the multiply-adds that must run in INT8; None: not checked.
         label_dice: Dice of each class against true labels, for 'float model' and 'shipped model'; only in the demo.
         tuning: how the plan was chosen by compiled results; None where it was not.
@@ -68,9 +71,10 @@ class DeployReport(Document, frozen=True, kw_only=True):
         targets: of the engine.
         not_built: why there is no engine, and how it is built; "" where there is one.
         quantized_nodes: of the plan.
+        details: node by node, tensor by tensor and kernel by kernel.
     """
 
-    FORMAT: ClassVar[str] = "qdq.report/5"
+    FORMAT: ClassVar[str] = "qdq.report/6"
     MAKE: ClassVar[str] = "qdq deploy"
     COMPUTED: ClassVar[Mapping[str, str]] = {"passed": "passed", "failures": "failures"}
 
@@ -80,7 +84,9 @@ class DeployReport(Document, frozen=True, kw_only=True):
     model_file: str
     float_file_bytes: int
     int8_file_bytes: int
+    fp16_file_bytes: int | None = None
     float_engine: EngineSizes | None
+    fp16_engine: EngineSizes | None = None
     label_dice: dict[str, dict[int, float]] = field(default_factory=dict)
     tuning: TuningOutcome | None = None
     min_int8_share: float | None = None
@@ -92,6 +98,7 @@ class DeployReport(Document, frozen=True, kw_only=True):
     targets: tuple[str, ...]
     not_built: str = ""
     quantized_nodes: int
+    details: Details | None = None
 
     @property
     def title(self) -> str:
