@@ -55,7 +55,7 @@ def _metrics() -> Iterable[str]:
 @click.option("--class-axis", type=int, help="Look for classes on this axis; default: as the end of the graph says.")
 @options.window_option
 @options.overlap_option
-@click.option("-o", "--output", type=options.PATH, help="Write report.json here.")
+@click.option("-o", "--output", type=options.PATH, help="Write report.json here, and its page beside it.")
 @options.unquantized_option
 @options.tune_options
 @options.compiler_option
@@ -90,10 +90,13 @@ def compare(
     from qdq.deploy.compare.compare import compare_schemes, entries
     from qdq.deploy.compare.score import labelled
     from qdq.deploy.compare.task import Task
+    from qdq.deploy.page.folder import page_beside
+    from qdq.deploy.page.render import write_page
     from qdq.passes.prepare import load_float
 
     if output:
-        check_output(output, model, data, evaluation, given["recipe"], *custom_ops)
+        for place in (output, page_beside(output)):
+            check_output(place, model, data, evaluation, given["recipe"], *custom_ops)
     task = Task(metric=metric, labels=labels, output=score_output, unit=unit, per=per, class_axis=class_axis)
     asked = entries(",".join(schemes).split(","), options.recipe_values(given, base={"tune": "off"}))
     recipe = asked[0].recipe
@@ -122,9 +125,12 @@ def compare(
         )
     if output:
         write_text(output, made.to_json())
+        shown = write_page(output)
     if as_json:
         click.echo(made.to_json(), nl=False)
         return
     show_rows(f"{model.name} for {', '.join(made.targets)}, {made.samples} {made.evaluated_on}", made.table())
     for text in (*made.notes, *([options.RANDOM_NOTE] if random_data else [])):
         note(text)
+    if output:
+        click.echo(f"Page: {shown.resolve()}")

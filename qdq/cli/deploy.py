@@ -1,4 +1,4 @@
-"""The whole job as a verb: deploy; what is deployed at work: segment; and the demo."""
+"""The whole job as a verb: deploy; what is deployed at work: segment; the demo; and the page of a run: report."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 
 from qdq.cli import options
 from qdq.cli.terminal import Bars, note, show_rows, warn
+from qdq.core.errors import InputError
 
 if TYPE_CHECKING:
     from engines.verify.report import Report
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 @options.judging_options
 @options.share_option
 @options.overlap_option
+@click.option(
+    "--with-images",
+    is_flag=True,
+    help="Show slices of your images on the page where whole volumes disagree most; they are kept in slices.npz. "
+    "Without it no pixel is kept.",
+)
 @options.custom_ops_option
 @options.json_option
 def deploy(
@@ -38,6 +45,7 @@ def deploy(
     out: Path,
     evaluation: str | None,
     allow_overlap: bool,
+    with_images: bool,
     custom_ops: tuple[str, ...],
     as_json: bool,
     **given: Any,
@@ -57,6 +65,7 @@ def deploy(
             if evaluation
             else None,
             allow_overlap=allow_overlap,
+            with_images=with_images,
             custom_ops=custom_ops,
             on_progress=bars,
             notes=[] if random_data is None else [options.RANDOM_NOTE],
@@ -75,7 +84,12 @@ def _show_deployed(done: Any, name: str, as_json: bool) -> None:
     show_volumes(done.report.check)
     for line in (*audit_lines(done.report.audit), *done.report.notes):
         note(line)
+    _show_places(done)
+
+
+def _show_places(done: Any) -> None:
     click.echo(f"Results: {done.folder.resolve()}")
+    click.echo(f"Page: {done.page.resolve()}")
 
 
 def show_volumes(report: Report) -> None:
@@ -177,5 +191,36 @@ def demo(out: Path, as_json: bool, **given: Any) -> None:
     if everywhere and not as_json:
         slower = " and predicted slower" if everywhere.report.slower else ""
         show_rows(f"Smaller still{slower}: INT8 wherever it is possible (--tune rewrites)", everywhere.report.brief())
-        click.echo(f"Results: {everywhere.folder.resolve()}")
+        _show_places(everywhere)
     finish_with(done.report.failures, warning_lines(done.report.check))
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=options.PATH, metavar="DIR [DIR]")
+@click.option(
+    "-o",
+    "--output",
+    type=options.PATH,
+    help="Write the page here; default: report.html beside report.json, of two runs changes.html in this folder.",
+)
+@click.option("--with-images", is_flag=True, help="Show the slices that `deploy --with-images` kept.")
+def report(runs: tuple[Path, ...], output: Path | None, with_images: bool) -> None:
+    """Make the page of a run again from its folder, or a page of what differs between two runs.
+
+    DIR is what `deploy` or `demo` wrote, or the JSON file of `compare`.
+    """
+    from qdq.core.files import write_text
+    from qdq.core.outputs import check_output
+    from qdq.deploy.page.folder import PAGE, page_beside
+    from qdq.deploy.page.render import page, page_of_changes
+
+    if len(runs) > 2:
+        raise InputError(f"{len(runs)} runs are given: `qdq report` makes the page of one, or compares two.")
+    if len(runs) == 2 and with_images:
+        raise InputError("--with-images is for the page of one run: leave it out where two are compared.")
+    place = output or (Path("changes.html") if len(runs) == 2 else page_beside(runs[0]))
+    read = [file for run in runs if run.is_dir() for file in run.iterdir() if file.name != PAGE]
+    check_output(place, *runs, *read)
+    text = page_of_changes(*runs) if len(runs) == 2 else page(runs[0], with_images=with_images)
+    write_text(place, text)
+    click.echo(f"Page: {place.resolve()}")

@@ -10,7 +10,7 @@ import click
 
 from qdq.cli.calibrate import calibrate
 from qdq.cli.compare import compare
-from qdq.cli.deploy import demo, deploy, segment
+from qdq.cli.deploy import demo, deploy, report, segment
 from qdq.cli.inspect import data, doctor, explain, measure_gpu, schema
 from qdq.cli.lint import lint_command as lint
 from qdq.cli.stages import audit, build, check, plan, quantize
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 STAGES = (plan, tune, calibrate, quantize, build, audit, check)
-VERBS = (*STAGES, deploy, segment, compare, explain, data, lint, doctor, measure_gpu, schema, demo)
+VERBS = (*STAGES, deploy, report, segment, compare, explain, data, lint, doctor, measure_gpu, schema, demo)
 for verb in VERBS:
     verb.params += voice_options()
     main.add_command(verb)

@@ -24,6 +24,7 @@ from engines.verify.report import Alarms, Limits, Report
 from qdq.build.keys.segmentation import WholeVolumes
 from qdq.core.progress import Progress
 from qdq.deploy.volumes.evaluate import compare_volumes
+from qdq.deploy.volumes.slices import Keeper
 from qdq.measure.inference.samples import Sample
 from qdq.model.graphsurgeon import ModelSource, called
 from qdq.model.model import Model
@@ -72,6 +73,7 @@ def evaluate(
     predicted: bool = False,
     custom_ops: Sequence[str] = (),
     whole: WholeVolumes | None = None,
+    pictures: Keeper | None = None,
     on_progress: Progress | None = None,
 ) -> Report:
     """The candidate's outputs against those of the float model as the user gave it.
@@ -90,6 +92,7 @@ def evaluate(
         predicted: the layers are those of another compiler, which predicts the engine.
         custom_ops: libraries of custom operators that ONNX Runtime needs for the models.
         whole: how the samples' images are run as whole volumes too, where that is asked for.
+        pictures: as of `compare_volumes`.
     """
     total = samples.len_or_none()
 
@@ -132,6 +135,7 @@ def evaluate(
             task=task,
             class_axis=class_axis,
             names=names,
+            pictures=pictures,
             on_progress=on_progress,
         )
     report = compare(

@@ -45,16 +45,20 @@ from qdq.build.pricer import priced_engine
 from qdq.build.pricing.tensorrt_pricer import pricer_of, unpriced
 from qdq.build.recipe import Recipe
 from qdq.build.script.write import NAME, save_build_script
+from qdq.core.errors import InputError
 from qdq.core.files import folder_beside, move_all
 from qdq.core.progress import Progress
 from qdq.deploy.check import evaluate, float_session
 from qdq.deploy.costs.errors import tensor_errors
 from qdq.deploy.costs.find import with_costs
 from qdq.deploy.overlap import overlap
+from qdq.deploy.page.folder import PAGE, SLICES
+from qdq.deploy.page.render import write_page
 from qdq.deploy.report.details import details_of
 from qdq.deploy.report.report import DeployReport, EngineSizes
 from qdq.deploy.shipped import file_bytes, provenance, written
 from qdq.deploy.volumes.evaluate import require_volumes
+from qdq.deploy.volumes.slices import Keeper
 from qdq.measure.inference.inputs import as_samples
 from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import registered
@@ -80,6 +84,11 @@ class Deployed:
     quantized: bool
     report: DeployReport
 
+    @property
+    def page(self) -> Path:
+        """The page for people."""
+        return self.folder / PAGE
+
 
 def deploy(
     model_path: Path | str,
@@ -90,6 +99,7 @@ def deploy(
     evaluation: Iterable[Sample] | Callable[[Model], Samples] | None = None,
     labels: Sequence[np.ndarray] = (),
     allow_overlap: bool = False,
+    with_images: bool = False,
     custom_ops: Sequence[str] = (),
     on_progress: Progress | None = None,
     notes: Sequence[str] = (),
@@ -97,8 +107,8 @@ def deploy(
     """A float model and samples become a checked engine, with all that led to it, in one folder.
 
     `out` receives <stem>.<scheme>.onnx (where nothing is quantized, <stem>.<float type>.onnx), <stem>.engine with its
-    layers (.json) and manifest (.manifest.json), plan.json, table.json and report.json: all of them, or after an error
-    none; where forms were timed on a GPU also measured.jsonl, a line for each. A missed limit is no error. Where the
+    layers (.json) and manifest (.manifest.json), plan.json, table.json, report.json and report.html: all of them, or
+    after an error none; where forms were timed on a GPU also measured.jsonl, a line for each. A missed limit is no error. Where the
     recipe's compiler needs a GPU that is not here, build_engine.sh stands in for the engine, and builds it where there
     is one.
 
@@ -111,6 +121,7 @@ def deploy(
         labels: true classes of the evaluation samples, each shaped like the argmax over axis 1 of the first output;
             the report then says how well both models find them.
         allow_overlap: evaluation samples may be calibration samples too; the report says how many are.
+        with_images: keep slices of the images in slices.npz and on the page, of whole volumes; else no pixel is kept.
         custom_ops: libraries of custom operators that ONNX Runtime needs for the model; the compiler must know them by
             itself.
         notes: to add to the report.
@@ -131,6 +142,11 @@ def deploy(
     require_profiles(prepared, recipe, shapes, calibration if evaluated is None else evaluated)
     if recipe.whole.asked:
         require_volumes(calibration if evaluated is None else evaluated, recipe.whole)
+    elif with_images:
+        raise InputError(
+            "--with-images shows slices of whole volumes, and none are run: give images and a --window, or leave it "
+            "out."
+        )
     seen = 0 if evaluated is None else overlap(calibration, evaluated, prepared, allowed=allow_overlap)
     prepared = with_possible_branches(
         prepared, chain(calibration, evaluated or ()), recipe=recipe, shapes=shapes, on_progress=on_progress
@@ -183,6 +199,7 @@ def deploy(
             engine_backend=on_engine,
             running=recipe.running,
             whole=recipe.whole,
+            pictures=(pictures := Keeper() if with_images else None),
         )
         check = with_costs(
             check,
@@ -259,7 +276,10 @@ def deploy(
         write_atomic(folder / "report.json", report.to_json())
         if table:
             add_report(engine_path, folder / "report.json")
-        outdated = (*(engine_path.name + end for end in ENDS), NAME, MEASURED)
+        if pictures is not None:
+            pictures.save(folder / SLICES)
+        write_page(folder, with_images=with_images)
+        outdated = (*(engine_path.name + end for end in ENDS), NAME, MEASURED, SLICES)
         return Deployed(
             folder=out, files=move_all(folder, out, outdated=outdated), quantized=bool(made.plan.points), report=report
         )

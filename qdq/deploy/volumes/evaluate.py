@@ -30,6 +30,7 @@ from qdq.deploy.volumes.decode import Structure
 from qdq.deploy.volumes.measures import measured
 from qdq.deploy.volumes.network import Network, Reader, inferring, output_of, planned
 from qdq.deploy.volumes.restore import Grid, decoded_onto, labels_onto
+from qdq.deploy.volumes.slices import Keeper
 from qdq.deploy.volumes.sliding import Sliding, output
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ def compare_volumes(
     task: str = "auto",
     class_axis: int | None = None,
     names: tuple[str, str] = ("float model", "candidate"),
+    pictures: Keeper | None = None,
     on_progress: Progress | None = None,
 ) -> VolumeReport:
     """Run both on every image, and measure what they find.
@@ -153,6 +155,7 @@ def compare_volumes(
         task: as in `engines.verify.meaning.meanings`.
         class_axis: as there.
         names: of both, for the report.
+        pictures: keeps slices of the images where both disagree most; None keeps no voxel.
 
     Raises:
         InputError: the samples are no images; the model's first output is no segmentation; the window does not fit.
@@ -174,6 +177,9 @@ def compare_volumes(
                 true = _label(case, made.stored)
             with named(case):
                 before, after = (side.labels(made.image, grid) for side in (ours, theirs))
+            if pictures is not None:
+                with told(case.where):
+                    pictures.see(case, made.stored, before, after)
             del made
             structures = reader.decoder.structures
             pairs = [(after, before, False)] + ([(before, true, True), (after, true, True)] if true is not None else [])

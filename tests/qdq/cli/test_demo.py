@@ -36,7 +36,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
                 failures=[],
                 notes=(),
             )
-            return SimpleNamespace(folder=out, quantized=quantized, report=report)
+            return SimpleNamespace(folder=out, page=out / "report.html", quantized=quantized, report=report)
 
         monkeypatch.setattr(deploy, "deploy", deployed)
         return CliRunner().invoke(main, ["demo", *args]), seen
