@@ -13,6 +13,7 @@ import math
 import re
 import typing
 from collections.abc import Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
@@ -102,7 +103,8 @@ class Document(Part, frozen=True, kw_only=True):
             raise DocumentError(f"its format is {found!r} and {cls.FORMAT!r} is needed: {what} with `{cls.MAKE}`")
         inside = _documents(cls)
         read = {k: _read(v, inside[k]) if k in inside else v for k, v in content.items()}
-        return converted({k: v for k, v in read.items() if k != "format" and k not in cls.COMPUTED}, cls)
+        held = {k: v for k, v in read.items() if k != "format" and k not in cls.COMPUTED}
+        return converted(_with_numbers(held, cls), cls)
 
     @classmethod
     def _completed(cls, schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,6 +253,37 @@ def _read(value: Any, kind: type[Document]) -> Any:
     if isinstance(value, list):
         return [kind.from_mapping(part) for part in value]
     return None if value is None else kind.from_mapping(value)
+
+
+@cache
+def _types(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """The fields of a declared model, by the names that are written."""
+    return {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+
+
+def _with_numbers(value: Any, kind: Any) -> Any:
+    """A value of JSON, with the texts of `Measured` numbers that are not finite as numbers again."""
+    if isinstance(value, str):
+        texts = [m.extra_json_schema.get("x-not-finite", ()) for m in _metas(kind) if m.extra_json_schema]
+        return float(value) if any(value in some for some in texts) else value
+    if not isinstance(value, list | dict):
+        return value
+    for part in (kind, *get_args(kind)):
+        if isinstance(value, dict) and isinstance(part, type) and issubclass(part, msgspec.Struct):
+            known = _types(part)
+            return {k: _with_numbers(v, known[k]) if k in known else v for k, v in value.items()}
+        if isinstance(value, list) and get_origin(part) in (tuple, list):
+            return [_with_numbers(v, get_args(part)[0]) for v in value]
+        if isinstance(value, dict) and get_origin(part) is dict:
+            return {k: _with_numbers(v, get_args(part)[1]) for k, v in value.items()}
+    return value
+
+
+def _metas(kind: Any) -> list[msgspec.Meta]:
+    """What is said of a type, or of the types that it may be."""
+    if get_origin(kind) is Annotated:
+        return [m for m in get_args(kind)[1:] if isinstance(m, msgspec.Meta)]
+    return [m for part in get_args(kind) for m in _metas(part)]
 
 
 def _plain(value: Any) -> Any:

@@ -108,9 +108,9 @@ def deploy(
 
     `out` receives <stem>.<scheme>.onnx (where nothing is quantized, <stem>.<float type>.onnx), <stem>.engine with its
     layers (.json) and manifest (.manifest.json), plan.json, table.json, report.json and report.html: all of them, or
-    after an error none; where forms were timed on a GPU also measured.jsonl, a line for each. A missed limit is no error. Where the
-    recipe's compiler needs a GPU that is not here, build_engine.sh stands in for the engine, and builds it where there
-    is one.
+    after an error none; where forms were timed on a GPU also measured.jsonl, a line for each. A missed limit is no
+    error. Where the recipe's compiler needs a GPU that is not here, build_engine.sh stands in for the engine, and
+    builds it where there is one.
 
     Args:
         model_path: a float ONNX file; it is not changed.

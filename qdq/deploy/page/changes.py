@@ -130,9 +130,27 @@ def _figure(what: str, before: float | None, after: float | None, *, form: Any, 
         same = before == after or (math.isfinite(before + after) and abs(after - before) <= SAME * abs(before))
         sense = "same" if same else "" if lower is None else "better" if (after < before) == lower else "worse"
         if not same and math.isfinite(before + after):
-            db = texts[1].endswith("dB")
-            change = f"{after - before:+.1f} dB" if db else f"{(after / before - 1):+.1%}" if before else ""
-    return {"what": what, "before": texts[0], "after": texts[1], "change": change.replace("%", " %"), "sense": sense}
+            change = _change(before, after, texts[1])
+    return {"what": what, "before": texts[0], "after": texts[1], "change": change, "sense": sense}
+
+
+def _change(before: float, after: float, text: str) -> str:
+    """A difference in the unit of its figures; of what has none, a share, or a factor where it is large.
+
+    >>> _change(40.0, 38.5, "38.5 dB"), _change(0.5, 0.75, "75 %"), _change(2.0, 1.0, "1 MiB"), _change(1.0, 9.0, "")
+    ('-1.5 dB', '+25.0 points', '-50.0 %', '9 times')
+    """
+    if text.endswith("dB"):
+        said = f"{after - before:+.1f} dB"
+    elif text.endswith("%"):
+        said = f"{(after - before) * 100:+.1f} points"
+    elif not before:
+        said = ""
+    elif after > 3 * before:
+        said = f"{after / before:.3g} times"
+    else:
+        said = f"{(after / before - 1) * 100:+.1f} %"
+    return said
 
 
 def _options(before: Run, after: Run) -> list[dict[str, str]]:

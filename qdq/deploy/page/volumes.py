@@ -68,7 +68,8 @@ def _mean(mean: Mean | None, digits: int, *, sign: bool = False) -> dict[str, An
 
 
 def _one(value: float | None, digits: int) -> dict[str, Any]:
-    return {"text": "none" if value is None else f"{value:.{digits}f}", "value": "" if value is None else value}
+    known = value is not None
+    return {"text": f"{value:.{digits}f}" if known else "none", "between": "", "value": value if known else ""}
 
 
 def _cases(s: StructureReport) -> str:

@@ -6,6 +6,7 @@ slices.npz -> `Slice` -> the page. These are pixels of the user's images: nothin
 
 from __future__ import annotations
 
+import io
 import json
 import zlib
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calib_data.volume import Affine, Volume
+from engines.core.files import read_file
 from qdq.core.errors import InputError
 
 Array = npt.NDArray[Any]
@@ -118,7 +120,7 @@ def read_slices(path: Path) -> tuple[Slice, ...]:
         InputError: it is damaged, or another file.
     """
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with np.load(io.BytesIO(read_file(path)), allow_pickle=False) as held:
             about = json.loads(str(held["about"]))
             if about["format"] != FORMAT:
                 raise ValueError(f"its format is {about['format']!r}")

@@ -73,6 +73,29 @@ def test_the_schema_is_kept_and_not_empty() -> None:
     assert not check.is_valid({k: v for k, v in content.items() if k != "lines"})
 
 
+class Cell(Part, frozen=True, kw_only=True):
+    name: str
+    db: Measured | None = None
+
+
+class Grid(Document, frozen=True, kw_only=True):
+    FORMAT = "qdq.grid/1"
+    MAKE = "qdq grid"
+    cells: tuple[Cell, ...] = ()
+    named: dict[str, Cell] = msgspec.field(default_factory=dict)
+    best: Cell | None = None
+
+
+def test_numbers_that_are_not_finite_are_read_back() -> None:
+    cells = tuple(Cell(name="inf", db=db) for db in (math.inf, -math.inf, None, 1.5))  # a name is no number
+    grid = Grid(cells=cells, named={"a": cells[0]}, best=cells[1])
+    assert Grid.from_json(grid.to_json()) == grid
+    found = Grid.from_json(Grid(best=Cell(name="a", db=math.nan)).to_json()).best
+    assert found is not None and found.db is not None and math.isnan(found.db)
+    with pytest.raises(DocumentError, match=r"Expected `float \| null`, got `str` - at `best.db`"):
+        Grid.from_json(Grid(best=cells[1]).to_json().replace('"-inf"', '"-infinite"'))
+
+
 class Binder(Document, frozen=True, kw_only=True):
     FORMAT = "qdq.binder/1"
     MAKE = "qdq binder"
