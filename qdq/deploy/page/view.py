@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -133,11 +134,24 @@ def _facts(run: Run) -> Iterator[dict[str, str]]:
     several = f" of the worst output, {worst.name}," if len(report.check.outputs) > 1 else ""
     if worst.sqnr_db is not None:
         value = "identical" if worst.identical else words.decibels(worst.sqnr_db)
-        yield _fact("Signal to noise", value, f"SQNR{several} against the float model")
+        error = "" if worst.identical or not math.isfinite(worst.sqnr_db) else f", an error of {_error(worst.sqnr_db)}"
+        yield _fact("Signal to noise", value, f"SQNR{several} against the float model{error}")
     elif worst.top1 is not None:
         yield _fact("Equal labels", f"{worst.top1:.2%}".replace("%", " %"), "against the float model")
+    if dices := [v for output in report.check.outputs for v in output.dice.values()]:
+        yield _fact("Least Dice", f"{min(dices):.4f}", "of a class, against the float model, on samples")
+    if volumes := report.check.volumes:
+        means = [s.dice.mean for s in volumes.to_float.structures if s.dice]
+        if means:
+            cases = words.plural(volumes.cases, "whole volume")
+            yield _fact("Least mean Dice", f"{min(means):.4f}", f"of a structure, against the float model, {cases}")
     ratio = words.fraction(report.int8_file_bytes, report.float_file_bytes)
     yield _fact("Model file", size(report.int8_file_bytes), f"{ratio} of FP32 ({size(report.float_file_bytes)})")
+
+
+def _error(sqnr_db: float) -> str:
+    """What a ratio in dB leaves of the signal's RMS."""
+    return f"{10 ** (-sqnr_db / 20):.2%}".replace("%", " %")
 
 
 def _fact(label: str, value: str, note: str) -> dict[str, str]:
