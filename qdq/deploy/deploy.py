@@ -31,7 +31,7 @@ from qdq.assemble.finish import float_type_of
 from qdq.build.branches import with_possible_branches
 from qdq.build.compiler import of_another
 from qdq.build.engine import (
-    add_report,
+    add_files,
     checked,
     compile_engine,
     require_profiles,
@@ -242,7 +242,7 @@ def deploy(
         )
         write_atomic(folder / "report.json", report.to_json())
         if table:
-            add_report(engine_path, folder / "report.json")
+            add_files(engine_path)
         outdated = (*(engine_path.name + end for end in ENDS), NAME, MEASURED)
         return Deployed(
             folder=out, files=move_all(folder, out, outdated=outdated), quantized=bool(made.plan.points), report=report

@@ -24,6 +24,7 @@ from calib_data.extras import need
 from calib_data.volumes.prepare import prepared
 from engines.backends.backend import backend_named
 from engines.core import arithmetic
+from engines.verify.covered import require_covered
 from qdq.build.engine import engine_backend
 from qdq.build.keys.segmentation import WholeVolumes
 from qdq.core.errors import InputError
@@ -61,9 +62,10 @@ def opened(path: Path, *, custom_ops: Sequence[str] = ()) -> Opened:
     """A model's file, float or Q/DQ, computed in the types that it has; or an engine, on a GPU.
 
     Raises:
-        InputError, EngineError: it cannot be read.
+        InputError, EngineError: it cannot be read, or is not the one that the SHA256SUMS beside it names.
         MissingRuntimeError: no GPU here runs the engine.
     """
+    require_covered(path)
     if path.suffix == ".onnx":
         model = load(path)
         session = arithmetic.session(model.proto, directory=model.directory, where=str(path), custom_ops=custom_ops)

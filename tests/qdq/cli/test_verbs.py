@@ -16,6 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 from models import images, save_samples, segmenter
 
+from engines.core.documents import replace
+from engines.verify.manifest import Manifest
 from qdq.cli.main import main
 from qdq.cli.terminal import Bars, show_rows
 
@@ -192,8 +194,10 @@ def test_dynamic_shapes_come_from_the_samples_or_from_the_option(folder: Path) -
     name = json.loads((folder / "build/report.json").read_text())["model_file"]
     done("build", f"build/{name}", "-o", "fixed.engine", "--shape", "image:1x1x8x8")
     assert json.loads((folder / "fixed.engine.manifest.json").read_text())["options"]["shape.image"] == "1x1x8x8"
-    manifest["options"]["shape.image"] = "-1e+308"
-    (folder / "build/net.engine.manifest.json").write_text(json.dumps(manifest))
+    held = Manifest.from_json((folder / "build/net.engine.manifest.json").read_text())
+    other = replace(held, options={**held.options, "shape.image": "-1e+308"})
+    (folder / "build/net.engine.manifest.json").write_text(other.to_json())
+    (folder / "build/SHA256SUMS").unlink(missing_ok=True)
     assert "image '-1e+308'. Build the engine again" in refused(folder, "audit", "build/net.engine")
     assert "--shape" in refused(folder, "build", f"build/{name}", "-o", "x.engine")
 
@@ -374,7 +378,7 @@ BAD: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     ),
     "unknown node": (unchanged, ("explain", "net.onnx", "/head/Con"), "/head/Conv"),
     "missing engine": (unchanged, ("audit", "net.engine"), "no such file"),
-    "engine without papers": (content("net.engine", b"x"), ("audit", "net.engine"), "net.engine.json"),
+    "engine without papers": (content("net.engine", b"x"), ("audit", "net.engine"), "net.engine.manifest.json"),
     "check of nothing": (unchanged, ("check", "net.onnx", "none.onnx", "--data", "data"), "none.onnx"),
 }
 
