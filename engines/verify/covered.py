@@ -17,13 +17,15 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
+from engines.backends.compiler import ShapeRange
 from engines.backends.layers import LayerTable
 from engines.core.documents import DocumentError
-from engines.core.errors import EngineError
+from engines.core.errors import BuildError, EngineError
 from engines.core.files import read_file, regular, sha256_file, write_atomic
 from engines.verify.manifest import Manifest, data_files, joined, sha256_model
 
 SUMS, INFERENCE = "SHA256SUMS", "inference.json"
+SHAPE_KEY = "shape."  # of options in a manifest
 MANIFEST, LAYERS = ".manifest.json", ".json"  # behind the name of an engine
 BESIDE = ("plan", "table", "report", "inference")  # what `deploy` writes beside an engine as <name>.json
 # What SHA256SUMS may name and a copy of the folder lack: nothing that runs needs it.
@@ -93,9 +95,13 @@ def refresh_sums(folder: Path, *names: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldModel:
-    """A model whose bytes were hashed: without its external data, and the folder where these lie; "" without any."""
+    """A model whose bytes were hashed: without its external data, and the folder where these lie; "" without any.
+
+    `sha256` is as of `sha256_model`.
+    """
 
     name: str
+    sha256: str
     proto: onnx.ModelProto
     directory: Path | str
 
@@ -238,6 +244,22 @@ class Covered:
         """
         return read_layers(self.read(self.engine + LAYERS), self.folder / (self.engine + LAYERS))
 
+    def shapes(self) -> dict[str, ShapeRange]:
+        """The shapes that the engine was compiled for, by the manifest; {} without one.
+
+        Raises:
+            EngineError: they cannot be read.
+        """
+        options = self.manifest.options if self.manifest else {}
+        given = {k.removeprefix(SHAPE_KEY): str(v) for k, v in options.items() if k.startswith(SHAPE_KEY)}
+        try:
+            return {name: ShapeRange.parse(text) for name, text in given.items()}
+        except (ValueError, BuildError) as error:
+            said = ", ".join(f"{name} {text!r}" for name, text in given.items())
+            raise EngineError(
+                f"The manifest has shapes that cannot be read: {said}. Build the engine again."
+            ) from error
+
     def model(self, scratch: Path) -> HeldModel:
         """The Q/DQ model, of the bytes that were hashed; external data are copied to `scratch` as they are hashed.
 
@@ -248,18 +270,18 @@ class Covered:
         names = [self.onnx] if self.onnx else [path.name for path in sorted(self.folder.glob("*.onnx"))]
         seen = []
         for name in names:
-            held, found = self._copied(name, scratch)
-            if self.manifest is None or held == self.manifest.output:
+            found = self._copied(name, scratch)
+            if self.manifest is None or found.sha256 == self.manifest.output:
                 return found
-            seen.append(f"; {name} has {held[:12]}…")
+            seen.append(f"; {name} has {found.sha256[:12]}…")
         wanted = self.manifest.output[:12] if self.manifest else ""
         raise AlteredFileError(
             f"No .onnx file in {self.folder} is the one that {self.engine} was compiled from (sha256 {wanted}…"
             f"{''.join(seen[:3])}). Put that file there."
         )
 
-    def _copied(self, name: str, scratch: Path) -> tuple[str, HeldModel]:
-        """A model and its sha256, as of `sha256_model`."""
+    def _copied(self, name: str, scratch: Path) -> HeldModel:
+        """A model, its external data copied."""
         path = self.folder / name
         try:
             content = read_file(path)
@@ -274,7 +296,7 @@ class Covered:
             data[location] = _copy(place, scratch, location)
             if location in self.expected:
                 self._hold(location, data[location])
-        return joined(own, data), HeldModel(name=name, proto=proto, directory=scratch if data else "")
+        return HeldModel(name=name, sha256=joined(own, data), proto=proto, directory=scratch if data else "")
 
     def _hold(self, name: str, found: str) -> None:
         for said, held in self.expected[name].items():

@@ -26,7 +26,7 @@ from engines.core.errors import BuildError, EngineError
 from engines.core.files import read_file, sha256_file, write_atomic
 from engines.core.load import load_graph
 from engines.verify.audit import Audit, audit
-from engines.verify.covered import BESIDE, LAYERS, MANIFEST, Covered
+from engines.verify.covered import BESIDE, LAYERS, MANIFEST, SHAPE_KEY, Covered
 from engines.verify.manifest import Manifest, sha256_model
 from qdq.build.compiler import of_another
 from qdq.build.keys.shapes import ShapeOption
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from calib_data import Samples
     from qdq.core.progress import Progress
 
-SHAPE_KEY, TENSORRT_KEY, QUANTIZED_FOR = "shape.", "tensorrt.", "quantized_for"  # of options in a manifest
+TENSORRT_KEY, QUANTIZED_FOR = "tensorrt.", "quantized_for"  # of options in a manifest
 LOCATE_S, SEARCHES = 20, 4  # seconds, or times what the refusal took: the longest search for the node that it is about
 
 
@@ -273,13 +273,14 @@ def compiled(path: Path) -> Compiled:
         InputError: the ONNX file that the engine was compiled from is not in its folder.
         EngineError: a file is missing, damaged, or not the one that the manifest or SHA256SUMS names.
     """
-    table, manifest = _papers(path)
-    seen = []
+    held = _papers(path)
+    assert held.manifest is not None  # of an engine
+    manifest, seen = held.manifest, []
     for candidate in sorted(path.absolute().parent.glob("*.onnx")):
         with suppress(EngineError):  # a file that cannot be read is not the one
             found = sha256_model(candidate)
             if found == manifest.output:
-                return Compiled(model=candidate, table=table, shapes=_shapes(manifest))
+                return Compiled(model=candidate, table=held.layers(), shapes=held.shapes())
             seen.append(f"{candidate.name} has {found[:12]}…")
     raise InputError(
         f"No .onnx file beside {path} is the one it was compiled from (sha256 {manifest.output[:12]}…"
@@ -337,7 +338,7 @@ def engine_backend(path: Path) -> str:
         EngineError: the engine, its layer table or its manifest is missing, or a file is not the one that they name.
         MissingRuntimeError: there is no such GPU.
     """
-    table, _ = _papers(path)
+    table = _papers(path).layers()
     if not runs_here(table.targets):
         raise MissingRuntimeError(
             f"No GPU here can run {path}, which is for {', '.join(table.targets)}. Give the Q/DQ model in its place "
@@ -346,23 +347,12 @@ def engine_backend(path: Path) -> str:
     return table.backend
 
 
-def _papers(path: Path) -> tuple[LayerTable, Manifest]:
-    """The layer table and the manifest of an engine, where every file that they and SHA256SUMS name is that one.
+def _papers(path: Path) -> Covered:
+    """The files of an engine, where every file that they and SHA256SUMS name is that one.
 
     Raises:
         EngineError: as `Covered.of` and `Covered.verify`.
     """
     held = Covered.of(path)
     held.verify()
-    assert held.manifest is not None  # of an engine
-    return held.layers(), held.manifest
-
-
-def _shapes(manifest: Manifest) -> dict[str, ShapeRange]:
-    """The shapes that an engine was compiled for."""
-    given = {k.removeprefix(SHAPE_KEY): str(v) for k, v in manifest.options.items() if k.startswith(SHAPE_KEY)}
-    try:
-        return {name: ShapeRange.parse(text) for name, text in given.items()}
-    except (ValueError, BuildError) as error:
-        said = ", ".join(f"{name} {text!r}" for name, text in given.items())
-        raise InputError(f"The manifest has shapes that cannot be read: {said}. Build the engine again.") from error
+    return held

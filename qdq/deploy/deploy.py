@@ -26,6 +26,8 @@ from engines.core import onnx_runtime as ort
 from engines.core.errors import BuildError, import_runtime
 from engines.core.files import write_atomic
 from engines.verify.audit import audit
+from engines.verify.covered import INFERENCE
+from engines.verify.manifest import sha256_model
 from engines.verify.report import OF_VOLUMES
 from qdq.assemble.finish import float_type_of
 from qdq.build.branches import with_possible_branches
@@ -51,6 +53,7 @@ from qdq.deploy.overlap import overlap
 from qdq.deploy.report.report import DeployReport, EngineSizes
 from qdq.deploy.shipped import file_bytes, provenance, written
 from qdq.deploy.volumes.evaluate import require_volumes
+from qdq.deploy.volumes.inference import inference_of
 from qdq.measure.inference.inputs import as_samples
 from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import registered
@@ -143,6 +146,8 @@ def deploy(
         save(finished.model, output)
         made.plan.save(folder / "plan.json")
         made.table.save(folder / "table.json")
+        if how := inference_of(recipe, sha256_model(output), evaluated, calibration):
+            write_atomic(folder / INFERENCE, how.to_json())
         table: LayerTable | None = None
         float_table, not_built = None, ""
         if builds_here(recipe):
@@ -243,7 +248,7 @@ def deploy(
         write_atomic(folder / "report.json", report.to_json())
         if table:
             add_files(engine_path)
-        outdated = (*(engine_path.name + end for end in ENDS), NAME, MEASURED)
+        outdated = (*(engine_path.name + end for end in ENDS), NAME, MEASURED, INFERENCE)
         return Deployed(
             folder=out, files=move_all(folder, out, outdated=outdated), quantized=bool(made.plan.points), report=report
         )

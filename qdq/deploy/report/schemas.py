@@ -13,6 +13,7 @@ FILES = {
     "check": ("engines.verify.report", "Report"),
     "checkpoint": ("qdq.measure.checkpoint", "CheckpointFile"),
     "compare": ("qdq.deploy.compare.result", "Comparison"),
+    "inference": ("qdq.deploy.volumes.inference", "InferenceFile"),
     "layers": ("engines.backends.layers", "LayerTable"),
     "lint": ("qdq.lint.report", "LintReport"),
     "manifest": ("engines.verify.manifest", "Manifest"),

@@ -31,7 +31,7 @@ from qdq.core.errors import InputError
 from qdq.core.files import folder_beside, move_all
 from qdq.core.progress import Progress
 from qdq.deploy.volumes.decode import Structure
-from qdq.deploy.volumes.evaluate import Segmenter, active, named
+from qdq.deploy.volumes.evaluate import Segmenter, active, images_of, named
 from qdq.deploy.volumes.network import Reader, output_of
 from qdq.deploy.volumes.restore import Grid
 from qdq.measure.inference.inputs import input_specs
@@ -112,7 +112,7 @@ def segment(
     reader = Reader(
         graph=model.graph, output=output_of(model.model), asked=whole.segmentation, task=task, class_axis=class_axis
     )
-    one = Segmenter(model.model, samples, whole, reader)
+    one = Segmenter(model.model, images_of(samples), whole, reader)
     cases = one.source.cases
     digits = max(3, len(str(len(cases))))
     written = [f"case-{number:0{digits}}-{case.key}.nii.gz" for number, case in enumerate(cases, 1)]
