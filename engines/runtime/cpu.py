@@ -44,7 +44,6 @@ class OnCpu:
         self.outputs = tuple(_spec(o) for o in opened.get_outputs() if str(o.type).startswith("tensor("))
         package = next(name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name))
         self.title = f"ONNX Runtime {metadata.version(package)} on the CPU"
-        self.graph = model.proto
 
     def run(self, arrays: Mapping[str, Array | OnGpu]) -> dict[str, Array]:
         """One run, from any thread.

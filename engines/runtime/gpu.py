@@ -39,8 +39,6 @@ class _Memory:
 class OnGpuEngine:
     """An engine that runs on a GPU of this machine."""
 
-    graph = None  # an engine tells nothing of its model
-
     def __init__(
         self, data: bytes, *, backend: str, device: int, running: Running, host_code: bool = False, where: str
     ) -> None:
@@ -60,7 +58,7 @@ class OnGpuEngine:
             EngineError: the runtime refuses it.
         """
         self._lock, self._memory, self._where = threading.Lock(), dict[str, _Memory](), where
-        self._profile, self._open, self._allocators = 0, ExitStack(), dict[str, Any]()
+        self._device, self._profile, self._open, self._allocators = device, 0, ExitStack(), dict[str, Any]()
         own = backend_named(backend)
         self._trt = trt = import_runtime(own.runtime)
         load_plugins(trt, running.plugins)
@@ -188,6 +186,8 @@ class OnGpuEngine:
     def _upload(self, address: int, array: Array | OnGpu) -> None:
         if not isinstance(array, OnGpu):
             self._driver.upload(address, array)
+        elif array.device != self._device:
+            raise EngineError(f"An input lies on GPU {array.device}, and the engine runs on GPU {self._device}.")
         elif array.nbytes:
             self._driver.copy(address, array.address, array.nbytes)
 

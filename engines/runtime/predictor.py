@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,7 @@ from engines.core.files import Scratch
 from engines.runtime.arrays import Array, TensorSpec, checked
 from engines.runtime.cpu import OnCpu
 from engines.runtime.gpu import OnGpuEngine
-from engines.verify.covered import INFERENCE, LAYERS, Covered
+from engines.verify.covered import INFERENCE, LAYERS, AlteredFileError, Covered
 
 GROUP = "engines.segment"  # entry points: (Predictor, content of INFERENCE) -> Segments
 LOG = logging.getLogger("engines")
@@ -85,7 +85,7 @@ class Predictor(AbstractContextManager["Predictor"]):
         because: why that, where an engine lies there and does not run.
         files: that were verified.
         sha256: of the Q/DQ model, which is what an engine was compiled from.
-        graph: of that model, without external data, where it runs; None of an engine.
+        graph: of that model, without external data; None of an engine without it, or of one that segments no images.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class Predictor(AbstractContextManager["Predictor"]):
         files: Sequence[str],
         shapes: Mapping[str, tuple[int, ...]],
         inference: bytes | None,
+        graph: onnx.ModelProto | None,
     ) -> None:
         """For `open` alone: what runs, and what is known of it."""
         self._runner, self._lock, self._open = runner, threading.Lock(), True
@@ -107,7 +108,7 @@ class Predictor(AbstractContextManager["Predictor"]):
         self.outputs: tuple[TensorSpec, ...] = runner.outputs
         self.name, self.sha256, self.title = name, sha256, runner.title
         self.because, self.files = because, tuple(files)
-        self.graph: onnx.ModelProto | None = runner.graph
+        self.graph = graph
 
     def run(self, sample: Mapping[str, Any]) -> dict[str, Array]:
         """What the model gives for one sample.
@@ -251,13 +252,17 @@ def open(
         files = held.verify(but=later)
         inference = held.read(INFERENCE) if INFERENCE in held.expected else None
         runner: OnCpu | OnGpuEngine
+        graph: onnx.ModelProto | None = None
         if device is None or table is None:
             model = held.model(scratch)
-            name, sha256 = model.name, model.sha256
+            name, sha256, graph = model.name, model.sha256, model.proto
             runner = OnCpu(model, custom_ops=custom_ops, threads=threads)
         else:
             assert held.manifest is not None  # of an engine
             name, sha256 = held.engine, held.manifest.output
+            if inference is not None:
+                with suppress(AlteredFileError):  # it need not be there
+                    graph = held.model(None).proto
             runner = OnGpuEngine(
                 held.read(name),
                 backend=table.backend,
@@ -267,7 +272,16 @@ def open(
                 where=name,
             )
     files = tuple(sorted({*files, name}))
-    made = Predictor(runner, name=name, sha256=sha256, because=because, files=files, shapes=shapes, inference=inference)
+    made = Predictor(
+        runner,
+        name=name,
+        sha256=sha256,
+        because=because,
+        files=files,
+        shapes=shapes,
+        inference=inference,
+        graph=graph,
+    )
     LOG.info("%s runs in %s%s", name, made.title, f": {because}" if because else "")
     return made
 

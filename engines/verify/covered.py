@@ -260,8 +260,10 @@ class Covered:
                 f"The manifest has shapes that cannot be read: {said}. Build the engine again."
             ) from error
 
-    def model(self, scratch: Path) -> HeldModel:
+    def model(self, scratch: Path | None) -> HeldModel:
         """The Q/DQ model, of the bytes that were hashed; external data are copied to `scratch` as they are hashed.
+
+        Without a `scratch` they are hashed only: for who wants the graph.
 
         Raises:
             AlteredFileError: the file is another.
@@ -280,8 +282,8 @@ class Covered:
             f"{''.join(seen[:3])}). Put that file there."
         )
 
-    def _copied(self, name: str, scratch: Path) -> HeldModel:
-        """A model, its external data copied."""
+    def _copied(self, name: str, scratch: Path | None) -> HeldModel:
+        """A model, its external data hashed, and copied where there is a `scratch`."""
         path = self.folder / name
         try:
             content = read_file(path)
@@ -293,10 +295,12 @@ class Covered:
             self._hold(name, own)
         data = {}
         for location, place in data_files(path, proto).items():
-            data[location] = _copy(place, scratch, location)
+            data[location] = sha256_file(place) if scratch is None else _copy(place, scratch, location)
             if location in self.expected:
                 self._hold(location, data[location])
-        return HeldModel(name=name, sha256=joined(own, data), proto=proto, directory=scratch if data else "")
+        return HeldModel(
+            name=name, sha256=joined(own, data), proto=proto, directory=scratch if data and scratch else ""
+        )
 
     def _hold(self, name: str, found: str) -> None:
         for said, held in self.expected[name].items():

@@ -275,12 +275,12 @@ def compiled(path: Path) -> Compiled:
     """
     held = _papers(path)
     assert held.manifest is not None  # of an engine
-    manifest, seen = held.manifest, []
+    manifest, table, shapes, seen = held.manifest, held.layers(), held.shapes(), []
     for candidate in sorted(path.absolute().parent.glob("*.onnx")):
         with suppress(EngineError):  # a file that cannot be read is not the one
             found = sha256_model(candidate)
             if found == manifest.output:
-                return Compiled(model=candidate, table=held.layers(), shapes=held.shapes())
+                return Compiled(model=candidate, table=table, shapes=shapes)
             seen.append(f"{candidate.name} has {found[:12]}…")
     raise InputError(
         f"No .onnx file beside {path} is the one it was compiled from (sha256 {manifest.output[:12]}…"

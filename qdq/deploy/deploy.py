@@ -26,7 +26,7 @@ from engines.core import onnx_runtime as ort
 from engines.core.errors import BuildError, import_runtime
 from engines.core.files import write_atomic
 from engines.verify.audit import audit
-from engines.verify.covered import INFERENCE
+from engines.verify.covered import INFERENCE, write_sums
 from engines.verify.manifest import sha256_model
 from engines.verify.report import OF_VOLUMES
 from qdq.assemble.finish import float_type_of
@@ -52,6 +52,9 @@ from qdq.deploy.costs.find import with_costs
 from qdq.deploy.overlap import overlap
 from qdq.deploy.report.report import DeployReport, EngineSizes
 from qdq.deploy.shipped import file_bytes, provenance, written
+from qdq.deploy.trace.host import moment
+from qdq.deploy.trace.provenance import NAME as TRACED
+from qdq.deploy.trace.provenance import DataSet, provenance_of
 from qdq.deploy.volumes.evaluate import require_volumes
 from qdq.deploy.volumes.inference import inference_of
 from qdq.measure.inference.inputs import as_samples
@@ -90,14 +93,15 @@ def deploy(
     custom_ops: Sequence[str] = (),
     on_progress: Progress | None = None,
     notes: Sequence[str] = (),
+    command: Sequence[str] = (),
 ) -> Deployed:
     """A float model and samples become a checked engine, with all that led to it, in one folder.
 
     `out` receives <stem>.<scheme>.onnx (where nothing is quantized, <stem>.<float type>.onnx), <stem>.engine with its
-    layers (.json) and manifest (.manifest.json), plan.json, table.json and report.json: all of them, or after an error
-    none; where forms were timed on a GPU also measured.jsonl, a line for each. A missed limit is no error. Where the
-    recipe's compiler needs a GPU that is not here, build_engine.sh stands in for the engine, and builds it where there
-    is one.
+    layers (.json) and manifest (.manifest.json), plan.json, table.json, report.json, provenance.json, and SHA256SUMS of
+    all: all of them, or after an error none; where forms were timed on a GPU also measured.jsonl, a line for each;
+    where samples are images also inference.json. A missed limit is no error. Where the recipe's compiler needs a GPU
+    that is not here, build_engine.sh stands in for the engine, and builds it where there is one.
 
     Args:
         model_path: a float ONNX file; it is not changed.
@@ -111,6 +115,7 @@ def deploy(
         custom_ops: libraries of custom operators that ONNX Runtime needs for the model; the compiler must know them by
             itself.
         notes: to add to the report.
+        command: words of a command line, as of `command_of`, for provenance.json.
 
     Raises:
         QdqError, EngineError, DataError: see the stages; `overlap` of the samples.
@@ -128,7 +133,9 @@ def deploy(
     require_profiles(prepared, recipe, shapes, calibration if evaluated is None else evaluated)
     if recipe.whole.asked:
         require_volumes(calibration if evaluated is None else evaluated, recipe.whole)
-    seen = 0 if evaluated is None else overlap(calibration, evaluated, prepared, allowed=allow_overlap)
+    moment()  # refused now, not after a calibration
+    judged_on = None if evaluated is None else overlap(calibration, evaluated, prepared, allowed=allow_overlap)
+    seen = judged_on.seen if judged_on else 0
     prepared = with_possible_branches(
         prepared, chain(calibration, evaluated or ()), recipe=recipe, shapes=shapes, on_progress=on_progress
     )
@@ -248,6 +255,18 @@ def deploy(
         write_atomic(folder / "report.json", report.to_json())
         if table:
             add_files(engine_path)
+        traced = provenance_of(
+            folder,
+            model=prepared,
+            name=model_path.name,
+            report=report,
+            recipe=recipe,
+            calibration=DataSet(samples=made.table.count, sha256=made.table.samples_sha256 or None),
+            evaluation=DataSet(samples=judged_on.samples, sha256=judged_on.sha256) if judged_on else None,
+            command=command,
+        )
+        write_atomic(folder / TRACED, traced.to_json())
+        write_sums(folder)
         outdated = (*(engine_path.name + end for end in ENDS), NAME, MEASURED, INFERENCE)
         return Deployed(
             folder=out, files=move_all(folder, out, outdated=outdated), quantized=bool(made.plan.points), report=report

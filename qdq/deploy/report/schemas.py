@@ -19,6 +19,7 @@ FILES = {
     "manifest": ("engines.verify.manifest", "Manifest"),
     "measured": ("qdq.build.measured.forms", "TimedForm"),  # a line of measured.jsonl
     "plan": ("qdq.plan.plan", "Plan"),
+    "provenance": ("qdq.deploy.trace.provenance", "Provenance"),
     "recipe": ("qdq.build.recipe", "RecipeFile"),
     "report": ("qdq.deploy.report.report", "DeployReport"),
     "table": ("qdq.measure.table", "TableFile"),

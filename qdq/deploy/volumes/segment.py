@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from calib_data.volumes.prepare import prepared
 from engines.backends.backend import backend_named
 from engines.core import arithmetic
 from engines.verify.covered import require_covered
-from qdq.build.engine import engine_backend
+from qdq.build.engine import compiled, engine_backend
 from qdq.build.keys.segmentation import WholeVolumes
 from qdq.core.errors import InputError
 from qdq.core.files import folder_beside, move_all
@@ -51,7 +52,7 @@ class Segmented:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """A model that can run: a session or a runner, what it takes, and its graph; None for an engine."""
+    """A model that can run: a session or a runner, what it takes, and its graph; None where that is not there."""
 
     model: Any
     inputs: tuple[InputSpec, ...]
@@ -81,7 +82,10 @@ def opened(path: Path, *, custom_ops: Sequence[str] = ()) -> Opened:
         )
         for name, found in takes.items()
     )
-    return Opened(model=runner, inputs=inputs, graph=None)
+    graph: ModelProto | None = None
+    with suppress(InputError):  # the model need not lie beside its engine
+        graph = load(compiled(path).model).proto
+    return Opened(model=runner, inputs=inputs, graph=graph)
 
 
 def segment(
@@ -109,9 +113,8 @@ def segment(
         DataError: a case cannot be used.
     """
     need("nibabel", install="qdq[medical]", for_what="Writing NIfTI")
-    reader = Reader(
-        graph=model.graph, output=output_of(model.model), asked=whole.segmentation, task=task, class_axis=class_axis
-    )
+    own = output_of(model.model) or (model.graph.graph.output[0].name if model.graph else "")
+    reader = Reader(graph=model.graph, output=own, asked=whole.segmentation, task=task, class_axis=class_axis)
     one = Segmenter(model.model, images_of(samples), whole, reader)
     cases = one.source.cases
     digits = max(3, len(str(len(cases))))

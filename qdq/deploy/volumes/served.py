@@ -82,7 +82,7 @@ class Runs(Protocol):
 
     @property
     def graph(self) -> ModelProto | None:
-        """Of the Q/DQ model, where it runs."""
+        """Of the Q/DQ model; None where it is not there."""
 
     def run(self, sample: Mapping[str, Array]) -> dict[str, Array]:
         """From any thread."""

@@ -115,7 +115,7 @@ def test_deploy_leaves_all_results_and_a_failed_limit_ends_with_1(folder: Path) 
     results = folder / "results/new"
     assert {p.name for p in results.iterdir()} == {
         *("net.int8.onnx", "net.engine", "net.engine.json", "net.engine.manifest.json"),
-        *("plan.json", "table.json", "report.json"),
+        *("plan.json", "table.json", "report.json", "provenance.json", "SHA256SUMS"),
     }
     report = json.loads((results / "report.json").read_text())
     assert not report["passed"] and report["evaluated_on"] == "evaluation samples"
@@ -437,7 +437,34 @@ def test_a_file_that_is_not_the_engines_is_refused(folder: Path, monkeypatch: py
     assert json.loads(done("audit", "out/net.engine", "--json"))["int8_share"] == 1.0
     (folder / "out/broken.onnx").write_bytes(b"no model")
     (folder / "out/net.int8.onnx").write_bytes((folder / "net.onnx").read_bytes())
+    for args in (
+        ("audit", "out/net.engine"),
+        ("audit", "out/net.int8.onnx"),
+        ("check", "net.onnx", "out/net.int8.onnx"),
+    ):
+        more = ("--data", "data") if args[0] == "check" else ()
+        assert "out/net.int8.onnx is not the one that out/SHA256SUMS" in refused(folder, *args, *more)
+    (folder / "out/SHA256SUMS").unlink()
     assert "net.int8.onnx has" in refused(folder, "audit", "out/net.engine")
+
+
+@pytest.mark.parametrize("name", ["net.engine", "net.int8.onnx", "plan.json", "net.engine.json", "table.json"])
+def test_an_altered_byte_is_refused_by_audit_and_check(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Also where the engine, or the model, that was named is not the file that changed; also of the manifest."""
+    monkeypatch.setattr("qdq.build.machine.gpus", list)
+    done("deploy", "net.onnx", "--data", "data", "--out", "out", "--tune", "off")
+    for changed in (name, "net.engine.manifest.json"):
+        path = folder / "out" / changed
+        before = path.read_bytes()
+        for at in (0, len(before) // 2, len(before) - 1):
+            path.write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
+            for given in ("out/net.engine", "out/net.int8.onnx"):
+                refused(folder, "audit", given)
+                refused(folder, "check", "net.onnx", given, "--data", "data")
+        path.write_bytes(before)
+    done("audit", "out/net.engine")
 
 
 def test_samples_without_variety_work(folder: Path) -> None:
