@@ -8,6 +8,7 @@ Source: nibabel (sform before qform; `x = raw * slope + inter`).
 from __future__ import annotations
 
 import gzip
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from calib_data.sources import ImageForm
 from calib_data.validation import DataError
 from calib_data.volume import Affine, Volume, orientation_of, require_size
 from calib_data.volumes.files import ENDINGS, cases_of, holds
+
+SLACK = 1 << 20  # bytes behind the last voxel that are not asked about
 
 
 def affine_of(path: Path) -> Affine:
@@ -40,7 +43,7 @@ def read(path: Path) -> Volume:
     affine = _affine(image)
     require_size(image.shape)
     array = np.asanyarray(image.dataobj)
-    _check_gzip(path)
+    _check_gzip(path, most=int(image.dataobj.offset) + math.prod(image.shape) * image.get_data_dtype().itemsize + SLACK)
     if array.dtype.kind not in "biuf":
         raise DataError(f"its voxels are {array.dtype.name}; real numbers are needed. Split colours into channels.")
     if (image.dataobj.slope, image.dataobj.inter) != (1, 0):
@@ -73,14 +76,20 @@ def _affine(image: Any) -> Affine:
     return np.asarray(image.affine, np.float64)
 
 
-def _check_gzip(path: Path) -> None:
-    """Read on to the end, where the checksum stands: who stops behind the last voxel never compares it."""
+def _check_gzip(path: Path, most: int) -> None:
+    """Read on to the end, where the checksum stands: who stops behind the last voxel never compares it.
+
+    Raises:
+        DataError: it goes on for more than `most` bytes; a few compressed ones may stand for any number.
+    """
     with path.open("rb") as file:
         if file.read(2) != b"\x1f\x8b":
             return
     with gzip.open(path) as stream:
-        while stream.read(1 << 20):
-            pass
+        while piece := stream.read(1 << 20):
+            most -= len(piece)
+            if most < 0:
+                raise DataError("it holds more data than its header says. Write the file again.")
 
 
 KINDS = ("NIfTI",)

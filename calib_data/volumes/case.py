@@ -11,6 +11,7 @@ import hmac
 import logging
 import os
 import stat
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -105,13 +106,9 @@ def told(where: str) -> Iterator[None]:
     Raises:
         DataError: in place of any exception inside.
     """
-    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    _QUIET.enter()
     try:
-        for name in levels:
-            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except DataError as error:
         raise type(error)(f"Cannot use {where}: {error}") from None
     except (MemoryError, RecursionError) as error:
@@ -125,8 +122,42 @@ def told(where: str) -> Iterator[None]:
             f"({type(error).__name__}). Write the file again, or remove it."
         ) from None
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        _QUIET.leave()
+
+
+class _Quiet:
+    """Libraries say nothing while any thread reads a header: their loggers and warnings are those of all threads."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._levels: dict[str, int] = {}
+        self._caught = warnings.catch_warnings()
+
+    def enter(self) -> None:
+        """The first thread makes them quiet."""
+        with self._lock:
+            self._inside += 1
+            if self._inside > 1:
+                return
+            self._levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+            for name in self._levels:
+                logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+            self._caught = warnings.catch_warnings()
+            self._caught.__enter__()
+            warnings.simplefilter("ignore")
+
+    def leave(self) -> None:
+        """The last thread lets them speak again."""
+        with self._lock:
+            self._inside -= 1
+            if self._inside:
+                return
+            self._caught.__exit__(None, None, None)
+            for name, level in self._levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+_QUIET = _Quiet()
 
 
 def as_channels(volumes: Sequence[Volume]) -> Volume:

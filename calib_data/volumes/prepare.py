@@ -86,6 +86,17 @@ def _by_bundle(case: Case, spec: VolumeSpec) -> Prepared:
     return Prepared(image=seen, label=None, foreground=_above_mean(seen), stored=stored.affine, stored_grid=stored.grid)
 
 
+def geometry(case: Case, spec: VolumeSpec) -> tuple[str, tuple[float, float, float]]:
+    """Orientation of a file's axes; and its spacing in millimetres, in the order of the recipe's axes.
+
+    Raises:
+        DataError: its header cannot be read, or does not say.
+    """
+    with told(case.where):
+        volume = Volume(array=np.zeros((1, 1, 1, 1), np.uint8), affine=case.affine())
+        return volume.orientation, _turned(volume, spec).spacing_mm
+
+
 def require_one_geometry(cases: Sequence[Case], spec: VolumeSpec) -> None:
     """Require that what the recipe leaves open is the same in all files.
 
@@ -96,11 +107,7 @@ def require_one_geometry(cases: Sequence[Case], spec: VolumeSpec) -> None:
         return
     letters, spacings = {}, {}
     for case in cases:
-        with told(case.where):
-            volume = Volume(array=np.zeros((1, 1, 1, 1), np.uint8), affine=case.affine())
-            turned = _turned(volume, spec)
-        letters[case.where] = volume.orientation
-        spacings[case.where] = turned.spacing_mm
+        letters[case.where], spacings[case.where] = geometry(case, spec)
     if spec.orientation is None and len(set(letters.values())) > 1:
         raise differing(letters, "orientation")
     first = next(iter(spacings.values()), (1.0, 1.0, 1.0))

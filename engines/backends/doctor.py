@@ -46,6 +46,7 @@ _ONNX_RUNTIME = _Runtime("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "cal
 _POLYGRAPHY = _Runtime("polygraphy", ("polygraphy",), "compare and run engines")
 
 DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+NVML = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*, cuda.h
 
 
@@ -73,6 +74,23 @@ def gpus() -> list[InstalledGpu]:
         target = f"sm{capability[0].value}{capability[1].value}"
         found.append(InstalledGpu(name=text.value.decode(), target=target, memory_bytes=memory.value))
     return found
+
+
+def driver_version() -> str:
+    """The version of the GPU's driver, like '580.95.05'; "" where the management library does not say.
+
+    Source: NVML API reference, nvmlSystemGetDriverVersion.
+    """
+    text = ctypes.create_string_buffer(80)
+    try:
+        nvml = ctypes.CDLL(NVML)
+        if nvml.nvmlInit_v2():
+            return ""
+        failed = nvml.nvmlSystemGetDriverVersion(text, len(text))
+        nvml.nvmlShutdown()
+    except (OSError, AttributeError):  # not there, or another library of that name
+        return ""
+    return "" if failed else text.value.decode(errors="replace")
 
 
 def _version(runtime: _Runtime) -> str:

@@ -3,6 +3,7 @@
 EngineError                   exit code 2: bad input
 |-- BuildError                the parser or the builder refused; carries its own message
 |-- UnsupportedTargetError    a target, or a data type that a target lacks
+|-- OutOfMemoryError          a run needs more memory than there is; a smaller one may fit
 `-- MissingRuntimeError       exit code 3: a package, a driver or a GPU is missing
 """
 
@@ -36,6 +37,10 @@ class BuildError(EngineError):
 
 class UnsupportedTargetError(EngineError):
     """A compute capability that the compiler has no name for, or that lacks a data type of the model."""
+
+
+class OutOfMemoryError(EngineError):
+    """A run needs more memory than its device has; a smaller batch may fit."""
 
 
 class MissingRuntimeError(EngineError):

@@ -20,10 +20,11 @@ import numpy.typing as npt
 
 from engines.backends.doctor import DRIVER
 from engines.core.errors import MissingRuntimeError
-from engines.timing.timer import TimingError
+from engines.timing.timer import GpuMemoryError, TimingError
 
 THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 # CUdevice_attribute
 _ATTRIBUTES = {"sms": 16, "clock_khz": 13, "memory_khz": 36, "bus_bits": 37, "l2_bytes": 38, "major": 75, "minor": 76}
 
@@ -88,6 +89,10 @@ class Driver(AbstractContextManager["Driver"]):
         self.stream = stream.value or 0
         return self
 
+    def attach(self) -> None:
+        """Makes the GPU's context that of the calling thread too."""
+        self._call("cuCtxSetCurrent", self._context)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -126,7 +131,7 @@ class Driver(AbstractContextManager["Driver"]):
         """The address of new memory.
 
         Raises:
-            TimingError: there is not enough.
+            GpuMemoryError: there is not enough.
         """
         address = ctypes.c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(nbytes, 1)))
@@ -146,6 +151,11 @@ class Driver(AbstractContextManager["Driver"]):
         """Copies from the GPU into a contiguous array."""
         size = ctypes.c_size_t(array.nbytes)
         self._call("cuMemcpyDtoH_v2", _pointer(array.ctypes.data), ctypes.c_uint64(address), size)
+
+    def copy(self, address: int, source: int, nbytes: int) -> None:
+        """Copies within the GPU, once what its default stream was given is done."""
+        self._call("cuMemcpyDtoD_v2", ctypes.c_uint64(address), ctypes.c_uint64(source), ctypes.c_size_t(nbytes))
+        self._call("cuStreamSynchronize", _pointer(0))  # such a copy may return before its end
 
     def fill(self, address: int, nbytes: int) -> None:
         """Writes zeros, in the stream."""
@@ -221,7 +231,8 @@ class Driver(AbstractContextManager["Driver"]):
         if status := getattr(self._cuda, name)(*arguments):
             text = ctypes.c_char_p()
             self._cuda.cuGetErrorString(status, ctypes.byref(text))
-            raise TimingError(f"The CUDA driver refuses {name}: {(text.value or b'?').decode()} (error {status}).")
+            kind = GpuMemoryError if status == OUT_OF_MEMORY else TimingError
+            raise kind(f"The CUDA driver refuses {name}: {(text.value or b'?').decode()} (error {status}).")
 
 
 def _pointer(value: int) -> ctypes.c_void_p:

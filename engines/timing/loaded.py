@@ -25,7 +25,7 @@ from engines.timing.driver import Driver
 from engines.timing.timer import Arrays, KernelTime, TimingError
 
 # Names of `DataType` -> numpy; FP4 and INT4 cannot be inputs or outputs.
-_DTYPES: Mapping[str, Any] = {
+DTYPES: Mapping[str, Any] = {
     "FLOAT": np.float32,
     "HALF": np.float16,
     "BF16": ml_dtypes.bfloat16,
@@ -217,15 +217,15 @@ class LoadedEngine(AbstractContextManager["LoadedEngine"]):
         found: dict[str, _Buffer] = {}
         for name in sorted(names, key=lambda n: n not in known):
             kind = engine.get_tensor_dtype(name).name
-            if kind not in _DTYPES:
+            if kind not in DTYPES:
                 raise TimingError(f"Tensor {name} of the engine is {kind}, which has no data here.")
             if name in known:
-                found[name] = self._filled(name, _DTYPES[kind], inputs.get(name))
+                found[name] = self._filled(name, DTYPES[kind], inputs.get(name))
                 continue
             shape = tuple(context.get_tensor_shape(name))
-            size = int(np.prod(shape)) * np.dtype(_DTYPES[kind]).itemsize
+            size = int(np.prod(shape)) * np.dtype(DTYPES[kind]).itemsize
             size = size if min(shape, default=0) >= 0 else int(context.get_max_output_size(name))
-            found[name] = _Buffer(address=self._memory(size), shape=shape, dtype=_DTYPES[kind], is_input=False)
+            found[name] = _Buffer(address=self._memory(size), shape=shape, dtype=DTYPES[kind], is_input=False)
         self._buffers = found
         self._bind()
         return found

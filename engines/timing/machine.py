@@ -9,7 +9,6 @@ Source: NVML API reference (nvmlDeviceGetClockInfo, nvmlDeviceGetPowerUsage, ..)
 from __future__ import annotations
 
 import ctypes
-import sys
 import time
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
@@ -18,7 +17,9 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import Any
 
-LIBRARY = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
+from engines.backends.doctor import NVML
+
+LIBRARY = NVML
 _SM, _MEMORY = 1, 2  # nvmlClockType_t
 EVERY_S = 0.1
 # nvmlClocksThrottleReasons, what an owner can change

@@ -15,13 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from engines.backends.compiler import Engine
-from engines.core.errors import EngineError
+from engines.core.errors import EngineError, OutOfMemoryError
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 
 
 class TimingError(EngineError):
     """A time that cannot be measured, or says nothing."""
+
+
+class GpuMemoryError(TimingError, OutOfMemoryError):
+    """The GPU has too little memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,19 +1,21 @@
 """What an engine was made from: hashes, versions, options and targets, so that a result can be reproduced.
 
-Files and samples -> sha256 -> `Manifest` -> JSON beside the engine.
+Files and samples -> sha256 -> `Manifest` -> JSON beside the engine, with a checksum of itself.
 Must not hold a path of the machine or any sample data: only hashes of them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from msgspec import field
 
 from engines.backends.backend import backends
-from engines.core.documents import Document
+from engines.core.documents import Document, DocumentError
 from engines.core.errors import EngineError
 from engines.core.files import sha256_file
 from engines.core.load import data_file, load_graph
@@ -47,13 +49,15 @@ class Manifest(Document, frozen=True, kw_only=True):
         plan: of the plan.
         table: of the calibration table.
         report: of the report.
+        inference: of what says how images are segmented.
         targets: it was compiled for.
         options: it was made with.
         versions: of the packages that shape a result.
     """
 
-    FORMAT: ClassVar[str] = "qdq.manifest/3"
+    FORMAT: ClassVar[str] = "qdq.manifest/4"
     MAKE: ClassVar[str] = "qdq build"
+    COMPUTED: ClassVar[Mapping[str, str]] = {"checksum": "checksum"}
 
     model: str
     output: str
@@ -63,9 +67,31 @@ class Manifest(Document, frozen=True, kw_only=True):
     plan: str | None = None
     table: str | None = None
     report: str | None = None
+    inference: str | None = None
     targets: tuple[str, ...] = ()
     options: dict[str, str | int | float | bool | None] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=package_versions)
+
+    @property
+    def checksum(self) -> str:
+        """The sha256 of the other fields, as JSON without spaces in the order of their names."""
+        fields = {name: getattr(self, name) for name in self.__struct_fields__}
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """See `Document.from_json`.
+
+        Raises:
+            DocumentError: also where a byte is another than `to_json` wrote.
+        """
+        found = super().from_json(text)
+        if (text if isinstance(text, bytes) else text.encode()) != found.to_json().encode():
+            raise DocumentError(
+                "it was changed after it was written: its checksum, or its form, is not that of its content"
+            )
+        return found
 
 
 def sha256_model(path: Path | str) -> str:
@@ -78,12 +104,26 @@ def sha256_model(path: Path | str) -> str:
         EngineError: a file cannot be read, or a data file lies outside the model's folder.
     """
     path = Path(path)
-    lines = [f"{sha256_file(path)} "]
-    for location in sorted(external_files(load_graph(path))):
+    data = {location: sha256_file(place) for location, place in data_files(path, load_graph(path)).items()}
+    return joined(sha256_file(path), data)
+
+
+def data_files(path: Path, graph: Any) -> dict[str, Path]:
+    """Location -> file, of the external data of a model.
+
+    Raises:
+        EngineError: one lies outside the model's folder.
+    """
+    found = {}
+    for location in sorted(external_files(graph)):
         place = data_file(path, location)
         if place is None:
             raise EngineError(f"External data {location!r} of {path} lies outside the model's folder: move it inside.")
-        lines.append(f"{sha256_file(place)} {location}")
-    if len(lines) == 1:
-        return lines[0].strip()
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        found[location] = place
+    return found
+
+
+def joined(file: str, data: Mapping[str, str]) -> str:
+    """The sha256 of a model, of that of its file and those of its external data by location; see `sha256_model`."""
+    lines: Iterable[str] = [f"{file} ", *(f"{held} {location}" for location, held in sorted(data.items()))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if data else file

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from onnx import ModelProto
 
@@ -21,18 +21,19 @@ from engines.backends.backend import backend_named
 from engines.backends.compiler import Engine, ShapeRange
 from engines.backends.layers import LayerTable
 from engines.backends.locate import located, nothing_named
-from engines.core.documents import Document, DocumentError, replace
+from engines.core.documents import replace
 from engines.core.errors import BuildError, EngineError
 from engines.core.files import read_file, sha256_file, write_atomic
 from engines.core.load import load_graph
 from engines.verify.audit import Audit, audit
+from engines.verify.covered import BESIDE, LAYERS, MANIFEST, SHAPE_KEY, Covered
 from engines.verify.manifest import Manifest, sha256_model
 from qdq.build.compiler import of_another
 from qdq.build.keys.shapes import ShapeOption
 from qdq.build.machine import builds_here, model_of_another, runs_here, stand_in
 from qdq.build.recipe import Recipe
 from qdq.core.choices import choose
-from qdq.core.errors import InputError, MissingRuntimeError, StaleFileError
+from qdq.core.errors import InputError, MissingRuntimeError
 from qdq.model.made_for import made_for
 from qdq.model.model import Model
 from qdq.model.storage import load
@@ -43,10 +44,8 @@ if TYPE_CHECKING:
     from calib_data import Samples
     from qdq.core.progress import Progress
 
-D = TypeVar("D", bound=Document)
-SHAPE_KEY, TENSORRT_KEY, QUANTIZED_FOR = "shape.", "tensorrt.", "quantized_for"  # of options in a manifest
+TENSORRT_KEY, QUANTIZED_FOR = "tensorrt.", "quantized_for"  # of options in a manifest
 LOCATE_S, SEARCHES = 20, 4  # seconds, or times what the refusal took: the longest search for the node that it is about
-BESIDE = ("plan", "table", "report")  # what `deploy` writes beside an engine as <name>.json
 
 
 def shape_ranges(model: Model, options: Sequence[ShapeOption], samples: Samples | None) -> dict[str, ShapeRange]:
@@ -224,17 +223,19 @@ def save_engine(
         plan=made_from.plan if made_from else None,
         table=made_from.table if made_from else None,
         engine=sha256_file(path),
-        layers=sha256_file(_layers_path(path)),
+        layers=sha256_file(path.with_name(path.name + LAYERS)),
         targets=engine.table.targets,
         options=options,
     )
-    write_atomic(_manifest_path(path), manifest.to_json())
+    write_atomic(path.with_name(path.name + MANIFEST), manifest.to_json())
 
 
-def add_report(path: Path, report: Path) -> None:
-    """Put the report of an engine into its manifest."""
-    manifest = _read(_manifest_path(path), path, Manifest)
-    write_atomic(_manifest_path(path), replace(manifest, report=sha256_file(report)).to_json())
+def add_files(path: Path) -> None:
+    """Put what lies beside an engine (`BESIDE`) into its manifest."""
+    beside = {name: path.with_name(f"{name}.json") for name in BESIDE}
+    file = path.with_name(path.name + MANIFEST)
+    held = {name: sha256_file(place) for name, place in beside.items() if place.is_file()}
+    write_atomic(file, replace(Manifest.from_json(read_file(file)), **held).to_json())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,17 +270,17 @@ def compiled(path: Path) -> Compiled:
     """What an engine was compiled from and to, by its layer table and manifest; needs no GPU.
 
     Raises:
-        InputError: one is missing, or the ONNX file that the engine was compiled from is not in its folder.
-        StaleFileError: a file is not the one that the manifest holds the hash of.
-        EngineError: one is damaged.
+        InputError: the ONNX file that the engine was compiled from is not in its folder.
+        EngineError: a file is missing, damaged, or not the one that the manifest or SHA256SUMS names.
     """
-    table, manifest = _papers(path)
-    seen = []
+    held = _papers(path)
+    assert held.manifest is not None  # of an engine
+    manifest, table, shapes, seen = held.manifest, held.layers(), held.shapes(), []
     for candidate in sorted(path.absolute().parent.glob("*.onnx")):
         with suppress(EngineError):  # a file that cannot be read is not the one
             found = sha256_model(candidate)
             if found == manifest.output:
-                return Compiled(model=candidate, table=table, shapes=_shapes(manifest))
+                return Compiled(model=candidate, table=table, shapes=shapes)
             seen.append(f"{candidate.name} has {found[:12]}…")
     raise InputError(
         f"No .onnx file beside {path} is the one it was compiled from (sha256 {manifest.output[:12]}…"
@@ -302,11 +303,11 @@ def layers_of(path: Path, recipe: Recipe, samples: Samples | None, on_progress: 
     """
     if path.suffix != ".onnx":
         return compiled(path)
-    for manifest in sorted(path.absolute().parent.glob("*.manifest.json")):
-        engine = manifest.with_name(manifest.name.removesuffix(".manifest.json"))
+    for manifest in sorted(path.absolute().parent.glob(f"*{MANIFEST}")):
+        engine = manifest.with_name(manifest.name.removesuffix(MANIFEST))
         try:
             found = compiled(engine)
-        except (InputError, DocumentError):
+        except (InputError, EngineError):
             continue  # of another engine, or damaged: it says nothing of this model
         if found.model.samefile(path):
             return found
@@ -322,21 +323,22 @@ def engine_of_another(path: Path) -> str:
     """A warning where an engine is not of the compiler that its model was quantized for; "" where it is, or none known.
 
     Raises:
-        InputError: the engine, its layer table or its manifest is missing.
+        EngineError: the engine, its layer table or its manifest is missing or another.
     """
-    table, manifest = _read(_layers_path(path), path, LayerTable), _read(_manifest_path(path), path, Manifest)
-    return of_another(str(manifest.options.get(QUANTIZED_FOR, "")), table.backend, table.version)
+    held = Covered.of(path)
+    assert held.manifest is not None  # of an engine
+    table = held.layers()
+    return of_another(str(held.manifest.options.get(QUANTIZED_FOR, "")), table.backend, table.version)
 
 
 def engine_backend(path: Path) -> str:
     """The backend of an engine that a GPU of this machine can run.
 
     Raises:
-        InputError: the engine, its layer table or its manifest is missing.
-        StaleFileError: a file is not the one that the manifest holds the hash of.
+        EngineError: the engine, its layer table or its manifest is missing, or a file is not the one that they name.
         MissingRuntimeError: there is no such GPU.
     """
-    table, _ = _papers(path)
+    table = _papers(path).layers()
     if not runs_here(table.targets):
         raise MissingRuntimeError(
             f"No GPU here can run {path}, which is for {', '.join(table.targets)}. Give the Q/DQ model in its place "
@@ -345,56 +347,12 @@ def engine_backend(path: Path) -> str:
     return table.backend
 
 
-def _papers(path: Path) -> tuple[LayerTable, Manifest]:
-    """The layer table and the manifest of an engine, where every file that lies there is the manifest's.
-
-    Plan, table and report need not lie beside it.
+def _papers(path: Path) -> Covered:
+    """The files of an engine, where every file that they and SHA256SUMS name is that one.
 
     Raises:
-        InputError: one is missing or of another format.
-        StaleFileError: a file is another than the manifest's.
+        EngineError: as `Covered.of` and `Covered.verify`.
     """
-    layers = _layers_path(path)
-    table, manifest = _read(layers, path, LayerTable), _read(_manifest_path(path), path, Manifest)
-    files = {path: manifest.engine, layers: manifest.layers}
-    beside = {path.with_name(f"{name}.json"): getattr(manifest, name) for name in BESIDE}
-    files |= {file: held for file, held in beside.items() if held is not None and file.is_file()}
-    for file, held in files.items():
-        if (found := sha256_file(file)) != held:
-            what = "another engine than" if file == path else "not"
-            raise StaleFileError(
-                f"{file} is {what} the one that {_manifest_path(path)} was written with: its sha256 is {found[:12]}…, "
-                f"the manifest says {held[:12]}…. Put that file back, or build the engine again (`qdq build`, or `qdq "
-                "deploy` into a folder of its own)."
-            )
-    return table, manifest
-
-
-def _shapes(manifest: Manifest) -> dict[str, ShapeRange]:
-    """The shapes that an engine was compiled for."""
-    given = {k.removeprefix(SHAPE_KEY): str(v) for k, v in manifest.options.items() if k.startswith(SHAPE_KEY)}
-    try:
-        return {name: ShapeRange.parse(text) for name, text in given.items()}
-    except (ValueError, BuildError) as error:
-        said = ", ".join(f"{name} {text!r}" for name, text in given.items())
-        raise InputError(f"The manifest has shapes that cannot be read: {said}. Build the engine again.") from error
-
-
-def _layers_path(engine: Path) -> Path:
-    return engine.with_name(engine.name + ".json")
-
-
-def _manifest_path(engine: Path) -> Path:
-    return engine.with_name(engine.name + ".manifest.json")
-
-
-def _read(path: Path, engine: Path, kind: type[D]) -> D:
-    if not engine.is_file():
-        raise InputError(f"Cannot read {engine}: there is no such file. Give an .onnx file or an engine.")
-    try:
-        return kind.from_json(read_file(path))
-    except (OSError, DocumentError) as error:
-        raise InputError(
-            f"Cannot read {path}, which belongs to the engine {engine}: {error}. An engine that qdq built has "
-            "it; build it again, or give the .onnx file."
-        ) from error
+    held = Covered.of(path)
+    held.verify()
+    return held

@@ -53,6 +53,7 @@ def deploy(
     """Do it all: tune, calibrate, quantize, build, audit and check."""
     from qdq.deploy.deploy import deploy as deployed
     from qdq.deploy.report.report import warning_lines
+    from qdq.deploy.trace.command import command_of
 
     recipe = options.recipe_of(given)
     with Bars() as bars:
@@ -69,6 +70,7 @@ def deploy(
             custom_ops=custom_ops,
             on_progress=bars,
             notes=[] if random_data is None else [options.RANDOM_NOTE],
+            command=command_of(click.get_current_context()),
         )
     _show_deployed(done, model.name, as_json)
     finish_with(done.report.failures, warning_lines(done.report.check))
@@ -168,6 +170,7 @@ def demo(out: Path, as_json: bool, **given: Any) -> None:
     from qdq.deploy.demo import demo_labels, demo_model, demo_samples
     from qdq.deploy.deploy import deploy as deployed
     from qdq.deploy.report.report import warning_lines
+    from qdq.deploy.trace.command import command_of
 
     calibration, evaluation = demo_samples()
     recipe, labels, everywhere = options.recipe_of(given), demo_labels(), None
@@ -182,6 +185,7 @@ def demo(out: Path, as_json: bool, **given: Any) -> None:
                 evaluation=evaluation,
                 labels=labels,
                 on_progress=bars,
+                command=command_of(click.get_current_context()),
             )
 
         done = deploy_to(out, recipe)

@@ -166,12 +166,14 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
 @options.json_option
 def audit(model: Path, gpu: str | None, as_json: bool, **given: Any) -> None:
     """Say in which type each node really runs; MODEL is an engine, or a Q/DQ model, which is compiled first."""
+    from engines.verify.covered import require_covered
     from qdq.build.any_model import audit_model
     from qdq.build.engine import audit_engine, engine_of_another
     from qdq.build.machine import model_of_another
     from qdq.deploy.report.report import audit_lines, audit_rows, share_failures
 
     recipe = options.recipe_of(given)
+    require_covered(model)
     if gpu:
         if recipe.min_int8_share is not None:
             note("--min-int8-share is not checked with --gpu: leave one of them out.")
@@ -244,6 +246,7 @@ def check(
 
     A model is computed in the float types of its file: FP16 rounds and overflows as it does in hardware.
     """
+    from engines.verify.covered import require_covered
     from qdq.build.engine import engine_backend, engine_of_another, layers_of
     from qdq.deploy.check import evaluate
     from qdq.deploy.costs.find import with_costs
@@ -255,6 +258,7 @@ def check(
     if output:
         check_output(output, float_model, candidate, data, given["recipe"], *custom_ops)
     recipe = options.recipe_of(given)
+    require_covered(candidate)
     reference = load(float_model)
     samples = options.samples_of(reference, recipe, data, random_data)
     backend = None if as_compiled or candidate.suffix == ".onnx" else engine_backend(candidate)

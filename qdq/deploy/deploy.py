@@ -26,13 +26,15 @@ from engines.core import onnx_runtime as ort
 from engines.core.errors import BuildError, import_runtime
 from engines.core.files import write_atomic
 from engines.verify.audit import audit
+from engines.verify.covered import INFERENCE, write_sums
+from engines.verify.manifest import sha256_model
 from engines.verify.report import OF_VOLUMES
 from qdq.assemble.finish import float_type_of
 from qdq.assemble.precision.convert import convert
 from qdq.build.branches import with_possible_branches
 from qdq.build.compiler import of_another
 from qdq.build.engine import (
-    add_report,
+    add_files,
     checked,
     compile_engine,
     require_profiles,
@@ -57,7 +59,11 @@ from qdq.deploy.page.render import write_page
 from qdq.deploy.report.details import details_of
 from qdq.deploy.report.report import DeployReport, EngineSizes
 from qdq.deploy.shipped import file_bytes, provenance, written
+from qdq.deploy.trace.host import moment
+from qdq.deploy.trace.provenance import NAME as TRACED
+from qdq.deploy.trace.provenance import DataSet, provenance_of
 from qdq.deploy.volumes.evaluate import require_volumes
+from qdq.deploy.volumes.inference import inference_of
 from qdq.deploy.volumes.slices import Keeper
 from qdq.measure.inference.inputs import as_samples
 from qdq.measure.inference.samples import Sample
@@ -103,14 +109,15 @@ def deploy(
     custom_ops: Sequence[str] = (),
     on_progress: Progress | None = None,
     notes: Sequence[str] = (),
+    command: Sequence[str] = (),
 ) -> Deployed:
     """A float model and samples become a checked engine, with all that led to it, in one folder.
 
     `out` receives <stem>.<scheme>.onnx (where nothing is quantized, <stem>.<float type>.onnx), <stem>.engine with its
-    layers (.json) and manifest (.manifest.json), plan.json, table.json, report.json and report.html: all of them, or
-    after an error none; where forms were timed on a GPU also measured.jsonl, a line for each. A missed limit is no
-    error. Where the recipe's compiler needs a GPU that is not here, build_engine.sh stands in for the engine, and
-    builds it where there is one.
+    layers (.json) and manifest (.manifest.json), plan.json, table.json, report.json and report.html, provenance.json, and
+    SHA256SUMS of all: all of them, or after an error none; where forms were timed on a GPU also measured.jsonl, a line
+    for each; where samples are images also inference.json. A missed limit is no error. Where the recipe's compiler
+    needs a GPU that is not here, build_engine.sh stands in for the engine, and builds it where there is one.
 
     Args:
         model_path: a float ONNX file; it is not changed.
@@ -125,6 +132,7 @@ def deploy(
         custom_ops: libraries of custom operators that ONNX Runtime needs for the model; the compiler must know them by
             itself.
         notes: to add to the report.
+        command: words of a command line, as of `command_of`, for provenance.json.
 
     Raises:
         QdqError, EngineError, DataError: see the stages; `overlap` of the samples.
@@ -147,7 +155,9 @@ def deploy(
             "--with-images shows slices of whole volumes, and none are run: give images and a --window, or leave it "
             "out."
         )
-    seen = 0 if evaluated is None else overlap(calibration, evaluated, prepared, allowed=allow_overlap)
+    moment()  # refused now, not after a calibration
+    judged_on = None if evaluated is None else overlap(calibration, evaluated, prepared, allowed=allow_overlap)
+    seen = judged_on.seen if judged_on else 0
     prepared = with_possible_branches(
         prepared, chain(calibration, evaluated or ()), recipe=recipe, shapes=shapes, on_progress=on_progress
     )
@@ -165,6 +175,8 @@ def deploy(
         save(finished.model, output)
         made.plan.save(folder / "plan.json")
         made.table.save(folder / "table.json")
+        if how := inference_of(recipe, sha256_model(output), evaluated, calibration):
+            write_atomic(folder / INFERENCE, how.to_json())
         table: LayerTable | None = None
         float_table, fp16_table, not_built = None, None, ""
         fp16 = _in_fp16(prepared, made.table, recipe)
@@ -275,11 +287,23 @@ def deploy(
         )
         write_atomic(folder / "report.json", report.to_json())
         if table:
-            add_report(engine_path, folder / "report.json")
+            add_files(engine_path)
+        traced = provenance_of(
+            folder,
+            model=prepared,
+            name=model_path.name,
+            report=report,
+            recipe=recipe,
+            calibration=DataSet(samples=made.table.count, sha256=made.table.samples_sha256 or None),
+            evaluation=DataSet(samples=judged_on.samples, sha256=judged_on.sha256) if judged_on else None,
+            command=command,
+        )
+        write_atomic(folder / TRACED, traced.to_json())
         if pictures is not None:
             pictures.save(folder / SLICES)
         write_page(folder, with_images=with_images)
-        outdated = (*(engine_path.name + end for end in ENDS), NAME, MEASURED, SLICES)
+        write_sums(folder)
+        outdated = (*(engine_path.name + end for end in ENDS), NAME, MEASURED, SLICES, INFERENCE)
         return Deployed(
             folder=out, files=move_all(folder, out, outdated=outdated), quantized=bool(made.plan.points), report=report
         )

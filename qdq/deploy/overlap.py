@@ -7,14 +7,25 @@ Must not keep samples; names of files and forms of storage do not matter.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from qdq.core.errors import InputError
 from qdq.measure.inference.samples import Sample, sample_sha256
+from qdq.measure.table import samples_digest
 from qdq.model.model import Model
 
 
-def overlap(calibration: Iterable[Sample], evaluation: Iterable[Sample], model: Model, *, allowed: bool) -> int:
-    """How many evaluation samples have the inputs of a calibration sample; labels beside the inputs do not count.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """Evaluation samples: how many, how many of them are calibration samples too, and the sha256 of all together."""
+
+    samples: int
+    seen: int
+    sha256: str
+
+
+def overlap(calibration: Iterable[Sample], evaluation: Iterable[Sample], model: Model, *, allowed: bool) -> Evaluated:
+    """Which evaluation samples have the inputs of a calibration sample; labels beside the inputs do not count.
 
     Raises:
         InputError: there is one, and it is not allowed.
@@ -32,4 +43,4 @@ def overlap(calibration: Iterable[Sample], evaluation: Iterable[Sample], model: 
             "samples not seen before. Give other samples, leave out --eval to check on those of --data and have the "
             "report say so, or allow it with --allow-overlap."
         )
-    return count
+    return Evaluated(samples=len(asked), seen=count, sha256=samples_digest(asked))

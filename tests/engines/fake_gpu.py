@@ -39,6 +39,10 @@ class FakeEngine:
     )
     compute: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = lambda arrays: {}
     capturable: bool = True
+    profiles: list[dict[str, tuple[tuple[int, ...], ...]]] = field(default_factory=list)  # name -> min, opt, max
+    sizes: Callable[[dict[str, tuple[int, ...]]], dict[str, tuple[int, ...]]] = lambda shapes: {}  # of outputs
+    most: dict[str, int] = field(default_factory=dict)  # bytes of outputs whose size the data decide
+    says: Callable[[dict[str, tuple[int, ...]]], str] = lambda shapes: ""  # why a run is refused
 
 
 @dataclass
@@ -70,6 +74,7 @@ class FakeCuda:
         self.host_us = self.gpu_us = 0.0
         self.call_us, self.devices, self.name = call_us, devices, name
         self.memory: dict[int, np.ndarray] = {}
+        self.taken: dict[int, int] = {}
         self.events: dict[int, float] = {}
         self.graphs: dict[int, list[FakeKernel]] = {}
         self.captured: list[FakeKernel] | None = None
@@ -145,19 +150,20 @@ class FakeCuda:
         return 0
 
     def cuMemGetInfo_v2(self, free: Any, total: Any) -> int:
-        used = sum(a.nbytes for a in self.memory.values())
+        used = sum(self.taken.values())
         free._obj.value, total._obj.value = self.limit_bytes - used, self.limit_bytes
         return 0
 
     def cuMemAlloc_v2(self, address: Any, size: Any) -> int:
-        if size.value > self.limit_bytes:
+        if sum(self.taken.values()) + size.value > self.limit_bytes:
             return NO_MEMORY
         address._obj.value = self.number()
+        self.taken[address._obj.value] = size.value
         self.memory[address._obj.value] = np.zeros(min(size.value, 1 << 16), np.uint8)
         return 0
 
     def cuMemFree_v2(self, address: Any) -> int:
-        del self.memory[address.value]
+        del self.memory[address.value], self.taken[address.value]
         return 0
 
     def cuMemcpyHtoD_v2(self, address: Any, source: Any, size: Any) -> int:
@@ -167,6 +173,10 @@ class FakeCuda:
 
     def cuMemcpyDtoH_v2(self, target: Any, address: Any, size: Any) -> int:
         ctypes.memmove(target, self.memory[address.value].ctypes.data, size.value)
+        return 0
+
+    def cuMemcpyDtoD_v2(self, address: Any, source: Any, size: Any) -> int:
+        self.memory[address.value] = self.memory[source.value][: size.value].copy()
         return 0
 
     def cuMemsetD8Async(self, address: Any, value: Any, size: Any, stream: Any) -> int:
@@ -291,6 +301,7 @@ def install(monkeypatch: pytest.MonkeyPatch, fake: FakeCuda | None) -> None:
 
 def fake_runtime(cuda: FakeCuda, engines: dict[bytes, FakeEngine], *, rtx: bool = True) -> Any:
     """A module like `tensorrt_rtx`, whose engines are found by their bytes."""
+    log: list[Any] = []  # the logger of the newest runtime
 
     class IProfiler:
         def __init__(self) -> None:
@@ -301,12 +312,30 @@ def fake_runtime(cuda: FakeCuda, engines: dict[bytes, FakeEngine], *, rtx: bool 
             self.engine, self.own_graph, self.addresses = engine, own_graph, dict[str, int]()
             self.store = store
             self.profiler: Any = None
+            self.shapes, self.profile, self.running = dict[str, tuple[int, ...]](), 0, 0
+            self.allocators: dict[str, Any] = {}
+
+        def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+            self.profile = profile
+            return profile < len(self.engine.profiles)
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-            return tuple(shape) == self.engine.tensors[name][0]
+            self.shapes[name] = tuple(shape)
+            if not self.engine.profiles:
+                return tuple(shape) == self.engine.tensors[name][0]
+            low, _, high = self.engine.profiles[self.profile][name]
+            return all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
 
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-            return self.engine.tensors[name][0]
+            known = {**self.shapes, **self.engine.sizes(self.shapes)}
+            return known.get(name, self.engine.tensors[name][0])
+
+        def get_max_output_size(self, name: str) -> int:
+            return self.engine.most[name]
+
+        def set_output_allocator(self, name: str, allocator: Any) -> bool:
+            self.allocators[name] = allocator
+            return True
 
         def set_tensor_address(self, name: str, address: int) -> bool:
             self.addresses[name] = address
@@ -314,6 +343,12 @@ def fake_runtime(cuda: FakeCuda, engines: dict[bytes, FakeEngine], *, rtx: bool 
 
         def execute_async_v3(self, stream: int) -> bool:
             assert set(self.addresses) == set(self.engine.tensors) and stream == 7
+            self.running += 1
+            assert self.running == 1, "two threads in one execution context"
+            if said := self.engine.says(self.shapes):
+                log[0].log(Logger.ERROR, said)
+                self.running = 0
+                return False
             if self.store is not None:
                 self.store.compile(self.engine.kernels)
             for kernel in self.engine.kernels:
@@ -325,16 +360,22 @@ def fake_runtime(cuda: FakeCuda, engines: dict[bytes, FakeEngine], *, rtx: bool 
             if self.own_graph:
                 cuda.tick("launch")
             self.compute()
+            self.running = 0
             return True
 
         def compute(self) -> None:
             arrays = {}
             for name, (shape, kind, is_input) in self.engine.tensors.items():
                 dtype = {"HALF": np.float16, "FLOAT": np.float32}[kind]
+                shape = self.shapes.get(name, shape)
                 if is_input:
                     held = cuda.memory[self.addresses[name]]
                     arrays[name] = held.view(dtype)[: int(np.prod(shape))].reshape(shape) if held.nbytes else held
             for name, array in self.engine.compute(arrays).items():
+                if name in self.allocators:
+                    own = self.allocators[name]
+                    assert own.reallocate_output(name, self.addresses[name], array.nbytes, 256) == self.addresses[name]
+                    own.notify_shape(name, array.shape)
                 cuda.memory[self.addresses[name]] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
 
     if rtx:
@@ -357,6 +398,13 @@ def fake_runtime(cuda: FakeCuda, engines: dict[bytes, FakeEngine], *, rtx: bool 
         def __init__(self, engine: FakeEngine) -> None:
             self.engine, self.names = engine, list(engine.tensors)
             self.num_io_tensors = len(self.names)
+            self.num_optimization_profiles = max(len(engine.profiles), 1)
+
+        def is_shape_inference_io(self, name: str) -> bool:
+            return False
+
+        def get_tensor_profile_shape(self, name: str, profile: int) -> tuple[tuple[int, ...], ...]:
+            return self.engine.profiles[profile][name]
 
         def get_tensor_name(self, index: int) -> str:
             return self.names[index]
@@ -382,18 +430,25 @@ def fake_runtime(cuda: FakeCuda, engines: dict[bytes, FakeEngine], *, rtx: bool 
 
     class Runtime:
         def __init__(self, logger: Any) -> None:
-            pass
+            log[:] = [logger]
 
         def deserialize_cuda_engine(self, data: bytes) -> Loaded | None:
             return Loaded(engines[data]) if data in engines else None
 
     class Logger:
-        ERROR = 1
+        ERROR, INTERNAL_ERROR = 1, 0
 
-        def __init__(self, level: int) -> None:
+        def __init__(self, level: int = 1) -> None:
             pass
 
+        def log(self, severity: int, message: str) -> None:
+            pass
+
+    class IOutputAllocator:
+        pass
+
     names: dict[str, Any] = {"IProfiler": IProfiler, "Runtime": Runtime, "Logger": Logger, "__version__": "1.7.1"}
+    names |= {"ILogger": Logger, "IOutputAllocator": IOutputAllocator}
     names["TensorIOMode"] = SimpleNamespace(INPUT="input", OUTPUT="output")
     if rtx:
         names["CudaGraphStrategy"] = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,6 +20,9 @@ import numpy as np
 import onnx
 from fuzz.mutate_model import INTEGERS, flipped, model, network
 from models import save_samples
+
+from engines.core.documents import replace
+from engines.verify.manifest import Manifest
 
 # ---- JSON and YAML
 
@@ -201,11 +205,14 @@ def files(kind: str, folder: Path, made: Made, random: Random) -> list[str]:
     for name in NEEDED[kind]:
         (folder / name).write_bytes(made[name])
     hostile = document(made[f"{kind}.json"].decode(), random)
+    if kind == "m.engine.manifest" and random.random() < 0.8:  # else its checksum refuses it before more is read
+        with suppress(ValueError, RecursionError):
+            hostile = Manifest.from_mapping(json.loads(hostile)).to_json()
     (folder / f"{kind}.json").write_text(hostile, encoding="utf-8", errors="replace")
     if kind == "m.engine":  # else the manifest's hash refuses it before it is read
-        manifest = json.loads(made["m.engine.manifest.json"])
-        manifest["layers"] = hashlib.sha256((folder / "m.engine.json").read_bytes()).hexdigest()
-        (folder / "m.engine.manifest.json").write_text(json.dumps(manifest))
+        manifest = Manifest.from_json(made["m.engine.manifest.json"])
+        layers = hashlib.sha256((folder / "m.engine.json").read_bytes()).hexdigest()
+        (folder / "m.engine.manifest.json").write_text(replace(manifest, layers=layers).to_json())
     _piped(folder / f"{kind}.json", random)
     return {
         "plan": [*QUANTIZE, "--plan", "plan.json"],

@@ -143,7 +143,7 @@ def compare_schemes(
             f"{compiler_here(recipe).title} checked the models, which says nothing of kernels, sizes and types"
         )
     fed = inputs_only(calibration, prepared)
-    seen = 0 if evaluation is None else overlap(fed, evaluation, prepared, allowed=allow_overlap)
+    seen = 0 if evaluation is None else overlap(fed, evaluation, prepared, allowed=allow_overlap).seen
     ranges = shape_ranges(prepared, recipe.shapes, fed)
     every = fed if evaluation is None else chain(fed, evaluation)
     prepared = with_possible_branches(prepared, every, recipe=recipe, shapes=ranges, on_progress=on_progress)

@@ -13,11 +13,13 @@ FILES = {
     "check": ("engines.verify.report", "Report"),
     "checkpoint": ("qdq.measure.checkpoint", "CheckpointFile"),
     "compare": ("qdq.deploy.compare.result", "Comparison"),
+    "inference": ("qdq.deploy.volumes.inference", "InferenceFile"),
     "layers": ("engines.backends.layers", "LayerTable"),
     "lint": ("qdq.lint.report", "LintReport"),
     "manifest": ("engines.verify.manifest", "Manifest"),
     "measured": ("qdq.build.measured.forms", "TimedForm"),  # a line of measured.jsonl
     "plan": ("qdq.plan.plan", "Plan"),
+    "provenance": ("qdq.deploy.trace.provenance", "Provenance"),
     "recipe": ("qdq.build.recipe", "RecipeFile"),
     "report": ("qdq.deploy.report.report", "DeployReport"),
     "table": ("qdq.measure.table", "TableFile"),

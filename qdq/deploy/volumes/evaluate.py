@@ -41,21 +41,21 @@ Box = tuple[slice, slice, slice]
 
 
 class Segmenter:
-    """One model over the images of some samples."""
+    """One model over images."""
 
-    def __init__(self, opened: Any, samples: Samples, whole: WholeVolumes, reader: Reader) -> None:
+    def __init__(self, opened: Any, source: CaseSamples, whole: WholeVolumes, reader: Reader) -> None:
         """Of a session, or of an engine's runner.
 
         Args:
-            opened: an ONNX Runtime session or a Polygraphy runner.
-            samples: of images.
+            opened: as of `inferring`.
+            source: the images, what is done to them, and the model's input.
             whole: window, and what channels are.
             reader: shared by models that are compared.
 
         Raises:
-            InputError: the samples are no images, or the window does not fit the model.
+            InputError: the window does not fit the model.
         """
-        self.source = images_of(samples)
+        self.source = source
         spec, given = self.source.spec, self.source.inputs[0]
         window, layout = planned(given, spec.axes, whole.window, spec.patch, spec.pad)
         self._whole, self._reader, self._given, self._layout = whole, reader, given, layout
@@ -164,7 +164,7 @@ def compare_volumes(
     reader = Reader(
         graph=graph, output=output_of(reference), asked=whole.segmentation, task=task, class_axis=class_axis
     )
-    ours, theirs = (Segmenter(model, samples, whole, reader) for model in (reference, candidate))
+    ours, theirs = (Segmenter(model, images_of(samples), whole, reader) for model in (reference, candidate))
     kept: list[list[CaseReport]] = [[], [], []]
     cases = ours.source.cases
     with active(reference), active(candidate):

@@ -32,11 +32,16 @@ Infer = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 def inferring(opened: Any) -> Infer:
     """An ONNX Runtime session, or an active Polygraphy runner, whose results are copied: it uses their memory again.
 
+    A function of this kind is taken as it is.
+
     Raises:
         EngineError: when it is called, and the run fails.
     """
     if hasattr(opened, "get_inputs"):
         return lambda sample: next(ort.run(opened, [sample]))
+    if not hasattr(opened, "infer"):
+        found: Infer = opened
+        return found
 
     def run(sample: Mapping[str, Array]) -> Mapping[str, Array]:
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from calib_data.extras import need
 from calib_data.volumes.prepare import prepared
 from engines.backends.backend import backend_named
 from engines.core import arithmetic
-from qdq.build.engine import engine_backend
+from engines.verify.covered import require_covered
+from qdq.build.engine import compiled, engine_backend
 from qdq.build.keys.segmentation import WholeVolumes
 from qdq.core.errors import InputError
 from qdq.core.files import folder_beside, move_all
 from qdq.core.progress import Progress
 from qdq.deploy.volumes.decode import Structure
-from qdq.deploy.volumes.evaluate import Segmenter, active, named
+from qdq.deploy.volumes.evaluate import Segmenter, active, images_of, named
 from qdq.deploy.volumes.network import Reader, output_of
 from qdq.deploy.volumes.restore import Grid
 from qdq.measure.inference.inputs import input_specs
@@ -50,7 +52,7 @@ class Segmented:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """A model that can run: a session or a runner, what it takes, and its graph; None for an engine."""
+    """A model that can run: a session or a runner, what it takes, and its graph; None where that is not there."""
 
     model: Any
     inputs: tuple[InputSpec, ...]
@@ -61,9 +63,10 @@ def opened(path: Path, *, custom_ops: Sequence[str] = ()) -> Opened:
     """A model's file, float or Q/DQ, computed in the types that it has; or an engine, on a GPU.
 
     Raises:
-        InputError, EngineError: it cannot be read.
+        InputError, EngineError: it cannot be read, or is not the one that the SHA256SUMS beside it names.
         MissingRuntimeError: no GPU here runs the engine.
     """
+    require_covered(path)
     if path.suffix == ".onnx":
         model = load(path)
         session = arithmetic.session(model.proto, directory=model.directory, where=str(path), custom_ops=custom_ops)
@@ -79,7 +82,10 @@ def opened(path: Path, *, custom_ops: Sequence[str] = ()) -> Opened:
         )
         for name, found in takes.items()
     )
-    return Opened(model=runner, inputs=inputs, graph=None)
+    graph: ModelProto | None = None
+    with suppress(InputError):  # the model need not lie beside its engine
+        graph = load(compiled(path).model).proto
+    return Opened(model=runner, inputs=inputs, graph=graph)
 
 
 def segment(
@@ -107,10 +113,9 @@ def segment(
         DataError: a case cannot be used.
     """
     need("nibabel", install="qdq[medical]", for_what="Writing NIfTI")
-    reader = Reader(
-        graph=model.graph, output=output_of(model.model), asked=whole.segmentation, task=task, class_axis=class_axis
-    )
-    one = Segmenter(model.model, samples, whole, reader)
+    own = output_of(model.model) or (model.graph.graph.output[0].name if model.graph else "")
+    reader = Reader(graph=model.graph, output=own, asked=whole.segmentation, task=task, class_axis=class_axis)
+    one = Segmenter(model.model, images_of(samples), whole, reader)
     cases = one.source.cases
     digits = max(3, len(str(len(cases))))
     written = [f"case-{number:0{digits}}-{case.key}.nii.gz" for number, case in enumerate(cases, 1)]

@@ -21,6 +21,7 @@ FILES = {
     "engines/backends/rtx.py": RTX,
     "engines/backends/trt.py": (*TENSORRT, *RTX),  # `inspect` reads the engines of both
     "engines/timing/loaded.py": (*TENSORRT, *RTX),
+    "engines/runtime/gpu.py": (*TENSORRT, *RTX),
 }
 # The class of each variable name; every such variable in these files is one of these objects.
 CLASSES = {

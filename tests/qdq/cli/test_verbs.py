@@ -16,6 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 from models import images, save_samples, segmenter
 
+from engines.core.documents import replace
+from engines.verify.manifest import Manifest
 from qdq.cli.main import main
 from qdq.cli.terminal import Bars, show_rows
 
@@ -113,7 +115,7 @@ def test_deploy_leaves_all_results_and_a_failed_limit_ends_with_1(folder: Path) 
     results = folder / "results/new"
     assert {p.name for p in results.iterdir()} == {
         *("net.int8.onnx", "net.engine", "net.engine.json", "net.engine.manifest.json"),
-        *("plan.json", "table.json", "report.json"),
+        *("plan.json", "table.json", "report.json", "provenance.json", "SHA256SUMS"),
     }
     report = json.loads((results / "report.json").read_text())
     assert not report["passed"] and report["evaluated_on"] == "evaluation samples"
@@ -192,8 +194,10 @@ def test_dynamic_shapes_come_from_the_samples_or_from_the_option(folder: Path) -
     name = json.loads((folder / "build/report.json").read_text())["model_file"]
     done("build", f"build/{name}", "-o", "fixed.engine", "--shape", "image:1x1x8x8")
     assert json.loads((folder / "fixed.engine.manifest.json").read_text())["options"]["shape.image"] == "1x1x8x8"
-    manifest["options"]["shape.image"] = "-1e+308"
-    (folder / "build/net.engine.manifest.json").write_text(json.dumps(manifest))
+    held = Manifest.from_json((folder / "build/net.engine.manifest.json").read_text())
+    other = replace(held, options={**held.options, "shape.image": "-1e+308"})
+    (folder / "build/net.engine.manifest.json").write_text(other.to_json())
+    (folder / "build/SHA256SUMS").unlink(missing_ok=True)
     assert "image '-1e+308'. Build the engine again" in refused(folder, "audit", "build/net.engine")
     assert "--shape" in refused(folder, "build", f"build/{name}", "-o", "x.engine")
 
@@ -374,7 +378,7 @@ BAD: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     ),
     "unknown node": (unchanged, ("explain", "net.onnx", "/head/Con"), "/head/Conv"),
     "missing engine": (unchanged, ("audit", "net.engine"), "no such file"),
-    "engine without papers": (content("net.engine", b"x"), ("audit", "net.engine"), "net.engine.json"),
+    "engine without papers": (content("net.engine", b"x"), ("audit", "net.engine"), "net.engine.manifest.json"),
     "check of nothing": (unchanged, ("check", "net.onnx", "none.onnx", "--data", "data"), "none.onnx"),
 }
 
@@ -433,7 +437,34 @@ def test_a_file_that_is_not_the_engines_is_refused(folder: Path, monkeypatch: py
     assert json.loads(done("audit", "out/net.engine", "--json"))["int8_share"] == 1.0
     (folder / "out/broken.onnx").write_bytes(b"no model")
     (folder / "out/net.int8.onnx").write_bytes((folder / "net.onnx").read_bytes())
+    for args in (
+        ("audit", "out/net.engine"),
+        ("audit", "out/net.int8.onnx"),
+        ("check", "net.onnx", "out/net.int8.onnx"),
+    ):
+        more = ("--data", "data") if args[0] == "check" else ()
+        assert "out/net.int8.onnx is not the one that out/SHA256SUMS" in refused(folder, *args, *more)
+    (folder / "out/SHA256SUMS").unlink()
     assert "net.int8.onnx has" in refused(folder, "audit", "out/net.engine")
+
+
+@pytest.mark.parametrize("name", ["net.engine", "net.int8.onnx", "plan.json", "net.engine.json", "table.json"])
+def test_an_altered_byte_is_refused_by_audit_and_check(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Also where the engine, or the model, that was named is not the file that changed; also of the manifest."""
+    monkeypatch.setattr("qdq.build.machine.gpus", list)
+    done("deploy", "net.onnx", "--data", "data", "--out", "out", "--tune", "off")
+    for changed in (name, "net.engine.manifest.json"):
+        path = folder / "out" / changed
+        before = path.read_bytes()
+        for at in (0, len(before) // 2, len(before) - 1):
+            path.write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
+            for given in ("out/net.engine", "out/net.int8.onnx"):
+                refused(folder, "audit", given)
+                refused(folder, "check", "net.onnx", given, "--data", "data")
+        path.write_bytes(before)
+    done("audit", "out/net.engine")
 
 
 def test_samples_without_variety_work(folder: Path) -> None:

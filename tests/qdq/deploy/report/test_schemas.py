@@ -62,6 +62,7 @@ def test_what_deploy_writes(folder: Path) -> None:
     check("report", read(out / "report.json"))
     check("layers", read(out / "net.engine.json"))
     check("manifest", read(out / "net.engine.manifest.json"))
+    check("provenance", read(out / "provenance.json"))
 
 
 def test_what_verbs_print_or_write(folder: Path) -> None:

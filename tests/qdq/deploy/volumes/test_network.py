@@ -44,14 +44,15 @@ class Engine:
         return {"logits": self._held}
 
 
-def test_an_engine_segments_as_its_model_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("graph", [None, thresholds(1, 2)], ids=["alone", "its model beside it"])
+def test_an_engine_segments_as_its_model_does(tmp_path: Path, graph: Any) -> None:
     import nibabel
 
     picture = image(0)
     spec = InputSpec(name="image", dtype="float32", shape=(1, 1, None, None, None))
     samples = open_samples(save(tmp_path / "d", [picture]), [spec], volume=volume_spec({"orientation": "LPI"}))
-    engine = Opened(model=Engine(thresholds(1, 2)), inputs=(spec,), graph=None)
-    asked = Segmentation(activation="softmax")
+    engine = Opened(model=Engine(thresholds(1, 2)), inputs=(spec,), graph=graph)
+    asked = Segmentation(activation="auto" if graph else "softmax")
     whole = WholeVolumes(window=Window(patch=(8, 8, 8), mirror=(0, 1)), segmentation=asked)
     made = segment(engine, samples, whole, tmp_path / "out")
     path = next(tmp_path / "out" / name for name in made.files if name.endswith(".nii.gz"))
