@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qdq.cli import options
-from qdq.cli.terminal import Bars, note
+from qdq.cli.terminal import Bars, note, show_json
 from qdq.core.errors import InputError
 from qdq.core.outputs import check_output
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 )
 @options.place_options
 @options.shape_option
+@options.json_option
 def calibrate(
     files: tuple[Path, ...],
     data: str | None,
@@ -56,6 +57,7 @@ def calibrate(
     provider: str,
     custom_ops: tuple[str, ...],
     plot_folder: Path | None,
+    as_json: bool,
     **given: Any,
 ) -> None:
     """Measure the tensors that a plan quantizes, and the largest magnitude of every other.
@@ -80,14 +82,31 @@ def calibrate(
         prepared, plan, table = _measured(
             files[0], data, random_data, plan_file, output, options.recipe_of(given), _pool(workers, cluster), running
         )
-    magnitudes = f"the largest magnitude of {len(table.ranges)}"
-    click.echo(f"{len(table.tensors)} tensors measured on {table.count} samples, and {magnitudes}: {output}")
-    if table.repeated:
-        note(f"{table.repeated} samples are equal to others and count as often as they are there.")
+    magnitudes, drawn = f"the largest magnitude of {len(table.ranges)}", None
+    if not as_json:
+        click.echo(f"{len(table.tensors)} tensors measured on {table.count} samples, and {magnitudes}: {output}")
+    notes = [f"{table.repeated} samples are equal to others and count as often as they are there."]
+    for text in notes if table.repeated else ():
+        note(text)
     if plot_folder is not None and not merge:
         from qdq.deploy.plots import draw
 
-        click.echo(f"Histograms and thresholds: {draw(prepared, plan, table, plot_folder)}")
+        drawn = draw(prepared, plan, table, plot_folder)
+        if not as_json:
+            click.echo(f"Histograms and thresholds: {drawn}")
+    if as_json:
+        from qdq.cli.answer.documents import CalibrateAnswer
+
+        answer = CalibrateAnswer(
+            table=str(output),
+            tensors=len(table.tensors),
+            magnitudes=len(table.ranges),
+            samples=table.count,
+            repeated=table.repeated,
+            pictures=drawn and str(drawn),
+            notes=tuple(notes if table.repeated else ()),
+        )
+        show_json(answer.to_json())
 
 
 def _pool(workers: int | None, cluster: str | None) -> Pool | None:

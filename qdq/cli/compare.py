@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qdq.cli import options
-from qdq.cli.terminal import Bars, note, show_rows
+from qdq.cli.terminal import Bars, note, show_json, show_rows
 from qdq.core.outputs import check_output
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def compare(
     if output:
         write_text(output, made.to_json())
     if as_json:
-        click.echo(made.to_json(), nl=False)
+        show_json(made.to_json())
         return
     show_rows(f"{model.name} for {', '.join(made.targets)}, {made.samples} {made.evaluated_on}", made.table())
     for text in (*made.notes, *([options.RANDOM_NOTE] if random_data else [])):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qdq.cli import options
-from qdq.cli.terminal import Bars, note, show_rows, warn
+from qdq.cli.terminal import Bars, note, show_json, show_rows, warn
 
 if TYPE_CHECKING:
     from engines.verify.report import Report
@@ -69,7 +69,7 @@ def _show_deployed(done: Any, name: str, as_json: bool) -> None:
     from qdq.deploy.report import audit_lines
 
     if as_json:
-        click.echo(done.report.to_json(), nl=False)
+        show_json(done.report.to_json())
         return
     show_rows(f"{name} {done.report.title}", done.report.rows())
     show_volumes(done.report.check)
@@ -109,7 +109,8 @@ def finish_with(failures: list[str], warnings: Iterable[str] = ()) -> None:
 @click.option("--class-axis", type=int, help="Look for classes on this axis; default: as the graph says.")
 @options.custom_ops_option
 @options.recipe_option
-def segment(model: Path, data: str, out: Path, custom_ops: tuple[str, ...], **given: Any) -> None:
+@options.json_option
+def segment(model: Path, data: str, out: Path, custom_ops: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Segment images: labels as NIfTI files on the images' own grids, and the names of structures.
 
     Files are named by the number of an image in the order of names, and by its key.
@@ -133,6 +134,12 @@ def segment(model: Path, data: str, out: Path, custom_ops: tuple[str, ...], **gi
             on_progress=bars,
         )
     note(made.said)
+    if as_json:
+        from qdq.cli.answer.documents import SegmentAnswer
+
+        answer = SegmentAnswer(folder=str(out.resolve()), files=made.files, notes=(made.said,))
+        show_json(answer.to_json())
+        return
     click.echo(f"{len(made.files) - 1} image{'s' * (len(made.files) > 2)}: {out.resolve()}")
 
 

@@ -11,7 +11,7 @@ import click
 from qdq.cli.calibrate import calibrate
 from qdq.cli.compare import compare
 from qdq.cli.deploy import demo, deploy, segment
-from qdq.cli.inspect import data, doctor, explain, measure_gpu, schema
+from qdq.cli.about.inspect import data, doctor, explain, measure_gpu, schema
 from qdq.cli.lint import lint_command as lint
 from qdq.cli.stages import audit, build, check, plan, quantize
 from qdq.cli.terminal import Verbs, voice_options

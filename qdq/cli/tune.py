@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from qdq.cli import options
-from qdq.cli.terminal import Bars, note, show_rows
+from qdq.cli.terminal import Bars, note, show_json, show_rows
 from qdq.core.outputs import check_output
 
 
@@ -79,7 +79,7 @@ def tune(
     if outcome.measured:
         write_atomic(output.with_name(f"{output.name.removesuffix('.json')}.measured.jsonl"), outcome.lines)
     if as_json:
-        click.echo(outcome.to_json(), nl=False)
+        show_json(outcome.to_json())
         return
     rows = [
         Row(outcome.label, outcome.times),
