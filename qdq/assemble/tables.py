@@ -6,14 +6,30 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engines.core.documents import replace
+from qdq.core.disk.cache import remembered
 from qdq.core.progress import Progress
-from qdq.measure.collect import collect
+from qdq.measure.collect import collect, key
+from qdq.measure.inference.kept import seen
 from qdq.measure.inference.samples import Sample
-from qdq.measure.table import CalibrationTable
+from qdq.measure.table import CalibrationTable, TableFile
+from qdq.model.as_bytes import identity
 from qdq.model.model import Model
 from qdq.passes.rewrites import FLOAT_REWRITES
 from qdq.passes.rewrites.edit import Rewrite
 from qdq.plan.plan import Plan
+
+
+def measured(
+    model: Model, plan: Plan, samples: Iterable[Sample], *, on_progress: Progress | None = None
+) -> CalibrationTable:
+    """As `collect`; where work is kept, the table that was collected of these samples before."""
+    return remembered(
+        "tables",
+        lambda: (*identity(model), key(model, plan), *seen(samples)),
+        lambda: collect(model, plan, samples, on_progress=on_progress),
+        pack=lambda table: {"table": table.to_json().encode()},
+        unpack=lambda parts: CalibrationTable.from_file(TableFile.from_json(parts["table"]), "kept"),
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,6 +47,6 @@ class Tables:
         for done, table in self._held:
             if done == rewrites and needed <= table.tensors.keys():
                 return replace(table, tensors={name: h for name, h in table.tensors.items() if name in needed})
-        table = collect(plan.form(self.model), plan, self.samples, on_progress=on_progress)
+        table = measured(plan.form(self.model), plan, self.samples, on_progress=on_progress)
         self._held.append((rewrites, table))
         return table

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 )
 @options.place_options
 @options.shape_option
+@options.cache_option
 @options.json_option
 def calibrate(
     files: tuple[Path, ...],

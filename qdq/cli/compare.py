@@ -62,6 +62,7 @@ def _metrics() -> Iterable[str]:
 @options.compile_options
 @options.recipe_option
 @options.custom_ops_option
+@options.cache_option
 @options.json_option
 def compare(
     model: Path,

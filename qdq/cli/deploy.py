@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @options.share_option
 @options.overlap_option
 @options.custom_ops_option
+@options.cache_option
 @options.json_option
 def deploy(
     model: Path,
@@ -151,6 +152,7 @@ def segment(model: Path, data: str, out: Path, custom_ops: tuple[str, ...], as_j
 @options.tune_options
 @options.compiler_option
 @options.compile_options
+@options.cache_option
 @options.json_option
 def demo(out: Path, as_json: bool, **given: Any) -> None:
     """Deploy the 3-D brain segmentation network and the brain volume that the package ships.

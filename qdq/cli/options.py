@@ -225,6 +225,26 @@ def _trust(context: click.Context, _: click.Parameter, yes: bool) -> None:
         context.with_resource(trusting())
 
 
+def _keep_work(context: click.Context, _: click.Parameter, folder: Path | None) -> None:
+    """Take earlier work from a folder, and keep there what the verb does."""
+    from qdq.core.disk.cache import caching
+
+    if folder is not None:
+        context.with_resource(caching(folder))
+
+
+cache_option = click.option(
+    "--cache",
+    type=PATH,
+    metavar="DIR",
+    envvar="QDQ_CACHE",
+    show_envvar=True,
+    expose_value=False,
+    callback=_keep_work,
+    help="Take what earlier runs did of the same model and data from this folder, and keep this run's work there.",
+)
+
+
 image_options = _options(
     click.option(
         "--trust", is_flag=True, expose_value=False, is_eager=True, callback=_trust, help="Run a MONAI bundle's code."

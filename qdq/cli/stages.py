@@ -55,6 +55,7 @@ def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
 @options.custom_ops_option
 @options.settings_options
 @options.shape_option
+@options.cache_option
 @options.json_option
 def quantize(
     model: Path,
@@ -132,6 +133,7 @@ def _places(settings: Settings) -> tuple[object, ...]:
     help="Read and write this cache of kernel timings; only TensorRT times kernels.",
 )
 @options.recipe_option
+@options.cache_option
 @options.json_option
 def build(model: Path, output: Path, timing_cache: Path | None, as_json: bool, **given: Any) -> None:
     """Compile an engine from an ONNX model, quantized or not.
@@ -186,6 +188,7 @@ def build(model: Path, output: Path, timing_cache: Path | None, as_json: bool, *
 )
 @options.share_option
 @options.recipe_option
+@options.cache_option
 @options.json_option
 def audit(model: Path, gpu: str | None, as_json: bool, **given: Any) -> None:
     """Say in which type each node really runs; MODEL is an engine, or a Q/DQ model, which is compiled first."""
@@ -258,6 +261,7 @@ def _show_price(model: Path, recipe: Recipe, gpu: str, as_json: bool) -> None:
 @options.custom_ops_option
 @options.shape_option
 @options.recipe_option
+@options.cache_option
 @options.json_option
 def check(
     float_model: Path,
