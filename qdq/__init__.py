@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qdq.core.errors import InputError, MissingRuntimeError, ModelError, QdqError, StaleFileError
     from qdq.deploy.check import evaluate
     from qdq.deploy.deploy import Deployed
-    from qdq.deploy.report import DeployReport
+    from qdq.deploy.report.report import DeployReport
     from qdq.measure.collect import collect
     from qdq.measure.table import CalibrationTable
     from qdq.model.model import Model
@@ -36,7 +36,7 @@ _NAMES = {  # module -> the public names that it holds
     "core.errors": "InputError MissingRuntimeError ModelError QdqError StaleFileError",
     "deploy.check": "evaluate",
     "deploy.deploy": "Deployed",
-    "deploy.report": "DeployReport",
+    "deploy.report.report": "DeployReport",
     "measure.collect": "collect",
     "measure.table": "CalibrationTable",
     "model.model": "Model",

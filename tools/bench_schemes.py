@@ -22,7 +22,7 @@ from qdq.core.files import write_text
 from qdq.deploy.compare.compare import compare_schemes, entries
 from qdq.deploy.compare.result import Comparison, SchemeRow
 from qdq.deploy.compare.task import Task
-from qdq.deploy.report import size
+from qdq.deploy.report.report import size
 from qdq.measure.inference.inputs import input_specs
 from qdq.passes.prepare import load_float
 

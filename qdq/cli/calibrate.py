@@ -90,7 +90,7 @@ def calibrate(
     for text in notes if table.repeated else ():
         note(text)
     if plot_folder is not None and not merge:
-        from qdq.deploy.plots import draw
+        from qdq.deploy.report.plots import draw
 
         drawn = draw(prepared, plan, table, plot_folder)
         if not as_json:

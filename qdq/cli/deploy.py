@@ -45,7 +45,7 @@ def deploy(
 ) -> None:
     """Do it all: tune, calibrate, quantize, build, audit and check."""
     from qdq.deploy.deploy import deploy as deployed
-    from qdq.deploy.report import warning_lines
+    from qdq.deploy.report.report import warning_lines
 
     recipe = options.recipe_of(given)
     with Bars() as bars:
@@ -67,7 +67,7 @@ def deploy(
 
 
 def _show_deployed(done: Any, name: str, as_json: bool) -> None:
-    from qdq.deploy.report import audit_lines
+    from qdq.deploy.report.report import audit_lines
 
     if as_json:
         show_json(done.report.to_json())
@@ -162,7 +162,7 @@ def demo(out: Path, as_json: bool, **given: Any) -> None:
     from engines.core.documents import replace
     from qdq.deploy.demo import demo_labels, demo_model, demo_samples
     from qdq.deploy.deploy import deploy as deployed
-    from qdq.deploy.report import warning_lines
+    from qdq.deploy.report.report import warning_lines
 
     calibration, evaluation = demo_samples()
     recipe, labels, everywhere = options.recipe_of(given), demo_labels(), None

@@ -174,7 +174,7 @@ def _difference(loaded: Model, model: Path, fixed: Path, repaired: Model, recipe
 
 
 def _report(model: Path, output: Path, done: Repaired, refused: str, kernels: int, difference: Report | str) -> None:
-    from qdq.deploy.report import headline
+    from qdq.deploy.report.report import headline
 
     show_rows(
         f"{model.name}: {len(done.changes)} repairs", [(", ".join(c.rules), c.node, c.what) for c in done.changes]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @options.json_option
 def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
     """Decide which nodes are quantized, and say why every other node is not."""
-    from qdq.deploy.report import plan_rows
+    from qdq.deploy.report.report import plan_rows
     from qdq.passes.prepare import load_float
     from qdq.plan import placement
 
@@ -195,7 +195,7 @@ def audit(model: Path, gpu: str | None, as_json: bool, **given: Any) -> None:
     from qdq.build.any_model import audit_model
     from qdq.build.engine import audit_engine, engine_of_another
     from qdq.build.machine import model_of_another
-    from qdq.deploy.report import audit_lines, audit_rows, share_failures
+    from qdq.deploy.report.report import audit_lines, audit_rows, share_failures
 
     recipe = options.recipe_of(given)
     if gpu:
@@ -281,7 +281,7 @@ def check(
     from qdq.build.engine import engine_backend, engine_of_another, layers_of
     from qdq.deploy.check import evaluate
     from qdq.deploy.costs.find import with_costs
-    from qdq.deploy.report import check_rows, warning_lines
+    from qdq.deploy.report.report import check_rows, warning_lines
     from qdq.measure.inference.session import registered
     from qdq.model.storage import load
     from qdq.passes.prepare import load_float

@@ -48,7 +48,7 @@ def tune(
     from qdq.build.measured.bench import bench_of, priced_here, why_predicted
     from qdq.build.pricing.tensorrt_pricer import pricer_of, unpriced
     from qdq.core.errors import InputError
-    from qdq.deploy.report import Row, measured_rows
+    from qdq.deploy.report.report import Row, measured_rows
     from qdq.passes.prepare import load_float
     from qdq.tune.exact.elsewhere import elsewhere
     from qdq.tune.find_plan import find_plan

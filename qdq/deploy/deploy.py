@@ -48,7 +48,7 @@ from qdq.core.progress import Progress
 from qdq.deploy.check import evaluate, float_session
 from qdq.deploy.costs.find import with_costs
 from qdq.deploy.overlap import overlap
-from qdq.deploy.report import DeployReport, EngineSizes
+from qdq.deploy.report.report import DeployReport, EngineSizes
 from qdq.deploy.shipped import file_bytes, provenance, written
 from qdq.deploy.volumes.evaluate import require_volumes
 from qdq.measure.inference.inputs import as_samples

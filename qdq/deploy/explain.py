@@ -14,7 +14,7 @@ from engines.core.macs import macs_in_all
 from engines.core.quantizers import read_graph
 from qdq.build.engine import audit_engine, shape_ranges
 from qdq.build.recipe import Recipe
-from qdq.deploy.report import count, size
+from qdq.deploy.report.report import count, size
 from qdq.model.external import tensor_bytes
 from qdq.model.model import Model
 from qdq.passes.prepare import load_float

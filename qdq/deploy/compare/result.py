@@ -13,7 +13,7 @@ from typing import ClassVar
 from engines.core.documents import Document, Measured, Part
 from qdq.deploy.compare.metrics import METRICS
 from qdq.deploy.compare.task import Task
-from qdq.deploy.report import size
+from qdq.deploy.report.report import size
 
 SHOWN = 160  # characters of a reason in the table; the JSON has it all
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from qdq.build.recipe import Recipe
 from qdq.cli.main import main
 from qdq.deploy import deploy
-from qdq.deploy.report import Row
+from qdq.deploy.report.report import Row
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from engines.timing.events import EventTimer
 from qdq.build.measured.forms import TimedForm
 from qdq.cli.main import main
 from qdq.deploy import deploy as deploy_module
-from qdq.deploy.report import DeployReport
+from qdq.deploy.report.report import DeployReport
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.tune.tuned import TuningOutcome

@@ -24,7 +24,7 @@ from engines.verify.sums import Sums
 from qdq.cli.main import main
 from qdq.deploy.costs.find import NOTHING, with_costs
 from qdq.deploy.costs.switches import float_weights, switched
-from qdq.deploy.report import check_rows, headline, share_failures, warning_lines
+from qdq.deploy.report.report import check_rows, headline, share_failures, warning_lines
 from qdq.measure.inference.session import Session
 from qdq.model.storage import load
 from qdq.passes.prepare import load_float

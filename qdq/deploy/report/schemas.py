@@ -36,7 +36,7 @@ FILES = {
     "measured": ("qdq.build.measured.forms", "TimedForm"),  # a line of measured.jsonl
     "plan": ("qdq.plan.plan", "Plan"),
     "recipe": ("qdq.build.recipe", "RecipeFile"),
-    "report": ("qdq.deploy.report", "DeployReport"),
+    "report": ("qdq.deploy.report.report", "DeployReport"),
     "table": ("qdq.measure.table", "TableFile"),
     "timings": ("qdq.build.measured.forms", "Timings"),  # of a report or a tuning
     "tuning": ("qdq.tune.tuned", "TuningOutcome"),

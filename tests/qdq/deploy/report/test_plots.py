@@ -11,7 +11,7 @@ import pytest
 from models import images, segmenter
 
 from qdq.core.errors import InputError, MissingRuntimeError
-from qdq.deploy.plots import draw
+from qdq.deploy.report.plots import draw
 from qdq.measure.collect import collect
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model

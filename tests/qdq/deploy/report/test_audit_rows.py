@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engines.verify.audit import Audit, NodeAudit
-from qdq.deploy.report import audit_lines, audit_rows, share_failures
+from qdq.deploy.report.report import audit_lines, audit_rows, share_failures
 
 
 def made(*nodes: tuple[str, int | None, int | None]) -> Audit:

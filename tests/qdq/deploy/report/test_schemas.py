@@ -20,7 +20,7 @@ import engines
 import qdq
 from engines.core.documents import Document
 from qdq.cli.main import main
-from qdq.deploy.schemas import FILES, schema
+from qdq.deploy.report.schemas import FILES, schema
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
