@@ -148,7 +148,9 @@ PURPOSES = {
 }
 
 
-def lacking(purpose: str, backend: Backend | None = None, *, cards: Callable[[], list[InstalledGpu]] = gpus) -> list[str]:
+def lacking(
+    purpose: str, backend: Backend | None = None, *, cards: Callable[[], list[InstalledGpu]] = gpus
+) -> list[str]:
     """What is missing here for one of `PURPOSES`, one sentence each; the runtimes that it needs are imported.
 
     Args:

@@ -104,7 +104,7 @@ def calibrate(
             magnitudes=len(table.ranges),
             samples=table.count,
             repeated=table.repeated,
-            pictures=drawn and str(drawn),
+            pictures=None if drawn is None else str(drawn),
             notes=tuple(notes if table.repeated else ()),
         )
         show_json(answer.to_json())

@@ -6,12 +6,14 @@ Must stay light, like `cli`: what is heavy is imported inside the functions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from qdq.cli.terminal import note
 from qdq.core.errors import InputError
@@ -38,6 +40,13 @@ class Listed(click.Option):
         """As of `click.Option`; `names` gives the list."""
         super().__init__(*args, **kwargs)
         self._text, self._names = self.help or "", names
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The names that begin so; files, where these are descriptions and not names."""
+        words = [re.split(r"[ ,]", str(name))[0] for name in self._names()]
+        if self.name == "data":
+            return [CompletionItem(incomplete, type="file")]
+        return [CompletionItem(word) for word in words if word.startswith(incomplete)]
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """The option and its help, with the names in it."""

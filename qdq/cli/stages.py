@@ -223,8 +223,8 @@ def _show_price(model: Path, recipe: Recipe, gpu: str, as_json: bool) -> None:
     from engines.core.errors import import_runtime
     from engines.cost.predict import HEADERS, rows
     from qdq.build.any_model import price
-    from qdq.cli.answer.documents import PredictAnswer, PredictedKernel
     from qdq.build.machine import model_of_another
+    from qdq.cli.answer.documents import PredictAnswer, PredictedKernel
 
     with Bars() as bars:
         cost = price(model, recipe, gpu, bars)

@@ -32,12 +32,11 @@ from qdq.build.branches import with_possible_branches
 from qdq.build.compiler import of_another
 from qdq.build.engine import (
     add_report,
-    checked,
-    compile_engine,
     require_profiles,
     save_engine,
     shape_ranges,
 )
+from qdq.build.kept import kept_check, kept_engine
 from qdq.build.machine import builds_here, compiler_here, how_to_build, runs_here
 from qdq.build.measured.bench import bench_of, priced_here, why_predicted
 from qdq.build.pricing.tensorrt_pricer import pricer_of, unpriced
@@ -133,29 +132,26 @@ def deploy(
     weights = out.absolute().with_name(f".{out.absolute().name}.weights")  # of a large model, if a run is killed
     with folder_beside(out) as folder, registered(custom_ops), kept(weights), bench_of(recipe, shapes) as bench:
         pricer = pricer_of(priced_here(recipe, bench), shapes) if recipe.tune != "off" else None
-        done = written(prepared, calibration, recipe, pricer=pricer, bench=bench, on_progress=on_progress)
-        made, finished = done.made, done.finished
-        low = (
-            float_type_of(made.plan, recipe.unquantized_type) if arithmetic.holds_low(finished.model.proto) else "fp32"
-        )
+        made = written(prepared, calibration, recipe, pricer=pricer, bench=bench, on_progress=on_progress)
+        low = float_type_of(made.plan, recipe.unquantized_type) if arithmetic.holds_low(made.model.proto) else "fp32"
         kind = recipe.settings.scheme if made.plan.points else low
         output, engine_path = folder / f"{stem}.{kind}.onnx", folder / f"{stem}.engine"
-        save(finished.model, output)
+        save(made.model, output)
         made.plan.save(folder / "plan.json")
         made.table.save(folder / "table.json")
         table: LayerTable | None = None
         float_table, not_built = None, ""
         if builds_here(recipe):
             notes = [*notes, *recipe.option_notes]
-            engine = compile_engine(output, recipe=recipe, shapes=shapes, on_progress=on_progress)
+            engine = kept_engine(output, recipe=recipe, shapes=shapes, on_progress=on_progress)
             save_engine(engine, engine_path, output, recipe=recipe, shapes=shapes, made_from=provenance(made))
             table = engine.table
             float_table, reason = _float_table(prepared, folder, recipe, shapes, on_progress)
         else:
-            notes = [*notes, recipe.profile.about_opset(finished.model.opset)]
+            notes = [*notes, recipe.profile.about_opset(made.model.opset)]
             script = save_build_script(output, engine_path.name, recipe=recipe, shapes=shapes)
             not_built = how_to_build(script.name, recipe)
-            reason = checked(output, finished.model.proto, recipe, shapes, on_progress)
+            reason = kept_check(output, made.model.proto, recipe, shapes, on_progress)
         judged = calibration if evaluated is None else evaluated
         on_engine = recipe.backend if table and runs_here(table.targets) else None
         against_float = partial(
@@ -178,7 +174,7 @@ def deploy(
         check = with_costs(
             check,
             prepared,
-            finished.model,
+            made.model,
             judged,
             settings=recipe.settings,
             calibrated_on=made.table.count,
@@ -202,7 +198,7 @@ def deploy(
             "float model": lambda: float_session(load(model_path), str(model_path), custom_ops=custom_ops),
             "shipped model": lambda: arithmetic.session(output, custom_ops=custom_ops),
         }
-        outcome = done.tuned.outcome(pricer.told, elsewhere(prepared, pricer)) if done.tuned and pricer else None
+        outcome = made.tuned.outcome(pricer.told, elsewhere(prepared, pricer)) if made.tuned and pricer else None
         if outcome and outcome.measured:
             write_atomic(folder / MEASURED, outcome.lines)
         label_dice = {name: _label_dice(session(), judged, labels) for name, session in opened.items() if labels}
@@ -229,9 +225,9 @@ def deploy(
                         *prepared.notes,
                         why_predicted(recipe),
                         *notes,
-                        *done.notes,
-                        *made.solution.notes,
-                        *finished.notes,
+                        *made.notes,
+                        *made.quantize_notes,
+                        *made.finish_notes,
                         *said,
                         reason,
                     ],
@@ -257,7 +253,7 @@ def _float_table(
     place.mkdir()
     try:
         save(written_out(prepared), place / "float.onnx")
-        return compile_engine(
+        return kept_engine(
             place / "float.onnx", recipe=recipe, shapes=shapes, on_progress=on_progress, label="Compile FP32"
         ).table, ""
     except BuildError as error:

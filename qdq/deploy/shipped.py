@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 
 from calib_data import Samples
-from qdq.assemble.finish import Finished, finish
-from qdq.assemble.quantize import Quantized, quantize
+from qdq.assemble.finish import finish
+from qdq.assemble.quantize import quantize
 from qdq.assemble.tables import Tables
 from qdq.build.engine import Provenance
 from qdq.build.measured.bench import Bench
 from qdq.build.pricing.tensorrt_pricer import AnyPricer
 from qdq.build.recipe import Recipe
+from qdq.core.disk.cache import remembered
 from qdq.core.progress import Progress
+from qdq.measure.inference.kept import seen
+from qdq.measure.table import CalibrationTable
+from qdq.model.as_bytes import identity, packed, unpacked
 from qdq.model.external import is_external, tensor_bytes
 from qdq.model.model import Model
 from qdq.model.nodes import all_tensors
@@ -26,12 +31,28 @@ from qdq.tune.tuned import Tuned
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShippedModel:
-    """A Q/DQ model as it is compiled, how its plan was found (None without tuning), and what to say of that."""
+    """A Q/DQ model as it is compiled, and what it was made of.
 
-    made: Quantized
-    finished: Finished
-    tuned: Tuned | None
-    notes: tuple[str, ...]
+    Attributes:
+        model: quantized and finished; of a plan that quantizes nothing, the float model.
+        float_sha256: of the user's model.
+        plan: as it was carried out.
+        table: the calibration.
+        tokens: tensors that have one scale per token.
+        quantize_notes, finish_notes: what a person should know of both stages.
+        tuned: how the plan was found, None without tuning.
+        notes: what to say of that.
+    """
+
+    model: Model
+    float_sha256: str
+    plan: Plan
+    table: CalibrationTable
+    tokens: frozenset[str]
+    quantize_notes: tuple[str, ...]
+    finish_notes: tuple[str, ...]
+    tuned: Tuned | None = None
+    notes: tuple[str, ...] = ()
 
 
 def written(
@@ -60,28 +81,87 @@ def written(
     """
     known = tables or Tables(model=prepared, samples=calibration)
 
-    def by(plan: Plan) -> tuple[Quantized, Finished]:
-        settings, table = recipe.settings, known.of(plan, on_progress)
-        made = quantize(prepared, calibration, settings=settings, plan=plan, table=table, on_progress=on_progress)
-        return made, finish(made.model, made.plan, unquantized_type=recipe.unquantized_type, table=made.table)
+    def by(plan: Plan) -> ShippedModel:
+        table = known.of(plan, on_progress)
+        return remembered(
+            "quantized",
+            lambda: (
+                *identity(prepared),
+                plan.sha256,
+                recipe.settings.to_mapping(),
+                recipe.unquantized_type,
+                _sha256(table),
+                *seen(calibration),
+            ),
+            lambda: _made(prepared, calibration, recipe, plan, table, on_progress),
+            pack=_packed,
+            unpack=lambda parts: _unpacked(parts, prepared, table),
+        )
 
     if pricer is None:
-        made, finished = by(placement.plan(prepared, recipe.settings))
-        return ShippedModel(made=made, finished=finished, tuned=None, notes=())
+        return by(placement.plan(prepared, recipe.settings))
     tuned = find_plan(prepared, pricer, samples=calibration, bench=bench, on_progress=on_progress)
-    made, finished = by(tuned.plan)
-    built, judged = pricer(finished.model), "predicted"
+    made = by(tuned.plan)
+    built, judged = pricer(made.model), "predicted"
     gains = built.gains_on(tuned.unquantized_price)
     if bench is not None and tuned.measured is not None:
         judged = "measured"
-        tuned, gains = as_built(tuned, finished.model, built, bench)
+        tuned, gains = as_built(tuned, made.model, built, bench)
     notes = [f"tuned: {tuned.summary}", difference(tuned, built)]
     if recipe.tune == "placement" and made.plan.points and not gains:
-        made, finished = by(tuned.unquantized)
+        made = by(tuned.unquantized)
         tuned = tuned.left_in_float(built)
         notes.append(f"that plan, as built, is not {judged} faster than float, so the model is left in float")
     notes += tuned.said(pricer.told)
-    return ShippedModel(made=made, finished=finished, tuned=tuned, notes=tuple(filter(None, notes)))
+    return replace(made, tuned=tuned, notes=tuple(filter(None, notes)))
+
+
+def _made(
+    prepared: Model,
+    calibration: Samples,
+    recipe: Recipe,
+    plan: Plan,
+    table: CalibrationTable,
+    on_progress: Progress | None,
+) -> ShippedModel:
+    settings = recipe.settings
+    made = quantize(prepared, calibration, settings=settings, plan=plan, table=table, on_progress=on_progress)
+    done = finish(made.model, made.plan, unquantized_type=recipe.unquantized_type, table=made.table)
+    return ShippedModel(
+        model=done.model,
+        float_sha256=made.prepared.sha256,
+        plan=made.plan,
+        table=made.table,
+        tokens=made.solution.tokens,
+        quantize_notes=made.solution.notes,
+        finish_notes=done.notes,
+    )
+
+
+def _packed(made: ShippedModel) -> dict[str, bytes] | None:
+    """For the cache of earlier work; None of a model whose weights lie in files of this run."""
+    model = packed(made.model)
+    if model is None:
+        return None
+    said = {"tokens": sorted(made.tokens), "quantize": made.quantize_notes, "finish": made.finish_notes}
+    return {**model, "plan": made.plan.to_json().encode(), "said": json.dumps(said).encode()}
+
+
+def _unpacked(parts: dict[str, bytes], prepared: Model, table: CalibrationTable) -> ShippedModel:
+    said = json.loads(parts["said"])
+    return ShippedModel(
+        model=unpacked(parts, prepared),
+        float_sha256=prepared.sha256,
+        plan=Plan.from_json(parts["plan"]),
+        table=table,
+        tokens=frozenset(said["tokens"]),
+        quantize_notes=tuple(said["quantize"]),
+        finish_notes=tuple(said["finish"]),
+    )
+
+
+def _sha256(table: CalibrationTable) -> str:
+    return hashlib.sha256(table.to_json().encode()).hexdigest()
 
 
 def file_bytes(model: Model) -> int:
@@ -89,12 +169,12 @@ def file_bytes(model: Model) -> int:
     return int(model.proto.ByteSize()) + sum(tensor_bytes(t) for t in all_tensors(model.proto) if is_external(t))
 
 
-def provenance(made: Quantized) -> Provenance:
+def provenance(made: ShippedModel) -> Provenance:
     """What the manifest of an engine says of the Q/DQ model it was compiled from."""
     return Provenance(
-        model=made.prepared.sha256,
+        model=made.float_sha256,
         samples=made.table.samples_sha256 or None,
         plan=made.plan.sha256,
-        table=hashlib.sha256(made.table.to_json().encode()).hexdigest(),
+        table=_sha256(made.table),
         settings=made.plan.settings,
     )

@@ -62,9 +62,9 @@ class Compiles:
         known = {key: works for key in models if (works := recalled("works", (key,), _decode)) is not None}
         unknown = {key: model for key, model in models.items() if key not in known}
         answers = dict(zip(unknown, self._compiled(unknown), strict=True))
-        for key, works in answers.items():
-            if not isinstance(works, BuildError):
-                keep("works", (key,), {"works": msgspec.msgpack.encode(works)})
+        for key, answer in answers.items():
+            if not isinstance(answer, BuildError):
+                keep("works", (key,), {"works": msgspec.msgpack.encode(answer)})
         return [known[key] if key in known else answers[key] for key in models]
 
     def _compiled(self, models: Mapping[str, Model]) -> list[Works | BuildError]:

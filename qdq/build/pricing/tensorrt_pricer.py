@@ -19,9 +19,9 @@ from engines.core.operators import CONTRACTIONS
 from engines.cost.gpus import Gpu
 from engines.cost.tensorrt_engine import TensorRtEngine
 from qdq.build.cost import Price
-from qdq.build.pricer import Pricer, gpus_of, mean, refused
 from qdq.build.pricing.compiles import Compiles
 from qdq.build.pricing.float_form import FloatForm, float_form
+from qdq.build.pricing.pricer import Pricer, gpus_of, mean, refused
 from qdq.build.pricing.processes import Works
 from qdq.build.recipe import Recipe
 from qdq.model.model import Model

@@ -196,17 +196,10 @@ def measure_gpu(output: Path, compiler: str | None, seconds: float, as_json: boo
 
 
 @click.command()
-<<<<<<< HEAD:qdq/cli/about/inspect.py
 @click.argument("name", metavar="[NAME]", required=False)
 @options.json_option
 def schema(name: str | None, as_json: bool) -> None:
     """Print the JSON Schema of a file or an answer, such as plan, recipe, report or error; without NAME, list them.
-=======
-@click.argument("name", metavar="FILE")
-def schema(name: str) -> None:
-    """Print the JSON Schema of a file that qdq reads or writes, such as plan, recipe, report or manifest."""
-    from qdq.deploy.report.schemas import schema as schema_of
->>>>>>> a6d7f34:qdq/cli/inspect.py
 
     Every JSON file and every answer to --json has the key "schema": its name here and its version.
     """

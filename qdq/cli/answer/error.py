@@ -13,6 +13,21 @@ from contextlib import suppress
 
 SCHEMA = "qdq.error/1"
 KINDS = ("usage", "input", "runtime", "fault", "interrupted", "terminated")
+EXIT_CODES = {
+    0: "done, and every limit kept",
+    1: "done, all results written, and a limit failed",
+    2: "bad input: one paragraph says what, where and how to fix it; nothing is left behind",
+    3: "a needed runtime or GPU is missing; the message says what to install",
+    70: "a fault of qdq; the message names a log file for a report, which holds none of your data",
+    130: "Ctrl-C; nothing is left behind but a calibration that the same command goes on with",
+    141: "nobody reads the output any more",
+    143: "SIGTERM; as Ctrl-C",
+}
+VARIABLES = {
+    "QDQ_CACHE": "folder of earlier work, where --cache is not given",
+    "QDQ_CACHE_SIZE": "how large that folder may grow, as 20G; default 10 GiB; what was of use longest ago goes first",
+    "_QDQ_COMPLETE": "set by the shell's script of `qdq completion`",
+}
 _BY_CODE = {2: "input", 3: "runtime", 70: "fault", 130: "interrupted", 143: "terminated"}
 _OPTION = "--json"
 _answered: list[bool] = []

@@ -45,4 +45,4 @@ def report(error: BaseException, arguments: Sequence[str]) -> tuple[str, str | N
         f"Error: this is a fault of qdq, not of your input: {what}. No file is left half written. "
         f"Please report it: {where}."
     )
-    return told, path and str(path)
+    return told, None if path is None else str(path)

@@ -1,4 +1,6 @@
-"""The files that qdq writes, what its verbs print with --json, and the JSON Schema of each. Must not read or write any."""
+"""The files that qdq writes, what its verbs print with --json, and the JSON Schema of each.
+
+Must not read or write any."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from textwrap import shorten
 
 from engines.core.documents import replace
 from engines.core.errors import BuildError
-from qdq.build.pricer import Pricer
+from qdq.build.pricing.pricer import Pricer
 from qdq.build.pricing.tensorrt_pricer import AnyPricer, TensorRtPricer, other_of, served
 from qdq.build.recipe import Recipe
 from qdq.model.model import Model

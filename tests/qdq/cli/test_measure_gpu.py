@@ -17,7 +17,7 @@ from simulated_gpu import RTX4090, SimulatedTimer, compiler, small_products, wit
 
 from engines.timing import driver, events, gpu_file, machine, measure
 from qdq.build.keys.recipe_file import read_recipe
-from qdq.build.pricer import gpus_of
+from qdq.build.pricing.pricer import gpus_of
 from qdq.build.recipe import Recipe
 from qdq.cli.main import main
 

@@ -23,9 +23,9 @@ from qdq.assemble.precision.convert import convert
 from qdq.build import engine
 from qdq.build.cost import TIE_US, Kernel, Price
 from qdq.build.keys.recipe_file import read_recipe
-from qdq.build.pricer import Pricer, gpus_of
 from qdq.build.pricing import processes
 from qdq.build.pricing.compiles import MOST_WORKERS
+from qdq.build.pricing.pricer import Pricer, gpus_of
 from qdq.build.pricing.processes import Job, Workers
 from qdq.build.recipe import Recipe
 from qdq.core.errors import InputError
@@ -479,7 +479,7 @@ def test_gpus_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [g.name for g in gpus_of(Recipe(targets=("sm121", "sm89")))] == ["gb10", "rtx4090"]
     like = Recipe.from_mapping({"gpu": [{"like": "rtx4090", "name": "mine", "measured": {"tera_ops": {"int8": 500}}}]})
     assert gpus_of(like)[0].measured.tera_ops == {"int8": 500}
-    monkeypatch.setattr("qdq.build.pricer.usual_gpu", lambda target: None)
+    monkeypatch.setattr("qdq.build.pricing.pricer.usual_gpu", lambda target: None)
     with pytest.raises(UnsupportedTargetError, match="sm121"):
         gpus_of(Recipe(targets=("sm121",)))
 
