@@ -23,7 +23,7 @@ def topics() -> dict[str, tuple[str, Callable[[click.Group], Iterator[str]]]]:
         "exit-codes": ("what the command ends with, and errors as JSON", _exit_codes),
         "files": ("what is read, written and printed as JSON", _files),
         "compilers": ("what --compiler compiles with, for which GPUs", _compilers),
-        "data": ("what --data takes", _data),
+        "samples": ("what --data takes", _data),
         "environment": ("variables that qdq reads", _environment),
     }
 
@@ -51,7 +51,7 @@ def _schemes(program: click.Group) -> Iterator[str]:
     from qdq.plan.settings import Settings
 
     yield from _wrapped(
-        "A scheme is the formats of the operands of products; every other node stays in float. NONE means float data: "
+        "A scheme is the formats of the operands of products; every other node stays in float. Data none: "
         "weights alone are quantized. A format in brackets is what 4-bit weights are multiplied as."
     )
     usual = list({p.backend: p for p in reversed(list(profiles().values()))}.values())[::-1]
@@ -82,7 +82,7 @@ def _limits(program: click.Group) -> Iterator[str]:
     wanted = {*LIMITS, "min_int8_share", "warn_sqnr_db", "warn_top1"}
     where: dict[str, list[str]] = {}
     options: dict[str, click.Option] = {}
-    for verb, command in program.commands.items():
+    for verb, command in sorted(program.commands.items(), key=lambda pair: pair[0] != "deploy"):
         for option in command.params:
             if isinstance(option, click.Option) and option.name in wanted:
                 options.setdefault(option.name, option)
@@ -116,18 +116,18 @@ def _compilers(program: click.Group) -> Iterator[str]:
     from engines.backends.profile import profiles
     from engines.cost.gpus import GPUS
 
-    rows = [("--compiler", "what", "newest version known", "builds")]
+    rows = [("--compiler", "what", "builds")]
     for backend in backends().values():
         for profile in (p for p in profiles().values() if p.backend == backend.name):
             where = "on its GPU" if backend.needs_gpu else "here, without a GPU"
-            rows.append((profile.key, profile.title, profile.version, where))
+            rows.append((profile.key, profile.title, where))
     yield from _table(rows)
     yield ""
-    yield from _wrapped(
-        "Without --compiler the --gpu decides, which is sold for one of these uses; without --gpu it is the first."
-    )
+    usual = {kind: p.name for p in reversed(list(profiles().values())) for kind in p.kinds}
+    gpus = [(g.name, g.target, g.kind or "", usual.get(g.kind or "", "")) for g in GPUS.values()]
+    yield from _wrapped("Without --compiler the --gpu decides, by what it is sold as; without --gpu it is the first.")
     yield ""
-    yield from _table([("--gpu", "target", "sold as"), *((g.name, g.target, g.kind or "") for g in GPUS.values())])
+    yield from _table([("--gpu", "target", "sold as", "--compiler"), *gpus])
 
 
 def _data(program: click.Group) -> Iterator[str]:
