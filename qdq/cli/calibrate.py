@@ -7,6 +7,7 @@ Must not measure anything itself.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--plan", "plan_file", type=options.PATH, help="Take this plan.json in place of a new plan.")
 @options.output_option("table.json")
 @click.option("--merge", is_flag=True, help="Make one table of several, given in place of MODEL.")
-@click.option("--workers", type=int, metavar="N", help="Calibrate on N processes of this machine; default: one.")
+@options.workers_option
 @click.option("--cluster", metavar="tcp://HOST:PORT", help="Calibrate on the workers of this Dask cluster.")
 @click.option("--provider", default="cpu", show_default=True, help="Run ONNX Runtime on cpu or cuda.")
 @options.custom_ops_option
@@ -136,7 +137,6 @@ def _measured(
     running: dict[str, Any],
 ) -> tuple[Model, Plan, CalibrationTable]:
     """Measure and write the table, going on from a checkpoint beside it."""
-    from calib_data.volumes.monai import trusted
     from qdq.core.files import write_text
     from qdq.measure.checkpoint import Checkpoint
     from qdq.measure.collect import collect, key
@@ -166,13 +166,10 @@ def _measured(
         if pool is None:
             table = collect(prepared, plan, samples, checkpoint=checkpoint, on_progress=bars, **running)
         else:
-            where = None if data is None else os.path.abspath(data)
-            how = (recipe.volume, options.case_key_of(recipe), trusted())
-            source = partial(_open, where, samples.inputs, *how) if where else partial(replace, samples)
             table = collect_shards(
                 model,
                 plan,
-                source,
+                reopened(samples, data, recipe),
                 pool,
                 total=samples.len_or_none(),
                 checkpoint=checkpoint,
@@ -182,6 +179,15 @@ def _measured(
     write_text(output, table.to_json(), resumed=True)
     checkpoint.remove()
     return prepared, plan, table
+
+
+def reopened(samples: Samples, data: str | None, recipe: Recipe) -> Callable[[], Samples]:
+    """What opens the samples anew in a worker; `data` is the option, None for random ones."""
+    from calib_data.volumes.monai import trusted
+
+    where = None if data is None else os.path.abspath(data)
+    how = (recipe.volume, options.case_key_of(recipe), trusted())
+    return partial(_open, where, samples.inputs, *how) if where else partial(replace, samples)
 
 
 def _open(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,16 @@ import click
 
 from qdq.cli import options
 from qdq.cli.terminal import Bars, note, show_json, show_rows, warn
+from qdq.core.errors import InputError
 
 if TYPE_CHECKING:
     from engines.verify.report import Report
+    from qdq.assemble.tables import Measure
     from qdq.build.recipe import Recipe
+    from qdq.core.progress import Progress
     from qdq.deploy.deploy import Deployed
+    from qdq.measure.table import CalibrationTable
+    from qdq.plan.plan import Plan
 
 
 @click.command()
@@ -22,6 +28,8 @@ if TYPE_CHECKING:
 @options.data_options
 @click.option("--out", type=options.PATH, required=True, help="Write the results to this folder.")
 @click.option("--eval", "evaluation", help="Check on these samples, in the forms of --data; default: those of --data.")
+@options.made_options
+@options.workers_option
 @options.settings_options
 @options.unquantized_option
 @options.tune_options
@@ -38,6 +46,9 @@ def deploy(
     random_data: int | None,
     out: Path,
     evaluation: str | None,
+    plan_file: Path | None,
+    table_file: Path | None,
+    workers: int | None,
     allow_overlap: bool,
     custom_ops: tuple[str, ...],
     as_json: bool,
@@ -46,8 +57,17 @@ def deploy(
     """Do it all: tune, calibrate, quantize, build, audit and check."""
     from qdq.deploy.deploy import deploy as deployed
     from qdq.deploy.report.report import warning_lines
+    from qdq.measure.table import CalibrationTable
+    from qdq.plan.plan import Plan
 
-    recipe = options.recipe_of(given)
+    plan = Plan.load(plan_file) if plan_file else None
+    recipe = options.recipe_of_plan(given, plan, plan_file)
+    if table_file and plan is None and recipe.tune != "off":
+        raise InputError(
+            "--table holds the tensors of one plan, and a tuned plan may need others: give that --plan too, or --tune "
+            "off. A folder for --cache remembers tables by itself."
+        )
+    table = CalibrationTable.load(table_file) if table_file else None
     with Bars() as bars:
         done = deployed(
             model,
@@ -57,6 +77,9 @@ def deploy(
             evaluation=(lambda prepared: options.samples_of(prepared, recipe, evaluation, None))
             if evaluation
             else None,
+            plan=plan,
+            calibrated=table,
+            measure=_on_workers(model, data, random_data, recipe, workers, custom_ops),
             allow_overlap=allow_overlap,
             custom_ops=custom_ops,
             on_progress=bars,
@@ -64,6 +87,40 @@ def deploy(
         )
     _show_deployed(done, model.name, as_json)
     finish_with(done.report.failures, warning_lines(done.report.check))
+
+
+def _on_workers(
+    model: Path,
+    data: str | None,
+    random_data: int | None,
+    recipe: Recipe,
+    workers: int | None,
+    libraries: Sequence[str],
+) -> Measure | None:
+    """What calibrates on several processes, None for this one."""
+    if workers is None:
+        return None
+    from qdq.cli.calibrate import reopened
+    from qdq.core.resources import given_bytes
+    from qdq.measure.shards import collect_shards, local_pool
+    from qdq.passes.prepare import load_float
+
+    pool = local_pool(workers)
+
+    def measure(plan: Plan, on_progress: Progress | None) -> CalibrationTable:
+        samples = options.samples_of(load_float(model), recipe, data, random_data)
+        return collect_shards(
+            model,
+            plan,
+            reopened(samples, data, recipe),
+            pool,
+            total=samples.len_or_none(),
+            custom_ops=tuple(os.path.abspath(path) for path in libraries),
+            memory=given_bytes(),
+            on_progress=on_progress,
+        )
+
+    return measure
 
 
 def _show_deployed(done: Any, name: str, as_json: bool) -> None:

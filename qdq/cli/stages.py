@@ -11,12 +11,11 @@ import click
 from qdq.cli import options
 from qdq.cli.deploy import finish_with, show_volumes
 from qdq.cli.terminal import Bars, note, show_json, show_rows, warn
-from qdq.core.errors import InputError, ModelError
+from qdq.core.errors import ModelError
 from qdq.core.outputs import check_output
 
 if TYPE_CHECKING:
     from qdq.build.recipe import Recipe
-    from qdq.plan.settings import Settings
 
 
 @click.command()
@@ -48,8 +47,7 @@ def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
 @click.command()
 @options.model_argument
 @options.data_options
-@click.option("--plan", "plan_file", type=options.PATH, help="Take this plan.json in place of a new plan.")
-@click.option("--table", "table_file", type=options.PATH, help="Take this table.json in place of a new calibration.")
+@options.made_options
 @options.output_option("the Q/DQ model")
 @options.unquantized_option
 @options.custom_ops_option
@@ -82,12 +80,7 @@ def quantize(
     with Bars() as bars:
         bars(0, None, "Prepare")
         chosen = Plan.load(plan_file) if plan_file else None
-        recipe = options.recipe_of(given, base=chosen.settings.to_mapping() if chosen else None)
-        if chosen and _places(recipe.settings) != _places(chosen.settings):
-            raise InputError(
-                f"The plan {plan_file} already says what is quantized, which --scheme, --compiler, --block, --shift "
-                "and --exclude cannot change. Edit the plan, or make another with `qdq plan`."
-            )
+        recipe = options.recipe_of_plan(given, chosen, plan_file)
         prepared = load_float(model)
         table = CalibrationTable.load(table_file) if table_file else None
         if table is not None and data is None and random_data is None:
@@ -115,11 +108,6 @@ def quantize(
         show_json(answer.to_json())
         return
     click.echo(f"{count} nodes in {operands}: {output}")
-
-
-def _places(settings: Settings) -> tuple[object, ...]:
-    """The settings that decide where quantizers go; the others decide scales and codes."""
-    return (settings.scheme, settings.compiler, settings.shift, settings.exclude, settings.overrides, settings.block)
 
 
 @click.command()

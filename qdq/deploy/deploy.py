@@ -28,6 +28,7 @@ from engines.core.files import write_atomic
 from engines.verify.audit import audit
 from engines.verify.report import OF_VOLUMES
 from qdq.assemble.finish import float_type_of
+from qdq.assemble.tables import Measure, Tables
 from qdq.build.branches import with_possible_branches
 from qdq.build.compiler import of_another
 from qdq.build.engine import (
@@ -53,11 +54,13 @@ from qdq.deploy.volumes.evaluate import require_volumes
 from qdq.measure.inference.inputs import as_samples
 from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import registered
+from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
 from qdq.model.storage import load, save
 from qdq.model.weight_store import kept
 from qdq.passes.composites import written_out
 from qdq.passes.prepare import load_float
+from qdq.plan.plan import Plan
 from qdq.tune.exact.elsewhere import elsewhere
 
 MEASURED = "measured.jsonl"
@@ -82,6 +85,9 @@ def deploy(
     recipe: Recipe | None = None,
     evaluation: Iterable[Sample] | Callable[[Model], Samples] | None = None,
     labels: Sequence[np.ndarray] = (),
+    plan: Plan | None = None,
+    calibrated: CalibrationTable | None = None,
+    measure: Measure | None = None,
     allow_overlap: bool = False,
     custom_ops: Sequence[str] = (),
     on_progress: Progress | None = None,
@@ -103,6 +109,9 @@ def deploy(
         evaluation: to check on; None takes the calibration samples, and the report says so.
         labels: true classes of the evaluation samples, each shaped like the argmax over axis 1 of the first output;
             the report then says how well both models find them.
+        plan: in place of one that is tuned, or made by the rules.
+        calibrated: in place of a calibration, with `plan`, or where nothing is tuned.
+        measure: calibrates in place of this process.
         allow_overlap: evaluation samples may be calibration samples too; the report says how many are.
         custom_ops: libraries of custom operators that ONNX Runtime needs for the model; the compiler must know them by
             itself.
@@ -131,8 +140,18 @@ def deploy(
     stem = model_path.name.removesuffix(".onnx")
     weights = out.absolute().with_name(f".{out.absolute().name}.weights")  # of a large model, if a run is killed
     with folder_beside(out) as folder, registered(custom_ops), kept(weights), bench_of(recipe, shapes) as bench:
-        pricer = pricer_of(priced_here(recipe, bench), shapes) if recipe.tune != "off" else None
-        made = written(prepared, calibration, recipe, pricer=pricer, bench=bench, on_progress=on_progress)
+        pricer = pricer_of(priced_here(recipe, bench), shapes) if recipe.tune != "off" and plan is None else None
+        made = written(
+            prepared,
+            calibration,
+            recipe,
+            pricer=pricer,
+            bench=bench,
+            tables=Tables(model=prepared, samples=calibration, measure=measure),
+            plan=plan,
+            table=calibrated,
+            on_progress=on_progress,
+        )
         low = float_type_of(made.plan, recipe.unquantized_type) if arithmetic.holds_low(made.model.proto) else "fp32"
         kind = recipe.settings.scheme if made.plan.points else low
         output, engine_path = folder / f"{stem}.{kind}.onnx", folder / f"{stem}.engine"

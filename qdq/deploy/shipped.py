@@ -63,6 +63,8 @@ def written(
     pricer: AnyPricer | None,
     bench: Bench | None = None,
     tables: Tables | None = None,
+    plan: Plan | None = None,
+    table: CalibrationTable | None = None,
     on_progress: Progress | None = None,
 ) -> ShippedModel:
     """The model that a recipe asks for.
@@ -75,6 +77,8 @@ def written(
         recipe: its settings, float type and tuning count, and where placement is tuned its `min_sqnr_db`.
         bench: as of `find_plan`.
         tables: of these samples, in place of a new calibration where they have what is needed.
+        plan: in place of a new one, tuned or not.
+        table: of that plan, or of the one that is made without tuning, in place of a calibration.
 
     Raises:
         QdqError, EngineError, DataError: see the stages.
@@ -82,7 +86,7 @@ def written(
     known = tables or Tables(model=prepared, samples=calibration)
 
     def by(plan: Plan) -> ShippedModel:
-        table = known.of(plan, on_progress)
+        held = known.of(plan, on_progress) if table is None else table
         return remembered(
             "quantized",
             lambda: (
@@ -90,16 +94,16 @@ def written(
                 plan.sha256,
                 recipe.settings.to_mapping(),
                 recipe.unquantized_type,
-                _sha256(table),
+                _sha256(held),
                 *seen(calibration),
             ),
-            lambda: _made(prepared, calibration, recipe, plan, table, on_progress),
+            lambda: _made(prepared, calibration, recipe, plan, held, on_progress),
             pack=_packed,
-            unpack=lambda parts: _unpacked(parts, prepared, table),
+            unpack=lambda parts: _unpacked(parts, prepared, held),
         )
 
-    if pricer is None:
-        return by(placement.plan(prepared, recipe.settings))
+    if plan is not None or pricer is None:
+        return by(plan or placement.plan(prepared, recipe.settings))
     tuned = find_plan(prepared, pricer, samples=calibration, bench=bench, on_progress=on_progress)
     made = by(tuned.plan)
     built, judged = pricer(made.model), "predicted"
