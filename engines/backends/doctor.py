@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import ClassVar, NamedTuple
@@ -148,17 +147,14 @@ PURPOSES = {
 }
 
 
-def lacking(
-    purpose: str, backend: Backend | None = None, *, cards: Callable[[], list[InstalledGpu]] = gpus
-) -> list[str]:
+def lacking(purpose: str, backend: Backend | None = None) -> list[str]:
     """What is missing here for one of `PURPOSES`, one sentence each; the runtimes that it needs are imported.
 
     Args:
         backend: the compiler; None is satisfied by any that does it.
-        cards: finds the GPUs.
     """
     missing = [] if purpose == "run" else [*filter(None, map(_why_not, ("onnxruntime", "polygraphy")))]
-    here, refused = bool(cards()), list[str]()
+    here, refused = bool(gpus()), list[str]()
     for one in backends().values() if backend is None else (backend,):
         if purpose == "prepare" and backend is None and one.needs_gpu:
             continue
