@@ -195,8 +195,14 @@ def measure_gpu(output: Path, compiler: str | None, seconds: float, as_json: boo
     click.echo(f"Recipe: {output}")
 
 
+def _schemas(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    from qdq.deploy.report.schemas import FILES
+
+    return [name for name in FILES if name.startswith(incomplete)]
+
+
 @click.command()
-@click.argument("name", metavar="[NAME]", required=False)
+@click.argument("name", metavar="[NAME]", required=False, shell_complete=_schemas)
 @options.json_option
 def schema(name: str | None, as_json: bool) -> None:
     """Print the JSON Schema of a file or an answer, such as plan, recipe, report or error; without NAME, list them.

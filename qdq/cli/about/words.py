@@ -7,11 +7,24 @@ import click
 from qdq.cli import options
 from qdq.cli.terminal import show_json
 
+
+def _topics(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """The topics and verbs that begin so."""
+    from qdq.cli.about.topics import topics
+
+    verbs = (
+        ctx.parent.command.list_commands(ctx.parent)
+        if ctx.parent and isinstance(ctx.parent.command, click.Group)
+        else []
+    )
+    return [word for word in (*topics(), *verbs) if word.startswith(incomplete)]
+
+
 SHELLS = ("bash", "zsh", "fish")
 
 
 @click.command("help")
-@click.argument("topic", metavar="[TOPIC]", required=False)
+@click.argument("topic", metavar="[TOPIC]", required=False, shell_complete=_topics)
 @options.json_option
 @click.pass_context
 def help_command(ctx: click.Context, topic: str | None, as_json: bool) -> None:
@@ -32,7 +45,7 @@ def help_command(ctx: click.Context, topic: str | None, as_json: bool) -> None:
     if as_json:
         show_json(HelpAnswer(topic=topic or "", text=text).to_json())
     else:
-        click.echo_via_pager(text)
+        click.echo_via_pager(text.rstrip("\n"))
 
 
 @click.command()
