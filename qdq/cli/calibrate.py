@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from calib_data import InputSpec, Samples
     from calib_data.volumes.spec import VolumeSpec
     from qdq.build.recipe import Recipe
+    from qdq.core.progress import Progress
     from qdq.measure.shards import Pool
     from qdq.measure.table import CalibrationTable
     from qdq.model.model import Model
@@ -137,6 +138,7 @@ def _measured(
     running: dict[str, Any],
 ) -> tuple[Model, Plan, CalibrationTable]:
     """Measure and write the table, going on from a checkpoint beside it."""
+    from qdq.assemble.tables import measured
     from qdq.core.files import write_text
     from qdq.measure.checkpoint import Checkpoint
     from qdq.measure.collect import collect, key
@@ -163,19 +165,23 @@ def _measured(
                 f"{len(names)} tensors do not fit the memory at once: {len(layout.groups)} passes over the samples, of "
                 f"at most {layout.bytes_each / 1e6:.0f} MB of activations."
             )
-        if pool is None:
-            table = collect(prepared, plan, samples, checkpoint=checkpoint, on_progress=bars, **running)
-        else:
-            table = collect_shards(
+
+        def measure(plan: Plan, on_progress: Progress | None) -> CalibrationTable:
+            if pool is None:
+                return collect(prepared, plan, samples, checkpoint=checkpoint, on_progress=on_progress, **running)
+            return collect_shards(
                 model,
                 plan,
                 reopened(samples, data, recipe),
                 pool,
                 total=samples.len_or_none(),
                 checkpoint=checkpoint,
-                on_progress=bars,
+                on_progress=on_progress,
                 **running,
             )
+
+        usual = running["provider"] == "cpu" and not running["custom_ops"]  # as every other stage measures
+        table = measured(prepared, plan, samples, by=measure, on_progress=bars) if usual else measure(plan, bars)
     write_text(output, table.to_json(), resumed=True)
     checkpoint.remove()
     return prepared, plan, table

@@ -141,7 +141,7 @@ def deploy(
     weights = out.absolute().with_name(f".{out.absolute().name}.weights")  # of a large model, if a run is killed
     with folder_beside(out) as folder, registered(custom_ops), kept(weights), bench_of(recipe, shapes) as bench:
         pricer = pricer_of(priced_here(recipe, bench), shapes) if recipe.tune != "off" and plan is None else None
-        made = written(
+        done = written(
             prepared,
             calibration,
             recipe,
@@ -152,10 +152,13 @@ def deploy(
             table=calibrated,
             on_progress=on_progress,
         )
-        low = float_type_of(made.plan, recipe.unquantized_type) if arithmetic.holds_low(made.model.proto) else "fp32"
+        made, finished = done.made, done.finished
+        low = (
+            float_type_of(made.plan, recipe.unquantized_type) if arithmetic.holds_low(finished.model.proto) else "fp32"
+        )
         kind = recipe.settings.scheme if made.plan.points else low
         output, engine_path = folder / f"{stem}.{kind}.onnx", folder / f"{stem}.engine"
-        save(made.model, output)
+        save(finished.model, output)
         made.plan.save(folder / "plan.json")
         made.table.save(folder / "table.json")
         table: LayerTable | None = None
@@ -167,10 +170,10 @@ def deploy(
             table = engine.table
             float_table, reason = _float_table(prepared, folder, recipe, shapes, on_progress)
         else:
-            notes = [*notes, recipe.profile.about_opset(made.model.opset)]
+            notes = [*notes, recipe.profile.about_opset(finished.model.opset)]
             script = save_build_script(output, engine_path.name, recipe=recipe, shapes=shapes)
             not_built = how_to_build(script.name, recipe)
-            reason = kept_check(output, made.model.proto, recipe, shapes, on_progress)
+            reason = kept_check(output, finished.model.proto, recipe, shapes, on_progress)
         judged = calibration if evaluated is None else evaluated
         on_engine = recipe.backend if table and runs_here(table.targets) else None
         against_float = partial(
@@ -193,7 +196,7 @@ def deploy(
         check = with_costs(
             check,
             prepared,
-            made.model,
+            finished.model,
             judged,
             settings=recipe.settings,
             calibrated_on=made.table.count,
@@ -217,7 +220,7 @@ def deploy(
             "float model": lambda: float_session(load(model_path), str(model_path), custom_ops=custom_ops),
             "shipped model": lambda: arithmetic.session(output, custom_ops=custom_ops),
         }
-        outcome = made.tuned.outcome(pricer.told, elsewhere(prepared, pricer)) if made.tuned and pricer else None
+        outcome = done.tuned.outcome(pricer.told, elsewhere(prepared, pricer)) if done.tuned and pricer else None
         if outcome and outcome.measured:
             write_atomic(folder / MEASURED, outcome.lines)
         label_dice = {name: _label_dice(session(), judged, labels) for name, session in opened.items() if labels}
@@ -244,9 +247,9 @@ def deploy(
                         *prepared.notes,
                         why_predicted(recipe),
                         *notes,
-                        *made.notes,
-                        *made.quantize_notes,
-                        *made.finish_notes,
+                        *done.notes,
+                        *made.solution.notes,
+                        *finished.notes,
                         *said,
                         reason,
                     ],

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import msgspec
+import numpy as np
 
 from calib_data import Samples
-from qdq.assemble.finish import finish
+from qdq.assemble.finish import Finished, finish
 from qdq.assemble.quantize import quantize
 from qdq.assemble.tables import Tables
 from qdq.build.engine import Provenance
 from qdq.build.measured.bench import Bench
 from qdq.build.pricing.tensorrt_pricer import AnyPricer
 from qdq.build.recipe import Recipe
+from qdq.core.arrays import Singles
 from qdq.core.disk.cache import remembered
 from qdq.core.progress import Progress
+from qdq.core.qtensor import QParams
 from qdq.measure.inference.kept import seen
 from qdq.measure.table import CalibrationTable
 from qdq.model.as_bytes import identity, packed, unpacked
@@ -30,27 +35,31 @@ from qdq.tune.tuned import Tuned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShippedModel:
-    """A Q/DQ model as it is compiled, and what it was made of.
+class Scales:
+    """What is told of a solution: `activations`, `divisors`, `tokens` and `notes` as of `Solution`."""
 
-    Attributes:
-        model: quantized and finished; of a plan that quantizes nothing, the float model.
-        float_sha256: of the user's model.
-        plan: as it was carried out.
-        table: the calibration.
-        tokens: tensors that have one scale per token.
-        quantize_notes, finish_notes: what a person should know of both stages.
-        tuned: how the plan was found, None without tuning.
-        notes: what to say of that.
-    """
+    activations: Mapping[str, QParams]
+    divisors: Mapping[str, Singles]
+    tokens: frozenset[str]
+    notes: tuple[str, ...]
 
-    model: Model
-    float_sha256: str
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What a Q/DQ model was made of, and by which plan, table and scales; as of `Quantized`."""
+
+    prepared: Model
     plan: Plan
     table: CalibrationTable
-    tokens: frozenset[str]
-    quantize_notes: tuple[str, ...]
-    finish_notes: tuple[str, ...]
+    solution: Scales
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShippedModel:
+    """A Q/DQ model as it is compiled, how its plan was found (None without tuning), and what to say of that."""
+
+    made: Made
+    finished: Finished
     tuned: Tuned | None = None
     notes: tuple[str, ...] = ()
 
@@ -105,19 +114,19 @@ def written(
     if plan is not None or pricer is None:
         return by(plan or placement.plan(prepared, recipe.settings))
     tuned = find_plan(prepared, pricer, samples=calibration, bench=bench, on_progress=on_progress)
-    made = by(tuned.plan)
-    built, judged = pricer(made.model), "predicted"
+    shipped = by(tuned.plan)
+    built, judged = pricer(shipped.finished.model), "predicted"
     gains = built.gains_on(tuned.unquantized_price)
     if bench is not None and tuned.measured is not None:
         judged = "measured"
-        tuned, gains = as_built(tuned, made.model, built, bench)
+        tuned, gains = as_built(tuned, shipped.finished.model, built, bench)
     notes = [f"tuned: {tuned.summary}", difference(tuned, built)]
-    if recipe.tune == "placement" and made.plan.points and not gains:
-        made = by(tuned.unquantized)
+    if recipe.tune == "placement" and shipped.made.plan.points and not gains:
+        shipped = by(tuned.unquantized)
         tuned = tuned.left_in_float(built)
         notes.append(f"that plan, as built, is not {judged} faster than float, so the model is left in float")
     notes += tuned.said(pricer.told)
-    return replace(made, tuned=tuned, notes=tuple(filter(None, notes)))
+    return replace(shipped, tuned=tuned, notes=tuple(filter(None, notes)))
 
 
 def _made(
@@ -131,37 +140,49 @@ def _made(
     settings = recipe.settings
     made = quantize(prepared, calibration, settings=settings, plan=plan, table=table, on_progress=on_progress)
     done = finish(made.model, made.plan, unquantized_type=recipe.unquantized_type, table=made.table)
-    return ShippedModel(
-        model=done.model,
-        float_sha256=made.prepared.sha256,
-        plan=made.plan,
-        table=made.table,
+    scales = Scales(
+        activations=made.solution.activations,
+        divisors=made.solution.divisors,
         tokens=made.solution.tokens,
-        quantize_notes=made.solution.notes,
-        finish_notes=done.notes,
+        notes=made.solution.notes,
+    )
+    return ShippedModel(
+        made=Made(prepared=made.prepared, plan=made.plan, table=made.table, solution=scales), finished=done
     )
 
 
-def _packed(made: ShippedModel) -> dict[str, bytes] | None:
+def _packed(shipped: ShippedModel) -> dict[str, bytes] | None:
     """For the cache of earlier work; None of a model whose weights lie in files of this run."""
-    model = packed(made.model)
+    model, scales = packed(shipped.finished.model), shipped.made.solution
     if model is None:
         return None
-    said = {"tokens": sorted(made.tokens), "quantize": made.quantize_notes, "finish": made.finish_notes}
-    return {**model, "plan": made.plan.to_json().encode(), "said": json.dumps(said).encode()}
+    arrays = {f"scale {name}": params.scale for name, params in scales.activations.items()}
+    arrays |= {f"divisor {name}": divisor for name, divisor in scales.divisors.items()}
+    said = {
+        "tokens": sorted(scales.tokens),
+        "notes": scales.notes,
+        "finish": shipped.finished.notes,
+        "activations": {
+            name: {f.name: getattr(params, f.name) for f in fields(params) if f.name != "scale"}
+            for name, params in scales.activations.items()
+        },
+        "divisors": list(scales.divisors),
+        "arrays": {name: (a.dtype.str, a.shape, a.tobytes()) for name, a in arrays.items()},
+    }
+    return {**model, "plan": shipped.made.plan.to_json().encode(), "said": msgspec.msgpack.encode(said)}
 
 
 def _unpacked(parts: dict[str, bytes], prepared: Model, table: CalibrationTable) -> ShippedModel:
-    said = json.loads(parts["said"])
-    return ShippedModel(
-        model=unpacked(parts, prepared),
-        float_sha256=prepared.sha256,
-        plan=Plan.from_json(parts["plan"]),
-        table=table,
+    said, plan = msgspec.msgpack.decode(parts["said"]), Plan.from_json(parts["plan"])
+    arrays = {name: np.frombuffer(data, dtype).reshape(shape) for name, (dtype, shape, data) in said["arrays"].items()}
+    scales = Scales(
+        activations={n: QParams(scale=arrays[f"scale {n}"], **held) for n, held in said["activations"].items()},
+        divisors={name: arrays[f"divisor {name}"] for name in said["divisors"]},
         tokens=frozenset(said["tokens"]),
-        quantize_notes=tuple(said["quantize"]),
-        finish_notes=tuple(said["finish"]),
+        notes=tuple(said["notes"]),
     )
+    made = Made(prepared=plan.form(prepared), plan=plan, table=table, solution=scales)
+    return ShippedModel(made=made, finished=Finished(model=unpacked(parts, prepared), notes=tuple(said["finish"])))
 
 
 def _sha256(table: CalibrationTable) -> str:
@@ -173,10 +194,10 @@ def file_bytes(model: Model) -> int:
     return int(model.proto.ByteSize()) + sum(tensor_bytes(t) for t in all_tensors(model.proto) if is_external(t))
 
 
-def provenance(made: ShippedModel) -> Provenance:
+def provenance(made: Made) -> Provenance:
     """What the manifest of an engine says of the Q/DQ model it was compiled from."""
     return Provenance(
-        model=made.float_sha256,
+        model=made.prepared.sha256,
         samples=made.table.samples_sha256 or None,
         plan=made.plan.sha256,
         table=_sha256(made.table),

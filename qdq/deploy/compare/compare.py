@@ -227,19 +227,20 @@ class _Bench:
         path = folder / "scheme.onnx"
         try:
             entry.recipe.profile.require_formats(entry.recipe.settings.formats, self.targets)
-            made = self._written(entry)
-            save(made.model, path)
+            done = self._written(entry)
+            save(done.finished.model, path)
         except MissingRuntimeError:
             raise
         except (InputError, EngineError) as error:
             return SchemeRow(scheme=entry.text, problem=str(error))
+        made = done.made
         row = SchemeRow(
             scheme=entry.text,
             precision=precision(made.plan, float_type_of(made.plan, entry.recipe.unquantized_type)),
             weights_per=_counted(_weight_kind(p.spec.block, p.spec.axis) for p in made.plan.weights),
-            data_per=_counted(_data_kind(p, made.tokens) for p in made.plan.activations),
+            data_per=_counted(_data_kind(p, made.solution.tokens) for p in made.plan.activations),
             quantized_nodes=len(made.plan.quantized_nodes),
-            notes=(*made.notes, *made.quantize_notes, *made.finish_notes),
+            notes=(*done.notes, *made.solution.notes, *done.finished.notes),
         )
         return self._measured(row, path, path, entry)
 
