@@ -29,7 +29,7 @@ from engines.backends.compiler import ShapeRange
 from qdq.assemble import quantize
 from qdq.assemble.finish import finish
 from qdq.build.cost import TIE, TIE_US
-from qdq.build.pricer import Pricer, gpus_of
+from qdq.build.pricing.pricer import Pricer, gpus_of
 from qdq.build.recipe import TIME_LIMIT_S, TUNE_COMPILES, Recipe
 from qdq.deploy import check
 from qdq.measure.inference import inputs

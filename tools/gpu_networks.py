@@ -34,7 +34,7 @@ from qdq.assemble.precision.convert import convert
 from qdq.assemble.quantize import quantize
 from qdq.build.measured.bench import PROFILED, SECONDS
 from qdq.build.measured.forms import WORST, TimedKernel, paired
-from qdq.build.pricer import Pricer, gpus_of, mean
+from qdq.build.pricing.pricer import Pricer, gpus_of, mean
 from qdq.build.recipe import Recipe
 from qdq.deploy.demo import demo_model, demo_samples
 from qdq.measure.inference.inputs import input_specs

@@ -1,7 +1,8 @@
 """What works on this machine: runtimes, versions, GPUs, and what to install for the rest.
 
-Package metadata and the CUDA driver -> `Diagnosis` rows -> printed by `qdq doctor`.
-Must not import a heavy runtime: metadata and the driver library say enough.
+Package metadata and the CUDA driver -> `Diagnosis` rows, and `lacking` for a purpose -> printed by `qdq doctor`.
+`diagnose` imports no heavy runtime: metadata and the driver library say enough. `lacking` does, for a library that is
+missing shows only then.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import ctypes
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from engines.backends.backend import Backend, backends
 from engines.backends.profile import profiles
-from engines.core.errors import how_to_install
+from engines.core.documents import Document, Part
+from engines.core.errors import MissingRuntimeError, how_to_install, import_runtime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,14 +28,30 @@ class InstalledGpu:
     memory_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Diagnosis:
+class Diagnosis(Part, frozen=True, kw_only=True):
     """One thing that works here or does not; `fix` is '' where nothing is to be done."""
 
     name: str
     ok: bool
     detail: str
     fix: str = ""
+
+
+class Doctor(Document, frozen=True, kw_only=True):
+    """What `qdq doctor` says.
+
+    Attributes:
+        findings: runtimes, GPUs, and which verbs work.
+        purpose: that was asked for, "" for none.
+        lacking: what is missing for it, one sentence each; empty where it works here.
+    """
+
+    FORMAT: ClassVar[str] = "qdq.doctor/1"
+    MAKE: ClassVar[str] = "qdq doctor --json"
+
+    findings: tuple[Diagnosis, ...]
+    purpose: str
+    lacking: tuple[str, ...]
 
 
 class _Runtime(NamedTuple):
@@ -138,6 +156,42 @@ def diagnose() -> list[Diagnosis]:
         _ability("run engines", runs, "a machine with an NVIDIA GPU; until then the Q/DQ model stands in"),
         _ability("check accuracy", checks, how_to_install("onnxruntime")),
     ]
+
+
+PURPOSES = {
+    "prepare": "quantize, compile and check without a GPU",
+    "build": "build an engine with the compiler",
+    "run": "run an engine of the compiler on a GPU",
+}
+
+
+def lacking(purpose: str, backend: Backend | None = None) -> list[str]:
+    """What is missing here for one of `PURPOSES`, one sentence each; the runtimes that it needs are imported.
+
+    Args:
+        backend: the compiler; None is satisfied by any that does it.
+    """
+    missing = [] if purpose == "run" else [*filter(None, map(_why_not, ("onnxruntime", "polygraphy")))]
+    here, refused = bool(gpus()), list[str]()
+    for one in backends().values() if backend is None else (backend,):
+        if purpose == "prepare" and backend is None and one.needs_gpu:
+            continue
+        why = _why_not(one.runtime)
+        if not why and not here and (purpose == "run" or (purpose == "build" and one.needs_gpu)):
+            why = f"{one.title} needs an NVIDIA GPU and its driver, and none is found."
+        if not why:
+            return missing
+        refused.append(why)
+    return list(dict.fromkeys([*missing, *refused]))
+
+
+def _why_not(module: str) -> str:
+    """Why a runtime cannot be imported; "" where it can."""
+    try:
+        import_runtime(module)
+    except MissingRuntimeError as error:
+        return str(error)
+    return ""
 
 
 def _described(backend: Backend, version: str) -> str:

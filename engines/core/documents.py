@@ -24,6 +24,7 @@ from engines.core.errors import EngineError
 # A number of a report that may be infinite or no number: JSON has neither, so 'inf', '-inf' or 'nan' is written.
 Measured = Annotated[float, msgspec.Meta(extra_json_schema={"x-not-finite": ["inf", "-inf", "nan"]})]
 
+KEY, OLD_KEY = "schema", "format"  # of the name and version of a file's form
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character; alone it is no text
 
@@ -54,7 +55,8 @@ class Document(Part, frozen=True, kw_only=True):
     """A whole file.
 
     Attributes:
-        FORMAT: the value of the file's key "format": what it is, and the version of its form.
+        FORMAT: the value of the file's key "schema": what it is, and the version of its form. Older files have it
+            under "format", and are read too.
         MAKE: the command that makes such a file.
         COMPUTED: key -> property that is written under it for readers, and left out when the file is read.
     """
@@ -66,7 +68,7 @@ class Document(Part, frozen=True, kw_only=True):
     def to_mapping(self) -> dict[str, Any]:
         """The file's content as plain values; numbers that are not finite as text."""
         names = {**self.COMPUTED, **{name: name for name in self.__struct_fields__}}
-        return {"format": self.FORMAT, **{key: _plain(getattr(self, name)) for key, name in names.items()}}
+        return {KEY: self.FORMAT, **{key: _plain(getattr(self, name)) for key, name in names.items()}}
 
     def to_json(self) -> str:
         """Indented JSON text; the same value gives the same text."""
@@ -95,28 +97,29 @@ class Document(Part, frozen=True, kw_only=True):
         Raises:
             DocumentError: as `from_json`.
         """
-        found = content.get("format") if isinstance(content, Mapping) else None
+        key = OLD_KEY if isinstance(content, Mapping) and KEY not in content else KEY
+        found = content.get(key) if isinstance(content, Mapping) else None
         if not isinstance(content, Mapping) or found != cls.FORMAT:
             kind = cls.FORMAT.partition("/")[0]
             other = isinstance(found, str) and found.startswith(f"{kind}/")
             what = "made by another version of qdq. Make it again" if other else "another file. Make one"
-            raise DocumentError(f"its format is {found!r} and {cls.FORMAT!r} is needed: {what} with `{cls.MAKE}`")
+            raise DocumentError(f"its schema is {found!r} and {cls.FORMAT!r} is needed: {what} with `{cls.MAKE}`")
         inside = _documents(cls)
         read = {k: _read(v, inside[k]) if k in inside else v for k, v in content.items()}
-        held = {k: v for k, v in read.items() if k != "format" and k not in cls.COMPUTED}
+        held = {k: v for k, v in read.items() if k != key and k not in cls.COMPUTED}
         return converted(_with_numbers(held, cls), cls)
 
     @classmethod
     def _completed(cls, schema: Mapping[str, Any]) -> dict[str, Any]:
-        """The schema of the fields, with the format and the computed properties."""
+        """The schema of the fields, with its name and the computed properties."""
         computed = {}
         for key, name in cls.COMPUTED.items():
             hints = typing.get_type_hints(getattr(cls, name).fget, include_extras=True)
             computed[key] = msgspec.json.schema(hints["return"])
         return {
             **schema,
-            "properties": {"format": {"const": cls.FORMAT}, **computed, **schema["properties"]},
-            "required": ["format", *cls.COMPUTED, *schema.get("required", ())],
+            "properties": {KEY: {"const": cls.FORMAT}, **computed, **schema["properties"]},
+            "required": [KEY, *cls.COMPUTED, *schema.get("required", ())],
         }
 
 

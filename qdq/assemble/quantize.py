@@ -16,9 +16,9 @@ from qdq.assemble.choose_calibrator import solve_auto
 from qdq.assemble.insert import insert
 from qdq.assemble.judge import judged, unshifted
 from qdq.assemble.leave_out import UNREACHED, reached, spared
+from qdq.assemble.tables import measured
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
-from qdq.measure.collect import collect
 from qdq.measure.inference.inputs import as_samples
 from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import registered
@@ -79,7 +79,7 @@ def quantize(
         if checked is None:
             raise InputError("There is no calibration table and there are no samples to make one from: give samples.")
         with registered(custom_ops):
-            table = collect(prepared, chosen, checked, on_progress=on_progress)
+            table = measured(prepared, chosen, checked, on_progress=on_progress)
     table.check(prepared, chosen)
     chosen = reached(prepared, chosen, table)
     if settings is not None:

@@ -7,6 +7,7 @@ Must not measure anything itself.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qdq.cli import options
-from qdq.cli.terminal import Bars, note
+from qdq.cli.terminal import Bars, note, show_json
 from qdq.core.errors import InputError
 from qdq.core.outputs import check_output
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from calib_data import InputSpec, Samples
     from calib_data.volumes.spec import VolumeSpec
     from qdq.build.recipe import Recipe
+    from qdq.core.progress import Progress
     from qdq.measure.shards import Pool
     from qdq.measure.table import CalibrationTable
     from qdq.model.model import Model
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 @click.option("--plan", "plan_file", type=options.PATH, help="Take this plan.json in place of a new plan.")
 @options.output_option("table.json")
 @click.option("--merge", is_flag=True, help="Make one table of several, given in place of MODEL.")
-@click.option("--workers", type=int, metavar="N", help="Calibrate on N processes of this machine; default: one.")
+@options.workers_option
 @click.option("--cluster", metavar="tcp://HOST:PORT", help="Calibrate on the workers of this Dask cluster.")
 @click.option("--provider", default="cpu", show_default=True, help="Run ONNX Runtime on cpu or cuda.")
 @options.custom_ops_option
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 )
 @options.place_options
 @options.shape_option
+@options.cache_option
+@options.json_option
 def calibrate(
     files: tuple[Path, ...],
     data: str | None,
@@ -56,6 +60,7 @@ def calibrate(
     provider: str,
     custom_ops: tuple[str, ...],
     plot_folder: Path | None,
+    as_json: bool,
     **given: Any,
 ) -> None:
     """Measure the tensors that a plan quantizes, and the largest magnitude of every other.
@@ -80,14 +85,31 @@ def calibrate(
         prepared, plan, table = _measured(
             files[0], data, random_data, plan_file, output, options.recipe_of(given), _pool(workers, cluster), running
         )
-    magnitudes = f"the largest magnitude of {len(table.ranges)}"
-    click.echo(f"{len(table.tensors)} tensors measured on {table.count} samples, and {magnitudes}: {output}")
-    if table.repeated:
-        note(f"{table.repeated} samples are equal to others and count as often as they are there.")
+    magnitudes, drawn = f"the largest magnitude of {len(table.ranges)}", None
+    if not as_json:
+        click.echo(f"{len(table.tensors)} tensors measured on {table.count} samples, and {magnitudes}: {output}")
+    notes = [f"{table.repeated} samples are equal to others and count as often as they are there."]
+    for text in notes if table.repeated else ():
+        note(text)
     if plot_folder is not None and not merge:
         from qdq.deploy.report.plots import draw
 
-        click.echo(f"Histograms and thresholds: {draw(prepared, plan, table, plot_folder)}")
+        drawn = draw(prepared, plan, table, plot_folder)
+        if not as_json:
+            click.echo(f"Histograms and thresholds: {drawn}")
+    if as_json:
+        from qdq.cli.answer.documents import CalibrateAnswer
+
+        answer = CalibrateAnswer(
+            table=str(output),
+            tensors=len(table.tensors),
+            magnitudes=len(table.ranges),
+            samples=table.count,
+            repeated=table.repeated,
+            pictures=None if drawn is None else str(drawn),
+            notes=tuple(notes if table.repeated else ()),
+        )
+        show_json(answer.to_json())
 
 
 def _pool(workers: int | None, cluster: str | None) -> Pool | None:
@@ -116,7 +138,7 @@ def _measured(
     running: dict[str, Any],
 ) -> tuple[Model, Plan, CalibrationTable]:
     """Measure and write the table, going on from a checkpoint beside it."""
-    from calib_data.volumes.monai import trusted
+    from qdq.assemble.tables import measured
     from qdq.core.files import write_text
     from qdq.measure.checkpoint import Checkpoint
     from qdq.measure.collect import collect, key
@@ -143,25 +165,35 @@ def _measured(
                 f"{len(names)} tensors do not fit the memory at once: {len(layout.groups)} passes over the samples, of "
                 f"at most {layout.bytes_each / 1e6:.0f} MB of activations."
             )
-        if pool is None:
-            table = collect(prepared, plan, samples, checkpoint=checkpoint, on_progress=bars, **running)
-        else:
-            where = None if data is None else os.path.abspath(data)
-            how = (recipe.volume, options.case_key_of(recipe), trusted())
-            source = partial(_open, where, samples.inputs, *how) if where else partial(replace, samples)
-            table = collect_shards(
+
+        def measure(plan: Plan, on_progress: Progress | None) -> CalibrationTable:
+            if pool is None:
+                return collect(prepared, plan, samples, checkpoint=checkpoint, on_progress=on_progress, **running)
+            return collect_shards(
                 model,
                 plan,
-                source,
+                reopened(samples, data, recipe),
                 pool,
                 total=samples.len_or_none(),
                 checkpoint=checkpoint,
-                on_progress=bars,
+                on_progress=on_progress,
                 **running,
             )
+
+        usual = running["provider"] == "cpu" and not running["custom_ops"]  # as every other stage measures
+        table = measured(prepared, plan, samples, by=measure, on_progress=bars) if usual else measure(plan, bars)
     write_text(output, table.to_json(), resumed=True)
     checkpoint.remove()
     return prepared, plan, table
+
+
+def reopened(samples: Samples, data: str | None, recipe: Recipe) -> Callable[[], Samples]:
+    """What opens the samples anew in a worker; `data` is the option, None for random ones."""
+    from calib_data.volumes.monai import trusted
+
+    where = None if data is None else os.path.abspath(data)
+    how = (recipe.volume, options.case_key_of(recipe), trusted())
+    return partial(_open, where, samples.inputs, *how) if where else partial(replace, samples)
 
 
 def _open(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qdq.cli import options
-from qdq.cli.terminal import Bars, note, show_rows
+from qdq.cli.terminal import Bars, note, show_json, show_rows
 from qdq.core.outputs import check_output
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def _metrics() -> Iterable[str]:
 @options.compile_options
 @options.recipe_option
 @options.custom_ops_option
+@options.cache_option
 @options.json_option
 def compare(
     model: Path,
@@ -127,7 +128,7 @@ def compare(
         write_text(output, made.to_json())
         shown = write_page(output)
     if as_json:
-        click.echo(made.to_json(), nl=False)
+        show_json(made.to_json())
         return
     show_rows(f"{model.name} for {', '.join(made.targets)}, {made.samples} {made.evaluated_on}", made.table())
     for text in (*made.notes, *([options.RANDOM_NOTE] if random_data else [])):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qdq.cli import options
-from qdq.cli.terminal import Bars, note, show_rows, warn
+from qdq.cli.terminal import Bars, note, show_json, show_rows, warn
 from qdq.core.errors import InputError
 
 if TYPE_CHECKING:
     from engines.verify.report import Report
+    from qdq.assemble.tables import Measure
     from qdq.build.recipe import Recipe
+    from qdq.core.progress import Progress
     from qdq.deploy.deploy import Deployed
+    from qdq.measure.table import CalibrationTable
+    from qdq.plan.plan import Plan
 
 
 @click.command()
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
 @options.data_options
 @click.option("--out", type=options.PATH, required=True, help="Write the results to this folder.")
 @click.option("--eval", "evaluation", help="Check on these samples, in the forms of --data; default: those of --data.")
+@options.made_options
+@options.workers_option
 @options.settings_options
 @options.unquantized_option
 @options.tune_options
@@ -37,6 +44,7 @@ if TYPE_CHECKING:
     "Without it no pixel is kept.",
 )
 @options.custom_ops_option
+@options.cache_option
 @options.json_option
 def deploy(
     model: Path,
@@ -44,6 +52,9 @@ def deploy(
     random_data: int | None,
     out: Path,
     evaluation: str | None,
+    plan_file: Path | None,
+    table_file: Path | None,
+    workers: int | None,
     allow_overlap: bool,
     with_images: bool,
     custom_ops: tuple[str, ...],
@@ -54,8 +65,17 @@ def deploy(
     from qdq.deploy.deploy import deploy as deployed
     from qdq.deploy.report.report import warning_lines
     from qdq.deploy.trace.command import command_of
+    from qdq.measure.table import CalibrationTable
+    from qdq.plan.plan import Plan
 
-    recipe = options.recipe_of(given)
+    plan = Plan.load(plan_file) if plan_file else None
+    recipe = options.recipe_of_plan(given, plan, plan_file)
+    if table_file and plan is None and recipe.tune != "off":
+        raise InputError(
+            "--table holds the tensors of one plan, and a tuned plan may need others: give that --plan too, or --tune "
+            "off. A folder for --cache remembers tables by itself."
+        )
+    table = CalibrationTable.load(table_file) if table_file else None
     with Bars() as bars:
         done = deployed(
             model,
@@ -65,6 +85,9 @@ def deploy(
             evaluation=(lambda prepared: options.samples_of(prepared, recipe, evaluation, None))
             if evaluation
             else None,
+            plan=plan,
+            calibrated=table,
+            measure=_on_workers(model, data, random_data, recipe, workers, custom_ops),
             allow_overlap=allow_overlap,
             with_images=with_images,
             custom_ops=custom_ops,
@@ -76,11 +99,45 @@ def deploy(
     finish_with(done.report.failures, warning_lines(done.report.check))
 
 
+def _on_workers(
+    model: Path,
+    data: str | None,
+    random_data: int | None,
+    recipe: Recipe,
+    workers: int | None,
+    libraries: Sequence[str],
+) -> Measure | None:
+    """What calibrates on several processes, None for this one."""
+    if workers is None:
+        return None
+    from qdq.cli.calibrate import reopened
+    from qdq.core.resources import given_bytes
+    from qdq.measure.shards import collect_shards, local_pool
+    from qdq.passes.prepare import load_float
+
+    pool = local_pool(workers)
+
+    def measure(plan: Plan, on_progress: Progress | None) -> CalibrationTable:
+        samples = options.samples_of(load_float(model), recipe, data, random_data)
+        return collect_shards(
+            model,
+            plan,
+            reopened(samples, data, recipe),
+            pool,
+            total=samples.len_or_none(),
+            custom_ops=tuple(os.path.abspath(path) for path in libraries),
+            memory=given_bytes(),
+            on_progress=on_progress,
+        )
+
+    return measure
+
+
 def _show_deployed(done: Any, name: str, as_json: bool) -> None:
     from qdq.deploy.report.report import audit_lines
 
     if as_json:
-        click.echo(done.report.to_json(), nl=False)
+        show_json(done.report.to_json())
         return
     show_rows(f"{name} {done.report.title}", done.report.rows())
     show_volumes(done.report.check)
@@ -125,7 +182,8 @@ def finish_with(failures: list[str], warnings: Iterable[str] = ()) -> None:
 @click.option("--class-axis", type=int, help="Look for classes on this axis; default: as the graph says.")
 @options.custom_ops_option
 @options.recipe_option
-def segment(model: Path, data: str, out: Path, custom_ops: tuple[str, ...], **given: Any) -> None:
+@options.json_option
+def segment(model: Path, data: str, out: Path, custom_ops: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Segment images: labels as NIfTI files on the images' own grids, and the names of structures.
 
     Files are named by the number of an image in the order of names, and by its key.
@@ -149,6 +207,12 @@ def segment(model: Path, data: str, out: Path, custom_ops: tuple[str, ...], **gi
             on_progress=bars,
         )
     note(made.said)
+    if as_json:
+        from qdq.cli.answer.documents import SegmentAnswer
+
+        answer = SegmentAnswer(folder=str(out.resolve()), files=made.files, notes=(made.said,))
+        show_json(answer.to_json())
+        return
     click.echo(f"{len(made.files) - 1} image{'s' * (len(made.files) > 2)}: {out.resolve()}")
 
 
@@ -160,6 +224,7 @@ def segment(model: Path, data: str, out: Path, custom_ops: tuple[str, ...], **gi
 @options.tune_options
 @options.compiler_option
 @options.compile_options
+@options.cache_option
 @options.json_option
 def demo(out: Path, as_json: bool, **given: Any) -> None:
     """Deploy the 3-D brain segmentation network and the brain volume that the package ships.

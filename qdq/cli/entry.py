@@ -5,6 +5,7 @@
     2   bad input                  141  nobody reads the output any more
     3   a runtime is missing       143  SIGTERM
 
+With --json an error is also a JSON object on standard output (`answer.error`), which holds nothing else.
 Everything else is imported inside `main`, so that Ctrl-C during the imports ends with its one line too.
 """
 
@@ -52,7 +53,7 @@ class _Signals:
             while (number := os.read(source, 1)[0]) not in _ENDINGS:
                 pass
             time.sleep(LATE_S)
-            _say(_ended_by(number))
+            _say_ended_by(number)
             os._exit(128 + number)
 
         threading.Thread(target=wait, daemon=True, name="end late").start()
@@ -121,12 +122,16 @@ def main() -> None:
     stopped.end()
     if stopped.number:
         code = 128 + stopped.number
-        _say(_ended_by(stopped.number))
+        _say_ended_by(stopped.number)
     sys.exit(code)
 
 
-def _ended_by(number: int) -> str:
-    return f"{_ENDINGS[signal.Signals(number)]}; no file is left half written."
+def _say_ended_by(number: int) -> None:
+    from qdq.cli.answer.error import error_json, tell
+
+    text = f"{_ENDINGS[signal.Signals(number)]}; no file is left half written."
+    _say(text)
+    tell(sys.argv[1:], error_json(128 + number, text))
 
 
 def _open_streams() -> None:
@@ -146,8 +151,10 @@ def _say(text: str) -> None:
 
 def _run() -> int:
     """The exit code of the verb."""
+    from qdq.cli.answer.error import forget
     from qdq.cli.main import main as verbs
 
+    forget()
     code = int(verbs.main(standalone_mode=False) or 0)
     try:
         sys.stdout.flush()
@@ -160,6 +167,7 @@ def _ending(error: BaseException) -> int:
     """The exit code of what was raised, said in one paragraph."""
     import click
 
+    from qdq.cli.answer.error import error_json, tell
     from qdq.cli.terminal import ClosedError
 
     if isinstance(error, ClosedError):
@@ -169,12 +177,20 @@ def _ending(error: BaseException) -> int:
 
         with suppress(OSError):  # as in `_say`
             error.show()
+        usage = isinstance(error, click.UsageError)
+        cause = error if error.__cause__ is None else error.__cause__
+        said = error_json(
+            error.exit_code, error.format_message(), kind="usage" if usage else "", cause=type(cause).__name__
+        )
+        tell(sys.argv[1:], said)
         return error.exit_code
     if isinstance(error, SystemExit) and isinstance(error.code, int):  # of a verb
         return error.code
-    from qdq.cli.fault import report
+    from qdq.cli.answer.fault import report
 
-    _say(report(error, sys.argv))
+    told, log = report(error, sys.argv)
+    _say(told)
+    tell(sys.argv[1:], error_json(FAULT, told.removeprefix("Error: "), cause=type(error).__name__, log=log))
     return FAULT
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qdq.cli import options
-from qdq.cli.terminal import Bars, note, show_rows
+from qdq.cli.terminal import Bars, note, show_json, show_rows
 from qdq.core.errors import InputError
 from qdq.core.outputs import check_output
 
@@ -73,7 +73,7 @@ def lint_command(
     if not fix:
         found = lint(loaded, profile)
         if as_json:
-            click.echo(LintReport(findings=tuple(found)).to_json(), nl=False)
+            show_json(LintReport(findings=tuple(found)).to_json())
         else:
             _show(f"{model.name} for {profile.title}: {_count(found)}", found)
         raise SystemExit(int(any(f.severity == "error" for f in found)))
@@ -123,7 +123,7 @@ def _fix(
         found = LintReport(
             findings=tuple(lint(loaded, profile)), changes=tuple(done.changes), left=tuple(done.left), proof=proof
         )
-        click.echo(found.to_json(), nl=False)
+        show_json(found.to_json())
     else:
         _report(model, output, done, refused, kernels, difference)
     return int(errors or bool(refused))

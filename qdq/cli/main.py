@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import click
 
+from qdq.cli.about.inspect import data, doctor, explain, measure_gpu, schema
+from qdq.cli.about.words import completion, help_command
 from qdq.cli.calibrate import calibrate
 from qdq.cli.compare import compare
 from qdq.cli.deploy import demo, deploy, report, segment
-from qdq.cli.inspect import data, doctor, explain, measure_gpu, schema
 from qdq.cli.lint import lint_command as lint
 from qdq.cli.stages import audit, build, check, plan, quantize
 from qdq.cli.terminal import Verbs, voice_options
@@ -25,13 +26,30 @@ def main() -> None:
 
     `qdq demo` shows it; `qdq deploy MODEL --data DATA --out DIR` does it all; the other verbs are its stages.
 
+    `qdq help` explains schemes, limits, files and more.
+
     Exit codes: 0 done and passed, 1 a limit failed, 2 bad input, 3 a needed runtime is missing, 70 a fault of qdq,
     130 interrupted, 143 terminated.
     """
 
 
 STAGES = (plan, tune, calibrate, quantize, build, audit, check)
-VERBS = (*STAGES, deploy, report, segment, compare, explain, data, lint, doctor, measure_gpu, schema, demo)
+VERBS = (
+    *STAGES,
+    deploy,
+    report,
+    segment,
+    compare,
+    explain,
+    data,
+    lint,
+    doctor,
+    measure_gpu,
+    schema,
+    demo,
+    help_command,
+    completion,
+)
 for verb in VERBS:
     verb.params += voice_options()
     main.add_command(verb)

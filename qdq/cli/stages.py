@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +10,12 @@ import click
 
 from qdq.cli import options
 from qdq.cli.deploy import finish_with, show_volumes
-from qdq.cli.terminal import Bars, note, show_rows, warn
-from qdq.core.errors import InputError, ModelError
+from qdq.cli.terminal import Bars, note, show_json, show_rows, warn
+from qdq.core.errors import ModelError
 from qdq.core.outputs import check_output
 
 if TYPE_CHECKING:
     from qdq.build.recipe import Recipe
-    from qdq.plan.settings import Settings
 
 
 @click.command()
@@ -41,7 +39,7 @@ def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
     for text in filter(None, (*prepared.notes, made.why_nothing)):
         note(text)
     if as_json:
-        click.echo(made.to_json(), nl=False)
+        show_json(made.to_json())
     else:
         show_rows(f"Plan of {model.name}" + (f" in {output}" if output else ""), plan_rows(made))
 
@@ -49,13 +47,14 @@ def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
 @click.command()
 @options.model_argument
 @options.data_options
-@click.option("--plan", "plan_file", type=options.PATH, help="Take this plan.json in place of a new plan.")
-@click.option("--table", "table_file", type=options.PATH, help="Take this table.json in place of a new calibration.")
+@options.made_options
 @options.output_option("the Q/DQ model")
 @options.unquantized_option
 @options.custom_ops_option
 @options.settings_options
 @options.shape_option
+@options.cache_option
+@options.json_option
 def quantize(
     model: Path,
     data: str | None,
@@ -64,11 +63,13 @@ def quantize(
     table_file: Path | None,
     output: Path,
     custom_ops: tuple[str, ...],
+    as_json: bool,
     **given: Any,
 ) -> None:
     """Write the Q/DQ model. For a large model, resumes from the weights an interrupted run already finished."""
     from qdq.assemble.finish import finish
     from qdq.assemble.quantize import quantize
+    from qdq.cli.answer.documents import QuantizeAnswer
     from qdq.measure.table import CalibrationTable
     from qdq.model.storage import save
     from qdq.model.weight_store import kept
@@ -79,12 +80,7 @@ def quantize(
     with Bars() as bars:
         bars(0, None, "Prepare")
         chosen = Plan.load(plan_file) if plan_file else None
-        recipe = options.recipe_of(given, base=chosen.settings.to_mapping() if chosen else None)
-        if chosen and _places(recipe.settings) != _places(chosen.settings):
-            raise InputError(
-                f"The plan {plan_file} already says what is quantized, which --scheme, --compiler, --block, --shift "
-                "and --exclude cannot change. Edit the plan, or make another with `qdq plan`."
-            )
+        recipe = options.recipe_of_plan(given, chosen, plan_file)
         prepared = load_float(model)
         table = CalibrationTable.load(table_file) if table_file else None
         if table is not None and data is None and random_data is None:
@@ -103,14 +99,15 @@ def quantize(
             )
             done = finish(made.model, made.plan, unquantized_type=recipe.unquantized_type, table=made.table)
             save(done.model, output)
-    for text in filter(None, (*prepared.notes, made.plan.why_nothing, *made.solution.notes, *done.notes)):
+    notes = tuple(filter(None, (*prepared.notes, made.plan.why_nothing, *made.solution.notes, *done.notes)))
+    count, operands = len(made.plan.quantized_nodes), made.plan.operands
+    for text in notes:
         note(text)
-    click.echo(f"{len(made.plan.quantized_nodes)} nodes in {made.plan.operands}: {output}")
-
-
-def _places(settings: Settings) -> tuple[object, ...]:
-    """The settings that decide where quantizers go; the others decide scales and codes."""
-    return (settings.scheme, settings.compiler, settings.shift, settings.exclude, settings.overrides, settings.block)
+    if as_json:
+        answer = QuantizeAnswer(model=str(output), quantized_nodes=count, operands=operands, notes=notes)
+        show_json(answer.to_json())
+        return
+    click.echo(f"{count} nodes in {operands}: {output}")
 
 
 @click.command()
@@ -124,13 +121,16 @@ def _places(settings: Settings) -> tuple[object, ...]:
     help="Read and write this cache of kernel timings; only TensorRT times kernels.",
 )
 @options.recipe_option
-def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) -> None:
+@options.cache_option
+@options.json_option
+def build(model: Path, output: Path, timing_cache: Path | None, as_json: bool, **given: Any) -> None:
     """Compile an engine from an ONNX model, quantized or not.
 
     A float model that the compiler refuses is written again, beside the engine, in a form that it takes.
     """
     from qdq.build.any_model import compile_any
     from qdq.build.engine import engine_of_another, save_engine, shape_ranges
+    from qdq.cli.answer.documents import BuildAnswer
     from qdq.model.storage import load
     from qdq.passes.steered import said
 
@@ -143,14 +143,27 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
         shapes = shape_ranges(loaded, recipe.shapes, None)
         prepared = output.with_name(f"{output.name.removesuffix('.engine')}.prepared.onnx")
         engine, form = compile_any(loaded, prepared, recipe=recipe, shapes=shapes, on_progress=bars)
-        save_engine(engine, output, prepared if form else model, recipe=recipe, shapes=shapes)
+        compiled = prepared if form else model
+        save_engine(engine, output, compiled, recipe=recipe, shapes=shapes)
+    notes = [*filter(None, (*recipe.option_notes, engine.table.note))]
     if form:
         why = "" if recipe.held_inputs else f"{model.name} itself does not compile; "
         same = "which computes the same" + (f" where {said(form.held_inputs)}" if form.held_inputs else "")
-        note(f"{why}the engine is of {prepared}, {same}.")
-    for text in filter(None, (*recipe.option_notes, engine.table.note)):
+        notes.insert(0, f"{why}the engine is of {prepared}, {same}.")
+    for text in notes:
         note(text)
-    warn([engine_of_another(output)])
+    warn(warnings := [*filter(None, [engine_of_another(output)])])
+    if as_json:
+        answer = BuildAnswer(
+            engine=str(output),
+            compiled=str(compiled),
+            kernels=engine.table.kernels,
+            targets=engine.table.targets,
+            notes=tuple(notes),
+            warnings=tuple(warnings),
+        )
+        show_json(answer.to_json())
+        return
     click.echo(f"{engine.table.kernels} kernels for {', '.join(engine.table.targets)}: {output}")
 
 
@@ -163,6 +176,7 @@ def build(model: Path, output: Path, timing_cache: Path | None, **given: Any) ->
 )
 @options.share_option
 @options.recipe_option
+@options.cache_option
 @options.json_option
 def audit(model: Path, gpu: str | None, as_json: bool, **given: Any) -> None:
     """Say in which type each node really runs; MODEL is an engine, or a Q/DQ model, which is compiled first."""
@@ -184,7 +198,7 @@ def audit(model: Path, gpu: str | None, as_json: bool, **given: Any) -> None:
     compiled_now = model.suffix == ".onnx"
     warn([model_of_another(model, result.backend, result.version) if compiled_now else engine_of_another(model)])
     if as_json:
-        click.echo(result.to_json(), nl=False)
+        show_json(result.to_json())
     else:
         show_rows(f"Audit of {model.name}", audit_rows(result))
         for line in audit_lines(result):
@@ -200,15 +214,22 @@ def _show_price(model: Path, recipe: Recipe, gpu: str, as_json: bool) -> None:
     from engines.cost.predict import HEADERS, rows
     from qdq.build.any_model import price
     from qdq.build.machine import model_of_another
+    from qdq.cli.answer.documents import PredictAnswer, PredictedKernel
 
     with Bars() as bars:
         cost = price(model, recipe, gpu, bars)
     compiler = predicting(recipe.backend)
     warn([model_of_another(model, compiler.name, import_runtime(compiler.runtime).__version__)])
     if as_json:
-        kernels = [asdict(k) for k in cost.kernels]
-        found = {"gpu": cost.gpu.name, "predicted_us": cost.total_us, "family": cost.family, "error": cost.error}
-        click.echo(json.dumps({**found, "notes": cost.notes, "kernels": kernels}, indent=1))
+        answer = PredictAnswer(
+            gpu=cost.gpu.name,
+            predicted_us=cost.total_us,
+            family=cost.family,
+            error=cost.error,
+            notes=cost.notes,
+            kernels=tuple(PredictedKernel(**asdict(k)) for k in cost.kernels),
+        )
+        show_json(answer.to_json())
         return
     show_rows(f"{model.name} on {cost.gpu.name}: predicted {cost.text}", [HEADERS, *rows(cost)])
     for line in cost.notes:
@@ -230,6 +251,7 @@ def _show_price(model: Path, recipe: Recipe, gpu: str, as_json: bool) -> None:
 @options.custom_ops_option
 @options.shape_option
 @options.recipe_option
+@options.cache_option
 @options.json_option
 def check(
     float_model: Path,
@@ -288,7 +310,7 @@ def check(
     if output:
         report.save(output)
     if as_json:
-        click.echo(report.to_json(), nl=False)
+        show_json(report.to_json())
     else:
         show_rows(f"{candidate.name} against {float_model.name}, {report.samples} samples", check_rows(report))
         show_volumes(report)

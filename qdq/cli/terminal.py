@@ -22,6 +22,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from qdq.cli.answer.error import answered
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -264,6 +266,12 @@ class Bars:
             return f"{self._label}: for {gone:.0f} s"
         left = gone * (self._total - self._done) / self._done
         return f"{self._label}: {self._done} of {self._total}, about {left:.0f} s left"
+
+
+def show_json(text: str) -> None:
+    """Print a verb's answer, JSON text with its line end: the only thing on standard output."""
+    click.echo(text, nl=False)
+    answered()
 
 
 def show_rows(title: str, rows: Iterable[tuple[str, ...]]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from qdq.cli import options
-from qdq.cli.terminal import Bars, note, show_rows
+from qdq.cli.terminal import Bars, note, show_json, show_rows
 from qdq.core.outputs import check_output
 
 
@@ -23,9 +23,7 @@ from qdq.core.outputs import check_output
 @click.option(
     "--min-sqnr-db", type=float, help="Require this signal to noise ratio of the outputs, in dB; needs --data."
 )
-@click.option(
-    "--cache", type=options.PATH, help="Keep the price of every compiled graph in this folder, for the next time."
-)
+@options.cache_option
 @options.tune_options
 @options.unquantized_option
 @options.settings_options
@@ -36,7 +34,6 @@ def tune(
     data: str | None,
     random_data: int | None,
     output: Path,
-    cache: Path | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -71,7 +68,7 @@ def tune(
         shapes = shape_ranges(prepared, recipe.shapes, samples)
         prepared = with_possible_branches(prepared, samples, recipe=recipe, shapes=shapes, on_progress=bars)
         with bench_of(recipe, shapes) as bench:
-            pricer = pricer_of(priced_here(recipe, bench), shapes, cache=cache)
+            pricer = pricer_of(priced_here(recipe, bench), shapes)
             assert pricer is not None
             found = find_plan(prepared, pricer, samples=samples, bench=bench, on_progress=bars)
         outcome = found.outcome(pricer.told, elsewhere(prepared, pricer))
@@ -79,7 +76,7 @@ def tune(
     if outcome.measured:
         write_atomic(output.with_name(f"{output.name.removesuffix('.json')}.measured.jsonl"), outcome.lines)
     if as_json:
-        click.echo(outcome.to_json(), nl=False)
+        show_json(outcome.to_json())
         return
     rows = [
         Row(outcome.label, outcome.times),

@@ -18,14 +18,18 @@ from engines.core import arithmetic
 from engines.core import onnx_runtime as ort
 from engines.core.documents import replace
 from engines.core.errors import EngineError
+from engines.core.files import sha256_file
 from engines.verify.as_compiled import roundings
 from engines.verify.compare import compare
 from engines.verify.report import Alarms, Limits, Report
 from qdq.build.keys.segmentation import WholeVolumes
+from qdq.core.disk.cache import remembered
 from qdq.core.progress import Progress
 from qdq.deploy.volumes.evaluate import compare_volumes
 from qdq.deploy.volumes.slices import Keeper
+from qdq.measure.inference.kept import seen
 from qdq.measure.inference.samples import Sample
+from qdq.model.as_bytes import identity
 from qdq.model.graphsurgeon import ModelSource, called
 from qdq.model.model import Model
 from qdq.model.storage import load
@@ -93,7 +97,66 @@ def evaluate(
         custom_ops: libraries of custom operators that ONNX Runtime needs for the models.
         whole: how the samples' images are run as whole volumes too, where that is asked for.
         pictures: as of `compare_volumes`.
+
+    Where work is kept, what was found of the same models and samples before; not what a GPU ran, nor of whole volumes.
     """
+
+    def found() -> Report:
+        return _evaluated(
+            float_model,
+            candidate,
+            samples,
+            limits=limits,
+            alarms=alarms,
+            task=task,
+            class_axis=class_axis,
+            engine_backend=engine_backend,
+            running=running,
+            as_compiled=as_compiled,
+            predicted=predicted,
+            custom_ops=custom_ops,
+            whole=whole,
+            pictures=pictures,
+            on_progress=on_progress,
+        )
+
+    if engine_backend or (whole and whole.asked):
+        return found()
+    asked = (sorted(limits.items()), alarms, task, class_axis, predicted, bool(gpus()))
+    return remembered(
+        "reports",
+        lambda: (
+            *identity(load(float_model)),
+            *identity(load(candidate)),
+            as_compiled and as_compiled.to_json(),
+            asked,
+            *map(sha256_file, custom_ops),
+            *seen(samples),
+        ),
+        found,
+        pack=lambda report: {"report": report.to_json().encode()},
+        unpack=lambda parts: Report.from_json(parts["report"]),
+    )
+
+
+def _evaluated(
+    float_model: ModelSource,
+    candidate: ModelSource,
+    samples: Samples,
+    *,
+    limits: Mapping[str, float],
+    alarms: Alarms | None,
+    task: str,
+    class_axis: int | None,
+    engine_backend: str | None,
+    running: Running | None,
+    as_compiled: LayerTable | None,
+    predicted: bool,
+    custom_ops: Sequence[str],
+    whole: WholeVolumes | None,
+    pictures: Keeper | None,
+    on_progress: Progress | None,
+) -> Report:
     total = samples.len_or_none()
 
     def counted() -> Iterator[Sample]:

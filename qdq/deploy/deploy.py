@@ -31,19 +31,19 @@ from engines.verify.manifest import sha256_model
 from engines.verify.report import OF_VOLUMES
 from qdq.assemble.finish import float_type_of
 from qdq.assemble.precision.convert import convert
+from qdq.assemble.tables import Measure, Tables
 from qdq.build.branches import with_possible_branches
 from qdq.build.compiler import of_another
 from qdq.build.engine import (
     add_files,
-    checked,
-    compile_engine,
     require_profiles,
     save_engine,
     shape_ranges,
 )
+from qdq.build.kept import kept_check, kept_engine
 from qdq.build.machine import builds_here, compiler_here, how_to_build, runs_here
 from qdq.build.measured.bench import bench_of, priced_here, why_predicted
-from qdq.build.pricer import priced_engine
+from qdq.build.pricing.pricer import priced_engine
 from qdq.build.pricing.tensorrt_pricer import pricer_of, unpriced
 from qdq.build.recipe import Recipe
 from qdq.build.script.write import NAME, save_build_script
@@ -75,6 +75,7 @@ from qdq.model.storage import load, save
 from qdq.model.weight_store import kept
 from qdq.passes.composites import written_out
 from qdq.passes.prepare import load_float
+from qdq.plan.plan import Plan
 from qdq.tune.exact.elsewhere import elsewhere
 
 MEASURED = "measured.jsonl"
@@ -104,6 +105,9 @@ def deploy(
     recipe: Recipe | None = None,
     evaluation: Iterable[Sample] | Callable[[Model], Samples] | None = None,
     labels: Sequence[np.ndarray] = (),
+    plan: Plan | None = None,
+    calibrated: CalibrationTable | None = None,
+    measure: Measure | None = None,
     allow_overlap: bool = False,
     with_images: bool = False,
     custom_ops: Sequence[str] = (),
@@ -114,10 +118,10 @@ def deploy(
     """A float model and samples become a checked engine, with all that led to it, in one folder.
 
     `out` receives <stem>.<scheme>.onnx (where nothing is quantized, <stem>.<float type>.onnx), <stem>.engine with its
-    layers (.json) and manifest (.manifest.json), plan.json, table.json, report.json and report.html, provenance.json, and
-    SHA256SUMS of all: all of them, or after an error none; where forms were timed on a GPU also measured.jsonl, a line
-    for each; where samples are images also inference.json. A missed limit is no error. Where the recipe's compiler
-    needs a GPU that is not here, build_engine.sh stands in for the engine, and builds it where there is one.
+    layers (.json) and manifest (.manifest.json), plan.json, table.json, report.json and report.html, provenance.json,
+    and SHA256SUMS of all: all of them, or after an error none; where forms were timed on a GPU also measured.jsonl, a
+    line for each; where samples are images also inference.json. A missed limit is no error. Where the recipe's
+    compiler needs a GPU that is not here, build_engine.sh stands in for the engine, and builds it where there is one.
 
     Args:
         model_path: a float ONNX file; it is not changed.
@@ -127,6 +131,9 @@ def deploy(
         evaluation: to check on; None takes the calibration samples, and the report says so.
         labels: true classes of the evaluation samples, each shaped like the argmax over axis 1 of the first output;
             the report then says how well both models find them.
+        plan: in place of one that is tuned, or made by the rules.
+        calibrated: in place of a calibration, with `plan`, or where nothing is tuned.
+        measure: calibrates in place of this process.
         allow_overlap: evaluation samples may be calibration samples too; the report says how many are.
         with_images: keep slices of the images in slices.npz and on the page, of whole volumes; else no pixel is kept.
         custom_ops: libraries of custom operators that ONNX Runtime needs for the model; the compiler must know them by
@@ -164,8 +171,18 @@ def deploy(
     stem = model_path.name.removesuffix(".onnx")
     weights = out.absolute().with_name(f".{out.absolute().name}.weights")  # of a large model, if a run is killed
     with folder_beside(out) as folder, registered(custom_ops), kept(weights), bench_of(recipe, shapes) as bench:
-        pricer = pricer_of(priced_here(recipe, bench), shapes) if recipe.tune != "off" else None
-        done = written(prepared, calibration, recipe, pricer=pricer, bench=bench, on_progress=on_progress)
+        pricer = pricer_of(priced_here(recipe, bench), shapes) if recipe.tune != "off" and plan is None else None
+        done = written(
+            prepared,
+            calibration,
+            recipe,
+            pricer=pricer,
+            bench=bench,
+            tables=Tables(model=prepared, samples=calibration, measure=measure),
+            plan=plan,
+            table=calibrated,
+            on_progress=on_progress,
+        )
         made, finished = done.made, done.finished
         low = (
             float_type_of(made.plan, recipe.unquantized_type) if arithmetic.holds_low(finished.model.proto) else "fp32"
@@ -182,7 +199,7 @@ def deploy(
         fp16 = _in_fp16(prepared, made.table, recipe)
         if builds_here(recipe):
             notes = [*notes, *recipe.option_notes]
-            engine = compile_engine(output, recipe=recipe, shapes=shapes, on_progress=on_progress)
+            engine = kept_engine(output, recipe=recipe, shapes=shapes, on_progress=on_progress)
             save_engine(engine, engine_path, output, recipe=recipe, shapes=shapes, made_from=provenance(made))
             table = engine.table
             float_table, reason = _float_table(written_out(prepared), folder, recipe, shapes, on_progress)
@@ -192,7 +209,7 @@ def deploy(
             notes = [*notes, recipe.profile.about_opset(finished.model.opset)]
             script = save_build_script(output, engine_path.name, recipe=recipe, shapes=shapes)
             not_built = how_to_build(script.name, recipe)
-            reason = checked(output, finished.model.proto, recipe, shapes, on_progress)
+            reason = kept_check(output, finished.model.proto, recipe, shapes, on_progress)
         judged = calibration if evaluated is None else evaluated
         on_engine = recipe.backend if table and runs_here(table.targets) else None
         against_float = partial(
@@ -331,7 +348,7 @@ def _float_table(
     place.mkdir()
     try:
         save(model, place / "float.onnx")
-        return compile_engine(
+        return kept_engine(
             place / "float.onnx", recipe=recipe, shapes=shapes, on_progress=on_progress, label=f"Compile {kind}"
         ).table, ""
     except BuildError as error:

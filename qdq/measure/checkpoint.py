@@ -92,7 +92,7 @@ class Checkpoint:
             InputError: the folder is not writable.
         """
         began = time.monotonic()
-        head = json.dumps({"format": CheckpointFile.FORMAT, "key": self.key, "state": dict(state or {})})[:-1]
+        head = json.dumps({"schema": CheckpointFile.FORMAT, "key": self.key, "state": dict(state or {})})[:-1]
         tables = ",\n".join(p.to_json() for p in parts)
         write_text(self.path, f'{head}, "parts": [\n{tables}]}}\n', resumed=True)
         ended = time.monotonic()

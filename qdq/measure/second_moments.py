@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from qdq.core.arrays import Floats, Singles
+from qdq.core.disk.spill import mapped
 from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams, to_codes
 from qdq.core.resources import default_bytes
-from qdq.core.spill import mapped
 from qdq.measure.inference.memory import groups_of, left_bytes
 from qdq.measure.inference.samples import Sample, counted, length, require_finite
 from qdq.measure.inference.session import Session

@@ -107,7 +107,7 @@ class CalibrationTable:
     def to_json(self) -> str:
         """The table as JSON, one tensor a line; the same table gives the same text."""
         head = {
-            "format": TableFile.FORMAT,
+            "schema": TableFile.FORMAT,
             "model_sha256": self.model_sha256,
             "samples_sha256": self.samples_sha256,
             "count": self.count,

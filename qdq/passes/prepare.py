@@ -18,7 +18,9 @@ from string import ascii_letters, ascii_lowercase
 
 from onnx import NodeProto, helper
 
+from qdq.core.disk.cache import remembered
 from qdq.core.errors import ModelError
+from qdq.model.as_bytes import identity, packed, unpacked
 from qdq.model.graphsurgeon import ModelSource, called
 from qdq.model.model import Model, dtype_name
 from qdq.model.nodes import all_nodes, attribute_value, controlled_nodes
@@ -47,7 +49,13 @@ def load_float(source: ModelSource) -> Model:
             f"{called(source)} is quantized already: it holds QuantizeLinear, DequantizeLinear or integer operators. "
             "Give the float model that it was made from."
         )
-    return prepare(model)
+    return remembered(
+        "prepared",
+        lambda: identity(model),
+        lambda: prepare(model),
+        pack=packed,
+        unpack=lambda parts: unpacked(parts, model),
+    )
 
 
 OLDEST_OPSET = 7  # as in ONNX Runtime

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TypedDict
 
+from calib_data import Samples
 from engines.core.documents import replace
 from qdq.assemble.finish import finish
 from qdq.assemble.held_out import HeldOutScore, Split, ranked
@@ -15,15 +16,18 @@ from qdq.assemble.tables import Tables
 from qdq.build.cost import Price
 from qdq.build.measured.bench import Bench
 from qdq.build.pricing.tensorrt_pricer import AnyPricer, TensorRtPricer
+from qdq.core.disk.cache import remembered
 from qdq.core.progress import Progress
 from qdq.measure.inference.inputs import as_samples
+from qdq.measure.inference.kept import seen
 from qdq.measure.inference.samples import Sample
+from qdq.model.as_bytes import identity
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
 from qdq.tune.exact.search import tune_exactly
 from qdq.tune.measured import LISTED, measured
-from qdq.tune.prices import Budget
+from qdq.tune.prices import SECONDS, Budget
 from qdq.tune.search import RESERVE_DB, tune
 from qdq.tune.tuned import Tuned
 from qdq.tune.variant_builder import VariantBuilder
@@ -90,6 +94,29 @@ def find_plan(
     Raises:
         BuildError: no way to write the model compiles.
     """
+    checked = None if samples is None else as_samples(samples, prepared)
+    if bench is not None:  # what a GPU shows is never kept
+        return _found(prepared, pricer, checked, bench, on_progress)
+    return remembered(
+        "tuned",
+        lambda: (*identity(prepared), *_decided_by(pricer), *seen(checked)),
+        lambda: _found(prepared, pricer, checked, None, on_progress),
+        pack=lambda tuned: None if tuned.ended == SECONDS else {"tuned": tuned.packed()},
+        unpack=lambda parts: Tuned.unpacked(parts["tuned"]),
+    )
+
+
+def _decided_by(pricer: AnyPricer) -> tuple[object, ...]:
+    """What a search depends on, but for the model and the samples."""
+    recipe = pricer.recipe
+    own = (recipe.unquantized_type, recipe.tune, recipe.tune_compiles, recipe.time_limit_s, recipe.targets)
+    bound, shapes = recipe.limits.get("min_sqnr_db"), sorted((n, repr(s)) for n, s in pricer.shapes.items())
+    return (recipe.settings.to_mapping(), recipe.backend, *own, bound, shapes, *pricer.gpus)
+
+
+def _found(
+    prepared: Model, pricer: AnyPricer, samples: Samples | None, bench: Bench | None, on_progress: Progress | None
+) -> Tuned:
     recipe = pricer.recipe
     few = None if samples is None else _few(samples)
     unquantized_types = EITHER if recipe.unquantized_type == "auto" else (recipe.unquantized_type,)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from textwrap import shorten
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_type_hints
+
+import msgspec
 
 from engines.core.documents import Document, replace
 from qdq.build.cost import Price, PricedGpu
@@ -179,6 +181,20 @@ class Tuned:
         decided = self.decision.sentences(self.operands, gpus) if self.measured is None else []
         return [*self.remarks, *decided, *floats, *(others if self.refusal else [])]
 
+    def packed(self) -> bytes:
+        """All of it but what was measured, as MessagePack: data, which reading does not run."""
+        return msgspec.msgpack.encode({name: getattr(self, name) for name in _kept()})
+
+    @classmethod
+    def unpacked(cls, content: bytes) -> Tuned:
+        """What `packed` gave.
+
+        Raises:
+            ValueError: it did not.
+        """
+        held = msgspec.msgpack.decode(content, type=dict[str, msgspec.Raw])
+        return cls(**{name: msgspec.msgpack.decode(held[name], type=kind) for name, kind in _kept().items()})
+
     def outcome(self, gpus: Sequence[PricedGpu], elsewhere: str = "") -> TuningOutcome:
         """What a report says of it, with times predicted for these GPUs, and of the other compiler."""
         times = (self.price.us, self.plain, self.untuned, self.fp32)
@@ -201,6 +217,12 @@ class Tuned:
             steps=self.steps,
             elsewhere=elsewhere,
         )
+
+
+def _kept() -> dict[str, Any]:
+    """Field -> type of what `packed` holds."""
+    types = get_type_hints(Tuned)
+    return {f.name: types[f.name] for f in fields(Tuned) if f.name not in ("measured", "reference")}
 
 
 def _short(words: str) -> str:

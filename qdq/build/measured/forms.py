@@ -15,7 +15,7 @@ from engines.backends.layers import SYNCHRONIZATION, LayerTable
 from engines.core.documents import Document, Part
 from engines.timing.timer import KernelTime
 from qdq.build.cost import Kernel
-from qdq.build.pricer import signature
+from qdq.build.pricing.pricer import signature
 
 WORST = 10  # kernels of a form that are kept: those whose prediction is furthest off, in microseconds
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from onnx import TensorProto
 
 from engines.backends.backend import backend_named
@@ -23,6 +24,7 @@ from engines.core.files import Scratch
 from qdq.build.engine import compile_engine
 from qdq.build.pricing.processes import Job, Workers, Works, works_of
 from qdq.build.recipe import Recipe
+from qdq.core.disk.cache import keep, recalled
 from qdq.core.resources import cores
 from qdq.model.model import Model
 from qdq.model.nodes import without_initializers
@@ -53,7 +55,21 @@ class Compiles:
     _slow: bool = False
 
     def __call__(self, models: Mapping[str, Model]) -> list[Works | BuildError]:
-        """The work of each, or why it does not compile; by keys that can be names of files."""
+        """The work of each, or why it does not compile; by keys that can be names of files.
+
+        A refusal may be of the machine, not of the model, and is not kept for another run.
+        """
+        known = {key: works for key in models if (works := recalled("works", (key,), _decode)) is not None}
+        unknown = {key: model for key, model in models.items() if key not in known}
+        answers = dict(zip(unknown, self._compiled(unknown), strict=True))
+        for key, answer in answers.items():
+            if not isinstance(answer, BuildError):
+                keep("works", (key,), {"works": msgspec.msgpack.encode(answer)})
+        return [known[key] if key in known else answers[key] for key in models]
+
+    def _compiled(self, models: Mapping[str, Model]) -> list[Works | BuildError]:
+        if not models:
+            return []
         self._slow = self._slow or (len(models) > 1 and max(len(m.graph.node) for m in models.values()) > LARGE)
         with Scratch() as folder:
             jobs = [self._job(model, folder / key) for key, model in models.items()]
@@ -112,6 +128,10 @@ class Compiles:
         save(model, folder / "model.onnx")
         fixed = {name: ShapeRange.fixed(shape.opt) for name, shape in self.shapes.items()}
         return Job(path=folder / "model.onnx", targets=self.targets, shapes=fixed, backend=self.backend)
+
+
+def _decode(parts: dict[str, bytes]) -> Works:
+    return msgspec.msgpack.decode(parts["works"], type=Works)
 
 
 def _here(job: Job) -> Works | BuildError:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from engines.backends.backend import backend_named, backends, predicting
 from engines.backends.compiler import ShapeRange
@@ -20,9 +19,9 @@ from engines.core.operators import CONTRACTIONS
 from engines.cost.gpus import Gpu
 from engines.cost.tensorrt_engine import TensorRtEngine
 from qdq.build.cost import Price
-from qdq.build.pricer import Pricer, gpus_of, mean, refused
 from qdq.build.pricing.compiles import Compiles
 from qdq.build.pricing.float_form import FloatForm, float_form
+from qdq.build.pricing.pricer import Pricer, gpus_of, mean, refused
 from qdq.build.pricing.processes import Works
 from qdq.build.recipe import Recipe
 from qdq.model.model import Model
@@ -156,13 +155,12 @@ AnyPricer = Pricer | TensorRtPricer
 
 
 def pricer_of(
-    recipe: Recipe, shapes: Mapping[str, ShapeRange], *, gpus: Sequence[Gpu] | None = None, cache: Path | None = None
+    recipe: Recipe, shapes: Mapping[str, ShapeRange], *, gpus: Sequence[Gpu] | None = None
 ) -> AnyPricer | None:
     """Who prices for a recipe's compiler; None where times of its scheme are not predicted (`unpriced` says why).
 
     Args:
         gpus: None takes those of the recipe.
-        cache: of TensorRT-RTX's prices, as of `Pricer`.
 
     Raises:
         EngineError, InputError: see `gpus_of`.
@@ -171,7 +169,7 @@ def pricer_of(
         return None
     known = gpus_of(recipe) if gpus is None else gpus
     if backend_named(recipe.backend).predicts:
-        return Pricer(recipe=recipe, shapes=shapes, gpus=known, cache=cache)
+        return Pricer(recipe=recipe, shapes=shapes, gpus=known)
     return TensorRtPricer(recipe=recipe, shapes=shapes, gpus=known)
 
 

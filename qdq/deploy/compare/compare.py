@@ -31,7 +31,7 @@ from qdq.assemble.tables import Tables
 from qdq.build.branches import with_possible_branches
 from qdq.build.engine import compile_engine, shape_ranges
 from qdq.build.machine import builds_here, compiler_here, stand_in
-from qdq.build.pricer import gpus_of
+from qdq.build.pricing.pricer import gpus_of
 from qdq.build.pricing.tensorrt_pricer import TensorRtPricer, pricer_of
 from qdq.build.recipe import Recipe
 from qdq.core.choices import choose

@@ -22,11 +22,14 @@ from engines.core.errors import EngineError
 from engines.verify.report import OutputReport, Report, TensorCost
 from engines.verify.sums import decibels
 from qdq.assemble.held_out import in_its_types
+from qdq.core.disk.cache import remembered
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
 from qdq.deploy.costs.switches import float_weights, switched
+from qdq.measure.inference.kept import seen
 from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import Session
+from qdq.model.as_bytes import identity
 from qdq.model.external import is_large
 from qdq.model.model import Model
 from qdq.model.nodes import controlled_nodes
@@ -61,6 +64,33 @@ def with_costs(
         settings: how it was quantized, where that is known.
         calibrated_on: number of samples, where that is known.
     """
+    if report.poorest is None:
+        return report
+    return remembered(
+        "costs",
+        lambda: (
+            report.to_json(),
+            *identity(float_model),
+            *identity(quantized),
+            *seen(samples),
+            settings and settings.to_mapping(),
+            calibrated_on,
+        ),
+        lambda: _with_costs(report, float_model, quantized, samples, settings, calibrated_on, on_progress),
+        pack=lambda found: {"report": found.to_json().encode()},
+        unpack=lambda parts: Report.from_json(parts["report"]),
+    )
+
+
+def _with_costs(
+    report: Report,
+    float_model: Model,
+    quantized: Model,
+    samples: Iterable[Sample],
+    settings: Settings | None,
+    calibrated_on: int | None,
+    on_progress: Progress | None,
+) -> Report:
     worst = report.poorest
     if worst is None:
         return report

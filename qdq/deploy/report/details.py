@@ -12,11 +12,11 @@ from engines.core.documents import Measured, Part
 from engines.core.macs import macs_in_all
 from engines.core.quantizers import read_graph
 from engines.verify.audit import requested
-from qdq.assemble.quantize import Quantized
 from qdq.build.cost import Price
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams
 from qdq.deploy.costs.errors import TensorErrors
+from qdq.deploy.shipped import Made
 from qdq.model.model import Model
 from qdq.model.nodes import controlled_nodes
 from qdq.plan.plan import Point
@@ -106,7 +106,7 @@ class Details(Part, frozen=True, kw_only=True):
 
 
 def details_of(
-    made: Quantized,
+    made: Made,
     finished: Model,
     errors: TensorErrors,
     *,
@@ -142,7 +142,7 @@ def details_of(
     )
 
 
-def _tensor(point: Point, made: Quantized, errors: TensorErrors) -> TensorRow:
+def _tensor(point: Point, made: Made, errors: TensorErrors) -> TensorRow:
     row = TensorRow(
         tensor=point.tensor,
         role=point.role,
@@ -156,7 +156,7 @@ def _tensor(point: Point, made: Quantized, errors: TensorErrors) -> TensorRow:
     return _ranged(row, params)
 
 
-def _divided(point: Point, made: Quantized) -> bool:
+def _divided(point: Point, made: Made) -> bool:
     """Whether channels are divided before they are quantized, so that one range says nothing of the tensor."""
     return point.tensor in made.solution.divisors or bool(FORMATS[point.spec.format].blocks)
 

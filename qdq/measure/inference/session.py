@@ -45,6 +45,11 @@ def registered(libraries: Sequence[str]) -> Iterator[None]:
         _LIBRARIES.reset(token)
 
 
+def libraries() -> tuple[str, ...]:
+    """The paths that `registered` gave."""
+    return _LIBRARIES.get()
+
+
 class Session:
     """An ONNX Runtime session of a model whose outputs are the wanted tensors, and nothing else.
 

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qdq.core.arrays import Floats, Singles, along_widest, part
+from qdq.core.disk.spill import Spill, Spilled
 from qdq.core.progress import Progress
 from qdq.core.qtensor import CHUNK, QParams
-from qdq.core.spill import Spill, Spilled
 from qdq.measure import second_moments
 from qdq.measure.inference.memory import groups_of
 from qdq.measure.inference.samples import Sample, counted, require_finite

@@ -12,9 +12,11 @@ from textwrap import shorten
 
 from engines.core.documents import replace
 from engines.core.errors import BuildError
-from qdq.build.pricer import Pricer
+from qdq.build.pricing.pricer import Pricer
 from qdq.build.pricing.tensorrt_pricer import AnyPricer, TensorRtPricer, other_of, served
 from qdq.build.recipe import Recipe
+from qdq.core.disk.cache import remembered
+from qdq.model.as_bytes import identity
 from qdq.model.model import Model
 from qdq.tune.exact.search import tune_exactly
 from qdq.tune.variant import Variant
@@ -25,16 +27,29 @@ USUAL_TYPE = "fp16"
 
 def elsewhere(prepared: Model, pricer: AnyPricer) -> str:
     """What the other compiler is predicted to make of a model on the same GPUs; "" of schemes other than INT8."""
-    recipe, derived = other_of(pricer.recipe), isinstance(pricer, TensorRtPricer)
+    recipe = other_of(pricer.recipe)
     if recipe.settings.scheme != "int8":
         return ""
     kind = USUAL_TYPE if recipe.unquantized_type == "auto" else recipe.unquantized_type
     head, tail = f"with {recipe.profile.title}: ", f": --compiler {recipe.profile.name}"
     try:
-        said = _searched(prepared, recipe, pricer, kind) if derived else _chosen(prepared, recipe, pricer, kind)
+        said = _kept(prepared, recipe, pricer, kind)
     except BuildError as error:
         return f"{head}not predicted, for the model does not compile: {shorten(str(error), 200, placeholder=' ...')}"
     return head + said + tail if said else f"{head}it has no such target as {_targets(pricer)}"
+
+
+def _kept(prepared: Model, recipe: Recipe, pricer: AnyPricer, kind: str) -> str:
+    """What is said between head and tail; where work is kept, what was said of the same model before."""
+    derived = isinstance(pricer, TensorRtPricer)
+    shapes = sorted((name, repr(shape)) for name, shape in pricer.shapes.items())
+    return remembered(
+        "elsewhere",
+        lambda: (*identity(prepared), recipe.settings.to_mapping(), recipe.backend, kind, shapes, *pricer.gpus),
+        lambda: (_searched if derived else _chosen)(prepared, recipe, pricer, kind),
+        pack=lambda said: {"said": said.encode()},
+        unpack=lambda parts: parts["said"].decode(),
+    )
 
 
 def _chosen(prepared: Model, recipe: Recipe, pricer: AnyPricer, kind: str) -> str:

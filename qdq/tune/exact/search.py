@@ -19,7 +19,7 @@ from itertools import chain
 from engines.core.documents import replace
 from engines.core.errors import BuildError
 from qdq.build.cost import Price
-from qdq.build.pricer import refused
+from qdq.build.pricing.pricer import refused
 from qdq.build.pricing.tensorrt_pricer import Engines, TensorRtPricer
 from qdq.core.progress import Progress
 from qdq.model.model import Model

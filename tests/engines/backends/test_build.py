@@ -16,6 +16,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from engines.backends import doctor, rtx, trt
+from engines.backends.backend import backend_named
 from engines.backends.compiler import Engine, ShapeRange, compile_model
 from engines.core import errors
 from engines.core.errors import BuildError, EngineError, MissingRuntimeError, UnsupportedTargetError
@@ -240,6 +241,21 @@ def test_the_doctor_lists_runtimes_gpus_and_abilities(monkeypatch: pytest.Monkey
     monkeypatch.setattr(doctor, "gpus", lambda: [card])
     rows = {f.name: f for f in doctor.diagnose()}
     assert rows["GPU"].detail == "L4, sm89, 24 GiB" and rows["run engines"].ok
+
+
+def test_the_doctor_says_what_a_purpose_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "gpus", list)
+    assert doctor.lacking("prepare") == doctor.lacking("build") == []
+    (why,) = doctor.lacking("build", backend_named("trt"))
+    assert "tensorrt" in why.lower()
+    assert all("NVIDIA GPU" in why or "Cannot import" in why for why in doctor.lacking("run"))
+    monkeypatch.setattr(
+        doctor, "gpus", lambda: [doctor.InstalledGpu(name="L4", target="sm89", memory_bytes=24 * 2**30)]
+    )
+    assert doctor.lacking("run") == []
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as a wheel whose library is not there
+    (why,) = doctor.lacking("prepare")
+    assert "Cannot import onnxruntime" in why and "pip install" in why
 
 
 def test_importing_engines_loads_no_runtime() -> None:

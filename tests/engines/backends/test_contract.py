@@ -24,7 +24,7 @@ from engines.core.errors import EngineError, MissingRuntimeError, UnsupportedTar
 from engines.verify.compare import compare
 from qdq.build.any_model import audit_model, price
 from qdq.build.engine import audit_engine, compile_engine, engine_backend, save_engine
-from qdq.build.pricer import Pricer, gpus_of
+from qdq.build.pricing.pricer import Pricer, gpus_of
 from qdq.build.recipe import Recipe
 from qdq.cli.main import main
 from qdq.model.storage import load

@@ -38,21 +38,21 @@ SHEET = Sheet(lines=(Line(x=1), Line(x=2, y=0.5)), shares={3: 0.25})
 def test_what_is_written_is_read_back() -> None:
     text = SHEET.to_json()
     assert Sheet.from_json(text) == SHEET and Sheet.from_json(text).to_json() == text
-    assert json.loads(text)["count"] == 2 and json.loads(text)["format"] == "qdq.sheet/2"
+    assert json.loads(text)["count"] == 2 and json.loads(text)["schema"] == "qdq.sheet/2"
 
 
 WRONG = {
     "{": "not JSON",
-    r'{"format": "qdq.sheet/2", "lines": "\ud800"}': "not JSON .*surrogates",
+    r'{"schema": "qdq.sheet/2", "lines": "\ud800"}': "not JSON .*surrogates",
     "[" * 100_000: "not JSON",
     "[]": "another file",
-    '{"format": "qdq.other/1"}': "another file",
-    '{"format": "qdq.sheet/1"}': "another version of qdq. Make it again with `qdq sheet`",
-    '{"format": "qdq.sheet/2"}': "missing required field `lines`",
-    '{"format": "qdq.sheet/2", "lines": [], "line": []}': "did you mean `lines`",
-    '{"format": "qdq.sheet/2", "lines": [{"x": "1"}]}': r"Expected `int`, got `str` - at `lines\[0\].x`",
-    '{"format": "qdq.sheet/2", "lines": [{"x": 1, "z": 2}]}': r"unknown field `z` - at `lines\[0\]`",
-    '{"format": "qdq.sheet/2", "lines": [], "shares": {"a": 1}}': "Expected `int`",
+    '{"schema": "qdq.other/1"}': "another file",
+    '{"schema": "qdq.sheet/1"}': "another version of qdq. Make it again with `qdq sheet`",
+    '{"schema": "qdq.sheet/2"}': "missing required field `lines`",
+    '{"schema": "qdq.sheet/2", "lines": [], "line": []}': "did you mean `lines`",
+    '{"schema": "qdq.sheet/2", "lines": [{"x": "1"}]}': r"Expected `int`, got `str` - at `lines\[0\].x`",
+    '{"schema": "qdq.sheet/2", "lines": [{"x": 1, "z": 2}]}': r"unknown field `z` - at `lines\[0\]`",
+    '{"schema": "qdq.sheet/2", "lines": [], "shares": {"a": 1}}': "Expected `int`",
 }
 
 
@@ -68,7 +68,7 @@ def test_the_schema_is_kept_and_not_empty() -> None:
     for worst in (1.0, math.inf, -math.inf, math.nan):
         check.validate(json.loads(Sheet(lines=SHEET.lines, worst=worst).to_json()))
     content = json.loads(SHEET.to_json())
-    for wrong in ({"worst": "big"}, {"more": 1}, {"count": "2"}, {"format": "qdq.sheet/1"}, {"lines": [{"x": 1.5}]}):
+    for wrong in ({"worst": "big"}, {"more": 1}, {"count": "2"}, {"schema": "qdq.sheet/1"}, {"lines": [{"x": 1.5}]}):
         assert not check.is_valid(content | wrong), wrong
     assert not check.is_valid({k: v for k, v in content.items() if k != "lines"})
 
@@ -126,7 +126,7 @@ def test_a_document_may_hold_none_or_several_others(shelf: Shelf) -> None:
 
 def test_none_stays_refused_where_a_document_is_needed() -> None:
     with pytest.raises(DocumentError, match="sheet"):
-        Binder.from_json('{"format": "qdq.binder/1", "sheet": null}')
+        Binder.from_json('{"schema": "qdq.binder/1", "sheet": null}')
 
 
 @pytest.mark.parametrize("half", [rb"\ud800", b"\xed\xa0\x80", b"\xff"])

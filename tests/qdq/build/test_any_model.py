@@ -12,7 +12,7 @@ from raw_models import raw
 from engines.core.errors import BuildError
 from qdq.build.any_model import audit_model, compile_any, price
 from qdq.build.engine import audit_engine, save_engine
-from qdq.build.pricer import Pricer, gpus_of
+from qdq.build.pricing.pricer import Pricer, gpus_of
 from qdq.build.recipe import Recipe
 from qdq.model.model import Model
 from qdq.model.storage import load

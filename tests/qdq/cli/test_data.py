@@ -33,7 +33,9 @@ def write_recipe(path: Path, **volume: object) -> Path:
 def test_arrays_are_described_and_not_drawn(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", image=np.zeros((1, 2, 4), np.float32))
     done = run("data", tmp_path, "--json")
-    assert done.exit_code == 0 and json.loads(done.stdout) == {"image": [[1, 2, 4], "float32"]}
+    assert done.exit_code == 0 and json.loads(done.stdout)["arrays"] == {
+        "image": {"shape": [1, 2, 4], "dtype": "float32"}
+    }
     np.save(tmp_path / "x.npy", np.zeros((3, 4)))
     assert "arrays without names" in run("data", tmp_path / "x.npy").output
     for more in (("--preview", tmp_path / "p.png"), ("--write-recipe", "-")):
@@ -57,7 +59,7 @@ def test_images_are_described_with_what_a_recipe_makes_of_them(tmp_path: Path) -
     recipe = write_recipe(tmp_path / "r.yaml", **SHARED_BLOCK)
     done = run("data", tmp_path / "in", "--recipe", recipe, "--json")
     assert done.exit_code == 0, done.output
-    (found,) = json.loads(done.stdout)
+    (found,) = json.loads(done.stdout)["images"]
     assert re.fullmatch(r"case 1 of 1 \(key [0-9a-f]{12}\)", found.pop("case"))
     assert found["stored"] == "1 channel of 4x5x6 voxels of 0.8062 x 0.8062 x 2.5 mm, LPS, int16 0 to 119"
     assert found["seen"].startswith("1 channel of 3x4x14 voxels of 1 x 1 x 1 mm, RAS, float32 ")
@@ -65,7 +67,7 @@ def test_images_are_described_with_what_a_recipe_makes_of_them(tmp_path: Path) -
     write_nifti(tmp_path / "in/labelsTr/a.nii.gz", np.zeros((4, 5, 6), np.uint8), OBLIQUE)
     how = {"patch": [4, 4, 8], "patches": {"kind": "foreground", "per_volume": 2}}
     done = run("data", tmp_path / "in", "--recipe", write_recipe(tmp_path / "r.yaml", **SHARED_BLOCK, **how), "--json")
-    (found,) = json.loads(done.stdout)
+    (found,) = json.loads(done.stdout)["images"]
     assert found["samples"] == (
         "2 foreground patches of 4x4x8; the image is smaller and padded with 0; there is no foreground, so they are "
         "random"

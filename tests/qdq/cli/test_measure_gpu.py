@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jsonschema
 import onnx
 import pytest
 from click.testing import CliRunner, Result
@@ -17,9 +18,10 @@ from simulated_gpu import RTX4090, SimulatedTimer, compiler, small_products, wit
 
 from engines.timing import driver, events, gpu_file, machine, measure
 from qdq.build.keys.recipe_file import read_recipe
-from qdq.build.pricer import gpus_of
+from qdq.build.pricing.pricer import gpus_of
 from qdq.build.recipe import Recipe
 from qdq.cli.main import main
+from qdq.deploy.report.schemas import schema
 
 
 @pytest.fixture
@@ -65,6 +67,7 @@ def test_tune_takes_the_recipe(gpu: SimulatedTimer) -> None:
 
 def test_json(gpu: SimulatedTimer) -> None:
     said: dict[str, Any] = json.loads(run("measure-gpu", "-o", "gpu.yaml", "--json").stdout)
+    jsonschema.Draft202012Validator(schema("gpu")).validate(said)
     assert said["accumulation"] == "float16" and said["card"]["sms"] == 128
     assert said["probes"]["start"]["step_us"] == pytest.approx(3.0, rel=0.03)
     assert len(said["probes"]["start"]["engines"]) == 2 and said["watched"]["why_not"]

@@ -215,7 +215,7 @@ def test_a_table_alone_rounds_to_nearest_and_says_so(folder: Path) -> None:
 
 
 def test_doctor_names_runtimes(folder: Path) -> None:
-    rows = {row["name"]: row for row in json.loads(done("doctor", "--json"))}
+    rows = {row["name"]: row for row in json.loads(done("doctor", "--json"))["findings"]}
     assert rows["onnxruntime"]["ok"] and rows["compile with TensorRT-RTX"]["ok"]
     assert "onnxruntime" in done("doctor")
 

@@ -20,8 +20,8 @@ from engines.cost import predict as predict_module
 from qdq.assemble.held_out import ranked
 from qdq.build import engine
 from qdq.build.cost import Price
-from qdq.build.pricer import Pricer
 from qdq.build.pricing import tensorrt_pricer
+from qdq.build.pricing.pricer import Pricer
 from qdq.cli.main import main
 from qdq.core.errors import InputError
 from qdq.deploy.compare import compare

@@ -208,7 +208,7 @@ def test_batches_that_were_cut_otherwise_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, model: Model, plan: Plan) -> None:
-    write_text(tmp_path / "c", '{"format": "qdq.checkpoint/2"}', resumed=True)
+    write_text(tmp_path / "c", '{"schema": "qdq.checkpoint/2"}', resumed=True)
     with pytest.raises(InputError, match=r"missing required field `key`.*Delete it"):
         Checkpoint(tmp_path / "c", {}).load()
     with pytest.raises(InputError, match="Cannot write"):

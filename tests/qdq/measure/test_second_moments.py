@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 
 from engines.core import onnx_runtime as ort
 from engines.core.documents import replace
-from qdq.core import spill
+from qdq.core.disk import spill
 from qdq.core.errors import InputError
 from qdq.core.qtensor import QParams, to_codes
 from qdq.core.resources import within

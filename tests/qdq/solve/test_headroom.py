@@ -7,7 +7,7 @@ import numpy as np
 from graphs import build, node, normal
 
 from qdq.assemble.quantize import Quantized, quantize
-from qdq.core.spill import Spill
+from qdq.core.disk.spill import Spill
 from qdq.model.model import Model
 from qdq.plan import placement
 from qdq.plan.settings import Settings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,11 +22,12 @@ from qdq.assemble.precision.convert import convert
 from qdq.build import engine
 from qdq.build.cost import TIE_US, Kernel, Price
 from qdq.build.keys.recipe_file import read_recipe
-from qdq.build.pricer import Pricer, gpus_of
 from qdq.build.pricing import processes
 from qdq.build.pricing.compiles import MOST_WORKERS
+from qdq.build.pricing.pricer import Pricer, gpus_of
 from qdq.build.pricing.processes import Job, Workers
 from qdq.build.recipe import Recipe
+from qdq.core.disk.cache import caching
 from qdq.core.errors import InputError
 from qdq.core.resources import cores
 from qdq.deploy import deploy
@@ -353,11 +353,11 @@ class TestPricing:
     def _compiler(self) -> None:
         pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
 
-    def pricer(self, model: Model, cache: Path | None = None, **recipe: object) -> Pricer:
+    def pricer(self, model: Model, **recipe: object) -> Pricer:
         """A pricer for fixed shapes."""
         made = Recipe.from_mapping({"compiler": "rtx", **recipe})
         shapes = {i.name: ShapeRange.fixed([int(d) for d in i.shape or ()]) for i in model.inputs}
-        return Pricer(recipe=made, shapes=shapes, gpus=gpus_of(made), cache=cache)
+        return Pricer(recipe=made, shapes=shapes, gpus=gpus_of(made))
 
     def test_what_is_built_is_what_was_tuned(self) -> None:
         model = chain(blocks=2)
@@ -376,20 +376,20 @@ class TestPricing:
 
     def test_equal_structures_are_compiled_once_and_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         first, second = conv(values=normal(8, 4, 3, 3)), conv(values=normal(8, 4, 3, 3, seed=5))
-        cache = tmp_path / "prices"
-        price = self.pricer(first, cache)(first)
+        with caching(tmp_path / "kept"):
+            price = self.pricer(first)(first)
         assert price.us > 0 and price.kernels
-        (stored,) = cache.iterdir()
-        monkeypatch.setattr(
-            "qdq.build.pricing.processes.compile_engine", lambda *_, **__: pytest.fail("compiled again")
-        )
-        assert self.pricer(second, cache)(second) == price
-        monkeypatch.undo()
+        (stored,) = (tmp_path / "kept").glob("works/*")
+        whole = stored.read_bytes()
+        with monkeypatch.context() as patch, caching(tmp_path / "kept"):
+            patch.setattr("qdq.build.pricing.processes.compile_engine", lambda *_, **__: pytest.fail("compiled again"))
+            assert self.pricer(second)(second) == price
         stored.write_text("{")  # damaged: compiled again, and mended
-        assert self.pricer(first, cache)(first) == price
-        assert json.loads(stored.read_text())["us"] == price.us
-        wide = conv((16, 4, 3, 3))
-        assert self.pricer(wide, cache)(wide) != price
+        with caching(tmp_path / "kept"):
+            assert self.pricer(first)(first) == price
+            wide = conv((16, 4, 3, 3))
+            assert self.pricer(wide)(wide) != price
+        assert stored.read_bytes() == whole
 
     def test_processes_price_as_this_one_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
         det = build([node("NonZero", "x", "i"), node("Det", "x", "y")], {"x": (1, 4, 4)}, outputs=("y",))
@@ -479,7 +479,7 @@ def test_gpus_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [g.name for g in gpus_of(Recipe(targets=("sm121", "sm89")))] == ["gb10", "rtx4090"]
     like = Recipe.from_mapping({"gpu": [{"like": "rtx4090", "name": "mine", "measured": {"tera_ops": {"int8": 500}}}]})
     assert gpus_of(like)[0].measured.tera_ops == {"int8": 500}
-    monkeypatch.setattr("qdq.build.pricer.usual_gpu", lambda target: None)
+    monkeypatch.setattr("qdq.build.pricing.pricer.usual_gpu", lambda target: None)
     with pytest.raises(UnsupportedTargetError, match="sm121"):
         gpus_of(Recipe(targets=("sm121",)))
 

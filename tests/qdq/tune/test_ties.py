@@ -13,7 +13,7 @@ from onnx import TensorProto
 
 from engines.cost.gpus import gpu_named
 from qdq.build.cost import TIE, TIE_US, Kernel, Price
-from qdq.build.pricer import gpus_of
+from qdq.build.pricing.pricer import gpus_of
 from qdq.build.recipe import Recipe
 from qdq.model.model import Model
 from qdq.plan.settings import Settings

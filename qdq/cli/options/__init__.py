@@ -6,24 +6,54 @@ Must stay light, like `cli`: what is heavy is imported inside the functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
-from qdq.cli.terminal import note
-from qdq.core.errors import InputError
-
-if TYPE_CHECKING:
-    from calib_data import Samples
-    from qdq.build.recipe import Recipe
-    from qdq.model.model import Model
+from qdq.cli.options.listed import (
+    Listed as Listed,
+)
+from qdq.cli.options.listed import (
+    compiler_names as compiler_names,
+)
+from qdq.cli.options.listed import (
+    data_forms,
+    setting,
+    targets,
+)
+from qdq.cli.options.listed import (
+    gpu_names as gpu_names,
+)
+from qdq.cli.options.listed import (
+    tasks as tasks,
+)
+from qdq.cli.options.read import (
+    RANDOM_NOTE as RANDOM_NOTE,
+)
+from qdq.cli.options.read import (
+    case_key_of as case_key_of,
+)
+from qdq.cli.options.read import (
+    note_left_out as note_left_out,
+)
+from qdq.cli.options.read import (
+    recipe_of as recipe_of,
+)
+from qdq.cli.options.read import (
+    recipe_of_plan as recipe_of_plan,
+)
+from qdq.cli.options.read import (
+    recipe_values as recipe_values,
+)
+from qdq.cli.options.read import (
+    samples_of as samples_of,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
-RANDOM_NOTE = "Random data: the figures say that the model compiles and runs, nothing about its accuracy."
 
 
 def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -31,76 +61,10 @@ def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return lambda function: reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
 
 
-class Listed(click.Option):
-    """An option whose help lists what it takes, looked up when that help is shown: `{names}` in its text."""
-
-    def __init__(self, *args: Any, names: Callable[[], Iterable[object]], **kwargs: Any) -> None:
-        """As of `click.Option`; `names` gives the list."""
-        super().__init__(*args, **kwargs)
-        self._text, self._names = self.help or "", names
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """The option and its help, with the names in it."""
-        *some, last = map(str, self._names())
-        self.help = self._text.format(names=f"{', '.join(some)} or {last}" if some else last)
-        return super().get_help_record(ctx)
-
-
-def gpu_names() -> Iterable[str]:
-    """The GPUs that times can be predicted for."""
-    from engines.cost.gpus import GPUS
-
-    return GPUS
-
-
-def compiler_names() -> list[str]:
-    """What `--compiler` takes, with what each needs."""
-    from engines.backends.backend import backends
-    from engines.backends.profile import profiles
-
-    versions = {b.name: [p.key for p in profiles().values() if p.backend == b.name] for b in backends().values()}
-    return [f"{', '.join(dict.fromkeys((b.compiler, *versions[b.name])))} ({b.need})" for b in backends().values()]
-
-
-def _targets() -> Iterable[str]:
-    from engines.backends.backend import backends
-
-    return dict.fromkeys(target for b in backends().values() if not b.needs_gpu for target in b.targets)
-
-
-def tasks() -> Iterable[str]:
-    """What outputs can be taken for."""
-    from engines.verify.meaning import TASKS
-
-    return TASKS
-
-
-def _setting(option: str, text: str) -> Callable[[F], F]:
-    """The option of a setting that takes one of several names; the default is marked."""
-    name = option.lstrip("-").replace("-", "_")
-
-    def names() -> list[str]:
-        from msgspec import structs
-
-        from qdq.plan.settings import Settings, choices
-
-        default = {f.name: f.default for f in structs.fields(Settings)}[name]
-        return [f"{choice} (default)" if choice == default else str(choice) for choice in choices(name)]
-
-    return click.option(option, cls=Listed, names=names, help=text)
-
-
-def _forms() -> list[str]:
-    """The forms of samples."""
-    from calib_data.sources import forms
-
-    return [form.says for form in forms()]
-
-
 recipe_option = click.option(
     "--recipe", type=PATH, help="Read options from a YAML file; its keys are the options with underscores."
 )
-scheme_option = _setting("--scheme", "Choose formats of weights and data: {names}.")
+scheme_option = setting("--scheme", "Choose formats of weights and data: {names}.")
 exclude_option = click.option(
     "--exclude", multiple=True, metavar="GLOB", help="Leave these nodes in float; repeatable."
 )
@@ -115,22 +79,20 @@ place_options = _options(scheme_option, compiler_option, exclude_option, recipe_
 settings_options = _options(
     scheme_option,
     compiler_option,
-    _setting("--calibrator", "Choose activation ranges by: {names}."),
+    setting("--calibrator", "Choose activation ranges by: {names}."),
     click.option(
         "--percentile", type=float, help="Percentile to keep; only with --calibrator percentile. Default 99.99."
     ),
-    _setting("--rounding", "Round weights by: {names}; default: the scheme's."),
-    _setting("--equalize", "Balance channels by: {names}; default: the scheme's."),
-    _setting("--block", "Let this many 4-bit weights share a scale: {names}."),
+    setting("--rounding", "Round weights by: {names}; default: the scheme's."),
+    setting("--equalize", "Balance channels by: {names}; default: the scheme's."),
+    setting("--block", "Let this many 4-bit weights share a scale: {names}."),
     click.option(
         "--v0", help="FPTQ: up to this magnitude one scale; auto equalizes every tensor that gains. Default 15."
     ),
     click.option(
         "--v1", help="FPTQ: above this magnitude one scale per token; auto decides from the error. Default 150."
     ),
-    _setting(
-        "--bias-correction", "Shift biases so that means stay: {names}; auto does so where held-out samples gain."
-    ),
+    setting("--bias-correction", "Shift biases so that means stay: {names}; auto does so where held-out samples gain."),
     click.option(
         "--shift/--no-shift", default=None, help="Shift asymmetric activations to use all codes (default on)."
     ),
@@ -185,7 +147,7 @@ compile_options = _options(
         "--target",
         multiple=True,
         cls=Listed,
-        names=_targets,
+        names=targets,
         help="Compile for a GPU generation: {names}; 8.6 means sm86; default sm89; repeatable.",
     ),
     shape_option,
@@ -225,6 +187,26 @@ def _trust(context: click.Context, _: click.Parameter, yes: bool) -> None:
         context.with_resource(trusting())
 
 
+def _keep_work(context: click.Context, _: click.Parameter, folder: Path | None) -> None:
+    """Take earlier work from a folder, and keep there what the verb does."""
+    from qdq.core.disk.cache import caching
+
+    if folder is not None:
+        context.with_resource(caching(folder))
+
+
+cache_option = click.option(
+    "--cache",
+    type=PATH,
+    metavar="DIR",
+    envvar="QDQ_CACHE",
+    show_envvar=True,
+    expose_value=False,
+    callback=_keep_work,
+    help="Take what earlier runs did of the same model and data from this folder, and keep this run's work there.",
+)
+
+
 image_options = _options(
     click.option(
         "--trust", is_flag=True, expose_value=False, is_eager=True, callback=_trust, help="Run a MONAI bundle's code."
@@ -243,9 +225,16 @@ image_options = _options(
 )
 data_options = _options(
     memory_option,
-    click.option("--data", cls=Listed, names=_forms, help="Read samples from {names}."),
+    click.option("--data", cls=Listed, names=data_forms, help="Read samples from {names}."),
     image_options,
     click.option("--random-data", type=int, metavar="N", help="Make N random samples in place of --data."),
+)
+made_options = _options(
+    click.option("--plan", "plan_file", type=PATH, help="Take this plan.json in place of a new plan."),
+    click.option("--table", "table_file", type=PATH, help="Take this table.json in place of a new calibration."),
+)
+workers_option = click.option(
+    "--workers", type=int, metavar="N", help="Calibrate on N processes of this machine; default: one."
 )
 limit_options = _options(
     click.option("--min-sqnr-db", type=float, help="Require this signal to noise ratio of each output, in dB."),
@@ -302,74 +291,3 @@ custom_ops_option = click.option(
 def output_option(what: str, *, required: bool = True) -> Callable[[F], F]:
     """Where the result goes."""
     return click.option("-o", "--output", type=PATH, required=required, help=f"Write {what} here.")
-
-
-def recipe_values(given: Mapping[str, Any], base: Mapping[str, object] | None = None) -> dict[str, object]:
-    """Keys of a verb's recipe: `base`, then its recipe file, then the options given."""
-    from qdq.build.keys.recipe_file import read_recipe
-
-    options = {k: v for k, v in given.items() if k != "recipe" and v is not None and v != ()}
-    options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
-    read = read_recipe(given["recipe"]) if given.get("recipe") else {}
-    return {**(base or {}), **read, **options}
-
-
-def recipe_of(given: Mapping[str, Any], base: Mapping[str, object] | None = None) -> Recipe:
-    """The recipe of a verb, from its `recipe_values`."""
-    from qdq.build.recipe import Recipe
-
-    return Recipe.from_mapping(recipe_values(given, base))
-
-
-def samples_of(model: Model, recipe: Recipe, data: str | None, random_data: int | None) -> Samples:
-    """The samples that the options name.
-
-    Raises:
-        InputError: none, or both kinds.
-        DataError: see `calib_data.open_samples`.
-    """
-    from calib_data import open_samples, random_samples
-    from qdq.measure.inference.inputs import input_specs
-
-    if (data is None) == (random_data is None):
-        raise InputError(
-            "No data: give --data DATA, a folder or file with real inputs of the model. Random data needs an explicit "
-            "--random-data N, and calibrates nothing real."
-            if data is None
-            else "Both --data and --random-data are given: choose one."
-        )
-    specs = input_specs(model)
-    if data is not None:
-        found = open_samples(data, specs, volume=recipe.volume, case_key=case_key_of(recipe))
-        note_left_out(found.source)
-        _require_room(model, found)
-        return found
-    note(RANDOM_NOTE)
-    sizes: dict[str | tuple[str, int], int] = {
-        (shape.name, axis): size for shape in recipe.shapes for axis, size in enumerate(shape.opt)
-    }
-    found = random_samples(specs, random_data or 0, seed=0, sizes=sizes)
-    _require_room(model, found)
-    return found
-
-
-def case_key_of(recipe: Recipe) -> bytes | None:
-    """The key of images' names, None for one of this run."""
-    from calib_data.volumes.case import read_case_key
-
-    return read_case_key(recipe.case_key) if recipe.case_key else None
-
-
-def note_left_out(source: object) -> None:
-    """Tell which files of a source of images, or of its cases, are no samples, and why."""
-    if said := getattr(source, "left_out", ""):
-        note(said)
-
-
-def _require_room(model: Model, samples: Samples) -> None:
-    """Say before any work starts that a budget cannot be met."""
-    from qdq.core.resources import given_bytes
-    from qdq.measure.inference.memory import require_room
-
-    if given_bytes() is not None and (first := next(iter(samples), None)) is not None:
-        require_room(model, first)

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def report(error: BaseException, arguments: Sequence[str]) -> str:
-    """Write the log file; what to tell the user.
+def report(error: BaseException, arguments: Sequence[str]) -> tuple[str, str | None]:
+    """Write the log file; what to tell the user, and where the file is, None where it could not be written.
 
     The file holds versions, the traceback and which options were given, without their values or any array.
     """
@@ -31,15 +31,18 @@ def report(error: BaseException, arguments: Sequence[str]) -> str:
         *traceback.format_exception(error),
     ]
     what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    path: Path | None = None
     try:
         folder = Path(tempfile.gettempdir())
         path = folder / f"qdq-fault-{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() % 10**6}.log"
         path.write_text("\n".join(lines), encoding="utf-8")
         where = f"{path} says where; it holds no data of yours"
     except OSError:
+        path = None
         sys.stderr.write("\n".join(lines))
         where = "the lines above say where"
-    return (
+    told = (
         f"Error: this is a fault of qdq, not of your input: {what}. No file is left half written. "
         f"Please report it: {where}."
     )
+    return told, None if path is None else str(path)

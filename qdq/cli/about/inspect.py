@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from qdq.cli import options
-from qdq.cli.terminal import Bars, note, show_rows
+from qdq.cli.terminal import Bars, note, show_json, show_rows
+from qdq.core.errors import MissingRuntimeError
 from qdq.core.outputs import check_output
 
 
@@ -25,7 +26,12 @@ def explain(source: Path, node: str, engine: Path | None, as_json: bool, **given
     from qdq.deploy.explain import explain as explained
 
     lines = explained(source, node, options.recipe_of(given), engine=engine)
-    click.echo(json.dumps({"node": node, "lines": lines}, indent=1) if as_json else "\n".join(lines))
+    if as_json:
+        from qdq.cli.answer.documents import ExplainAnswer
+
+        show_json(ExplainAnswer(node=node, lines=tuple(lines)).to_json())
+    else:
+        click.echo("\n".join(lines))
 
 
 @click.command()
@@ -43,6 +49,7 @@ def data(source: str, preview: Path | None, write_recipe: Path | None, as_json: 
     from calib_data.volumes.samples import cases_of
     from calib_data.volumes.spec import VolumeSpec, block
     from engines.core.files import write_atomic
+    from qdq.cli.answer.documents import ArrayOf, DataAnswer, SeenImage
     from qdq.core.errors import InputError
 
     for path in filter(None, (preview, write_recipe)):
@@ -53,9 +60,12 @@ def data(source: str, preview: Path | None, write_recipe: Path | None, as_json: 
             raise InputError(
                 "These samples are arrays, which are given as a model gets them: there is no image in them."
             )
-        found = {name: [list(array.shape), str(array.dtype)] for name, array in form.arrays(source).items()}
-        rows = [(name, "x".join(map(str, shape)), dtype) for name, (shape, dtype) in found.items()]
-        _show(found, f"One of the samples: {form.says}", rows or [("arrays without names", "", "")], as_json)
+        found = {name: ArrayOf(shape=a.shape, dtype=str(a.dtype)) for name, a in form.arrays(source).items()}
+        if as_json:
+            show_json(DataAnswer(form=form.says, arrays=found, images=(), recipe=None, notes=()).to_json())
+            return
+        rows = [(name, "x".join(map(str, array.shape)), array.dtype) for name, array in found.items()]
+        show_rows(f"One of the samples: {form.says}", rows or [("arrays without names", "", "")])
         return
     spec = recipe.volume or VolumeSpec(intensity="stored")
     cases = cases_of(form, source, options.case_key_of(recipe))
@@ -66,42 +76,73 @@ def data(source: str, preview: Path | None, write_recipe: Path | None, as_json: 
         for done, case in enumerate(cases, 1):
             images.append(described(case, spec))
             bars(done, len(cases), "read")
-    _show(
-        images,
-        f"{len(cases)} image{'s' * (len(cases) > 1)}: {form.says}",
-        [tuple(image.values()) for image in images],
-        as_json,
-    )
+    if not as_json:
+        title = f"{len(cases)} image{'s' * (len(cases) > 1)}: {form.says}"
+        show_rows(title, [tuple(image.values()) for image in images])
+    said = []
     if write_recipe and str(write_recipe) != "-":
         write_atomic(write_recipe, block(spec).encode())
-        click.echo(f"Recipe: {write_recipe}")
-    elif write_recipe:
+        said.append(f"Recipe: {write_recipe}")
+    elif write_recipe and not as_json:
         click.echo(block(spec), nl=False)
     if preview:
         write_atomic(preview, drawn(cases, spec))
-        click.echo(f"Preview: {preview}")
+        said.append(f"Preview: {preview}")
+    if not as_json:
+        for line in said:
+            click.echo(line)
+        return
+    left_out = getattr(cases, "left_out", "")
+    answer = DataAnswer(
+        form=form.says,
+        arrays={},
+        images=tuple(SeenImage(**image) for image in images),
+        recipe=block(spec) if write_recipe else None,
+        notes=tuple(filter(None, (left_out, *said))),
+    )
+    show_json(answer.to_json())
 
 
-def _show(plain: object, title: str, rows: Any, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(plain, indent=1))
-    else:
-        show_rows(title, rows)
+def _purposes() -> list[str]:
+    from engines.backends.doctor import PURPOSES
+
+    return [f"{name} ({what})" for name, what in PURPOSES.items()]
 
 
 @click.command()
+@click.option(
+    "--for",
+    "purpose",
+    metavar="PURPOSE",
+    cls=options.Listed,
+    names=_purposes,
+    help="End with 3 unless this machine can {names}; imports the runtimes, so that a health check means something.",
+)
+@click.option(
+    "--compiler", cls=options.Listed, names=options.compiler_names, help="With --for: by {names}; default: any of them."
+)
 @options.json_option
-def doctor(as_json: bool) -> None:
+def doctor(purpose: str | None, compiler: str | None, as_json: bool) -> None:
     """Say which runtimes and GPUs are here, and what will and will not work."""
-    from dataclasses import asdict
+    from engines.backends.backend import backend_named
+    from engines.backends.doctor import PURPOSES, Doctor, diagnose, lacking
+    from engines.backends.profile import profile_named
+    from qdq.core.choices import choose
+    from qdq.core.errors import InputError
 
-    from engines.backends.doctor import diagnose
-
-    findings = diagnose()
+    if compiler and not purpose:
+        raise InputError("--compiler says by which compiler --for is meant: give --for build, or leave it out.")
+    backend = backend_named(profile_named(compiler).backend) if compiler else None
+    missing = lacking(choose(purpose, tuple(PURPOSES), "purpose"), backend) if purpose else []
+    found = Doctor(findings=tuple(diagnose()), purpose=purpose or "", lacking=tuple(missing))
     if as_json:
-        click.echo(json.dumps([asdict(f) for f in findings], indent=1))
+        show_json(found.to_json())
     else:
-        show_rows("This machine", [("ok" if f.ok else "--", f.name, f.detail, f.fix) for f in findings])
+        show_rows("This machine", [("ok" if f.ok else "--", f.name, f.detail, f.fix) for f in found.findings])
+    if missing:
+        for text in missing:
+            click.echo(f"Missing: {text}", err=True)
+        click.get_current_context().exit(MissingRuntimeError.exit_code)
 
 
 @click.command("measure-gpu")
@@ -143,17 +184,42 @@ def measure_gpu(output: Path, compiler: str | None, seconds: float, as_json: boo
         watched = monitor.watched()
     write_atomic(output, found.text())
     if as_json:
-        click.echo(json.dumps({**found.to_mapping(), "watched": watched.to_mapping()}, indent=1))
+        from engines.core.documents import converted
+        from qdq.cli.answer.documents import GpuAnswer
+
+        plain = {**found.to_mapping(), "watched": watched.to_mapping(), "recipe": str(output)}
+        show_json(converted(plain, GpuAnswer).to_json())
         return
     show_rows(f"{card.name} ({card.target}), measured with {backend.title}", found.rows())
     note(watched.summary())
     click.echo(f"Recipe: {output}")
 
 
-@click.command()
-@click.argument("name", metavar="FILE")
-def schema(name: str) -> None:
-    """Print the JSON Schema of a file that qdq reads or writes, such as plan, recipe, report or manifest."""
-    from qdq.deploy.report.schemas import schema as schema_of
+def _schemas(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    from qdq.deploy.report.schemas import FILES
 
-    click.echo(json.dumps(schema_of(name), indent=1))
+    return [name for name in FILES if name.startswith(incomplete)]
+
+
+@click.command()
+@click.argument("name", metavar="[NAME]", required=False, shell_complete=_schemas)
+@options.json_option
+def schema(name: str | None, as_json: bool) -> None:
+    """Print the JSON Schema of a file or an answer, such as plan, recipe, report or error; without NAME, list them.
+
+    Every JSON file and every answer to --json has the key "schema": its name here and its version.
+    """
+    from qdq.deploy.report.schemas import schema as schema_of
+    from qdq.deploy.report.schemas import versions
+
+    if name is not None:
+        show_json(json.dumps(schema_of(name), indent=1) + "\n")
+        return
+    found = versions()
+    if not as_json:
+        show_rows("qdq schema NAME", [(key, version, maker, what) for key, version, what, maker in found])
+        return
+    from qdq.cli.answer.documents import KnownSchema, SchemasAnswer
+
+    known = (KnownSchema(name=key, version=version, what=what, made_by=maker) for key, version, what, maker in found)
+    show_json(SchemasAnswer(schemas=tuple(known)).to_json())

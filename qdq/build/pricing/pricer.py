@@ -6,19 +6,16 @@ It must not search.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from engines.backends.backend import backend_named
 from engines.backends.compiler import ShapeRange
 from engines.backends.layers import Layer, LayerTable
 from engines.core.errors import BuildError, UnsupportedTargetError
-from engines.core.files import read_file
 from engines.cost.constants import CONSTANTS
 from engines.cost.gpus import GPUS, Gpu, gpu_named, usual_gpu
 from engines.cost.predict import Cost, EngineWork, engine_work
@@ -26,10 +23,7 @@ from qdq.build.cost import Kernel, Price
 from qdq.build.pricing.compiles import Compiles
 from qdq.build.recipe import Recipe
 from qdq.core.errors import InputError
-from qdq.core.files import write_text
 from qdq.model.model import Model
-
-FORMAT = "qdq.price/2"
 
 
 @dataclass(slots=True)
@@ -40,13 +34,11 @@ class Pricer:
         recipe: its targets and backend.
         shapes: of each input; the usual one is priced.
         gpus: one per target.
-        cache: folder of known prices, or None to know those of this process only.
     """
 
     recipe: Recipe
     shapes: Mapping[str, ShapeRange]
     gpus: Sequence[Gpu]
-    cache: Path | None = None
     _known: dict[str, Price] = field(default_factory=dict)
     _compiles: Compiles = field(init=False)
 
@@ -67,13 +59,10 @@ class Pricer:
     def many(self, models: Sequence[Model]) -> list[Price]:
         """The price of each model, `width` at a time."""
         keys = [self._compiles.key(model, CONSTANTS, *self.gpus) for model in models]
-        unknown = {key: model for key, model in zip(keys, models, strict=True) if not self._stored(key)}
+        unknown = {key: model for key, model in zip(keys, models, strict=True) if key not in self._known}
         for key, works in zip(unknown, self._compiles(unknown), strict=True):
             price = refused(works) if isinstance(works, BuildError) else priced(works, self.gpus)
             self._known[key] = price
-            if self.cache is not None and math.isfinite(price.us):  # a refusal may be of the machine, not of the model
-                self.cache.mkdir(parents=True, exist_ok=True)
-                write_text(self.cache / f"{key}.json", json.dumps({"format": FORMAT, **asdict(price)}))
         return [self._known[key] for key in keys]
 
     def refusal(self, model: Model) -> BuildError:
@@ -88,11 +77,6 @@ class Pricer:
     def parallel(self) -> AbstractContextManager[None]:
         """Inside, models that take long to compile are compiled in processes of their own, one per core."""
         return self._compiles.parallel()
-
-    def _stored(self, key: str) -> bool:
-        if key not in self._known and self.cache is not None and (price := _read(self.cache / f"{key}.json")):
-            self._known[key] = price
-        return key in self._known
 
 
 def priced(works: Mapping[str, EngineWork], gpus: Sequence[Gpu]) -> Price:
@@ -197,19 +181,3 @@ def gpus_of(recipe: Recipe) -> tuple[Gpu, ...]:
             )
         found += mine or filter(None, [usual])
     return tuple(found)
-
-
-def _read(path: Path) -> Price | None:
-    """A stored price; None where there is no file, or one of another format, or a damaged one."""
-    try:
-        content = json.loads(read_file(path))
-        return _stored_price(content) if content.pop("format") == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return None
-
-
-def _stored_price(content: Mapping[str, Any]) -> Price:
-    """The price that `asdict` made plain values of."""
-    kernels = tuple(Kernel(**{**k, "nodes": tuple(k["nodes"])}) for k in content["kernels"])
-    other = None if content["other"] is None else _stored_price(content["other"])
-    return Price(**{**content, "us": float(content["us"]), "kernels": kernels, "other": other})

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qdq.core import spill
+from qdq.core.disk import spill
+from qdq.core.disk.spill import Spill
 from qdq.core.errors import InputError
-from qdq.core.spill import Spill
 
 
 def test_arrays_come_back_whole_and_in_parts_after_later_ones() -> None:

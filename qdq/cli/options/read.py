@@ -1,0 +1,110 @@
+"""What a verb's options mean: a recipe, and samples. What is heavy is imported inside the functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qdq.cli.terminal import note
+from qdq.core.errors import InputError
+
+if TYPE_CHECKING:
+    from calib_data import Samples
+    from qdq.build.recipe import Recipe
+    from qdq.model.model import Model
+    from qdq.plan.plan import Plan
+    from qdq.plan.settings import Settings
+
+RANDOM_NOTE = "Random data: the figures say that the model compiles and runs, nothing about its accuracy."
+
+
+def recipe_values(given: Mapping[str, Any], base: Mapping[str, object] | None = None) -> dict[str, object]:
+    """Keys of a verb's recipe: `base`, then its recipe file, then the options given."""
+    from qdq.build.keys.recipe_file import read_recipe
+
+    options = {k: v for k, v in given.items() if k != "recipe" and v is not None and v != ()}
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+    read = read_recipe(given["recipe"]) if given.get("recipe") else {}
+    return {**(base or {}), **read, **options}
+
+
+def recipe_of(given: Mapping[str, Any], base: Mapping[str, object] | None = None) -> Recipe:
+    """The recipe of a verb, from its `recipe_values`."""
+    from qdq.build.recipe import Recipe
+
+    return Recipe.from_mapping(recipe_values(given, base))
+
+
+def recipe_of_plan(given: Mapping[str, Any], plan: Plan | None, where: Path | None) -> Recipe:
+    """The recipe of a verb that may be given a plan, whose settings are then the defaults.
+
+    Raises:
+        InputError: an option would change what the plan says.
+    """
+    recipe = recipe_of(given, base=plan.settings.to_mapping() if plan else None)
+    if plan and _places(recipe.settings) != _places(plan.settings):
+        raise InputError(
+            f"The plan {where} already says what is quantized, which --scheme, --compiler, --block, --shift and "
+            "--exclude cannot change. Edit the plan, or make another with `qdq plan`."
+        )
+    return recipe
+
+
+def _places(settings: Settings) -> tuple[object, ...]:
+    """The settings that decide where quantizers go; the others decide scales and codes."""
+    return (settings.scheme, settings.compiler, settings.shift, settings.exclude, settings.overrides, settings.block)
+
+
+def samples_of(model: Model, recipe: Recipe, data: str | None, random_data: int | None) -> Samples:
+    """The samples that the options name.
+
+    Raises:
+        InputError: none, or both kinds.
+        DataError: see `calib_data.open_samples`.
+    """
+    from calib_data import open_samples, random_samples
+    from qdq.measure.inference.inputs import input_specs
+
+    if (data is None) == (random_data is None):
+        raise InputError(
+            "No data: give --data DATA, a folder or file with real inputs of the model. Random data needs an explicit "
+            "--random-data N, and calibrates nothing real."
+            if data is None
+            else "Both --data and --random-data are given: choose one."
+        )
+    specs = input_specs(model)
+    if data is not None:
+        found = open_samples(data, specs, volume=recipe.volume, case_key=case_key_of(recipe))
+        note_left_out(found.source)
+        _require_room(model, found)
+        return found
+    note(RANDOM_NOTE)
+    sizes: dict[str | tuple[str, int], int] = {
+        (shape.name, axis): size for shape in recipe.shapes for axis, size in enumerate(shape.opt)
+    }
+    found = random_samples(specs, random_data or 0, seed=0, sizes=sizes)
+    _require_room(model, found)
+    return found
+
+
+def case_key_of(recipe: Recipe) -> bytes | None:
+    """The key of images' names, None for one of this run."""
+    from calib_data.volumes.case import read_case_key
+
+    return read_case_key(recipe.case_key) if recipe.case_key else None
+
+
+def note_left_out(source: object) -> None:
+    """Tell which files of a source of images, or of its cases, are no samples, and why."""
+    if said := getattr(source, "left_out", ""):
+        note(said)
+
+
+def _require_room(model: Model, samples: Samples) -> None:
+    """Say before any work starts that a budget cannot be met."""
+    from qdq.core.resources import given_bytes
+    from qdq.measure.inference.memory import require_room
+
+    if given_bytes() is not None and (first := next(iter(samples), None)) is not None:
+        require_room(model, first)

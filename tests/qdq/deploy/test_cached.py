@@ -1,0 +1,109 @@
+"""A second `deploy` takes what the first kept, and every file of it is the same, byte for byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+from models import images, save_samples, segmenter
+
+from qdq.cli.main import main
+
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
+pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
+
+DATED = ("provenance.json", "SHA256SUMS", "MANIFEST.sha256")  # hold the time of their run
+QUICK = ("--tune-compiles", "6")
+
+
+def qdq(*words: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == code, f"{result.output}{result.exception!r}"
+    return result
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in DATED}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    onnx.save(segmenter(spatial=(16, 16), width=8), "net.onnx")
+    save_samples(tmp_path / "data", images(4, (1, 1, 16, 16)))
+    save_samples(tmp_path / "held", images(2, (1, 1, 16, 16), seed=5))
+    return tmp_path
+
+
+def never(*_: object, **__: object) -> object:
+    pytest.fail("done again")
+
+
+def test_a_second_run_does_nothing_again_and_is_equal_in_every_byte(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deploy = ("deploy", "net.onnx", "--data", "data", "--eval", "held", *QUICK)
+    qdq(*deploy, "--out", "plain")
+    qdq(*deploy, "--out", "first", "--cache", "kept")
+    for stage in (
+        "qdq.assemble.tables.collect",
+        "qdq.deploy.shipped.quantize",
+        "qdq.tune.find_plan._found",
+        "qdq.build.kept.compile_engine",
+        "qdq.build.pricing.processes.compile_engine",
+        "qdq.deploy.check._evaluated",
+        "qdq.passes.prepare.prepare",
+    ):
+        monkeypatch.setattr(stage, never)
+    monkeypatch.setenv("QDQ_CACHE", "kept")
+    qdq(*deploy, "--out", "second")
+    assert files(folder / "plain") == files(folder / "first") == files(folder / "second")
+
+
+def test_other_data_and_other_weights_are_other_work(folder: Path) -> None:
+    deploy = ("deploy", "--data", "data", "--tune", "off")
+    qdq(*deploy, "net.onnx", "--out", "first", "--cache", "kept")
+    onnx.save(segmenter(spatial=(16, 16), width=8, seed=3), "net.onnx")
+    for words, out in (((), "w"), (("--scheme", "fp8"), "s"), (("--calibrator", "max"), "c")):
+        qdq(*deploy, *words, "net.onnx", "--out", f"{out}1")
+        qdq(*deploy, *words, "net.onnx", "--out", f"{out}2", "--cache", "kept")
+        assert files(folder / f"{out}1") == files(folder / f"{out}2")
+    save_samples(folder / "data", images(4, (1, 1, 16, 16), seed=8))
+    qdq(*deploy, "net.onnx", "--out", "d1")
+    qdq(*deploy, "net.onnx", "--out", "d2", "--cache", "kept")
+    assert files(folder / "d1") == files(folder / "d2") != files(folder / "w1")
+
+
+def test_damage_anywhere_changes_nothing(folder: Path) -> None:
+    deploy = ("deploy", "net.onnx", "--data", "data", *QUICK, "--cache", "kept")
+    qdq(*deploy, "--out", "first")
+    held = sorted(folder.glob("kept/*/*"))
+    assert {path.parent.name for path in held} >= {
+        "engines", "prepared", "quantized", "reports", "tables", "tuned", "works",
+    }  # fmt: skip
+    for number, path in enumerate(held):
+        path.write_bytes((b"", path.read_bytes()[:-3], b"x" * 100)[number % 3])
+    qdq(*deploy, "--out", "second")
+    assert files(folder / "first") == files(folder / "second")
+
+
+def test_a_plan_a_table_and_workers(folder: Path) -> None:
+    common = ("net.onnx", "--data", "data")
+    qdq("plan", "net.onnx", "-o", "plan.json")
+    qdq("calibrate", *common, "--plan", "plan.json", "-o", "table.json")
+    qdq("deploy", *common, "--out", "given", "--plan", "plan.json", "--table", "table.json")
+    report = json.loads((folder / "given/report.json").read_text())
+    assert report["tuning"] is None and report["quantized_nodes"] == 2
+    assert (folder / "given/table.json").read_bytes() == (folder / "table.json").read_bytes()
+    qdq("deploy", *common, "--out", "workers", "--plan", "plan.json", "--workers", "2")
+    assert files(folder / "workers") == files(folder / "given")
+    refused = qdq("deploy", *common, "--out", "no", "--table", "table.json", code=2)
+    assert "give that --plan too, or --tune off" in refused.stderr and not (folder / "no").exists()
+    refused = qdq("deploy", *common, "--out", "no", "--plan", "plan.json", "--scheme", "fp8", code=2)
+    assert "already says what is quantized" in refused.stderr
+    onnx.save(segmenter(spatial=(16, 16), width=8, seed=4), "other.onnx")
+    refused = qdq("deploy", "other.onnx", "--data", "data", "--out", "no", "--plan", "plan.json", code=2)
+    assert "made from another model" in refused.stderr and not (folder / "no").exists()

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Prepare a model in CI: deploy it, write a page, and say what changed since the last run.
+# Ends as `qdq deploy` does: 0, 1 where a limit failed (all files are written), 2 and more after an error (none are).
+#
+# QDQ_MODEL, QDQ_DATA   the float model and its samples
+# QDQ_EVAL              samples to check on; empty: those of QDQ_DATA
+# QDQ_ARGUMENTS         further options of `qdq deploy`, quoted as in a shell: the limits, the GPU, a recipe
+# QDQ_OUT               folder for the results; default qdq-build
+# QDQ_PREVIOUS          report.json of the last run; without it there is no difference
+# QDQ_COMMENT           file for the difference in Markdown; default qdq-comment.md
+# QDQ_CACHE             folder of earlier work, which `qdq` itself reads
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+out=${QDQ_OUT:-qdq-build}
+comment=${QDQ_COMMENT:-qdq-comment.md}
+answer=$(mktemp)
+trap 'rm -f "$answer"' EXIT
+
+words=()
+if [ -n "${QDQ_EVAL:-}" ]; then
+  words+=(--eval "$QDQ_EVAL")
+fi
+if [ -n "${QDQ_ARGUMENTS:-}" ]; then
+  split='import shlex, sys; sys.stdout.write("".join(f"{word}\0" for word in shlex.split(sys.argv[1])))'
+  while IFS= read -r -d '' word; do words+=("$word"); done < <(python3 -c "$split" "$QDQ_ARGUMENTS")
+fi
+
+status=0
+qdq deploy "$QDQ_MODEL" --data "$QDQ_DATA" --out "$out" "${words[@]}" --json >"$answer" || status=$?
+if [ "$status" -gt 1 ]; then
+  python3 "$here/difference.py" --error "$answer" -o "$comment"
+  exit "$status"
+fi
+
+if qdq --help | grep -q '^  report '; then
+  qdq report "$out" -o "$out/report.html"
+fi
+previous=()
+if [ -n "${QDQ_PREVIOUS:-}" ] && [ -f "$QDQ_PREVIOUS" ]; then
+  previous=("$QDQ_PREVIOUS")
+fi
+python3 "$here/difference.py" "$out/report.json" "${previous[@]}" -o "$comment"
+exit "$status"
