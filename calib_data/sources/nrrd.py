@@ -13,15 +13,13 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from calib_data.sources import ImageForm
 from calib_data.validation import Array, DataError
 from calib_data.volume import Affine, Volume, require_size
-from calib_data.volumes.files import ENDINGS, cases_of, holds
+from calib_data.volumes.files import ENDINGS, form_of_files
 
 MOST_HEADER = 1 << 20  # bytes
 _TYPES = {
@@ -201,10 +199,4 @@ def _beside(path: Path, name: str) -> Path:
 
 
 KINDS = ("NRRD", "MetaImage")
-FORM = ImageForm(
-    says="NRRD or MetaImage files",
-    owns=partial(holds, endings=[ending for kind in KINDS for ending in ENDINGS[kind]]),
-    cases=partial(cases_of, kind=KINDS, image=read, affine=affine_of),
-    image=read,
-    affine=affine_of,
-)
+FORM = form_of_files("NRRD or MetaImage files", KINDS, read, affine_of)

@@ -30,6 +30,19 @@ _LOGGERS = ("pydicom", "nibabel.global", "PIL")  # they print values of headers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where an image comes from, which may identify a patient: told to who asks for it, in no message.
+
+    Attributes:
+        files: one, or those of a DICOM series.
+        series: SeriesInstanceUID of a DICOM series, else "".
+    """
+
+    files: tuple[Path, ...] = field(repr=False)
+    series: str = field(repr=False, default="")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """One image of a source.
 
@@ -39,7 +52,7 @@ class Case:
         affine: its place, from headers alone.
         label: reads the label, one channel of whole numbers on the image's grid, its axes perhaps in another order or
             direction; None where there is none.
-        paths: the files of its channels, for who reads them otherwise; none of a DICOM series, which is many.
+        origins: of each image that it is made of, in the order of channels.
         where: what messages call it.
         key: keyed hash of the name.
     """
@@ -48,7 +61,7 @@ class Case:
     image: Callable[[], Volume] = field(repr=False)
     affine: Callable[[], Affine] = field(repr=False)
     label: Callable[[], Volume] | None = field(repr=False, default=None)
-    paths: tuple[Path, ...] = field(repr=False, default=())
+    origins: tuple[Origin, ...] = field(repr=False, default=())
     where: str = "an image"
     key: str = ""
 

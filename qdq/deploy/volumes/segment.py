@@ -21,6 +21,7 @@ from onnx import ModelProto
 
 from calib_data import InputSpec, Samples
 from calib_data.extras import need
+from calib_data.volume import Grid
 from calib_data.volumes.prepare import prepared
 from engines.backends.backend import backend_named
 from engines.core import arithmetic
@@ -32,7 +33,6 @@ from qdq.core.progress import Progress
 from qdq.deploy.volumes.decode import Structure
 from qdq.deploy.volumes.evaluate import Segmenter, active, named
 from qdq.deploy.volumes.network import Reader, output_of
-from qdq.deploy.volumes.restore import Grid
 from qdq.measure.inference.inputs import input_specs
 from qdq.model.storage import load
 
@@ -125,7 +125,7 @@ def segment(
             if on_progress:
                 on_progress(done, len(cases), "Segment")
             made = prepared(case, one.source.spec)
-            grid = Grid(shape=made.stored_grid, affine=made.stored)
+            grid = made.file
             with named(case):
                 labels = one.labels(made.image, grid)
             del made
