@@ -122,12 +122,18 @@ def cases(source: str) -> Cases:
             name=uid,
             image=partial(_volume, some),
             affine=partial(_affine_of, some),
-            origins=(Origin(files=_paths(some), series=uid),),
+            origins=(Origin(files=_paths(some), series=uid, slices=partial(_placed, some)),),
         )
         for uid, some in found.slices.items()
     )
     made.left_out = found.left_out
     return made
+
+
+def _placed(slices: Sequence[_Slice]) -> tuple[list[tuple[Path, int]], float]:
+    """File and frame of each slice along its normal, and their distance in mm."""
+    ordered, step = _stack(slices)
+    return [(s.path, s.frame) for s in ordered], float(np.linalg.norm(step))
 
 
 def _paths(slices: Sequence[_Slice]) -> tuple[Path, ...]:

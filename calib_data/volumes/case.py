@@ -26,7 +26,7 @@ from calib_data.volume import Affine, Volume
 KEY_DIGITS = 12  # hexadecimal, of 64: enough to tell cases apart
 LEAST_KEY = 16  # bytes of a key file; fewer can be guessed
 _OF_THIS_RUN = os.urandom(32)
-_LOGGERS = ("pydicom", "nibabel.global", "PIL")  # they print values of headers
+_LOGGERS = ("pydicom", "highdicom", "nibabel.global", "PIL")  # they print values of headers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +36,12 @@ class Origin:
     Attributes:
         files: one, or those of a DICOM series.
         series: SeriesInstanceUID of a DICOM series, else "".
+        slices: of a series: file and frame of each slice in the order of k, and their distance in mm.
     """
 
     files: tuple[Path, ...] = field(repr=False)
     series: str = field(repr=False, default="")
+    slices: Callable[[], tuple[list[tuple[Path, int]], float]] = field(repr=False, default=lambda: ([], 0.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

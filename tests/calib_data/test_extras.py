@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,3 +49,6 @@ def test_what_the_readme_installs_is_what_its_commands_need() -> None:
     volumes = text[text.index("## Volumes") :].split("\n## ")[0]
     named = set(re.findall(r"pip install '\.\[([\w,-]+)\]'", volumes)[0].split(","))
     assert "--preview" in volumes and named == {"medical", "image", "plot"}
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    shown = {extra for some in re.findall(r"pip install '\.\[([\w,-]+)\]'", text) for extra in some.split(",")}
+    assert "dicom-seg" in shown and shown <= extras

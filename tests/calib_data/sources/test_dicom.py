@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from image_files import OBLIQUE, ramp, write_series
+from image_files import OBLIQUE, ramp, write_enhanced, write_series
 
 from calib_data import DataError, InputSpec
 from calib_data.sources import case_list, dicom
@@ -278,33 +278,10 @@ def test_a_table_of_values_is_refused(tmp_path: Path) -> None:
 
 
 def test_enhanced_frames_have_places_and_rescaling_of_their_own(tmp_path: Path) -> None:
-    folder = write_series(tmp_path / "plain", ramp(*GRID), OBLIQUE)
-    slices = [pydicom.dcmread(path) for path in sorted(folder.iterdir())]  # by names: in no order of space
-    whole, frames, expected = slices[0], [], np.zeros(GRID, np.float32)
-    for number, one in enumerate(slices):
-        frame = pydicom.Dataset()
-        for sequence, keyword in (
-            ("PlanePositionSequence", "ImagePositionPatient"),
-            ("PlaneOrientationSequence", "ImageOrientationPatient"),
-        ):
-            inside = pydicom.Dataset()
-            setattr(inside, keyword, getattr(one, keyword))
-            setattr(frame, sequence, [inside])
-        value = pydicom.Dataset()
-        value.RescaleSlope, value.RescaleIntercept = 2, number
-        frame.PixelValueTransformationSequence = [value]
-        frames.append(frame)
-        index = round((float(one.ImagePositionPatient[2]) - 10) / 2.5)
-        expected[:, :, index] = ramp(*GRID)[:, :, index] * 2 + number
-    measures, shared = pydicom.Dataset(), pydicom.Dataset()
-    measures.PixelSpacing = whole.PixelSpacing
-    shared.PixelMeasuresSequence = [measures]
-    whole.SharedFunctionalGroupsSequence, whole.PerFrameFunctionalGroupsSequence = [shared], frames
-    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
-        delattr(whole, keyword)
-    pixels = b"".join(one.PixelData for one in slices)
-    whole.NumberOfFrames, whole.PixelData = len(slices), pixels
-    whole.save_as(tmp_path / "enhanced.dcm", enforce_file_format=True)
+    order = write_enhanced(tmp_path / "enhanced.dcm", write_series(tmp_path / "plain", ramp(*GRID), OBLIQUE))
+    assert order != sorted(order)
+    expected = ramp(*GRID) * 2.0
+    expected[:, :, order] += np.arange(len(order))
     volume = read(tmp_path / "enhanced.dcm")
     np.testing.assert_array_equal(volume.array[0], expected)
     np.testing.assert_allclose(volume.affine, OBLIQUE, atol=1e-6)
