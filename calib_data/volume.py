@@ -122,11 +122,13 @@ class Volume:
 
     def same_grid(self, other: Volume) -> bool:
         """Whether voxels of one index lie in one place, within a hundredth of a voxel at every corner."""
-        if self.grid != other.grid:
-            return False
+        return self.grid == other.grid and self.apart_mm(other) <= 0.01 * min(self.spacing_mm)
+
+    def apart_mm(self, other: Volume) -> float:
+        """The largest distance of a voxel of this grid from where the other image has that of the same index."""
         corners = np.array(np.meshgrid(*[(0, n - 1) for n in self.grid], indexing="ij")).reshape(3, -1)
         apart = (self.affine - other.affine)[:3] @ np.vstack([corners, np.ones(8)])
-        return bool(np.linalg.norm(apart, axis=0).max() <= 0.01 * min(self.spacing_mm))
+        return float(np.linalg.norm(apart, axis=0).max())
 
 
 def require_size(sizes: Sequence[int]) -> None:

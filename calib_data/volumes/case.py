@@ -154,8 +154,8 @@ def as_channels(volumes: Sequence[Volume]) -> Volume:
     for number, volume in enumerate(volumes[1:], 2):
         if not volume.same_grid(volumes[0]):
             raise DataError(
-                f"image {number} of it lies on another grid than the first: {_said(volume)} against "
-                f"{_said(volumes[0])}. Register and resample the channels to one grid."
+                f"image {number} of it lies on another grid than the first: {_apart(volume, volumes[0])}. Register and "
+                "resample the channels to one grid."
             )
     if len(volumes) == 1:
         return volumes[0]
@@ -170,12 +170,19 @@ def check_label(label: Volume, image: Volume) -> None:
     """
     if not label.same_grid(image):
         raise DataError(
-            f"its label lies on another grid than its image: {_said(label)} against {_said(image)}. Give the label of "
-            "this image, or resample it to the image's grid (nearest)."
+            f"its label lies on another grid than its image: {_apart(label, image)}. Give the label of this image, or "
+            "resample it to the image's grid (nearest)."
         )
     array = label.array
     if len(array) != 1 or (array.dtype.kind == "f" and bool((array != array.round()).any())) or array.min() < 0:
         raise DataError("its label holds several channels, or values that are no whole numbers from 0 on.")
+
+
+def _apart(one: Volume, other: Volume) -> str:
+    """How two grids differ."""
+    if one.grid != other.grid or _said(one) != _said(other):
+        return f"{_said(one)} against {_said(other)}"
+    return f"both {_said(one)}, but up to {one.apart_mm(other):.3g} mm apart"
 
 
 def _said(volume: Volume) -> str:

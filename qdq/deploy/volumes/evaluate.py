@@ -192,7 +192,7 @@ def compare_volumes(
     ]
     return VolumeReport(
         cases=len(cases),
-        window=ours.sliding.window.said,
+        window=ours.sliding.said,
         grid=ours.said,
         decoded=reader.decoder.said,
         windows=ours.sliding.runs,

@@ -153,7 +153,7 @@ def segment(
             on_progress(len(cases), len(cases), "Segment")
         (folder / "labels.json").write_text(json.dumps(names(reader.decoder.structures), indent=1) + "\n")
         move_all(folder, out)
-    said = f"{one.sliding.window.said}; {reader.decoder.said}; on the image's own grid by {one.said}"
+    said = f"{one.sliding.said}; {reader.decoder.said}; on the image's own grid by {one.said}"
     return Segmented(files=tuple(written), cases=cases, said=said)
 
 
