@@ -18,9 +18,28 @@ import numpy.typing as npt
 from calib_data.validation import Array, DataError
 
 Affine = npt.NDArray[np.float64]
+Box = tuple[slice, slice, slice]
 ENDS = ("LR", "PA", "IS")  # negative and positive end of the axes of the patient's space: left, posterior, inferior
 MOST_VOXELS = 1 << 30  # of one image, all channels: 4 GB in FP32
 STORED = "stored"  # in place of letters: the axes as the file has them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Grid:
+    """Voxels in space, without values.
+
+    Attributes:
+        shape: along i, j, k.
+        affine: as of `Volume`.
+    """
+
+    shape: tuple[int, int, int]
+    affine: Affine
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance of neighbouring voxels along i, j, k in millimetres."""
+        return spacing_of(self.affine)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,10 +81,14 @@ class Volume:
         return i, j, k
 
     @property
+    def place(self) -> Grid:
+        """Where the voxels lie."""
+        return Grid(shape=self.grid, affine=self.affine)
+
+    @property
     def spacing_mm(self) -> tuple[float, float, float]:
-        """Distance of neighbouring voxels along i, j, k in millimetres."""
-        i, j, k = (float(length) for length in np.linalg.norm(self.affine[:3, :3], axis=0))
-        return i, j, k
+        """As of its `place`."""
+        return spacing_of(self.affine)
 
     @property
     def orientation(self) -> str:
@@ -99,11 +122,13 @@ class Volume:
 
     def same_grid(self, other: Volume) -> bool:
         """Whether voxels of one index lie in one place, within a hundredth of a voxel at every corner."""
-        if self.grid != other.grid:
-            return False
+        return self.grid == other.grid and self.apart_mm(other) <= 0.01 * min(self.spacing_mm)
+
+    def apart_mm(self, other: Volume) -> float:
+        """The largest distance of a voxel of this grid from where the other image has that of the same index."""
         corners = np.array(np.meshgrid(*[(0, n - 1) for n in self.grid], indexing="ij")).reshape(3, -1)
         apart = (self.affine - other.affine)[:3] @ np.vstack([corners, np.ones(8)])
-        return bool(np.linalg.norm(apart, axis=0).max() <= 0.01 * min(self.spacing_mm))
+        return float(np.linalg.norm(apart, axis=0).max())
 
 
 def require_size(sizes: Sequence[int]) -> None:
@@ -114,6 +139,23 @@ def require_size(sizes: Sequence[int]) -> None:
     """
     if math.prod(int(size) for size in sizes) > MOST_VOXELS:
         raise DataError(f"it has {'x'.join(map(str, sizes))} values by its header; at most {MOST_VOXELS} are read.")
+
+
+def spacing_of(affine: Affine) -> tuple[float, float, float]:
+    """Distance of neighbouring voxels along i, j, k in millimetres."""
+    i, j, k = (float(length) for length in np.linalg.norm(affine[:3, :3], axis=0))
+    return i, j, k
+
+
+def box_of(*masks: Array) -> Box:
+    """The smallest that holds every voxel (i, j, k) of all masks that is not 0; empty where there is none."""
+    found = []
+    for axis in range(3):
+        others = tuple(a for a in range(3) if a != axis)
+        there = np.flatnonzero(np.logical_or.reduce([m.any(axis=others) for m in masks]))
+        found.append(slice(int(there[0]), int(there[-1]) + 1) if there.size else slice(0, 0))
+    i, j, k = found
+    return i, j, k
 
 
 def orientation_of(affine: Affine) -> str:

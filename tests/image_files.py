@@ -81,6 +81,44 @@ def write_series(
     return folder
 
 
+def write_enhanced(path: Path, folder: Path) -> list[int]:
+    """One file of the slices of a series in the order of their names; values twice theirs plus the frame's number.
+
+    Returns which slice along its normal each frame is.
+    """
+    from pydicom import Dataset, dcmread
+    from pydicom.uid import EnhancedMRImageStorage
+
+    slices = [dcmread(file) for file in sorted(folder.iterdir())]
+    whole, frames = slices[0], []
+    for number, one in enumerate(slices):
+        frame = Dataset()
+        for sequence, keyword in (
+            ("PlanePositionSequence", "ImagePositionPatient"),
+            ("PlaneOrientationSequence", "ImageOrientationPatient"),
+        ):
+            inside = Dataset()
+            setattr(inside, keyword, getattr(one, keyword))
+            setattr(frame, sequence, [inside])
+        value = Dataset()
+        value.RescaleSlope, value.RescaleIntercept = 2, number
+        frame.PixelValueTransformationSequence = [value]
+        frames.append(frame)
+    way = np.cross(*np.array(whole.ImageOrientationPatient, float).reshape(2, 3))
+    order = np.argsort(np.argsort([way @ np.array(one.ImagePositionPatient, float) for one in slices]))
+    measures, shared = Dataset(), Dataset()
+    measures.PixelSpacing = whole.PixelSpacing
+    shared.PixelMeasuresSequence = [measures]
+    whole.SharedFunctionalGroupsSequence, whole.PerFrameFunctionalGroupsSequence = [shared], frames
+    pixels = b"".join(one.PixelData for one in slices)
+    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
+        delattr(whole, keyword)
+    whole.NumberOfFrames, whole.PixelData = len(slices), pixels
+    whole.SOPClassUID = whole.file_meta.MediaStorageSOPClassUID = EnhancedMRImageStorage
+    whole.save_as(path, enforce_file_format=True)
+    return [int(n) for n in order]
+
+
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0]) @ OBLIQUE
 PACK = {"raw": bytes, "gzip": gzip.compress, "bzip2": bz2.compress}
 

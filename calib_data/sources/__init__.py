@@ -17,7 +17,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from calib_data.validation import Array, DataError, InputSpec
-from calib_data.volume import Affine, Volume
 from calib_data.volumes.case import Cases
 
 
@@ -85,15 +84,11 @@ class ImageForm:
     Attributes:
         says, owns, last: as of `Form`.
         cases: the images of a text that it owns.
-        image: one image in a file or folder that it owns.
-        affine: the place of that image, from headers.
     """
 
     says: str
     owns: Callable[[str], bool]
     cases: Callable[[str], Cases]
-    image: Callable[[Path], Volume]
-    affine: Callable[[Path], Affine]
     last: bool = False
 
 

@@ -12,15 +12,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 
 from calib_data.sources import ImageForm, forms
 from calib_data.validation import DataError
-from calib_data.volume import Affine, Volume
-from calib_data.volumes.case import Case, Cases, as_channels
+from calib_data.volumes.case import Case, Cases, as_channels, told
 
 MOST_BYTES = 16 << 20
+MOST_TOLD = 3  # rows of which is said what was left out
 _IMAGE = re.compile(r"image([2-9]|[1-9]\d)?")
 NEEDED = "columns image, image2 and so on (one for each channel), and where wanted label and case"
 
@@ -37,6 +36,7 @@ def cases(source: str) -> Cases:
         DataError: it is no such list, a case stands there twice, or a path is nothing that can be read.
     """
     found: dict[str, Case] = {}
+    left: list[str] = []
     for number, row in enumerate(rows := _rows(Path(source)), 1):
         given = {key.strip(): value.strip() for key, value in row.items() if value and value.strip()}
         images = sorted((key for key in given if _IMAGE.fullmatch(key)), key=lambda key: int(key[5:] or 1))
@@ -48,36 +48,45 @@ def cases(source: str) -> Cases:
                 near = get_close_matches(unknown[0], ("image", "image2", "label", "case"), n=1)
                 what = "a column that is not known" + (f" (did you mean {near[0]!r}?)" if near else "")
             raise DataError(f"Row {number} of {len(rows)} of the list of cases has {what}; it must have {NEEDED}.")
-        forms_of = [_form(Path(source).parent / given[key], number, len(rows), key) for key in images]
-        paths = tuple(Path(source).parent / given[key] for key in images)
-        label = None
-        if "label" in given:
-            place = Path(source).parent / given["label"]
-            label = partial(_form(place, number, len(rows), "label").image, place)
         name = given.get("case", given["image"])
         if name in found:
             raise DataError(f"Row {number} of {len(rows)} of the list of cases names a case that is there before.")
-        read = [partial(form.image, path) for form, path in zip(forms_of, paths, strict=True)]
+        read = {
+            key: _one(Path(source).parent / given[key], f"row {number} of {len(rows)} of the list of cases ({key})")
+            for key in (*images, *(key for key in given if key == "label"))
+        }
+        parts = [read[key][0] for key in images]
         found[name] = Case(
             name=name,
-            image=lambda read=read: as_channels([one() for one in read]),  # type: ignore[misc]
-            affine=partial(forms_of[0].affine, paths[0]),
-            label=label,
-            paths=paths if all(path.is_file() for path in paths) else (),
+            image=lambda parts=parts: as_channels([part.image() for part in parts]),  # type: ignore[misc]
+            affine=parts[0].affine,
+            label=read["label"][0].image if "label" in read else None,
+            origins=tuple(origin for part in parts for origin in part.origins),
         )
+        left += [f"Row {number} ({key}): {some.left_out}" for key, some in read.items() if some.left_out]
     if not found:
         raise DataError(f"The list of cases is empty; it needs {NEEDED}.")
-    return Cases(found.values())
+    made = Cases(found.values())
+    more = [f"So it is with {len(left) - MOST_TOLD} more."] if len(left) > MOST_TOLD else []
+    made.left_out = " ".join([*left[:MOST_TOLD], *more])
+    return made
 
 
-def _form(path: Path, row: int, rows: int, column: str) -> ImageForm:
+def _one(path: Path, where: str) -> Cases:
+    """The one image that a path names.
+
+    Raises:
+        DataError: no form of images reads it, or it holds several.
+    """
     form = next((f for f in forms() if isinstance(f, ImageForm) and f is not FORM and f.owns(str(path))), None)
-    if form is None:
-        what = "a file that no form of images reads" if path.exists() else "a path that does not exist"
-        raise DataError(
-            f"Row {row} of {rows} of the list of cases has under {column!r} {what}. Paths count from the list's folder."
-        )
-    return form
+    with told(where):
+        if form is None:
+            what = "a file that no form of images reads" if path.exists() else "a path that does not exist"
+            raise DataError(f"it names {what}. Paths count from the list's folder.")
+        found = form.cases(str(path))
+        if len(found) != 1:
+            raise DataError(f"it names {len(found)} images; one is needed. Give each a row, or a folder of its own.")
+        return found
 
 
 def _rows(path: Path) -> Sequence[Mapping[str, str]]:
@@ -105,27 +114,4 @@ def _rows(path: Path) -> Sequence[Mapping[str, str]]:
     return read
 
 
-def image(path: Path) -> Volume:
-    """The image of the only case of a list."""
-    return _only(path).image()
-
-
-def affine_of(path: Path) -> Affine:
-    """Its place."""
-    return _only(path).affine()
-
-
-def _only(path: Path) -> Case:
-    found = cases(str(path))
-    if len(found) != 1:
-        raise DataError(f"its list holds {len(found)} cases; one is needed.")
-    return found[0]
-
-
-FORM = ImageForm(
-    says="a CSV or JSON list of images, labels and cases",
-    owns=owns,
-    cases=cases,
-    image=image,
-    affine=affine_of,
-)
+FORM = ImageForm(says="a CSV or JSON list of images, labels and cases", owns=owns, cases=cases)

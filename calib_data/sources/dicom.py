@@ -25,7 +25,7 @@ from calib_data.extras import need
 from calib_data.sources import ImageForm
 from calib_data.validation import Array, DataError
 from calib_data.volume import Affine, Volume, require_size
-from calib_data.volumes.case import Case, Cases, told
+from calib_data.volumes.case import Case, Cases, Origin, told
 from calib_data.volumes.files import refuse_others
 
 GEOMETRY = (
@@ -118,32 +118,22 @@ def cases(source: str) -> Cases:
             "one. Give a folder for each."
         )
     made = Cases(
-        Case(name=uid, image=partial(_volume, some), affine=partial(_affine_of, some))
+        Case(
+            name=uid,
+            image=partial(_volume, some),
+            affine=partial(_affine_of, some),
+            origins=(Origin(files=_paths(some), series=uid, slices=partial(_placed, some)),),
+        )
         for uid, some in found.slices.items()
     )
     made.left_out = found.left_out
     return made
 
 
-def read(path: Path) -> Volume:
-    """The image of a folder with one series, or of an enhanced multi-frame file.
-
-    Raises:
-        DataError: several series, or see `_volume`.
-    """
-    return _volume(_only(path))
-
-
-def affine_of(path: Path) -> Affine:
-    """Where that image lies."""
-    return _affine_of(_only(path))
-
-
-def _only(path: Path) -> Sequence[_Slice]:
-    found = _series(path).slices
-    if len(found) != 1:
-        raise DataError(f"its folder holds {len(found)} DICOM series; one is needed. Give each a folder of its own.")
-    return next(iter(found.values()))
+def _placed(slices: Sequence[_Slice]) -> tuple[list[tuple[Path, int]], float]:
+    """File and frame of each slice along its normal, and their distance in mm."""
+    ordered, step = _stack(slices)
+    return [(s.path, s.frame) for s in ordered], float(np.linalg.norm(step))
 
 
 def _paths(slices: Sequence[_Slice]) -> tuple[Path, ...]:
@@ -391,4 +381,4 @@ def _pixels(path: Path) -> Array:
     return stored
 
 
-FORM = ImageForm(says="a folder of DICOM series", owns=owns, cases=cases, image=read, affine=affine_of)
+FORM = ImageForm(says="a folder of DICOM series", owns=owns, cases=cases)

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import gzip
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from calib_data.extras import need
-from calib_data.sources import ImageForm
 from calib_data.validation import DataError
 from calib_data.volume import Affine, Volume, orientation_of, require_size
-from calib_data.volumes.files import ENDINGS, cases_of, holds
+from calib_data.volumes.files import form_of_files
 
 SLACK = 1 << 20  # bytes behind the last voxel that are not asked about
 
@@ -93,10 +91,4 @@ def _check_gzip(path: Path, most: int) -> None:
 
 
 KINDS = ("NIfTI",)
-FORM = ImageForm(
-    says="a NIfTI file or a folder of them (nnU-Net's imagesTr too)",
-    owns=partial(holds, endings=ENDINGS["NIfTI"]),
-    cases=partial(cases_of, kind=KINDS, image=read, affine=affine_of),
-    image=read,
-    affine=affine_of,
-)
+FORM = form_of_files("a NIfTI file or a folder of them (nnU-Net's imagesTr too)", KINDS, read, affine_of)

@@ -4,6 +4,7 @@ header lines -> sizes, type, place -> data, the first axis fastest. Lines that a
 
 Source: https://teem.sourceforge.net/nrrd/format.html ; MetaIO's documentation, and ITK for what it leaves open (rows of
 TransformMatrix are the axes' directions; both formats count in LPS unless NRRD's `space` says otherwise).
+`tools/peer_simpleitk.py` holds this reader to SimpleITK.
 """
 
 from __future__ import annotations
@@ -13,29 +14,30 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from calib_data.sources import ImageForm
 from calib_data.validation import Array, DataError
 from calib_data.volume import Affine, Volume, require_size
-from calib_data.volumes.files import ENDINGS, cases_of, holds
+from calib_data.volumes.files import ENDINGS, form_of_files
 
 MOST_HEADER = 1 << 20  # bytes
 _TYPES = {
     **dict.fromkeys(("signed char", "int8", "int8_t", "met_char"), "i1"),
     **dict.fromkeys(("uchar", "unsigned char", "uint8", "uint8_t", "met_uchar"), "u1"),
-    **dict.fromkeys(("short", "short int", "signed short", "int16", "int16_t", "met_short"), "i2"),
-    **dict.fromkeys(("ushort", "unsigned short", "uint16", "uint16_t", "met_ushort"), "u2"),
+    **dict.fromkeys(("short", "short int", "signed short", "signed short int", "int16", "int16_t", "met_short"), "i2"),
+    **dict.fromkeys(("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t", "met_ushort"), "u2"),
     **dict.fromkeys(("int", "signed int", "int32", "int32_t", "met_int"), "i4"),
     **dict.fromkeys(("uint", "unsigned int", "uint32", "uint32_t", "met_uint"), "u4"),
-    **dict.fromkeys(("longlong", "long long", "int64", "int64_t", "met_long_long"), "i8"),
-    **dict.fromkeys(("ulonglong", "unsigned long long", "uint64", "uint64_t", "met_ulong_long"), "u8"),
+    **dict.fromkeys(("longlong", "long long", "long long int", "signed long long", "signed long long int"), "i8"),
+    **dict.fromkeys(("int64", "int64_t", "met_long_long"), "i8"),
+    **dict.fromkeys(("ulonglong", "unsigned long long", "unsigned long long int"), "u8"),
+    **dict.fromkeys(("uint64", "uint64_t", "met_ulong_long"), "u8"),
     **dict.fromkeys(("float", "met_float"), "f4"),
     **dict.fromkeys(("double", "met_double"), "f8"),
 }
+_NO_CHANNELS = ("complex", "matrix", "quaternion")  # kinds of an axis whose values are parts of one
 _SPACES = {  # name -> signs that make RAS of it
     **dict.fromkeys(("left-posterior-superior", "lps"), (-1, -1, 1)),
     **dict.fromkeys(("right-anterior-superior", "ras"), (1, 1, 1)),
@@ -97,6 +99,9 @@ def _nrrd(path: Path, text: bytes) -> _Header:
     axes = [d for d in directions if d is not None]
     if len(axes) != 3 or len(directions) != len(sizes) or len(sizes) > 4:
         raise DataError(f"its header has {len(axes)} directions in space for {len(sizes)} axes; three are needed.")
+    kinds = given.get("kinds", "").split()
+    if other := next((kind for kind in kinds if any(part in kind.lower() for part in _NO_CHANNELS)), ""):
+        raise DataError(f"its values are of kind {other[:40]}; real numbers, or channels of them, are needed.")
     skip = int(given.get("byte skip", "0"))
     if int(given.get("line skip", "0")) or (skip and skip != -1):
         raise DataError("its header skips lines or bytes of the data, which is not read. Write it without.")
@@ -201,10 +206,4 @@ def _beside(path: Path, name: str) -> Path:
 
 
 KINDS = ("NRRD", "MetaImage")
-FORM = ImageForm(
-    says="NRRD or MetaImage files",
-    owns=partial(holds, endings=[ending for kind in KINDS for ending in ENDINGS[kind]]),
-    cases=partial(cases_of, kind=KINDS, image=read, affine=affine_of),
-    image=read,
-    affine=affine_of,
-)
+FORM = form_of_files("NRRD or MetaImage files", KINDS, read, affine_of)

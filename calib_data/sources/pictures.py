@@ -5,16 +5,14 @@ They have no place in a patient's space: one voxel counts as one millimetre. EXI
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from calib_data.extras import need
-from calib_data.sources import ImageForm
 from calib_data.validation import DataError
 from calib_data.volume import Affine, Volume
-from calib_data.volumes.files import ENDINGS, cases_of, holds
+from calib_data.volumes.files import form_of_files
 
 _MODES = {"1": "L", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}  # what is not stored as grey or colours
 _READ = ("L", "RGB", "I;16", "I;16B", "I;16L", "I", "F")
@@ -47,10 +45,4 @@ def affine_of(path: Path) -> Affine:
 
 
 KINDS = ("picture",)
-FORM = ImageForm(
-    says="pictures (PNG, JPEG, TIFF)",
-    owns=partial(holds, endings=ENDINGS["picture"]),
-    cases=partial(cases_of, kind=KINDS, image=read, affine=affine_of),
-    image=read,
-    affine=affine_of,
-)
+FORM = form_of_files("pictures (PNG, JPEG, TIFF)", KINDS, read, affine_of)

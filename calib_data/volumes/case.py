@@ -27,7 +27,22 @@ from calib_data.volume import Affine, Volume
 KEY_DIGITS = 12  # hexadecimal, of 64: enough to tell cases apart
 LEAST_KEY = 16  # bytes of a key file; fewer can be guessed
 _OF_THIS_RUN = os.urandom(32)
-_LOGGERS = ("pydicom", "nibabel.global", "PIL")  # they print values of headers
+_LOGGERS = ("pydicom", "highdicom", "nibabel.global", "PIL")  # they print values of headers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where an image comes from, which may identify a patient: told to who asks for it, in no message.
+
+    Attributes:
+        files: one, or those of a DICOM series.
+        series: SeriesInstanceUID of a DICOM series, else "".
+        slices: of a series: file and frame of each slice in the order of k, and their distance in mm.
+    """
+
+    files: tuple[Path, ...] = field(repr=False)
+    series: str = field(repr=False, default="")
+    slices: Callable[[], tuple[list[tuple[Path, int]], float]] = field(repr=False, default=lambda: ([], 0.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +55,7 @@ class Case:
         affine: its place, from headers alone.
         label: reads the label, one channel of whole numbers on the image's grid, its axes perhaps in another order or
             direction; None where there is none.
-        paths: the files of its channels, for who reads them otherwise; none of a DICOM series, which is many.
+        origins: of each image that it is made of, in the order of channels.
         where: what messages call it.
         key: keyed hash of the name.
     """
@@ -49,7 +64,7 @@ class Case:
     image: Callable[[], Volume] = field(repr=False)
     affine: Callable[[], Affine] = field(repr=False)
     label: Callable[[], Volume] | None = field(repr=False, default=None)
-    paths: tuple[Path, ...] = field(repr=False, default=())
+    origins: tuple[Origin, ...] = field(repr=False, default=())
     where: str = "an image"
     key: str = ""
 
@@ -170,8 +185,8 @@ def as_channels(volumes: Sequence[Volume]) -> Volume:
     for number, volume in enumerate(volumes[1:], 2):
         if not volume.same_grid(volumes[0]):
             raise DataError(
-                f"image {number} of it lies on another grid than the first: {_said(volume)} against "
-                f"{_said(volumes[0])}. Register and resample the channels to one grid."
+                f"image {number} of it lies on another grid than the first: {_apart(volume, volumes[0])}. Register and "
+                "resample the channels to one grid."
             )
     if len(volumes) == 1:
         return volumes[0]
@@ -186,12 +201,19 @@ def check_label(label: Volume, image: Volume) -> None:
     """
     if not label.same_grid(image):
         raise DataError(
-            f"its label lies on another grid than its image: {_said(label)} against {_said(image)}. Give the label of "
-            "this image, or resample it to the image's grid (nearest)."
+            f"its label lies on another grid than its image: {_apart(label, image)}. Give the label of this image, or "
+            "resample it to the image's grid (nearest)."
         )
     array = label.array
     if len(array) != 1 or (array.dtype.kind == "f" and bool((array != array.round()).any())) or array.min() < 0:
         raise DataError("its label holds several channels, or values that are no whole numbers from 0 on.")
+
+
+def _apart(one: Volume, other: Volume) -> str:
+    """How two grids differ."""
+    if one.grid != other.grid or _said(one) != _said(other):
+        return f"{_said(one)} against {_said(other)}"
+    return f"both {_said(one)}, but up to {one.apart_mm(other):.3g} mm apart"
 
 
 def _said(volume: Volume) -> str:

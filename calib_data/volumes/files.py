@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from calib_data.sources import ImageForm
 from calib_data.validation import DataError
 from calib_data.volume import Affine, Volume
-from calib_data.volumes.case import Case, Cases, as_channels
+from calib_data.volumes.case import Case, Cases, Origin, as_channels
 
 ENDINGS = {
     "NIfTI": (".nii", ".nii.gz"),
@@ -39,6 +40,18 @@ def holds(source: str, endings: Sequence[str]) -> bool:
         return path.name.lower().endswith(tuple(endings))
     folder = _images(path)
     return folder.is_dir() and bool(files_in(folder, endings)) and not files_in(folder, (".npz", ".npy"))
+
+
+def form_of_files(
+    says: str, kind: Sequence[str], image: Callable[[Path], Volume], affine: Callable[[Path], Affine]
+) -> ImageForm:
+    """The form of images that are files of some kinds; `kind`, `image` and `affine` as of `cases_of`."""
+    endings = [ending for name in kind for ending in ENDINGS[name]]
+    return ImageForm(
+        says=says,
+        owns=partial(holds, endings=endings),
+        cases=partial(cases_of, kind=kind, image=image, affine=affine),
+    )
 
 
 def cases_of(
@@ -105,7 +118,7 @@ def _case(
         image=lambda: as_channels([image(file) for file in files]),
         affine=partial(affine, files[0]),
         label=None if label is None else partial(image, label),
-        paths=tuple(files),
+        origins=tuple(Origin(files=(file,)) for file in files),
     )
 
 

@@ -66,12 +66,12 @@ def bundle_image(case: Case, bundle: str) -> Volume:
         MissingExtraError: MONAI is not installed.
     """
     transforms = _transforms(bundle)
-    if not case.paths:
+    if any(origin.series for origin in case.origins):
         raise DataError(
             "a MONAI bundle reads files by itself, and whether it orders and checks the slices of a DICOM series is "
             "not known. Convert the series to NIfTI (dcm2niix), or write what the bundle does as a `volume:` block."
         )
-    files = [str(path) for path in case.paths]
+    files = [str(origin.files[0]) for origin in case.origins]
     found = transforms({"image": files[0] if len(files) == 1 else files})["image"]
     array = np.asarray(found.detach().cpu().numpy() if hasattr(found, "detach") else found)
     affine = np.asarray(getattr(found, "affine", np.eye(4)), np.float64)

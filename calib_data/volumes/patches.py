@@ -9,11 +9,13 @@ import hashlib
 import math
 from collections.abc import Sequence
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
 from calib_data.volume import Volume
-from calib_data.volumes.spec import Patches
+from calib_data.volumes.prepare import Prepared
+from calib_data.volumes.spec import Patches, VolumeSpec
 
 Start = tuple[int, ...]
 
@@ -32,6 +34,25 @@ def padded(volume: Volume, patch: Sequence[int], value: float = 0) -> Volume:
     affine = volume.affine.copy()
     affine[:3, 3] -= affine[:3, :3] @ np.array(before, float)
     return Volume(array=np.pad(volume.array, around, constant_values=value), affine=affine)
+
+
+class Patched(NamedTuple):
+    """What patches are cut of: image and label at least as large as they are, and their first voxels."""
+
+    image: Volume
+    label: Volume | None
+    starts: list[Start]
+
+
+def patched(made: Prepared, spec: VolumeSpec) -> Patched:
+    """The patches of a prepared image, as its recipe says; the whole image where that has no patch."""
+    if spec.patch is None:
+        return Patched(image=made.image, label=made.label, starts=[(0, 0, 0)])
+    patch = (*spec.patch, 1)[:3]
+    image = padded(made.image, patch, spec.pad)
+    marks = made.foreground and padded(made.foreground, patch)
+    found = starts(image, marks, patch, spec.patches or Patches())
+    return Patched(image=image, label=made.label and padded(made.label, patch), starts=found)
 
 
 def steps(size: int, patch: int, step: float = 0.5) -> list[int]:

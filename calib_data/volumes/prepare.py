@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from calib_data.validation import DataError
-from calib_data.volume import STORED, Affine, Volume
+from calib_data.volume import STORED, Grid, Volume, box_of
 from calib_data.volumes.case import Case, check_label, told
 from calib_data.volumes.intensity import normalized
 from calib_data.volumes.monai import bundle_image
@@ -32,15 +32,15 @@ class Prepared:
         label: one channel on the same grid, in its own type; None where the case has none.
         foreground: the label; without one, voxels above the mean of the file's values in some channel, 1 and 0; None
             where no patches are drawn around it.
-        stored: affine of the file's grid.
-        stored_grid: voxels of the file's grid.
+        file: the file's grid.
+        truth: the label as its file has it, on the file's grid, its axes in the order and direction of the image's.
     """
 
     image: Volume
     label: Volume | None
     foreground: Volume | None
-    stored: Affine
-    stored_grid: tuple[int, int, int]
+    file: Grid
+    truth: Volume | None
 
 
 def prepared(case: Case, spec: VolumeSpec) -> Prepared:
@@ -50,40 +50,44 @@ def prepared(case: Case, spec: VolumeSpec) -> Prepared:
         DataError: the case cannot be read, or is not what the recipe is for; says which case, and no name.
     """
     with told(case.where):
-        if spec.bundle:
-            return _by_bundle(case, spec)
-        image = case.image()
-        label = case.label().oriented(image.orientation) if case.label else None
-        _check_values(image)
-        if spec.intensity is None and image.array.dtype.kind in "biu" and np.dtype(spec.dtype).kind == "f":
-            raise DataError(
-                f"its values are whole numbers ({image.array.dtype}) and the model takes {spec.dtype}: say with "
-                "`intensity:` under `volume:` how its training scaled them, or take them as they are with "
-                "`intensity: stored`."
-            )
-        if label is not None:
-            check_label(label, image)
-        stored, grid = image.affine, image.grid
-        wanted = spec.patches is not None and spec.patches.kind == "foreground"
-        marked = _above_mean(image) if wanted and label is None else label
-        found, *marks = (_turned(v, spec) for v in (image, marked) if v is not None)
-        if spec.crop:
-            found, *marks = _cropped([found, *marks])
-        if spec.normalize == "before":
-            found = Volume(array=normalized(found.array, spec.intensity), affine=found.affine)
-        found, marks = _on_spacing(found, spec), [_on_spacing(v, spec, label=True) for v in marks]
-        if spec.normalize == "after":
-            found = Volume(array=normalized(found.array, spec.intensity), affine=found.affine)
-        mark = next(iter(marks), None)
-        return Prepared(image=found, label=mark if label else None, foreground=mark, stored=stored, stored_grid=grid)
+        return _made(case, *_read(case), spec)
 
 
-def _by_bundle(case: Case, spec: VolumeSpec) -> Prepared:
-    """A MONAI bundle's own transforms; they see no label."""
-    stored, made = case.image(), bundle_image(case, spec.bundle)
-    _check_values(made)
-    seen = _turned(made, spec)
-    return Prepared(image=seen, label=None, foreground=_above_mean(seen), stored=stored.affine, stored_grid=stored.grid)
+def _read(case: Case) -> tuple[Volume, Volume | None]:
+    """Image and label as the files have them, the label's axes in the order and direction of the image's."""
+    image = case.image()
+    label = case.label().oriented(image.orientation) if case.label else None
+    _check_values(image)
+    if label is not None:
+        check_label(label, image)
+    return image, label
+
+
+def _made(case: Case, image: Volume, truth: Volume | None, spec: VolumeSpec) -> Prepared:
+    """What becomes of what was read."""
+    if spec.bundle:  # reads the files by itself; ours tells their grid, and refuses what it would not
+        seen = _turned(bundle_image(case, spec.bundle), spec)
+        _check_values(seen)
+        return Prepared(image=seen, label=None, foreground=_above_mean(seen), file=image.place, truth=truth)
+    if spec.intensity is None and image.array.dtype.kind in "biu" and np.dtype(spec.dtype).kind == "f":
+        raise DataError(
+            f"its values are whole numbers ({image.array.dtype}) and the model takes {spec.dtype}: say with "
+            "`intensity:` under `volume:` how its training scaled them, or take them as they are with "
+            "`intensity: stored`."
+        )
+    wanted = spec.patches is not None and spec.patches.kind == "foreground"
+    marked = _above_mean(image) if wanted and truth is None else truth
+    found, *marks = (_turned(v, spec) for v in (image, marked) if v is not None)
+    if spec.crop:
+        found, *marks = _cropped([found, *marks])
+    if spec.normalize == "before":
+        found = Volume(array=normalized(found.array, spec.intensity), affine=found.affine)
+    found, marks = _on_spacing(found, spec), [_on_spacing(v, spec, label=True) for v in marks]
+    if spec.normalize == "after":
+        found = Volume(array=normalized(found.array, spec.intensity), affine=found.affine)
+    mark = next(iter(marks), None)
+    label = None if truth is None else mark
+    return Prepared(image=found, label=label, foreground=mark, file=image.place, truth=truth)
 
 
 def geometry(case: Case, spec: VolumeSpec) -> tuple[str, tuple[float, float, float]]:
@@ -120,10 +124,10 @@ def require_one_geometry(cases: Sequence[Case], spec: VolumeSpec) -> None:
 def described(case: Case, spec: VolumeSpec) -> dict[str, str]:
     """What a case holds and what becomes of it, in words without a name."""
     with told(case.where):
-        image = case.image()
-    made = prepared(case, spec)
-    label = "" if made.label is None else f"label {', '.join(f'{v:g}' for v in np.unique(made.label.array)[:12])}"
-    found = {"case": case.where, "stored": _said(image, spec), "seen": _said(made.image, spec), "label": label}
+        image, truth = _read(case)
+        made, stored = _made(case, image, truth, spec), _said(image, spec)
+    label = "" if truth is None else f"label {', '.join(f'{v:g}' for v in np.unique(truth.array)[:12])}"
+    found = {"case": case.where, "stored": stored, "seen": _said(made.image, spec), "label": label}
     return {**found, "samples": _samples(made, spec)}
 
 
@@ -170,17 +174,12 @@ def _turned(volume: Volume, spec: VolumeSpec) -> Volume:
 
 def _cropped(volumes: Sequence[Volume]) -> list[Volume]:
     """The box of the first one's voxels that are not 0 in some channel; the whole image where there is none."""
-    mask = (volumes[0].array != 0).any(axis=0)
-    if not mask.any():
+    box = box_of((volumes[0].array != 0).any(axis=0))
+    if box[0].stop == 0:
         return list(volumes)
-    box, start = [], []
-    for axis in range(3):
-        used = np.flatnonzero(mask.any(axis=tuple(n for n in range(3) if n != axis)))
-        box.append(slice(int(used[0]), int(used[-1]) + 1))
-        start.append(int(used[0]))
     affine = volumes[0].affine.copy()
-    affine[:3, 3] += affine[:3, :3] @ np.array(start, float)
-    return [Volume(array=v.array[:, box[0], box[1], box[2]], affine=affine) for v in volumes]
+    affine[:3, 3] += affine[:3, :3] @ np.array([side.start for side in box], float)
+    return [Volume(array=v.array[(slice(None), *box)], affine=affine) for v in volumes]
 
 
 def _on_spacing(volume: Volume, spec: VolumeSpec, *, label: bool = False) -> Volume:

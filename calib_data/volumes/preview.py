@@ -17,9 +17,9 @@ from calib_data.extras import need
 from calib_data.validation import Array
 from calib_data.volume import ENDS, Volume
 from calib_data.volumes.case import Case
-from calib_data.volumes.patches import Start, padded, starts
+from calib_data.volumes.patches import Start, patched
 from calib_data.volumes.prepare import prepared
-from calib_data.volumes.spec import Patches, VolumeSpec
+from calib_data.volumes.spec import VolumeSpec
 
 MOST_CASES, MOST_CHANNELS, MOST_PATCHES = 6, 4, 8
 _PLANES = ((0, 1, 2), (0, 2, 1), (1, 2, 0))  # axis to the right, axis upwards, axis cut through
@@ -53,17 +53,12 @@ def preview(cases: Sequence[Case], spec: VolumeSpec) -> bytes:
 def _rows(case: Case, spec: VolumeSpec) -> Iterator[tuple[str, Volume, Volume | None, list[Start]]]:
     """Title, one channel, label and patches, for each channel."""
     made = prepared(case, spec)
-    image, label, frames = made.image, made.label, list[Start]()
-    if spec.patch:
-        patch = (*spec.patch, 1)[:3]
-        image, label = padded(image, patch, spec.pad), label and padded(label, patch)
-        marks = made.foreground and padded(made.foreground, patch)
-        frames = starts(image, marks, patch, spec.patches or Patches())[:MOST_PATCHES]
+    image, label, frames = patched(made, spec)
     for n, channel in enumerate(image.array[:MOST_CHANNELS], 1):
         low, high, mean = float(channel.min()), float(channel.max()), float(channel.mean(dtype=np.float64))
         values = f"values {low:.4g} to {high:.4g}, mean {mean:.4g}"
         title = f"{case.where}, channel {n} of {len(image.array)}: {values}; {spec.said(image)}"
-        yield title, Volume(array=channel[None], affine=image.affine), label, frames
+        yield title, Volume(array=channel[None], affine=image.affine), label, frames[:MOST_PATCHES]
 
 
 def _draw(

@@ -14,7 +14,7 @@ import numpy as np
 from calib_data.sources import ArrayForm, ImageForm, RawSample, SampleShapes
 from calib_data.validation import Array, DataError, InputSpec
 from calib_data.volumes.case import Case, Cases, keyed
-from calib_data.volumes.patches import padded, starts
+from calib_data.volumes.patches import patched
 from calib_data.volumes.prepare import prepared, require_one_geometry
 from calib_data.volumes.spec import Patches, VolumeSpec
 
@@ -82,17 +82,14 @@ class CaseSamples:
         made = prepared(case, self.spec)
         label = made.label
         if label is None and len(self.inputs) > 1:
-            raise DataError(f"Cannot use {case.where}: it has no label, and labels are asked for.")
-        if self._patches is None or self.spec.patch is None:
+            why = "it has no label" if made.truth is None else "a MONAI bundle's transforms do not see its label"
+            raise DataError(f"Cannot use {case.where}: {why}, and labels of samples are asked for.")
+        if self.spec.patch is None:
             yield self._sample(case.where, made.image.array, label.array if label else None)
             return
         patch = (*self.spec.patch, 1)[:3]
-        image, marks, label = (
-            padded(made.image, patch, self.spec.pad),
-            made.foreground and padded(made.foreground, patch),
-            label and padded(label, patch),
-        )
-        for number, start in enumerate(starts(image, marks, patch, self._patches), 1):
+        image, label, starts = patched(made, self.spec)
+        for number, start in enumerate(starts, 1):
             window = (slice(None), *(slice(s, s + p) for s, p in zip(start, patch, strict=True)))
             cut = label.array[window] if label else None
             yield self._sample(f"{case.where}, patch {number}", image.array[window], cut)

@@ -98,7 +98,7 @@ class Document(Part, frozen=True, kw_only=True):
             DocumentError: as `from_json`.
         """
         key = OLD_KEY if isinstance(content, Mapping) and KEY not in content else KEY
-        found = content.get(key) if isinstance(content, Mapping) else None
+        found = schema_of(content)
         if not isinstance(content, Mapping) or found != cls.FORMAT:
             kind = cls.FORMAT.partition("/")[0]
             other = isinstance(found, str) and found.startswith(f"{kind}/")
@@ -128,6 +128,11 @@ def _documents(kind: type[Part]) -> dict[str, type[Document]]:
     some = {f.name: (f.type, *typing.get_args(f.type)) for f in msgspec.structs.fields(kind)}
     pairs = ((name, found) for name, kinds in some.items() for found in kinds)
     return {name: found for name, found in pairs if isinstance(found, type) and issubclass(found, Document)}
+
+
+def schema_of(content: object) -> object:
+    """The name and version of the form of parsed JSON, under either key; None where it has none."""
+    return content.get(KEY, content.get(OLD_KEY)) if isinstance(content, Mapping) else None
 
 
 T = typing.TypeVar("T")

@@ -12,6 +12,7 @@ import click
 from qdq.cli import options
 from qdq.cli.terminal import Bars, note, show_json, show_rows, warn
 from qdq.core.errors import InputError
+from qdq.core.outputs import check_output
 
 if TYPE_CHECKING:
     from engines.verify.report import Report
@@ -178,21 +179,48 @@ def finish_with(failures: list[str], warnings: Iterable[str] = ()) -> None:
 @options.image_options
 @options.window_option
 @click.option("-o", "--out", type=options.PATH, required=True, help="Write the labels to this folder.")
+@click.option(
+    "--form",
+    type=click.Choice(["nifti", "dicom-seg"]),
+    default="nifti",
+    show_default=True,
+    help="Write NIfTI files, which hold nothing of the patient; or DICOM segmentation objects for the archive that the "
+    "series came from, which hold the patient's name and identifiers, as DICOM demands.",
+)
+@click.option(
+    "--write-map",
+    type=options.PATH,
+    metavar="CSV",
+    help="Write which image each label file is of: paths and series, which can identify patients. Default: nothing "
+    "tells.",
+)
 @click.option("--task", cls=options.Listed, names=options.tasks, help="Take the output for: {names}.")
 @click.option("--class-axis", type=int, help="Look for classes on this axis; default: as the graph says.")
 @options.custom_ops_option
 @options.recipe_option
 @options.json_option
-def segment(model: Path, data: str, out: Path, custom_ops: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """Segment images: labels as NIfTI files on the images' own grids, and the names of structures.
+def segment(
+    model: Path,
+    data: str,
+    out: Path,
+    form: str,
+    write_map: Path | None,
+    custom_ops: tuple[str, ...],
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Segment images: labels as files on the images' own grids, and the names of structures.
 
     Files are named by the number of an image in the order of names, and by its key.
     """
     from calib_data import open_samples
+    from qdq.deploy.volumes import case_map, dicom_seg
     from qdq.deploy.volumes.segment import opened
     from qdq.deploy.volumes.segment import segment as segmented
 
     recipe = options.recipe_of(given)
+    if write_map:
+        check_output(write_map, model, data, given["recipe"])
     found = opened(model, custom_ops=custom_ops)
     samples = open_samples(data, found.inputs, volume=recipe.volume, case_key=options.case_key_of(recipe))
     options.note_left_out(samples.source)
@@ -202,18 +230,28 @@ def segment(model: Path, data: str, out: Path, custom_ops: tuple[str, ...], as_j
             samples,
             recipe.whole,
             out,
+            form=form,
             task=recipe.task,
             class_axis=recipe.class_axis,
             on_progress=bars,
         )
     note(made.said)
+    warnings = []
+    if form == "dicom-seg":
+        warnings.append(f"{dicom_seg.WARNING}.")
+    if write_map:
+        case_map.write_private(write_map, case_map.case_map(made.cases, made.files))
+        warnings.append(f"{case_map.WARNING}.")
     if as_json:
         from qdq.cli.answer.documents import SegmentAnswer
 
-        answer = SegmentAnswer(folder=str(out.resolve()), files=made.files, notes=(made.said,))
+        answer = SegmentAnswer(folder=str(out.resolve()), files=made.files, notes=(made.said, *warnings))
         show_json(answer.to_json())
-        return
-    click.echo(f"{len(made.files) - 1} image{'s' * (len(made.files) > 2)}: {out.resolve()}")
+    else:
+        click.echo(f"{len(made.files)} image{'s' * (len(made.files) > 1)}: {out.resolve()}")
+        if write_map:
+            click.echo(f"Map: {write_map}")
+    warn(warnings)
 
 
 @click.command()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.backends.layers import LayerTable
-from engines.core.documents import DocumentError
+from engines.core.documents import DocumentError, schema_of
 from engines.core.files import read_file
 from engines.verify.manifest import Manifest
 from qdq.build.measured.forms import TimedForm
@@ -74,14 +74,14 @@ def read(path: Path, *, with_images: bool = False) -> Run | Comparison:
         raise InputError(f"Cannot read {file}: {error.strerror or error}. {MAKES}.") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"Cannot make a page of {file}: it is not JSON ({error}). {MAKES}.") from None
-    found = content.get("format") if isinstance(content, dict) else None
+    found = schema_of(content)
     kind = str(found).partition("/")[0]
     if kind == Comparison.FORMAT.partition("/")[0]:
         if with_images:
             raise InputError(f"There are no pictures in {file}: `qdq compare` keeps none. Leave out --with-images.")
         return read_document(file, Comparison, "comparison")
     if kind != DeployReport.FORMAT.partition("/")[0]:
-        raise InputError(f"Cannot make a page of {file}: its format is {found!r}, which is no run. {MAKES}.")
+        raise InputError(f"Cannot make a page of {file}: its schema is {found!r}, which is no run. {MAKES}.")
     return _run(file, with_images)
 
 

@@ -17,7 +17,6 @@ from onnx import ModelProto
 
 from calib_data import Samples
 from calib_data.extras import need
-from calib_data.volume import orientation_of
 from calib_data.volumes.case import Case, told
 from calib_data.volumes.prepare import prepared
 from calib_data.volumes.samples import CaseSamples
@@ -29,15 +28,14 @@ from qdq.core.resources import default_bytes
 from qdq.deploy.volumes.decode import Structure
 from qdq.deploy.volumes.measures import measured
 from qdq.deploy.volumes.network import Network, Reader, inferring, output_of, planned
-from qdq.deploy.volumes.restore import Grid, decoded_onto, labels_onto
+from qdq.deploy.volumes.restore import decoded_onto, labels_onto
 from qdq.deploy.volumes.slices import Keeper
 from qdq.deploy.volumes.sliding import Sliding, output
 
 if TYPE_CHECKING:
-    from calib_data.volume import Affine, Volume
+    from calib_data.volume import Box, Grid, Volume
 
 Array = npt.NDArray[Any]
-Box = tuple[slice, slice, slice]
 
 
 class Segmenter:
@@ -81,14 +79,14 @@ class Segmenter:
         if self._whole.segmentation.resample == "logits":
             values = output(self.sliding, image.array, most=default_bytes())
             separate = self.source.spec.separate_z == "auto"
-            return decoded_onto(values, Grid.of(image), grid, self._reader.decoder, separate_z=separate)
+            return decoded_onto(values, image.place, grid, self._reader.decoder, separate_z=separate)
         labels: Array = np.zeros(0)
         for part in self.sliding.parts(image.array):
             decoder = self._reader.decoder
             if not labels.size:
                 labels = np.zeros(image.grid, decoder.dtype)
             labels[part.place] = decoder.labels(part.values)
-        return labels_onto(labels, Grid.of(image), grid)
+        return labels_onto(labels, image.place, grid)
 
 
 def active(opened: Any) -> AbstractContextManager[Any]:
@@ -172,14 +170,12 @@ def compare_volumes(
             if on_progress:
                 on_progress(done, len(cases), "Check volumes")
             made = prepared(case, ours.source.spec)
-            grid = Grid(shape=made.stored_grid, affine=made.stored)
-            with told(case.where):
-                true = _label(case, made.stored)
+            grid, true = made.file, None if made.truth is None else _whole(made.truth.array[0])
             with named(case):
                 before, after = (side.labels(made.image, grid) for side in (ours, theirs))
             if pictures is not None:
                 with told(case.where):
-                    pictures.see(case, made.stored, before, after)
+                    pictures.see(case, grid.affine, before, after)
             del made
             structures = reader.decoder.structures
             pairs = [(after, before, False)] + ([(before, true, True), (after, true, True)] if true is not None else [])
@@ -202,7 +198,7 @@ def compare_volumes(
     ]
     return VolumeReport(
         cases=len(cases),
-        window=ours.sliding.window.said,
+        window=ours.sliding.said,
         grid=ours.said,
         decoded=reader.decoder.said,
         windows=ours.sliding.runs,
@@ -212,12 +208,9 @@ def compare_volumes(
     )
 
 
-def _label(case: Case, stored: Affine) -> Array | None:
-    """The label of a case as whole numbers (i, j, k) on the image's grid, in the order and direction of its axes."""
-    if case.label is None:
-        return None
-    array: Array = case.label().oriented(orientation_of(stored)).array[0]
-    return array.astype(np.min_scalar_type(int(array.max()))) if array.dtype.kind == "f" else array
+def _whole(label: Array) -> Array:
+    """A label's values, which are whole numbers, in a type of those."""
+    return label.astype(np.min_scalar_type(int(label.max()))) if label.dtype.kind == "f" else label
 
 
 def _measured(

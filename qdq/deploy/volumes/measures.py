@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calib_data.extras import need
+from calib_data.volume import box_of
 from engines.verify.volumes import MaskReport
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def measured(found: Mask, true: Mask, spacing_mm: Sequence[float]) -> MaskReport
         MissingExtraError: scipy is not installed.
     """
     voxel_ml = float(np.prod(spacing_mm)) / 1000
-    ours, theirs = (_cropped(m, _box(found, true)) for m in (found, true))
+    box = box_of(found, true)
+    ours, theirs = (np.ascontiguousarray(m[box]) for m in (found, true))
     counts = [int(np.count_nonzero(m)) for m in (ours, theirs)]
     both = int(np.count_nonzero(ours & theirs))
     distances = _distances(ours, theirs, spacing_mm) if all(counts) else None
@@ -71,21 +73,6 @@ class _Alone:
     components: int
     alone: int
     largest: int
-
-
-def _box(*masks: Mask) -> tuple[slice, slice, slice]:
-    """The smallest that holds every voxel of all; empty where there is none."""
-    found = []
-    for axis in range(3):
-        others = tuple(a for a in range(3) if a != axis)
-        there = np.flatnonzero(np.logical_or.reduce([m.any(axis=others) for m in masks]))
-        found.append(slice(int(there[0]), int(there[-1]) + 1) if there.size else slice(0, 0))
-    i, j, k = found
-    return i, j, k
-
-
-def _cropped(mask: Mask, box: tuple[slice, slice, slice]) -> Mask:
-    return np.ascontiguousarray(mask[box])
 
 
 def surface(mask: Mask) -> Mask:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from calib_data.volume import Affine, Volume
+from calib_data.volume import Grid
 from calib_data.volumes.resample import thick_axis
 from qdq.core.errors import InputError
 from qdq.deploy.volumes.decode import Decoder
@@ -24,30 +24,6 @@ from qdq.deploy.volumes.decode import Decoder
 Array = npt.NDArray[Any]
 _SKEW = 0.05  # of a voxel: how far an axis may lead aside from one end to the other
 _EDGE = 1e-4  # of a voxel: what rounding moves a position
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Grid:
-    """Voxels in space, without values.
-
-    Attributes:
-        shape: along i, j, k.
-        affine: as of `calib_data.volume.Volume`.
-    """
-
-    shape: tuple[int, int, int]
-    affine: Affine
-
-    @classmethod
-    def of(cls, volume: Volume) -> Grid:
-        """The grid of an image."""
-        return cls(shape=volume.grid, affine=volume.affine)
-
-    @property
-    def spacing_mm(self) -> tuple[float, float, float]:
-        """Distance of neighbouring voxels along i, j, k in millimetres."""
-        i, j, k = (float(length) for length in np.linalg.norm(self.affine[:3, :3], axis=0))
-        return i, j, k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -36,7 +36,6 @@ from qdq.deploy.volumes.decode import Structure
 from qdq.deploy.volumes.evaluate import Segmenter, named
 from qdq.deploy.volumes.inference import InferenceFile
 from qdq.deploy.volumes.network import Reader, planned
-from qdq.deploy.volumes.restore import Grid
 from qdq.deploy.volumes.segment import names, nifti
 
 Array = npt.NDArray[Any]
@@ -181,13 +180,12 @@ class Served:
         reader = Reader(graph=graph, output=output, asked=file.segmentation, task=file.task, class_axis=file.class_axis)
         one = Segmenter(self._infer, source, whole, reader)
         made = prepared(case, self._spec)
-        grid = Grid(shape=made.stored_grid, affine=made.stored)
         with named(case):
-            labels = one.labels(made.image, grid)
+            labels = one.labels(made.image, made.file)
         structures = reader.decoder.structures
         said = f"{one.sliding.window.said}; {reader.decoder.said}; on the image's own grid by {one.said}"
         return SegmentedImage(
-            affine=made.stored, names=names(structures), said=said, _labels=labels, _structures=structures
+            affine=made.file.affine, names=names(structures), said=said, _labels=labels, _structures=structures
         )
 
     def sample(self) -> dict[str, Array]:

@@ -54,13 +54,24 @@ class Sliding:
         window: sizes, steps and weights.
         repeated: windows that were run once more because a slab did not fit the memory.
         runs: windows in all, with the repeated ones, without mirrored ones.
+        padded: volumes of which some axis was shorter than the patch.
     """
 
     run: Run
     window: Window
     repeated: int = 0
     runs: int = 0
+    padded: int = 0
     _known: dict[Start, Array] = field(default_factory=dict)
+
+    @property
+    def said(self) -> str:
+        """The window, and what it was padded with where a volume was smaller, in words."""
+        if not self.padded:
+            return self.window.said
+        value = f" {self.window.pad_value:g}" if self.window.padding == "constant" else ""
+        some = f"{self.padded} volume{'s' * (self.padded > 1)} smaller than that"
+        return f"{self.window.said}; {some}, padded ({self.window.padding}{value}) on both sides"
 
     def parts(self, volume: Array, *, room: int | None = None) -> Iterator[Part]:
         """The mean output of a volume, part by part; together the parts are the whole volume, each voxel once.
@@ -98,6 +109,7 @@ class Sliding:
         widths = [(first, max(size - n, 0) - first) for size, (first, n) in zip(sizes, inside, strict=True)]
         if not any(map(any, widths)):
             return volume
+        self.padded += 1
         mode = PADDINGS[self.window.padding]
         given: dict[str, Any] = {"constant_values": self.window.pad_value} if mode == "constant" else {}
         short = [n for (_, n), (_, after) in zip(inside, widths, strict=True) if after >= n]

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from image_files import OBLIQUE, ramp, write_series
+from image_files import OBLIQUE, ramp, write_enhanced, write_series
 
 from calib_data import DataError, InputSpec
-from calib_data.sources import dicom
-from calib_data.volumes.case import keyed, told
+from calib_data.sources import case_list, dicom
+from calib_data.volume import Volume
+from calib_data.volumes.case import Case, keyed, told
 from calib_data.volumes.samples import open_cases
 from calib_data.volumes.spec import VolumeSpec
 
@@ -21,6 +22,17 @@ pydicom = pytest.importorskip("pydicom", reason="pip install 'qdq[medical]'")
 GRID = (4, 5, 6)
 IMAGE = InputSpec(name="image", dtype="float32", shape=(1, 1, None, None, None))
 Each = Callable[[Any, int], None]
+
+
+def one(path: Path) -> Case:
+    """The only case of a folder or file."""
+    (found,) = dicom.cases(str(path))
+    return found
+
+
+def read(path: Path) -> Volume:
+    """Its image."""
+    return one(path).image()
 
 
 def moved(by: Callable[[int], tuple[float, float, float]]) -> Each:
@@ -39,11 +51,11 @@ def refused(folder: Path, words: str) -> None:
 
 
 def test_shuffled_files_give_the_volume_and_its_place(tmp_path: Path) -> None:
-    volume = dicom.read(write_series(tmp_path, ramp(*GRID), OBLIQUE))
+    volume = read(write_series(tmp_path, ramp(*GRID), OBLIQUE))
     assert volume.array.dtype == np.int16
     np.testing.assert_array_equal(volume.array[0], ramp(*GRID))
     np.testing.assert_allclose(volume.affine, OBLIQUE, atol=1e-6)  # positions are decimal text of 10 digits
-    np.testing.assert_array_equal(dicom.affine_of(tmp_path), volume.affine)
+    np.testing.assert_array_equal(one(tmp_path).affine(), volume.affine)
     assert dicom.owns(str(tmp_path)) and not dicom.owns(str(tmp_path / "nothing"))
 
 
@@ -54,15 +66,19 @@ def test_series_are_cases_in_folders_of_folders(tmp_path: Path) -> None:
     (tmp_path / "b" / "notes.txt").write_text("no image")
     found = keyed(dicom.cases(str(tmp_path)))
     assert [int(case.image().array.min()) for case in found] == [0, 1, 2]
-    with pytest.raises(DataError, match="holds 3 DICOM series; one is needed"):
-        dicom.read(tmp_path)
+    assert [case.origins[0].series for case in found] == ["1.2.3.1", "1.2.3.2", "1.2.3.3"]
+    (tmp_path / "list.csv").write_text("image\nb\n")
+    assert int(case_list.cases(str(tmp_path / "list.csv"))[0].image().array.min()) == 2
+    (tmp_path / "list.csv").write_text("image\n.\n")
+    with pytest.raises(DataError, match=r"row 1 of 1 of the list of cases \(image\): it names 3 images; one is needed"):
+        case_list.cases(str(tmp_path / "list.csv"))
 
 
 def test_rescale_of_each_slice(tmp_path: Path) -> None:
     def each(data: Any, index: int) -> None:
         data.Modality, data.RescaleSlope, data.RescaleIntercept = "PT", index + 0.5, -1024
 
-    volume = dicom.read(write_series(tmp_path, ramp(*GRID), OBLIQUE, each=each))
+    volume = read(write_series(tmp_path, ramp(*GRID), OBLIQUE, each=each))
     assert volume.array.dtype == np.float32
     np.testing.assert_array_equal(volume.array[0], (ramp(*GRID) * (np.arange(6) + 0.5) - 1024).astype(np.float32))
 
@@ -73,7 +89,7 @@ def test_monochrome1_is_inverted_in_its_range(tmp_path: Path, dtype: str) -> Non
         data.PhotometricInterpretation = "MONOCHROME1"
 
     stored = ramp(*GRID, dtype=dtype)
-    volume = dicom.read(write_series(tmp_path, stored, OBLIQUE, each=each))
+    volume = read(write_series(tmp_path, stored, OBLIQUE, each=each))
     np.testing.assert_array_equal(volume.array[0], 255 - stored if dtype == "uint8" else -1 - stored)
 
 
@@ -92,7 +108,7 @@ def test_monochrome1_of_measurements_is_refused(tmp_path: Path) -> None:
 def test_pixels_compressed_without_loss(tmp_path: Path, keyword: str, plugin: str) -> None:
     pytest.importorskip(plugin, reason="pip install 'qdq[medical]'")
     array = np.random.default_rng(0).integers(-1024, 3000, (64, 72, 4)).astype(np.int16)
-    volume = dicom.read(write_series(tmp_path, array, OBLIQUE, syntax=getattr(pydicom.uid, keyword)))
+    volume = read(write_series(tmp_path, array, OBLIQUE, syntax=getattr(pydicom.uid, keyword)))
     np.testing.assert_array_equal(volume.array[0], array)
 
 
@@ -117,7 +133,7 @@ def test_a_missing_slice_is_refused(tmp_path: Path) -> None:
 
 def test_uneven_steps_are_refused_and_rounded_ones_are_not(tmp_path: Path) -> None:
     write_series(tmp_path / "round", ramp(*GRID), OBLIQUE, each=moved(lambda n: (0, 0, 0.02 * (n % 2))))
-    assert dicom.read(tmp_path / "round").array.shape == (1, *GRID)
+    assert read(tmp_path / "round").array.shape == (1, *GRID)
     write_series(tmp_path / "uneven", ramp(*GRID), OBLIQUE, each=moved(lambda n: (0, 0, 0.5 * (n > 3))))
     refused(tmp_path / "uneven", "is 2.5 mm, but 3 mm between slices 4 and 5")
 
@@ -193,9 +209,11 @@ def test_what_lies_beside_a_series_is_left_out_and_said(tmp_path: Path, each: Ea
     assert re.fullmatch(f"1 DICOM series is taken, and beside it left out: {said}.", found.left_out)
     (case,) = found
     np.testing.assert_array_equal(case.image().array[0], ramp(*GRID))
-    np.testing.assert_array_equal(dicom.read(tmp_path).array[0], ramp(*GRID))
+    np.testing.assert_array_equal(read(tmp_path).array[0], ramp(*GRID))
     cases = open_cases(dicom.FORM, str(tmp_path), [IMAGE], VolumeSpec(intensity="stored"), None)
     assert cases.left_out == found.left_out
+    (tmp_path / "list.csv").write_text("image\n.\n")
+    assert case_list.cases(str(tmp_path / "list.csv")).left_out == f"Row 1 (image): {found.left_out}"
     assert not dicom.cases(str(write_series(tmp_path / "alone", ramp(*GRID), OBLIQUE))).left_out
 
 
@@ -260,33 +278,10 @@ def test_a_table_of_values_is_refused(tmp_path: Path) -> None:
 
 
 def test_enhanced_frames_have_places_and_rescaling_of_their_own(tmp_path: Path) -> None:
-    folder = write_series(tmp_path / "plain", ramp(*GRID), OBLIQUE)
-    slices = [pydicom.dcmread(path) for path in sorted(folder.iterdir())]  # by names: in no order of space
-    whole, frames, expected = slices[0], [], np.zeros(GRID, np.float32)
-    for number, one in enumerate(slices):
-        frame = pydicom.Dataset()
-        for sequence, keyword in (
-            ("PlanePositionSequence", "ImagePositionPatient"),
-            ("PlaneOrientationSequence", "ImageOrientationPatient"),
-        ):
-            inside = pydicom.Dataset()
-            setattr(inside, keyword, getattr(one, keyword))
-            setattr(frame, sequence, [inside])
-        value = pydicom.Dataset()
-        value.RescaleSlope, value.RescaleIntercept = 2, number
-        frame.PixelValueTransformationSequence = [value]
-        frames.append(frame)
-        index = round((float(one.ImagePositionPatient[2]) - 10) / 2.5)
-        expected[:, :, index] = ramp(*GRID)[:, :, index] * 2 + number
-    measures, shared = pydicom.Dataset(), pydicom.Dataset()
-    measures.PixelSpacing = whole.PixelSpacing
-    shared.PixelMeasuresSequence = [measures]
-    whole.SharedFunctionalGroupsSequence, whole.PerFrameFunctionalGroupsSequence = [shared], frames
-    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
-        delattr(whole, keyword)
-    pixels = b"".join(one.PixelData for one in slices)
-    whole.NumberOfFrames, whole.PixelData = len(slices), pixels
-    whole.save_as(tmp_path / "enhanced.dcm", enforce_file_format=True)
-    volume = dicom.read(tmp_path / "enhanced.dcm")
+    order = write_enhanced(tmp_path / "enhanced.dcm", write_series(tmp_path / "plain", ramp(*GRID), OBLIQUE))
+    assert order != sorted(order)
+    expected = ramp(*GRID) * 2.0
+    expected[:, :, order] += np.arange(len(order))
+    volume = read(tmp_path / "enhanced.dcm")
     np.testing.assert_array_equal(volume.array[0], expected)
     np.testing.assert_allclose(volume.affine, OBLIQUE, atol=1e-6)

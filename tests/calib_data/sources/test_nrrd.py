@@ -53,11 +53,29 @@ def test_as_simpleitk_reads_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("signed short int", "int16"),
+        ("unsigned short int", "uint16"),
+        ("long long int", "int64"),
+        ("ulonglong", "uint64"),
+    ],
+)
+def test_names_of_types(tmp_path: Path, name: str, dtype: str) -> None:
+    path = write_nrrd(tmp_path / "a.nrrd", ramp(4, 5, 6, dtype=dtype))
+    path.write_bytes(path.read_bytes().replace(f"type: {dtype}".encode(), f"type: {name}".encode()))
+    found = nrrd.read(path).array
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found[0], ramp(4, 5, 6))
+
+
+@pytest.mark.parametrize(
     ("old", "new", "words"),
     [
         (b"NRRD0005", b"NOPE0005", "does not begin with NRRD"),
         (b"space: left-posterior-superior", b"space: scanner-xyz", "no space that is known"),
         (b"encoding: raw", b"encoding: hex", "encoded as text"),
+        (b"kinds: domain", b"kinds: 3D-matrix", "values are of kind 3D-matrix"),
         (b"type: int16", b"type: block", "type of values that is not known"),
         (b"sizes: 4 5 6", b"sizes: 4 5 7", "end 40 bytes early"),
         (b"sizes: 4 5 6", b"sizes: 4 5 six", "damaged"),

@@ -104,7 +104,6 @@ def test_a_list_names_channels_labels_and_cases(tmp_path: Path, kind: str) -> No
     assert case.name == "one" and case.label is not None
     np.testing.assert_array_equal(case.image().array, [ramp(4, 5, 6), ramp(4, 5, 6) + 1])
     np.testing.assert_array_equal(case.label().array[0], ramp(4, 5, 6))
-    np.testing.assert_array_equal(case_list.image(path).array, case.image().array)
 
 
 @pytest.mark.parametrize(

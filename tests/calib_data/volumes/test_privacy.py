@@ -115,11 +115,34 @@ def test_no_trace_in_any_output(patient: Path, tmp_path: Path) -> None:
         ("data", patient, "--recipe", recipe, "--preview", out / "p.png", "--write-recipe", out / "w.yaml", "--json"),
         ("calibrate", model, "--data", patient, "--recipe", recipe, "-o", out / "table.json"),
         ("deploy", model, "--data", patient, "--recipe", recipe, "--out", out / "build"),
+        ("segment", model, "--data", patient, "--recipe", recipe, "-o", out / "labels"),
     ):
         code, text = run(*words, "-v", "--log-file", out / f"{words[0]}.log")
         assert code == 0, text
         assert traces(out, text) == []
-    assert len(list((out / "build").iterdir())) >= 6
+    assert len(list((out / "build").iterdir())) >= 6 and len(list((out / "labels").iterdir())) == 3
+
+
+def test_traces_stand_only_where_they_were_asked_for(
+    patient: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("highdicom", reason="pip install 'qdq[dicom-seg]'")
+    out, labels, table = tmp_path / "out", tmp_path / "labels", tmp_path / "map.csv"
+    out.mkdir()
+    onnx.save(segmenter(spatial=("x", "y", "z")), out / "model.onnx")
+    (out / "recipe.yaml").write_text(RECIPE)
+    code, text = run(
+        *("segment", out / "model.onnx", "--data", patient, "--recipe", out / "recipe.yaml", "-o", labels),
+        *("--form", "dicom-seg", "--write-map", table, "-v", "--log-file", out / "run.log"),
+    )
+    assert code == 0 and traces(out, text, caplog.text) == []
+    assert sorted(traces(labels)) == sorted(p.name for p in labels.glob("*.dcm")) and len(traces(labels)) == 2
+    for path in labels.glob("*.dcm"):
+        found = {e.keyword for e in pydicom.dcmread(path).iterall() if NAME.lower() in str(e.value).lower()}
+        dated = {e.keyword for e in pydicom.dcmread(path).iterall() if DATE in str(e.value)}
+        assert found == {"PatientName", "PatientID", "IssuerOfPatientID", "StudyID", "AccessionNumber"}
+        assert dated == {"PatientBirthDate", "StudyDate"}
+    assert table.read_text().count(NAME) == 4 and not [*tmp_path.glob(".*")]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "header", "label"])

@@ -175,9 +175,15 @@ def test_whole_numbers_into_a_float_model_need_an_intensity(tmp_path: Path, volu
 
 def test_the_label_of_another_grid_is_refused(tmp_path: Path) -> None:
     write_nifti(tmp_path / "imagesTr/a_0000.nii", ramp(4, 5, 6))
-    for affine in (np.diag([1, 1, 2, 1.0]), np.diag([-1, 1, 1, 1.0])):
+    moved = np.eye(4)
+    moved[1, 3] = 5
+    for affine, how in (
+        (np.diag([1, 1, 2, 1.0]), "1 x 1 x 2 mm, RAS against 4x5x6"),
+        (np.diag([-1, 1, 1, 1.0]), "3 mm apart"),  # turned to RAS, and beside it
+        (moved, "both 4x5x6 voxels of 1 x 1 x 1 mm, RAS, but up to 5 mm apart"),
+    ):
         write_nifti(tmp_path / "labelsTr/a.nii", ramp(4, 5, 6, dtype="uint8"), affine)
-        with pytest.raises(DataError, match="its label lies on another grid"):
+        with pytest.raises(DataError, match=f"its label lies on another grid than its image: .*{how}"):
             list(opened(tmp_path))
 
 

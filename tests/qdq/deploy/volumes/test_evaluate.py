@@ -138,6 +138,7 @@ def test_one_slice_and_volumes_smaller_than_the_patch_are_padded(tmp_path: Path,
     picture = image(0, shape)
     found = compared(tmp_path, save(tmp_path / "data", [picture], [classes_of(picture, 1, 2)]), *[thresholds(1, 2)] * 2)
     assert all(s.dice and s.dice.mean == 1 for s in found.to_labels[0].structures)
+    assert found.window.endswith("1 volume smaller than that, padded (constant 0) on both sides")
 
 
 @pytest.mark.parametrize(("model", "given"), [("static", None), ("slices", Window(patch=(8, 8))), ("batch", None)])

@@ -9,10 +9,10 @@ import numpy.typing as npt
 import pytest
 from scipy import ndimage
 
-from calib_data.volume import Volume
+from calib_data.volume import Grid, Volume
 from qdq.core.errors import InputError
 from qdq.deploy.volumes.decode import Classes
-from qdq.deploy.volumes.restore import Grid, decoded_onto, labels_onto
+from qdq.deploy.volumes.restore import decoded_onto, labels_onto
 
 Array = npt.NDArray[Any]
 
@@ -42,13 +42,13 @@ def spaced(volume: Volume, shape: tuple[int, int, int]) -> Grid:
 def test_turned_labels_come_back(orientation: str) -> None:
     own = stored()
     turned = own.oriented(orientation)
-    np.testing.assert_array_equal(labels_onto(turned.array[0], Grid.of(turned), Grid.of(own)), own.array[0])
+    np.testing.assert_array_equal(labels_onto(turned.array[0], turned.place, own.place), own.array[0])
 
 
 def test_beyond_a_crop_is_background() -> None:
     own, box = stored(), (slice(3, 15), slice(0, 10), slice(5, 12))
     kept = cropped(own.oriented("RAS"), box)
-    back = labels_onto(kept.array[0], Grid.of(kept), Grid.of(own))
+    back = labels_onto(kept.array[0], kept.place, own.place)
     expected = np.zeros_like(own.oriented("RAS").array)
     expected[(slice(None), *box)] = kept.array
     whole = Volume(array=expected, affine=own.oriented("RAS").affine).oriented(own.orientation)
@@ -59,7 +59,7 @@ def test_labels_of_twice_the_voxels_come_back() -> None:
     own = stored()
     fine = spaced(own, (40, 34, 24))
     labels = own.array[0].repeat(2, 0).repeat(2, 1).repeat(2, 2)
-    np.testing.assert_array_equal(labels_onto(labels, fine, Grid.of(own)), own.array[0])
+    np.testing.assert_array_equal(labels_onto(labels, fine, own.place), own.array[0])
 
 
 @pytest.mark.parametrize("block", [5, 100])
@@ -70,7 +70,7 @@ def test_logits_are_interpolated_as_scipy_does(shape: tuple[int, int, int], bloc
     logits = np.random.default_rng(1).normal(size=(channels, *shape)).astype(np.float32)
     ratio = np.asarray(own.grid) / shape
     zoomed = [ndimage.zoom(c.astype(float), ratio, order=1, mode="nearest", grid_mode=True) for c in logits]
-    found = decoded_onto(logits, spaced(own, shape), Grid.of(own), Classes(channels=channels), block=block)
+    found = decoded_onto(logits, spaced(own, shape), own.place, Classes(channels=channels), block=block)
     assert np.count_nonzero(found != np.argmax(zoomed, 0)) == 0
 
 
@@ -83,7 +83,7 @@ def test_thick_slices_are_taken_whole() -> None:
     flat = [ndimage.zoom(c.astype(float), ratio, order=1, mode="nearest", grid_mode=True) for c in logits]
     at = np.floor(7 / 12 * (np.arange(12) + 0.5)).astype(int)
     expected = np.argmax(flat, 0)[..., at]
-    found = decoded_onto(logits, spaced(own, shape), Grid.of(own), Classes(channels=channels), separate_z=True)
+    found = decoded_onto(logits, spaced(own, shape), own.place, Classes(channels=channels), separate_z=True)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -93,4 +93,4 @@ def test_a_grid_that_is_turned_by_another_angle_is_refused() -> None:
     affine = own.affine.copy()
     affine[:3, :3] = turn @ affine[:3, :3]
     with pytest.raises(InputError, match="more than right angles"):
-        labels_onto(own.array[0], Grid(shape=own.grid, affine=affine), Grid.of(own))
+        labels_onto(own.array[0], Grid(shape=own.grid, affine=affine), own.place)
