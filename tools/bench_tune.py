@@ -86,7 +86,9 @@ class Row:
         mark = "" if self.tuned <= best * (1 + TIE) + TIE_US else " (above)"
         times = [self.fp32, self.fp16, self.untuned, self.peer, self.tuned, self.sqnr_db]
         fp32, fp16, untuned, peer, tuned, sqnr = ("-" if x is None else f"{x:.1f}" for x in times)
-        cells = [self.model, self.target, fp32, fp16, untuned, peer, tuned + mark, f"{self.tuned / self.fp16:.2f}"]
+        alike = self.decision in ("tie", "within the error")
+        of_fp16 = "equal" if alike else f"{self.tuned / self.fp16:.2f}"
+        cells = [self.model, self.target, fp32, fp16, untuned, peer, tuned + mark, of_fp16]
         cells += [self.decision, sqnr, f"{self.int8_nodes}/{self.of_nodes}"]
         cells += [f"{self.variants}{'+' if self.ended else ''}", f"{self.seconds:.0f}"]
         return "| " + " | ".join(c for name, c in zip(HEADER, cells, strict=True) if name in shown) + " |"
