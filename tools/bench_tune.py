@@ -5,7 +5,7 @@ cost (`engines.cost`), as the GPU's own compiler would build it; nothing is run 
 and the MONAI networks (`export_monai.py`, with crops of a NIfTI volume as samples) lie outside the project. Model
 Optimizer runs in its own environment.
 
-    python tools/bench_tune.py --zoo ../shared/tools [--modelopt PYTHON] [--target SM] [--gpu NAME] [--json OUT] [CASE ...]
+    python tools/bench_tune.py --zoo FOLDER [--modelopt PYTHON] [--target SM] [--gpu NAME] [--json OUT] [CASE ...]
     python tools/bench_tune.py --monai FOLDER --volume T1.nii.gz --min-sqnr-db 30 [...]
 """
 
