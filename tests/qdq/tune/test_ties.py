@@ -222,7 +222,9 @@ def test_a_decision_says_how_sure_it_is(int8: float, error: float | None, verdic
     assert words in tuned.said([gpu_named("l4")])[0]
     assert tuned.outcome([]).times.endswith("; within 50%")
     assert ("0.70 of the fastest" in (gain := tuned.outcome([]).gain)) == (verdict == "beyond the error")
-    assert ("equal within the error to the fastest float form (40.0)" in gain) == (int8 < 10 and "within the" in verdict)
+    assert ("equal within the error to the fastest float form (40.0)" in gain) == (
+        int8 < 10 and "within the" in verdict
+    )
     outcome = tuned.outcome([gpu_named("l4")])
     assert outcome.label == "predicted on l4"
     assert tuned.outcome([gpu_named("l4"), gpu_named("t4")]).label == "predicted on l4, t4, the mean"
