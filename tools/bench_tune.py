@@ -1,10 +1,11 @@
 """What tuning is worth: predicted time of each model in FP32, FP16, untuned INT8, by Model Optimizer, and tuned.
 
 Every variant of a row is compiled in this process by TensorRT-RTX for the same target and priced by the same model of
-cost (`engines.cost`); nothing is run on a GPU. The zoo (models and samples) and the MONAI networks (`export_monai.py`,
-with crops of a NIfTI volume as samples) lie outside the project. Model Optimizer runs in its own environment.
+cost (`engines.cost`), as the GPU's own compiler would build it; nothing is run on a GPU. The zoo (models and samples)
+and the MONAI networks (`export_monai.py`, with crops of a NIfTI volume as samples) lie outside the project. Model
+Optimizer runs in its own environment.
 
-    python tools/bench_tune.py --zoo ../shared/tools [--modelopt PYTHON] [--target sm86] [--json OUT] [CASE ...]
+    python tools/bench_tune.py --zoo FOLDER [--modelopt PYTHON] [--target SM] [--gpu NAME] [--json OUT] [CASE ...]
     python tools/bench_tune.py --monai FOLDER --volume T1.nii.gz --min-sqnr-db 30 [...]
 """
 
@@ -26,22 +27,23 @@ import numpy as np
 from results import record
 
 from engines.backends.compiler import ShapeRange
+from engines.cost.gpus import gpu_named
 from qdq.assemble import quantize
 from qdq.assemble.finish import finish
 from qdq.build.cost import TIE, TIE_US
-from qdq.build.pricing.pricer import Pricer, gpus_of
+from qdq.build.pricing.pricer import gpus_of
+from qdq.build.pricing.tensorrt_pricer import pricer_of
 from qdq.build.recipe import TIME_LIMIT_S, TUNE_COMPILES, Recipe
 from qdq.deploy import check
 from qdq.measure.inference import inputs
 from qdq.model.storage import load, save
 from qdq.passes import prepare
-from qdq.plan.settings import Settings
 from qdq.tune.find_plan import difference, find_plan
 from qdq.tune.variant_builder import VariantBuilder
 
 Samples = list[dict[str, np.ndarray]]
 HEADER = (
-    *("model", "target", "FP32", "FP16", "everything", "Model Optimizer", "tuned", "of FP16"),
+    *("model", "GPU", "FP32", "FP16", "everything", "Model Optimizer", "tuned", "of FP16"),
     *("INT8 against float", "SQNR dB", "INT8 nodes", "variants", "s"),
 )
 
@@ -64,7 +66,7 @@ class Row:
     """
 
     model: str
-    target: str
+    gpu: str
     fp32: float
     fp16: float
     untuned: float
@@ -86,7 +88,9 @@ class Row:
         mark = "" if self.tuned <= best * (1 + TIE) + TIE_US else " (above)"
         times = [self.fp32, self.fp16, self.untuned, self.peer, self.tuned, self.sqnr_db]
         fp32, fp16, untuned, peer, tuned, sqnr = ("-" if x is None else f"{x:.1f}" for x in times)
-        cells = [self.model, self.target, fp32, fp16, untuned, peer, tuned + mark, f"{self.tuned / self.fp16:.2f}"]
+        alike = self.decision in ("tie", "within the error")
+        of_fp16 = "equal" if alike else f"{self.tuned / self.fp16:.2f}"
+        cells = [self.model, self.gpu, fp32, fp16, untuned, peer, tuned + mark, of_fp16]
         cells += [self.decision, sqnr, f"{self.int8_nodes}/{self.of_nodes}"]
         cells += [f"{self.variants}{'+' if self.ended else ''}", f"{self.seconds:.0f}"]
         return "| " + " | ".join(c for name, c in zip(HEADER, cells, strict=True) if name in shown) + " |"
@@ -144,7 +148,8 @@ def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path, *, measure:
     prepared = prepare.load_float(case.path)
     data = inputs.as_samples(case.calibration, prepared)
     shapes: Mapping[str, Any] = {k: ShapeRange.fixed(v.shape) for k, v in case.calibration[0].items()}
-    pricer = Pricer(recipe=recipe, shapes=shapes, gpus=gpus_of(recipe))
+    pricer = pricer_of(recipe, shapes)
+    assert pricer is not None
     began = time.monotonic()
     found = find_plan(prepared, pricer, samples=data)
     seconds = time.monotonic() - began
@@ -159,7 +164,7 @@ def row(case: Case, recipe: Recipe, peer: Path | None, folder: Path, *, measure:
     plain = VariantBuilder(model=prepared, settings=recipe.settings, unquantized_types=("fp32",))
     return Row(
         model=case.name,
-        target=recipe.targets[0],
+        gpu=pricer.told[0].name,
         fp32=pricer(prepared).us,
         fp16=found.plain,
         untuned=found.untuned,
@@ -184,7 +189,8 @@ def main() -> None:
     parser.add_argument("--monai", type=Path, help="folder with networks of export_monai.py")
     parser.add_argument("--volume", type=Path, help="NIfTI volume for the MONAI networks")
     parser.add_argument("--modelopt", help="python of an environment with nvidia-modelopt")
-    parser.add_argument("--target", action="append")
+    parser.add_argument("--target", action="append", help="its usual GPU; sm86, sm89 and sm120 if none is given")
+    parser.add_argument("--gpu", action="append", default=[], help="which decides the compiler")
     parser.add_argument("--min-sqnr-db", type=float)
     parser.add_argument("--tune-compiles", type=int, default=TUNE_COMPILES)
     parser.add_argument("--time-limit", type=float, default=TIME_LIMIT_S)
@@ -197,8 +203,12 @@ def main() -> None:
         cases.append(zoo_cases(options.zoo))
     if options.monai:
         cases.append(monai_cases(options.monai, options.volume))
-    limits = {} if options.min_sqnr_db is None else {"min_sqnr_db": options.min_sqnr_db}
-    settings = Settings(bias_correction="off")  # a pass per layer: long on volumes
+    options_of_all = {
+        "bias_correction": "off",  # a pass per layer: long on volumes
+        "tune_compiles": options.tune_compiles,
+        "time_limit": options.time_limit,
+        "min_sqnr_db": options.min_sqnr_db,
+    }
     rows = []
     absent = {"Model Optimizer": not options.modelopt, "SQNR dB": options.times_only}
     shown = [name for name in HEADER if not absent.get(name)]
@@ -209,14 +219,10 @@ def main() -> None:
             if options.cases and case.name not in options.cases:
                 continue
             peer = modelopt(options.modelopt, case, folder) if options.modelopt else None
-            for target in options.target or ["sm86", "sm89", "sm120"]:
-                recipe = Recipe(
-                    settings=settings,
-                    targets=(target,),
-                    tune_compiles=options.tune_compiles,
-                    time_limit_s=options.time_limit,
-                    limits=limits,
-                )
+            named = [{"gpu": gpu, "target": gpu_named(gpu).target} for gpu in options.gpu]
+            usual = [] if options.gpu else ["sm86", "sm89", "sm120"]
+            for where in [*named, *({"target": target} for target in options.target or usual)]:
+                recipe = Recipe.from_mapping({**where, **options_of_all})
                 rows.append(row(case, recipe, peer, folder, measure=not options.times_only))
                 print(rows[-1].line(shown), flush=True)
                 if options.json:

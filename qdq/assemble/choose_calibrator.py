@@ -17,7 +17,7 @@ calibrator (without that rule a molecular potential gained 2 dB on its calibrati
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from qdq.assemble.held_out import HeldOutScore, Split, clearly_less, decibels, r
 from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams
+from qdq.core.resources import given_bytes
 from qdq.measure import second_moments
 from qdq.measure.calibrators import CALIBRATORS
 from qdq.measure.inference.memory import at_once
@@ -85,33 +86,45 @@ def solve_auto(
     methods: dict[str, Mapping[str, str]] = {m: dict.fromkeys(mixture, m) for m in METHODS}
     if len(set(mixture.values())) > 1:
         methods["mixed"] = mixture
-    made: dict[str, tuple[Solution, Model]] = {}
-    known: set[tuple[tuple[str, float, int], ...]] = set()
-    bets: frozenset[str] | None = None  # tensors that are equalized beside the default calibrator
-    for name, by_tensor in methods.items():
-        chosen: Params = {t: params[m][t] for t, m in by_tensor.items()}
-        what = tuple((t, float(p.scale), p.zero_point) for t, p in chosen.items())
-        if what in known:  # as always where a format has one range for all calibrators
-            continue
-        known.add(what)
-        solution = solve(model, plan, table, samples=few, params=chosen, on_progress=on_progress)
-        bets = frozenset(solution.divisors) if bets is None else bets
-        if odd := chosen.keys() & (solution.divisors.keys() - bets):
-            chosen = {**chosen, **{t: params[METHODS[0]][t] for t in odd}}
-            methods[name] = {**by_tensor, **dict.fromkeys(odd, METHODS[0])}
-            solution = solve(model, plan, table, samples=few, params=chosen, on_progress=on_progress)
-        made[name] = complete(solution)
-    signals, noises = HeldOutScore(model, judged).energies([model for _, model in made.values()])
-    noise = dict(zip(made, noises, strict=True))
+    tried: dict[str, Params] = {}
+    made: dict[str, tuple[Solution, Model]] = {}  # of `tried`, all or, where there is a budget to keep, none
+
+    def built(chosen: Params) -> Solution:
+        return solve(model, plan, table, samples=few, params=chosen, on_progress=on_progress)
+
+    def candidates() -> Iterator[Model]:
+        known: set[tuple[tuple[str, float, int], ...]] = set()
+        bets: frozenset[str] | None = None  # tensors that are equalized beside the default calibrator
+        for name, by_tensor in list(methods.items()):
+            chosen: Params = {t: params[m][t] for t, m in by_tensor.items()}
+            what = tuple((t, float(p.scale), p.zero_point) for t, p in chosen.items())
+            if what in known:  # as always where a format has one range for all calibrators
+                continue
+            known.add(what)
+            solution = built(chosen)
+            bets = frozenset(solution.divisors) if bets is None else bets
+            if odd := chosen.keys() & (solution.divisors.keys() - bets):
+                chosen = {**chosen, **{t: params[METHODS[0]][t] for t in odd}}
+                methods[name] = {**by_tensor, **dict.fromkeys(odd, METHODS[0])}
+                solution = built(chosen)
+            tried[name] = chosen
+            whole = complete(solution)
+            if given_bytes() is None:
+                made[name] = whole
+            yield whole[1]
+            del solution, whole  # before the next are made
+
+    signals, noises = HeldOutScore(model, judged).energies(candidates())
+    noise = dict(zip(tried, noises, strict=True))
     best = _best(noise)
     taken = list(methods[best].values())
     counts = ", ".join(f"{taken.count(m)} {m}" for m in METHODS if m in taken)
-    listed = ", ".join(f"{name} {decibels(signals, noise[name]):.1f}" for name in made)
+    listed = ", ".join(f"{name} {decibels(signals, noise[name]):.1f}" for name in tried)
     note = (
         f"calibrator auto took {best} ({counts} of {len(mixture)} tensors): output SQNR in dB on {len(judged.held)} "
         f"calibration samples: {listed}"
     )
-    solution, found = made[best]
+    solution, found = made[best] if best in made else complete(built(tried[best]))
     return replace(solution, notes=(note, *tie_notes(plan, table), *solution.notes)), found
 
 

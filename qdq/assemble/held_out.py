@@ -8,7 +8,7 @@ samples are seen here, never those that a report is made on. This module must no
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,13 +17,14 @@ import numpy as np
 from engines.core.arithmetic import stand_in
 from engines.core.nodes import sized_by_values
 from qdq.core.resources import given_bytes
+from qdq.core.spill import Spill, Spilled
 from qdq.measure.inference.memory import at_once
 from qdq.measure.inference.samples import Sample, counted, overlapped, sample_sha256
 from qdq.measure.inference.session import Session
 from qdq.model.model import Model
 
 MOST_FIT = 8  # samples that corrections are fitted on, at most
-AT_ONCE = 2  # candidates compared in one go: each has a session
+AT_ONCE = 2  # candidates compared in one go, each with a session; one where there is a budget to keep
 CHUNK = 1 << 18  # values compared at a time, which are copied in float64
 MOST_HELD = 32  # samples that candidates are compared on, at most
 
@@ -95,16 +96,21 @@ def in_its_types(model: Model, tensors: Iterable[str], *, threads: int = 0) -> S
     return Session(model.replace(stand_in(model.proto)), tensors, threads=threads, called="the Q/DQ model")
 
 
-class HeldOutScore:
-    """Compares models with the float model on some samples; the float outputs are computed anew at each call.
+_Expected = Callable[[int, Sample, Collection[str]], dict[str, np.ndarray]]
 
-    Candidates are computed in their own types (`engines.core.arithmetic`), the float model as it is.
+
+class HeldOutScore:
+    """Compares models with the float model on some samples.
+
+    Candidates are computed in their own types (`engines.core.arithmetic`), the float model as it is: beside them, or,
+    where there is a budget to keep, once and before them, its outputs in a file.
     """
 
     def __init__(self, model: Model, held: Split) -> None:
         """Of the prepared float model."""
         self._model, self._outputs, self._held = model, comparable(model), held
         self._threads = at_once(model, held.holding(), copies=2)  # a Q/DQ model has more tensors beside each other
+        self._kept: list[dict[str, Spilled]] = []  # by sample
 
     def sqnr_db(self, candidate: Model) -> float:
         """See `sqnrs_db`."""
@@ -128,35 +134,41 @@ class HeldOutScore:
         if not self._outputs:
             return [0.0], [[0.0] for _ in candidates]
         signals, noises, left = list[float](), list[list[float]](), iter(candidates)
-        while some := list(islice(left, AT_ONCE)):
-            found, more = self._energies(some)
+        while some := list(islice(left, AT_ONCE if given_bytes() is None else 1)):
+            found, more = self._by_sample(some)
             signals, noises = signals or found, noises + more
             del some  # before the next are made
         return signals, noises
 
-    def _energies(self, candidates: Sequence[Model]) -> tuple[list[float], list[list[float]]]:
-        """The same of few candidates: all in one go, or one by one where there is a budget to keep."""
+    def _by_sample(self, candidates: Sequence[Model]) -> tuple[list[float], list[list[float]]]:
+        """The same of few candidates, in one go."""
         lost = {name for name in self._outputs for each in candidates if name not in each.names()}
         outputs = [name for name in self._outputs if name not in lost]
-        some = len(candidates) if given_bytes() is None else 1
-        found = [self._by_sample(candidates[i : i + some], outputs) for i in range(0, len(candidates), some)]
-        return found[0][0], [noise for _, noises in found for noise in noises]
+        expected = self._beside() if given_bytes() is None else self._before()
+        taps = [in_its_types(candidate, outputs, threads=1) for candidate in candidates]
 
-    def _by_sample(self, candidates: Sequence[Model], outputs: Sequence[str]) -> tuple[list[float], list[list[float]]]:
-        """The same of some outputs, with a session of each candidate beside that of the float model."""
-        whole, *taps = (
-            Session(self._model, self._outputs, threads=1),
-            *(in_its_types(candidate, outputs, threads=1) for candidate in candidates),
-        )
-
-        def compare(sample: Sample) -> list[float]:
-            expected = {name: value for name, value in whole(sample).items() if name in outputs}
-            both = [energies(expected, session(sample)) for session in taps]
+        def compare(item: tuple[int, Sample]) -> list[float]:
+            found = [session(item[1]) for session in taps]
+            wanted = expected(*item, outputs)  # not in memory while the others run
+            both = [energies(wanted, values) for values in found]
             return [both[0][0], *(noise for _, noise in both)]
 
-        each = list(overlapped(compare, self._held.holding(), self._threads))
+        each = list(overlapped(compare, enumerate(self._held.holding()), self._threads))
         found, *noises = ([*values] for values in zip(*each, strict=True))
         return found, noises
+
+    def _beside(self) -> _Expected:
+        """The float outputs of a sample, computed as they are asked for."""
+        whole = Session(self._model, self._outputs, threads=1)
+        return lambda _, sample, names: {name: value for name, value in whole(sample).items() if name in names}
+
+    def _before(self) -> _Expected:
+        """The same from a file, written at the first call."""
+        if not self._kept:
+            whole, spill = Session(self._model, self._outputs, threads=1), Spill("outputs of the float model")
+            for sample in self._held.holding():
+                self._kept.append({name: spill.put(value) for name, value in whole(sample).items()})
+        return lambda number, _, names: {n: kept.read() for n, kept in self._kept[number].items() if n in names}
 
 
 def energies(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> tuple[float, float]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from qdq.core.arrays import Floats
 
 BINS = 4096  # bins on either side of zero: between 2048 and 4096 of them cover the largest magnitude
+HISTOGRAM_BYTES = 2 * BINS * 8
 CHUNK = 1 << 16  # values binned at a time: 0.75 MB of buffers
 
 Counts = npt.NDArray[np.int64]

@@ -90,15 +90,18 @@ class Decision(Part, frozen=True, kw_only=True):
         if self.verdict == "tie":
             left = "quantized all the same, as was asked" if self.chosen else "left in float, which is more exact"
             return f"{operands} is predicted to gain nothing {pair}, so the model is {left}"
-        change = self.quantized_us / self.unquantized_us - 1
         form = operands if self.chosen else f"the fastest form with {operands}"
+        known = "" if self.error is None else f"two of three published ratios are predicted within {self.error:.0%}"
+        if self.verdict == "within the error":
+            return (
+                f"whether {form} is faster than float {pair} only a measurement can tell: the difference is within the "
+                f"error, for {known}"
+            )
+        change = self.quantized_us / self.unquantized_us - 1
         head = f"{form} is predicted {abs(change):.0%} {'slower' if change > 0 else 'faster'} than float {pair}"
         if self.verdict == "error unknown":
             return f"{head}; how far off such predictions are is not known"
-        known = f"two of three published ratios are predicted within {self.error:.0%}"
-        if self.verdict == "beyond the error":
-            return f"{head}, which is more than the error: {known}"
-        return f"{head}, which is within the error: {known}, so only a measurement can tell"
+        return f"{head}, which is more than the error: {known}"
 
     def _assumption(self, operands: str, gpus: Sequence[PricedGpu]) -> str:
         if self.other is None:

@@ -90,8 +90,13 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
             return "nothing compiles"
         others = {"FP32": self.fp32_us, "the fastest float form": self.decision.unquantized_us}
         others = others if self.quantized_nodes else {"FP32": self.fp32_us}
-        shares = [f"{self.predicted_us / us:.2f} of {name} ({us:.1f})" for name, us in others.items() if us is not None]
+        shares = [f"{self._share(us)} {name} ({us:.1f})" for name, us in others.items() if us is not None]
         return ", ".join([f"{self.predicted_us:.1f} us", *shares]) + f"; {self._error}"
+
+    def _share(self, us: float) -> str:
+        """Of a time, or that a prediction cannot tell the two apart."""
+        alike = us == self.decision.unquantized_us and self.decision.verdict == "within the error"
+        return "equal within the error to" if alike else f"{(self.predicted_us or 0.0) / us:.2f} of"
 
     @property
     def times(self) -> str:

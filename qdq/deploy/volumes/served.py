@@ -22,7 +22,7 @@ from onnx import ModelProto
 
 from calib_data import InputSpec
 from calib_data.sources import ImageForm, form_of
-from calib_data.volume import Volume
+from calib_data.volume import Grid, Volume
 from calib_data.volumes.case import Case
 from calib_data.volumes.prepare import prepared
 from calib_data.volumes.samples import CaseSamples, cases_of

@@ -16,16 +16,19 @@ from onnx import ModelProto, NodeProto, helper
 
 from qdq.core.errors import InputError
 from qdq.core.resources import cores, default_bytes, given_bytes, said_bytes
+from qdq.measure.histogram import HISTOGRAM_BYTES
 from qdq.measure.inference import partitioned
 from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import Session
 from qdq.model import external
 from qdq.model.model import Model
-from qdq.model.nodes import Names, needed, reads
+from qdq.model.nodes import WEIGHTED, Names, needed, reads
 
 # Beside the activations: buffers of kernels, and what an allocator cannot give back. Measured on a 3-D U-Net at 64^3:
 # 89 MB of the process where the tensors alive at once take 67.
 OVERHEAD = 4 / 3
+NODE_BYTES = 10_000  # of a session, beside the weights: 1 to 11 kB on thirteen models of 20 to 383 nodes
+HISTOGRAM_SETS = 4  # of all samples, and of the parts that choices are judged on
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -114,8 +117,8 @@ def require_room(model: Model, sample: Sample) -> None:
     if needs > budget:
         raise InputError(
             f"--memory gives {said_bytes(budget)}, but one sample needs {said_bytes(needs)} to run through the model "
-            f"at all: {said_bytes(activations)} for activations, {said_bytes(held_bytes(model))} for weights, the rest "
-            "for buffers of its operators. Give more, or smaller samples."
+            f"at all: {said_bytes(activations)} for activations, {said_bytes(held_bytes(model))} for weights, nodes "
+            "and histograms, the rest for buffers of its operators. Give more, or smaller samples."
         )
 
 
@@ -132,11 +135,18 @@ def left_bytes(model: Model, samples: Iterable[Sample]) -> int:
 
 
 def held_bytes(model: Model) -> int:
-    """What a session of the model holds of its weights: its own copy, and one in the form that the kernels read."""
+    """What runs of a model hold beside its activations.
+
+    Of its weights a session's own copy, and one in the form that the kernels read; its nodes; and the histograms of the
+    tensors that weighted nodes read.
+    """
+    nodes = model.graph.node
+    weighted = sum(node.op_type in WEIGHTED for node in nodes)
+    others = NODE_BYTES * len(nodes) + HISTOGRAM_SETS * HISTOGRAM_BYTES * weighted
     sizes = [2 * external.tensor_bytes(tensor) for tensor in model.graph.initializer]
     if external.is_large(model.graph.initializer):
-        return max(min(partitioned.open_bytes(), sum(sizes)), *sizes)
-    return sum(sizes)
+        return max(min(partitioned.open_bytes(), sum(sizes)), *sizes) + others
+    return sum(sizes) + others
 
 
 def _room(model: Model, memory: int | None = None) -> int:

@@ -118,7 +118,10 @@ class Session:
             given = give_weights(options, weights, folder)
             if fp4:
                 proto = runnable(ModelProto.FromString(proto), folder).SerializeToString()
-            return open_session(proto, options, [PROVIDERS[provider]]), given
+            opened = open_session(proto, options, [PROVIDERS[provider]])
+            if given_bytes() is not None:
+                trim()  # what its optimizers have left
+            return opened, given
 
         if provider == "cpu" and is_large(model.graph.initializer):
             self._session = PartitionedSession(model, self._computed, start)

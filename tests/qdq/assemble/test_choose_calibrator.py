@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from qdq.assemble.insert import insert
 from qdq.assemble.quantize import quantize
 from qdq.core.errors import InputError
 from qdq.core.qtensor import QParams, from_codes, to_codes
+from qdq.core.resources import within
 from qdq.measure.collect import collect
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
@@ -101,6 +104,26 @@ def automatic(model: Model, plan: Plan, table: CalibrationTable, samples: list[S
     return solve_auto(model, plan, table, samples=samples, complete=lambda s: (s, insert(model, plan, s)))
 
 
+def test_a_budget_changes_nothing_and_keeps_no_candidate(
+    model: Model, plan: Plan, table: CalibrationTable, samples: list[Sample]
+) -> None:
+    solution, made = automatic(model, plan, table, samples)
+    there, most = list[weakref.ref[Model]](), 0
+
+    def complete(solution: Solution) -> tuple[Solution, Model]:
+        nonlocal most
+        gc.collect()
+        most = max(most, sum(each() is not None for each in there))
+        made = insert(model, plan, solution)
+        there.append(weakref.ref(made))
+        return solution, made
+
+    with within(10_000_000):
+        again, same = solve_auto(model, plan, table, samples=samples, complete=complete)
+    assert same.proto == made.proto and again.notes == solution.notes
+    assert len(there) > 2 and most == 0
+
+
 @pytest.mark.parametrize(
     ("mixture", "noise", "taken"),
     [
@@ -139,7 +162,7 @@ def test_the_simplest_of_the_best_is_taken(
     )
     noises = [[each] * 4 for each in noise]
     monkeypatch.setattr(
-        HeldOutScore, "energies", lambda _, models: ([100.0] * 4, [seen.append(len(models)), noises][1])
+        HeldOutScore, "energies", lambda _, models: ([100.0] * 4, [seen.append(len(list(models))), noises][1])
     )
     assert METHODS == ("mse", "percentile", "entropy", "max", "average")
     assert taken in automatic(model, plan, table, samples)[0].notes[0]

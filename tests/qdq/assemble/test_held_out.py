@@ -5,14 +5,18 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import graphs
 import numpy as np
+import pytest
 from graphs import build, node, normal
 from onnx import numpy_helper
 
+from qdq.assemble import held_out
 from qdq.assemble.held_out import AT_ONCE, HeldOutScore, Split
 from qdq.core.resources import within
+from qdq.measure.inference.session import Session
 from qdq.model.model import Model
 
 
@@ -45,6 +49,25 @@ def test_candidates_that_are_made_as_they_are_asked_for_are_gone_before_the_next
 
     _, noises = score().energies(made())
     assert most < AT_ONCE < len(noises) == len(NOISES)
+    most = 0
+    with within(10_000_000):
+        assert score().energies(made())[1] == noises and most == 0
+
+
+def test_with_a_budget_the_float_model_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = list[str]()
+
+    class Counted(Session):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            opened.append(self._called)
+
+    monkeypatch.setattr(held_out, "Session", Counted)
+    with within(10_000_000):
+        judge = score()
+        judge.energies(product(noise) for noise in NOISES)
+        judge.sqnr_db(product(0.5))
+    assert opened.count("the float model") == 1 and len(opened) == 2 + len(NOISES)
 
 
 def test_a_budget_changes_no_figure() -> None:

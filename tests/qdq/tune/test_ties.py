@@ -202,7 +202,8 @@ def test_without_placement_nothing_is_given_back_and_that_is_said() -> None:
             8.0,
             0.3,
             "within the error",
-            "INT8 is predicted 20% faster than float (32.0 us, 40.0 in float), which is within the error",
+            "whether INT8 is faster than float (32.0 us, 40.0 in float) only a measurement can tell: the difference is "
+            "within the error, for two of three published ratios are predicted within 30%",
         ),
         (7.0, 0.2, "beyond the error", "30% faster than float (28.0 us, 40.0 in float), which is more than the error"),
         (7.0, None, "within the error", "two of three published ratios are predicted within 50%"),
@@ -210,7 +211,7 @@ def test_without_placement_nothing_is_given_back_and_that_is_said() -> None:
             12.0,
             0.3,
             "within the error",
-            "the fastest form with INT8 is predicted 5% slower than float (42.0 us, 40.0 in float)",
+            "whether the fastest form with INT8 is faster than float (42.0 us, 40.0 in float) only a measurement",
         ),
     ],
 )
@@ -220,6 +221,10 @@ def test_a_decision_says_how_sure_it_is(int8: float, error: float | None, verdic
     assert tuned.decision.time_error == 0.5
     assert words in tuned.said([gpu_named("l4")])[0]
     assert tuned.outcome([]).times.endswith("; within 50%")
+    assert ("0.70 of the fastest" in (gain := tuned.outcome([]).gain)) == (verdict == "beyond the error")
+    assert ("equal within the error to the fastest float form (40.0)" in gain) == (
+        int8 < 10 and "within the" in verdict
+    )
     outcome = tuned.outcome([gpu_named("l4")])
     assert outcome.label == "predicted on l4"
     assert tuned.outcome([gpu_named("l4"), gpu_named("t4")]).label == "predicted on l4, t4, the mean"

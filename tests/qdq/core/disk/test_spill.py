@@ -28,6 +28,14 @@ def test_arrays_come_back_whole_and_in_parts_after_later_ones() -> None:
     assert kept[2].read(6, 2).shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float16", "int64", "uint8", "bool"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 0, 3), (4, 5)])
+def test_an_array_keeps_its_type_and_rank(dtype: str, shape: tuple[int, ...]) -> None:
+    array = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    found = Spill("numbers").put(array).read()
+    assert found.dtype == array.dtype and found.shape == shape and found.tobytes() == array.tobytes()
+
+
 def test_a_view_is_written_in_the_order_of_its_axes() -> None:
     array = np.arange(12, dtype=np.float32).reshape(3, 4).T
     kept = Spill("numbers").put(array)
