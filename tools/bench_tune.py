@@ -31,7 +31,6 @@ from engines.cost.gpus import gpu_named
 from qdq.assemble import quantize
 from qdq.assemble.finish import finish
 from qdq.build.cost import TIE, TIE_US
-from qdq.build.pricing.pricer import gpus_of
 from qdq.build.pricing.tensorrt_pricer import pricer_of
 from qdq.build.recipe import TIME_LIMIT_S, TUNE_COMPILES, Recipe
 from qdq.deploy import check

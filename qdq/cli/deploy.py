@@ -214,7 +214,7 @@ def segment(
     Files are named by the number of an image in the order of names, and by its key.
     """
     from calib_data import open_samples
-    from qdq.deploy.volumes import case_map, dicom_seg
+    from qdq.deploy.volumes.forms import case_map, dicom_seg
     from qdq.deploy.volumes.segment import opened
     from qdq.deploy.volumes.segment import segment as segmented
 

@@ -35,8 +35,8 @@ from qdq.core.errors import InputError
 from qdq.core.files import folder_beside, move_all
 from qdq.core.progress import Progress
 from qdq.deploy.volumes.decode import Structure
-from qdq.deploy.volumes.dicom_seg import Algorithm, dicom_seg, require_series
 from qdq.deploy.volumes.evaluate import Segmenter, active, images_of, named
+from qdq.deploy.volumes.forms.dicom_seg import Algorithm, dicom_seg, require_series
 from qdq.deploy.volumes.network import Reader, output_of
 from qdq.measure.inference.inputs import input_specs
 from qdq.model.storage import load

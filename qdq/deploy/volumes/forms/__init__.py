@@ -1,0 +1,1 @@
+"""Files that labels are written to, and the map that says which is of which image."""
