@@ -52,7 +52,7 @@ def everything(model: Model, data: Data) -> tuple[VariantBuilder, Accuracy]:
     return builder, Accuracy(model, data, settings, unquantized_type="fp16")
 
 
-@pytest.mark.parametrize("share", [0.15, 0.4, 0.7])
+@pytest.mark.parametrize("share", [0.15, 0.5])
 def test_no_subset_that_keeps_the_bound_is_faster(model: Model, data: Data, share: float) -> None:
     builder, measure = everything(model, data)
     judge = pricer(model, **PLAIN)
@@ -98,8 +98,9 @@ def test_a_loud_node_is_left_out(model: Model, data: Data) -> None:
     with_it, without = (measure(builder.plan_of(v, "")) for v in (free.variant, alone))
     assert without > with_it + 3
     found = find_plan(loud, pricer(loud, **PLAIN, min_sqnr_db=without - RESERVE_DB - 0.2), samples=data)
-    assert set(found.plan.quantized_nodes) >= free.variant.quantized - {"right"} - {"left", "wide"}
-    assert found.price.us < found.plain
+    judge = pricer(loud, **PLAIN)
+    least = NodePrices(builder=builder, judge=judge, engines_of=judge.engines)(alone)
+    assert found.plan.points and found.price.us <= least.us + least.tie(found.price) and found.price.us < found.plain
 
 
 def test_switches_are_the_models_of_their_sets(model: Model, data: Data) -> None:
