@@ -377,7 +377,7 @@ BROKEN: dict[str, Broken] = {
     "weight scale nan": _broken("scale-value", "w.DQ", lambda: conv(w=kernel(dead(np.nan))), False),
     "activation scale 0": _broken("scale-value", "a.Q", lambda: conv(a=act(0.0))),
     "activation scale below 0": _broken("scale-value", "a.Q", lambda: product(a=act(-0.02))),
-    "weight scale subnormal": _broken("scale-range", "w.DQ", lambda: conv(w=kernel(dead(1e-40)))),
+    "weight scale infinite": _broken("scale-range", "w.DQ", lambda: conv(w=kernel(dead(np.inf))), False),
     "activation scale subnormal": _broken("scale-range", "a.Q", lambda: conv(a=act(1e-40))),
     "activation scale subnormal in half": _broken("scale-range", "a.Q", lambda: product(a=act(6e-8), elem=HALF)),
     "activation scale infinite": _broken("scale-range", "a.Q", lambda: conv(a=act(np.inf)), False),

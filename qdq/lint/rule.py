@@ -71,6 +71,12 @@ def smallest(scale: np.ndarray) -> float:
     return float(ml_dtypes.finfo(scale.dtype).tiny)  # type: ignore[no-untyped-call]
 
 
+def least_divisor(scale: np.ndarray) -> float:
+    """The smallest number of a scale's type whose reciprocal is one too; float32 flushes subnormal numbers to 0."""
+    limits = ml_dtypes.finfo(scale.dtype)  # type: ignore[no-untyped-call]
+    return 1 / float(limits.max) if scale.dtype == np.float16 else float(limits.tiny)
+
+
 def reader(view: View, q: Quantizer) -> Quantizer | None:
     """The DQ that belongs to a head: itself, or the one that reads this Q."""
     return next((d for d in view.quantizers if d.source is q), None) if q.is_q else q

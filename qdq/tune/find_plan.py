@@ -8,11 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TypedDict
 
 from calib_data import Samples
-from engines.core.documents import replace
-from qdq.assemble.finish import finish
-from qdq.assemble.held_out import HeldOutScore, Split, ranked
-from qdq.assemble.quantize import quantize
-from qdq.assemble.tables import Tables
+from qdq.assemble.held_out import ranked
 from qdq.build.cost import Price
 from qdq.build.measured.bench import Bench
 from qdq.build.pricing.tensorrt_pricer import AnyPricer, TensorRtPricer
@@ -24,40 +20,13 @@ from qdq.measure.inference.samples import Sample
 from qdq.model.as_bytes import identity
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
-from qdq.plan.settings import Settings
+from qdq.tune.accuracy import Accuracy
 from qdq.tune.exact.search import tune_exactly
 from qdq.tune.measured import LISTED, measured
 from qdq.tune.prices import SECONDS, Budget
 from qdq.tune.search import RESERVE_DB, tune
 from qdq.tune.tuned import Tuned
 from qdq.tune.variant_builder import VariantBuilder
-
-JUDGED = 8  # calibration samples that a tuned plan is measured on, at most
-
-
-def accuracy(
-    prepared: Model, samples: Iterable[Sample], settings: Settings, *, unquantized_type: str = "auto"
-) -> Callable[[Plan], float]:
-    """What `tune` measures a plan by: quantized with all samples, the outputs' SQNR in dB on a few of them.
-
-    The model is finished as it is compiled, in its float type (`auto`: the plan's) and with the plan's rewrites. Biases
-    are not corrected, which takes long; that is done to the final model where it gains.
-    """
-    settings = replace(settings, bias_correction="off")
-    tables: Tables | None = None
-    held: Split | None = None
-
-    def measure(plan: Plan) -> float:
-        nonlocal settings, tables, held
-        tables = tables or Tables(model=prepared, samples=as_samples(samples, prepared))
-        made = quantize(prepared, tables.samples, settings=settings, plan=plan, table=tables.of(plan))
-        settings = made.plan.settings  # 'auto' is settled by the first plan
-        held = held or Split(samples=tables.samples, fit=(), held=frozenset(ranked(tables.samples)[:JUDGED]))
-        done = finish(made.model, made.plan, unquantized_type=unquantized_type, table=made.table)
-        return HeldOutScore(prepared, held).sqnr_db(done.model)
-
-    return measure
-
 
 FEW = 2  # samples that give the quick ranges and the accuracy of variants
 EITHER = ("fp16", "fp32")  # of what is not quantized if nobody says, the usual one first
@@ -123,7 +92,7 @@ def _found(
     builder = VariantBuilder(model=prepared, settings=recipe.settings, unquantized_types=unquantized_types, samples=few)
     measure = None
     if samples is not None:
-        measure = accuracy(prepared, samples, recipe.settings, unquantized_type=recipe.unquantized_type)
+        measure = Accuracy(prepared, samples, recipe.settings, unquantized_type=recipe.unquantized_type)
     wanted: Wanted = {
         "placement": recipe.tune == "placement",
         "min_sqnr_db": recipe.limits.get("min_sqnr_db", -math.inf),
@@ -134,7 +103,7 @@ def _found(
     }
     with pricer.parallel():
         if isinstance(pricer, TensorRtPricer):
-            found = tune_exactly(builder, pricer, **wanted)
+            found = tune_exactly(builder, pricer, **wanted, switches=measure.switches if measure else None)
         else:
             found = tune(builder, pricer, **wanted)
     if bench is not None:

@@ -2,7 +2,7 @@
 
 VariantBuilder -> float form of each float type -> compiled once -> time as a sum over nodes (`TensorRtEngine.terms`)
 sum -> `cut.least` -> the set of nodes with the least predicted time -> what gains nothing is given back -> Tuned
-with a bound on the error: + lambda x noise of each node alone, the least lambda whose set keeps the bound
+with a bound on the error: `bounded`, the fastest set found that keeps it, measured
 
 The sum holds at one clock and one share of weights in the L2, those of the set that it was made for; it is made again
 for the set that it gives, until that stays. Nodes that share a kernel are chosen together. The rewrites of a plan that
@@ -12,28 +12,25 @@ quantizes all are taken for float too, and no others are looked at: TensorRT has
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from engines.core.documents import replace
 from engines.core.errors import BuildError
-from qdq.build.cost import Price
-from qdq.build.pricing.pricer import refused
 from qdq.build.pricing.tensorrt_pricer import Engines, TensorRtPricer
 from qdq.core.progress import Progress
-from qdq.model.model import Model
 from qdq.plan.plan import Plan
-from qdq.tune.equivalence import classes, grouped
-from qdq.tune.exact.cut import least
-from qdq.tune.prices import Budget, Prices
-from qdq.tune.search import Search
+from qdq.tune.exact.bounded import BoundSearch, SetNoise, SwitchesOf
+from qdq.tune.exact.node_prices import NodePrices
+from qdq.tune.exact.unit_sum import UnitSum
+from qdq.tune.prices import Budget
+from qdq.tune.search import RESERVE_DB, Search
 from qdq.tune.tuned import Tuned
 from qdq.tune.variant import Variant
 from qdq.tune.variant_builder import VariantBuilder
 
 ROUNDS = 4  # of a sum and its least set; the clock stays after one or two
-HALVINGS = 12  # of the range of lambda, in which what is chosen changes
+FASTEST = "the set of nodes with the least predicted time"
 
 
 def tune_exactly(
@@ -43,6 +40,7 @@ def tune_exactly(
     placement: bool = True,
     min_sqnr_db: float = -math.inf,
     measure: Callable[[Plan], float] | None = None,
+    switches: SwitchesOf | None = None,
     budget: Budget | None = None,
     listed: int = 0,
     on_progress: Progress | None = None,
@@ -50,43 +48,14 @@ def tune_exactly(
     """The variant with the least predicted time in TensorRT; arguments as of `qdq.tune.search.tune`.
 
     The budget's seconds count; its compiles do not, for there is one a float type.
+
+    Args:
+        switches: makes the noise of parts of a plan known; None: each set that is looked at is a model of its own.
     """
     prices = NodePrices(builder=builder, judge=judge, engines_of=judge.engines, on_progress=on_progress)
-    search = ExactSearch(builder, prices, placement)
+    search = ExactSearch(builder, prices, placement, switches=switches)
     seconds = Budget(seconds=budget.seconds) if budget else Budget()
     return search.found(min_sqnr_db=min_sqnr_db, measure=measure, budget=seconds, listed=listed)
-
-
-@dataclass(slots=True)
-class NodePrices(Prices):
-    """Prices by the set of quantized nodes, from engines that are compiled once a float type."""
-
-    engines_of: Callable[[Sequence[Model]], list[Engines | BuildError]] = field(kw_only=True)
-    _engines: dict[str, Engines | BuildError] = field(default_factory=dict)
-
-    def prepare(self, types: Collection[str]) -> None:
-        """Compile for float types, several at a time."""
-        if not (missing := [kind for kind in types if kind not in self._engines]):
-            return
-        usual = self.builder.usual
-        models = [self.builder.model_of(replace(usual, unquantized_type=kind)) for kind in missing]
-        if self.on_progress:
-            self.on_progress(0, None, "Compile")
-        self._engines |= dict(zip(missing, self.engines_of(models), strict=True))
-
-    def engines(self, unquantized_type: str) -> Engines | BuildError:
-        """The engines of a float type."""
-        self.prepare([unquantized_type])
-        return self._engines[unquantized_type]
-
-    def _compile(self, variants: Sequence[Variant]) -> None:
-        self._ahead |= {variant: self._price(variant) for variant in variants}
-
-    def _price(self, variant: Variant) -> Price:
-        engines = self.engines(variant.unquantized_type)
-        if isinstance(engines, BuildError):
-            return refused(engines)
-        return engines.price(variant.quantized, self.builder.shared(variant))
 
 
 @dataclass(slots=True)
@@ -94,6 +63,18 @@ class ExactSearch(Search):
     """A search whose steps are cuts."""
 
     prices: NodePrices
+    switches: SwitchesOf | None = None
+    measure: Callable[[Plan], float] | None = None
+    bounded: BoundSearch | None = None
+
+    def found(
+        self, *, min_sqnr_db: float, measure: Callable[[Plan], float] | None, budget: Budget, listed: int
+    ) -> Tuned:
+        """The outcome; arguments as of `tune`."""
+        if self.placement and min_sqnr_db > -math.inf and self.builder.samples is not None:
+            self.least_db, self.measure = min_sqnr_db + RESERVE_DB, measure
+        self.run(budget, first=True)
+        return replace(self.result(), listed=self.listed(listed))
 
     def run(self, budget: Budget, *, first: bool = False) -> None:
         """Choose, and give back what gains nothing."""
@@ -122,111 +103,62 @@ class ExactSearch(Search):
         return replace(usual, quantized=frozenset(self.builder.quantizable(usual)))
 
     def choose(self) -> None:
-        """Stand on the fastest set of each float type that keeps the bound."""
-        for kind in ("", *self.builder.unquantized_types[1:]):
-            if not isinstance(engines := self.prices.engines(kind), BuildError):
-                variant = self.within(engines, kind)
-                self.keep(variant, "the set of nodes with the least predicted time")
+        """Stand on the fastest set of each float type; with a bound, on the fastest found that keeps it."""
+        types = ("", *self.builder.unquantized_types[1:])
+        engines = {kind: engines for kind in types if isinstance(engines := self.prices.engines(kind), Engines)}
+        if self.least_db == -math.inf:
+            for kind, some in engines.items():
+                self.keep(self.cut(some, kind), FASTEST)
+            return
+        fastest = {kind: self.cut(some, kind) for kind, some in engines.items() if self.precise(kind)}
+        first = next(iter(engines.values()), None)
+        macs = max((sum(engine.work.macs) for _, engine in first.pairs), default=1) if first else 1
+        self.bounded = BoundSearch(
+            prices=self.prices,
+            fastest=fastest,
+            floors={kind: 10 ** (-self._rounding_db[kind] / 10) for kind in fastest},
+            noise=SetNoise(self.builder, self.everything, self.switches, max(macs, 1)),
+            most=10 ** (-self.least_db / 10),
+            measure=self.measured_db,
+            steps=self.steps,
+        )
+        if (best := self.bounded.best()) is not None:
+            self.keep(best, f"{FASTEST} that keep the bound")
 
-    def within(self, engines: Engines, kind: str) -> Variant:
-        """The fastest set; with a bound, of those along the Lagrangian's cuts that keep it."""
-        fastest = self.cut(engines, kind, {})
-        if self.accurate(fastest):
-            return fastest
-        noises = self.noises()
-        spread = self.us(self.floats(kind)) / max(max(noises.values(), default=0.0), 1e-300)
-        low, high, found = math.log(spread) - 30.0, math.log(spread) + 1.0, self.floats(kind)
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            weighed = self.cut(engines, kind, {node: math.exp(middle) * noise for node, noise in noises.items()})
-            if self.accurate(weighed):
-                high, found = middle, min(found, weighed, key=self.us)
-            else:
-                low = middle
-        return found
+    def measured_db(self, variant: Variant) -> float:
+        """The SQNR in dB of a variant as it is shipped, or of one sample with quick scales where nobody measures."""
+        if self.measure is not None:
+            return self.measure(self.builder.plan_of(variant, ""))
+        noise = self.builder.noise(variant)
+        return -10 * math.log10(noise) if noise else math.inf
+
+    def give_back(self) -> None:
+        """Give back what gains nothing; with a bound, if what is left still keeps it, as measured."""
+        before = self.best
+        Search.give_back(self)
+        if self.bounded and self.best.quantized and not self.bounded.keeps(self.best):
+            self.best = before
+
+    def accurate(self, variant: Variant) -> bool:
+        """Whether it keeps the bound, if there is one: only what was measured does."""
+        if self.bounded is None or not variant.quantized:
+            return True
+        return self.bounded.known.get(variant, math.inf) <= self.bounded.most
 
     def floats(self, kind: str) -> Variant:
         """With nothing quantized."""
         return Variant(unquantized_type=kind)
 
-    def noises(self) -> dict[str, float]:
-        """The noise of each node alone: that of its class, shared alike."""
-        everything = self.everything
-        found = dict[str, float]()
-        for group in grouped(sorted(everything.quantized), classes(self.builder.base(everything).model)):
-            noise = self.builder.noise(replace(everything, quantized=frozenset(group))) or 0.0
-            found |= dict.fromkeys(group, noise / len(group))
-        return found
-
-    def cut(self, engines: Engines, kind: str, weights: Mapping[str, float]) -> Variant:
-        """The fastest of the sets found: a sum at the clock of one gives the next.
-
-        Args:
-            weights: microseconds that a node costs beside its time.
-        """
+    def cut(self, engines: Engines, kind: str) -> Variant:
+        """The fastest of the sets found: a sum at the clock of one gives the next."""
         everything = replace(self.everything, unquantized_type=kind)
         tried, at = [everything], everything
         for _ in range(ROUNDS):
-            nodes = _cheapest(engines, at.quantized, everything.quantized, self.builder.shared(everything), weights)
+            shared = self.builder.shared(everything)
+            total = UnitSum.of(engines, everything.quantized, at=at.quantized, shared=shared)
+            nodes = total.nodes_of(total.least())
             at = replace(everything, quantized=nodes) if nodes else self.floats(kind)
             if at in tried:
                 break
             tried.append(at)
-        return min(
-            (*tried, self.floats(kind)), key=lambda v: self.us(v) + sum(weights.get(n, 0.0) for n in v.quantized)
-        )
-
-
-def _cheapest(
-    engines: Engines,
-    at: Collection[str],
-    candidates: Collection[str],
-    shared: Collection[str],
-    weights: Mapping[str, float],
-) -> frozenset[str]:
-    """The nodes with the least sum of times, made for the engine of a set."""
-    units = _units(engines, candidates)
-    alone = dict.fromkeys(units.values(), 0.0)
-    for node, unit in units.items():
-        alone[unit] += weights.get(node, 0.0)
-    gains, costs = [], []
-    for gpu, engine in engines.pairs:
-        kernels = {i: own for i, own in engines.kernels(engine).items() if own and own <= units.keys()}
-        chosen = [i for i, own in kernels.items() if own <= set(at)]
-        terms = engine.terms(gpu, kernels, at=chosen, apart=engines.apart(engine, shared))
-        unit_of = {i: units[min(own)] for i, own in kernels.items()}
-        share = 1 / len(engines.pairs)
-        for i, us in terms.alone.items():
-            alone[unit_of[i]] += us * share
-        gains += [(us * share, {unit_of[i] for i in group}) for us, group in terms.gains]
-        costs += [(us * share, {unit_of[i] for i in group}) for us, group in terms.costs]
-    best = least(alone, gains, costs)
-    return frozenset(node for node, unit in units.items() if unit in best)
-
-
-def _units(engines: Engines, candidates: Collection[str]) -> dict[str, str]:
-    """Node -> a name for those that are chosen together, because they share a kernel; only of kernels that can be INT8.
-
-    A node of no kernel, or of one with a product that is no candidate, has no unit.
-    """
-    parent = {node: node for node in candidates}
-    hopeless, seen = set[str](), set[str]()
-
-    def root(node: str) -> str:
-        while parent[node] != node:
-            node = parent[node]
-        return node
-
-    for own in _groups(engines):
-        mine = sorted(own & parent.keys())
-        seen.update(mine)
-        if mine and len(mine) < len(own):
-            hopeless.update(mine)
-        for node in mine[1:]:
-            parent[root(node)] = root(mine[0])
-    lost = {root(node) for node in hopeless}
-    return {node: root(node) for node in sorted(seen) if root(node) not in lost}
-
-
-def _groups(engines: Engines) -> Iterator[frozenset[str]]:
-    return chain.from_iterable(engines.kernels(engine).values() for _, engine in engines.pairs)
+        return min((*tried, self.floats(kind)), key=self.us)

@@ -46,6 +46,35 @@ def test_what_stands_before_a_quantizer_is_found_for_who_does_not_fuse_it() -> N
     assert TENSORRT.shift.says in found.message and found.message.startswith("Sub ")
 
 
+def test_a_models_own_pad_and_sub_are_no_form_of_another_compiler() -> None:
+    """TensorFlow pads in front of a convolution, CIFAR's ResNet pads channels, and a mean is taken from an image."""
+    weights = {"w": graphs.normal(16, 8, 3, 3, seed=0), "w2": graphs.normal(16, 16, 3, 3, seed=1)}
+    constants = {
+        "border": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+        "channels": np.array([0, 4, 0, 0, 0, 4, 0, 0]),
+        "mean": np.float32([0.31]).reshape(1, 1, 1, 1),
+    }
+    nodes = [
+        graphs.node("Sub", "x mean", "centred"),
+        graphs.node("Pad", "centred border", "padded"),
+        graphs.node("Conv", "padded w", "a", "first"),
+        graphs.node("Pad", "x channels", "more"),
+        graphs.node("Conv", "more w2", "b", "second", pads=[1, 1, 1, 1]),
+        graphs.node("Add", "a b", "y", "sum"),
+    ]
+    model = graphs.build(nodes, {"x": (2, 8, 12, 12)}, {**weights, **constants})
+    made = graphs.quantized(model, graphs.samples(model), compiler="tensorrt").model
+    quantized = {made.producer(n.input[0]).op_type for n in made.graph.node if n.op_type == "QuantizeLinear"} - {None}
+    assert "Pad" in quantized and rules(made) == rules(made, "rtx") == set()
+
+
+def test_channels_that_were_filled_up_are_found() -> None:
+    tensors = {"w": graphs.normal(16, 6, 3, 3, seed=0)}
+    model = graphs.build([graphs.node("Conv", "x w", "y", "conv")], {"x": (2, 6, 12, 12)}, tensors)
+    made = graphs.quantized(model, graphs.samples(model), compiler="rtx", shift=False).model
+    assert rules(made) == set() and [f.message[:4] for f in lint(made, TENSORRT)] == ["Pad "]
+
+
 @pytest.mark.parametrize(("block", "missed"), [(128, False), (64, False), (32, True)])
 def test_blocks_of_a_length_that_nobody_documents(block: int, missed: bool) -> None:
     weight = matrix(

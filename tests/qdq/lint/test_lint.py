@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from broken_models import BROKEN, HALF, Broken, Net, act, conv, data, full, kernel, matrix, product
+from broken_models import BROKEN, FLOAT, HALF, Broken, Net, act, conv, data, full, kernel, matrix, product
 from click.testing import CliRunner
 from onnx import TensorProto
 from places import ROOT
@@ -337,3 +337,17 @@ def test_the_model_given_is_never_replaced(tmp_path: Path) -> None:
     source = write(tmp_path, "uint8 activation")
     result = CliRunner().invoke(lint_command, [str(source), "--fix", "-o", str(source)])
     assert isinstance(result.exception, InputError)
+
+
+@pytest.mark.parametrize(("elem", "scale", "found"), [(HALF, 3e-5, False), (HALF, 1.2e-5, True), (FLOAT, 2e-38, False)])
+def test_a_scale_is_small_where_its_reciprocal_overflows(elem: int, scale: float, found: bool) -> None:
+    dtype = np.float16 if elem == HALF else np.float32
+    broken = lint(model_of(product(a=act(scale), w=matrix(full(64, 0.01, dtype)), elem=elem)))
+    assert [f.rule for f in broken] == ["scale-range"] * found
+
+
+def test_a_weight_may_have_a_subnormal_scale() -> None:
+    """As FP16 models of small weights have, ours too; the compiler multiplies by it and divides by nothing."""
+    for scale, dtype in ((3e-5, np.float16), (1e-6, np.float16), (1e-39, np.float32)):
+        elem = HALF if dtype == np.float16 else FLOAT
+        assert lint(model_of(product(w=matrix(full(64, scale, dtype)), elem=elem))) == []

@@ -6,7 +6,8 @@ import itertools
 import math
 
 import pytest
-from graphs import build, node, normal, samples
+from graphs import build, node, samples
+from tensorrt_networks import network, pricer
 
 from engines.backends.compiler import ShapeRange
 from engines.core.documents import replace
@@ -14,50 +15,12 @@ from engines.core.errors import BuildError
 from qdq.assemble.finish import finish
 from qdq.assemble.quantize import quantize
 from qdq.build.pricing.float_form import float_form
-from qdq.build.pricing.tensorrt_pricer import TensorRtPricer, pricer_of, unpriced
+from qdq.build.pricing.tensorrt_pricer import pricer_of, unpriced
 from qdq.build.recipe import Recipe
-from qdq.model.model import Model
 from qdq.tune.exact.elsewhere import elsewhere
-from qdq.tune.exact.search import NodePrices
+from qdq.tune.exact.node_prices import NodePrices
 from qdq.tune.find_plan import find_plan
 from qdq.tune.variant_builder import VariantBuilder
-
-
-def network(*, size: int = 28, batch: int = 32) -> Model:
-    """A stem, a residual block, a wide branch that is concatenated, a head: 7 convolutions of 32 to 128 channels."""
-    tensors = {
-        "w0": normal(64, 32, 3, 3, seed=0),
-        "w1": normal(64, 64, 3, 3, seed=1),
-        "w2": normal(64, 64, 3, 3, seed=2),
-        "w3": normal(64, 64, 1, 1, seed=3),
-        "w4": normal(64, 64, 3, 3, seed=4),
-        "w5": normal(128, 128, 1, 1, seed=5),
-        "w6": normal(32, 128, 1, 1, seed=6),
-    }
-    nodes = [
-        node("Conv", "x w0", "a0", "stem", pads=[1] * 4),
-        node("Relu", "a0", "r0"),
-        node("Conv", "r0 w1", "a1", "first", pads=[1] * 4),
-        node("Relu", "a1", "r1"),
-        node("Conv", "r1 w2", "a2", "second", pads=[1] * 4),
-        node("Add", "a2 r0", "s2", "shortcut"),
-        node("Relu", "s2", "r2"),
-        node("Conv", "r2 w3", "a3", "left"),
-        node("Conv", "r2 w4", "a4", "right", pads=[1] * 4),
-        node("Concat", "a3 a4", "c", axis=1),
-        node("Conv", "c w5", "a5", "wide"),
-        node("Relu", "a5", "r5"),
-        node("Conv", "r5 w6", "y", "head"),
-    ]
-    return build(nodes, {"x": (batch, 32, size, size)}, tensors)
-
-
-def pricer(model: Model, **given: object) -> TensorRtPricer:
-    recipe = Recipe.from_mapping({"compiler": "tensorrt", "target": "sm80", "gpu": "a100", **given})
-    shapes = {i.name: ShapeRange.fixed([int(d) for d in i.shape or ()]) for i in model.inputs}
-    made = pricer_of(recipe, shapes)
-    assert isinstance(made, TensorRtPricer)
-    return made
 
 
 @pytest.fixture(autouse=True)
