@@ -59,7 +59,7 @@ SKETCH = 4096  # values of an output that samples are compared by, at most
 MARGIN_DB = 0.25  # by which another option must beat the first
 # What balances data takes headroom from channels that were small so far: where it is not the first option it must gain
 # this in every turn. Over all turns it gained 3 dB on a potential for molecules, by one of them, and lost 14 on others.
-DARING = dict.fromkeys(("smooth", "smoothquant"), 1.0)
+DARING = dict.fromkeys(("smooth", "smoothquant", "validated"), 1.0)
 # The whole range in place of that of least error: where what comes later is larger, clipping costs far more than this.
 CAUTION = {"max": 1.0}
 WITHOUT_MOMENTS = "clip"

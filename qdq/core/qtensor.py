@@ -58,6 +58,11 @@ class QParams:
         """What is subtracted from the tensor before QuantizeLinear: -zero_point * scale, 0 when symmetric."""
         return -self.zero_point * float(self.scale) if self.zero_point else 0.0
 
+    def times(self, factor: float) -> QParams:
+        """Those of a whole tensor with its scale times a factor, above zero."""
+        scale = np.asarray(max(float(self.scale) * factor, float(np.finfo(np.float32).tiny)), dtype=np.float32)
+        return QParams(scale=scale, zero_point=self.zero_point, format=self.format)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QTensor:

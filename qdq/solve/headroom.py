@@ -14,7 +14,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from qdq.core.arrays import Floats
 from qdq.core.formats import FORMATS, Format
@@ -58,7 +57,7 @@ def widened(
         read = np.sum([sizes(by_input(model, node))[1] for node in first.values()], axis=0)
         limits = shown.limits
         whole = max(_amax(limits), float(np.finfo(np.float64).tiny))
-        before = _noise(turns, [_times(plain, _amax(turn.limits) / whole) for turn in turns], read)
+        before = _noise(turns, [plain.times(_amax(turn.limits) / whole) for turn in turns], read)
         dtype, shifted = model.dtype(tensor), plain.zero_point != 0
         noises = {
             headroom: _noise(turns, [_wide(t.limits, headroom, fmt, dtype, shifted=shifted) for t in turns], read)
@@ -85,14 +84,6 @@ def _wide(limits: ChannelRange, headroom: float, fmt: Format, dtype: str, *, shi
     """One scale for the whole range and some headroom."""
     low, high = headroom * min(float(limits.low.min()), 0.0), headroom * max(float(limits.high.max()), 0.0)
     return covering(low, high, fmt_name=fmt.name, dtype=dtype, shift=shifted)
-
-
-def _times(params: QParams, factor: float) -> QParams:
-    """The same with the scale times a factor, above zero."""
-    scale: npt.NDArray[np.float32] = np.asarray(
-        max(float(params.scale) * factor, float(np.finfo(np.float32).tiny)), dtype=np.float32
-    )
-    return QParams(scale=scale, zero_point=params.zero_point, format=params.format)
 
 
 def _amax(limits: ChannelRange) -> float:

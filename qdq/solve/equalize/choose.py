@@ -8,8 +8,9 @@ fuses into the kernel there. This module must not change the graph; the formulas
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from qdq.core.qtensor import CHUNK, QParams, from_codes, to_codes
 from qdq.core.resources import cores
 from qdq.measure.inference.samples import overlapped
 from qdq.measure.ranges import covering
+from qdq.measure.statistics import ChannelRange
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.plan.spec import Spec
@@ -28,6 +30,8 @@ from qdq.solve.equalize.channels import Channels, Equalized, candidates
 from qdq.solve.equalize.formulas import Formula
 from qdq.solve.shift import shifts
 
+_Way = tuple[Floats, QParams]  # channel scales, and the parameters of what is divided by them
+ROWS = 1024  # vectors of a part held out that candidates are compared on, at most
 HEADROOM = 1.25  # range of an equalized tensor over its calibrated one: equalized channels all lie near the limit
 
 
@@ -62,22 +66,72 @@ def equalized(
         weights = [_Weight.of(model, node) for node in first.values()]
         each = [sizes(weight.matrix) for weight in weights]
         wmax, read = np.max([most for most, _ in each], axis=0), np.sum([power for _, power in each], axis=0)
-        amax = np.maximum(-limits.low, limits.high)
         fmt = points[tensor].spec.format
-        shifted = shifts(model, points[tensor])
         limit = min(FORMATS[node.spec.format].high for node in readers)  # of the coarsest weight
-        ways = [(np.ones_like(amax), params[tensor])]
-        for s in (t.astype(np.float32).astype(np.float64) for t in formula.candidates(amax, wmax)):
+        divide = _Divide(
+            formula=formula,
+            wmax=np.ones_like(wmax) if all(weight.depthwise for weight in weights) else wmax,
+            covering=partial(covering, fmt_name=fmt, dtype=model.dtype(tensor), shift=shifts(model, points[tensor])),
+        )
+        ways = divide.ways(limits)
+        if formula.held_out:
+            best = _validated(seen[tensor], weights, read, params[tensor], divide, limit)
+        else:
+            shown, same = seen[tensor], (np.ones_like(read), params[tensor])
+            plain, *noises = _noises(shown.rows(), shown.count, weights, read, [same, *ways.values()], limit)
+            gains = [(_decibels(plain, noise), way) for way, noise in zip(ways, noises, strict=True)]
+            best = max(gains, key=lambda gain: gain[0], default=None)
+        if best is not None and best[0] >= formula.minimum_gain_db and best[1] in ways:
+            s, divided = ways[best[1]]
+            found[tensor] = Equalized(scale=s.astype(np.float32), params=divided, gain_db=best[0])
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Divide:
+    """How the channels of one tensor may be divided; `wmax` is the largest weight that reads each."""
+
+    formula: Formula
+    wmax: Floats
+    covering: Callable[[float, float], QParams]
+
+    def ways(self, limits: ChannelRange) -> dict[int, _Way]:
+        """The formula's candidates for channels of these ranges, by number, but those that leave no range."""
+        found = {}
+        amax = np.maximum(-limits.low, limits.high)
+        for number, s in enumerate(self.formula.candidates(amax, self.wmax)):
+            s = s.astype(np.float32).astype(np.float64)
             low = HEADROOM * min(float((limits.low / s).min()), 0.0)
             high = HEADROOM * max(float((limits.high / s).max()), 0.0)
             if high - low > 0:
-                ways.append((s, covering(low, high, fmt_name=fmt, dtype=model.dtype(tensor), shift=shifted)))
-        plain, *noises = _noises(seen[tensor], weights, read, ways, limit)
-        for (s, divided), noise in zip(ways[1:], noises, strict=True):
-            gain_db = 10 * np.log10(plain / noise) if noise > 0 and plain > 0 else 0.0
-            if gain_db >= formula.minimum_gain_db and (tensor not in found or gain_db > found[tensor].gain_db):
-                found[tensor] = Equalized(scale=s.astype(np.float32), params=divided, gain_db=float(gain_db))
-    return found
+                found[number] = s, self.covering(low, high)
+        return found
+
+
+def _validated(
+    seen: Channels, weights: Sequence[_Weight], read: Floats, plain: QParams, divide: _Divide, limit: int
+) -> tuple[float, int] | None:
+    """The way of least noise on parts of the samples that its ranges were not made from, with its gain in decibels.
+
+    None where no way has less noise than `plain`, whose range shrinks with what each turn leaves, in every turn, and
+    for a tensor of one vector a sample: too few say little of the largest to come, so it needs headroom, not less.
+    """
+    if seen.count <= len(seen.parts):
+        return None
+    whole = max(_amax(seen.limits), float(np.finfo(np.float64).tiny))
+    found = []
+    for turn in seen.turns():
+        ways = divide.ways(turn.limits)
+        rows = turn.held[:: -(-len(turn.held) // ROWS)]
+        same = np.ones_like(read), plain.times(_amax(turn.limits) / whole)
+        first, *others = _noises((rows,), len(rows), weights, read, [same, *ways.values()], limit)
+        found.append((first, dict(zip(ways, others, strict=True))))
+    if not found:
+        return None
+    better = [way for way in found[0][1] if all(noises.get(way, first) < first for first, noises in found)]
+    total = math.fsum(first for first, _ in found)
+    gains = [(_decibels(total, math.fsum(noises[way] for _, noises in found)), way) for way in better]
+    return max(gains, key=lambda gain: gain[0], default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,19 +234,33 @@ def _peaks(matrix: npt.NDArray[np.floating], s: Floats) -> Floats:
 
 
 def _noises(
-    seen: Channels, weights: Sequence[_Weight], read: Floats, ways: Sequence[tuple[Floats, QParams]], limit: int
+    vectors: Iterable[Floats],
+    count: int,
+    weights: Sequence[_Weight],
+    read: Floats,
+    ways: Sequence[_Way],
+    limit: int,
 ) -> list[float]:
     """Predicted error power at the consumers' outputs per position, for channels divided by s and quantized, each way.
 
-    `read` is the sum of squares of the weights that read each channel.
+    `vectors` are `count` of the channels' in arrays, `read` the sum of squares of the weights that read each channel.
     """
     power, errors = np.zeros_like(read), np.zeros((len(ways), *read.shape))
-    for rows in seen.rows():
+    for rows in vectors:
         power += np.square(rows).sum(axis=0)
         for way, (s, params) in enumerate(ways):
             errors[way] += data_errors(rows, s, params).sum(axis=0)
-    power /= seen.count
+    power /= count
     return [
-        float(errors[way] / seen.count @ read) + math.fsum(weight.error(s, power) for weight in weights) / limit**2 / 12
+        float(errors[way] / count @ read) + math.fsum(weight.error(s, power) for weight in weights) / limit**2 / 12
         for way, (s, _) in enumerate(ways)
     ]
+
+
+def _decibels(before: float, after: float) -> float:
+    """By how much a noise falls; 0 where there is none."""
+    return float(10 * np.log10(before / after)) if before > 0 and after > 0 else 0.0
+
+
+def _amax(limits: ChannelRange) -> float:
+    return float(np.maximum(-limits.low, limits.high).max())
