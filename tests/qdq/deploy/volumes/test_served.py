@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import warnings
@@ -16,7 +17,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from clinic import AFFINE, classes_of, image, save, thresholds
-from image_files import write_nifti
+from image_files import write_nifti, write_series
 
 import engines
 from calib_data.validation import DataError
@@ -91,6 +92,23 @@ def test_a_file_gives_the_bytes_of_the_command(tmp_path: Path, sigmoid: bool) ->
     with pytest.raises(InputError, match=r"must end in \.nii or \.nii\.gz"):
         found.save(tmp_path / "x.txt")
     assert not (tmp_path / "x.txt").exists()
+
+
+def test_a_dicom_folder_is_one_image(place: Path, tmp_path: Path) -> None:
+    """As the command has it; an array with the series' affine gives the same."""
+    pytest.importorskip("pydicom")
+    voxels = image(3).round().astype(np.int16)
+    write_series(tmp_path / "DOE^JOHN" / "series", voxels, AFFINE)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(VOLUME.replace("}", ", intensity: {mean: 0, std: 1}}") + WHOLE)
+    out = deployed(tmp_path, volume=recipe.read_text().partition("\n")[0])
+    name = json.loads((out / "report.json").read_text())["model_file"]
+    qdq("segment", out / name, "--data", tmp_path / "DOE^JOHN", "--recipe", recipe, "-o", tmp_path / "labels")
+    (expected,) = (tmp_path / "labels").glob("case-*.nii.gz")
+    with engines.open(out) as model:
+        found = model.segment(tmp_path / "DOE^JOHN")
+    assert found.to_bytes() == expected.read_bytes() and len(np.unique(found.array)) == 3
+    assert b"DOE" not in gzip.decompress(found.to_bytes())
 
 
 def test_what_came_before_changes_nothing_from_eight_threads(place: Path) -> None:
