@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,16 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from clinic import AFFINE, classes_of, image, save, thresholds
+from fake_gpu import FakeCuda, FakeEngine, FakeKernel, fake_runtime, install
 from image_files import write_nifti, write_series
 
 import engines
 from calib_data.validation import DataError
 from calib_data.volumes.case import told
 from engines.backends.compiler import ShapeRange
+from engines.backends.doctor import gpus
+from engines.core import arithmetic
+from engines.core import onnx_runtime as ort
 from engines.core.documents import replace
 from engines.core.errors import EngineError, OutOfMemoryError
 from engines.runtime import predictor
@@ -109,6 +114,51 @@ def test_a_dicom_folder_is_one_image(place: Path, tmp_path: Path) -> None:
         found = model.segment(tmp_path / "DOE^JOHN")
     assert found.to_bytes() == expected.read_bytes() and len(np.unique(found.array)) == 3
     assert b"DOE" not in gzip.decompress(found.to_bytes())
+
+
+def test_an_engine_segments_on_a_gpu_in_batches_of_its_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A real engine and its papers on a fake GPU, which runs out of memory once: the bytes of the Q/DQ model."""
+    shapes = "\nshape: [image:1x1x8x8x8:4x1x8x8x8:6x1x8x8x8]"
+    out = deployed(tmp_path, whole=WHOLE + shapes)
+    with engines.open(out, on="cpu") as model:
+        expected = model.segment(image(0), AFFINE).to_bytes()
+        name = model.name
+    runs = arithmetic.session(out / name)
+    profile = tuple((n, 1, 8, 8, 8) for n in (1, 4, 6))
+    batches: list[int] = []
+
+    def compute(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        batches.append(len(arrays["image"]))
+        return next(ort.run(runs, [arrays]))
+
+    loaded = FakeEngine(
+        [FakeKernel("all", lambda _: 1.0)],
+        tensors={"image": ((-1, 1, 8, 8, 8), "FLOAT", True), "logits": ((-1, 3, 8, 8, 8), "FLOAT", False)},
+        profiles=[{"image": profile}],
+        sizes=lambda given: {"logits": (given["image"][0], 3, 8, 8, 8)} if given else {},
+        compute=compute,
+    )
+    cuda = FakeCuda()
+    install(monkeypatch, cuda)
+    monkeypatch.setattr(predictor, "gpus", gpus)
+    runtime = fake_runtime(cuda, {(out / "float.engine").read_bytes(): loaded})
+    runtime.__version__ = json.loads((out / "float.engine.json").read_text())["version"]
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", runtime)
+    caplog.set_level(logging.WARNING, "engines")
+    with engines.open(out) as model:
+        assert model.name == "float.engine" and model.describe()["segments"]["windows_per_run"] == 6
+        model.warm_up()
+        assert model.segment(image(0), AFFINE).to_bytes() == expected and max(batches) == 6
+    cuda.limit_bytes, batches[:] = 4 * 512 * 4 * 4, []  # image and logits of four windows
+    with engines.open(out) as model, ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: model.segment(image(0), AFFINE).to_bytes(), range(8)))
+        assert found == [expected] * 8 and max(batches) == 2
+    assert [r.getMessage() for r in caplog.records] == [
+        "A run of 5 windows needs more memory than there is: 2 at a time from now on."
+    ]
+    assert not cuda.memory
 
 
 def test_what_came_before_changes_nothing_from_eight_threads(place: Path) -> None:
