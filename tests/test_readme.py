@@ -18,6 +18,7 @@ from models import images, save_samples, segmenter
 from places import ROOT
 
 from engines.backends.doctor import gpus
+from engines.verify.covered import SUMS
 from qdq.build.cost import TIE, TIE_US
 from qdq.build.keys.recipe_file import read_recipe
 from qdq.build.recipe import Recipe
@@ -61,6 +62,17 @@ def write_recipes(folder: Path) -> list[Path]:
     return found
 
 
+def write_inputs(folder: Path) -> None:
+    """The user's files: a model, samples, images and recipes."""
+    onnx.save(segmenter(spatial=("x", "y", "z")), folder / "unet.onnx")
+    save_samples(folder / "volumes", images(3, CUBE))
+    save_samples(folder / "held_out", images(2, CUBE, seed=7))
+    write_recipes(folder)
+    for seed in range(2):
+        scan = (250 * image(seed, (20, 18, 16))).astype(np.int16)
+        write_nifti(folder / f"scans/{seed}.nii.gz", scan, np.diag([-1.0, 1.0, 1.2, 1.0]))
+
+
 def test_every_recipe_of_the_readme_is_read(tmp_path: Path) -> None:
     for path in write_recipes(tmp_path):
         assert Recipe.from_mapping(read_recipe(path)) != Recipe(), path
@@ -68,13 +80,7 @@ def test_every_recipe_of_the_readme_is_read(tmp_path: Path) -> None:
 
 def test_every_command_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    onnx.save(segmenter(spatial=("x", "y", "z")), "unet.onnx")
-    save_samples(tmp_path / "volumes", images(3, CUBE))
-    save_samples(tmp_path / "held_out", images(2, CUBE, seed=7))
-    write_recipes(tmp_path)
-    for seed in range(2):
-        scan = (250 * image(seed, (20, 18, 16))).astype(np.int16)
-        write_nifti(tmp_path / f"scans/{seed}.nii.gz", scan, np.diag([-1.0, 1.0, 1.2, 1.0]))
+    write_inputs(tmp_path)
     Path("loader.py").write_text(LOADER)
     assert {shlex.split(c)[1] for c in commands()} == set(main.commands)  # every verb is shown
     for command in commands():
@@ -83,7 +89,8 @@ def test_every_command_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.M
         assert result.exit_code == no_gpu, f"{command}\n{result.output}{result.exception!r}"
         if "--json" in command:
             json.loads(result.stdout)
-    shown = {name for name in re.findall(r"^\| `(\S+)` \|", README, flags=re.MULTILINE) if "." in name}
+    listed = re.findall(r"^\| `(\S+)` \|", README, flags=re.MULTILINE)
+    shown = {name for name in listed if "." in name or name == SUMS}
     made = json.loads((tmp_path / "build/report.json").read_text())["model_file"]
     assert made in ("unet.int8.onnx", "unet.fp16.onnx")  # so small a network may be left in float
     assert {p.name for p in (tmp_path / "build").iterdir()} == shown - {"unet.int8.onnx"} | {made}
@@ -101,10 +108,12 @@ def test_every_command_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.M
 
 def test_python_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    onnx.save(segmenter(spatial=("x", "y", "z")), "unet.onnx")
+    write_inputs(tmp_path)
+    (clinic,) = (command for command in commands() if "--out clinic/" in command)
+    assert CliRunner().invoke(main, [*shlex.split(clinic)[1:], "--tune", "off"]).exit_code == 0
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
-    assert Path("unet.int8.onnx").is_file()
+    assert Path("unet.int8.onnx").is_file() and Path("labels.nii.gz").is_file()
 
 
 def test_extras_of_the_readme_exist() -> None:

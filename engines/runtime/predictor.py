@@ -70,8 +70,8 @@ class Segments(Protocol):
     def __call__(self, volume: Any, affine: Any) -> Labels:
         """The labels of one image, from any thread."""
 
-    def sample(self) -> dict[str, Array]:
-        """A sample of one window, of zeros."""
+    def warm_up(self) -> None:
+        """Run one window."""
 
 
 class Predictor(AbstractContextManager["Predictor"]):
@@ -146,13 +146,16 @@ class Predictor(AbstractContextManager["Predictor"]):
         """Run once, so that what is made at the first run is there; seconds that it took.
 
         Args:
-            sample: None takes zeros of the usual shapes.
+            sample: None takes zeros of the usual shapes; where images are segmented, one window of them.
 
         Raises:
             EngineError: shapes are open and nothing says what is usual; or as `run`.
         """
         began = time.perf_counter()
-        self.run(sample if sample is not None else self._zeros())
+        if sample is None and self._inference is not None:
+            self._segmenting().warm_up()
+        else:
+            self.run(sample if sample is not None else self._zeros())
         return time.perf_counter() - began
 
     def describe(self) -> dict[str, Any]:
@@ -204,8 +207,6 @@ class Predictor(AbstractContextManager["Predictor"]):
                 lacking.append(spec.name)
             else:
                 found[spec.name] = np.zeros([n or 0 for n in usual], spec.dtype)
-        if lacking and self._inference is not None:
-            return self._segmenting().sample()
         if lacking:
             raise EngineError(
                 f"Input {lacking[0]!r} has open sizes, and nothing says which are usual: give warm_up a sample."

@@ -29,7 +29,7 @@ SHAPE_KEY = "shape."  # of options in a manifest
 MANIFEST, LAYERS = ".manifest.json", ".json"  # behind the name of an engine
 BESIDE = ("plan", "table", "report", "inference")  # what `deploy` writes beside an engine as <name>.json
 # What SHA256SUMS may name and a copy of the folder lack: nothing that runs needs it.
-SPARE = ("plan.json", "table.json", "report.json", "report.html", "provenance.json", "measured.jsonl")
+SPARE = ("plan.json", "table.json", "report.json", "report.html", "slices.npz", "provenance.json", "measured.jsonl")
 SCRIPT = "build_engine.sh"
 _LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *](.+)")
 _PIECE = 1 << 20

@@ -69,22 +69,23 @@ class FirstSample:
 
 
 def meanings(
-    model: onnx.ModelProto | None, seen: FirstSample, *, task: str = "auto", class_axis: int | None = None
+    model: onnx.ModelProto | Graph | None, seen: FirstSample, *, task: str = "auto", class_axis: int | None = None
 ) -> dict[str, Meaning]:
     """What each output is.
 
     Args:
-        model: the float model; None where there is a runner only, whose values then are the evidence.
+        model: the float model, or what was read of it for these shapes; None where there is a runner only, whose
+            values then are the evidence.
         seen: of the first sample.
         task: one of `TASKS`; other than 'auto' it holds for every output of numbers that has the axes for it.
         class_axis: axis of the classes, from the end if negative; outputs without that axis have no classes.
     """
-    graph = _Graph(model, seen) if model else None
+    graph = model if isinstance(model, Graph) else Graph(model, seen) if model else None
     return {name: _meaning(graph, name, array, seen, task, class_axis) for name, array in seen.outputs.items()}
 
 
 def _meaning(
-    graph: _Graph | None, name: str, array: np.ndarray, seen: FirstSample, task: str, class_axis: int | None
+    graph: Graph | None, name: str, array: np.ndarray, seen: FirstSample, task: str, class_axis: int | None
 ) -> Meaning:
     end = graph.end(name) if graph else None
     if end is not None and end.op_type in _DECIDERS:
@@ -119,7 +120,7 @@ def _numbers(why: str) -> Meaning:
     return Meaning(task="regression", why=why)
 
 
-def _whole(graph: _Graph | None, name: str, array: np.ndarray) -> Meaning:
+def _whole(graph: Graph | None, name: str, array: np.ndarray) -> Meaning:
     """Of an output that is no float: codes of a computation, such as pixels, are numbers; what an index is, is not."""
     if array.dtype.kind in "iu":
         end = graph.end(name) if graph else None
@@ -130,7 +131,7 @@ def _whole(graph: _Graph | None, name: str, array: np.ndarray) -> Meaning:
     return Meaning(task="labels", why=f"it is of type {'text' if array.dtype.kind in 'OUS' else array.dtype.name}")
 
 
-def _evidence(graph: _Graph | None, name: str, array: np.ndarray, seen: FirstSample) -> Meaning | None:
+def _evidence(graph: Graph | None, name: str, array: np.ndarray, seen: FirstSample) -> Meaning | None:
     """What the end of the graph says, else what the values say; None where neither says anything."""
     if not array.size or array.ndim < 2:
         return None
@@ -165,11 +166,12 @@ def _guessed(shape: Sequence[int], seen: FirstSample) -> tuple[int | None, str]:
     return (2, "a guess, the last of three: --class-axis tells") if rank == 3 else (1, "a guess: --class-axis tells")
 
 
-class _Graph:
-    """The float model with the shapes of one sample."""
+class Graph:
+    """The float model with the shapes of one sample: of large models the slow part, good for all of these shapes."""
 
     def __init__(self, model: onnx.ModelProto, seen: FirstSample) -> None:
-        self._seen = seen
+        """Read the model; of the sample only shapes are kept."""
+        self._inputs = dict(seen.inputs)
         self._producers = {name: node for node in model.graph.node for name in node.output if name}
         self._stored = {t.name: tuple(t.dims) for t in model.graph.initializer}
         self._stored |= {n.output[0]: () for n in model.graph.node if n.op_type == "Constant"}
@@ -276,7 +278,7 @@ class _Graph:
         turned = end.op_type == "Gemm" and attribute(end, "transB", 0)
         reads, gives = weight[::-1] if turned else weight
         where = self._forward(len(made) - 1, end.output[0], before)
-        tokens = any(given == tuple(shape[:2]) for name, given in self._seen.inputs.items() if name in self._tokens)
+        tokens = any(given == tuple(shape[:2]) for name, given in self._inputs.items() if name in self._tokens)
         if where is None or not (len(shape) == 2 or (len(shape) == 3 and tokens)):
             return None
         if not 2 <= gives != reads or shape[where] != gives:
@@ -319,7 +321,7 @@ class _Graph:
         positions = sorted(n for i, n in enumerate(shape) if i not in (0, axis))
         if math.prod(positions) <= 1:
             return False
-        for given in self._seen.inputs.values():
+        for given in self._inputs.values():
             for at in (1, len(given) - 1) if len(given) == len(shape) else ():
                 if sorted(n for i, n in enumerate(given) if i not in (0, at)) == positions:
                     return given[at] == 1 or given[at] != shape[axis] or len(shape) > 4

@@ -7,7 +7,7 @@ k) out, whatever axes and batch the model has. What the float model gives first 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,15 @@ from calib_data.validation import InputSpec
 from engines.core import onnx_runtime as ort
 from engines.core.documents import replace
 from engines.core.errors import EngineError
-from engines.verify.meaning import FirstSample, meanings
+from engines.verify.meaning import FirstSample, Graph, meanings
 from qdq.build.keys.segmentation import Segmentation
 from qdq.build.keys.window import Window
 from qdq.core.errors import InputError
 from qdq.deploy.volumes.decode import Classes, Decoder, Regions
 
 Array = npt.NDArray[Any]
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+MOST_KNOWN = 8  # shapes: a window has one, and whole images of many sizes must not fill the memory
 Infer = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 """Arrays by input name -> arrays by output name."""
 
@@ -136,6 +138,7 @@ class Reader:
         asked: by the recipe.
         task: as in `engines.verify.meaning.meanings`.
         class_axis: as there.
+        known: shapes -> what was read of the graph for them, shared by readers of one model.
     """
 
     graph: ModelProto | None
@@ -143,6 +146,7 @@ class Reader:
     asked: Segmentation
     task: str = "auto"
     class_axis: int | None = None
+    known: dict[Shapes, Graph] = field(default_factory=dict, repr=False)
     _found: tuple[Decoder, int] | None = None
 
     def channels(self, fed: Mapping[str, Array], values: Array) -> int:
@@ -161,11 +165,25 @@ class Reader:
         assert self._found is not None
         return self._found[0]
 
+    def _read(self, first: FirstSample) -> Graph | None:
+        """The graph for the shapes of a sample."""
+        if self.graph is None:
+            return None
+        key = (
+            *((name, tuple(shape)) for name, shape in first.inputs.items()),
+            *((n, a.shape) for n, a in first.outputs.items()),
+        )
+        if key not in self.known:
+            if len(self.known) >= MOST_KNOWN:
+                self.known.clear()
+            self.known[key] = Graph(self.graph, first)
+        return self.known[key]
+
     def _decided(self, fed: Mapping[str, Array], values: Array) -> tuple[Decoder, int]:
         asked, regions = self.asked, self.asked.regions
         first = FirstSample(inputs={name: a.shape for name, a in fed.items()}, outputs={self.output: values})
         task = "segmentation" if self.task == "auto" and asked.overlapping is not None else self.task
-        meant = meanings(self.graph, first, task=task, class_axis=self.class_axis)[self.output]
+        meant = meanings(self._read(first), first, task=task, class_axis=self.class_axis)[self.output]
         alone = meant.axis is None and meant.task != "labels" and values.ndim > 3 and values.shape[1] == 1
         if (meant.axis is None and not alone) or values.dtype.kind not in "fV":
             raise InputError(

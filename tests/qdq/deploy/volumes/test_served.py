@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +18,16 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from clinic import AFFINE, classes_of, image, save, thresholds
-from image_files import write_nifti
+from fake_gpu import FakeCuda, FakeEngine, FakeKernel, fake_runtime, install
+from image_files import write_nifti, write_series
 
 import engines
 from calib_data.validation import DataError
 from calib_data.volumes.case import told
 from engines.backends.compiler import ShapeRange
+from engines.backends.doctor import gpus
+from engines.core import arithmetic
+from engines.core import onnx_runtime as ort
 from engines.core.documents import replace
 from engines.core.errors import EngineError, OutOfMemoryError
 from engines.runtime import predictor
@@ -91,6 +97,68 @@ def test_a_file_gives_the_bytes_of_the_command(tmp_path: Path, sigmoid: bool) ->
     with pytest.raises(InputError, match=r"must end in \.nii or \.nii\.gz"):
         found.save(tmp_path / "x.txt")
     assert not (tmp_path / "x.txt").exists()
+
+
+def test_a_dicom_folder_is_one_image(place: Path, tmp_path: Path) -> None:
+    """As the command has it; an array with the series' affine gives the same."""
+    pytest.importorskip("pydicom")
+    voxels = image(3).round().astype(np.int16)
+    write_series(tmp_path / "DOE^JOHN" / "series", voxels, AFFINE)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(VOLUME.replace("}", ", intensity: {mean: 0, std: 1}}") + WHOLE)
+    out = deployed(tmp_path, volume=recipe.read_text().partition("\n")[0])
+    name = json.loads((out / "report.json").read_text())["model_file"]
+    qdq("segment", out / name, "--data", tmp_path / "DOE^JOHN", "--recipe", recipe, "-o", tmp_path / "labels")
+    (expected,) = (tmp_path / "labels").glob("case-*.nii.gz")
+    with engines.open(out) as model:
+        found = model.segment(tmp_path / "DOE^JOHN")
+    assert found.to_bytes() == expected.read_bytes() and len(np.unique(found.array)) == 3
+    assert b"DOE" not in gzip.decompress(found.to_bytes())
+
+
+def test_an_engine_segments_on_a_gpu_in_batches_of_its_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A real engine and its papers on a fake GPU, which runs out of memory once: the bytes of the Q/DQ model."""
+    shapes = "\nshape: [image:1x1x8x8x8:4x1x8x8x8:6x1x8x8x8]"
+    out = deployed(tmp_path, whole=WHOLE + shapes)
+    with engines.open(out, on="cpu") as model:
+        expected = model.segment(image(0), AFFINE).to_bytes()
+        name = model.name
+    runs = arithmetic.session(out / name)
+    profile = tuple((n, 1, 8, 8, 8) for n in (1, 4, 6))
+    batches: list[int] = []
+
+    def compute(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        batches.append(len(arrays["image"]))
+        return next(ort.run(runs, [arrays]))
+
+    loaded = FakeEngine(
+        [FakeKernel("all", lambda _: 1.0)],
+        tensors={"image": ((-1, 1, 8, 8, 8), "FLOAT", True), "logits": ((-1, 3, 8, 8, 8), "FLOAT", False)},
+        profiles=[{"image": profile}],
+        sizes=lambda given: {"logits": (given["image"][0], 3, 8, 8, 8)} if given else {},
+        compute=compute,
+    )
+    cuda = FakeCuda()
+    install(monkeypatch, cuda)
+    monkeypatch.setattr(predictor, "gpus", gpus)
+    runtime = fake_runtime(cuda, {(out / "float.engine").read_bytes(): loaded})
+    runtime.__version__ = json.loads((out / "float.engine.json").read_text())["version"]
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", runtime)
+    caplog.set_level(logging.WARNING, "engines")
+    with engines.open(out) as model:
+        assert model.name == "float.engine" and model.describe()["segments"]["windows_per_run"] == 6
+        model.warm_up()
+        assert model.segment(image(0), AFFINE).to_bytes() == expected and max(batches) == 6
+    cuda.limit_bytes, batches[:] = 4 * 512 * 4 * 4, []  # image and logits of four windows
+    with engines.open(out) as model, ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: model.segment(image(0), AFFINE).to_bytes(), range(8)))
+        assert found == [expected] * 8 and max(batches) == 2
+    assert [r.getMessage() for r in caplog.records] == [
+        "A run of 5 windows needs more memory than there is: 2 at a time from now on."
+    ]
+    assert not cuda.memory
 
 
 def test_what_came_before_changes_nothing_from_eight_threads(place: Path) -> None:
@@ -163,9 +231,13 @@ def test_the_outputs_of_a_batch_fit_the_memory(place: Path, monkeypatch: pytest.
 
 def test_warm_up_runs_one_window(place: Path) -> None:
     with engines.open(place / "out") as model:
-        model._shapes = {}
-        assert model.warm_up() > 0
-        assert model._segmenting().sample()["image"].shape == (1, 1, 8, 8, 8)
+        real, seen = model.run, []
+        model.run = lambda sample: seen.append(sample["image"].shape) or real(sample)  # type: ignore[func-returns-value, method-assign]
+        assert model.warm_up() > 0 and seen == [(1, 1, 8, 8, 8)]
+        known = model._segmenting()._known  # type: ignore[attr-defined]
+        assert len(known) == 1
+        model.segment(image(0), AFFINE)
+        assert len(known) == 1  # of a large graph the slow part
 
 
 def test_what_is_no_single_image_is_refused(place: Path, tmp_path: Path) -> None:
