@@ -21,7 +21,7 @@ from typing import TypeVar
 import msgspec
 
 from engines.core.documents import byte_count
-from engines.core.files import read_file, write_atomic
+from engines.core.files import abandoned, read_file, write_atomic
 from qdq.core.errors import InputError
 from qdq.core.resources import cores
 
@@ -84,7 +84,11 @@ class Cache:
             write_atomic(path, _HEAD + hashlib.sha256(body).digest() + body, error=InputError)
 
     def trim(self) -> None:
-        """Remove what was of use longest ago where all is larger than it may be."""
+        """Remove what was of use longest ago where all is larger than it may be, and what killed runs left."""
+        for path in self.folder.glob("*/.*.part"):
+            if abandoned(path):
+                with suppress(OSError):
+                    path.unlink()
         held = []
         for path in self.folder.glob(f"*/*{SUFFIX}"):
             with suppress(OSError):  # another process removed it
