@@ -96,8 +96,7 @@ class Document(Part, frozen=True, kw_only=True):
         Raises:
             DocumentError: as `from_json`.
         """
-        key = OLD_KEY if isinstance(content, Mapping) and KEY not in content else KEY
-        found = content.get(key) if isinstance(content, Mapping) else None
+        key, found = _named(content)
         if not isinstance(content, Mapping) or found != cls.FORMAT:
             kind = cls.FORMAT.partition("/")[0]
             other = isinstance(found, str) and found.startswith(f"{kind}/")
@@ -119,6 +118,21 @@ class Document(Part, frozen=True, kw_only=True):
             "properties": {KEY: {"const": cls.FORMAT}, **computed, **schema["properties"]},
             "required": [KEY, *cls.COMPUTED, *schema.get("required", ())],
         }
+
+
+def schema_of(content: object) -> Any:
+    """What parsed JSON says that it is, as 'qdq.plan/2'; None where it says nothing.
+
+    >>> schema_of({"schema": "qdq.plan/2"}), schema_of({"format": "qdq.plan/2"}), schema_of([])
+    ('qdq.plan/2', 'qdq.plan/2', None)
+    """
+    return _named(content)[1]
+
+
+def _named(content: object) -> tuple[str, Any]:
+    """The key under which that stands, and its value."""
+    key = OLD_KEY if isinstance(content, Mapping) and KEY not in content else KEY
+    return key, content.get(key) if isinstance(content, Mapping) else None
 
 
 def _documents(kind: type[Part]) -> dict[str, type[Document]]:
