@@ -74,7 +74,7 @@ def test_other_data_and_other_weights_are_other_work(folder: Path) -> None:
     deploy = ("deploy", "--data", "data", "--tune", "off")
     qdq(*deploy, "net.onnx", "--out", "first", "--cache", "kept")
     onnx.save(segmenter(spatial=(16, 16), width=8, seed=3), "net.onnx")
-    for words, out in (((), "w"), (("--scheme", "fp8"), "s"), (("--calibrator", "max"), "c")):
+    for words, out in (((), "w"), (("--scheme", "fp8", "--calibrator", "max"), "s")):
         qdq(*deploy, *words, "net.onnx", "--out", f"{out}1")
         qdq(*deploy, *words, "net.onnx", "--out", f"{out}2", "--cache", "kept")
         assert files(folder / f"{out}1") == files(folder / f"{out}2")
