@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from qdq.assemble.quantize import Quantized, quantize
     from qdq.build.recipe import Recipe
+    from qdq.core.disk.cache import caching
     from qdq.core.errors import InputError, MissingRuntimeError, ModelError, QdqError, StaleFileError
     from qdq.deploy.check import evaluate
     from qdq.deploy.deploy import Deployed
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _NAMES = {  # module -> the public names that it holds
     "assemble.quantize": "Quantized quantize",
     "build.recipe": "Recipe",
+    "core.disk.cache": "caching",
     "core.errors": "InputError MissingRuntimeError ModelError QdqError StaleFileError",
     "deploy.check": "evaluate",
     "deploy.deploy": "Deployed",
@@ -67,6 +69,7 @@ __all__ = [
     "Solution",
     "Spec",
     "StaleFileError",
+    "caching",
     "collect",
     "evaluate",
     "load",

@@ -41,6 +41,8 @@ class Doctor(Document, frozen=True, kw_only=True):
     """What `qdq doctor` says.
 
     Attributes:
+        version: of qdq, "" where it is not installed.
+        python: its version.
         findings: runtimes, GPUs, and which verbs work.
         purpose: that was asked for, "" for none.
         lacking: what is missing for it, one sentence each; empty where it works here.
@@ -49,6 +51,8 @@ class Doctor(Document, frozen=True, kw_only=True):
     FORMAT: ClassVar[str] = "qdq.doctor/1"
     MAKE: ClassVar[str] = "qdq doctor --json"
 
+    version: str
+    python: str
     findings: tuple[Diagnosis, ...]
     purpose: str
     lacking: tuple[str, ...]
@@ -60,6 +64,7 @@ class _Runtime(NamedTuple):
     purpose: str
 
 
+_QDQ = _Runtime("qdq", ("qdq",), "this program")
 _ONNX_RUNTIME = _Runtime("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "calibrate and check")
 _POLYGRAPHY = _Runtime("polygraphy", ("polygraphy",), "compare and run engines")
 
@@ -156,6 +161,18 @@ def diagnose() -> list[Diagnosis]:
         _ability("run engines", runs, "a machine with an NVIDIA GPU; until then the Q/DQ model stands in"),
         _ability("check accuracy", checks, how_to_install("onnxruntime")),
     ]
+
+
+def examined(purpose: str = "", backend: Backend | None = None) -> Doctor:
+    """This machine, and what it lacks for a purpose, where one is asked for."""
+    missing = lacking(purpose, backend) if purpose else []
+    return Doctor(
+        version=_version(_QDQ),
+        python=sys.version.split()[0],
+        findings=tuple(diagnose()),
+        purpose=purpose,
+        lacking=tuple(missing),
+    )
 
 
 PURPOSES = {

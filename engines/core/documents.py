@@ -97,8 +97,7 @@ class Document(Part, frozen=True, kw_only=True):
         Raises:
             DocumentError: as `from_json`.
         """
-        key = OLD_KEY if isinstance(content, Mapping) and KEY not in content else KEY
-        found = schema_of(content)
+        key, found = _named(content)
         if not isinstance(content, Mapping) or found != cls.FORMAT:
             kind = cls.FORMAT.partition("/")[0]
             other = isinstance(found, str) and found.startswith(f"{kind}/")
@@ -123,16 +122,26 @@ class Document(Part, frozen=True, kw_only=True):
         }
 
 
+def schema_of(content: object) -> Any:
+    """What parsed JSON says that it is, as 'qdq.plan/2'; None where it says nothing.
+
+    >>> schema_of({"schema": "qdq.plan/2"}), schema_of({"format": "qdq.plan/2"}), schema_of([])
+    ('qdq.plan/2', 'qdq.plan/2', None)
+    """
+    return _named(content)[1]
+
+
+def _named(content: object) -> tuple[str, Any]:
+    """The key under which that stands, and its value."""
+    key = OLD_KEY if isinstance(content, Mapping) and KEY not in content else KEY
+    return key, content.get(key) if isinstance(content, Mapping) else None
+
+
 def _documents(kind: type[Part]) -> dict[str, type[Document]]:
     """The fields that hold a document of its own, or several."""
     some = {f.name: (f.type, *typing.get_args(f.type)) for f in msgspec.structs.fields(kind)}
     pairs = ((name, found) for name, kinds in some.items() for found in kinds)
     return {name: found for name, found in pairs if isinstance(found, type) and issubclass(found, Document)}
-
-
-def schema_of(content: object) -> object:
-    """The name and version of the form of parsed JSON, under either key; None where it has none."""
-    return content.get(KEY, content.get(OLD_KEY)) if isinstance(content, Mapping) else None
 
 
 T = typing.TypeVar("T")

@@ -22,7 +22,8 @@ from engines.cost.gpus import gpu_named
 from engines.cost.predict import Cost, predict
 from engines.verify.audit import Audit, audit
 from qdq.build.branches import ALONE, as_asked
-from qdq.build.engine import compile_engine, shape_ranges
+from qdq.build.engine import shape_ranges
+from qdq.build.kept import kept_engine
 from qdq.build.recipe import Recipe
 from qdq.core.errors import ModelError
 from qdq.model.model import Model
@@ -64,7 +65,7 @@ def compile_any(
         if form is not model:
             save(form, path)
         source = model if form is model else path
-        return compile_engine(source, recipe=recipe, shapes=shapes, on_progress=on_progress, locate=locate)
+        return kept_engine(source, recipe=recipe, shapes=shapes, on_progress=on_progress, locate=locate)
 
     with Scratch() as folder:
         for form in _forms(model, prepared, recipe):

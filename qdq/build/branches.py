@@ -14,7 +14,7 @@ from dataclasses import replace
 from engines.backends.compiler import ShapeRange
 from engines.core.errors import BuildError
 from engines.core.files import Scratch
-from qdq.build.engine import compile_engine
+from qdq.build.kept import kept_engine
 from qdq.build.machine import stand_in
 from qdq.build.recipe import Recipe
 from qdq.core.progress import Progress
@@ -81,7 +81,7 @@ def _refusal(
     with Scratch() as folder:
         save(written_out(model), folder / "tried.onnx")
         try:
-            compile_engine(
+            kept_engine(
                 folder / "tried.onnx",
                 recipe=stand_in(recipe, model.proto),
                 shapes=shapes,

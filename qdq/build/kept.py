@@ -33,12 +33,15 @@ def kept_engine(
     shapes: Mapping[str, ShapeRange],
     on_progress: Progress | None = None,
     label: str = "Compile",
+    locate: bool = True,
 ) -> Engine:
     """As `compile_engine`; where work is kept, the engine of an earlier run."""
     return remembered(
         "engines",
         lambda: _key(model, recipe, shapes),
-        lambda: compile_engine(model, recipe=recipe, shapes=shapes, on_progress=on_progress, label=label),
+        lambda: compile_engine(
+            model, recipe=recipe, shapes=shapes, on_progress=on_progress, label=label, locate=locate
+        ),
         pack=lambda engine: None if recipe.tensorrt.timing_cache else _packed(engine),
         unpack=lambda parts: Engine(data=parts["engine"], table=LayerTable.from_json(parts["layers"])),
     )

@@ -56,7 +56,7 @@ def _plain(content: Any, random: Random) -> None:
             elif what == 1 and isinstance(inside, int | float) and not isinstance(inside, bool):
                 place[key] = random.choice([-inside, inside + 1, inside * 1e300, inside / 3, *INTEGERS])
             elif what == 2 and isinstance(place, dict):
-                place[random.choice(["format", "extra", "name", ""])] = copy.deepcopy(inside)
+                place[random.choice(["schema", "format", "extra", "name", ""])] = copy.deepcopy(inside)
             elif what == 3 and isinstance(place, list):
                 place.append(copy.deepcopy(inside))
             else:

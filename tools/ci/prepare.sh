@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prepare a model in CI: deploy it, write a page, and say what changed since the last run.
+# Prepare a model in CI: deploy it, and say what changed since the last run.
 # Ends as `qdq deploy` does: 0, 1 where a limit failed (all files are written), 2 and more after an error (none are).
 #
 # QDQ_MODEL, QDQ_DATA   the float model and its samples
@@ -7,6 +7,7 @@
 # QDQ_ARGUMENTS         further options of `qdq deploy`, quoted as in a shell: the limits, the GPU, a recipe
 # QDQ_OUT               folder for the results; default qdq-build
 # QDQ_PREVIOUS          report.json of the last run; without it there is no difference
+# QDQ_CHANGES           file for a page of the difference; default qdq-changes.html
 # QDQ_COMMENT           file for the difference in Markdown; default qdq-comment.md
 # QDQ_CACHE             folder of earlier work, which `qdq` itself reads
 set -euo pipefail
@@ -14,6 +15,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${QDQ_OUT:-qdq-build}
 comment=${QDQ_COMMENT:-qdq-comment.md}
+changes=${QDQ_CHANGES:-qdq-changes.html}
 answer=$(mktemp)
 trap 'rm -f "$answer"' EXIT
 
@@ -33,12 +35,13 @@ if [ "$status" -gt 1 ]; then
   exit "$status"
 fi
 
-if qdq --help | grep -q '^  report '; then
-  qdq report "$out" -o "$out/report.html"
-fi
 previous=()
 if [ -n "${QDQ_PREVIOUS:-}" ] && [ -f "$QDQ_PREVIOUS" ]; then
   previous=("$QDQ_PREVIOUS")
+  # the last run may be of another version, which is no reason to fail
+  if ! qdq report "$(dirname "$QDQ_PREVIOUS")" "$out" -o "$changes"; then
+    echo "There is no page of what changed; the comment says it." >&2
+  fi
 fi
 python3 "$here/difference.py" "$out/report.json" "${previous[@]}" -o "$comment"
 exit "$status"

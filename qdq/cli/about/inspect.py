@@ -125,7 +125,7 @@ def _purposes() -> list[str]:
 def doctor(purpose: str | None, compiler: str | None, as_json: bool) -> None:
     """Say which runtimes and GPUs are here, and what will and will not work."""
     from engines.backends.backend import backend_named
-    from engines.backends.doctor import PURPOSES, Doctor, diagnose, lacking
+    from engines.backends.doctor import PURPOSES, examined
     from engines.backends.profile import profile_named
     from qdq.core.choices import choose
     from qdq.core.errors import InputError
@@ -133,14 +133,13 @@ def doctor(purpose: str | None, compiler: str | None, as_json: bool) -> None:
     if compiler and not purpose:
         raise InputError("--compiler says by which compiler --for is meant: give --for build, or leave it out.")
     backend = backend_named(profile_named(compiler).backend) if compiler else None
-    missing = lacking(choose(purpose, tuple(PURPOSES), "purpose"), backend) if purpose else []
-    found = Doctor(findings=tuple(diagnose()), purpose=purpose or "", lacking=tuple(missing))
+    found = examined(choose(purpose, tuple(PURPOSES), "purpose") if purpose else "", backend)
     if as_json:
         show_json(found.to_json())
     else:
         show_rows("This machine", [("ok" if f.ok else "--", f.name, f.detail, f.fix) for f in found.findings])
-    if missing:
-        for text in missing:
+    if found.lacking:
+        for text in found.lacking:
             click.echo(f"Missing: {text}", err=True)
         click.get_current_context().exit(MissingRuntimeError.exit_code)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -21,7 +22,7 @@ from typing import TypeVar
 import msgspec
 
 from engines.core.documents import byte_count
-from engines.core.files import read_file, write_atomic
+from engines.core.files import abandoned, read_file, write_atomic
 from qdq.core.errors import InputError
 from qdq.core.resources import cores
 
@@ -50,7 +51,7 @@ class Cache:
             InputError: it cannot be made or written to.
         """
         self.folder, self.most_bytes = folder, most_bytes
-        self.hashes: dict[int, tuple[object, str]] = {}  # with what they are of, so that its id is not another's
+        self.hashes: dict[int, tuple[Callable[[], object], str]] = {}  # id -> what gives the object, and its hash
         try:
             folder.mkdir(parents=True, exist_ok=True)
             writable = os.access(folder, os.W_OK | os.X_OK)
@@ -84,7 +85,11 @@ class Cache:
             write_atomic(path, _HEAD + hashlib.sha256(body).digest() + body, error=InputError)
 
     def trim(self) -> None:
-        """Remove what was of use longest ago where all is larger than it may be."""
+        """Remove what was of use longest ago where all is larger than it may be, and what killed runs left."""
+        for path in self.folder.glob("*/.*.part"):
+            if abandoned(path):
+                with suppress(OSError):
+                    path.unlink()
         held = []
         for path in self.folder.glob(f"*/*{SUFFIX}"):
             with suppress(OSError):  # another process removed it
@@ -181,9 +186,14 @@ def hashed(value: object, make: Callable[[], str]) -> str:
     found = _HERE.get()
     if found is None:
         return make()
-    if id(value) not in found.hashes:
-        found.hashes[id(value)] = (value, make())
-    return found.hashes[id(value)][1]
+    known = found.hashes.get(id(value))
+    if known is None or known[0]() is not value:  # an id may be that of an object that is gone
+        try:
+            held: Callable[[], object] = weakref.ref(value)
+        except TypeError:
+            held = lambda: value  # noqa: E731  # kept alive
+        known = found.hashes[id(value)] = (held, make())
+    return known[1]
 
 
 def _name(kind: str, key: tuple[object, ...]) -> str:

@@ -29,7 +29,8 @@ from qdq.assemble.finish import float_type_of
 from qdq.assemble.precision.convert import convert
 from qdq.assemble.tables import Tables
 from qdq.build.branches import with_possible_branches
-from qdq.build.engine import compile_engine, shape_ranges
+from qdq.build.engine import shape_ranges
+from qdq.build.kept import kept_engine
 from qdq.build.machine import builds_here, compiler_here, stand_in
 from qdq.build.pricing.pricer import gpus_of
 from qdq.build.pricing.tensorrt_pricer import TensorRtPricer, pricer_of
@@ -293,9 +294,9 @@ class _Bench:
             derived = us if math.isfinite(us) else None
         if not builds_here(recipe):
             other = stand_in(recipe, load(path).proto)
-            compile_engine(path, recipe=other, shapes=self.shapes, on_progress=on_progress)
+            kept_engine(path, recipe=other, shapes=self.shapes, on_progress=on_progress)
             return None, derived
-        engine = compile_engine(path, recipe=recipe, shapes=self.shapes, on_progress=on_progress)
+        engine = kept_engine(path, recipe=recipe, shapes=self.shapes, on_progress=on_progress)
         if not backend_named(recipe.backend).predicts:
             return audit(path, engine.table, shapes=self.shapes), derived
         tables = {}
@@ -303,7 +304,7 @@ class _Bench:
             tables[target] = engine.table
             if engine.table.targets != (target,):
                 alone = replace(recipe, targets=(target,))
-                tables[target] = compile_engine(path, recipe=alone, shapes=self.shapes, on_progress=on_progress).table
+                tables[target] = kept_engine(path, recipe=alone, shapes=self.shapes, on_progress=on_progress).table
         times = [predict(path, tables[gpu.target], gpu, shapes=self.shapes).total_us for gpu in self.gpus]
         return audit(path, engine.table, shapes=self.shapes), fmean(times) if times else None
 

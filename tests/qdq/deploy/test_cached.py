@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner, Result
-from models import images, save_samples, segmenter
+from models import assemble, constant, images, save_samples, segmenter
 
+from qdq.build.recipe import Recipe
 from qdq.cli.main import main
+from qdq.core.disk.cache import caching
+from qdq.measure.inference.inputs import as_samples
+from qdq.model.storage import load
+from qdq.passes.prepare import prepare
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
@@ -67,7 +74,7 @@ def test_other_data_and_other_weights_are_other_work(folder: Path) -> None:
     deploy = ("deploy", "--data", "data", "--tune", "off")
     qdq(*deploy, "net.onnx", "--out", "first", "--cache", "kept")
     onnx.save(segmenter(spatial=(16, 16), width=8, seed=3), "net.onnx")
-    for words, out in (((), "w"), (("--scheme", "fp8"), "s"), (("--calibrator", "max"), "c")):
+    for words, out in (((), "w"), (("--scheme", "fp8", "--calibrator", "max"), "s")):
         qdq(*deploy, *words, "net.onnx", "--out", f"{out}1")
         qdq(*deploy, *words, "net.onnx", "--out", f"{out}2", "--cache", "kept")
         assert files(folder / f"{out}1") == files(folder / f"{out}2")
@@ -107,3 +114,40 @@ def test_a_plan_a_table_and_workers(folder: Path) -> None:
     onnx.save(segmenter(spatial=(16, 16), width=8, seed=4), "other.onnx")
     refused = qdq("deploy", "other.onnx", "--data", "data", "--out", "no", "--plan", "plan.json", code=2)
     assert "made from another model" in refused.stderr and not (folder / "no").exists()
+
+
+@pytest.mark.parametrize("scheme", ["int8-smooth", "fptq", "nvfp4"])
+def test_what_is_told_of_a_model_comes_back(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qdq.deploy import shipped
+
+    model = prepare(load(two_products()))
+    rng = np.random.default_rng(0)
+    data = as_samples([{"x": rng.normal(size=(1, 4, 32)).astype(np.float32) * 40} for _ in range(4)], model)
+    recipe = Recipe.from_mapping({"scheme": scheme, "tune": "off", "compiler": "rtx"})
+    with caching(tmp_path / "kept"):
+        first = shipped.written(model, data, recipe, pricer=None)
+        monkeypatch.setattr(shipped, "quantize", never)
+        second = shipped.written(model, data, recipe, pricer=None)
+    ours, theirs = first.made.solution, second.made.solution
+    assert ours.activations.keys() == theirs.activations.keys() and ours.divisors.keys() == theirs.divisors.keys()
+    assert (ours.tokens, ours.notes, first.finished.notes) == (theirs.tokens, theirs.notes, second.finished.notes)
+    for name, params in ours.activations.items():
+        held = theirs.activations[name]
+        assert np.array_equal(held.scale, params.scale) and held.scale.dtype == params.scale.dtype
+        assert repr(replace(held, scale=np.float32(1))) == repr(replace(params, scale=np.float32(1)))
+    for name, divisor in ours.divisors.items():
+        assert np.array_equal(theirs.divisors[name], divisor)
+    assert first.made.plan == second.made.plan
+    assert first.finished.model.proto == second.finished.model.proto
+
+
+def two_products() -> onnx.ModelProto:
+    """x (1, 4, 32) -> MatMul -> Relu -> MatMul."""
+    rng = np.random.default_rng(1)
+    weights = [constant(name, rng.normal(size=(32, 32)).astype(np.float32)) for name in ("w", "v")]
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "w"], ["a"], name="first"),
+        onnx.helper.make_node("Relu", ["a"], ["b"], name="relu"),
+        onnx.helper.make_node("MatMul", ["b", "v"], ["y"], name="second"),
+    ]
+    return assemble(nodes, {"x": (1, 4, 32)}, {"y": (1, 4, 32)}, weights)

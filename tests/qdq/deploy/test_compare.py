@@ -196,7 +196,7 @@ def test_a_model_that_the_compiler_refuses_is_still_scored(folder: Path, monkeyp
             raise BuildError("no kernel for that")
         return compiled(path, **options)
 
-    monkeypatch.setattr(compare, "compile_engine", refuse)
+    monkeypatch.setattr(compare, "kept_engine", refuse)
     row = rows("net.onnx", "--data", "data", "--schemes", "int8")["int8"]
     assert row["problem"] == "does not compile: no kernel for that"
     assert row["sqnr_db"] > 20 and row["weight_bytes"] is None and row["predicted_us"] is None
@@ -283,7 +283,7 @@ def test_each_target_is_compiled_once_whatever_its_gpus(folder: Path, monkeypatc
         predicted.append((gpu.name, table.targets))
         return predict(path, table, gpu, **options)
 
-    monkeypatch.setattr(compare, "compile_engine", compiling)
+    monkeypatch.setattr(compare, "kept_engine", compiling)
     monkeypatch.setattr(compare, "predict", predicting)
     targets, gpus = (
         ("--target", "sm86", "--target", "sm89"),

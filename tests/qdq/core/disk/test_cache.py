@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,24 @@ def test_several_processes_share_a_folder(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         assert pool.map(_hammer, [tmp_path / "kept"] * 3) == [0, 0, 0]
     assert not list((tmp_path / "kept").rglob("*.part"))
+
+
+class Thing:
+    """An object that may be gone."""
+
+
+def test_a_hash_is_of_the_object_and_does_not_keep_it(tmp_path: Path) -> None:
+    made: list[object] = []
+    with caching(tmp_path) as held:
+        thing, numbers = Thing(), [1, 2]
+        for value in (thing, numbers, thing, numbers):
+            cache.hashed(value, lambda value=value: made.append(value) or f"{len(made)}")
+        assert made == [thing, numbers]
+        gone = weakref.ref(thing)
+        made.clear()
+        del thing, value
+        gc.collect()
+        assert gone() is None and held is not None
+        others = [Thing() for _ in range(50)]  # one of them may have the id of the thing that is gone
+        for number, other in enumerate(others):
+            assert cache.hashed(other, lambda number=number: f"of {number}") == f"of {number}"
