@@ -44,7 +44,7 @@ def made_run(
         Kernel(us=1.5 + n, macs=0, bytes=64, nodes=(name,), signature=name, kind="gemm", dtype=dtype, bound="start")
         for n, (name, dtype) in enumerate(zip(nodes, ("int8", "", "float16"), strict=False))
     ]
-    errors = tensor_errors(made.prepared, finished, judged)
+    errors = tensor_errors(made, finished, judged)
     price = Price(us=sum(k.us for k in kernels), kernels=tuple(kernels))
     report = DeployReport(
         evaluated_on="evaluation samples",

@@ -239,7 +239,7 @@ def deploy(
             calibrated_on=made.table.count,
             on_progress=on_progress,
         )
-        errors = tensor_errors(made.prepared, finished.model, judged, on_progress=on_progress)
+        errors = tensor_errors(made, finished.model, judged, on_progress=on_progress)
         price, gpus = done.price, tuple(gpu.name for gpu in (pricer.told if pricer else ()))
         if price is None and table is not None:
             price, gpus = priced_engine(output, table, recipe=recipe, shapes=shapes)

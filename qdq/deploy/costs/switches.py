@@ -42,15 +42,11 @@ class FloatWeight:
         name: in the float model.
         values: float32, in the shape of the codes.
         missing: float32, what the output of its node lacks with these values, by channels that broadcast; None for 0.
-        signal: sum of the squares of the values.
-        noise: sum of the squares of what rounding changed.
     """
 
     name: str
     values: np.ndarray
     missing: np.ndarray | None
-    signal: float
-    noise: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,15 +82,9 @@ def float_weights(quantized: Model, float_model: Model, sample: Sample) -> dict[
             continue
         values = _fitted(values, rounded, use.node)
         error = float(((values - rounded) ** 2).sum())
-        signal = float((values**2).sum())
-        if error <= NEAR[4 if kind in _FOUR_BITS else 8] * signal:
-            near[output] = FloatWeight(
-                name=name,
-                values=values.astype(np.float32),
-                missing=_missing(values - rounded, use.node, quantized),
-                signal=signal,
-                noise=error,
-            )
+        if error <= NEAR[4 if kind in _FOUR_BITS else 8] * float((values**2).sum()):
+            missing = _missing(values - rounded, use.node, quantized)
+            near[output] = FloatWeight(name=name, values=values.astype(np.float32), missing=missing)
     return near
 
 

@@ -163,7 +163,7 @@ def _options(before: Run, after: Run) -> list[dict[str, str]]:
         if report.tuning:
             found["GPUs that times are predicted for"] = ", ".join(report.tuning.gpus)
         found |= dict(flat(run.plan.settings.to_mapping())) if run.plan else {}
-        for key in ("options", "versions"):
+        for key in ("options", "packages"):
             found |= dict(flat((run.provenance or {}).get(key) or {}, f"{key}.")) if _mapping(run, key) else {}
         if run.manifest and not run.provenance:
             found |= dict(flat(run.manifest.versions, "versions."))

@@ -40,7 +40,8 @@ def nodes(run: Run) -> list[dict[str, Any]]:
     rows = []
     for place, node in enumerate(details.nodes, 1):
         seen = audited.get(node.node)
-        why = [skips[node.node]] if node.node in skips and not node.asked else []
+        float_ = not node.asked and not reads.get(node.node)
+        why = [skips[node.node]] if node.node in skips and float_ else []
         if seen is not None:
             why += [seen.cause] if seen.cause else []
             ran, low = words.kind(seen.consumed), words.kind(seen.consumed) in words.LOW
@@ -116,7 +117,9 @@ def kernels(run: Run) -> dict[str, Any]:
     if rest:
         us = sum(kernel.us for kernel in rest)
         name = f"{words.plural(len(rest), 'other kernel')}, at most {words.time(rest[0].us)} each"
-        rows.append({"name": name, "more": 0, "kind": "", "type": "", "bound": "", **_time(us, total, most, "rest")})
+        rows.append(
+            {"name": name, "more": 0, "kind": "", "type": "", "bound": "", **_time(us, total, most, "rest"), "bar": ""}
+        )
     by_type: dict[str, float] = defaultdict(float)
     for kernel in found:
         by_type[_type(kernel)] += kernel.us / total

@@ -39,7 +39,7 @@ def view(run: Run, *, pictures: bool = False) -> dict[str, Any]:
         nodes: see `network.nodes`; has_errors: whether one has an error.        kernels: see `network.kernels`.
         ranges: see `ranges.ranges`; `open_ranges` of them are shown at once.        measured_on, not_measured.
         tuning: `gain`, `steps`, `said`, ...; None without.        forms: of measured.jsonl.
-        volumes: see `volumes.volumes`.        provenance: rows of (key, value).        settings: likewise.
+        volumes: see `volumes.volumes`.        provenance: (heading, rows of (key, value)).        settings: rows.
     """
     report = run.report
     details = report.details
@@ -70,7 +70,7 @@ def view(run: Run, *, pictures: bool = False) -> dict[str, Any]:
         "tuning": _tuning(report),
         "forms": _forms(run),
         "volumes": volumes(report.check.volumes, run.slices, asked=pictures),
-        "provenance": list(flat(run.provenance)) if run.provenance else _manifest(run),
+        "provenance": _provenance(run),
         "signed": run.provenance is not None,
         "settings": list(flat(run.plan.settings.to_mapping())) if run.plan else [],
         "lacks": [name for name, held in (("plan.json", run.plan), ("table.json", run.table)) if held is None],
@@ -321,9 +321,34 @@ def _forms(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _manifest(run: Run) -> list[tuple[str, str]]:
-    """What the engine's manifest says, where no provenance was written."""
-    return list(flat(run.manifest.to_mapping())) if run.manifest else []
+def _provenance(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Provenance, else what the engine's manifest says: first what stands alone, then each part under its heading."""
+    content = run.provenance or (run.manifest.to_mapping() if run.manifest else {})
+    alone, parts = list[tuple[str, str]](), list[tuple[str, list[tuple[str, str]]]]()
+    for key, value in content.items():
+        if isinstance(value, Mapping | list) and value and key != "command" and not _plain(value):
+            parts.append((key.replace("_", " ").capitalize(), list(flat(_named(value)))))
+        else:
+            alone += flat({key: value})
+    return [("", alone), *parts] if alone else parts
+
+
+def _plain(value: Any) -> bool:
+    """Whether it is a list of texts and numbers."""
+    return isinstance(value, list | tuple) and all(isinstance(v, str | int | float) for v in value)
+
+
+def _named(value: Any) -> Any:
+    """A list of mappings by their names, or by their numbers."""
+    if not isinstance(value, list):
+        return value
+    found = {}
+    for number, part in enumerate(value, 1):
+        named = isinstance(part, Mapping) and isinstance(part.get("name"), str)
+        rest = {k: v for k, v in part.items() if k != "name"} if named else part
+        one = next(iter(rest.values())) if named and len(rest) == 1 else rest
+        found[part["name"] if named else str(number)] = one
+    return found
 
 
 def flat(content: Mapping[str, Any], before: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
@@ -334,7 +359,7 @@ def flat(content: Mapping[str, Any], before: str = "", depth: int = 0) -> Iterat
             yield from flat(value, f"{name}.", depth + 1)
         elif isinstance(value, str):
             yield name, value
-        elif isinstance(value, list | tuple) and all(isinstance(v, str | int | float) for v in value):
-            yield name, ", ".join(map(str, value)) or "none"
+        elif _plain(value):
+            yield name, (" " if key == "command" else ", ").join(map(str, value)) or "none"
         else:
             yield name, json.dumps(value, ensure_ascii=False)

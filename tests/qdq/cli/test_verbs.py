@@ -115,7 +115,7 @@ def test_deploy_leaves_all_results_and_a_failed_limit_ends_with_1(folder: Path) 
     results = folder / "results/new"
     assert {p.name for p in results.iterdir()} == {
         *("net.int8.onnx", "net.engine", "net.engine.json", "net.engine.manifest.json"),
-        *("plan.json", "table.json", "report.json", "provenance.json", "SHA256SUMS"),
+        *("plan.json", "table.json", "report.json", "report.html", "provenance.json", "SHA256SUMS"),
     }
     report = json.loads((results / "report.json").read_text())
     assert not report["passed"] and report["evaluated_on"] == "evaluation samples"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from models import images, segmenter
+from models import assemble, constant, images, segmenter
 
 from qdq.assemble.finish import finish
 from qdq.assemble.quantize import Quantized, quantize
@@ -27,7 +27,7 @@ def made(**settings: object) -> tuple[Quantized, Model]:
 def test_the_error_of_an_input_is_that_of_its_codes(shift: bool) -> None:
     done, finished = made(shift=shift, equalize="none")
     samples = images(3, seed=9)
-    found = tensor_errors(done.prepared, finished, samples)
+    found = tensor_errors(done, finished, samples)
     assert found.samples == 3 and not found.why
     assert set(found.sqnr_db) == {(p.role, p.tensor) for p in done.plan.points}
     params = done.solution.activations["image"]
@@ -42,16 +42,17 @@ def test_the_error_of_an_input_is_that_of_its_codes(shift: bool) -> None:
 
 def test_as_many_samples_are_run_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     done, finished = made()
-    assert tensor_errors(done.prepared, finished, images(40)).samples == errors.SAMPLES
+    assert tensor_errors(done, finished, images(40)).samples == errors.SAMPLES
     monkeypatch.setattr(errors, "VALUES", images(1)[0]["image"].size + 1)
-    assert tensor_errors(done.prepared, finished, images(40)).samples == 2
+    assert tensor_errors(done, finished, images(40)).samples == 2
 
 
 def test_nothing_quantized_and_large_models(monkeypatch: pytest.MonkeyPatch) -> None:
     done, finished = made()
-    assert tensor_errors(done.prepared, done.prepared, images(1)).sqnr_db == {}
+    nothing, plain = made(exclude=("*",))
+    assert tensor_errors(nothing, plain, images(1)).sqnr_db == {}
     monkeypatch.setattr(errors, "is_large", lambda _: True)
-    assert tensor_errors(done.prepared, finished, images(1)).why == errors.LARGE
+    assert tensor_errors(done, finished, images(1)).why == errors.LARGE
 
 
 def test_a_model_that_does_not_run_gives_the_reason() -> None:
@@ -59,5 +60,33 @@ def test_a_model_that_does_not_run_gives_the_reason() -> None:
     broken = onnx.ModelProto()
     broken.CopyFrom(finished.proto)
     broken.graph.node[0].op_type = "NoSuchOperator"
-    found = tensor_errors(done.prepared, finished.replace(broken), images(1))
+    found = tensor_errors(done, finished.replace(broken), images(1))
     assert found.sqnr_db == {} and "not measured" in found.why
+
+
+def mlp() -> onnx.ModelProto:
+    """x (rows, 64) -> two products with a Relu between them."""
+    rng = np.random.default_rng(0)
+    weights = {"first": rng.normal(0, 0.2, (64, 64)), "second": rng.normal(0, 0.2, (64, 64))}
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "first"], ["h"], name="/first"),
+        onnx.helper.make_node("Relu", ["h"], ["r"], name="/relu"),
+        onnx.helper.make_node("MatMul", ["r", "second"], ["y"], name="/second"),
+    ]
+    tensors = [constant(name, array.astype(np.float32)) for name, array in weights.items()]
+    return assemble(nodes, {"x": (128, 64)}, {"y": (128, 64)}, tensors)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"scheme": "int4", "block": 32}, {"scheme": "w4a8"}, {"equalize": "smooth"}], ids=str
+)
+def test_every_weight_has_an_error_that_fits_its_bits(settings: dict[str, object]) -> None:
+    rng = np.random.default_rng(1)
+    samples = [{"x": rng.normal(size=(128, 64)).astype(np.float32)} for _ in range(3)]
+    done = quantize(mlp(), samples, settings=Settings(**settings))  # type: ignore[arg-type]
+    finished = finish(done.model, done.plan, unquantized_type="fp16", table=done.table).model
+    found = tensor_errors(done, finished, samples)
+    bits = {p.tensor: FORMATS[p.spec.format].bits for p in done.plan.weights}
+    assert not found.why and {tensor for role, tensor in found.sqnr_db if role == "weight"} == set(bits) != set()
+    for tensor, count in bits.items():  # 6 dB a bit, less the peaks of normal values
+        assert 6 * count - 15 < found.sqnr_db["weight", tensor] < 6 * count + 2, (tensor, count)

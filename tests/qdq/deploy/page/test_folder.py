@@ -12,6 +12,7 @@ from made_run import made_run
 from qdq.cli.main import main
 from qdq.core.errors import InputError
 from qdq.deploy.page.folder import Run, page_beside, read
+from qdq.deploy.page.view import view
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
 
@@ -83,7 +84,22 @@ def test_a_page_says_what_the_folder_lacks(run: Path) -> None:
 
 
 def test_provenance_is_shown(run: Path) -> None:
-    (run / "provenance.json").write_text(json.dumps({"schema": "s/1", "model": {"sha256": "abc"}, "targets": ["sm86"]}))
+    files = [{"name": "plan.json", "sha256": "123"}, {"name": "x", "sha256": "4", "bytes": 5}]
+    content = {
+        "schema": "s/1",
+        "model": {"sha256": "abc"},
+        "command": ["qdq", "deploy"],
+        "files": files,
+        "to": ["a", "b"],
+    }
+    (run / "provenance.json").write_text(json.dumps(content))
+    found = read(run)
+    assert isinstance(found, Run)
+    assert view(found)["provenance"] == [
+        ("", [("schema", "s/1"), ("command", "qdq deploy"), ("to", "a, b")]),
+        ("Model", [("sha256", "abc")]),
+        ("Files", [("plan.json", "123"), ("x.sha256", "4"), ("x.bytes", "5")]),
+    ]
     assert CliRunner().invoke(main, ["report", str(run)]).exit_code == 0
     text = (run / "report.html").read_text()
-    assert "model.sha256" in text and "abc" in text and "As provenance.json has it" in text
+    assert "<summary>Files" in text and "abc" in text and "As provenance.json has it" in text

@@ -153,6 +153,24 @@ def test_deploy_reports_whole_volumes(place: Path) -> None:
     assert "against float model, 2 whole volumes" in done.output
 
 
+def test_deploy_keeps_slices_of_images_only_where_it_is_told_to(place: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
+    (place / "recipe.yaml").write_text(RECIPE.replace("RAS}", "RAS, patch: [8, 8, 8]}") + "tune: off\n")
+    data, out = save(place / "data", [image(n) for n in range(2)]), place / "out"
+    words = ("deploy", place / "float.onnx", "--data", data, "--recipe", place / "recipe.yaml", "--out", out)
+    assert qdq(*words, "--with-images").exit_code == 0
+    shown = (out / "report.html").read_text(encoding="utf-8")
+    assert (out / "slices.npz").exists() and "no sample data but the pictures" in shown and "doe" not in shown
+    assert qdq("report", out, "--with-images", "-o", place / "again.html").exit_code == 0
+    assert (place / "again.html").read_text(encoding="utf-8") == shown
+    assert qdq(*words).exit_code == 0  # the same place: what the first run kept is gone
+    plain = (out / "report.html").read_text(encoding="utf-8")
+    assert not (out / "slices.npz").exists() and "image/png" not in plain and "Whole volumes" in plain
+    np.savez(place / "a.npz", image=image(0)[None, None])
+    refused = qdq("deploy", place / "float.onnx", "--data", place / "a.npz", "--with-images", "--out", place / "none")
+    assert refused.exit_code == 2 and "none are run" in refused.stderr and not (place / "none").exists()
+
+
 def test_compare_scores_whole_volumes(place: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
     (place / "recipe.yaml").write_text(RECIPE.replace("RAS}", "RAS, patch: [8, 8, 8]}"))
