@@ -114,6 +114,11 @@ def _written(origin: Origin, labels: Array, structures: Sequence[Structure], mad
             "to the frames of one file. Write NIfTI, or give the files as series of their own."
         )
     sources = [_source(path, step) for path in paths]
+    for source in sources[1:]:  # rounded slice by slice, which the reader allows and highdicom does not
+        source.ImageOrientationPatient, source.PixelSpacing = (
+            sources[0].ImageOrientationPatient,
+            sources[0].PixelSpacing,
+        )
     turned = labels.transpose(2, 1, 0)  # slices, rows, columns
     if len(paths) < len(slices):
         turned = turned[np.argsort([frame for _, frame in slices])]
