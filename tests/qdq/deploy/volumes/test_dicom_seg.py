@@ -135,6 +135,19 @@ def test_frames_of_one_file(place: Path) -> None:
         np.testing.assert_array_equal(mask, classes_of(expected, 100, 200) == value)
 
 
+def test_frames_of_two_files_are_refused(place: Path) -> None:
+    series(place / "plain", 1)
+    (place / "data").mkdir()
+    for half, files in enumerate(np.array_split(sorted((place / "plain").iterdir()), 2)):
+        (place / str(half)).mkdir()
+        for path in files:
+            path.rename(place / str(half) / path.name)
+        write_enhanced(place / "data" / f"{half}.dcm", place / str(half))
+    assert segmented(place, "nifti").exit_code == 0
+    done = segmented(place, "dicom-seg")
+    assert done.exit_code == 2 and "its 12 frames lie in 2 files" in done.stderr and "case 1 of 1" in done.stderr
+
+
 def test_channels_that_overlap_are_segments_that_overlap(place: Path) -> None:
     onnx.save(thresholds(100, 200, sigmoid=True), place / "float.onnx")
     (place / "recipe.yaml").write_text(RECIPE.replace("segmentation: {", "segmentation: {activation: sigmoid, "))
