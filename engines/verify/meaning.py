@@ -9,6 +9,7 @@ graph + one sample's shapes and outputs -> the operator that ends the graph, beh
 | Gemm or MatMul with weights, Conv at one position or averaged: 2 scores or more, not as many as it reads | classes |
 | the same of rank 3, where integers go in at its positions (tokens) | classes |
 | ConvTranspose or Conv: 2 to 256 channels, not those of an image that goes in, at its positions | spatial classes |
+| the same with a shortcut, as the last block of a residual network has it, but not from an input | spatial classes |
 | Sigmoid, HardSigmoid behind a convolution: channels as above, or one | masks, one per channel |
 | ArgMax, ArgMin, a comparison; integers behind no arithmetic, booleans, texts | labels, which are equal or not |
 | anything else: boxes, images, features, energies | numbers |
@@ -243,10 +244,16 @@ class Graph:
             return self._masks(end, before, shape)
         if end.op_type in ("Gemm", "MatMul"):
             return self._scores(end, before, shape)
-        conv = self._producers.get(end.input[0]) if end.op_type == "GlobalAveragePool" else end
+        conv = self._producers.get(end.input[0]) if end.op_type == "GlobalAveragePool" else self._added(end)
         if conv is None or conv.op_type not in ("Conv", "ConvTranspose"):
             return None
         return self._channels(end, conv, before, shape)
+
+    def _added(self, end: NodeProto) -> NodeProto:
+        """The convolution that a residual block adds to what it reads; a sum with an input is another image."""
+        made = [self._producers.get(name) for name in end.input] if end.op_type == "Add" else []
+        convolutions = [node for node in made if node is not None and node.op_type in ("Conv", "ConvTranspose")]
+        return convolutions[0] if convolutions and None not in made else end
 
     def _joined(self, end: NodeProto, before: list[NodeProto], shape: Sequence[int]) -> Meaning | None:
         parts = [self.head(i, self._shapes[i]) if i in self._shapes else None for i in end.input]
@@ -304,7 +311,7 @@ class Graph:
     def _masks(self, end: NodeProto, before: list[NodeProto], shape: Sequence[int]) -> Meaning | None:
         """Sigmoid channels at the positions of an input, behind a convolution."""
         inside = list(self.path(end.input[0]))
-        if not inside or inside[-1].op_type not in ("Conv", "ConvTranspose"):
+        if not inside or self._added(inside[-1]).op_type not in ("Conv", "ConvTranspose"):
             return None
         where = self._forward(1, inside[-1].output[0], [*before, end, *inside[:-1]])
         if where is None or len(shape) < 4 or not self._at_positions(shape, where) or shape[where] > MOST_CLASSES:

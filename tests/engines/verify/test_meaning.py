@@ -100,6 +100,9 @@ def heads() -> dict[str, tuple[Callable[[], Net], str, int | None, bool | None]]
         ),
         "masks": (lambda: segmenter().then("Sigmoid"), seg, 1, True),
         "one mask": (lambda: Net((1, 3, 8, 8)).conv(3, 1).then("Sigmoid"), seg, 1, True),
+        "logits beside a shortcut": (lambda: _beside(segmenter(axes=3), axes=3), seg, 1, False),
+        "masks beside a shortcut": (lambda: _beside(segmenter()).then("Sigmoid"), seg, 1, True),
+        "a correction of the image": (lambda: Net((1, 2, 6, 7, 5)).conv(2, 2, 3).then("Add", "x"), num, None, None),
         "image to image": (lambda: Net((1, 3, 8, 8)).conv(3, 4).conv(4, 3), num, None, None),
         "image by sigmoid": (lambda: Net((1, 3, 8, 8)).conv(3, 4).conv(4, 3).then("Sigmoid"), num, None, None),
         "image by tanh": (lambda: Net((1, 1, 8, 8)).conv(1, 3).then("Tanh"), num, None, None),
@@ -126,6 +129,12 @@ def _resized(net: Net, factor: int) -> Net:
         "Resize", [net.last, "", net.init("s", np.asarray([1, 1, factor, factor], np.float32))], name="up"
     )
     return net
+
+
+def _beside(net: Net, axes: int = 2) -> Net:
+    """A residual block of five channels without a name for them behind it."""
+    before = net.then("Relu").last
+    return net.conv(5, 5, axes).then("Add", before)
 
 
 def _halved(net: Net) -> Net:

@@ -90,8 +90,8 @@ def dicom_seg(case: Case, labels: Array, structures: Sequence[Structure], made_b
         made_by: named in every segment.
 
     Raises:
-        InputError: a name that DICOM does not hold; a series in several files of many frames each.
-        DataError: the series lacks what an object refers to.
+        InputError: a name that DICOM does not hold.
+        DataError: the series lacks what an object refers to, or lies in several files of many frames each.
     """
     for name in (s.name for s in structures):
         if len(name) > MOST_NAME or "\\" in name or not name.isprintable() or not name.strip():
@@ -109,11 +109,16 @@ def _written(origin: Origin, labels: Array, structures: Sequence[Structure], mad
     slices, step = origin.slices()
     paths = [*dict.fromkeys(path for path, _ in slices)]
     if 1 < len(paths) < len(slices):
-        raise InputError(
-            f"Its {len(slices)} frames lie in {len(paths)} files, and a DICOM SEG refers to slices in a file each, or "
+        raise DataError(
+            f"its {len(slices)} frames lie in {len(paths)} files, and a DICOM SEG refers to slices in a file each, or "
             "to the frames of one file. Write NIfTI, or give the files as series of their own."
         )
     sources = [_source(path, step) for path in paths]
+    for source in sources[1:]:  # rounded slice by slice, which the reader allows and highdicom does not
+        source.ImageOrientationPatient, source.PixelSpacing = (
+            sources[0].ImageOrientationPatient,
+            sources[0].PixelSpacing,
+        )
     turned = labels.transpose(2, 1, 0)  # slices, rows, columns
     if len(paths) < len(slices):
         turned = turned[np.argsort([frame for _, frame in slices])]
