@@ -153,9 +153,7 @@ class Engines:
         costs = []
         for gpu, engine in self.pairs:
             indices = {i for i, nodes in self.kernels(engine).items() if nodes and nodes <= set(int8)}
-            apart = self.apart(engine, sharing)
-            work = engine.quantized(indices, apart=apart, target=gpu.target)
-            costs.append((work.layers, engine.cost(gpu, indices, apart=apart)))
+            costs.append(engine.cost(gpu, indices, apart=self.apart(engine, sharing)))
         return mean(costs)
 
     def kernels(self, engine: TensorRtEngine) -> dict[int, frozenset[str]]:
