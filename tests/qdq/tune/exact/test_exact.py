@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 from graphs import build, node, normal, samples
 from tensorrt_networks import network, pricer
@@ -70,6 +71,21 @@ def test_a_bound_keeps_fewer_nodes() -> None:
     assert len(kept.plan.quantized_nodes) < len(free.plan.quantized_nodes) and kept.price.us > free.price.us
     assert any("measured" in step for step in kept.steps)
     assert not find_plan(model, pricer(model, min_sqnr_db=200), samples=data).plan.points
+
+
+def test_the_finished_model_is_not_compiled_again() -> None:
+    """Its float form has other names of weights, and the same nodes."""
+    model = network(batch=4, size=8)
+    judge = pricer(model, unquantized_type="fp16")
+    data = [{name: array * np.float32(1e-5) for name, array in sample.items()} for sample in samples(model, 2)]
+    found = find_plan(model, judge, samples=data)
+    made = quantize(model, data, plan=found.plan, settings=judge.recipe.settings)
+    done = finish(made.model, made.plan, unquantized_type="fp16", table=made.table)
+    known = dict(judge._known)
+    assert found.plan.points and judge(done.model).us == pytest.approx(found.price.us, rel=1e-6)
+    assert judge._known == known
+    assert judge(network(batch=4, size=8, replaced={"w6": np.ones((48, 128, 1, 1), np.float32)})).us > 0
+    assert len(judge._known) == len(known) + 1
 
 
 def test_several_gpus_of_targets_that_rtx_lacks() -> None:
