@@ -167,10 +167,7 @@ def export(folder: Path, zoo: Any, names: list[str], seeds: list[int]) -> None:
             continue
         zoo.named(case)
         shutil.copy(case.path, folder / f"{case.name}.onnx")
-        joined = [
-            {k: np.concatenate([s[k] for s in some]) for k in some[0]} for some in (case.calibration, case.evaluation)
-        ]
-        _write(folder / f"{case.name}.onnx", *joined)
+        _write(folder / f"{case.name}.onnx", _joined(case.calibration), _joined(case.evaluation))
         print(case.name, flush=True)
 
 

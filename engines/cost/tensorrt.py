@@ -101,7 +101,7 @@ class Regions:
         return cls(
             kernels=tuple(kernels),
             gone=frozenset(gone),
-            nets=tuple(flow.net(names, pointwise) for names in flow.groups().values()),
+            nets=tuple(flow.net(names, pointwise) for names in flow.groups.values()),
             pointwise=pointwise,
             shortcuts=flow.shortcuts,
             share=_INT8_BITS / BITS[Counter(kernels[i].dtype for i in flow.products or (0,)).most_common(1)[0][0]],
@@ -209,6 +209,7 @@ class _Flow:
     _multiplied: dict[int, str] = field(default_factory=dict)
     _added: dict[str, list[int]] = field(default_factory=dict)
     _aside: set[str] = field(default_factory=set)
+    _groups: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for index, layer in enumerate(self.layers):
@@ -264,22 +265,19 @@ class _Flow:
 
     def products_at(self, index: int) -> frozenset[int]:
         """The products that write what a pointwise kernel reads, or multiply what it writes."""
-        layer, found = self.layers[index], set[int]()
+        layer, groups = self.layers[index], self.groups
         before, behind = ({self._root(t.name) for t in ends} for ends in (layer.inputs, layer.outputs))
-        for name in self._parent:
-            root = self._root(name)
-            if root in before:
-                found |= {i for i in self._writers.get(name, ()) if self.multiplies(i)}
-            if root in behind:
-                found |= {i for i in self._readers.get(name, ()) if self.multiplies(i)}
-        return frozenset(found)
+        writing = (i for root in before for name in groups[root] for i in self._writers.get(name, ()))
+        reading = (i for root in behind for name in groups[root] for i in self._readers.get(name, ()))
+        return frozenset(i for i in (*writing, *reading) if self.multiplies(i))
 
-    def groups(self) -> dict[str, list[str]]:
-        """Tensors of one type together."""
-        found: dict[str, list[str]] = {}
-        for name in self._parent:
-            found.setdefault(self._root(name), []).append(name)
-        return found
+    @property
+    def groups(self) -> Mapping[str, Sequence[str]]:
+        """Tensors of one type together, by one of them."""
+        if not self._groups:
+            for name in self._parent:
+                self._groups.setdefault(self._root(name), []).append(name)
+        return self._groups
 
     def net(self, names: Sequence[str], pointwise: Mapping[int, frozenset[int]]) -> Net:
         """A group of tensors with its ends."""

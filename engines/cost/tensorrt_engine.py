@@ -86,13 +86,15 @@ class TensorRtEngine:
             turns=tuple(work.turns[i] for i, _, _ in found),
         )
 
-    def cost(self, gpu: Gpu, products: Container[int] = (), *, apart: Container[int] = ()) -> Cost:
-        """The predicted time of every kernel; arguments as of `quantized`."""
+    def cost(
+        self, gpu: Gpu, products: Container[int] = (), *, apart: Container[int] = ()
+    ) -> tuple[Sequence[Layer], Cost]:
+        """The layers of TensorRT's engine, and the predicted time of every kernel; arguments as of `quantized`."""
         work = self.quantized(products, apart=apart, target=gpu.target)
         cost, parts = work.on(gpu), zip(work.kernels, work.turns, strict=True)
         sizes = [round(k.work.read + k.work.written + k.work.weights) * turns for k, turns in parts]
         kernels = (replace(k, bytes=size) for k, size in zip(cost.kernels, sizes, strict=True))
-        return replace(cost, kernels=tuple(kernels))
+        return work.layers, replace(cost, kernels=tuple(kernels))
 
     def terms(
         self, gpu: Gpu, candidates: Container[int], *, at: Container[int] = (), apart: Container[int] = ()

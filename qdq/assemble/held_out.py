@@ -16,8 +16,8 @@ import numpy as np
 
 from engines.core.arithmetic import stand_in
 from engines.core.nodes import sized_by_values
-from qdq.core.resources import given_bytes
 from qdq.core.disk.spill import Spill, Spilled
+from qdq.core.resources import given_bytes
 from qdq.measure.inference.memory import at_once
 from qdq.measure.inference.samples import Sample, counted, overlapped, sample_sha256
 from qdq.measure.inference.session import Session

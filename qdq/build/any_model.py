@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,24 +61,29 @@ def compile_any(
         InputError: an input cannot be held.
     """
 
-    def compiled(form: Model, *, locate: bool = False) -> Engine:
-        path = folder / "form.onnx"
-        if form is not model:
-            save(form, path)
-        source = model if form is model else path
-        return kept_engine(source, recipe=recipe, shapes=shapes, on_progress=on_progress, locate=locate)
+    others = _forms(model, prepared, recipe)
+    form, following = next(others), list[Model]()
+
+    def is_last() -> bool:
+        following.extend(islice(others, 1))
+        return not following
 
     with Scratch() as folder:
-        for form in _forms(model, prepared, recipe):
+        while True:
+            source = model if form is model else folder / "form.onnx"
+            if form is not model:
+                save(form, folder / "form.onnx")
             try:
-                engine = compiled(form)
+                engine = kept_engine(source, recipe=recipe, shapes=shapes, on_progress=on_progress, locate=is_last)
             except BuildError:
+                if not following:
+                    raise
+                form = following.pop()
                 continue
             if form is model:
                 return engine, None
             save(form, prepared)
             return engine, form
-        return compiled(form, locate=True), form  # refused again, with the node
 
 
 def _forms(model: Model, prepared: Path, recipe: Recipe) -> Iterator[Model]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +104,7 @@ def compile_engine(
     shapes: Mapping[str, ShapeRange],
     on_progress: Progress | None = None,
     label: str = "Compile",
-    locate: bool = True,
+    locate: bool | Callable[[], bool] = True,
 ) -> Engine:
     """The engine of a model, by the recipe's backend.
 
@@ -113,7 +113,7 @@ def compile_engine(
         shapes: the range of each dynamic input.
 
     Raises:
-        EngineError: see `build` of the backend. `locate` searches for the node where the compiler names none.
+        EngineError: see `build` of the backend. `locate` says whether to search for a node that it does not name.
     """
 
     def report(fraction: float, _phase: str) -> None:
@@ -135,7 +135,7 @@ def compile_engine(
         )
     except BuildError as error:
         refusal, took = _advised(error, model), time.monotonic() - began
-        if not locate or not nothing_named(error):
+        if not (locate() if callable(locate) else locate) or not nothing_named(error):
             raise refusal from None
 
     def trial(part: Path) -> Engine:

@@ -6,7 +6,7 @@ Must not keep a refusal, which may be of the machine, nor an engine that a file 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from onnx import ModelProto
@@ -33,7 +33,7 @@ def kept_engine(
     shapes: Mapping[str, ShapeRange],
     on_progress: Progress | None = None,
     label: str = "Compile",
-    locate: bool = True,
+    locate: bool | Callable[[], bool] = True,
 ) -> Engine:
     """As `compile_engine`; where work is kept, the engine of an earlier run."""
     return remembered(

@@ -57,7 +57,7 @@ def _rewrites(model: Model, node: str, profile: Profile) -> list[str]:
         done = rewrite(model, {node})
         if done.fired or node in done.unfit:
             usual = "every plan of INT8 weights has it" if name in USUAL_REWRITES else "`tune` says whether it pays"
-            fits = f"fits; {why_not_for(name, profile.name) or usual}"
+            fits = f"fits; {why_not_for(name, profile) or usual}"
             said = f"does not fit: {done.unfit[node]}" if node in done.unfit else fits
             lines.append(f"  rewrite {name}: {said}")
     return lines

@@ -31,7 +31,7 @@ from qdq.model.nodes import all_tensors
 from qdq.plan import placement
 from qdq.plan.plan import Plan
 from qdq.tune.find_plan import difference, find_plan
-from qdq.tune.measured import as_built
+from qdq.tune.measured.times import as_built
 from qdq.tune.tuned import Tuned
 
 

@@ -15,6 +15,7 @@ from engines.core.nodes import attribute, label
 from engines.core.quantizers import Product, Quantizer
 from qdq.lint.rule import (
     ACCEPTED,
+    CALLED,
     EIGHT_BIT,
     ERRORS,
     FP8,
@@ -113,6 +114,8 @@ def _code_type(view: View) -> Found:
             yield q.node, "An activation is quantized to INT4."
         elif q.dtype and q.dtype not in (*ACCEPTED, TensorProto.INT32):
             yield q.node, f"The codes are {type_name(q)}."
+        elif (kind := CALLED.get(q.dtype)) and kind not in view.profile.types:
+            yield q.node, f"The codes are {type_name(q)}, which {view.profile.title} does not read."
 
 
 @refused(

@@ -24,6 +24,8 @@ from qdq.model.nodes import FP4_QUANTIZE
 ERRORS = ("refused", "crash", "wrong")
 EIGHT_BIT = (TensorProto.INT8, TensorProto.UINT8)
 FP8 = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2)
+# as `Profile.types` calls them
+CALLED: dict[int, str] = {TensorProto.INT4: "int4", TensorProto.FLOAT8E4M3FN: "fp8", TensorProto.FLOAT4E2M1: "fp4"}
 ACCEPTED = (*EIGHT_BIT, TensorProto.INT4, TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT4E2M1)
 REFUSED_OPERATORS = re.compile(
     r"^(QLinear\w+|QGemm|QAttention|QOrdered\w+|QEmbed\w+|QMoE|DynamicQuantize\w+|ConvInteger|MatMulInteger(ToFloat)?|MatMulNBits)$"

@@ -57,7 +57,7 @@ def usual(model: Model, settings: Settings) -> frozenset[tuple[str, str]]:
     return frozenset(
         (name, node.name)
         for name, formats in USUAL_REWRITES.items()
-        if not why_not_for(name, settings.profile.name)
+        if not why_not_for(name, settings.profile)
         for node in (*model.graph.node, *controlled_nodes(model.graph))
         if node.op_type in WEIGHTED
         and settings.scheme_of(node.name).weight in formats

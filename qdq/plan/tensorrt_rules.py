@@ -185,7 +185,11 @@ def narrow(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
     first = any(entry.name == node.input[0] for entry in model.inputs)
     if groups == 1:
         eights = outputs % EIGHTS == 0 or inputs % EIGHTS == 0
-        fits = eights and (first or max(outputs, inputs) >= NARROW) and len(set(kernel)) == 1
+        fits = (
+            eights
+            and ((first and settings.profile.first_layer) or max(outputs, inputs) >= NARROW)
+            and len(set(kernel)) == 1
+        )
     else:
         fits = outputs % EIGHTS == 0 and all(taps >= 3 for taps in kernel)
     says = f"{inputs} channels in{' a group' if groups > 1 else ''}, {outputs} out: {settings.profile.narrow.says}"
@@ -230,7 +234,7 @@ def grouped(model: Model, node: NodeProto, settings: Settings) -> list[Decision]
     if not (shape := _weight(model, node)):
         return []
     each = (shape[1], shape[0] // groups)
-    if each == (1, 1):
+    if each == (1, 1) and settings.profile.depthwise:
         return []
     says = f"{each[0]} channels in and {each[1]} out per group: {settings.profile.odd_groups.says}"
     return [Veto(rule="grouped", reason=says)] if any(n % FOURS for n in each) else []

@@ -20,9 +20,9 @@ from qdq.measure.inference.samples import Sample
 from qdq.model.as_bytes import identity
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
-from qdq.tune.accuracy import Accuracy
 from qdq.tune.exact.search import tune_exactly
-from qdq.tune.measured import LISTED, measured
+from qdq.tune.measured.accuracy import Accuracy
+from qdq.tune.measured.times import LISTED, measured
 from qdq.tune.prices import SECONDS, Budget
 from qdq.tune.search import RESERVE_DB, tune
 from qdq.tune.tuned import Tuned

@@ -191,7 +191,7 @@ class VariantBuilder:
 
     def fits(self, name: str, variant: Variant) -> tuple[str, ...]:
         """The nodes that a rewrite would fire on, had it all it could; none where it is not for the compiler."""
-        if why_not_for(name, self.settings.profile.name):
+        if why_not_for(name, self.settings.profile):
             return ()
         if name in FLOAT_REWRITES:
             rewrites = frozenset(pair for pair in variant.rewrites if pair[0] != name)

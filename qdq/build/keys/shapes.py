@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from engines.backends.compiler import ShapeRange
+from engines.core.errors import BuildError
 from qdq.core.errors import InputError
 from qdq.model.model import Held
 
 _SHAPE = r"\d{1,18}(?:x\d{1,18})*"
-_SHAPE_OPTION = re.compile(rf"(?P<name>.+?):(?:(?P<fixed>{_SHAPE})|(?P<range>{_SHAPE}:{_SHAPE}:{_SHAPE}))")
+_SHAPE_OPTION = re.compile(rf"(?P<name>.+?):(?P<shapes>{_SHAPE}(?::{_SHAPE}:{_SHAPE})?)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,20 +39,20 @@ class ShapeOption:
                 f"Cannot read the shape {text!r}: it must be name:shape or name:min:opt:max, with shapes such as "
                 "1x1x64x64x64."
             )
-        parts = (match["range"] or ":".join([match["fixed"]] * 3)).split(":")
-        low, usual, high = (tuple(int(size) for size in part.split("x")) for part in parts)
-        one_rank = len(low) == len(usual) == len(high)
-        if not one_rank or any(not 1 <= a <= b <= c for a, b, c in zip(low, usual, high, strict=True)):
+        try:
+            found = ShapeRange.parse(match["shapes"])
+        except BuildError:
+            found = None
+        if found is None or 0 in found.min:
             raise InputError(
                 f"The shape {text!r} is no range: min, opt and max need one rank, and 1 <= min <= opt <= max in every "
                 "dimension."
             )
-        return cls(name=match["name"], min=low, opt=usual, max=high)
+        return cls(name=match["name"], min=found.min, opt=found.opt, max=found.max)
 
     def __str__(self) -> str:
         """The text that `parse` reads."""
-        shapes = ["x".join(map(str, shape)) for shape in (self.min, self.opt, self.max)]
-        return ":".join([self.name, *(shapes[:1] if len(set(shapes)) == 1 else shapes)])
+        return f"{self.name}:{ShapeRange(min=self.min, opt=self.opt, max=self.max)}"
 
 
 def held_input(text: str) -> tuple[str, Held]:

@@ -27,7 +27,7 @@ from qdq.build.recipe import Recipe
 from qdq.core.disk.cache import keep, recalled
 from qdq.core.resources import cores
 from qdq.model.model import Model
-from qdq.model.nodes import without_initializers
+from qdq.model.nodes import captured, without_initializers
 from qdq.model.storage import save
 
 MOST_WORKERS = 4  # compilers at a time: each needs some hundred MB
@@ -112,12 +112,26 @@ class Compiles:
             self._workers = None
 
     def key(self, model: Model, *others: object) -> str:
-        """SHA-256 of the structure, of everything else that its kernels depend on, and of others."""
+        """SHA-256 of the structure, of everything else that its kernels depend on, and of others.
+
+        Constants are called by who reads them first: no kernel depends on their names, and layers are named after nodes.
+        """
         proto = without_initializers(model.proto)
-        for tensor in model.graph.initializer:
+        inner, called = {name for node in proto.graph.node for name in captured(node)}, dict[str, str]()
+        for node in proto.graph.node:
+            for index, name in enumerate(node.input):
+                if name in model.initializers and name not in inner:
+                    node.input[index] = called.setdefault(name, f"constant {len(called)}")
+        for tensor in sorted(model.graph.initializer, key=lambda t: called.get(t.name, t.name)):
             weight = math.prod(tensor.dims) > SMALL or tensor.data_type in (TensorProto.INT8, TensorProto.FLOAT8E4M3FN)
-            light = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-            proto.graph.initializer.append(light if weight else tensor)
+            light = TensorProto(data_type=tensor.data_type, dims=tensor.dims)
+            if not weight:
+                light.CopyFrom(tensor)
+            light.name = called.get(tensor.name, tensor.name)
+            proto.graph.initializer.append(light)
+        proto.graph.ClearField("value_info")  # no compiler reads it, nor who made the model
+        for said in ("metadata_props", "producer_name", "producer_version", "doc_string"):
+            proto.ClearField(said)
         runtime = backend_named(self.backend).runtime
         version = f"{runtime} {import_runtime(runtime).__version__}"
         made = [version, self.targets, sorted((n, repr(s)) for n, s in self.shapes.items()), *others]

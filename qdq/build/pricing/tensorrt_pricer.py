@@ -28,8 +28,9 @@ from qdq.model.model import Model
 from qdq.model.nodes import all_nodes
 
 SUBSTITUTE = "sm80"
-"""Compiled for where TensorRT-RTX has no such target (sm87, sm90, sm100, ...): a float network has much the same
-kernels there, and the GPU's own numbers say how long they take."""
+"""Compiled for where TensorRT-RTX has no such target (sm87, sm90, sm100, ...), or is older and refuses the model there
+(sm75 has no FP32 products of matrices): a float network has much the same kernels there, and the GPU's own numbers say
+how long they take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +60,17 @@ class TensorRtPricer:
     gpus: Sequence[Gpu]
     _known: dict[str, Engines | BuildError] = field(default_factory=dict)
     _compiles: Compiles = field(init=False)
+    _newer: Compiles | None = None
+    _refused: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         """Nothing is compiled yet."""
         backend = predicting(self.recipe.backend)
         targets = tuple(dict.fromkeys(_compiled_for(gpu, backend.targets) for gpu in self.gpus))
         self._compiles = Compiles(backend=backend.name, targets=targets, shapes=self.shapes)
+        newer = tuple(dict.fromkeys(SUBSTITUTE if _older(target) else target for target in targets))
+        if newer != targets:
+            self._newer = Compiles(backend=backend.name, targets=newer, shapes=self.shapes)
 
     def __call__(self, model: Model) -> Price:
         """The price of a model; infinite where its float form does not compile."""
@@ -77,6 +83,8 @@ class TensorRtPricer:
         for gpu in self.gpus:
             target = _compiled_for(gpu, self._compiles.targets)
             place = "" if target == gpu.target else f" for {target} in the place of {gpu.target}, which it lacks"
+            if gpu.target in self._refused:
+                place = f" for {SUBSTITUTE} in the place of {gpu.target}, where it refuses the model in some float type"
             notes = f"times of {self.recipe.profile.title} are derived from what TensorRT-RTX makes of the float model"
             found.append(DerivedGpu(name=gpu.name, accumulation=gpu.accumulation, notes=(f"{notes}{place}",)))
         return tuple(found)
@@ -91,14 +99,21 @@ class TensorRtPricer:
         """The engines that float models are compiled to, or why they do not compile; equal structures once."""
         keys = [self._compiles.key(model) for model in models]
         unknown = {key: model for key, model in zip(keys, models, strict=True) if key not in self._known}
-        for (key, model), works in zip(unknown.items(), self._compiles(unknown), strict=True):
-            self._known[key] = works if isinstance(works, BuildError) else self._engines(model, works)
+        found = dict(zip(unknown, self._compiles(unknown), strict=True))
+        again = {key: unknown[key] for key, works in found.items() if isinstance(works, BuildError)}
+        if self._newer is not None and again:
+            for key, works in zip(again, self._newer(again), strict=True):
+                if not isinstance(works, BuildError):
+                    found[key] = works
+                    self._refused |= set(self._compiles.targets) - set(self._newer.targets)
+        for key, works in found.items():
+            self._known[key] = works if isinstance(works, BuildError) else self._engines(unknown[key], works)
         return [self._known[key] for key in keys]
 
     def _engines(self, model: Model, works: Works) -> Engines:
         by_target = {target: TensorRtEngine(work) for target, work in works.items()}
         multiplying = frozenset(n.name for n in all_nodes(model.graph) if n.op_type in CONTRACTIONS)
-        pairs = tuple((gpu, by_target[_compiled_for(gpu, self._compiles.targets)]) for gpu in self.gpus)
+        pairs = tuple((gpu, by_target[_compiled_for(gpu, by_target)]) for gpu in self.gpus)
         return Engines(pairs=pairs, multiplying=multiplying)
 
     def refusal(self, model: Model) -> BuildError:
@@ -137,9 +152,7 @@ class Engines:
         costs = []
         for gpu, engine in self.pairs:
             indices = {i for i, nodes in self.kernels(engine).items() if nodes and nodes <= set(int8)}
-            apart = self.apart(engine, sharing)
-            work = engine.quantized(indices, apart=apart, target=gpu.target)
-            costs.append((work.layers, engine.cost(gpu, indices, apart=apart)))
+            costs.append(engine.cost(gpu, indices, apart=self.apart(engine, sharing)))
         return mean(costs)
 
     def kernels(self, engine: TensorRtEngine) -> dict[int, frozenset[str]]:
@@ -199,6 +212,10 @@ def _price(form: FloatForm, engines: Engines | BuildError) -> Price:
         what = f"times of TensorRT are predicted of INT8 products only, and {min(nodes)} reads {low}"
         return refused(BuildError(f"{what}. Tune for --compiler rtx, or build it on a GPU."))
     return refused(engines) if isinstance(engines, BuildError) else engines.price(form.int8, form.sharing)
+
+
+def _older(target: str) -> bool:
+    return int(target[2:]) < int(SUBSTITUTE[2:])
 
 
 def _compiled_for(gpu: Gpu, targets: Collection[str]) -> str:

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import msgspec
+from onnx import ModelProto
 
 from engines.backends.backend import target_name
 from engines.backends.compiler import ShapeRange
@@ -149,7 +150,8 @@ def build_script(
     options = recipe.tensorrt
     if options.timing_cache:  # a path of this machine means nothing on another
         options = replace(options, timing_cache=_beside(Path(options.timing_cache).name))
-    dynamic = _dynamic_inputs(model)
+    proto = load_graph(model)
+    dynamic = _dynamic_inputs(proto)
     profiles = [{n: s for n, s in {**shapes, **own}.items() if n in dynamic} for own in options.ranges or ({},)]
     profiles = [profile for profile in profiles if profile]
     job = Job(
@@ -175,7 +177,7 @@ def build_script(
         model=_comment(model.name),
         title=recipe.profile.title,
         version=metadata.version("qdq"),
-        expected="\n".join(f"expect {sha} {shlex.quote(name)}" for name, sha in _expected(model, recipe)),
+        expected="\n".join(f"expect {sha} {shlex.quote(name)}" for name, sha in _expected(model, proto, recipe)),
         recipe=json.dumps({k: v for k, v in written.items() if v}, ensure_ascii=False),
         build=_line([*built, "--recipe", _RECIPE]),
         audit=_line(["qdq", "audit", job.engine, *share]),
@@ -204,17 +206,16 @@ def _shape_options(profiles: Sequence[Mapping[str, ShapeRange]]) -> list[str]:
     return [f"{name}:{shape}" for name, shape in profiles[0].items()] if len(profiles) == 1 else []
 
 
-def _expected(model: Path, recipe: Recipe) -> Iterable[tuple[str, str]]:
+def _expected(model: Path, proto: ModelProto, recipe: Recipe) -> Iterable[tuple[str, str]]:
     """(path, sha256) of every file that the build reads."""
-    for name in (model.name, *sorted(external_files(load_graph(model)))):
+    for name in (model.name, *sorted(external_files(proto))):
         yield _beside(name), sha256_file(model.parent / name)
     yield from ((library.path, library.known()) for library in recipe.tensorrt.libraries)
 
 
-def _dynamic_inputs(model: Path) -> set[str]:
-    graph = load_graph(model).graph
-    held = {i.name for i in graph.initializer}
-    inputs = (v for v in graph.input if v.name not in held)
+def _dynamic_inputs(proto: ModelProto) -> set[str]:
+    held = {i.name for i in proto.graph.initializer}
+    inputs = (v for v in proto.graph.input if v.name not in held)
     return {v.name for v in inputs if any(not d.HasField("dim_value") for d in v.type.tensor_type.shape.dim)}
 
 

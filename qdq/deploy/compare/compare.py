@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -208,6 +208,7 @@ class _Bench:
     tables: Tables
     samples: int = 0
     classes: str = ""
+    pricers: dict[str, TensorRtPricer] = field(default_factory=dict)
 
     def float_rows(self, folder: Path, entry: Entry) -> list[SchemeRow]:
         """The float model as it is, in FP16, and in the recipe's type for what is not quantized if that is another."""
@@ -283,6 +284,13 @@ class _Bench:
             self.samples, self.classes = found.samples, found.classes
         return replace(row, problem="; ".join(problems))
 
+    def _pricer(self, recipe: Recipe) -> TensorRtPricer:
+        """Of a compiler: rows have float forms in common, which are compiled once."""
+        key = recipe.profile.key
+        if key not in self.pricers:
+            self.pricers[key] = TensorRtPricer(recipe=recipe, shapes=self.shapes, gpus=self.gpus)
+        return self.pricers[key]
+
     def _compiled(self, path: Path, recipe: Recipe, on_progress: Progress) -> tuple[Audit | None, float | None]:
         """The audit of the engine for all targets, and the mean predicted time; each target has its own kernels.
 
@@ -290,7 +298,7 @@ class _Bench:
         """
         derived = None
         if self.gpus and not backend_named(recipe.backend).predicts:
-            us = TensorRtPricer(recipe=recipe, shapes=self.shapes, gpus=self.gpus)(load(path)).us
+            us = self._pricer(recipe)(load(path)).us
             derived = us if math.isfinite(us) else None
         if not builds_here(recipe):
             other = stand_in(recipe, load(path).proto)

@@ -6,7 +6,8 @@ only=None) -> Rewritten`, which says of each node whose operator it starts from 
 deterministic and idempotent.
 It must not decide whether it pays: the compiled result does, so each can be limited to some nodes. A module's `USUAL`
 are formats of weights with which every plan has it, tuned or not: without it the compiler has no integer kernel. Its
-`NOT_FOR` are compilers that no plan for has it, each with the reason; what is true arithmetic for one is for all.
+`NOT_FOR` are compilers that no plan for has it, each with the reason, or `NEEDS` is the fact of a compiler's profile
+without which it does not pay; what is true arithmetic for one is for all.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Protocol
 
+from engines.backends.profile import Profile
 from qdq.core.choices import choose
 from qdq.core.errors import InputError
 from qdq.model.model import Model
@@ -64,9 +66,14 @@ USUAL_REWRITES: Mapping[str, tuple[str, ...]] = {n: m.USUAL for n, m in _modules
 _NOT_FOR: Mapping[str, Mapping[str, str]] = {n: getattr(m, "NOT_FOR", {}) for n, m in _modules().items()}
 
 
-def why_not_for(name: str, compiler: str) -> str:
-    """Why no plan for a compiler (the name of its profile) has a rewrite; "" where one may."""
-    return _NOT_FOR[name].get(compiler, "")
+_NEEDS: Mapping[str, str] = {n: m.NEEDS for n, m in _modules().items() if hasattr(m, "NEEDS")}
+
+
+def why_not_for(name: str, profile: Profile) -> str:
+    """Why no plan for a compiler has a rewrite; "" where one may."""
+    if name in _NEEDS and not (fact := profile.facts[_NEEDS[name]]):
+        return fact.says
+    return _NOT_FOR[name].get(profile.name, "")
 
 
 def applied(

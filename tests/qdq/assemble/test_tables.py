@@ -14,7 +14,7 @@ from qdq.model.model import Model
 from qdq.plan import placement
 from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
-from qdq.tune import find_plan
+from qdq.tune.measured.accuracy import Accuracy
 from qdq.tune.variant import Variant
 from qdq.tune.variant_builder import VariantBuilder
 
@@ -51,10 +51,10 @@ def test_a_plan_is_measured_by_the_table_of_one_that_has_its_tensors(model: Mode
     data = samples(model, 4)
     full, fewer = (placement.plan(model, Settings(exclude=names)) for names in ((), ("second",)))
     assert {p.tensor for p in fewer.activations} < {p.tensor for p in full.activations}
-    measure = find_plan.accuracy(model, data, Settings())
+    measure = Accuracy(model, data, Settings())
     after = [measure(full), measure(fewer), measure(full)]
     assert measured == [["b", "d"]] and after[0] == after[2] != after[1]
-    measure = find_plan.accuracy(model, data, Settings())
+    measure = Accuracy(model, data, Settings())
     assert [measure(fewer), measure(full)] == [after[1], after[0]]
     assert measured[1:] == [["b"], ["b", "d"]]  # what was measured before is not enough
 

@@ -84,6 +84,16 @@ def test_blocks_of_a_length_that_nobody_documents(block: int, missed: bool) -> N
     assert rules(model, "rtx") == set() and rules(model, "tensorrt") == ({"block-length"} if missed else set())
 
 
+def test_types_that_a_version_does_not_read() -> None:
+    weight = matrix(np.full([8, 64], 0.01, np.float32), ml_dtypes.float4_e2m1fn, axis=0, block_size=16, shape=(128, 64))
+    model = model_of(product(lambda g: "x", weight, opset=23))
+    old, new = (
+        [f.message for f in lint(model, profile_named(f"tensorrt:{v}")) if f.rule == "code-type"]
+        for v in ("10.3", "11")
+    )
+    assert new == [] and old == ["The codes are FLOAT4_E2M1FN, which TensorRT 10.3 does not read."]
+
+
 @pytest.mark.parametrize("rule", ["transposed", "attention"])
 def test_what_one_compiler_is_known_to_run_in_float_is_found_for_that_one(rule: str) -> None:
     model = model_of(next(b for b in BROKEN.values() if b.rule == rule).build())

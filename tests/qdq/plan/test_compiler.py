@@ -107,10 +107,10 @@ class TestRewrites:
         names = {profile.name for profile in profiles().values()}
         for name, reasons in rewrites._NOT_FOR.items():
             assert set(reasons) <= names and all(reasons.values()), name
-        left = {n for n in (*FLOAT_REWRITES, *QUANTIZED_REWRITES) if why_not_for(n, "tensorrt")}
+        left = {n for n in (*FLOAT_REWRITES, *QUANTIZED_REWRITES) if why_not_for(n, profile_named("tensorrt"))}
         assert {"hoist", "norm_scale", "concat_codes", "packed_projection", "conv_transpose"} <= left
         assert {"layer_norm", "gelu", "norm_bias"} <= {*FLOAT_REWRITES} - left
-        assert not any(why_not_for(n, "rtx") for n in (*FLOAT_REWRITES, *QUANTIZED_REWRITES))
+        assert not any(why_not_for(n, profile_named("rtx")) for n in (*FLOAT_REWRITES, *QUANTIZED_REWRITES))
 
     def test_a_packed_projection_stays_whole(self) -> None:
         model = transformer_graphs.packed()

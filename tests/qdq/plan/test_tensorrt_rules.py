@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import graphs
 import numpy as np
@@ -232,6 +233,18 @@ def test_convolutions_of_few_channels(model: Builder, runs: bool) -> None:
     made = plan(model(), TENSORRT)
     assert bool(made.quantized_nodes) is runs
     assert runs or any(s.rule == "narrow" and "channels" in s.reason for s in made.skips)
+
+
+@pytest.mark.parametrize(
+    ("fact", "model"),
+    [("first_layer", lambda: narrow(8, 8, first=True)), ("depthwise", lambda: narrow(16, 1, group=16))],
+)
+def test_a_compiler_without_a_fact(fact: str, model: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = TENSORRT.profile
+    assert plan(model(), TENSORRT).quantized_nodes
+    unknown = replace(known, **{fact: replace(known.facts[fact], holds=None)})
+    monkeypatch.setattr(Settings, "profile", property(lambda settings: unknown))
+    assert not plan(model(), TENSORRT).quantized_nodes
 
 
 @pytest.mark.parametrize(

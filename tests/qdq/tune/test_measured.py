@@ -29,7 +29,7 @@ from qdq.core.errors import InputError
 from qdq.core.errors import MissingRuntimeError as MissingQdqError
 from qdq.model.model import Model
 from qdq.plan.settings import Settings
-from qdq.tune.measured import LISTED, as_built, measured
+from qdq.tune.measured.times import LISTED, as_built, measured
 from qdq.tune.search import tune
 from qdq.tune.tuned import Tuned, TuningOutcome
 from qdq.tune.variant_builder import VariantBuilder

@@ -24,7 +24,7 @@ from qdq.passes.rewrites.edit import Edit, Rewritten, altered, each_node, requir
 from qdq.passes.rewrites.quantized.weight_scales import channel_scales, common_scale, dequantized, ratios
 
 STAGE, RANK = "quantized", 10  # behind norm_scale, which needs no Mul where it fits
-NOT_FOR = {"tensorrt": "scales per channel cost TensorRT no kernel, and a Mul behind the convolution may"}
+NEEDS = "hoist"
 
 
 def rewrite(model: Model, only: Collection[str] | None = None) -> Rewritten:

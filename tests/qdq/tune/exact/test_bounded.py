@@ -16,10 +16,10 @@ from qdq.measure.inference.session import Session
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.solve.solve import solve
-from qdq.tune.accuracy import ERRORS, Accuracy, doubt_db
 from qdq.tune.exact.bounded import MOST_MEASURED
 from qdq.tune.exact.node_prices import NodePrices
 from qdq.tune.find_plan import find_plan
+from qdq.tune.measured.accuracy import ERRORS, Accuracy, doubt_db
 from qdq.tune.search import RESERVE_DB
 from qdq.tune.variant_builder import VariantBuilder
 

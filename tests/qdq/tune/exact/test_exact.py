@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
-from graphs import build, node, samples
+from graphs import build, node, normal, samples
 from tensorrt_networks import network, pricer
 
 from engines.backends.compiler import ShapeRange
@@ -72,12 +73,41 @@ def test_a_bound_keeps_fewer_nodes() -> None:
     assert not find_plan(model, pricer(model, min_sqnr_db=200), samples=data).plan.points
 
 
+def test_the_finished_model_is_not_compiled_again() -> None:
+    """Its float form has other names of weights, and the same nodes."""
+    model = network(batch=4, size=8)
+    judge = pricer(model, unquantized_type="fp16")
+    data = [{name: array * np.float32(1e-5) for name, array in sample.items()} for sample in samples(model, 2)]
+    found = find_plan(model, judge, samples=data)
+    made = quantize(model, data, plan=found.plan, settings=judge.recipe.settings)
+    done = finish(made.model, made.plan, unquantized_type="fp16", table=made.table)
+    known = dict(judge._known)
+    assert found.plan.points and judge(done.model).us == pytest.approx(found.price.us, rel=1e-6)
+    assert judge._known == known
+    assert judge(network(batch=4, size=8, replaced={"w6": np.ones((48, 128, 1, 1), np.float32)})).us > 0
+    assert len(judge._known) == len(known) + 1
+
+
 def test_several_gpus_of_targets_that_rtx_lacks() -> None:
     model = network()
     both = pricer(model, target=["sm80", "sm90"], gpu=["a100", "h100"])
     price = both(model)
     alone = [pricer(model, target=gpu.target, gpu=gpu.name)(model).us for gpu in both.gpus]
     assert price.us == pytest.approx(sum(alone) / 2) and "for sm80 in the place of sm90" in both.told[1].notes[0]
+
+
+def test_what_rtx_refuses_for_turing_is_compiled_for_ampere() -> None:
+    tensors = {"w": normal(256, 512, seed=0), "w2": normal(512, 256, seed=1)}
+    nodes = [node("MatMul", "x w", "a", "first"), node("Relu", "a", "r"), node("MatMul", "r w2", "y", "second")]
+    model = build(nodes, {"x": (64, 256)}, tensors)
+    judges = {kind: pricer(model, target="sm75", gpu="t4", unquantized_type=kind) for kind in ("fp16", "fp32")}
+    found = {kind: find_plan(model, judge, samples=None) for kind, judge in judges.items()}
+    assert all(math.isfinite(f.price.us) for f in found.values()) and found["fp32"].plain > found["fp16"].plain
+    said = {kind: judge.told[0].notes[0] for kind, judge in judges.items()}
+    assert "sm80 in the place of sm75, where it refuses the model" in said["fp32"] and "sm75" not in said["fp16"]
+    det = build([node("Det", "x", "y", "det")], {"x": (1, 4, 4)}, {})
+    with pytest.raises(BuildError):
+        find_plan(det, pricer(det, target="sm75", gpu="t4"), samples=None)
 
 
 def test_what_is_not_known_is_refused() -> None:
