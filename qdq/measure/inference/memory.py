@@ -27,7 +27,9 @@ from qdq.model.nodes import WEIGHTED, Names, needed, reads
 # Beside the activations: buffers of kernels, and what an allocator cannot give back. Measured on a 3-D U-Net at 64^3:
 # 89 MB of the process where the tensors alive at once take 67.
 OVERHEAD = 4 / 3
-NODE_BYTES = 10_000  # of a session, beside the weights: 1 to 11 kB on thirteen models of 20 to 383 nodes
+# Of a node in the models that are there at a time, as protobuf and as what is known of it, and in a session with the
+# reductions that measure its output: a language model of 383 nodes takes 30 MB beside weights, histograms and samples.
+NODE_BYTES = 80_000
 HISTOGRAM_SETS = 4  # of all samples, and of the parts that choices are judged on
 Shapes = tuple[tuple[int, ...], ...]
 
