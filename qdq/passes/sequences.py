@@ -181,8 +181,9 @@ class _Sequences:
     def _parts(self, step: _Steps, split: Split) -> list[str]:
         """All parts of a split, a tensor each; none where their number is open or too large."""
         info, sizes = self._draft.info(split.tensor), split.sizes
-        if not sizes and info is not None and info.shape is not None and isinstance(info.shape[split.axis], int):
-            whole, left = divmod(int(info.shape[split.axis]), split.size)
+        length = None if info is None or info.shape is None else info.shape[split.axis]
+        if not sizes and isinstance(length, int):
+            whole, left = divmod(length, split.size)
             sizes = (*[split.size] * min(whole, MOST_PARTS + 1), *[left] * bool(left))
         parts, begin = list[str](), 0
         for size in sizes if len(sizes) <= MOST_PARTS else ():
