@@ -39,12 +39,19 @@ def about_operators(operators: Iterable[str]) -> str:
 
 def about_text(graph: GraphProto) -> str:
     """What to do about the first tensor of text that a graph holds."""
+    makers = {name: node for node in all_nodes(graph) for name in node.output}
     for inner in all_graphs(graph):
         held = [t.name for t in inner.initializer if t.data_type == TensorProto.STRING]
         held += [node.output[0] for node in inner.node if any(map(_is_text, node.attribute))]
+        infos = (*inner.input, *inner.output, *inner.value_info)
+        held += [v.name for v in infos if v.type.tensor_type.elem_type == TensorProto.STRING]
         for name in held:
             readers = [node for node in all_nodes(graph) if name in node.input]
-            where = f"read by {readers[0].op_type} {label(readers[0])!r}" if readers else "an output of the model"
+            where = "an output of the model"
+            if readers:
+                where = f"read by {readers[0].op_type} {label(readers[0])!r}"
+            elif name in makers:
+                where = f"made by {makers[name].op_type} {label(makers[name])!r}"
             return (
                 f"The compiler has no text, and tensor {name!r}, {where}, is text: let the graph end before it, with "
                 "the numbers that it is looked up by as an output, and look it up outside the engine."

@@ -26,6 +26,7 @@ from qdq.core.resources import default_bytes
 from qdq.measure.inference.memory import groups_of, left_bytes
 from qdq.measure.inference.samples import Sample, counted, length, require_finite
 from qdq.measure.inference.session import Session
+from qdq.model.external import release
 from qdq.model.model import Model
 from qdq.plan.weighted_node import Weight, WeightedNode, Window, by_weight
 
@@ -91,6 +92,7 @@ def collect(
             count = -(-max(MIN_ROWS, ROWS_PER_COLUMN * node.columns) // len(samples))
             for rows in _rows(node, values[node.data], count, params.get(node.data), divisors.get(node.data)):
                 moments[node.key].add(rows)
+            release(moments[node.key].sums)
 
     for batch in _batches(weights, share):
         readers = [node for weight in batch for node in weights[weight]]

@@ -26,6 +26,7 @@ from qdq.model.nodes import Names, all_graphs, all_nodes, attribute, bodies, con
 from qdq.passes.draft import Draft, assign
 
 READERS = family("ConcatFromSequence SequenceAt SequenceLength")
+MOST_PARTS = 256  # of a split, that are written out one by one
 _FAR = np.iinfo(np.int64).max
 
 
@@ -158,8 +159,9 @@ class _Sequences:
             up = step("Add", length, step.ints(split.size - 1, single=True))
             return step.last("Div", up, step.ints(split.size, single=True))
         if node.op_type == "ConcatFromSequence":
-            whole = attribute(node, "axis", 0) == split.axis and not attribute(node, "new_axis", 0) and split.kept
-            return whole and step.last("Identity", split.tensor)
+            if attribute(node, "axis", 0) == split.axis and not attribute(node, "new_axis", 0) and split.kept:
+                return step.last("Identity", split.tensor)
+            return self._of_elements(node, step, self._parts(step, split))
         position = self._value(node.input[1])
         if split.size == 1:
             if split.kept:
@@ -175,6 +177,20 @@ class _Sequences:
             return False
         start = step("Mul", step("Reshape", node.input[1], step.ints(1)), step.ints(split.size))
         return step.last("Slice", split.tensor, start, step("Add", start, step.ints(split.size)), step.ints(split.axis))
+
+    def _parts(self, step: _Steps, split: Split) -> list[str]:
+        """All parts of a split, a tensor each; none where their number is open or too large."""
+        info, sizes = self._draft.info(split.tensor), split.sizes
+        length = None if info is None or info.shape is None else info.shape[split.axis]
+        if not sizes and isinstance(length, int):
+            whole, left = divmod(length, split.size)
+            sizes = (*[split.size] * min(whole, MOST_PARTS + 1), *[left] * bool(left))
+        parts, begin = list[str](), 0
+        for size in sizes if len(sizes) <= MOST_PARTS else ():
+            bounds = step.ints(begin), step.ints(begin + size)
+            part, begin = step("Slice", split.tensor, *bounds, step.ints(split.axis)), begin + size
+            parts.append(part if split.kept else step("Squeeze", part, step.ints(split.axis)))
+        return parts
 
     def _counts(self, name: str, value: np.ndarray | None) -> bool:
         """Whether an index is not negative: a constant, or the number of a turn."""

@@ -27,7 +27,11 @@ from qdq.model.nodes import WEIGHTED, Names, needed, reads
 # Beside the activations: buffers of kernels, and what an allocator cannot give back. Measured on a 3-D U-Net at 64^3:
 # 89 MB of the process where the tensors alive at once take 67.
 OVERHEAD = 4 / 3
-NODE_BYTES = 10_000  # of a session, beside the weights: 1 to 11 kB on thirteen models of 20 to 383 nodes
+# Of a node in the models that are there at a time, as protobuf and as what is known of it, and in a session with the
+# reductions that measure its output: a language model of 383 nodes takes 30 MB beside weights, histograms and samples.
+NODE_BYTES = 80_000
+# What small blocks that were freed, and libraries that run for the first time, keep: 1 to 20 MB on five models.
+PROCESS_BYTES = 20_000_000
 HISTOGRAM_SETS = 4  # of all samples, and of the parts that choices are judged on
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -117,8 +121,9 @@ def require_room(model: Model, sample: Sample) -> None:
     if needs > budget:
         raise InputError(
             f"--memory gives {said_bytes(budget)}, but one sample needs {said_bytes(needs)} to run through the model "
-            f"at all: {said_bytes(activations)} for activations, {said_bytes(held_bytes(model))} for weights, nodes "
-            "and histograms, the rest for buffers of its operators. Give more, or smaller samples."
+            f"at all: {said_bytes(activations)} for activations, {said_bytes(held_bytes(model))} for weights, nodes, "
+            "histograms and what the process keeps, the rest for buffers of its operators. Give more, or smaller "
+            "samples."
         )
 
 
@@ -137,12 +142,12 @@ def left_bytes(model: Model, samples: Iterable[Sample]) -> int:
 def held_bytes(model: Model) -> int:
     """What runs of a model hold beside its activations.
 
-    Of its weights a session's own copy, and one in the form that the kernels read; its nodes; and the histograms of the
-    tensors that weighted nodes read.
+    Of its weights a session's own copy, and one in the form that the kernels read; its nodes; the histograms of the
+    tensors that weighted nodes read; and what a process keeps.
     """
     nodes = model.graph.node
     weighted = sum(node.op_type in WEIGHTED for node in nodes)
-    others = NODE_BYTES * len(nodes) + HISTOGRAM_SETS * HISTOGRAM_BYTES * weighted
+    others = NODE_BYTES * len(nodes) + HISTOGRAM_SETS * HISTOGRAM_BYTES * weighted + PROCESS_BYTES
     sizes = [2 * external.tensor_bytes(tensor) for tensor in model.graph.initializer]
     if external.is_large(model.graph.initializer):
         return max(min(partitioned.open_bytes(), sum(sizes)), *sizes) + others

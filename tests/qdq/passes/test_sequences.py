@@ -23,7 +23,13 @@ FLOAT, INT, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 value = helper.make_tensor_value_info
 X = normal(4, 3, 16)
 NUMBERS = {name: np.array(number) for name, number in {"zero": 0, "one": 1, "two": 2, "last": -1}.items()}
-NUMBERS |= {"front": np.array([0]), "parts": np.array([1, 3]), "w": normal(16, 16, seed=1), "yes": np.array(True)}
+NUMBERS |= {
+    "front": np.array([0]),
+    "parts": np.array([1, 3]),
+    "both": np.array([2, 2]),
+    "w": normal(16, 16, seed=1),
+    "yes": np.array(True),
+}
 
 
 def graph(
@@ -127,6 +133,20 @@ def test_the_last_equal_part_may_be_shorter(rows: int) -> None:
 
 def test_a_split_that_is_joined_again() -> None:
     same(graph([node("SplitToSequence", "x two", "s"), node("ConcatFromSequence", "s", "y", axis=0)]))
+
+
+@pytest.mark.parametrize(("parts", "keepdims"), [("two", 1), ("both", 1), ("", 1), ("", 0)])
+@pytest.mark.parametrize("new", [0, 1])
+def test_parts_of_known_number_are_joined_along_another_axis(parts: str, keepdims: int, new: int) -> None:
+    split = node("SplitToSequence", f"x {parts}".strip(), "s", keepdims=keepdims)
+    nodes = [split, node("ConcatFromSequence", "s", "y", axis=1, new_axis=new), node("SequenceLength", "s", "n")]
+    same(graph(nodes, 4, outputs={"y": FLOAT, "n": INT}))
+
+
+def test_parts_of_an_open_number_stay() -> None:
+    """Of the length of an input, which the file leaves open."""
+    nodes = [node("SplitToSequence", "x two", "s"), node("ConcatFromSequence", "s", "y", axis=1)]
+    assert [n.op_type for n in prepare(load(graph(nodes))).graph.node] == ["SplitToSequence", "ConcatFromSequence"]
 
 
 @pytest.mark.parametrize("new", [0, 1])
@@ -248,4 +268,9 @@ def test_sequences_and_text_that_stay_are_refused_with_what_to_do() -> None:
     proto = graph([node("ArgMax", "x", "i", axis=0), node("Gather", "names i", "y", "pick")], outputs={"y": 8})
     proto.graph.initializer.append(helper.make_tensor("names", TensorProto.STRING, [4], [b"a", b"b", b"c", b"d"]))
     with pytest.raises(BuildError, match="no text, and tensor 'names', read by Gather 'pick', is text"):
+        rtx.build(prepare(load(proto)).proto, shapes={"x": ShapeRange.fixed((4, 3, 16))})
+    names = node("LabelEncoder", "i", "y", "look_up", domain="ai.onnx.ml", keys_int64s=[0], values_strings=["a"])
+    proto = graph([node("ArgMax", "x", "i", axis=0), names], outputs={"y": 8})
+    proto.opset_import.append(helper.make_opsetid("ai.onnx.ml", 2))
+    with pytest.raises(BuildError, match="no text, and tensor 'y', made by LabelEncoder 'look_up', is text"):
         rtx.build(prepare(load(proto)).proto, shapes={"x": ShapeRange.fixed((4, 3, 16))})
