@@ -59,7 +59,7 @@ SKETCH = 4096  # values of an output that samples are compared by, at most
 MARGIN_DB = 0.25  # by which another option must beat the first
 # What balances data takes headroom from channels that were small so far: where it is not the first option it must gain
 # this in every turn. Over all turns it gained 3 dB on a potential for molecules, by one of them, and lost 14 on others.
-DARING = dict.fromkeys(("smooth", "smoothquant", "validated"), 1.0)
+DARING = {"smoothquant": 1.0, "validated": 0.5}  # the second is validated tensor by tensor before
 # The whole range in place of that of least error: where what comes later is larger, clipping costs far more than this.
 CAUTION = {"max": 1.0}
 WITHOUT_MOMENTS = "clip"
@@ -194,9 +194,6 @@ def _options(model: Model, plan: Plan, nodes: Mapping[str, WeightedNode], name: 
     if name == "block":
         return found if any((node.spec.block or 0) > int(found[1]) for node in nodes.values()) else found[:1]
     readers = channels.candidates(plan, nodes)
-    convolutions = sum(first.op_type == "Conv" for first, *_ in readers.values())
-    if 2 * convolutions >= len(readers):  # Gemm and MatMul read most of what the strong formula is for
-        found = tuple(option for option in found if option != "smooth")
     return found if readers or weight_only.candidates(plan, nodes.values(), None, ()) else found[:1]
 
 

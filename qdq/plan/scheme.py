@@ -38,7 +38,7 @@ class Scheme:
 _BLOCKS = ("descent", "clip", "nearest")
 _CHANNELS = ("awq", "sinq", "none")
 _ROWS = (
-    Scheme(name="int8", equalizations=("smoothquant", "validated", "smooth", "none")),
+    Scheme(name="int8", equalizations=("smoothquant", "validated", "none")),
     Scheme(name="int8-smooth", equalizations=("smooth",)),
     Scheme(name="int8-weight", data=None, convolution=None, equalizations=("none",)),
     Scheme(name="int4", data=None, weight="int4", convolution=None, roundings=_BLOCKS, equalizations=_CHANNELS),

@@ -51,7 +51,7 @@ def widened(
     for tensor, nodes in ((t, nodes) for t, nodes in readers.items() if t in seen):
         plain, shown = params[tensor], seen[tensor]
         fmt = FORMATS[plain.format]
-        if not fmt.integer or shown.count > len(shown.parts) or not (turns := shown.turns()):
+        if not fmt.integer or not shown.single or not (turns := shown.turns()):
             continue
         first = {node.weight: node for node in reversed(nodes)}
         read = np.sum([sizes(by_input(model, node))[1] for node in first.values()], axis=0)

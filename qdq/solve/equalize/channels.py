@@ -91,6 +91,11 @@ class Channels:
         """How many channel vectors there are."""
         return sum(each.rows.shape[0] for each in self.parts)
 
+    @property
+    def single(self) -> bool:
+        """Whether a sample shows one vector, such as the means of all positions before a classifier."""
+        return self.count <= len(self.parts)
+
     def rows(self) -> Iterator[Floats]:
         """(vectors, channels) arrays of about CHUNK values each, which together are all channel vectors."""
         return _rows(self.parts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -32,7 +32,7 @@ from qdq.solve.shift import shifts
 
 _Way = tuple[Floats, QParams]  # channel scales, and the parameters of what is divided by them
 ROWS = 1024  # vectors of a part held out that candidates are compared on, at most
-HEADROOM = 1.25  # range of an equalized tensor over its calibrated one: equalized channels all lie near the limit
+FEW = 2.0  # times as much headroom where a sample shows one vector: so few say little of the largest to come
 
 
 def equalized(
@@ -70,6 +70,7 @@ def equalized(
         limit = min(FORMATS[node.spec.format].high for node in readers)  # of the coarsest weight
         divide = _Divide(
             formula=formula,
+            headroom=formula.headroom * (FEW if formula.held_out and seen[tensor].single else 1),
             wmax=np.ones_like(wmax) if all(weight.depthwise for weight in weights) else wmax,
             covering=partial(covering, fmt_name=fmt, dtype=model.dtype(tensor), shift=shifts(model, points[tensor])),
         )
@@ -92,6 +93,7 @@ class _Divide:
     """How the channels of one tensor may be divided; `wmax` is the largest weight that reads each."""
 
     formula: Formula
+    headroom: float
     wmax: Floats
     covering: Callable[[float, float], QParams]
 
@@ -101,8 +103,8 @@ class _Divide:
         amax = np.maximum(-limits.low, limits.high)
         for number, s in enumerate(self.formula.candidates(amax, self.wmax)):
             s = s.astype(np.float32).astype(np.float64)
-            low = HEADROOM * min(float((limits.low / s).min()), 0.0)
-            high = HEADROOM * max(float((limits.high / s).max()), 0.0)
+            low = self.headroom * min(float((limits.low / s).min()), 0.0)
+            high = self.headroom * max(float((limits.high / s).max()), 0.0)
             if high - low > 0:
                 found[number] = s, self.covering(low, high)
         return found
@@ -113,19 +115,18 @@ def _validated(
 ) -> tuple[float, int] | None:
     """The way of least noise on parts of the samples that its ranges were not made from, with its gain in decibels.
 
-    None where no way has less noise than `plain`, whose range shrinks with what each turn leaves, in every turn, and
-    for a tensor of one vector a sample: too few say little of the largest to come, so it needs headroom, not less.
+    None where no way has less noise than `plain`, whose range shrinks with what each turn leaves, in every turn. It
+    must win without headroom too: that is for data which differ more than these parts do.
     """
-    if seen.count <= len(seen.parts):
-        return None
-    whole = max(_amax(seen.limits), float(np.finfo(np.float64).tiny))
+    whole, tight = max(_amax(seen.limits), float(np.finfo(np.float64).tiny)), replace(divide, headroom=1.0)
     found = []
     for turn in seen.turns():
-        ways = divide.ways(turn.limits)
         rows = turn.held[:: -(-len(turn.held) // ROWS)]
         same = np.ones_like(read), plain.times(_amax(turn.limits) / whole)
-        first, *others = _noises((rows,), len(rows), weights, read, [same, *ways.values()], limit)
-        found.append((first, dict(zip(ways, others, strict=True))))
+        ways, narrow = divide.ways(turn.limits), tight.ways(turn.limits)
+        first, *others = _noises((rows,), len(rows), weights, read, [same, *ways.values(), *narrow.values()], limit)
+        pairs = zip(others[: len(ways)], others[len(ways) :], strict=True)
+        found.append((first, dict(zip(ways, map(max, pairs), strict=True))))
     if not found:
         return None
     better = [way for way in found[0][1] if all(noises.get(way, first) < first for first, noises in found)]

@@ -25,6 +25,7 @@ class Formula:
         candidates: (amax, wmax), largest magnitudes by input channel of activations and weights -> divisors to choose
             from, each (channels,) float64, positive and at most 1.
         minimum_gain_db: the predicted gain below which a tensor is left alone.
+        headroom: range of an equalized tensor over its calibrated one: equalized channels all lie near the limit.
         held_out: its candidates are compared on samples that their ranges were not made from.
         for_data: it is meant for data that are quantized; else for weight-only blocks alone.
         by_weights: (output channels, input channels) -> (channels,) divisors for weight-only blocks, from the weights
@@ -33,6 +34,7 @@ class Formula:
 
     candidates: Callable[[Floats, Floats], Sequence[Floats]]
     minimum_gain_db: float = 0.0
+    headroom: float = 1.25
     held_out: bool = False
     for_data: bool = True
     by_weights: Callable[[npt.NDArray[np.floating]], Floats] | None = None

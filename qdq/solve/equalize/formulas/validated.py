@@ -17,19 +17,20 @@ from qdq.core.arrays import Floats
 from qdq.solve.equalize.formulas import Formula
 
 EXPONENTS = ((0.25, 0.25), (0.5, 0.5), (0.5, 0.0), (0.75, 0.25), (1.0, 0.0))  # of activations and of weights
-FLOOR = 1e-3  # of either range
+FLOOR = 0.03  # of either range and of divisors: a channel that hardly showed may be larger later
+HEADROOM = 1.5
 MINIMUM_GAIN_DB = 1.0  # over all parts held out
 
 
 def scales(amax: Floats, wmax: Floats, exponents: tuple[float, float] = EXPONENTS[-1]) -> Floats:
-    """(channels,) divisors in [FLOOR^2, 1] from the largest magnitudes of each input channel and of its weights.
+    """(channels,) divisors in [FLOOR, 1] from the largest magnitudes of each input channel and of its weights.
 
-    >>> scales(np.array([16.0, 1.0]), np.array([1.0, 1.0])).tolist()
-    [1.0, 0.0625]
+    >>> scales(np.array([4.0, 1.0]), np.array([1.0, 1.0])).tolist()
+    [1.0, 0.25]
     """
     r, w = (np.maximum(v / max(float(v.max()), 1e-30), FLOOR) for v in (amax, wmax))
     s = r ** exponents[0] / w ** exponents[1]
-    return np.asarray(np.maximum(s / s.max(), FLOOR**2))
+    return np.asarray(np.maximum(s / s.max(), FLOOR))
 
 
 def candidates(amax: Floats, wmax: Floats) -> list[Floats]:
@@ -37,4 +38,4 @@ def candidates(amax: Floats, wmax: Floats) -> list[Floats]:
     return [scales(amax, wmax, pair) for pair in EXPONENTS]
 
 
-FORMULA = Formula(candidates=candidates, minimum_gain_db=MINIMUM_GAIN_DB, held_out=True)
+FORMULA = Formula(candidates=candidates, minimum_gain_db=MINIMUM_GAIN_DB, headroom=HEADROOM, held_out=True)
