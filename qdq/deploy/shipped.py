@@ -11,7 +11,7 @@ import numpy as np
 
 from calib_data import Samples
 from qdq.assemble.finish import Finished, finish
-from qdq.assemble.quantize import quantize
+from qdq.assemble.quantize import Quantized, quantize
 from qdq.assemble.tables import Tables
 from qdq.build.cost import Price
 from qdq.build.engine import Provenance
@@ -22,6 +22,7 @@ from qdq.core.arrays import Singles
 from qdq.core.disk.cache import remembered
 from qdq.core.progress import Progress
 from qdq.core.qtensor import QParams
+from qdq.deploy.costs.weights import weight_errors
 from qdq.measure.inference.kept import seen
 from qdq.measure.table import CalibrationTable
 from qdq.model.as_bytes import identity, packed, unpacked
@@ -37,12 +38,17 @@ from qdq.tune.tuned import Tuned
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scales:
-    """What is told of a solution: `activations`, `divisors`, `tokens` and `notes` as of `Solution`."""
+    """What is told of a solution: `activations`, `divisors`, `tokens` and `notes` as of `Solution`.
+
+    Attributes:
+        weight_db: as of `weight_errors`.
+    """
 
     activations: Mapping[str, QParams]
     divisors: Mapping[str, Singles]
     tokens: frozenset[str]
     notes: tuple[str, ...]
+    weight_db: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,15 +149,20 @@ def _made(
     settings = recipe.settings
     made = quantize(prepared, calibration, settings=settings, plan=plan, table=table, on_progress=on_progress)
     done = finish(made.model, made.plan, unquantized_type=recipe.unquantized_type, table=made.table)
+    return ShippedModel(made=told_of(made), finished=done)
+
+
+def told_of(made: Quantized) -> Made:
+    """What is told of a Q/DQ model, without its codes."""
+    solution = made.solution
     scales = Scales(
-        activations=made.solution.activations,
-        divisors=made.solution.divisors,
-        tokens=made.solution.tokens,
-        notes=made.solution.notes,
+        activations=solution.activations,
+        divisors=solution.divisors,
+        tokens=solution.tokens,
+        notes=solution.notes,
+        weight_db=weight_errors(made),
     )
-    return ShippedModel(
-        made=Made(prepared=made.prepared, plan=made.plan, table=made.table, solution=scales), finished=done
-    )
+    return Made(prepared=made.prepared, plan=made.plan, table=made.table, solution=scales)
 
 
 def _packed(shipped: ShippedModel) -> dict[str, bytes] | None:
@@ -164,6 +175,7 @@ def _packed(shipped: ShippedModel) -> dict[str, bytes] | None:
     said = {
         "tokens": sorted(scales.tokens),
         "notes": scales.notes,
+        "weight_db": dict(scales.weight_db),
         "finish": shipped.finished.notes,
         "activations": {
             name: {f.name: getattr(params, f.name) for f in fields(params) if f.name != "scale"}
@@ -183,6 +195,7 @@ def _unpacked(parts: dict[str, bytes], prepared: Model, table: CalibrationTable)
         divisors={name: arrays[f"divisor {name}"] for name in said["divisors"]},
         tokens=frozenset(said["tokens"]),
         notes=tuple(said["notes"]),
+        weight_db=said["weight_db"],
     )
     made = Made(prepared=plan.form(prepared), plan=plan, table=table, solution=scales)
     return ShippedModel(made=made, finished=Finished(model=unpacked(parts, prepared), notes=tuple(said["finish"])))

@@ -1,7 +1,6 @@
 """How far each quantized tensor is from what was quantized: its own rounding and clipping, nothing of other tensors.
 
 Q/DQ model + a few samples -> sums of squares beside each DequantizeLinear of data -> dB by tensor
-solution -> each weight as it was rounded, equalized where it is, beside its codes -> dB by tensor
 Must not change a figure of the report; only sums leave the graph.
 """
 
@@ -16,17 +15,14 @@ from onnx import ModelProto, TensorProto, helper
 from engines.core.errors import EngineError
 from engines.verify.sums import decibels
 from qdq.assemble.held_out import in_its_types
-from qdq.assemble.quantize import Quantized
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
-from qdq.core.qtensor import from_codes
 from qdq.deploy.costs.switches import quantized_data
+from qdq.deploy.shipped import Made
 from qdq.measure.inference.samples import Sample
 from qdq.model.external import is_large
 from qdq.model.model import Model
 from qdq.model.nodes import Names
-from qdq.plan.weighted_node import by_weight
-from qdq.solve.equalize.carriers import scaled
 
 VALUES = 1 << 20  # of inputs: no further sample is run after so many
 SAMPLES = 16
@@ -50,7 +46,7 @@ class TensorErrors:
 
 
 def tensor_errors(
-    made: Quantized, quantized: Model, samples: Iterable[Sample], *, on_progress: Progress | None = None
+    made: Made, quantized: Model, samples: Iterable[Sample], *, on_progress: Progress | None = None
 ) -> TensorErrors:
     """Measure the tensors of a Q/DQ model, but for data in bodies of If, Loop and Scan.
 
@@ -70,9 +66,9 @@ def tensor_errors(
         return TensorErrors(why=f"The error of each tensor was not measured: {error}")
 
 
-def _measured(done: Quantized, quantized: Model, chosen: list[Sample], on_progress: Progress | None) -> TensorErrors:
+def _measured(done: Made, quantized: Model, chosen: list[Sample], on_progress: Progress | None) -> TensorErrors:
     found: dict[tuple[str, str], float] = {}
-    for tensor, db in _weights(done):
+    for tensor, db in done.solution.weight_db.items():
         _keep(found, ("weight", tensor), db)
     proto, sums = _with_sums(quantized)
     if sums:
@@ -87,19 +83,6 @@ def _measured(done: Quantized, quantized: Model, chosen: list[Sample], on_progre
         for (tensor, *_), (signal, noise) in zip(sums, totals, strict=True):
             _keep(found, ("activation", _before(tensor, quantized, known)), decibels(float(signal), float(noise)))
     return TensorErrors(sqnr_db=found, samples=len(chosen))
-
-
-def _weights(done: Quantized) -> Iterator[tuple[str, float]]:
-    """Each quantized weight and its ratio in dB; of what equalization made of it."""
-    solution, factors = done.solution, done.solution.factors
-    for readers in by_weight(solution.nodes.values()).values():
-        reader = readers[0]
-        values = np.asarray(done.prepared.array(reader.weight), np.float32)
-        values = scaled(values, reader, solution.divisors.get(reader.data), factors.get(reader.name))
-        coded = solution.weights[reader.key]
-        rounded = from_codes(coded.codes, coded.params)[tuple(slice(size) for size in values.shape)]
-        error = values.astype(np.float64) - rounded
-        yield reader.weight, decibels(float(np.square(values, dtype=np.float64).sum()), float((error * error).sum()))
 
 
 def _keep(found: dict[tuple[str, str], float], key: tuple[str, str], value: float) -> None:

@@ -12,6 +12,7 @@ from qdq.assemble.quantize import Quantized, quantize
 from qdq.core.formats import FORMATS
 from qdq.deploy.costs import errors
 from qdq.deploy.costs.errors import tensor_errors
+from qdq.deploy.shipped import told_of
 from qdq.model.model import Model
 from qdq.plan.settings import Settings
 
@@ -27,7 +28,7 @@ def made(**settings: object) -> tuple[Quantized, Model]:
 def test_the_error_of_an_input_is_that_of_its_codes(shift: bool) -> None:
     done, finished = made(shift=shift, equalize="none")
     samples = images(3, seed=9)
-    found = tensor_errors(done, finished, samples)
+    found = tensor_errors(told_of(done), finished, samples)
     assert found.samples == 3 and not found.why
     assert set(found.sqnr_db) == {(p.role, p.tensor) for p in done.plan.points}
     params = done.solution.activations["image"]
@@ -42,17 +43,17 @@ def test_the_error_of_an_input_is_that_of_its_codes(shift: bool) -> None:
 
 def test_as_many_samples_are_run_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     done, finished = made()
-    assert tensor_errors(done, finished, images(40)).samples == errors.SAMPLES
+    assert tensor_errors(told_of(done), finished, images(40)).samples == errors.SAMPLES
     monkeypatch.setattr(errors, "VALUES", images(1)[0]["image"].size + 1)
-    assert tensor_errors(done, finished, images(40)).samples == 2
+    assert tensor_errors(told_of(done), finished, images(40)).samples == 2
 
 
 def test_nothing_quantized_and_large_models(monkeypatch: pytest.MonkeyPatch) -> None:
     done, finished = made()
     nothing, plain = made(exclude=("*",))
-    assert tensor_errors(nothing, plain, images(1)).sqnr_db == {}
+    assert tensor_errors(told_of(nothing), plain, images(1)).sqnr_db == {}
     monkeypatch.setattr(errors, "is_large", lambda _: True)
-    assert tensor_errors(done, finished, images(1)).why == errors.LARGE
+    assert tensor_errors(told_of(done), finished, images(1)).why == errors.LARGE
 
 
 def test_a_model_that_does_not_run_gives_the_reason() -> None:
@@ -60,7 +61,7 @@ def test_a_model_that_does_not_run_gives_the_reason() -> None:
     broken = onnx.ModelProto()
     broken.CopyFrom(finished.proto)
     broken.graph.node[0].op_type = "NoSuchOperator"
-    found = tensor_errors(done, finished.replace(broken), images(1))
+    found = tensor_errors(told_of(done), finished.replace(broken), images(1))
     assert found.sqnr_db == {} and "not measured" in found.why
 
 
@@ -85,7 +86,7 @@ def test_every_weight_has_an_error_that_fits_its_bits(settings: dict[str, object
     samples = [{"x": rng.normal(size=(128, 64)).astype(np.float32)} for _ in range(3)]
     done = quantize(mlp(), samples, settings=Settings(**settings))  # type: ignore[arg-type]
     finished = finish(done.model, done.plan, unquantized_type="fp16", table=done.table).model
-    found = tensor_errors(done, finished, samples)
+    found = tensor_errors(told_of(done), finished, samples)
     bits = {p.tensor: FORMATS[p.spec.format].bits for p in done.plan.weights}
     assert not found.why and {tensor for role, tensor in found.sqnr_db if role == "weight"} == set(bits) != set()
     for tensor, count in bits.items():  # 6 dB a bit, less the peaks of normal values
