@@ -245,7 +245,9 @@ def segment(
     if as_json:
         from qdq.cli.answer.documents import SegmentAnswer
 
-        answer = SegmentAnswer(folder=str(out.resolve()), files=made.files, notes=(made.said, *warnings))
+        answer = SegmentAnswer(
+            folder=str(out.resolve()), files=(*made.files, "labels.json"), notes=(made.said, *warnings)
+        )
         show_json(answer.to_json())
     else:
         click.echo(f"{len(made.files)} image{'s' * (len(made.files) > 1)}: {out.resolve()}")
@@ -311,13 +313,15 @@ def demo(out: Path, as_json: bool, **given: Any) -> None:
     help="Write the page here; default: report.html beside report.json, of two runs changes.html in this folder.",
 )
 @click.option("--with-images", is_flag=True, help="Show the slices that `deploy --with-images` kept.")
-def report(runs: tuple[Path, ...], output: Path | None, with_images: bool) -> None:
+@options.json_option
+def report(runs: tuple[Path, ...], output: Path | None, with_images: bool, as_json: bool) -> None:
     """Make the page of a run again from its folder, or a page of what differs between two runs.
 
     DIR is what `deploy` or `demo` wrote, or the JSON file of `compare`.
     """
+    from engines.verify.covered import refresh_sums
+    from qdq.cli.answer.documents import PageAnswer
     from qdq.core.files import write_text
-    from qdq.core.outputs import check_output
     from qdq.deploy.page.folder import PAGE, page_beside
     from qdq.deploy.page.render import page, page_of_changes
 
@@ -330,4 +334,9 @@ def report(runs: tuple[Path, ...], output: Path | None, with_images: bool) -> No
     check_output(place, *runs, *read)
     text = page_of_changes(*runs) if len(runs) == 2 else page(runs[0], with_images=with_images)
     write_text(place, text)
-    click.echo(f"Page: {place.resolve()}")
+    if place.name == PAGE and place.parent.resolve() in {run.resolve() for run in runs}:
+        refresh_sums(place.parent, PAGE)
+    if as_json:
+        show_json(PageAnswer(page=str(place.resolve())).to_json())
+    else:
+        click.echo(f"Page: {place.resolve()}")

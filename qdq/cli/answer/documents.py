@@ -113,6 +113,15 @@ class SegmentAnswer(Document, frozen=True, kw_only=True):
     notes: tuple[str, ...]
 
 
+class PageAnswer(Document, frozen=True, kw_only=True):
+    """The page that `report` wrote."""
+
+    FORMAT: ClassVar[str] = "qdq.page/1"
+    MAKE: ClassVar[str] = "qdq report --json"
+
+    page: str
+
+
 class ExplainAnswer(Document, frozen=True, kw_only=True):
     """What is known of a node, in lines for a person."""
 

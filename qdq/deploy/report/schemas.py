@@ -19,6 +19,7 @@ ANSWERS = {
     "explained": "ExplainAnswer",
     "gpu": "GpuAnswer",
     "help": "HelpAnswer",
+    "page": "PageAnswer",
     "predicted": "PredictAnswer",
     "quantized": "QuantizeAnswer",
     "schemas": "SchemasAnswer",

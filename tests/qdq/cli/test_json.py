@@ -76,6 +76,10 @@ def test_the_stages(folder: Path) -> None:
     assert answer("tune", "net.onnx", "-o", "p.json", "--tune-compiles", 3)["schema"].startswith("qdq.tuning/")
     made = answer("deploy", "net.onnx", "--data", "data", "--out", "o", "--tune", "off")
     assert made == json.loads((folder / "o/report.json").read_text())
+    sums = (folder / "o/SHA256SUMS").read_text()
+    (folder / "o/report.html").write_text("of another version")
+    made = answer("report", "o")
+    assert made["page"] == str(folder / "o/report.html") and (folder / "o/SHA256SUMS").read_text() == sums
     made = answer("compare", "net.onnx", "--data", "data", "--schemes", "int8")
     assert made["schema"].startswith("qdq.compare/")
 
