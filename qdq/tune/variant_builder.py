@@ -72,6 +72,7 @@ class VariantBuilder:
     _histograms: dict[str, Histogram] = field(default_factory=dict)
     _ranges: dict[str, float] = field(default_factory=dict)
     _noises: dict[Variant, float] = field(default_factory=dict)
+    _fits: dict[tuple[str, frozenset[tuple[str, str]]], tuple[str, ...]] = field(default_factory=dict)
     _outputs: dict[str, np.ndarray] = field(default_factory=dict)
     _last: tuple[Variant, Model] | None = None
     _usual: Variant | None = None
@@ -194,8 +195,11 @@ class VariantBuilder:
         if why_not_for(name, self.settings.profile):
             return ()
         if name in FLOAT_REWRITES:
-            rewrites = frozenset(pair for pair in variant.rewrites if pair[0] != name)
-            return FLOAT_REWRITES[name](self.base(replace(variant, rewrites=rewrites)).model).fired
+            rewrites = frozenset(pair for pair in _float_part(variant).rewrites if pair[0] != name)
+            if (name, rewrites) not in self._fits:
+                model = self.base(replace(variant, rewrites=rewrites)).model
+                self._fits[name, rewrites] = FLOAT_REWRITES[name](model).fired
+            return self._fits[name, rewrites]
         return QUANTIZED_REWRITES[name](self._typed(variant)).fired
 
     def plan_of(self, variant: Variant, why: str) -> Plan:

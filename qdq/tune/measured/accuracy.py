@@ -24,7 +24,9 @@ from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
 from qdq.tune.exact.switches import Switches
 
-JUDGED = 8  # samples that a plan is measured on where half of them are as many; a quarter where that is more
+# Samples that a plan is measured on where half of them are as many, a quarter where that is more; and as many of those
+# that calibrate, of which one may be clipped.
+JUDGED = 8
 ERRORS = 2.0  # standard errors of the measured noise, which vary from sample to sample by 0.1 to 3 dB
 FEWEST = 4  # samples of which some are held out: fewer calibrate and judge
 
@@ -49,13 +51,14 @@ class Accuracy:
     unquantized_type: str = "auto"
     _tables: Tables | None = None
     _held: Split = field(init=False)
+    _seen: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         """Nothing is read yet."""
         self.settings = replace(self.settings, bias_correction="off")
 
     def __call__(self, plan: Plan) -> float:
-        """The SQNR in dB of a plan's outputs, on samples that were held out, that others like them keep.
+        """The SQNR in dB of a plan's outputs, of samples that were held out or of some that were not: the worse.
 
         Of several samples that is the ratio of their sums with the noise increased by `ERRORS` standard errors.
         """
@@ -63,8 +66,13 @@ class Accuracy:
         made = quantize(self.model, tables.samples, settings=self.settings, plan=plan, table=tables.of(plan))
         self.settings = made.plan.settings
         done = finish(made.model, made.plan, unquantized_type=self.unquantized_type, table=made.table)
-        signals, (noises,) = HeldOutScore(self.model, self._held).energies([done.model])
-        return decibels(signals, noises) - doubt_db(signals, noises)
+        both = replace(self._held, held=self._held.held | self._seen)
+        signals, (noises,) = HeldOutScore(self.model, both).energies([done.model])
+        if len(signals) != len(both.held):  # no output holds numbers
+            return decibels(signals, noises)
+        rows = dict(zip(sorted(both.held), zip(signals, noises, strict=True), strict=True))
+        parts = [[rows[index] for index in sorted(part)] for part in (self._held.held, self._seen) if part]
+        return min(_kept_db(*zip(*part, strict=True)) for part in parts)
 
     def switches(self, plan: Plan, most: int) -> Switches | None:
         """The noise of parts of a plan, with its calibrated scales, on at most so many samples; see `Switches.of`."""
@@ -80,9 +88,14 @@ class Accuracy:
             count = min(MOST_HELD, max(len(order) // 4, min(JUDGED, len(order) // 2)))
             held = frozenset(order[:count] if len(order) >= FEWEST else order)
             self._held = Split(samples=samples, fit=(), held=held)
+            self._seen = frozenset(order[count : count + JUDGED] if len(order) >= FEWEST else ())
             fit = _without(samples, held, len(order) - len(held)) if len(order) >= FEWEST else samples
             self._tables = Tables(model=self.model, samples=fit)
         return self._tables
+
+
+def _kept_db(signals: Sequence[float], noises: Sequence[float]) -> float:
+    return decibels(signals, noises) - doubt_db(signals, noises)
 
 
 def doubt_db(signals: Sequence[float], noises: Sequence[float]) -> float:
