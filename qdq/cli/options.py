@@ -213,8 +213,8 @@ memory_option = click.option(
     expose_value=False,
     callback=_keep_to,
     help="Use at most this much to run samples, as 2G: models, weights and activations, beyond the 110 MB of a process "
-    "with its libraries; more passes, or fewer samples at a time, where that is little. Default: 4G, or half of what is "
-    "free.",
+    "with its libraries; more passes, or fewer samples at a time, where that is little. Default: 4G, or half of "
+    "what is free.",
 )
 
 
