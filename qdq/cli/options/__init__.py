@@ -174,8 +174,9 @@ memory_option = click.option(
     metavar="SIZE",
     expose_value=False,
     callback=_keep_to,
-    help="Use at most this much to run samples, as 2G: weights and activations; more passes, or fewer samples at a "
-    "time, where that is little. Default: 4G, or half of what is free.",
+    help="Use at most this much to run samples, as 2G: models, weights and activations, beyond the 110 MB of a process "
+    "with its libraries; more passes, or fewer samples at a time, where that is little. Default: 4G, or half of "
+    "what is free.",
 )
 
 

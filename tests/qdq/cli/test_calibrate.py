@@ -42,7 +42,7 @@ def test_merging_workers_and_memory_give_the_same_table(folder: Path) -> None:
         ("all",),
         ("a",),
         ("b",),
-        ("budget", "--memory", "24M"),
+        ("budget", "--memory", "32M"),
         ("workers", "--workers", "2"),
     ):
         data = name if (folder / name).is_dir() else "all"

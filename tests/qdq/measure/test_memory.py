@@ -138,3 +138,31 @@ for _ in range(3):
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT)
     first, *later = map(int, done.stdout.split())
     assert max(later) - first < 20e6  # a block kept beside the outputs is 64 MB
+
+
+def test_the_least_budget_that_is_taken_is_kept() -> None:
+    """Beyond what a process needs for a model of one node; pages that are mapped from files count too."""
+    script = """
+import resource, sys
+sys.path[:0] = ["tests", "tests/qdq/measure"]
+from graphs import build, node, normal
+from test_memory import folding, sample
+from qdq.assemble.quantize import quantize
+from qdq.core.resources import within
+from qdq.measure.inference.memory import needed_bytes
+small = build([node("MatMul", "x w", "y")], {"x": (1, "L", 32)}, {"w": normal(32, 32)})
+model = small if sys.argv[1] == "small" else folding()
+data = [sample(length) for length in (90, 80, 70, 60)]
+_, needs = needed_bytes(model, data[0])
+with within(needs):
+    quantize(model, data)
+print(needs, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    pytest.importorskip("resource")
+    found = []
+    for which in ("small", "large"):
+        command = [sys.executable, "-c", script, which]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+        found.append([int(word) for word in done.stdout.split()])
+    (_, least), (needs, most) = found
+    assert 0 < most - least < needs
