@@ -19,6 +19,7 @@ from qdq.deploy.check import evaluate
 from qdq.deploy.costs.errors import tensor_errors
 from qdq.deploy.report.details import details_of
 from qdq.deploy.report.report import DeployReport
+from qdq.deploy.shipped import told_of
 from qdq.measure.inference.inputs import as_samples
 from qdq.plan.settings import Settings
 
@@ -44,7 +45,8 @@ def made_run(
         Kernel(us=1.5 + n, macs=0, bytes=64, nodes=(name,), signature=name, kind="gemm", dtype=dtype, bound="start")
         for n, (name, dtype) in enumerate(zip(nodes, ("int8", "", "float16"), strict=False))
     ]
-    errors = tensor_errors(made, finished, judged)
+    told = told_of(made)
+    errors = tensor_errors(told, finished, judged)
     price = Price(us=sum(k.us for k in kernels), kernels=tuple(kernels))
     report = DeployReport(
         evaluated_on="evaluation samples",
@@ -60,7 +62,7 @@ def made_run(
         targets=("sm86",),
         not_built="run build_engine.sh where the GPU is",
         quantized_nodes=len(made.plan.quantized_nodes),
-        details=details_of(made, finished, errors, price=price, gpus=("a10",), shapes={}),
+        details=details_of(told, finished, errors, price=price, gpus=("a10",), shapes={}),
     )
     made.plan.save(folder / "plan.json")
     made.table.save(folder / "table.json")

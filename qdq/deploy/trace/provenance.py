@@ -6,7 +6,7 @@ data. It holds a date, so no manifest covers it: SHA256SUMS does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +22,6 @@ from qdq.deploy.trace.host import Host, loaded_packages, moment
 from qdq.model.model import Model
 
 NAME = "provenance.json"
-SCHEMA = "provenance.schema.json"  # beside this file
 
 
 class File(Part, frozen=True, kw_only=True):
@@ -119,7 +118,6 @@ class Provenance(Document, frozen=True, kw_only=True):
 
     FORMAT: ClassVar[str] = "qdq.provenance/1"
     MAKE: ClassVar[str] = "qdq deploy"
-    COMPUTED: ClassVar[Mapping[str, str]] = {"schema": "schema_name"}
 
     created: str
     command: tuple[str, ...]
@@ -136,11 +134,6 @@ class Provenance(Document, frozen=True, kw_only=True):
     packages: dict[str, str]
     host: Host
     files: tuple[File, ...]
-
-    @property
-    def schema_name(self) -> str:
-        """The file of this form's JSON Schema, in the package; `qdq schema provenance` prints it."""
-        return SCHEMA
 
 
 def provenance_of(
