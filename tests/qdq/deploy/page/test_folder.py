@@ -34,7 +34,7 @@ def test_a_run_without_its_plan_is_read(run: Path) -> None:
     ("name", "content", "said"),
     [
         ("report.json", "{", "it is not JSON"),
-        ("report.json", "[1]", "its format is None, which is no run"),
+        ("report.json", "[1]", "its schema is None, which is no run"),
         ("report.json", '{"schema": "qdq.plan/2"}', "its schema is 'qdq.plan/2', which is no run"),
         ("report.json", '{"format": "qdq.report/1"}', "made by another version of qdq"),
         ("report.json", None, "it has no report.json"),
