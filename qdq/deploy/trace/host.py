@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
+import re
 from datetime import UTC, datetime
 from importlib import metadata
 
 from engines.backends.doctor import driver_version, gpus
 from engines.core.documents import Part
 from qdq.core.errors import InputError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # at the start of a requirement (PEP 508)
+_EXTRA, _TOOLS = re.compile("extra =="), re.compile("extra == .(dev|test)")
+_REPEATED = re.compile(r"[-_.]+")  # of a name in its one form (PEP 503)
 
 EPOCH = "SOURCE_DATE_EPOCH"  # reproducible-builds.org: seconds since 1970 that stand for the time of a build
 
@@ -56,11 +60,23 @@ class Host(Part, frozen=True, kw_only=True):
         )
 
 
-def loaded_packages() -> dict[str, str]:
-    """Name -> version of every distribution of which this process has loaded a module."""
-    loaded = {name.partition(".")[0] for name in list(sys.modules)}
-    names = {name for module, some in metadata.packages_distributions().items() if module in loaded for name in some}
-    return {name: metadata.version(name) for name in sorted(names, key=str.lower)}
+def packages() -> dict[str, str]:
+    """Name -> version of qdq, of what it may call, with its extras but those of developers, and of what these need; where it is installed."""
+    found: dict[str, str] = {}
+    waiting = [("qdq", True)]
+    while waiting:
+        name, with_extras = waiting.pop()
+        key = _REPEATED.sub("-", name).lower()
+        if key in found:
+            continue
+        try:
+            held = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        found[key] = held.version
+        needs = [need for need in held.requires or () if not (_TOOLS if with_extras else _EXTRA).search(need)]
+        waiting += [(match[0], False) for need in needs if (match := _NAME.match(need))]
+    return dict(sorted(found.items()))
 
 
 def moment() -> str:

@@ -18,7 +18,7 @@ from engines.core.documents import Document, Measured, Part, replace
 from engines.core.files import sha256_file
 from qdq.build.recipe import Recipe
 from qdq.deploy.report.report import DeployReport
-from qdq.deploy.trace.host import Host, loaded_packages, moment
+from qdq.deploy.trace.host import Host, moment, packages
 from qdq.model.model import Model
 
 NAME = "provenance.json"
@@ -111,7 +111,7 @@ class Provenance(Document, frozen=True, kw_only=True):
         failures: one sentence for each that was not.
         results: headline figures.
         compiler: whose engine.
-        packages: distribution -> version, of all whose code this process had loaded.
+        packages: distribution -> version, of qdq, what it may call and what these need, where installed.
         host: the machine.
         files: that were written, but for this one and those made after it.
     """
@@ -182,7 +182,7 @@ def provenance_of(
             targets=report.targets,
             chosen_because=report.chosen_because,
         ),
-        packages=loaded_packages(),
+        packages=packages(),
         host=Host.here(),
         files=tuple(File(name=path.name, sha256=sha256_file(path)) for path in files),
     )
