@@ -28,8 +28,8 @@ from qdq.model.nodes import WEIGHTED, Names, needed, reads
 # 89 MB of the process where the tensors alive at once take 67.
 OVERHEAD = 4 / 3
 # Of a node in the models that are there at a time, as protobuf and as what is known of it, and in a session with the
-# reductions that measure its output: a language model of 383 nodes takes 30 MB beside weights, histograms and samples.
-NODE_BYTES = 80_000
+# reductions that measure its output: a language model of 383 nodes takes 15 MB beside weights, histograms and samples.
+NODE_BYTES = 40_000
 # What small blocks that were freed, and libraries that run for the first time, keep: 1 to 25 MB on six models.
 PROCESS_BYTES = 28_000_000
 HISTOGRAM_SETS = 4  # of all samples, and of the parts that choices are judged on
