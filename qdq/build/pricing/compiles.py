@@ -98,7 +98,7 @@ class Compiles:
     def key(self, model: Model, *others: object) -> str:
         """SHA-256 of the structure, of everything else that its kernels depend on, and of others.
 
-        Constants are called by who reads them first: no kernel depends on their names, and layers are named after nodes.
+        Constants are called by who reads them first: no kernel depends on their names; layers are named after nodes.
         """
         proto = without_initializers(model.proto)
         inner, called = {name for node in proto.graph.node for name in captured(node)}, dict[str, str]()
