@@ -18,7 +18,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Protocol
 
-from engines.backends.profile import Profile
 from qdq.core.choices import choose
 from qdq.core.errors import InputError
 from qdq.model.model import Model
@@ -47,6 +46,29 @@ class Rewriter(Protocol):
         """
 
 
+class Known(Protocol):
+    """A fact of a compiler, as `engines.backends.profile.Fact`: true where it is known to hold."""
+
+    @property
+    def says(self) -> str:
+        """What a person is told."""
+
+    def __bool__(self) -> bool:
+        """Whether it is known to hold."""
+
+
+class Described(Protocol):
+    """A compiler, as `engines.backends.profile.Profile`."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def facts(self) -> Mapping[str, Known]:
+        """Every fact by name."""
+
+
 def _modules() -> dict[str, ModuleType]:
     """Every module in this folder or below by its last name."""
     modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(__path__, f"{__name__}.")]
@@ -69,7 +91,7 @@ _NOT_FOR: Mapping[str, Mapping[str, str]] = {n: getattr(m, "NOT_FOR", {}) for n,
 _NEEDS: Mapping[str, str] = {n: m.NEEDS for n, m in _modules().items() if hasattr(m, "NEEDS")}
 
 
-def why_not_for(name: str, profile: Profile) -> str:
+def why_not_for(name: str, profile: Described) -> str:
     """Why no plan for a compiler has a rewrite; "" where one may."""
     if name in _NEEDS and not (fact := profile.facts[_NEEDS[name]]):
         return fact.says
