@@ -20,7 +20,6 @@ PIPELINE = ("core", "model", "passes", "plan", "measure", "solve", "assemble", "
 
 # The parts of engines that a folder of qdq may import: what is left out imports `engines.core` alone, or nothing.
 ENGINES = {
-    "passes": {"core", "backends"},
     "plan": {"core", "backends"},
     "assemble": {"core", "backends"},
     "build": {"core", "backends", "cost", "timing", "verify"},

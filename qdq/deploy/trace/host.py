@@ -61,7 +61,7 @@ class Host(Part, frozen=True, kw_only=True):
 
 
 def packages() -> dict[str, str]:
-    """Name -> version of qdq, of what it may call, with its extras but those of developers, and of what these need; where it is installed."""
+    """Name -> version, where installed, of qdq, of what it and its extras but those of developers need, and so on."""
     found: dict[str, str] = {}
     waiting = [("qdq", True)]
     while waiting:
