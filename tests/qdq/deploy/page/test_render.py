@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import itertools
 import re
@@ -12,7 +13,11 @@ from pathlib import Path
 import pytest
 from made_run import HOSTILE, made_run, with_volumes
 
-from qdq.deploy.page.render import TEMPLATES, page, page_of_changes
+from engines.core.documents import replace
+from qdq.deploy.page.folder import Run, read
+from qdq.deploy.page.render import TEMPLATES, html, page, page_of_changes
+from qdq.deploy.report.details import NodeRow
+from qdq.plan.plan import Skip
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
 CSS = (TEMPLATES / "page.css").read_text(encoding="utf-8")
@@ -57,6 +62,18 @@ def text(folder: Path) -> str:
 
 def test_the_same_files_give_the_same_page(folder: Path, text: str) -> None:
     assert page(folder) == text and len(text.encode()) < 100_000
+
+
+def test_a_large_network_stays_under_a_megabyte(folder: Path) -> None:
+    run = read(folder)
+    assert isinstance(run, Run) and run.report.details and run.plan
+    path = "/encoder/layers.{}/blocks.{}/attention/projection/MatMul"
+    nodes = tuple(NodeRow(node=path.format(n, n % 4), op_type="MatMul", macs=n) for n in range(1200))
+    why = "it moves or picks values; a quantizer behind it is hoisted above it by the compiler"
+    skips = tuple(Skip(node=row.node, op_type="MatMul", rule="r", reason=why) for row in nodes)
+    report = replace(run.report, details=replace(run.report.details, nodes=nodes))
+    text = html(dataclasses.replace(run, report=report, plan=replace(run.plan, skips=skips)))
+    assert text.count(why) == 1200 and len(text.encode()) < 1_000_000  # twice the nodes of SwinUNETR
 
 
 def test_nothing_is_fetched_and_no_script_but_ours_runs(text: str) -> None:
