@@ -70,7 +70,7 @@ def test_it_says_where_a_result_comes_from(folder: Path) -> None:
     assert made["compiler"]["version"] == metadata.version("tensorrt_rtx_cu13") and made["compiler"]["targets"] == [
         "sm86"
     ]
-    for name in ("numpy", "onnx", "onnxruntime", "msgspec", "tensorrt_rtx_cu13"):
+    for name in ("numpy", "onnx", "onnxruntime", "msgspec", "tensorrt-rtx-cu13"):
         assert made["packages"][name] == metadata.version(name)
     assert made["host"]["cpus"] > 0 and made["host"]["python"].startswith("3.")
     words = "qdq deploy net.onnx --data DATA --out OUT --eval EVALUATION --exclude /head/* --tune off"
