@@ -319,7 +319,7 @@ def report(runs: tuple[Path, ...], output: Path | None, with_images: bool, as_js
 
     DIR is what `deploy` or `demo` wrote, or the JSON file of `compare`.
     """
-    from engines.verify.covered import refresh_sums
+    from engines.verify.covered import read_sums, refresh_sums
     from qdq.cli.answer.documents import PageAnswer
     from qdq.core.files import write_text
     from qdq.deploy.page.folder import PAGE, page_beside
@@ -330,12 +330,15 @@ def report(runs: tuple[Path, ...], output: Path | None, with_images: bool, as_js
     if len(runs) == 2 and with_images:
         raise InputError("--with-images is for the page of one run: leave it out where two are compared.")
     place = output or (Path("changes.html") if len(runs) == 2 else page_beside(runs[0]))
-    read = [file for run in runs if run.is_dir() for file in run.iterdir() if file.name != PAGE]
+    homes = [page_beside(run).parent for run in runs]
+    read = [file for home in homes if home.is_dir() for file in home.iterdir() if file.suffix != ".html"]
     check_output(place, *runs, *read)
     text = page_of_changes(*runs) if len(runs) == 2 else page(runs[0], with_images=with_images)
+    home = place.parent
+    covered = place.name == PAGE and (home.resolve() in {h.resolve() for h in homes} or PAGE in read_sums(home))
     write_text(place, text)
-    if place.name == PAGE and place.parent.resolve() in {run.resolve() for run in runs}:
-        refresh_sums(place.parent, PAGE)
+    if covered:
+        refresh_sums(home, PAGE)
     if as_json:
         show_json(PageAnswer(page=str(place.resolve())).to_json())
     else:

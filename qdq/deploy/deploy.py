@@ -54,7 +54,7 @@ from qdq.deploy.check import evaluate, float_session
 from qdq.deploy.costs.errors import tensor_errors
 from qdq.deploy.costs.find import with_costs
 from qdq.deploy.overlap import overlap
-from qdq.deploy.page.folder import PAGE, SLICES
+from qdq.deploy.page.folder import MEASURED, PAGE, SLICES
 from qdq.deploy.page.render import write_page
 from qdq.deploy.report.details import details_of
 from qdq.deploy.report.report import DeployReport, EngineSizes
@@ -78,7 +78,6 @@ from qdq.passes.prepare import load_float
 from qdq.plan.plan import Plan
 from qdq.tune.exact.elsewhere import elsewhere
 
-MEASURED = "measured.jsonl"
 ENDS = ("", ".json", ".manifest.json")  # of the names of an engine and what lies beside it
 
 

@@ -7,6 +7,7 @@ report.json of `qdq compare` -> `Comparison`. Must not run, measure or change an
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,19 @@ from typing import Any
 from engines.backends.layers import LayerTable
 from engines.core.documents import DocumentError, schema_of
 from engines.core.files import read_file
+from engines.verify.covered import Covered, read_sums
 from engines.verify.manifest import Manifest
 from qdq.build.measured.forms import TimedForm
 from qdq.core.errors import InputError
 from qdq.core.files import read_document
 from qdq.deploy.compare.result import Comparison
 from qdq.deploy.report.report import DeployReport
+from qdq.deploy.trace.provenance import NAME as TRACED
 from qdq.deploy.volumes.slices import Slice, read_slices
 from qdq.measure.table import CalibrationTable
 from qdq.plan.plan import Plan
 
-PAGE, REPORT, SLICES = "report.html", "report.json", "slices.npz"
+PAGE, REPORT, SLICES, MEASURED = "report.html", "report.json", "slices.npz", "measured.jsonl"
 MAKES = "Give a folder that `qdq deploy` or `qdq demo` wrote, or the JSON file of `qdq compare`"
 
 
@@ -63,6 +66,7 @@ def read(path: Path, *, with_images: bool = False) -> Run | Comparison:
 
     Raises:
         InputError: no run is there, a file is damaged or of another version, or there are no pictures.
+        AlteredFileError: a file of a run is another than SHA256SUMS says.
     """
     file = path / REPORT if path.is_dir() else path
     try:
@@ -91,6 +95,8 @@ def _run(file: Path, with_images: bool) -> Run:
     engine = _engine_of(folder, report.model_file)
     layers = engine and folder / f"{engine}.json"
     manifest = engine and folder / f"{engine}.manifest.json"
+    own = (file, plan, table, folder / MEASURED, folder / TRACED, folder / SLICES, *filter(None, (layers, manifest)))
+    _require_unaltered(folder, own)
     pictures: tuple[Slice, ...] = ()
     if with_images:
         if not (folder / SLICES).is_file():
@@ -106,10 +112,17 @@ def _run(file: Path, with_images: bool) -> Run:
         table=CalibrationTable.load(table) if table.is_file() else None,
         layers=read_document(layers, LayerTable, "layer table") if layers and layers.is_file() else None,
         manifest=read_document(manifest, Manifest, "manifest") if manifest and manifest.is_file() else None,
-        forms=_forms(folder / "measured.jsonl"),
-        provenance=_provenance(folder / "provenance.json"),
+        forms=_forms(folder / MEASURED),
+        provenance=_provenance(folder / TRACED),
         slices=pictures,
     )
+
+
+def _require_unaltered(folder: Path, files: Iterable[Path]) -> None:
+    """Hold files to SHA256SUMS where it names them: a page must not tell of a report that someone changed."""
+    sums = read_sums(folder)
+    held = {file.name: sums[file.name] for file in files if file.name in sums and file.is_file()}
+    Covered(folder=folder, engine="", onnx="", manifest=None, sums=held).verify()
 
 
 def _engine_of(folder: Path, model_file: str) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from made_run import made_run
 
+from engines.core.files import sha256_file
+from engines.verify.covered import read_sums, write_sums
 from qdq.cli.main import main
 from qdq.core.errors import InputError
 from qdq.deploy.page.folder import Run, page_beside, read
@@ -70,6 +73,40 @@ def test_no_file_of_the_run_is_replaced_but_the_page(run: Path) -> None:
     for _ in range(2):
         assert CliRunner().invoke(main, ["report", str(run)]).exit_code == 0
     assert (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("given", ["", "report.json"])
+def test_a_page_made_again_is_in_the_sums(run: Path, given: str) -> None:
+    (run / "report.html").write_text("another")
+    write_sums(run)
+    assert CliRunner().invoke(main, ["report", str(run / given)]).exit_code == 0
+    assert read_sums(run)["report.html"] == sha256_file(run / "report.html")
+    done = CliRunner().invoke(main, ["report", str(run / given), "-o", str(run / "table.json")])
+    assert done.exit_code == 2 and "is an input" in done.stderr, done.output
+    for _ in range(2):
+        assert CliRunner().invoke(main, ["report", str(run / given), "-o", str(run / "mine.html")]).exit_code == 0
+
+
+def test_another_page_in_place_of_a_runs_is_in_its_sums(run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run, tmp_path / "other")
+    (other / "report.html").write_text("own")
+    write_sums(other)
+    assert CliRunner().invoke(main, ["report", str(run), "-o", str(other / "report.html")]).exit_code == 0
+    assert read_sums(other)["report.html"] == sha256_file(other / "report.html")
+
+
+@pytest.mark.parametrize("name", ["report.json", "plan.json", "table.json", "provenance.json", "slices.npz"])
+def test_no_page_tells_of_a_file_that_was_altered(run: Path, name: str, tmp_path: Path) -> None:
+    for extra in ("provenance.json", "slices.npz"):
+        (run / extra).write_text("{}")
+    write_sums(run)
+    assert CliRunner().invoke(main, ["report", str(run), "-o", str(tmp_path / "a.html")]).exit_code == 0
+    with (run / name).open("ab") as file:
+        file.write(b" ")
+    for runs in ([run], [run, run], [run / "report.json"]):
+        done = CliRunner().invoke(main, ["report", *map(str, runs), "-o", str(tmp_path / "b.html")])
+        assert done.exit_code == 2 and f"{name} is not the one" in done.stderr, done.output
+    assert not (tmp_path / "b.html").exists()
 
 
 def test_the_page_of_a_json_file_lies_beside_it(tmp_path: Path) -> None:
