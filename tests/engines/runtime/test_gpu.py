@@ -110,8 +110,15 @@ def test_eight_threads_take_turns(cuda: FakeCuda, tmp_path: Path) -> None:
 
     cuda.cuCtxSetCurrent = attach  # type: ignore[method-assign]
     with engines.open(deployed(tmp_path)) as model, ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda n: model.run(rows(1 + n % 8, n)), range(160)))
-        assert len(pool._threads) > 1 and attached >= {t.ident for t in pool._threads}
+        together = threading.Barrier(8)
+
+        def one(n: int) -> dict[str, Any]:
+            if n < 8:
+                together.wait(60)  # so that every thread has one
+            return model.run(rows(1 + n % 8, n))
+
+        found = list(pool.map(one, range(160)))
+        assert len(pool._threads) == 8 and attached >= {t.ident for t in pool._threads}
     for n, outputs in enumerate(found):
         np.testing.assert_array_equal(outputs["y"], 2 * rows(1 + n % 8, n)["x"])
 
