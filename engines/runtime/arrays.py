@@ -140,6 +140,8 @@ def taken(value: Any, name: str) -> Array | OnGpu:
     Raises:
         EngineError: it is no array, or lies where nothing here can read it; names the input.
     """
+    if isinstance(value, np.ma.MaskedArray):
+        raise EngineError(f"Input {name!r} is a masked array: fill it first, for instance by value.filled(0).")
     if isinstance(value, np.ndarray | np.generic):
         return np.asarray(value)
     if not hasattr(value, "__dlpack__") or not hasattr(value, "__dlpack_device__"):

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from engines.core import arithmetic
 from engines.core import onnx_runtime as ort
-from engines.core.errors import EngineError, OutOfMemoryError
+from engines.core.errors import EngineError, OutOfMemoryError, import_runtime
 from engines.runtime.arrays import Array, OnGpu, TensorSpec
 from engines.verify.covered import HeldModel
 
@@ -42,8 +41,7 @@ class OnCpu:
         opened: Any = self._session
         self.inputs = tuple(_spec(i) for i in opened.get_inputs())
         self.outputs = tuple(_spec(o) for o in opened.get_outputs() if str(o.type).startswith("tensor("))
-        package = next(name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name))
-        self.title = f"ONNX Runtime {metadata.version(package)} on the CPU"
+        self.title = f"ONNX Runtime {import_runtime('onnxruntime').__version__} on the CPU"
 
     def run(self, arrays: Mapping[str, Array | OnGpu]) -> dict[str, Array]:
         """One run, from any thread.
@@ -77,10 +75,3 @@ def _spec(value: Any) -> TensorSpec:
     dtype = "" if kind == "string" or "(" in kind else _NAMES.get(kind, kind)
     shape = tuple(n if isinstance(n, int) else None for n in value.shape)
     return TensorSpec(name=value.name, dtype=dtype, shape=shape)
-
-
-def _installed(name: str) -> bool:
-    try:
-        return bool(metadata.version(name))
-    except metadata.PackageNotFoundError:
-        return False

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import onnx
@@ -32,7 +32,7 @@ from engines.core.files import Scratch
 from engines.runtime.arrays import Array, TensorSpec, checked
 from engines.runtime.cpu import OnCpu
 from engines.runtime.gpu import OnGpuEngine
-from engines.verify.covered import INFERENCE, LAYERS, AlteredFileError, Covered
+from engines.verify.covered import INFERENCE, LAYERS, SCRIPT, AlteredFileError, Covered
 
 GROUP = "engines.segment"  # entry points: (Predictor, content of INFERENCE) -> Segments
 LOG = logging.getLogger("engines")
@@ -82,7 +82,7 @@ class Predictor(AbstractContextManager["Predictor"]):
         outputs: that it gives.
         name: of the file that runs.
         title: what runs it, and on which device.
-        because: why that, where an engine lies there and does not run.
+        because: why no engine runs; "" where one does.
         files: that were verified.
         sha256: of the Q/DQ model, which is what an engine was compiled from.
         graph: of that model, without external data; None of an engine without it, or of one that segments no images.
@@ -236,17 +236,22 @@ def open(
 
     Raises:
         AlteredFileError: a file is another than the manifest or SHA256SUMS says, or is missing.
-        EngineError: nothing covers it; it is of another format or version; an engine that was named is for another GPU.
+        EngineError: nothing covers it; it is of another format or version; an engine that was named is for another GPU;
+            `on` is another word.
         MissingRuntimeError: a package is missing, or with gpu, the GPU.
     """
+    if on not in (places := get_args(Where)):
+        raise EngineError(f"on is {on!r}; {', '.join(places)} are known.")
     path = Path(path)
     held = Covered.of(path)
     table = held.layers() if held.engine else None
-    device, because = (None, "") if table is None else _device(held, table, named=path.name == held.engine, on=on)
-    if table is None and on == "gpu":
-        raise EngineError(
-            f"{path} has no engine: it is built on a machine with its GPU, by `sh build_engine.sh` there."
-        )
+    if table is not None:
+        device, because = _device(held, table, named=path.name == held.engine, on=on)
+    else:
+        built = f": `sh {SCRIPT}` builds it on a machine with its GPU" if SCRIPT in held.expected else ""
+        device, because = None, f"there is no engine{built}"
+        if on == "gpu":
+            raise EngineError(f"Cannot run {path} on a GPU: {because}.")
     shapes = {name: shape.opt for name, shape in held.shapes().items()}
     later = {INFERENCE, held.engine + LAYERS, held.onnx if device is None else held.engine}  # hashed as they are read
     with Scratch() as scratch:

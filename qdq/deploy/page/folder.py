@@ -93,10 +93,10 @@ def _run(file: Path, with_images: bool) -> Run:
     folder, report = file.parent, read_document(file, DeployReport, "report")
     plan, table = folder / "plan.json", folder / "table.json"
     engine = _engine_of(folder, report.model_file)
-    layers = engine and folder / f"{engine}.json"
-    manifest = engine and folder / f"{engine}.manifest.json"
-    own = (file, plan, table, folder / MEASURED, folder / TRACED, folder / SLICES, *filter(None, (layers, manifest)))
-    _require_unaltered(folder, own)
+    layers = folder / f"{engine}.json" if engine else None
+    manifest = folder / f"{engine}.manifest.json" if engine else None
+    own = [file, plan, table, folder / MEASURED, folder / TRACED, folder / SLICES]
+    _require_unaltered(folder, [*own, *(path for path in (layers, manifest) if path)])
     pictures: tuple[Slice, ...] = ()
     if with_images:
         if not (folder / SLICES).is_file():

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,7 +101,7 @@ class SegmentedImage:
     affine: npt.NDArray[np.float64]
     names: dict[str, int | list[int]]
     said: str
-    _labels: Array
+    _labels: Array = field(repr=False)
     _structures: tuple[Structure, ...]
 
     @property
@@ -274,6 +274,24 @@ def _case(volume: Any, affine: Any) -> Case:
             "segment needs the affine of an array, (4, 4): voxel index to RAS+ millimetres. Without it nobody knows "
             "which side is left: segment(array, affine)."
         )
-    place = np.asarray(affine, np.float64)
+    place = _placed(affine)
     image = Volume(array=array[None] if array.ndim == 3 else array, affine=place)
     return Case(name="", image=lambda: image, affine=lambda: place, where=WHERE)
+
+
+def _placed(affine: Any) -> npt.NDArray[np.float64]:
+    """The affine of an array, checked.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        place = np.asarray(affine, np.float64)
+    except (TypeError, ValueError):
+        place = np.empty(0)
+    if place.shape != (4, 4) or not np.isfinite(place).all() or not np.linalg.det(place):
+        raise InputError(
+            "segment needs the affine of an array as (4, 4) finite numbers, voxel index to RAS+ millimetres, whose "
+            f"axes have a length; got {type(affine).__name__} of the shape {np.shape(affine)}."
+        )
+    return place

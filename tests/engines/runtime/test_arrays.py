@@ -72,6 +72,7 @@ def test_a_good_sample_is_taken_as_it_is() -> None:
     ("changes", "said"),
     [
         ({"mask": None}, r"a NoneType: a NumPy array is needed"),
+        ({"image": np.ma.masked_all((3, 1, 4), np.float32)}, r"'image' is a masked array: fill it first"),
         ({"image": [[1.0]]}, r"'image' is a list: a NumPy array is needed, .*DLPack"),
         ({"image": np.zeros((3, 1, 4))}, r"'image' is float64, .*float32 \(any, 1, 4\).*astype\('float32'\)"),
         ({"image": np.zeros((3, 1, 4), ">f4")}, r"'image' is >f4"),

@@ -149,6 +149,22 @@ def test_what_cannot_run_is_refused_with_the_reason(folder: Path, monkeypatch: p
         assert model.because == "the CPU was asked for"
 
 
+def test_a_folder_without_an_engine_says_so(folder: Path) -> None:
+    for path in folder.glob("m.engine*"):
+        path.unlink()
+    write_sums(folder)
+    with engines.open(folder) as model:
+        assert model.describe()["because"] == "there is no engine"
+    (folder / "build_engine.sh").write_text("exit 1")
+    write_sums(folder)
+    with engines.open(folder) as model:
+        assert model.because.endswith("`sh build_engine.sh` builds it on a machine with its GPU")
+    with pytest.raises(EngineError, match=r"on a GPU: there is no engine: `sh build_engine\.sh`"):
+        engines.open(folder, on="gpu")
+    with pytest.raises(EngineError, match="on is 'cuda'; auto, gpu, cpu are known"):
+        engines.open(folder, on="cuda")  # type: ignore[arg-type]
+
+
 def test_an_engine_without_its_model_is_refused_where_nothing_runs_it(folder: Path) -> None:
     (folder / "m.int8.onnx").unlink()
     with pytest.raises(EngineError, match=r"names m\.int8\.onnx, which is not there"):
@@ -164,7 +180,7 @@ def test_a_format_that_is_not_known_is_refused(folder: Path) -> None:
     manifest = Manifest.from_json((folder / "m.engine.manifest.json").read_text())
     (folder / "m.engine.manifest.json").write_text(replace(manifest, layers=sha256_file(path)).to_json())
     write_sums(folder)
-    with pytest.raises(EngineError, match=r"m\.engine\.json: its format is 'qdq\.layers/9'.*another version of qdq"):
+    with pytest.raises(EngineError, match=r"m\.engine\.json: its schema is 'qdq\.layers/9'.*another version of qdq"):
         engines.open(folder)
 
 

@@ -251,11 +251,14 @@ def test_what_is_no_single_image_is_refused(place: Path, tmp_path: Path) -> None
         (lambda m: m.segment(tmp_path / "none.nii.gz"), DataError, "No such file"),
         (lambda m: m.segment(tmp_path / "cut.nii.gz"), DataError, "Cannot use the image: "),
         (lambda m: m.segment(image(0)), InputError, "needs the affine of an array"),
+        (lambda m: m.segment(image(0), np.eye(3)), InputError, r"as \(4, 4\) finite numbers, .*the shape \(3, 3\)"),
+        (lambda m: m.segment(image(0), np.full((4, 4), np.nan)), InputError, "finite numbers"),
+        (lambda m: m.segment(image(0), np.zeros((4, 4))), InputError, "whose axes have a length"),
+        (lambda m: m.segment(image(0), "RAS"), InputError, "got str"),
         (lambda m: m.segment(image(0)[0], AFFINE), InputError, r"float32 \(17, 12\)"),
         (lambda m: m.segment("x", AFFINE), InputError, "belongs to an array"),
         (lambda m: m.segment(bad, AFFINE), DataError, "1 of its 4080 voxels are NaN or infinite"),
         (lambda m: m.segment(np.stack([image(0)] * 2), AFFINE), InputError, "has 2 channels"),
-        (lambda m: m.segment(image(0), np.zeros((4, 4))), DataError, "no place in space"),
     ]
     with engines.open(place / "out") as model:
         for call, kind, said in cases:
