@@ -51,7 +51,7 @@ def nodes(run: Run) -> list[dict[str, Any]]:
             elif seen.requested.startswith("weight-only"):
                 type_ = f"{ran}, {words.kind(seen.requested.split()[-1])} weights"
         elif node.asked:
-            kind, type_ = "low", f"{_asked(node.asked)}, as planned"
+            kind, type_ = "low", f"{asked_for(node.asked)}, as planned"
         elif reads.get(node.node):
             kind, type_ = "low", f"{' and '.join(sorted(reads[node.node]))} codes"
         else:
@@ -75,7 +75,7 @@ def nodes(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _asked(asked: str) -> str:
+def asked_for(asked: str) -> str:
     """What Q/DQ nodes ask for, as in 'INT8' or 'INT4 weights'."""
     what, _, dtype = asked.rpartition(" ")
     return words.kind(dtype) + {"weight-only": " weights", "activation-only": " data"}.get(what, "")

@@ -8,19 +8,21 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from engines.verify.audit import Audit
 from engines.verify.report import OutputReport
 from qdq.build.measured.forms import TimedForm
 from qdq.deploy.page import words
 from qdq.deploy.page.folder import Run
 from qdq.deploy.page.limits import limits
-from qdq.deploy.page.network import kernels, nodes
+from qdq.deploy.page.network import asked_for, kernels, nodes
 from qdq.deploy.page.ranges import SHOWN, ranges
 from qdq.deploy.page.svg import bar
 from qdq.deploy.page.volumes import volumes
-from qdq.deploy.report.report import DeployReport, EngineSizes, audit_lines, size, warning_lines
+from qdq.deploy.report.report import DeployReport, EngineSizes, audit_lines, shares, size, warning_lines
 
 STEP = re.compile(r"(.*): ([\d.]+) -> ([\d.]+) us")
 DEEPEST = 6  # levels of an unknown file's values that are told apart
@@ -127,9 +129,9 @@ def _facts(run: Run) -> Iterator[dict[str, str]]:
         yield _fact("Predicted time", "none", "the time of this form is not predicted")
     audit = report.audit
     if audit:
-        yield _fact("Runs in INT8", words.share(audit.int8_share), "of the multiply-adds, as compiled")
+        yield _ran(audit)
     elif report.details:
-        yield _fact("Asks for INT8", words.share(_planned(report)), "of the multiply-adds, as planned; no engine yet")
+        yield _planned(report)
     worst = report.check.worst
     several = f" of the worst output, {worst.name}," if len(report.check.outputs) > 1 else ""
     if worst.sqnr_db is not None:
@@ -172,10 +174,27 @@ def _against(report: DeployReport, us: float) -> str:
     return "; ".join(parts)
 
 
-def _planned(report: DeployReport) -> float:
+def _ran(audit: Audit) -> dict[str, str]:
+    """The share of the types below 16 bits that kernels multiply in; of weights alone the type that they become."""
+    found = {words.kind(kind): share for kind, share in shares(audit).items()}
+    kinds = [kind for kind in found if kind in words.LOW]
+    if not kinds and found and any(node.requested.startswith("weight-only") for node in audit.nodes):
+        kinds = [next(iter(found))]
+    value = words.share(sum(found[kind] for kind in kinds))
+    return _fact(f"Runs in {' or '.join(kinds) or 'INT8'}", value, "of the multiply-adds, as compiled")
+
+
+def _planned(report: DeployReport) -> dict[str, str]:
+    """The share of what Q/DQ nodes ask for, where nothing was compiled."""
     rows = report.details.nodes if report.details else ()
+    asked: Counter[str] = Counter()
+    for row in rows:
+        if row.asked:
+            asked[asked_for(row.asked)] += row.macs or 0
     total = sum(row.macs or 0 for row in rows)
-    return sum(row.macs or 0 for row in rows if row.asked == "int8") / max(total, 1)
+    kinds = [kind for kind, _ in asked.most_common()]
+    value = words.share(asked.total() / max(total, 1))
+    return _fact(f"Asks for {' or '.join(kinds) or 'INT8'}", value, "of the multiply-adds, as planned; no engine yet")
 
 
 def _sizes(report: DeployReport) -> list[dict[str, str]]:

@@ -8,9 +8,11 @@ import pytest
 from made_run import made_run, with_volumes
 
 from engines.core.documents import replace
+from engines.verify.audit import Audit, NodeAudit
 from qdq.deploy.page.folder import Run, read
 from qdq.deploy.page.limits import limits
 from qdq.deploy.page.view import view
+from qdq.deploy.report.details import NodeRow
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
 
@@ -77,6 +79,45 @@ def test_times_are_called_predicted_and_shares_sum_up(run: Run) -> None:
         "no products": "33.3 %",
         "INT8": "20.0 %",
     }
+
+
+@pytest.mark.parametrize(
+    ("asked", "label", "value"),
+    [
+        (("int8", ""), "Asks for INT8", "75.0 %"),
+        (("fp8", "fp8"), "Asks for FP8", "100 %"),
+        (("weight-only int4", ""), "Asks for INT4 weights", "75.0 %"),
+        (("int8", "weight-only int4"), "Asks for INT8 or INT4 weights", "100 %"),
+        (("", ""), "Asks for INT8", "0 %"),
+    ],
+)
+def test_what_is_asked_for_is_called_by_its_type(run: Run, asked: tuple[str, str], label: str, value: str) -> None:
+    assert run.report.details
+    rows = tuple(NodeRow(node=str(n), op_type="Conv", macs=macs, asked=asked[n]) for n, macs in enumerate((30, 10)))
+    report = replace(run.report, details=replace(run.report.details, nodes=rows))
+    facts = {fact["label"]: fact["value"] for fact in view(_with(run, report))["facts"]}
+    assert facts[label] == value and sum(name.startswith("Asks for") for name in facts) == 1
+
+
+@pytest.mark.parametrize(
+    ("ran", "label", "value"),
+    [
+        ((("int8", "int8"), ("", "float16")), "Runs in INT8", "50.0 %"),
+        ((("int8", "float16"), ("", "float16")), "Runs in INT8", "0 %"),
+        ((("fp8", "fp8"), ("fp8", "fp8")), "Runs in FP8", "100 %"),
+        ((("weight-only int4", "float16"), ("weight-only int4", "float16")), "Runs in FP16", "100 %"),
+        ((("weight-only int4", "float16"), ("int8", "int8")), "Runs in INT8", "50.0 %"),
+    ],
+)
+def test_what_runs_is_called_by_its_type(run: Run, ran: tuple[tuple[str, str], ...], label: str, value: str) -> None:
+    nodes = tuple(
+        NodeAudit(node=str(n), op_type="Conv", macs=8, requested=asked, consumed=got, kernel="k", cause="")
+        for n, (asked, got) in enumerate(ran)
+    )
+    sizes = {"kernels": 2, "bytes_moved": 1, "weight_bytes": 1, "activation_bytes": 1, "engine_bytes": 1}
+    audit = Audit(nodes=nodes, targets=("sm86",), backend="trt", version="11.1", **sizes)
+    facts = {fact["label"]: fact["value"] for fact in view(_with(run, replace(run.report, audit=audit)))["facts"]}
+    assert facts[label] == value and sum(name.startswith("Runs in") for name in facts) == 1
 
 
 def test_sizes_stand_beside_fp16_and_fp32(run: Run) -> None:
