@@ -19,7 +19,7 @@ from qdq.deploy.check import evaluate
 from qdq.deploy.costs.errors import tensor_errors
 from qdq.deploy.report.details import details_of
 from qdq.deploy.report.report import DeployReport
-from qdq.deploy.shipped import told_of
+from qdq.deploy.steps.shipped import told_of
 from qdq.measure.inference.inputs import as_samples
 from qdq.plan.settings import Settings
 

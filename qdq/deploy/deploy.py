@@ -1,64 +1,51 @@
 """The main job in the order of its stages.
 
-    float model, samples -> tuned plan -> Q/DQ model, finished                `written`: what is shipped, no file yet
-    that -> engine, where this machine can build it -> audit, check -> OUT    `deploy`: complete or not at all
+    float model, samples -> tuned plan -> Q/DQ model, finished           `steps.shipped.written`: no file yet
+    that -> an engine, where this machine can build it, or its script    `steps.compiled.compiled`
+    files, samples -> how close to the float model                       `steps.judged.judged`
+    all -> report, provenance, page, sums -> OUT                         `deploy`: complete or not at all
 Must not print, decide exit codes or hold the arithmetic of a stage.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from calib_data import Samples
 from engines.backends.backend import backend_named, target_name
-from engines.backends.compiler import ShapeRange
-from engines.backends.layers import LayerTable
 from engines.core import arithmetic
-from engines.core import onnx_runtime as ort
-from engines.core.errors import BuildError, import_runtime
+from engines.core.errors import import_runtime
 from engines.core.files import write_atomic
 from engines.verify.audit import audit
 from engines.verify.covered import INFERENCE, write_sums
 from engines.verify.manifest import sha256_model
-from engines.verify.report import OF_VOLUMES
 from qdq.assemble.finish import float_type_of
 from qdq.assemble.precision.convert import convert
 from qdq.assemble.tables import Measure, Tables
 from qdq.build.branches import with_possible_branches
-from qdq.build.compiler import of_another
-from qdq.build.engine import (
-    add_files,
-    require_profiles,
-    save_engine,
-    shape_ranges,
-)
-from qdq.build.kept import kept_check, kept_engine
-from qdq.build.machine import builds_here, compiler_here, how_to_build, runs_here
+from qdq.build.engine import add_files, require_profiles, shape_ranges
+from qdq.build.machine import compiler_here, runs_here
 from qdq.build.measured.bench import bench_of, priced_here, why_predicted
 from qdq.build.pricing.pricer import priced_engine
 from qdq.build.pricing.tensorrt_pricer import pricer_of, unpriced
 from qdq.build.recipe import Recipe
-from qdq.build.script.write import NAME, save_build_script
+from qdq.build.script.write import NAME
 from qdq.core.errors import InputError
 from qdq.core.files import folder_beside, move_all
 from qdq.core.progress import Progress
-from qdq.deploy.check import evaluate, float_session
-from qdq.deploy.costs.errors import tensor_errors
-from qdq.deploy.costs.find import with_costs
-from qdq.deploy.overlap import overlap
+from qdq.deploy.overlap import Evaluated, overlap
 from qdq.deploy.page.folder import MEASURED, PAGE, SLICES
 from qdq.deploy.page.render import write_page
 from qdq.deploy.report.details import details_of
 from qdq.deploy.report.report import DeployReport, EngineSizes
-from qdq.deploy.shipped import file_bytes, provenance, written
+from qdq.deploy.steps.compiled import compiled
+from qdq.deploy.steps.judged import judged
+from qdq.deploy.steps.shipped import file_bytes, written
 from qdq.deploy.trace.host import moment
 from qdq.deploy.trace.provenance import NAME as TRACED
 from qdq.deploy.trace.provenance import DataSet, provenance_of
@@ -73,7 +60,6 @@ from qdq.model.external import is_large
 from qdq.model.model import Model
 from qdq.model.storage import load, save
 from qdq.model.weight_store import kept
-from qdq.passes.composites import written_out
 from qdq.passes.prepare import load_float
 from qdq.plan.plan import Plan
 from qdq.tune.exact.elsewhere import elsewhere
@@ -163,7 +149,6 @@ def deploy(
         )
     moment()  # refused now, not after a calibration
     judged_on = None if evaluated is None else overlap(calibration, evaluated, prepared, allowed=allow_overlap)
-    seen = judged_on.seen if judged_on else 0
     prepared = with_possible_branches(
         prepared, chain(calibration, evaluated or ()), recipe=recipe, shapes=shapes, on_progress=on_progress
     )
@@ -193,112 +178,73 @@ def deploy(
         made.table.save(folder / "table.json")
         if how := inference_of(recipe, sha256_model(output), evaluated, calibration):
             write_atomic(folder / INFERENCE, how.to_json())
-        table: LayerTable | None = None
-        float_table, fp16_table, not_built = None, None, ""
         fp16 = _in_fp16(prepared, made.table, recipe)
-        if builds_here(recipe):
-            notes = [*notes, *recipe.option_notes]
-            engine = kept_engine(output, recipe=recipe, shapes=shapes, on_progress=on_progress)
-            save_engine(engine, engine_path, output, recipe=recipe, shapes=shapes, made_from=provenance(made))
-            table = engine.table
-            float_table, reason = _float_table(written_out(prepared), folder, recipe, shapes, on_progress)
-            same = not made.plan.points and low == "fp16"
-            fp16_table = table if same else _float_table(fp16, folder, recipe, shapes, on_progress, kind="FP16")[0]
-        else:
-            notes = [*notes, recipe.profile.about_opset(finished.model.opset)]
-            script = save_build_script(output, engine_path.name, recipe=recipe, shapes=shapes)
-            not_built = how_to_build(script.name, recipe)
-            reason = kept_check(output, finished.model.proto, recipe, shapes, on_progress)
-        judged = calibration if evaluated is None else evaluated
-        on_engine = recipe.backend if table and runs_here(table.targets) else None
-        against_float = partial(
-            evaluate,
+        built = compiled(
+            output,
+            engine_path,
+            shipped=done,
+            fp32=prepared,
+            fp16=fp16,
+            in_fp16=not made.plan.points and low == "fp16",
+            recipe=recipe,
+            shapes=shapes,
+            on_progress=on_progress,
+        )
+        table, pictures = built.table, Keeper() if with_images else None
+        found = judged(
             model_path,
-            samples=judged,
-            limits=recipe.limits,
-            alarms=recipe.alarms,
-            task=recipe.task,
-            class_axis=recipe.class_axis,
+            output,
+            engine_path if table and runs_here(table.targets) else None,
+            prepared=prepared,
+            shipped=done,
+            table=table,
+            samples=calibration if evaluated is None else evaluated,
+            labels=labels,
+            recipe=recipe,
             custom_ops=custom_ops,
+            pictures=pictures,
             on_progress=on_progress,
         )
-        check = against_float(
-            engine_path if on_engine else output,
-            engine_backend=on_engine,
-            running=recipe.running,
-            whole=recipe.whole,
-            pictures=(pictures := Keeper() if with_images else None),
-        )
-        check = with_costs(
-            check,
-            prepared,
-            finished.model,
-            judged,
-            settings=recipe.settings,
-            calibrated_on=made.table.count,
-            on_progress=on_progress,
-        )
-        errors = tensor_errors(made, finished.model, judged, on_progress=on_progress)
         price, gpus = done.price, tuple(gpu.name for gpu in (pricer.told if pricer else ()))
         if price is None and table is not None:
             price, gpus = priced_engine(output, table, recipe=recipe, shapes=shapes)
-        if not made.plan.points:
-            notes = [*notes, made.plan.why_nothing, f"The model is called {output.name}, by its float type."]
-        if seen:
-            notes = [*notes, f"{seen} of the evaluation samples are calibration samples too, which was allowed."]
-        of_outputs = {name: value for name, value in recipe.limits.items() if name not in OF_VOLUMES}
-        as_compiled = against_float(output, as_compiled=table, limits=of_outputs) if table else None
-        said = [check.note]
-        if table and as_compiled:
-            other = of_another(recipe.settings.compiler, table.backend, table.version)
-            said = [other, table.note, check.note, as_compiled.note.removeprefix(f"{check.note}; ")]
-        if evaluated is None:
-            notes = [*notes, "Checked on the calibration samples themselves: give --eval for samples not seen before."]
-        if recipe.tune != "off" and not pricer:
-            notes = [*notes, f"not tuned: {unpriced(recipe)}"]
-        opened: dict[str, Callable[[], Any]] = {
-            "float model": lambda: float_session(load(model_path), str(model_path), custom_ops=custom_ops),
-            "shipped model": lambda: arithmetic.session(output, custom_ops=custom_ops),
-        }
         outcome = done.tuned.outcome(pricer.told, elsewhere(prepared, pricer)) if done.tuned and pricer else None
         if outcome and outcome.measured:
             write_atomic(folder / MEASURED, outcome.lines)
-        label_dice = {name: _label_dice(session(), judged, labels) for name, session in opened.items() if labels}
+        said = [
+            *prepared.notes,
+            why_predicted(recipe),
+            *notes,
+            *built.notes,
+            *_notes(made.plan, output.name, judged_on),
+            f"not tuned: {unpriced(recipe)}" if recipe.tune != "off" and not pricer else "",
+            *done.notes,
+            *made.solution.notes,
+            *finished.notes,
+            *found.notes,
+            built.reason,
+        ]
         report = DeployReport(
-            check=check,
-            as_compiled=as_compiled,
+            check=found.check,
+            as_compiled=found.as_compiled,
             audit=audit(output, table, shapes=recipe.table_shapes(shapes)) if table else None,
             compiler=recipe.profile.title,
             chosen_because=recipe.chosen_because,
             targets=table.targets if table else tuple(map(target_name, recipe.targets)),
-            not_built=not_built,
+            not_built=built.not_built,
             quantized_nodes=len(made.plan.quantized_nodes),
-            float_engine=EngineSizes.of(float_table) if float_table else None,
-            fp16_engine=EngineSizes.of(fp16_table) if fp16_table else None,
+            float_engine=EngineSizes.of(built.fp32_table) if built.fp32_table else None,
+            fp16_engine=EngineSizes.of(built.fp16_table) if built.fp16_table else None,
             float_file_bytes=file_bytes(load(model_path)),
             fp16_file_bytes=file_bytes(fp16) if fp16 else None,
             int8_file_bytes=file_bytes(load(output)),
-            details=details_of(made, finished.model, errors, price=price, gpus=gpus, shapes=shapes),
+            details=details_of(made, finished.model, found.errors, price=price, gpus=gpus, shapes=shapes),
             model_file=output.name,
             min_int8_share=recipe.min_int8_share,
-            overlap=seen,
+            overlap=judged_on.seen if judged_on else 0,
             evaluated_on="calibration samples" if evaluated is None else "evaluation samples",
-            notes=tuple(
-                filter(
-                    None,
-                    [
-                        *prepared.notes,
-                        why_predicted(recipe),
-                        *notes,
-                        *done.notes,
-                        *made.solution.notes,
-                        *finished.notes,
-                        *said,
-                        reason,
-                    ],
-                )
-            ),
-            label_dice=label_dice,
+            notes=tuple(filter(None, said)),
+            label_dice=found.label_dice,
             tuning=outcome,
         )
         write_atomic(folder / "report.json", report.to_json())
@@ -325,47 +271,22 @@ def deploy(
         )
 
 
+def _notes(plan: Plan, name: str, judged_on: Evaluated | None) -> Iterator[str]:
+    """What a reader must know of a model called `name`, and of the samples that it was judged on."""
+    if not plan.points:
+        yield plan.why_nothing
+        yield f"The model is called {name}, by its float type."
+    if judged_on is None:
+        yield "Checked on the calibration samples themselves: give --eval for samples not seen before."
+    elif judged_on.seen:
+        yield f"{judged_on.seen} of the evaluation samples are calibration samples too, which was allowed."
+
+
 def _in_fp16(prepared: Model, table: CalibrationTable, recipe: Recipe) -> Model | None:
     """The float model in FP16, to compare sizes with; None of a large one."""
     if is_large(prepared.graph.initializer):
         return None
     return convert(prepared, split_biases=bool(recipe.profile.shift), table=table).model
-
-
-def _float_table(
-    model: Model | None,
-    folder: Path,
-    recipe: Recipe,
-    shapes: Mapping[str, ShapeRange],
-    on_progress: Progress,
-    kind: str = "FP32",
-) -> tuple[LayerTable | None, str]:
-    """The layers of a float model compiled in the same way, or None and why it does not compile."""
-    if model is None:
-        return None, ""
-    place = folder / "float"
-    place.mkdir()
-    try:
-        save(model, place / "float.onnx")
-        return kept_engine(
-            place / "float.onnx", recipe=recipe, shapes=shapes, on_progress=on_progress, label=f"Compile {kind}"
-        ).table, ""
-    except BuildError as error:
-        return None, f"The float model does not compile, so there are no sizes to compare with: {error}"
-    finally:
-        shutil.rmtree(place)
-
-
-def _label_dice(session: Any, samples: Iterable[Sample], labels: Sequence[np.ndarray]) -> dict[int, float]:
-    """Dice of each class that the labels hold, over all samples: 2 |both| / (|predicted| + |labelled|)."""
-    classes = [int(k) for k in np.unique(np.concatenate([np.unique(label) for label in labels]))]
-    both, either = np.zeros(len(classes)), np.zeros(len(classes))
-    for outputs, label in zip(ort.run(session, samples), labels, strict=True):
-        found = next(iter(outputs.values())).argmax(1)
-        for row, k in enumerate(classes):
-            both[row] += np.sum((found == k) & (label == k))
-            either[row] += np.sum(found == k) + np.sum(label == k)
-    return {k: float(2 * b / e) for k, b, e in zip(classes, both, either, strict=True)}
 
 
 def _require_runtimes(model: Model, recipe: Recipe) -> None:

@@ -44,7 +44,7 @@ from qdq.deploy.compare.score import Reference, inputs_only, score
 from qdq.deploy.compare.task import Task
 from qdq.deploy.overlap import overlap
 from qdq.deploy.report.report import shares
-from qdq.deploy.shipped import ShippedModel, file_bytes, written
+from qdq.deploy.steps.shipped import ShippedModel, file_bytes, written
 from qdq.measure.inference.session import registered
 from qdq.model.model import Model
 from qdq.model.storage import load, save

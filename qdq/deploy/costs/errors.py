@@ -18,7 +18,7 @@ from qdq.assemble.held_out import in_its_types
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
 from qdq.deploy.costs.switches import quantized_data
-from qdq.deploy.shipped import Made
+from qdq.deploy.steps.shipped import Made
 from qdq.measure.inference.samples import Sample
 from qdq.model.external import is_large
 from qdq.model.model import Model

@@ -16,7 +16,7 @@ from qdq.build.cost import Price
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams
 from qdq.deploy.costs.errors import TensorErrors
-from qdq.deploy.shipped import Made
+from qdq.deploy.steps.shipped import Made
 from qdq.model.model import Model
 from qdq.model.nodes import controlled_nodes
 from qdq.plan.plan import Point

@@ -57,7 +57,7 @@ def test_a_second_run_does_nothing_again_and_is_equal_in_every_byte(
     qdq(*deploy, "--out", "first", "--cache", "kept")
     for stage in (
         "qdq.assemble.tables.collect",
-        "qdq.deploy.shipped.quantize",
+        "qdq.deploy.steps.shipped.quantize",
         "qdq.tune.find_plan._found",
         "qdq.build.kept.compile_engine",
         "qdq.build.pricing.processes.compile_engine",
@@ -118,7 +118,7 @@ def test_a_plan_a_table_and_workers(folder: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["int8-smooth", "fptq", "nvfp4"])
 def test_what_is_told_of_a_model_comes_back(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qdq.deploy import shipped
+    from qdq.deploy.steps import shipped
 
     model = prepare(load(two_products()))
     rng = np.random.default_rng(0)

@@ -28,7 +28,7 @@ from engines.core import onnx_runtime as ort
 from qdq.build.engine import compile_engine, shape_ranges
 from qdq.build.recipe import Recipe
 from qdq.deploy.check import float_session
-from qdq.deploy.shipped import file_bytes
+from qdq.deploy.steps.shipped import file_bytes
 from qdq.model.model import Model
 from qdq.model.storage import load
 from qdq.passes.prepare import prepare

@@ -12,7 +12,7 @@ from qdq.assemble.quantize import Quantized, quantize
 from qdq.core.formats import FORMATS
 from qdq.deploy.costs import errors
 from qdq.deploy.costs.errors import tensor_errors
-from qdq.deploy.shipped import told_of
+from qdq.deploy.steps.shipped import told_of
 from qdq.model.model import Model
 from qdq.plan.settings import Settings
 
