@@ -86,7 +86,7 @@ class Cache:
 
     def trim(self) -> None:
         """Remove what was of use longest ago where all is larger than it may be, and what killed runs left."""
-        for path in self.folder.glob("*/.*.part"):
+        for path in self.folder.glob(f"*/.*{SUFFIX}.*.part"):  # no other program's, wherever the folder is
             if abandoned(path):
                 with suppress(OSError):
                     path.unlink()
