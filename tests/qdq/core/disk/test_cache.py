@@ -87,6 +87,16 @@ def test_what_was_of_use_longest_ago_goes_first(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in tmp_path.glob("*/*")) <= 4000
 
 
+def test_what_killed_runs_left_goes_and_no_file_of_others(tmp_path: Path) -> None:
+    (tmp_path / "k").mkdir()
+    names = (".1.kept.0a1b2c3d.part", ".film.part", "notes.txt", ".unet.onnx.0a1b2c3d.part")
+    for name in names:
+        (tmp_path / "k" / name).write_text("")
+        os.utime(tmp_path / "k" / name, (time.time() - 3600,) * 2)
+    Cache(tmp_path, most_bytes=0).trim()
+    assert sorted(path.name for path in tmp_path.glob("k/*")) == sorted(names[1:])
+
+
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="Cannot use the cache"), caching(tmp_path / "file"):
