@@ -72,7 +72,9 @@ class Cache:
             return None
         with suppress(OSError):
             os.utime(path)  # it is of use: the last to go
-        return msgspec.msgpack.decode(body, type=dict[str, bytes])
+        with suppress(msgspec.DecodeError):
+            return msgspec.msgpack.decode(body, type=dict[str, bytes])
+        return None
 
     def put(self, kind: str, key: str, parts: Parts) -> None:
         """Keep a result. A disk that is full, or a folder that is gone, only costs time later."""

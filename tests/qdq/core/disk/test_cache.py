@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import multiprocessing
 import os
 import time
@@ -14,6 +15,8 @@ import pytest
 from qdq.core.disk import cache
 from qdq.core.disk.cache import Cache, caching, remembered
 from qdq.core.errors import InputError
+
+NO_PARTS = b"qdq.cache/1\n" + hashlib.sha256(b"\x93\x01").digest() + b"\x93\x01"  # a list that ends too early
 
 
 def doubled(key: tuple[object, ...], made: list[int], value: int) -> int:
@@ -44,7 +47,7 @@ def test_the_same_key_is_computed_once_and_another_key_anew(tmp_path: Path) -> N
     assert made == [3, 4, 3]
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"qdq.cache/1\n" + bytes(40), b"other"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"qdq.cache/1\n" + bytes(40), NO_PARTS, b"other"])
 def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: bytes) -> None:
     made: list[int] = []
     with caching(tmp_path):
