@@ -149,8 +149,10 @@ def compile_engine(
     raise located(refusal, proto, place, trial, seconds=max(LOCATE_S, SEARCHES * took))
 
 
-def checked(model: Path, graph: ModelProto, recipe: Recipe, shapes: Mapping[str, ShapeRange], tell: Progress) -> str:
-    """Compile a file with who stands in for the recipe's compiler: a check of syntax and types; says what it shows.
+def checked(
+    model: Path, graph: ModelProto, recipe: Recipe, shapes: Mapping[str, ShapeRange], tell: Progress
+) -> tuple[str, bool]:
+    """Compile a file with who stands in for the recipe's compiler: what that shows of syntax and types, and if it does.
 
     `graph` is what the file holds, perhaps without the values of weights.
     """
@@ -159,8 +161,9 @@ def checked(model: Path, graph: ModelProto, recipe: Recipe, shapes: Mapping[str,
     try:
         compile_engine(model, recipe=other, shapes=shapes, on_progress=tell, label="Check syntax", locate=False)
     except BuildError as error:
-        return f"{where}, which checks the model in the place of {title}, refuses it, and {title} may too: {error}"
-    return f"{where} compiles the model, which checks its syntax and types for {title}, not its kernels or times."
+        said = f"{where}, which checks the model in the place of {title}, refuses it, and {title} may too: {error}"
+        return said, False
+    return f"{where} compiles the model, which checks its syntax and types for {title}, not its kernels or times.", True
 
 
 def _advised(error: BuildError, model: Model | Path) -> BuildError:

@@ -48,14 +48,15 @@ def kept_engine(
 
 
 def kept_check(model: Path, graph: ModelProto, recipe: Recipe, shapes: Mapping[str, ShapeRange], tell: Progress) -> str:
-    """As `checked`; where work is kept, what it said in an earlier run."""
-    return remembered(
+    """What `checked` says; where work is kept, what it said in an earlier run."""
+    said, _ = remembered(
         "checks",
         lambda: (*_key(model, stand_in(recipe, graph), shapes), recipe.profile.title),
         lambda: checked(model, graph, recipe, shapes, tell),
-        pack=lambda said: {"said": said.encode()},
-        unpack=lambda parts: parts["said"].decode(),
+        pack=lambda found: {"said": found[0].encode()} if found[1] else None,
+        unpack=lambda parts: (parts["said"].decode(), True),
     )
+    return said
 
 
 def _key(model: Model | Path, recipe: Recipe, shapes: Mapping[str, ShapeRange]) -> tuple[object, ...]:

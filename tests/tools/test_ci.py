@@ -34,7 +34,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "qdq").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m qdq "$@"\n')
-    (programs / "gh").write_text('#!/bin/sh\necho "$@" >> "$GH_CALLS"\n')
+    (programs / "gh").write_text('#!/bin/sh\necho "$@" >> "$GH_CALLS"\ncase "$*" in *--jq*) echo "$GH_FOUND";; esac\n')
     (programs / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     for program in programs.iterdir():
         program.chmod(0o755)
@@ -139,16 +139,70 @@ def test_the_action_passes_compares_and_fails(place: Path) -> None:
     assert "1 limit failed" in told and "| | last run | this run | |" in told and "worse" in told, told
     assert "::error title=qdq::limit failed" in again.said and (place / "qdq-build/report.json").is_file()
     calls = (place.parent / "gh.calls").read_text()
-    assert calls.startswith("pr comment 7 --body-file qdq-comment.md")
+    assert '"<!-- qdq qdq -->"' in calls  # others' comments, and those of other jobs, are not touched
+    assert calls.splitlines()[1] == "api repos/owner/project/issues/7/comments --field body=@qdq-comment.md --silent"
     wrong = act(place, data="nowhere", comment="false", event="pull_request")
     assert wrong.run() == 2 and "Comment" not in wrong.ran, wrong.said
     told = (place / "qdq-comment.md").read_text()
     assert "nothing was made" in told and "nowhere" in told and "input, exit code 2" in told
 
 
+def test_a_comment_of_an_earlier_run_is_written_anew(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GH_FOUND", "41\n42")
+    (place / "qdq-changes.html").write_text("of an earlier run")
+    assert act(place, data="nowhere", event="pull_request").run() == 2
+    calls = (place.parent / "gh.calls").read_text()
+    assert "api --method PATCH repos/owner/project/issues/comments/41 --field body=@qdq-comment.md" in calls
+    assert not (place / "qdq-changes.html").exists()
+
+
+@pytest.mark.parametrize("arguments", ["--tune off --min-sqnr-db '200", "--min-sqnr-db 200\\"])
+def test_limits_that_cannot_be_read_are_not_dropped(place: Path, arguments: str) -> None:
+    ran = act(place, arguments=arguments)
+    assert ran.run() == 2 and not (place / "qdq-build").exists(), ran.said
+    assert "usage, exit code 2: Cannot split the further options" in (place / "qdq-comment.md").read_text()
+
+
+def test_a_program_that_does_not_start_is_no_limit_that_failed(place: Path) -> None:
+    (place.parent / "bin/qdq").write_text("#!/bin/sh\nexit 1\n")
+    assert act(place).run() == 1
+    assert "qdq ended without an answer" in (place / "qdq-comment.md").read_text()
+
+
+def test_names_are_shown_and_do_nothing_else(tmp_path: Path) -> None:
+    name = "a|b <img src=x> @all `c` [d](e)\n/close"
+    old = {"schema": "qdq.report/1", "model_file": name, "targets": ["sm89"], "failures": [name], "notes": []}
+    outputs = [{"name": name, "sqnr_db": 20.0}, {"name": "y", "sqnr_db": 30.0}]
+    new = {**old, "notes": [name], "check": {"outputs": outputs}}
+    for file, report in (("old", old), ("new", new)):
+        (tmp_path / file).write_text(json.dumps(report), encoding="utf-8")
+    command = [sys.executable, FOLDER / "difference.py", tmp_path / "new", tmp_path / "old", "-o", tmp_path / "c.md"]
+    subprocess.run(command, check=True, capture_output=True)
+    told = (tmp_path / "c.md").read_text(encoding="utf-8")
+    assert told.count("a\\|b \\<img src=x\\> @\u200ball \\`c\\` \\[d\\](e) /close") == 4, told
+    assert "\n/" not in told and "@all" not in told
+
+
+def test_a_branch_is_not_compared_with_one_whose_name_begins_so() -> None:
+    steps = {step["name"]: step for step in ACTION["runs"]["steps"]}
+
+    def filled(text: str, branch: str) -> str:
+        known = {"inputs.artifact": "qdq", "github.run_id": "9", "github.run_attempt": "1", "github.ref_name": branch}
+        return re.sub(r"\$\{\{ (.*?) \}\}", lambda m: known.get(m[1], branch), text)
+
+    wanted = filled(steps["Report of the last run"]["with"]["restore-keys"], "main")
+    assert filled(steps["Keep it"]["with"]["key"], "main").startswith(wanted)
+    assert not filled(steps["Keep it"]["with"]["key"], "main-2").startswith(wanted)
+
+
 def test_the_gitlab_job_runs_the_same_script(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variables = {name: str(value) for name, value in JOB["variables"].items()}
-    own = {"QDQ_CI": str(FOLDER), "QDQ_CACHE": str(place / ".qdq-cache"), "CI_PROJECT_DIR": str(place)}
+    own = {
+        "QDQ_CI": str(FOLDER),
+        "QDQ_NAME": "prepare",
+        "QDQ_CACHE": str(place / ".qdq-cache"),
+        "CI_PROJECT_DIR": str(place),
+    }
     env = {**os.environ, **variables, **own, "QDQ_MODEL": "net.onnx", "QDQ_DATA": "my data"}
 
     def script(limit: str) -> int:
@@ -165,7 +219,8 @@ def test_the_gitlab_job_runs_the_same_script(place: Path, monkeypatch: pytest.Mo
         def _answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             calls.append((self.command, self.path, json.loads(body) if body else None))
-            told = json.dumps([{"id": 4, "body": "hi"}, {"id": 5, "body": "<!-- qdq -->\nold"}][: 1 + (len(calls) > 2)])
+            other, own = {"id": 4, "body": "<!-- qdq other -->"}, {"id": 5, "body": "<!-- qdq prepare -->\nold"}
+            told = json.dumps([other] * 100 if self.path.endswith("&page=1") else [own] if len(calls) > 3 else [])
             self.send_response(200)
             self.end_headers()
             self.wfile.write(told.encode())
@@ -184,8 +239,8 @@ def test_the_gitlab_job_runs_the_same_script(place: Path, monkeypatch: pytest.Mo
             done = subprocess.run(command, cwd=place, env=job, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
         server.shutdown()
-    assert [call[0] for call in calls] == ["GET", "POST", "GET", "PUT"]
-    assert calls[3][1].endswith("/merge_requests/12/notes/5") and "1 limit failed" in calls[1][2]["body"]
+    assert [call[0] for call in calls] == ["GET", "GET", "POST", "GET", "GET", "PUT"]
+    assert calls[5][1].endswith("/merge_requests/12/notes/5") and "1 limit failed" in calls[2][2]["body"]
 
 
 def test_linters() -> None:

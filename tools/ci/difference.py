@@ -12,15 +12,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-MARK = "<!-- qdq -->"  # by which a later run finds its comment
 SAME = 1e-9  # relative: less is the same figure
 MOST_NOTES = 20
 
 Value = float | str | None
+
+
+def mark() -> str:
+    """The first line of a comment, by which a later run of the same job finds it."""
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", os.environ.get("QDQ_NAME", "")).strip("-")
+    return f"<!-- qdq {name} -->" if name else "<!-- qdq -->"
+
+
+def plain(text: str) -> str:
+    """A text, which may hold names out of a model, as Markdown that shows it: no mark-up, HTML, cell or mention."""
+    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", " ".join(text.split())).replace("@", "@\u200b")
 
 
 def _bytes(size: float) -> str:
@@ -66,7 +77,7 @@ def rows(new: dict[str, Any], old: dict[str, Any] | None) -> Iterator[tuple[str,
         now, before = _outputs(new).get(name), _outputs(old).get(name)
         if len({*_outputs(new), *_outputs(old)}) > 1:
             told = ["" if value is None else f"{value:.1f} dB" for value in (before, now)]
-            yield f"SQNR of {name}", told[0], told[1], _change(before, now, True)
+            yield f"SQNR of {plain(name)}", told[0], told[1], _change(before, now, True)
 
 
 def _outputs(report: dict[str, Any] | None) -> dict[str, float]:
@@ -90,8 +101,8 @@ def comment(new: dict[str, Any], old: dict[str, Any] | None) -> str:
     """The comment."""
     failures = new.get("failures") or []
     head = "every limit kept" if not failures else f"{len(failures)} limit{'s' * (len(failures) > 1)} failed"
-    lines = [MARK, f"### qdq: {new['model_file']} for {', '.join(new['targets'])}, {head}", ""]
-    lines += [f"- **failed**: {failure}" for failure in failures] + [""] * bool(failures)
+    lines = [mark(), f"### qdq: {plain(new['model_file'])} for {plain(', '.join(new['targets']))}, {head}", ""]
+    lines += [f"- **failed**: {plain(failure)}" for failure in failures] + [""] * bool(failures)
     if old is None:
         lines += ["There is no report of an earlier run.", "", "| | this run |", "|---|---|"]
         lines += [f"| {name} | {now} |" for name, _, now, _ in rows(new, None)]
@@ -103,7 +114,8 @@ def comment(new: dict[str, Any], old: dict[str, Any] | None) -> str:
             ("new", [n for n in said if n not in before]),
             ("gone", [n for n in before if n not in said]),
         ):
-            lines += ["", f"Notes that are {word}:", *(f"- {note}" for note in notes[:MOST_NOTES])] if notes else []
+            listed = (f"- {plain(note)}" for note in notes[:MOST_NOTES])
+            lines += ["", f"Notes that are {word}:", *listed] if notes else []
     return "\n".join(lines) + "\n"
 
 
@@ -126,7 +138,7 @@ def read(path: Path) -> dict[str, Any]:
 def annotate(text: str) -> None:
     """Show an error beside the run on GitHub."""
     if os.environ.get("GITHUB_ACTIONS"):
-        print("::error title=qdq::" + text.replace("%", "%25").replace("\n", "%0A"))
+        print("::error title=qdq::" + text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A"))
 
 
 def main() -> None:
@@ -142,7 +154,7 @@ def main() -> None:
             said = f"{error['kind']}, exit code {error['exit_code']}: {error['message']}"
         except (ValueError, KeyError, TypeError):
             said = "qdq ended without an answer"
-        text = f"{MARK}\n### qdq: nothing was made\n\n{said}\n"
+        text = f"{mark()}\n### qdq: nothing was made\n\n{plain(said)}\n"
         annotate(said)
     elif not 1 <= len(asked.reports) <= 2:
         parser.error("give the report of this run, and that of the last one if there is one")

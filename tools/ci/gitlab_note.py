@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from difference import MARK
+PAGE = 100  # the most that GitLab gives at a time
 
 
 def asked(method: str, path: str, content: object = None) -> Any:
@@ -32,8 +32,12 @@ def asked(method: str, path: str, content: object = None) -> Any:
 def main() -> None:
     """Write the note."""
     notes = f"/merge_requests/{os.environ['CI_MERGE_REQUEST_IID']}/notes"
-    body = {"body": Path(sys.argv[1]).read_text(encoding="utf-8")}
-    own = [note["id"] for note in asked("GET", f"{notes}?per_page=100") if note["body"].startswith(MARK)]
+    text = Path(sys.argv[1]).read_text(encoding="utf-8")
+    body, mark = {"body": text}, text.splitlines()[0]
+    own, page, full = [], 1, True
+    while full and not own:
+        found = asked("GET", f"{notes}?per_page={PAGE}&page={page}")
+        own, page, full = [n["id"] for n in found if n["body"].startswith(mark)], page + 1, len(found) >= PAGE
     if own:
         asked("PUT", f"{notes}/{own[0]}", body)
     else:

@@ -10,29 +10,35 @@
 # QDQ_CHANGES           file for a page of the difference; default qdq-changes.html
 # QDQ_COMMENT           file for the difference in Markdown; default qdq-comment.md
 # QDQ_CACHE             folder of earlier work, which `qdq` itself reads
+# QDQ_NAME              name of this job among those that comment on the same request
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${QDQ_OUT:-qdq-build}
 comment=${QDQ_COMMENT:-qdq-comment.md}
 changes=${QDQ_CHANGES:-qdq-changes.html}
+rm -f "$comment" "$changes" # of an earlier run in this folder
 answer=$(mktemp)
 trap 'rm -f "$answer"' EXIT
+
+failed() { # nothing was made: say why, and end with that code
+  python3 "$here/difference.py" --error "$answer" -o "$comment"
+  exit "$1"
+}
 
 words=()
 if [ -n "${QDQ_EVAL:-}" ]; then
   words+=(--eval "$QDQ_EVAL")
 fi
 if [ -n "${QDQ_ARGUMENTS:-}" ]; then
-  split='import shlex, sys; sys.stdout.write("".join(f"{word}\0" for word in shlex.split(sys.argv[1])))'
-  while IFS= read -r -d '' word; do words+=("$word"); done < <(python3 -c "$split" "$QDQ_ARGUMENTS")
+  python3 "$here/words.py" "$QDQ_ARGUMENTS" >"$answer" || failed 2
+  while IFS= read -r -d '' word; do words+=("$word"); done <"$answer"
 fi
 
 status=0
-qdq deploy "$QDQ_MODEL" --data "$QDQ_DATA" --out "$out" "${words[@]}" --json >"$answer" || status=$?
-if [ "$status" -gt 1 ]; then
-  python3 "$here/difference.py" --error "$answer" -o "$comment"
-  exit "$status"
+qdq deploy --data "$QDQ_DATA" --out "$out" "${words[@]}" --json -- "$QDQ_MODEL" >"$answer" || status=$?
+if [ "$status" -gt 1 ] || [ ! -s "$answer" ]; then
+  failed "$status"
 fi
 
 previous=()

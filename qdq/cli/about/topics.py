@@ -76,8 +76,9 @@ def _limits(program: click.Group) -> Iterator[str]:
     from qdq.build.recipe import LIMITS
 
     yield from _wrapped(
-        "Each holds for every output; a result that misses one is written all the same, and the command ends with 1. "
-        "In a recipe they have underscores, as min_sqnr_db: 20."
+        "Each holds for every output or structure; a result that misses one is written all the same, and the command "
+        "ends with 1. Below one of --warn it ends as ever, and says so. In a recipe they have underscores, as "
+        "min_sqnr_db: 20."
     )
     wanted = {*LIMITS, "min_int8_share", "warn_sqnr_db", "warn_top1"}
     where: dict[str, list[str]] = {}

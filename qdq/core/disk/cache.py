@@ -72,7 +72,9 @@ class Cache:
             return None
         with suppress(OSError):
             os.utime(path)  # it is of use: the last to go
-        return msgspec.msgpack.decode(body, type=dict[str, bytes])
+        with suppress(msgspec.DecodeError):
+            return msgspec.msgpack.decode(body, type=dict[str, bytes])
+        return None
 
     def put(self, kind: str, key: str, parts: Parts) -> None:
         """Keep a result. A disk that is full, or a folder that is gone, only costs time later."""
@@ -86,7 +88,7 @@ class Cache:
 
     def trim(self) -> None:
         """Remove what was of use longest ago where all is larger than it may be, and what killed runs left."""
-        for path in self.folder.glob("*/.*.part"):
+        for path in self.folder.glob(f"*/.*{SUFFIX}.*.part"):  # no other program's, wherever the folder is
             if abandoned(path):
                 with suppress(OSError):
                     path.unlink()

@@ -66,7 +66,7 @@ def with_costs(
     """
     if report.poorest is None:
         return report
-    return remembered(
+    found, _ = remembered(
         "costs",
         lambda: (
             report.to_json(),
@@ -77,9 +77,10 @@ def with_costs(
             calibrated_on,
         ),
         lambda: _with_costs(report, float_model, quantized, samples, settings, calibrated_on, on_progress),
-        pack=lambda found: {"report": found.to_json().encode()},
-        unpack=lambda parts: Report.from_json(parts["report"]),
+        pack=lambda made: {"report": made[0].to_json().encode()} if made[1] else None,
+        unpack=lambda parts: (Report.from_json(parts["report"]), True),
     )
+    return found
 
 
 def _with_costs(
@@ -90,26 +91,24 @@ def _with_costs(
     settings: Settings | None,
     calibrated_on: int | None,
     on_progress: Progress | None,
-) -> Report:
+) -> tuple[Report, bool]:
+    """As `with_costs`, and whether all was tried: else the clock had a part in it."""
     worst = report.poorest
     if worst is None:
-        return report
+        return report, True
     if is_large(quantized.graph.initializer):
-        return replace(report, advice=("What costs most was not looked for: the model is large.",))
+        return replace(report, advice=("What costs most was not looked for: the model is large.",)), True
     if worst.task == "labels":
-        return replace(report, advice=_general(quantized, settings, calibrated_on))
+        return replace(report, advice=_general(quantized, settings, calibrated_on)), True
     try:
         found = _measured(worst.name, float_model, quantized, next(iter(samples)), on_progress)
     except (InputError, EngineError) as error:
-        return replace(report, advice=(f"What costs most was not found: {error}",))
+        return replace(report, advice=(f"What costs most was not found: {error}",)), False
     if found is None:
         inside = any(node.op_type == "QuantizeLinear" for node in controlled_nodes(quantized.graph))
-        return replace(report, advice=(INSIDE if inside else NOTHING,))
-    return replace(
-        report,
-        costly=found.costly,
-        advice=tuple(_advice(found, worst, float_model, quantized, settings, calibrated_on)),
-    )
+        return replace(report, advice=(INSIDE if inside else NOTHING,)), True
+    advice = tuple(_advice(found, worst, float_model, quantized, settings, calibrated_on))
+    return replace(report, costly=found.costly, advice=advice), found.tried == found.tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

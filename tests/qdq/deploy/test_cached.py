@@ -84,6 +84,19 @@ def test_other_data_and_other_weights_are_other_work(folder: Path) -> None:
     assert files(folder / "d1") == files(folder / "d2") != files(folder / "w1")
 
 
+def test_no_sample_path_or_name_of_a_file_is_kept(folder: Path) -> None:
+    (folder / "data").rename(folder / "DoeJane")
+    for path in (folder / "DoeJane").iterdir():
+        path.rename(path.with_name(f"born1942-{path.name}"))
+    qdq("deploy", "net.onnx", "--data", "DoeJane", "--eval", "held", *QUICK, "--out", "out", "--cache", "kept")
+    kept = [path.read_bytes() for path in folder.glob("kept/*/*")]
+    values = np.load(next((folder / "DoeJane").iterdir()))["image"].tobytes()
+    assert len(kept) > 5
+    for content in kept:
+        for secret in (b"DoeJane", b"born1942", b"net.onnx", str(folder).encode(), values[:64]):
+            assert secret not in content, secret
+
+
 def test_damage_anywhere_changes_nothing(folder: Path) -> None:
     deploy = ("deploy", "net.onnx", "--data", "data", *QUICK, "--cache", "kept")
     qdq(*deploy, "--out", "first")

@@ -22,6 +22,8 @@ from engines.verify.meaning import Meaning
 from engines.verify.report import OutputReport, Report
 from engines.verify.sums import Sums
 from qdq.cli.main import main
+from qdq.core.disk.cache import caching
+from qdq.deploy.costs import find
 from qdq.deploy.costs.find import NOTHING, with_costs
 from qdq.deploy.costs.switches import float_weights, switched
 from qdq.deploy.report.report import check_rows, headline, share_failures, warning_lines
@@ -173,6 +175,21 @@ def test_what_cannot_be_measured_is_said(folder: Path) -> None:
     assert with_costs(poor(), model, model, [sample]).advice == (NOTHING,)
     refused = with_costs(poor("nowhere"), model, model, [sample])
     assert refused.costly == () and refused.advice[0].startswith("What costs most was not found")
+
+
+def test_what_the_clock_cut_short_is_looked_for_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert qdq("deploy", "wide.onnx", "--data", "rows", *PLAIN, "--out", "out").exit_code == 0
+    model, quantized = load_float("wide.onnx"), load("out/wide.int8.onnx")
+    sample = dict(np.load(next(Path("rows").iterdir())))
+    found = []
+    for limit in (-1.0, 20.0):
+        monkeypatch.setattr(find, "TIME_LIMIT_S", limit)
+        with caching(folder / "kept"):
+            found.append(with_costs(poor(), model, quantized, [sample]))
+    assert not found[0].costly and found[1].costly
+    monkeypatch.setattr(find, "_measured", None)
+    with caching(folder / "kept"):
+        assert with_costs(poor(), model, quantized, [sample]) == found[1]
 
 
 def test_a_file_without_quantized_tensors_is_named_by_its_float_type(folder: Path) -> None:

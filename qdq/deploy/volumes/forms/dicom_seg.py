@@ -46,6 +46,7 @@ _VALID = {  # others are refused by DICOM's writers, and are left empty here
     "StudyDate": r"(\d{8})?",
     "StudyTime": r"(\d\d){0,3}|\d{6}\.\d{1,6}",
 }
+ONE_PERSON = ("PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate", "StudyInstanceUID")
 REFERENCE = ("StudyInstanceUID", "FrameOfReferenceUID", "SOPClassUID", "SOPInstanceUID")
 TAGS = (*IDENTITY, *REFERENCE, *GEOMETRY, "SpecificCharacterSet", "InstanceNumber")
 SERIES_NUMBER = 1000  # far from those of a scanner
@@ -63,6 +64,11 @@ class Algorithm:
 
     name: str
     version: str
+
+    @property
+    def said(self) -> str:
+        """The name as one value of DICOM."""
+        return "".join(c if c.isprintable() and c != "\\" else "_" for c in self.name)
 
 
 def require_series(cases: Sequence[Case]) -> None:
@@ -91,7 +97,8 @@ def dicom_seg(case: Case, labels: Array, structures: Sequence[Structure], made_b
 
     Raises:
         InputError: a name that DICOM does not hold.
-        DataError: the series lacks what an object refers to, or lies in several files of many frames each.
+        DataError: the series lacks what an object refers to, names more than one patient or study, or lies in several
+            files of many frames each.
     """
     for name in (s.name for s in structures):
         if len(name) > MOST_NAME or "\\" in name or not name.isprintable() or not name.strip():
@@ -114,6 +121,11 @@ def _written(origin: Origin, labels: Array, structures: Sequence[Structure], mad
             "to the frames of one file. Write NIfTI, or give the files as series of their own."
         )
     sources = [_source(path, step) for path in paths]
+    if mixed := [name for name in ONE_PERSON if len({str(source.get(name, "")) for source in sources}) > 1]:
+        raise DataError(
+            f"its slices differ in {', '.join(mixed)}, and a DICOM SEG is of one patient and study. Find out whose "
+            "they are, or write NIfTI."
+        )
     for source in sources[1:]:  # rounded slice by slice, which the reader allows and highdicom does not
         source.ImageOrientationPatient, source.PixelSpacing = (
             sources[0].ImageOrientationPatient,
@@ -143,7 +155,7 @@ def _written(origin: Origin, labels: Array, structures: Sequence[Structure], mad
         content_label="SEGMENTATION",
         specific_character_set=UTF8,
     )
-    made.SeriesDescription = f"Segmentation by {made_by.name}"[:MOST_NAME]
+    made.SeriesDescription = f"Segmentation by {made_by.said}"[:MOST_NAME]
     file = io.BytesIO()
     pydicom.dcmwrite(file, made, enforce_file_format=True)
     return file.getvalue()
@@ -202,6 +214,6 @@ def _described(number: int, name: str, made_by: Algorithm) -> Any:
         segmented_property_type=tissue,
         algorithm_type="AUTOMATIC",
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            name=made_by.name[:MOST_NAME], family=learned, version=made_by.version
+            name=made_by.said[:MOST_NAME], family=learned, version=made_by.version
         ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import multiprocessing
 import os
 import time
@@ -14,6 +15,8 @@ import pytest
 from qdq.core.disk import cache
 from qdq.core.disk.cache import Cache, caching, remembered
 from qdq.core.errors import InputError
+
+NO_PARTS = b"qdq.cache/1\n" + hashlib.sha256(b"\x93\x01").digest() + b"\x93\x01"  # a list that ends too early
 
 
 def doubled(key: tuple[object, ...], made: list[int], value: int) -> int:
@@ -44,7 +47,7 @@ def test_the_same_key_is_computed_once_and_another_key_anew(tmp_path: Path) -> N
     assert made == [3, 4, 3]
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"qdq.cache/1\n" + bytes(40), b"other"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"qdq.cache/1\n" + bytes(40), NO_PARTS, b"other"])
 def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: bytes) -> None:
     made: list[int] = []
     with caching(tmp_path):
@@ -85,6 +88,16 @@ def test_what_was_of_use_longest_ago_goes_first(tmp_path: Path) -> None:
     left = {path.stem for path in tmp_path.glob("*/*")}
     assert "0" in left and "1" not in left and "4" in left
     assert sum(path.stat().st_size for path in tmp_path.glob("*/*")) <= 4000
+
+
+def test_what_killed_runs_left_goes_and_no_file_of_others(tmp_path: Path) -> None:
+    (tmp_path / "k").mkdir()
+    names = (".1.kept.0a1b2c3d.part", ".film.part", "notes.txt", ".unet.onnx.0a1b2c3d.part")
+    for name in names:
+        (tmp_path / "k" / name).write_text("")
+        os.utime(tmp_path / "k" / name, (time.time() - 3600,) * 2)
+    Cache(tmp_path, most_bytes=0).trim()
+    assert sorted(path.name for path in tmp_path.glob("k/*")) == sorted(names[1:])
 
 
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,6 +187,28 @@ def test_a_series_that_lacks_a_tag(place: Path, keyword: str, code: int) -> None
     assert (place / "dicom-seg").exists() == (not code)
 
 
+@pytest.mark.parametrize("keyword", ["PatientID", "PatientName", "StudyInstanceUID"])
+def test_slices_of_two_patients_are_nobodys(place: Path, keyword: str) -> None:
+    def other(data: Any, index: int) -> None:
+        patient(data, index)
+        if index == 7:
+            setattr(data, keyword, "1.2.3.99")
+
+    series(place / "data", 1, other)
+    done = segmented(place, "dicom-seg")
+    assert done.exit_code == 2 and f"its slices differ in {keyword}" in done.stderr and "1.2.3" not in done.stderr
+    assert not (place / "dicom-seg").exists()
+
+
+def test_a_models_name_is_one_value(place: Path) -> None:
+    series(place / "data", 1)
+    (place / "float.onnx").rename(place / "a\\b.onnx")
+    words = ("--data", place / "data", "--recipe", place / "recipe.yaml", "--form", "dicom-seg", "-o", place / "out")
+    assert qdq("segment", place / "a\\b.onnx", *words).exit_code == 0
+    (path,) = (place / "out").glob("*.dcm")
+    assert pydicom.dcmread(path).SeriesDescription == "Segmentation by a_b"
+
+
 def test_a_name_that_is_no_segments_label(place: Path) -> None:
     (place / "recipe.yaml").write_text(RECIPE.replace("weiß", "w" * 65))
     series(place / "data", 1)
