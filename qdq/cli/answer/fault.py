@@ -10,14 +10,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
 def report(error: BaseException, arguments: Sequence[str]) -> tuple[str, str | None]:
     """Write the log file; what to tell the user, and where the file is, None where it could not be written.
 
-    The file holds versions, the traceback and which options were given, without their values or any array.
+    The file holds versions, the classes of the exceptions with where each arose, and which options were given: no value
+    of an option, no message, which may name a file, and no array.
     """
     from engines.verify.manifest import package_versions
 
@@ -28,7 +29,7 @@ def report(error: BaseException, arguments: Sequence[str]) -> tuple[str, str | N
         f"Python {sys.version.split()[0]} on {platform.platform()}",
         *(f"{name} {version}" for name, version in package_versions().items()),
         "",
-        *traceback.format_exception(error),
+        *_chain(error),
     ]
     what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     path: Path | None = None
@@ -46,3 +47,13 @@ def report(error: BaseException, arguments: Sequence[str]) -> tuple[str, str | N
         f"Please report it: {where}."
     )
     return told, None if path is None else str(path)
+
+
+def _chain(error: BaseException) -> Iterator[str]:
+    """Each exception's frames and class, the one that arose first first."""
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if before is not None:
+        yield from _chain(before)
+        yield ""
+    yield from (line.rstrip("\n") for line in traceback.format_tb(error.__traceback__))
+    yield f"{type(error).__module__}.{type(error).__qualname__}"

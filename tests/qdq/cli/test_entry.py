@@ -46,7 +46,10 @@ def test_a_fault_of_ours_ends_with_70_and_a_log_without_data(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(**options: object) -> None:
-        raise ZeroDivisionError("in a stage")
+        try:
+            open(Path(tmp_path, "patient-7"), "rb")  # noqa: SIM115
+        except FileNotFoundError as error:
+            raise ZeroDivisionError("in ward 3") from error
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert ended(monkeypatch, fail, "deploy", "patient-7.onnx", "--data=ward", "--out", "here") == 70
@@ -55,7 +58,8 @@ def test_a_fault_of_ours_ends_with_70_and_a_log_without_data(
     assert said.startswith("Error: ") and said.count("\n") == 1 and str(log) in said and "ZeroDivisionError" in said
     held = log.read_text()
     assert "in fail" in held and "qdq deploy --data --out" in held and "onnx " in held
-    assert "patient" not in held and "ward" not in held
+    assert "FileNotFoundError" in held and "ZeroDivisionError" in held
+    assert "patient-7" not in held.replace('"patient-7"', "") and "ward" not in held.replace('"in ward 3"', "")
 
 
 @pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGINT, 130, "Inter"), (signal.SIGTERM, 143, "Termin")])
