@@ -228,6 +228,5 @@ def test_the_users_key_tells_cases_apart_from_run_to_run(tmp_path: Path) -> None
     write_nifti(tmp_path / "in" / "a.nii", ramp(4, 5, 6))
     (tmp_path / "case.key").write_bytes(bytes(range(32)))
     told = [run("data", tmp_path / "in", "--json", "--case-key", tmp_path / "case.key")[1] for _ in range(2)]
-    assert told[0] == told[1] and json.loads(told[0][: told[0].rindex("]") + 1])[0]["case"].startswith(
-        "case 1 of 1 (key "
-    )
+    (seen,) = json.loads(told[0][: told[0].rindex("}") + 1])["images"]
+    assert told[0] == told[1] and seen["case"].startswith("case 1 of 1 (key ")
