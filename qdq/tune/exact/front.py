@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from qdq.tune.exact.unit_sum import UnitSum
 
-MOST_SETS = 6000  # that are kept from one unit to the next
+MOST_SETS = 3000  # that are kept from one unit to the next
 LEAST_RATIO = 1.002  # of noises between which one set is kept
 
 
@@ -97,7 +97,7 @@ def _best(parts: Collection[_Part], whole: Collection[int], met: Collection[int]
     ratio, kept = LEAST_RATIO, [part for some in alike.values() for part in some]
     while len(kept) > MOST_SETS and ratio < math.inf:
         kept = [part for some in alike.values() for part in _thinned(some, ratio)]
-        ratio = ratio**2 if ratio < 1e3 else math.inf
+        ratio = ratio**4 if ratio < 1e3 else math.inf
     return sorted(kept, key=lambda p: (p.us, p.noise, p.bits))[:MOST_SETS]
 
 
