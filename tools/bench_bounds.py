@@ -2,11 +2,11 @@
 
     python tools/bench_bounds.py --zoo ../shared/tools [--gpu a10] [--json rows.json] [CASE ...]
 
-Each model of the zoo is tuned without a bound, then with bounds between the SQNR of INT8 everywhere and that of FP16, a
-share of the way in dB. The SQNR is that of the finished model on the zoo's evaluation samples, which neither calibrated
-nor judged. Biases are not corrected, ranges are those of least error, nothing is equalized, weights are rounded to
-nearest: the fewest choices, so that the bound alone decides. Times are predicted. Rows in --json are kept, so a run
-goes on where one ended.
+Each model of the zoo, and qdq's own demo_unet, is tuned without a bound, then with bounds between the SQNR of INT8
+everywhere and that of FP16, a share of the way in dB. The SQNR is that of the finished model on evaluation samples,
+which neither calibrated nor judged. Biases are not corrected, ranges are those of least error, nothing is equalized,
+weights are rounded to nearest: the fewest choices, so that the bound alone decides. Times are predicted. Rows in --json
+are kept, so a run goes on where one ended.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from qdq.assemble.held_out import HeldOutScore, Split
 from qdq.assemble.quantize import quantize
 from qdq.build.pricing.tensorrt_pricer import pricer_of
 from qdq.build.recipe import Recipe
+from qdq.deploy.demo import demo_model, demo_samples
 from qdq.measure.inference.inputs import as_samples
 from qdq.passes.prepare import load_float
 from qdq.plan import placement
@@ -62,6 +63,13 @@ class Row:
         below = " (below)" if self.bound is not None and self.sqnr_db < self.bound else ""
         figures = [f"{self.ratio:.3f}", str(self.nodes), str(self.candidates), f"{self.sqnr_db:.1f}{below}"]
         return [self.model, self.gpu, bound, *figures, str(self.measured), f"{self.seconds:.0f}"]
+
+
+def cases(folder: Path) -> Iterator[Case]:
+    """The demo network and those of the zoo."""
+    calibration, evaluation = demo_samples()
+    yield Case(name="demo_unet", path=demo_model(), calibration=calibration, evaluation=evaluation)
+    yield from zoo_cases(folder)
 
 
 def rows(case: Case, gpu: str, done: Sequence[Row]) -> list[Row]:
@@ -127,7 +135,7 @@ def main() -> None:
     print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
     for one in kept:
         print("| " + " | ".join(one.cells) + " |")
-    for case in zoo_cases(given.zoo):
+    for case in cases(given.zoo):
         if not given.cases or case.name in given.cases:
             kept += rows(case, given.gpu, kept)
             if given.json:

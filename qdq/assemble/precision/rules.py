@@ -23,10 +23,11 @@ from collections.abc import Set
 import numpy as np
 from onnx import NodeProto
 
-from engines.core.operators import ARITHMETIC, CONTRACTIONS, NORMS, SOFTMAXES, family
+from engines.core.operators import ARITHMETIC, NORMS, SOFTMAXES, family
 from qdq.assemble.precision.positions import MOVES, POINTWISE, Positions
 from qdq.assemble.precision.refused import refused
-from qdq.assemble.precision.sums import SUMS, Sums, behind, elements
+from qdq.assemble.precision.small import SUMMED, biases, divides
+from qdq.assemble.precision.sums import SUMS, Sums, elements
 from qdq.assemble.precision.types import (
     Schema,
     dequantizes_constant_scale,
@@ -45,7 +46,6 @@ LIMIT = 2.0**15  # half of what float16 holds: samples are not all that the netw
 TINY = 2.0**-10  # a float16 tensor whose largest value is below has less than bfloat16's 8 bits at 2^-17 and below
 ORDINARY, WIDE, STATISTIC = "ordinary", "wide", "statistic"
 
-SUMMED = CONTRACTIONS | {"DeformConv"}  # products whose sums make ordinary values again
 _BOUNDED = SOFTMAXES | family("Atan Cos Erf HardSigmoid Hardmax Log Sigmoid Sign Sin Softsign Tanh")
 _BLENDS = ARITHMETIC | family("Clip Max Min Sum Where")  # a constant operand keeps a value from zero
 _MIXED = "ONNX has no such node with operands in {}"
@@ -223,23 +223,16 @@ class _Rules:
             largest = self._largest(tensor)
             if largest > float(self._info.max) and saturated(self._model, tensor, self._low) is None:
                 return "constant", f"its constant {tensor!r} of {largest:.3g} exceeds {self._info.max}"
-            if 0 < largest < least:
+            if 0 < largest < least and not biases(self._model, node, index):
                 self._lost.add(node.name)
                 return "constant", f"its constant {tensor!r} of {largest:.3g} vanishes in {self._low}"
-            if node.op_type in _BLENDS and ((node.op_type == "Div" and index == 1) or self._divides(node)):
+            if node.op_type in _BLENDS and ((node.op_type == "Div" and index == 1) or divides(self._model, node)):
                 values = self._model.array(tensor)
                 small = np.abs(values[(values != 0) & (np.abs(values) < least)])
                 if small.size and not fits(small, self._low):
                     self._lost.add(node.name)
                     return "constant", f"{small.min():.3g} in its constant {tensor!r} vanishes in {self._low}"
         return None
-
-    def _divides(self, node: NodeProto) -> bool:
-        """Whether somebody divides by what a node makes, or takes its root or logarithm."""
-        ends = ("Sqrt", "Log", "Reciprocal", "Pow")
-        made = (name for near in behind(self._model, node, MOVES) for name in near.output)
-        uses = (use for name in made for use in self._model.consumers(name))
-        return any(u.node.op_type in ends or (u.node.op_type == "Div" and u.index == 1) for u in uses)
 
     def _hides(self, node: NodeProto) -> bool:
         """Whether the largest magnitudes that a node makes are those of a mask that is cut: see `saturated`."""

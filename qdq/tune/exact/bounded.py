@@ -3,7 +3,8 @@
 fastest set of all -> measured -> keeps the bound: it is taken
 else: noise of each unit alone, by `SetNoise` -> sets within a budget of noise (`WithinNoise`), the fastest measured
 -> the budget is what the measured noise says of the sum -> until the sets at either side of the bound are next to each
-other -> sets that differ from the best by a unit or two, those predicted to keep the bound measured, fastest first
+other -> sets that differ from the best by a unit or two, or that none is both faster and less noisy than: of those
+predicted to keep the bound the fastest is measured, then of those that nearly do
 
 What is measured is the plan as it is shipped, on calibration samples that were held out. How much is measured and run
 depends on the model alone, so the same samples give the same plan.
@@ -12,7 +13,7 @@ depends on the model alone, so the same samples give the same plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -29,13 +30,13 @@ from qdq.tune.variant_builder import VariantBuilder, restricted
 
 RUN_MACS = 2e12  # multiply-adds spent on the noises of units: about a minute of two cores
 MEASURED_MACS = 2e13  # on measuring plans
-MOST_SAMPLES = 8  # that a noise is of
+MOST_SAMPLES = 16  # that a noise is of
 FEWEST_MEASURED, MOST_MEASURED = 6, 32  # plans
 RUNS = 20  # of the model that measuring one plan takes, or so
 CLOSE = 1.01  # ratio of budgets between which nothing more is looked for
 NEAR = 10 ** (0.06)  # noise beyond the bound, as predicted, that is worth measuring
-TRIED = 4  # neighbours of the best set that are measured at a time
-LOOKED_AT = 24  # neighbours whose noise is run at a time
+FEWEST_LOOKED_AT, MOST_LOOKED_AT = 24, 192  # sets whose noise is run at a time
+SUMS = 2  # of times: at the clock of the fastest set, and of the one found
 
 SwitchesOf = Callable[[Plan, int], Switches | None]
 
@@ -110,6 +111,7 @@ class BoundSearch:
     left: int = MOST_MEASURED
     known: dict[Variant, float] = field(default_factory=dict)
     _sums: dict[str, WithinNoise] = field(default_factory=dict)
+    _noises: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """How many plans are measured depends on the size of the model."""
@@ -120,14 +122,23 @@ class BoundSearch:
         first = min(self.fastest.values(), key=self.prices.us, default=None)
         if first is None or not first.quantized or self.keeps(first):
             return first
-        for kind, variant in self.fastest.items():
-            engines, everything = self.prices.engines(kind), self._everything(kind)
-            assert isinstance(engines, Engines)
-            shared = self.prices.builder.shared(everything)
-            total = UnitSum.of(engines, everything.quantized, at=variant.quantized, shared=shared)
-            self._sums[kind] = WithinNoise(total, self.noise.units(dict(total.nodes)))
-        found = self._between(first)
+        found, at = None, self.fastest
+        for _ in range(SUMS):
+            for kind, variant in at.items():
+                self._sums[kind] = self._summed(kind, variant)
+            found = self._between(first, found)
+            at = {kind: found or Variant(unquantized_type=kind) for kind in self.fastest}
         return self._mended(found)
+
+    def _summed(self, kind: str, at: Variant) -> WithinNoise:
+        """Sets of a float type by time, at the clock of a set, and noise."""
+        engines, everything = self.prices.engines(kind), self._everything(kind)
+        assert isinstance(engines, Engines)
+        shared = self.prices.builder.shared(everything)
+        total = UnitSum.of(engines, everything.quantized, at=at.quantized, shared=shared)
+        if kind not in self._noises:
+            self._noises[kind] = self.noise.units(dict(total.nodes))
+        return WithinNoise(total, self._noises[kind])
 
     def keeps(self, variant: Variant) -> bool:
         """Whether it keeps the bound, as measured."""
@@ -167,16 +178,16 @@ class BoundSearch:
         floor = self.floors[variant.unquantized_type]
         return max(self.noise_measured(variant) - floor, 1e-300) / max(self.most - floor, 1e-300)
 
-    def _between(self, first: Variant) -> Variant | None:
+    def _between(self, first: Variant, found: Variant | None) -> Variant | None:
         """The fastest set along the budgets of noise; each that is measured says what the next budget is."""
-        found, low, high = None, 0.0, self._sum_of(first)
+        low, high = 0.0, self._sum_of(first)
         budget = high / self._excess(first)
         while self.left > 0 and not self.prices.late() and high > CLOSE * low:
             if not low < budget < high:
                 budget = math.sqrt(low * high) if low else high / 2
             variant = self._at(budget)
             own = self._sum_of(variant)
-            if not variant.quantized or (variant in self.known and self.keeps(variant)):
+            if not variant.quantized:
                 low = budget
             elif self.keeps(variant):
                 found = min(filter(None, (found, variant)), key=self.prices.us)
@@ -189,34 +200,31 @@ class BoundSearch:
         return found
 
     def _mended(self, best: Variant | None) -> Variant | None:
-        """The best, changed by a unit or two as long as that is faster and keeps the bound, as measured."""
-        while self.left > 0 and not self.prices.late():
-            for candidate in islice(self._likely(best), TRIED):
-                if self.left > 0 and self.keeps(candidate):
-                    best = candidate
-                    break
-            else:
-                break
+        """The best, exchanged for one near it or of the front as long as that is faster and keeps the bound."""
+        while self.left > 0 and not self.prices.late() and (candidate := self._likely(best)) is not None:
+            if self.keeps(candidate):
+                best = candidate
         return best
 
-    def _likely(self, best: Variant | None) -> Iterator[Variant]:
-        """Sets next to the best that are faster and predicted to keep the bound, or nearly, the fastest first."""
+    def _likely(self, best: Variant | None) -> Variant | None:
+        """A faster set next to the best, or of the front: the fastest predicted to keep the bound, or else nearly."""
         floating = min((Variant(unquantized_type=kind) for kind in self._sums), key=self.prices.us)
         start = best or floating
-        each = self._sums[start.unquantized_type]
-        units, before = self._units(start), self.noise(start) if best else 0.0
-        us = each.total.us(units)
-        faster = {some: time for some in each.neighbours(units) if (time := each.total.us(some)) < us - 1e-6}
-        ratio = self._ratio(start) if best else self._ratio(min(self.known, key=lambda v: len(v.quantized)))
-        floor = self.floors[start.unquantized_type]
-        added = {some: ratio * (before + each.noise_of(some) - each.noise_of(units)) + floor for some in faster}
-        near = [some for some in faster if added[some] <= NEAR * NEAR * self.most]
-        near.sort(key=lambda some: (faster[some], sorted(some)))
-        sets = [self._set(start.unquantized_type, some) for some in near]
-        tried = [v for v in sets if v not in self.known and self.prices.us(v) < self.prices.us(start)][:LOOKED_AT]
-        return (v for v in tried if ratio * self.noise(v) + floor <= NEAR * self.most)
-
-    def _ratio(self, variant: Variant) -> float:
-        """Measured noise over that of the few samples."""
-        floor = self.floors[variant.unquantized_type]
-        return max(self.noise_measured(variant) - floor, 0.0) / max(self.noise(variant), 1e-300)
+        each, floor = self._sums[start.unquantized_type], self.floors[start.unquantized_type]
+        measured = [v for v in self.known if v.quantized and v.unquantized_type == start.unquantized_type]
+        if not measured:
+            return None
+        near = min(measured, key=lambda v: (abs(math.log(self._excess(v))), self.prices.us(v)))
+        added = max(self.noise_measured(near) - floor, 0.0)
+        most = (NEAR * self.most - floor) / max(added, 1e-300)  # noise over that of the set whose ratio is taken
+        units = self._units(start)
+        us, highest = each.total.us(units), NEAR * most * self._sum_of(near)
+        others = {some for some in (*each.neighbours(units), *each.front) if some and each.noise_of(some) <= highest}
+        faster = {some: time for some in others if (time := each.total.us(some)) < us - 1e-6}
+        looked = int(min(max(RUN_MACS / (self.noise.macs * MOST_SAMPLES), FEWEST_LOOKED_AT), MOST_LOOKED_AT))
+        order = sorted(faster, key=lambda some: (faster[some], sorted(some)))
+        sets = (self._set(start.unquantized_type, some) for some in order)
+        new = islice((v for v in sets if v not in self.known and self.prices.us(v) < self.prices.us(start)), looked)
+        noise = {v: self.noise(v) / max(self.noise(near), 1e-300) for v in new}
+        keeping = [v for v, each in noise.items() if each * added + floor <= self.most]
+        return next(iter(keeping or [v for v, each in noise.items() if each <= most]), None)

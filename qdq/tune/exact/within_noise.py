@@ -1,9 +1,9 @@
 """The set of units with the least time whose noise is within a budget, where time and noise are sums over units.
 
-`UnitSum` + noise of each unit -> corners of the hull of (noise, time) by minimum cuts -> from the corners at either
-side of the budget: units taken out for the least time per noise, then single changes while any gains
-Up to `ALL` units every subset is looked at, so that no other is faster. Minimum cuts weigh time against noise, so they
-find the corners alone (Everett, Generalized Lagrange multiplier method, 1963); what lies between is found by changes.
+`UnitSum` + noise of each unit -> `front`, and corners of the hull of (noise, time) by minimum cuts -> from those at
+either side of the budget: units taken out for the least time per noise, then single changes while any gains
+The front is exact where no set was left out of it, as with few units. Minimum cuts weigh time against noise, so they
+find the corners alone (Everett, Generalized Lagrange multiplier method, 1963), but with any number of units.
 It must not run a model: a noise is a number here.
 """
 
@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from qdq.tune.exact import front
 from qdq.tune.exact.unit_sum import UnitSum
 
-ALL = 12  # units of which every subset is looked at
+SMALL = 12  # units of a group of which any two are put in together
 MOST_CORNERS = 24  # cuts
 SWAPPED = 96  # units up to which exchanges of two are looked at
 LEAST_US = 1e-6  # of a change that counts
@@ -28,18 +29,17 @@ class WithinNoise:
     Attributes:
         total: the time.
         noise: of each unit, not below 0.
+        front: sets of which none is both faster and less noisy than another, the fastest first.
     """
 
     total: UnitSum
     noise: Mapping[str, float]
+    front: list[frozenset[str]] = field(init=False)
     _corners: list[frozenset[str]] = field(default_factory=list)
-    _every: list[tuple[float, float, frozenset[str]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Find the corners of the hull."""
-        if len(self.total.nodes) <= ALL:
-            self._every = sorted(self._subsets(), key=lambda row: (row[0], len(row[2]), sorted(row[2])))
-            return
+        """Find the front, and the corners of the hull."""
+        self.front = sorted(front.front(self.total, self.noise), key=self._key)
         fastest, empty = self.total.least(), frozenset[str]()
         self._corners = [empty, fastest]
         open_pairs = [(empty, fastest)]
@@ -61,9 +61,7 @@ class WithinNoise:
 
     def fastest(self, budget: float) -> frozenset[str]:
         """The fastest set found whose noise is not above a budget."""
-        if self._every:
-            return next(units for _, noise, units in self._every if noise <= budget)
-        inside = [c for c in self._corners if self.noise_of(c) <= budget]
+        inside = [c for c in (*self.front, *self._corners) if self.noise_of(c) <= budget]
         outside = [c for c in self._corners if self.noise_of(c) > budget]
         starts = [min(inside, key=self._key), *sorted(outside, key=self.noise_of)[:2]]
         return min((self._improved(start, budget) for start in starts), key=self._key)
@@ -81,7 +79,7 @@ class WithinNoise:
         return self.total.us(units), self.noise_of(units), sorted(units)
 
     def _pairs(self) -> list[tuple[str, str]]:
-        found = {(a, b) for _, group in self.total.gains if len(group) <= ALL for a in group for b in group if a < b}
+        found = {(a, b) for _, group in self.total.gains if len(group) <= SMALL for a in group for b in group if a < b}
         return sorted(found)
 
     def _improved(self, start: frozenset[str], budget: float) -> frozenset[str]:
@@ -126,20 +124,6 @@ class WithinNoise:
                 look(us + walk.with_(new), (old, new))
             walk.put_in(old)
         return found
-
-    def _subsets(self) -> Iterator[tuple[float, float, frozenset[str]]]:
-        """Time, noise and units of every subset, each one unit from the one before (Gray's code)."""
-        units, walk, us = list(self.total.nodes), _Walk(self.total, frozenset()), 0.0
-        yield 0.0, 0.0, frozenset()
-        for count in range(1, 1 << len(units)):
-            unit = units[(count & -count).bit_length() - 1]
-            if unit in walk.units:
-                us += walk.without(unit)
-                walk.take_out(unit)
-            else:
-                us += walk.with_(unit)
-                walk.put_in(unit)
-            yield us, self.noise_of(walk.units), frozenset(walk.units)
 
 
 class _Walk:

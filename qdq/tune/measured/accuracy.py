@@ -75,10 +75,20 @@ class Accuracy:
         return min(_kept_db(*zip(*part, strict=True)) for part in parts)
 
     def switches(self, plan: Plan, most: int) -> Switches | None:
-        """The noise of parts of a plan, with its calibrated scales, on at most so many samples; see `Switches.of`."""
+        """The noise of parts of a plan, with its calibrated scales, on some samples that judge; see `Switches.of`.
+
+        They are at most so many: held-out ones and ones that calibrate in equal parts, chosen by hash.
+        """
         tables = self._fitted()
         plan = replace(plan, settings=self.settings)
-        return Switches.of(plan.form(self.model), plan, tables.of(plan), self._held.holding(), most=most)
+        return Switches.of(plan.form(self.model), plan, tables.of(plan), self._judging(most), most=most)
+
+    def _judging(self, most: int) -> Iterator[Sample]:
+        """Some of the samples that judge."""
+        ranks = {index: rank for rank, index in enumerate(ranked(self._held.samples))}
+        held, seen = (sorted(part, key=ranks.__getitem__) for part in (self._held.held, self._seen))
+        chosen = [*held[: max(most - len(seen), -(-most // 2))], *seen[: most // 2]]
+        return replace(self._held, held=frozenset(chosen)).holding()
 
     def _fitted(self) -> Tables:
         """Tables of the samples that calibrate."""

@@ -289,6 +289,23 @@ def test_constants_out_of_range_keep_their_node() -> None:
     assert convert(clip).kept == () and convert(clip).model.array("low") == -65504
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_small_bias_of_a_product_is_nothing_beside_its_values(moved: bool) -> None:
+    """As of a network whose biases were drawn with a deviation of 1e-6, and not trained."""
+    bias = np.linspace(-4e-6, 4e-6, 16, dtype=np.float32)
+    rows = [node("MatMul", "x w", "a"), *([node("Identity", "a", "m")] if moved else [])]
+    rows += [node("Add", "m b" if moved else "b a", "s", "add"), node("Erf", "s", "e"), node("MatMul", "e w", "y")]
+    assert convert(pointwise(*rows, w=WEIGHT, b=bias)).kept == ()
+    gemm = [node("Gemm", "x w b", "s", "product"), node("Erf", "s", "y")]
+    assert convert(pointwise(*gemm, w=WEIGHT, b=bias)).kept == ()
+    same = np.full(16, 4e-6, np.float32)  # an epsilon
+    assert rules(convert(pointwise(*rows, w=WEIGHT, b=same)))["add"] == "constant"
+    rooted = [node("Gemm", "x w b", "s", "product"), node("Sqrt", "s", "y")]
+    assert rules(convert(pointwise(*rooted, w=WEIGHT, b=bias)))["product"] == "constant"
+    weight = [node("MatMul", "x t", "y", "product")]
+    assert rules(convert(pointwise(*weight, t=WEIGHT * np.float32(1e-7))))["product"] == "constant"
+
+
 def test_light_nodes_between_float32_nodes_stay_with_them() -> None:
     model = pointwise(
         node("Celu", "x", "a", "first"),

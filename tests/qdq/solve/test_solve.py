@@ -202,6 +202,6 @@ def test_a_budget_that_rounding_exceeds_is_said_before_anything_runs(monkeypatch
     with within(2_000_000):
         for settings in ({"rounding": "nearest"}, {"moment_inputs": 128}):
             assert quantize(model, data, settings=Settings(**settings)).solution.weights  # type: ignore[arg-type]
-    monkeypatch.setattr("qdq.assemble.quantize.collect", None)
+    monkeypatch.setattr("qdq.assemble.tables.collect", None)
     with within(2_000_000), pytest.raises(InputError, match=said):
         quantize(model, data, settings=Settings())

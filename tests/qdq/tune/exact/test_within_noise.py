@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from qdq.tune.exact import within_noise
+from qdq.tune.exact import front
 from qdq.tune.exact.unit_sum import UnitSum
 from qdq.tune.exact.within_noise import WithinNoise
 
@@ -45,8 +45,8 @@ def test_few_units_are_chosen_exactly(seed: int) -> None:
         assert sets.noise_of(found) <= budget and total.us(found) == pytest.approx(best(total, noise, budget))
 
 
-def test_many_units_by_cuts_and_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(within_noise, "ALL", 0)  # as if there were too many for every subset
+def test_sets_that_a_front_leaves_out_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "MOST_SETS", 12)  # as if there were too many for all
     exact = losses = 0
     gains = 0.0
     for seed in range(40):
@@ -61,6 +61,21 @@ def test_many_units_by_cuts_and_changes(monkeypatch: pytest.MonkeyPatch) -> None
             losses += total.us(found) > 0.8 * least
             gains += total.us(found) / least if least < 0 else 1.0
     assert exact >= 0.9 * 240 and losses <= 240 * 0.05 and gains >= 0.98 * 240
+
+
+def test_a_long_chain_is_chosen_exactly() -> None:
+    """A set that differs from another in more than two units: changes of one or two do not lead there."""
+    units = [f"{letter}{index}" for index in range(4) for letter in "ab"]
+    alone = {unit: 2.0 if unit[0] == "a" else 1.0 for unit in units}
+    gains = tuple((4.0, frozenset(pair)) for pair in itertools.pairwise(units))
+    noise = {unit: 1.0 + 0.01 * index for index, unit in enumerate(units)}
+    total = UnitSum(nodes={u: (u,) for u in units}, alone=alone, gains=gains, costs=())
+    sets = WithinNoise(total, noise)
+    for budget in (2.0, 3.1, 4.1, 5.2, 6.5):
+        every = itertools.chain.from_iterable(itertools.combinations(units, n) for n in range(9))
+        least = min(total.us(some) for some in every if sum(noise[u] for u in some) <= budget)
+        assert total.us(sets.fastest(budget)) == pytest.approx(least)
+    assert front.ordered(total) in (units, units[::-1])
 
 
 def test_cuts_alone_find_less() -> None:
