@@ -4,8 +4,9 @@
 
 NETWORKS holds <name>.onnx with fixed shapes, as export_full.py and export_monai.py write them. For TensorRT each one is
 compiled once in FP16 for each kind of GPU and what is quantized is chosen exactly; for TensorRT-RTX the search of
-`qdq tune` runs, which takes minutes. Two random samples say what overflows FP16, as data do for `deploy`. Rows in
---json are kept, so a run goes on where one ended; all of them are printed. --published is a folder with
+`qdq tune` runs, which takes minutes. Neither sees samples: in a network with random weights values vanish from layer to
+layer, which would keep much of its FP16 form in FP32. A line below the table says what does so without. Rows in --json
+are kept, so a run goes on where one ended; all of them are printed. --published is a folder with
 published_latencies.csv: INT8 / FP16 of one network, GPU and source, without host time; the least and the most over
 shapes and batches, which are others than here.
 """
@@ -21,19 +22,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 from results import record
 
 from engines.core.errors import EngineError
+from engines.core.operators import CONTRACTIONS
 from engines.cost.gpus import gpu_named
-from engines.timing.loaded import random_array
+from qdq.assemble.precision.rules import decide
 from qdq.build.engine import shape_ranges
 from qdq.build.pricing.tensorrt_pricer import pricer_of
 from qdq.build.recipe import Recipe
-from qdq.measure.inference.inputs import as_samples
-from qdq.model.model import Model, TensorInfo
 from qdq.passes.prepare import load_float
-from qdq.tune.find_plan import FEW, find_plan
+from qdq.tune.find_plan import find_plan
 
 GPUS: Mapping[str, tuple[str, ...]] = {"tensorrt": ("t4", "a10", "a100", "l4"), "rtx": ("rtx4090", "rtx5090")}
 HEADER = (
@@ -74,13 +73,10 @@ class Row:
         return [self.network, self.compiler, self.gpu, *figures, self.verdict, f"{self.seconds:.0f}", published]
 
 
-def drawn(model: Model) -> list[dict[str, np.ndarray]]:
-    """Random samples: normal floats, small indices."""
-
-    def array(info: TensorInfo, seed: int) -> np.ndarray:
-        return random_array([size for size in info.shape or () if isinstance(size, int)], info.dtype, seed)
-
-    return [{info.name: array(info, seed) for info in model.inputs} for seed in range(FEW)]
+def float32_products(path: Path) -> int:
+    """How many products the FP16 form of a network computes in FP32: with any, its ratio flatters INT8."""
+    prepared = load_float(path)
+    return sum(prepared.node(name).op_type in CONTRACTIONS for name in decide(prepared, "float16", None))
 
 
 def row(path: Path, compiler: str, gpu: str) -> Row:
@@ -91,7 +87,7 @@ def row(path: Path, compiler: str, gpu: str) -> Row:
     pricer = pricer_of(recipe, shape_ranges(prepared, (), None) or {})
     assert pricer is not None
     began = time.monotonic()
-    found = find_plan(prepared, pricer, samples=as_samples(drawn(prepared), prepared))
+    found = find_plan(prepared, pricer, samples=None)
     seconds = time.monotonic() - began
     outcome = found.outcome(pricer.told)
     skipped = sum(skip.rule == "tuned" for skip in found.plan.skips)
@@ -162,6 +158,9 @@ def main() -> None:
     print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
     for one in sorted(rows, key=lambda r: (r.compiler == "rtx", r.network)):
         print("| " + " | ".join(one.cells(ratios(given.published, one.network, one.gpu))) + " |")
+    for path in paths:
+        if count := float32_products(path):
+            print(f"\n{path.stem}: its FP16 form computes {count} products in FP32, so that its ratio flatters INT8.")
     for why in refused:
         print(f"\nNot predicted: {' '.join(why.split())[:300]}")
 
