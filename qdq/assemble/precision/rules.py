@@ -44,6 +44,7 @@ from qdq.plan.plan import Skip
 
 LIMIT = 2.0**15  # half of what float16 holds: samples are not all that the network will see
 TINY = 2.0**-10  # a float16 tensor whose largest value is below has less than bfloat16's 8 bits at 2^-17 and below
+MANY = 1 << 16  # values of a constant that count as weights, not as an operand
 ORDINARY, WIDE, STATISTIC = "ordinary", "wide", "statistic"
 
 _BOUNDED = SOFTMAXES | family("Atan Cos Erf HardSigmoid Hardmax Log Sigmoid Sign Sin Softsign Tanh")
@@ -141,6 +142,7 @@ class _Rules:
             n.name
             for n in self._model.graph.node
             if n.op_type in MOVES | POINTWISE and n.name not in self.kept and self._touches_float(n)
+            if not self._reads_many(n)
         }
         while leaves := {name for name in light if not self._surrounded(self._model.node(name), light)}:
             light -= leaves
@@ -154,6 +156,12 @@ class _Rules:
 
     def _touches_float(self, node: NodeProto) -> bool:
         return any(self._is_float(t) for t in (*node.input, *node.output))
+
+    def _reads_many(self, node: NodeProto) -> bool:
+        """Whether it reads a large constant, such as a table of words, which in FP32 takes twice the memory."""
+        held = (self._model.info(t) for t in node.input if self._is_float(t) and self._constant(t))
+        sizes = (math.prod(n for n in info.shape or () if isinstance(n, int)) for info in held if info is not None)
+        return any(size > MANY for size in sizes)
 
     def _constant(self, tensor: str) -> bool:
         return self._model.is_constant(tensor)

@@ -533,3 +533,17 @@ def test_what_is_converted_compiles_and_stays_int8(unquantized_type: str) -> Non
     assert {"fp16": "float16", "bf16": "bfloat16"}[unquantized_type] in Counter(
         n.consumed for n in audit(norm.proto, table).nodes
     )
+
+
+@pytest.mark.parametrize(("words", "kept"), [(64, True), (4096, False)])
+def test_a_table_of_words_before_a_node_in_fp32_is_stored_in_half(words: int, kept: bool) -> None:
+    table = np.random.default_rng(0).normal(size=(words, 32)).astype(np.float32)
+    ones = np.ones(32, np.float32)
+    nodes = [
+        node("Cast", "x", "ids", to=TensorProto.INT64),
+        node("Gather", "table ids", "word"),
+        node("LayerNormalization", "word ones", "y", epsilon=1e-12, axis=-1),
+    ]
+    made = convert(build(nodes, {"x": (1, 8)}, {"table": table, "ones": ones}))
+    assert rules(made).get("gather") == ("neighbours" if kept else None)
+    assert made.model.array("table").dtype == (np.float32 if kept else np.float16)
