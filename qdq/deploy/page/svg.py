@@ -196,10 +196,12 @@ def _ticks(low: float, high: float, about: int = 5) -> list[float]:
 
     >>> _ticks(0.0, 93.0)
     [0.0, 20.0, 40.0, 60.0, 80.0, 100.0]
+    >>> _ticks(0.0, 0.0)
+    [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     """
     if not high > low:
         room = abs(high) * 0.01 or 1.0
-        low, high = low - room, high + room
+        low, high = (low if low == 0 else low - room), high + room
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)

@@ -153,7 +153,9 @@ def segment(
                 labels = one.labels(made.image, grid)
             del made
             with named(case):
-                (folder / name).write_bytes(write(case, labels, grid, reader.decoder.structures))
+                path = folder / name
+                path.touch(mode=0o600 if form == "dicom-seg" else 0o666)  # one names a patient
+                path.write_bytes(write(case, labels, grid, reader.decoder.structures))
         if on_progress:
             on_progress(len(cases), len(cases), "Segment")
         (folder / "labels.json").write_text(json.dumps(names(reader.decoder.structures), indent=1) + "\n")

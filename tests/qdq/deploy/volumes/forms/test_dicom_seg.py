@@ -104,6 +104,7 @@ def test_only_what_the_standard_wants_of_the_patient_goes_along(place: Path) -> 
     series(place / "data", 1)
     assert segmented(place, "dicom-seg").exit_code == 0
     (path,) = (place / "dicom-seg").glob("*.dcm")
+    assert path.stat().st_mode & 0o077 == 0
     data = pydicom.dcmread(path)
     assert str(data.PatientName) == "Doe^Jané" and data.PatientID == "P-42" and data.StudyDate == ""
     assert b"Elsewhere" not in path.read_bytes() and "Jané" not in path.name
