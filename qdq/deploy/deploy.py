@@ -23,7 +23,6 @@ from engines.core.errors import import_runtime
 from engines.core.files import write_atomic
 from engines.verify.audit import audit
 from engines.verify.covered import INFERENCE, write_sums
-from engines.verify.manifest import sha256_model
 from qdq.assemble.finish import float_type_of
 from qdq.assemble.precision.convert import convert
 from qdq.assemble.tables import Measure, Tables
@@ -176,7 +175,7 @@ def deploy(
         save(finished.model, output)
         made.plan.save(folder / "plan.json")
         made.table.save(folder / "table.json")
-        if how := inference_of(recipe, sha256_model(output), evaluated, calibration):
+        if how := inference_of(recipe, output, evaluated, calibration):
             write_atomic(folder / INFERENCE, how.to_json())
         fp16 = _in_fp16(prepared, made.table, recipe)
         built = compiled(
@@ -217,7 +216,8 @@ def deploy(
             *notes,
             *built.notes,
             *_notes(made.plan, output.name, judged_on),
-            f"not tuned: {unpriced(recipe)}" if recipe.tune != "off" and not pricer else "",
+            "not tuned: the plan was given" if plan else "",
+            f"not tuned: {unpriced(recipe)}" if recipe.tune != "off" and not (plan or pricer) else "",
             *done.notes,
             *made.solution.notes,
             *finished.notes,

@@ -6,6 +6,7 @@ Must not hold a path, nor anything of a single image.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from calib_data.volumes.prepare import SAME_MM, geometry
 from calib_data.volumes.samples import CaseSamples
 from calib_data.volumes.spec import VolumeSpec, volume_spec
 from engines.core.documents import Document
+from engines.verify.manifest import sha256_model
 from qdq.build.keys.segmentation import Segmentation, WholeVolumes
 from qdq.build.keys.window import Window
 from qdq.build.recipe import Recipe
@@ -87,14 +89,14 @@ class InferenceFile(Document, frozen=True, kw_only=True):
             )
 
 
-def inference_of(recipe: Recipe, model: str, *some: Samples | None) -> InferenceFile | None:
+def inference_of(recipe: Recipe, model: Path, *some: Samples | None) -> InferenceFile | None:
     """How images are segmented, by the first of some samples that are images; None where none is.
 
     None also where a MONAI bundle prepares them, whose code no file of ours holds.
 
     Args:
         recipe: window, and what channels are.
-        model: sha256 of the Q/DQ model.
+        model: file of the Q/DQ model, which is hashed where some samples are images.
         some: samples; None is passed over.
 
     Raises:
@@ -105,7 +107,7 @@ def inference_of(recipe: Recipe, model: str, *some: Samples | None) -> Inference
         return None
     letters, spacing = geometry(source.cases[0], source.spec)
     return InferenceFile(
-        model=model,
+        model=sha256_model(model),
         volume=source.spec,
         window=recipe.whole.window,
         segmentation=recipe.whole.segmentation,

@@ -117,6 +117,7 @@ def test_a_plan_a_table_and_workers(folder: Path) -> None:
     qdq("deploy", *common, "--out", "given", "--plan", "plan.json", "--table", "table.json")
     report = json.loads((folder / "given/report.json").read_text())
     assert report["tuning"] is None and report["quantized_nodes"] == 2
+    assert [note for note in report["notes"] if note.startswith("not tuned")] == ["not tuned: the plan was given"]
     assert (folder / "given/table.json").read_bytes() == (folder / "table.json").read_bytes()
     qdq("deploy", *common, "--out", "workers", "--plan", "plan.json", "--workers", "2")
     assert files(folder / "workers") == files(folder / "given")
