@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import shutil
 import subprocess
 import sys
@@ -203,8 +204,13 @@ def stored(path: Path, batch: int | None) -> list[Arrays]:
     return [{name: array[i : i + each] for name, array in arrays.items()} for i in range(0, count - each + 1, each)]
 
 
-def compare(folder: Path, names: Sequence[str], compilers: Sequence[str], given: Mapping[str, str]) -> None:
-    """Quantize every network with qdq, with settings that differ from its defaults, and print a row for each."""
+def compare(
+    folder: Path, names: Sequence[str], compilers: Sequence[str], given: Mapping[str, str], kept: Path | None
+) -> None:
+    """Quantize every network with qdq, with settings that differ from its defaults, and print a row for each.
+
+    Rows in `kept` are not made again; what qdq says of its choices goes to standard error.
+    """
     from compare_placement import WEIGHTED, Peer
 
     from qdq.assemble.quantize import quantize
@@ -217,7 +223,11 @@ def compare(folder: Path, names: Sequence[str], compilers: Sequence[str], given:
     ours = [f"qdq, {compiler}" for compiler in compilers]
     heads = ("network", *PEERS.values(), *ours, "ahead of Model Optimizer", "of the best", "INT8 nodes of each")
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)
+    rows: dict[str, list[str]] = json.loads(kept.read_text()) if kept and kept.exists() else {}
     for path in models(folder, names):
+        if path.stem in rows:
+            print(f"| {' | '.join(rows[path.stem])} |", flush=True)
+            continue
         model = load_float(path)
         shape = model.inputs[0].shape or ()
         batch = shape[0] if shape and isinstance(shape[0], int) else None
@@ -227,10 +237,10 @@ def compare(folder: Path, names: Sequence[str], compilers: Sequence[str], given:
             files = [folder / peer / path.name for peer in PEERS]
             for compiler in compilers:
                 files.append(Path(place) / f"{compiler.partition(':')[0]}.onnx")
-                save(
-                    quantize(model, samples, settings=Settings.from_mapping({**given, "compiler": compiler})).model,
-                    files[-1],
-                )
+                quantized = quantize(model, samples, settings=Settings.from_mapping({**given, "compiler": compiler}))
+                save(quantized.model, files[-1])
+                for note in quantized.solution.notes:
+                    print(f"{path.stem}, {compiler}: {note}", file=sys.stderr, flush=True)
             found, counts = [], []
             for file in files:
                 made = Peer.read(file) if file.exists() else None
@@ -243,7 +253,10 @@ def compare(folder: Path, names: Sequence[str], compilers: Sequence[str], given:
             "fails" if n == "-" else "float" if n == "0" else f"{x:.1f}" for x, n in zip(found, counts, strict=True)
         ]
         ahead = [f"{found[3] - x:+.1f}" if np.isfinite(x) and np.isfinite(found[3]) else "" for x in (rival, best)]
-        print(f"| {' | '.join((path.stem, *cells, *ahead, ' / '.join(counts)))} |", flush=True)
+        rows[path.stem] = [path.stem, *cells, *ahead, " / ".join(counts)]
+        print(f"| {' | '.join(rows[path.stem])} |", flush=True)
+        if kept:
+            kept.write_text(json.dumps(rows, indent=1))
 
 
 def main() -> None:
@@ -258,6 +271,7 @@ def main() -> None:
     parser.add_argument("--ort", help="python of an environment with onnxruntime")
     parser.add_argument("--compilers", nargs="+", default=["tensorrt"], help="that qdq quantizes for")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings other than the defaults")
+    parser.add_argument("--json", type=Path, help="rows so far, of the same compilers and settings; new ones are added")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     zoo = None
@@ -269,7 +283,8 @@ def main() -> None:
     elif options.step == "peers":
         peers(options.folder, options.names, options.modelopt, options.ort)
     else:
-        compare(options.folder, options.names, options.compilers, dict(pair.split("=", 1) for pair in options.set))
+        given = dict(pair.split("=", 1) for pair in options.set)
+        compare(options.folder, options.names, options.compilers, given, options.json)
 
 
 if __name__ == "__main__":

@@ -89,11 +89,21 @@ def test_a_note_says_why_an_option_of_less_noise_is_not_taken() -> None:
         assert "not taken" not in taken(other)[1][0]
 
 
+def test_one_turn_of_loud_samples_does_not_decide_alone() -> None:
+    """The loud ones hold most of all energy: by the sum `max` would win by 2 dB."""
+    noise = {"mse": [[100.0], [1.0], [1.0]], "max": [[60.0], [2.0], [2.0]]}
+    assert judge._best(noise) == "mse"
+    assert judge._best({**noise, "max": [[10.0], [2.0], [1.0]]}) == "max"  # a loss of 3 dB for 10 in another turn
+    assert judge._best({"mse": [[np.inf], [1.0]], "max": [[1.0], [2.0]]}) == "max"
+    assert judge._best({"mse": [[0.0], [0.0]], "max": [[0.0], [0.0]]}) == "mse"
+    assert judge._best({"mse": [[1.0], [1.0]], "max": [[np.nan], [0.1]]}) == "mse"
+
+
 def test_a_note_says_by_how_much_an_option_fell_short_over_all_turns() -> None:
-    noise = {"mse": [[1.0], [1.0]], "max": [[0.9], [0.9]], "off": [[1.1], [1.1]]}
-    assert judge._why_not(noise, "max", "mse") == " (not taken: +0.5 dB against mse in all, and +1 is needed)"
+    noise = {"mse": [[1.0], [1.0]], "max": [[0.95], [0.95]], "off": [[1.1], [1.1]]}
+    assert judge._why_not(noise, "max", "mse") == " (not taken: +0.2 dB against mse in the mean, and +0.5 is needed)"
     assert judge._why_not(noise, "off", "mse") == judge._why_not(noise, "mse", "mse") == ""
-    assert "inf dB" in judge._why_not({"mse": [[1.0, np.inf]], "max": [[0.0, 0.0]]}, "max", "mse")
+    assert "+100.0 dB" in judge._why_not({"mse": [[1.0, np.inf]], "max": [[0.0, 0.0]]}, "max", "mse")
 
 
 def test_the_order_of_the_samples_changes_nothing() -> None:
