@@ -19,7 +19,9 @@ from engines.cost.gpus import Gpu
 from engines.cost.kernel import Batch, Kernel
 from engines.cost.predict import Cost, EngineWork
 from engines.cost.tensorrt import Regions, quantizer
-from engines.cost.work import ATTENTION, POINTWISE
+from engines.cost.work import ATTENTION, GROUPED, POINTWISE
+
+_FILLED = 4  # times the multiply-adds: of groups of four channels, padded to eight, they are twice as many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +143,16 @@ class TensorRtEngine:
             gains=tuple((max(gain, 0.0), group) for gain, group in gains),
             costs=tuple(costs),
         )
+
+
+def fills_groups(work: EngineWork) -> bool:
+    """Whether a convolution multiplies channels of other groups by zeros, as TensorRT-RTX's for sm75 do.
+
+    There its depthwise convolutions in float16 are grouped ones of eight channels, behind a copy that makes eight of
+    each channel; TensorRT has a kernel of its own (../shared/docs/tensorrt_int8.md, 1.1).
+    """
+    products = zip(work.kernels, work.macs, work.turns, strict=True)
+    return any(k.work.form == GROUPED and 0 < _FILLED * n <= k.work.macs * turns for k, n, turns in products)
 
 
 class _Times:

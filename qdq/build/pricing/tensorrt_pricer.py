@@ -17,7 +17,7 @@ from engines.backends.compiler import ShapeRange
 from engines.core.errors import BuildError
 from engines.core.operators import CONTRACTIONS
 from engines.cost.gpus import Gpu
-from engines.cost.tensorrt_engine import TensorRtEngine
+from engines.cost.tensorrt_engine import TensorRtEngine, fills_groups
 from qdq.build.cost import Price
 from qdq.build.pricing.compiles import Compiles
 from qdq.build.pricing.float_form import FloatForm, float_form
@@ -29,8 +29,8 @@ from qdq.model.nodes import all_nodes
 
 SUBSTITUTE = "sm80"
 """Compiled for where TensorRT-RTX has no such target (sm87, sm90, sm100, ...), or is older and refuses the model there
-(sm75 has no FP32 products of matrices): a float network has much the same kernels there, and the GPU's own numbers say
-how long they take."""
+(sm75 has no FP32 products of matrices) or fills groups of its convolutions with zeros: a float network has much the
+same kernels there, and the GPU's own numbers say how long they take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +84,8 @@ class TensorRtPricer:
             target = _compiled_for(gpu, self._compiles.targets)
             place = "" if target == gpu.target else f" for {target} in the place of {gpu.target}, which it lacks"
             if gpu.target in self._refused:
-                place = f" for {SUBSTITUTE} in the place of {gpu.target}, where it refuses the model in some float type"
+                why = "where it refuses the model in some float type, or has no kernels for its convolutions"
+                place = f" for {SUBSTITUTE} in the place of {gpu.target}, {why}"
             notes = f"times of {self.recipe.profile.title} are derived from what TensorRT-RTX makes of the float model"
             found.append(DerivedGpu(name=gpu.name, accumulation=gpu.accumulation, notes=(f"{notes}{place}",)))
         return tuple(found)
@@ -100,7 +101,7 @@ class TensorRtPricer:
         keys = [self._compiles.key(model) for model in models]
         unknown = {key: model for key, model in zip(keys, models, strict=True) if key not in self._known}
         found = dict(zip(unknown, self._compiles(unknown), strict=True))
-        again = {key: unknown[key] for key, works in found.items() if isinstance(works, BuildError)}
+        again = {key: unknown[key] for key, works in found.items() if _unlike(works)}
         if self._newer is not None and again:
             for key, works in zip(again, self._newer(again), strict=True):
                 if not isinstance(works, BuildError):
@@ -212,6 +213,11 @@ def _price(form: FloatForm, engines: Engines | BuildError) -> Price:
         what = f"times of TensorRT are predicted of INT8 products only, and {min(nodes)} reads {low}"
         return refused(BuildError(f"{what}. Tune for --compiler rtx, or build it on a GPU."))
     return refused(engines) if isinstance(engines, BuildError) else engines.price(form.int8, form.sharing)
+
+
+def _unlike(works: Works | BuildError) -> bool:
+    """Whether TensorRT has others than an older target's kernels: there are none, or they multiply zeros."""
+    return isinstance(works, BuildError) or any(map(fills_groups, works.values()))
 
 
 def _older(target: str) -> bool:

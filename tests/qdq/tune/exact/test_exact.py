@@ -14,10 +14,12 @@ from engines.backends.compiler import ShapeRange
 from engines.core.documents import replace
 from engines.core.errors import BuildError
 from qdq.assemble.finish import finish
+from qdq.assemble.precision.convert import convert
 from qdq.assemble.quantize import quantize
 from qdq.build.pricing.float_form import float_form
 from qdq.build.pricing.tensorrt_pricer import pricer_of, unpriced
 from qdq.build.recipe import Recipe
+from qdq.model.model import Model
 from qdq.tune.exact.elsewhere import elsewhere
 from qdq.tune.exact.node_prices import NodePrices
 from qdq.tune.find_plan import find_plan
@@ -108,6 +110,32 @@ def test_what_rtx_refuses_for_turing_is_compiled_for_ampere() -> None:
     det = build([node("Det", "x", "y", "det")], {"x": (1, 4, 4)}, {})
     with pytest.raises(BuildError):
         find_plan(det, pricer(det, target="sm75", gpu="t4"), samples=None)
+
+
+def depthwise() -> Model:
+    """Between two 1x1 convolutions a depthwise one of 96 channels."""
+    tensors = {"w0": normal(96, 32, 1, 1), "w1": normal(96, 1, 3, 3), "w2": normal(32, 96, 1, 1)}
+    nodes = [
+        node("Conv", "x w0", "a", "wide"),
+        node("Conv", "a w1", "b", "apart", pads=[1] * 4, group=96),
+        node("Conv", "b w2", "y", "narrow"),
+    ]
+    return build(nodes, {"x": (8, 32, 56, 56)}, tensors)
+
+
+def test_a_depthwise_convolution_costs_turing_no_channels_of_zeros() -> None:
+    """TensorRT-RTX makes eight channels of each one for sm75, and copies them first; TensorRT does not."""
+    model = depthwise()
+    t4 = pricer(model, target="sm75", gpu="t4", unquantized_type="fp16")
+    half = convert(model, split_biases=False).model
+    price = t4(half)
+    assert "sm80 in the place of sm75" in t4.told[0].notes[0] and "convolutions" in t4.told[0].notes[0]
+    (kernel,) = [k for k in price.kernels if "apart" in k.nodes]
+    carried = 2 * 8 * 96 * 56 * 56 * 2  # read and written once, in float16
+    assert kernel.bytes == pytest.approx(carried, rel=0.05)
+    plain = convert(network(size=8), split_biases=False).model
+    other = pricer(plain, target="sm75", gpu="t4", unquantized_type="fp16")
+    assert math.isfinite(other(plain).us) and "sm75" not in other.told[0].notes[0]
 
 
 def test_what_is_not_known_is_refused() -> None:
