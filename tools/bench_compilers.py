@@ -1,6 +1,7 @@
 """What INT8 is predicted to gain on FP16 with either compiler, beside published ratios of TensorRT.
 
-    python tools/bench_compilers.py NETWORKS --json rows.json [--published FOLDER] [--compiler rtx] [NAME ...]
+    python tools/bench_compilers.py NETWORKS --json rows.json [--published FOLDER] [NAME ...]
+    python tools/bench_compilers.py NETWORKS --json rows.json --compiler rtx [--tune-compiles 40] [NAME ...]
 
 NETWORKS holds <name>.onnx with fixed shapes, as export_full.py and export_monai.py write them. For TensorRT each one is
 compiled once in FP16 for each kind of GPU and what is quantized is chosen exactly; for TensorRT-RTX the search of
@@ -79,11 +80,11 @@ def float32_products(path: Path) -> int:
     return sum(prepared.node(name).op_type in CONTRACTIONS for name in decide(prepared, "float16", None))
 
 
-def row(path: Path, compiler: str, gpu: str) -> Row:
-    """Tune one network."""
+def row(path: Path, compiler: str, gpu: str, compiles: int | None) -> Row:
+    """Tune one network, with so many variants at most."""
     prepared, known = load_float(path), gpu_named(gpu)
     options = {"compiler": compiler, "target": known.target, "gpu": gpu, "unquantized_type": "fp16"}
-    recipe = Recipe.from_mapping(options)
+    recipe = Recipe.from_mapping(options if compiles is None else {**options, "tune_compiles": compiles})
     pricer = pricer_of(recipe, shape_ranges(prepared, (), None) or {})
     assert pricer is not None
     began = time.monotonic()
@@ -144,14 +145,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="rows so far; new ones are added")
     parser.add_argument("--published", type=Path, help="folder with published_latencies.csv")
     parser.add_argument("--compiler", choices=tuple(GPUS), default="tensorrt")
+    parser.add_argument("--tune-compiles", type=int, help="variants a search looks at, at most; else the usual number")
+    parser.add_argument("--gpus", nargs="+", help="some of the compiler's")
     given = parser.parse_args()
     rows, refused = _kept(given.json), list[str]()
     paths = [given.folder / f"{name}.onnx" for name in given.names] or sorted(given.folder.glob("*.onnx"))
     for path in paths:
-        for gpu in GPUS[given.compiler]:
+        for gpu in given.gpus or GPUS[given.compiler]:
             if (path.stem, given.compiler, gpu) not in {(r.network, r.compiler, r.gpu) for r in rows}:
                 try:
-                    rows.append(row(path, given.compiler, gpu))
+                    rows.append(row(path, given.compiler, gpu, given.tune_compiles))
                 except EngineError as error:
                     refused.append(f"{path.stem} on {gpu}: {error}")
                 _keep(given.json, rows)
