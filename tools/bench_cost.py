@@ -5,6 +5,7 @@ leaving out one GPU, and one family of one GPU. Needs qdq[cpu] without a GPU, a 
 published_latencies.csv and kernel_tables.json.gz:
 
     python tools/bench_cost.py FOLDER               the tables
+    python tools/bench_cost.py FOLDER --pairs       also every ratio of INT8 and FP16
     python tools/bench_cost.py FOLDER --write       also engines/cost/constants.py
     python tools/bench_cost.py FOLDER --parts       also what each part of the model is worth, and which the rows choose
                                                     (ten minutes)
@@ -59,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", type=Path, help="with published_latencies.csv and kernel_tables.json.gz")
     parser.add_argument("--write", action="store_true", help=f"write {TARGET.name}")
+    parser.add_argument("--pairs", action="store_true", help="also list every ratio of INT8 and FP16")
     parser.add_argument("--parts", action="store_true", help="also leave out each part of the model")
     given = parser.parse_args()
     every, others = read_rows(given.folder)
@@ -75,6 +77,8 @@ def main() -> None:
     unseen = {name: _compare(name, model, rows) for name, model in models.items()}
     _two_factors(ours, rows)
     _choices(rows, unseen["ours"])
+    if given.pairs:
+        _pairs(rows, unseen["ours"])
     for name in ("reference", "ours"):
         _by_kind(name, rows, unseen[name])
     constants = fitted(models["ours"], rows, np.ones(len(rows), bool))
@@ -151,6 +155,17 @@ def _choices(rows: Sequence[Row], predicted: Array) -> None:
             cells.append(f"{error:8.3f}{np.mean(quantizes == (true < 1)):6.2f}{lost.mean():6.2f}")
         print(f"  {family or 'all':44}{len(mine):6}{'':3}{''.join(cells)}")
     print("  (always INT8: the error is that of the median ratio of the family, which nobody knows beforehand)")
+
+
+def _pairs(rows: Sequence[Row], predicted: Array) -> None:
+    """Every pair; "extra" is by how much more INT8 takes beyond its prediction than FP16 does, in microseconds."""
+    print(f"\nINT8 and FP16 in TensorRT, us, ours with the GPU left out\n{'':46}FP16   INT8  ratio  predicted  extra")
+    for i, j in sorted(ratio_pairs(rows), key=lambda both: (rows[both[0]].family, rows[both[0]].pair)):
+        int8, fp16 = rows[i].measured_us, rows[j].measured_us
+        what = " ".join((rows[i].gpu_name, *rows[i].pair[2:5], rows[i].pair[0].rpartition("/")[2]))[:45]
+        extra = (int8 - predicted[i]) - (fp16 - predicted[j])
+        ratios = f"{int8 / fp16:7.2f}{predicted[i] / predicted[j]:11.2f}"
+        print(f"{what:45}{fp16:6.0f}{int8:7.0f}{ratios}{extra:7.0f}")
 
 
 def _by_rtx(row: Row) -> float:
