@@ -223,7 +223,9 @@ class VariantBuilder:
             model = insert(base.model, plan, _adapted(base, plan)) if plan.points else base.model
             unquantized_type = variant.unquantized_type or self.unquantized_types[0]
             fused = bool(self.settings.profile.shift)
-            converted = convert(model, unquantized_type=unquantized_type, split_biases=fused, table=base.table)
+            converted = convert(
+                model, unquantized_type=unquantized_type, split_biases=fused, table=base.table, fp32=plan.in_fp32
+            )
             self._last = key, converted.model
         return self._last[1]
 

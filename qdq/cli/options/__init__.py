@@ -97,6 +97,15 @@ settings_options = _options(
         "--shift/--no-shift", default=None, help="Shift asymmetric activations to use all codes (default on)."
     ),
     exclude_option,
+    click.option(
+        "--override",
+        "overrides",
+        multiple=True,
+        metavar="PATTERN=CHOICE",
+        help="Give the nodes of this name another scheme, as '/head/*=fp8', with blocks or codes of its own as "
+        "int4:block=32 or int8:shift=off; float or fp32 quantizes none of them; repeatable, the first that matches "
+        "counts.",
+    ),
     recipe_option,
 )
 unquantized_option = click.option(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,25 @@ def recipe_values(given: Mapping[str, Any], base: Mapping[str, object] | None = 
 
     options = {k: v for k, v in given.items() if k != "recipe" and v is not None and v != ()}
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+    if "overrides" in options:
+        options["overrides"] = _overrides(given["overrides"])
     read = read_recipe(given["recipe"]) if given.get("recipe") else {}
     return {**(base or {}), **read, **options}
+
+
+def _overrides(given: Sequence[str]) -> dict[str, str]:
+    """The mapping that repeated options PATTERN=CHOICE make.
+
+    Raises:
+        InputError: one has no =, or nothing on one side of it.
+    """
+    found = dict[str, str]()
+    for text in given:
+        pattern, equals, choice = text.partition("=")
+        if not (pattern and equals and choice):
+            raise InputError(f"--override is {text!r}: it must be PATTERN=CHOICE, as in '/head/*=fp8' or 'fc=float'.")
+        found.setdefault(pattern, choice)
+    return found
 
 
 def recipe_of(given: Mapping[str, Any], base: Mapping[str, object] | None = None) -> Recipe:
