@@ -1,11 +1,13 @@
 """`qdq tune`: the plan that the compiler's result is predicted fastest for, or measured where a GPU is here.
 
 options -> recipe, samples if given -> qdq.tune.find_plan -> plan.json, lines of what was measured, a short table.
-What is heavy is imported inside the verb.
+`qdq sensitivity`: options -> candidates, samples, perhaps workers -> qdq.tune.sensitivity -> table.json, a table.
+What is heavy is imported inside the verbs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +91,110 @@ def tune(
     if why := why_predicted(recipe):
         note(why)
     show_rows(f"Tuned plan of {model.name} in {output}", rows)
+
+
+def _metrics() -> Iterable[str]:
+    """The metrics of one sample."""
+    from qdq.deploy.compare.one_sample import names
+
+    return names()
+
+
+@click.command()
+@options.model_argument
+@options.data_options
+@click.option(
+    "--candidates",
+    multiple=True,
+    help="Measure these, with commas between: schemes, with block or shift as in int4:block=32,int8:shift=off, and "
+    "float. Default: int8,fp8,w4a8,int4,float, as far as the targets have them.",
+)
+@click.option("--metric", cls=options.Listed, names=_metrics, help="Also score against the float model by {names}.")
+@options.output_option("sensitivity.json")
+@options.workers_option
+@options.cluster_option
+@click.option("--plot", "plot_file", type=options.PATH, metavar="FILE.png", help="Draw the table.")
+@click.option(
+    "--target",
+    multiple=True,
+    cls=options.Listed,
+    names=options.targets,
+    help="Take candidates that these have: {names}; default sm89; repeatable.",
+)
+@options.compiler_option
+@options.exclude_option
+@options.unquantized_option
+@options.custom_ops_option
+@options.recipe_option
+@options.cache_option
+@options.json_option
+def sensitivity(
+    model: Path,
+    data: str | None,
+    random_data: int | None,
+    candidates: tuple[str, ...],
+    metric: str | None,
+    output: Path,
+    workers: int | None,
+    cluster: str | None,
+    plot_file: Path | None,
+    custom_ops: tuple[str, ...],
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Measure what each group of nodes costs at the outputs in each precision, without labels.
+
+    A group are nodes that must have one precision, such as those that read one tensor. All else stays in float.
+    Killed at any moment, the same command goes on where it was.
+    """
+    import os
+
+    from qdq.cli.calibrate import pool_of, reopened
+    from qdq.deploy.compare.one_sample import of_samples
+    from qdq.measure.inference.session import registered
+    from qdq.passes.prepare import load_float
+    from qdq.tune.sensitivity.find import Workers, beside, find, possible
+    from qdq.tune.sensitivity.run import forget
+
+    for place in filter(None, (output, plot_file)):
+        check_output(place, model, data, given["recipe"], *custom_ops)
+    recipe, libraries = options.recipe_of(given), tuple(os.path.abspath(path) for path in custom_ops)
+    asked = [text.strip() for given_ in candidates for text in given_.split(",") if text.strip()]
+    texts = possible(recipe.settings, recipe.targets, asked)
+    pool = pool_of(workers, cluster)
+    with Bars() as bars, registered(libraries):
+        bars(0, None, "Prepare")
+        prepared = load_float(model)
+        samples = options.samples_of(prepared, recipe, data, random_data)
+        if beside(output).exists():
+            note(f"Going on with the unfinished table in {beside(output)}.")
+        made = find(
+            model,
+            prepared,
+            samples,
+            settings=recipe.settings,
+            texts=texts,
+            unquantized_type=recipe.unquantized_type,
+            metric=of_samples(metric, prepared, next(iter(samples))) if metric else None,
+            workers=Workers(pool=pool, source=reopened(samples, data, recipe)) if pool else None,
+            custom_ops=libraries,
+            output=output,
+            on_progress=bars,
+        )
+    made.save(output)
+    forget(beside(output))
+    if plot_file is not None:
+        from qdq.deploy.report.sensitivity_plot import draw
+
+        draw(made, plot_file)
+    if as_json:
+        show_json(made.to_json())
+        return
+    title = (
+        f"Sensitivity of {model.name} on {made.samples} samples, SQNR in dB{f', {metric}' if metric else ''}: {output}"
+    )
+    show_rows(title, made.rows())
+    for text in (*made.notes(), *([options.RANDOM_NOTE] if random_data else [])):
+        note(text)
+    if plot_file is not None:
+        click.echo(f"Picture: {plot_file}")

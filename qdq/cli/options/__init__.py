@@ -22,10 +22,12 @@ from qdq.cli.options.listed import (
 from qdq.cli.options.listed import (
     data_forms,
     setting,
-    targets,
 )
 from qdq.cli.options.listed import (
     gpu_names as gpu_names,
+)
+from qdq.cli.options.listed import (
+    targets as targets,
 )
 from qdq.cli.options.listed import (
     tasks as tasks,
@@ -244,8 +246,9 @@ made_options = _options(
     click.option("--table", "table_file", type=PATH, help="Take this table.json in place of a new calibration."),
 )
 workers_option = click.option(
-    "--workers", type=int, metavar="N", help="Calibrate on N processes of this machine; default: one."
+    "--workers", type=int, metavar="N", help="Run on N processes of this machine; default: one."
 )
+cluster_option = click.option("--cluster", metavar="tcp://HOST:PORT", help="Run on the workers of this Dask cluster.")
 limit_options = _options(
     click.option("--min-sqnr-db", type=float, help="Require this signal to noise ratio of each output, in dB."),
     click.option(

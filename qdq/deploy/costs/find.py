@@ -259,7 +259,5 @@ def _general(
         said.append(f"Try --calibrator auto, which compares all of them{used}.")
     if "weight" in roles and settings is not None and settings.label != "int8":
         names = ", ".join(row.name for row in settings.schemes if row.name != "int8")
-        said.append(
-            f"Try finer weights than those of {names}: --rounding gptq, a smaller --block, int8-weight."
-        )
+        said.append(f"Try finer weights than those of {names}: --rounding gptq, a smaller --block, int8-weight.")
     return tuple(said)

@@ -42,6 +42,8 @@ FILES = {
     "provenance": ("qdq.deploy.trace.provenance", "Provenance"),
     "recipe": ("qdq.build.recipe", "RecipeFile"),
     "report": ("qdq.deploy.report.report", "DeployReport"),
+    "sensitivity": ("qdq.tune.sensitivity.table", "Sensitivity"),
+    "sensitivity-part": ("qdq.tune.sensitivity.run", "SensitivityPart"),
     "table": ("qdq.measure.table", "TableFile"),
     "timings": ("qdq.build.measured.forms", "Timings"),  # of a report or a tuning
     "tuning": ("qdq.tune.tuned", "TuningOutcome"),

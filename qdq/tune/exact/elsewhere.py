@@ -19,8 +19,7 @@ from qdq.core.disk.cache import remembered
 from qdq.model.as_bytes import identity
 from qdq.model.model import Model
 from qdq.tune.exact.search import tune_exactly
-from qdq.tune.variant import Variant
-from qdq.tune.variant_builder import VariantBuilder
+from qdq.tune.variant_builder import Variant, VariantBuilder
 
 USUAL_TYPE = "fp16"
 
