@@ -9,13 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qdq.cli import options
 from qdq.cli.terminal import Bars, note, show_json, show_rows
 from qdq.core.outputs import check_output
+
+if TYPE_CHECKING:
+    from qdq.build.recipe import Recipe
+    from qdq.core.progress import Progress
+    from qdq.plan.plan import Plan
+    from qdq.tune.sensitivity.mixed import Allocation
 
 
 @click.command()
@@ -26,6 +32,7 @@ from qdq.core.outputs import check_output
     "--min-sqnr-db", type=float, help="Require this signal to noise ratio of the outputs, in dB; needs --data."
 )
 @options.cache_option
+@options.mix_options
 @options.tune_options
 @options.unquantized_option
 @options.settings_options
@@ -36,13 +43,18 @@ def tune(
     data: str | None,
     random_data: int | None,
     output: Path,
+    minimize: str | None,
+    max_size_mib: float | None,
+    candidates: tuple[str, ...],
+    sensitivity_file: Path | None,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Choose by compiled results what is quantized, and which exact rewrites are made.
 
     What is quantized is predicted to gain time, by more than a tie; where that is not so, the nodes stay in float.
-    Without --data every activation is assumed asymmetric, the most expensive case.
+    Without --data every activation is assumed asymmetric, the most expensive case. With --minimize error each group of
+    nodes gets the precision with which the outputs err least, within --max-size-mib.
     """
     from engines.core.files import write_atomic
     from qdq.build.branches import with_possible_branches
@@ -55,8 +67,28 @@ def tune(
     from qdq.tune.exact.elsewhere import elsewhere
     from qdq.tune.find_plan import find_plan
 
-    check_output(output, model, data, given["recipe"])
+    check_output(output, model, data, given["recipe"], sensitivity_file)
+    mixing = options.require_mix(minimize, max_size_mib, candidates, sensitivity_file)
     recipe = options.recipe_of(given)
+    if mixing:
+        if "min_sqnr_db" in recipe.limits:
+            raise InputError("--min-sqnr-db bounds the error of the fastest plan; --minimize error has no such bound.")
+        with Bars() as bars:
+            plan, made = least_error(
+                *(model, data, random_data, recipe),
+                max_size_mib=max_size_mib or 0.0,
+                candidates=candidates,
+                sensitivity_file=sensitivity_file,
+                output=output,
+                on_progress=bars,
+            )
+        plan.save(output)
+        _forget(output)
+        if as_json:
+            show_json(made.to_json())
+        else:
+            show_rows(f"Plan of {model.name} in {output}", allocation_rows(made))
+        return
     if why := unpriced(recipe):
         raise InputError(f"Nothing to tune by: {why}. Take the scheme int8, or --compiler rtx.")
     with Bars() as bars:
@@ -91,6 +123,66 @@ def tune(
     if why := why_predicted(recipe):
         note(why)
     show_rows(f"Tuned plan of {model.name} in {output}", rows)
+
+
+def least_error(
+    model: Path,
+    data: str | None,
+    random_data: int | None,
+    recipe: Recipe,
+    *,
+    max_size_mib: float,
+    candidates: tuple[str, ...],
+    sensitivity_file: Path | None,
+    output: Path | None,
+    on_progress: Progress,
+    custom_ops: tuple[str, ...] = (),
+) -> tuple[Plan, Allocation]:
+    """The plan of least error within a size, and what it is; arguments as of the verb.
+
+    Raises:
+        InputError, EngineError, MissingRuntimeError: see `mix`.
+    """
+    from qdq.passes.prepare import load_float
+    from qdq.tune.sensitivity.mixed import mix
+    from qdq.tune.sensitivity.table import Sensitivity
+
+    on_progress(0, None, "Prepare")
+    known = Sensitivity.load(sensitivity_file) if sensitivity_file else None
+    prepared = load_float(model)
+    samples = options.samples_of(prepared, recipe, data, random_data)
+    return mix(
+        model,
+        prepared,
+        samples,
+        recipe,
+        max_size_mib=max_size_mib,
+        texts=options.listed(candidates),
+        known=known,
+        custom_ops=custom_ops,
+        output=output,
+        on_progress=on_progress,
+    )
+
+
+def allocation_rows(made: Allocation) -> list[tuple[str, str]]:
+    """What was chosen, for people."""
+    nodes = ", ".join(f"{count} {text}" for text, count in made.nodes.items())
+    return [
+        ("weights in the engine", f"{made.size_mib:.3f} MiB of {made.max_size_mib:g}, by {made.compiled_by}"),
+        ("all in float", f"{made.float_mib:.3f} MiB"),
+        ("nodes", nodes),
+        ("SQNR of the outputs", f"{made.measured_db:.1f} dB with quick scales, {made.sum_db:.1f} by the sum of groups"),
+        ("measured as a whole", f"{made.measured} plans; the first had {made.allocated_db:.1f} dB"),
+        *(("", step) for step in made.steps),
+    ]
+
+
+def _forget(output: Path) -> None:
+    from qdq.tune.sensitivity.find import beside
+    from qdq.tune.sensitivity.run import forget
+
+    forget(beside(output))
 
 
 def _metrics() -> Iterable[str]:
@@ -154,13 +246,11 @@ def sensitivity(
     from qdq.measure.inference.session import registered
     from qdq.passes.prepare import load_float
     from qdq.tune.sensitivity.find import Workers, beside, find, possible
-    from qdq.tune.sensitivity.run import forget
 
     for place in filter(None, (output, plot_file)):
         check_output(place, model, data, given["recipe"], *custom_ops)
     recipe, libraries = options.recipe_of(given), tuple(os.path.abspath(path) for path in custom_ops)
-    asked = [text.strip() for given_ in candidates for text in given_.split(",") if text.strip()]
-    texts = possible(recipe.settings, recipe.targets, asked)
+    texts = possible(recipe.settings, recipe.targets, options.listed(candidates))
     pool = pool_of(workers, cluster)
     with Bars() as bars, registered(libraries):
         bars(0, None, "Prepare")
@@ -182,7 +272,7 @@ def sensitivity(
             on_progress=bars,
         )
     made.save(output)
-    forget(beside(output))
+    _forget(output)
     if plot_file is not None:
         from qdq.deploy.report.sensitivity_plot import draw
 

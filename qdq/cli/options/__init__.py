@@ -39,16 +39,25 @@ from qdq.cli.options.read import (
     case_key_of as case_key_of,
 )
 from qdq.cli.options.read import (
+    listed as listed,
+)
+from qdq.cli.options.read import (
     note_left_out as note_left_out,
 )
 from qdq.cli.options.read import (
     recipe_of as recipe_of,
 )
 from qdq.cli.options.read import (
+    recipe_of_mix as recipe_of_mix,
+)
+from qdq.cli.options.read import (
     recipe_of_plan as recipe_of_plan,
 )
 from qdq.cli.options.read import (
     recipe_values as recipe_values,
+)
+from qdq.cli.options.read import (
+    require_mix as require_mix,
 )
 from qdq.cli.options.read import (
     samples_of as samples_of,
@@ -145,6 +154,27 @@ tune_options = _options(
         cls=Listed,
         names=gpu_names,
         help="Predict times for {names}; default: the fastest known of each target.",
+    ),
+)
+mix_options = _options(
+    click.option(
+        "--minimize",
+        help="Choose for least time (default), or for least error: a precision for each group of nodes, within "
+        "--max-size-mib.",
+    ),
+    click.option(
+        "--max-size-mib",
+        type=float,
+        metavar="MIB",
+        help="Allow the weights in the engine this size; with --minimize error.",
+    ),
+    click.option(
+        "--candidates",
+        multiple=True,
+        help="Choose among these, with commas between, as of `qdq sensitivity`; with --minimize error.",
+    ),
+    click.option(
+        "--sensitivity", "sensitivity_file", type=PATH, help="Take this table of `qdq sensitivity`, and its candidates."
     ),
 )
 shape_option = click.option(

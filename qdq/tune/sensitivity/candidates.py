@@ -128,7 +128,7 @@ class Candidates:
         plan, nodes = self.plans.get(text), self.affected(group, text)
         if plan is None:
             return rounded(self.model, nodes, FLOAT_TYPES[self.unquantized_type])
-        own = _of(plan, nodes)
+        own = quick(replace(plan, points=_part(plan, nodes)))
         return insert(self.model, own, solve(self.model, own, table))
 
 
@@ -141,10 +141,9 @@ def _part(plan: Plan, nodes: Collection[str]) -> tuple[Point, ...]:
     return tuple(points)
 
 
-def _of(plan: Plan, nodes: Collection[str]) -> Plan:
-    """That part of a plan, by settings that need no samples."""
-    settings = replace(plan.settings.quick, rounding=ROUNDING, equalize="none").settled
-    return replace(plan, points=_part(plan, nodes), settings=settings)
+def quick(plan: Plan) -> Plan:
+    """The plan by settings that need no samples."""
+    return replace(plan, settings=replace(plan.settings.quick, rounding=ROUNDING, equalize="none").settled)
 
 
 def rounded(model: Model, nodes: Collection[str], low: str) -> Model:

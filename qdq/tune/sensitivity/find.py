@@ -94,6 +94,7 @@ def find(
     unquantized_type: str = "auto",
     metric: Metric | None = None,
     workers: Workers | None = None,
+    table: CalibrationTable | None = None,
     custom_ops: tuple[str, ...] = (),
     output: Path | None = None,
     on_progress: Progress | None = None,
@@ -109,6 +110,7 @@ def find(
         unquantized_type: of the candidate `float`.
         metric: beside the noise.
         workers: a pool; None: this process.
+        table: of `Candidates.measuring`, where it is measured already.
         custom_ops: paths of libraries for ONNX Runtime.
         output: file that the table will be written to: what is done so far is kept beside it until it is.
 
@@ -122,18 +124,18 @@ def find(
     decided = (settings.to_mapping(), candidates.texts, candidates.unquantized_type, metric and metric.name)
 
     def make() -> Sensitivity:
-        table = _table(model_path, candidates, samples, workers, custom_ops, on_progress)
+        ranges = table or _table(model_path, candidates, samples, workers, custom_ops, on_progress)
         hashes = [sample_sha256(sample) for sample in samples]
         value = metric.value if metric else None
         if workers is None:
-            units = here(candidates, table, samples, value=value)
+            units = here(candidates, ranges, samples, value=value)
         else:
             job = Job(
                 model_path=model_path.absolute(),
                 settings=settings,
                 texts=candidates.texts,
                 unquantized_type=candidates.unquantized_type,
-                table=table,
+                table=ranges,
                 source=workers.source,
                 value=value,
                 custom_ops=custom_ops,
@@ -154,7 +156,7 @@ def find(
         "sensitivity",
         lambda: (*identity(prepared), *seen(samples), decided),
         make,
-        pack=lambda table: {"table": table.to_json().encode()},
+        pack=lambda made: {"table": made.to_json().encode()},
         unpack=lambda parts: Sensitivity.from_json(parts["table"]),
     )
 
