@@ -13,6 +13,7 @@ from qdq.assemble.precision.convert import convert
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
 from qdq.passes.rewrites import rewritten
+from qdq.plan.choice import FP32
 from qdq.plan.plan import Plan
 
 
@@ -40,9 +41,14 @@ def finish(model: Model, plan: Plan, *, unquantized_type: str, table: Calibratio
         unquantized_type=float_type_of(plan, unquantized_type),
         split_biases=bool(plan.settings.profile.shift),
         table=table,
+        fp32=plan.in_fp32,
     )
     rules = Counter(skip.rule for skip in converted.kept)
-    why = {"shift": "to keep shifted inputs exact", "neighbours": "because their neighbours compute in FP32"}
+    why = {
+        FP32: "as the plan asks",
+        "shift": "to keep shifted inputs exact",
+        "neighbours": "because their neighbours compute in FP32",
+    }
     said = ", ".join(f"{count} {why.get(rule, f'by rule {rule!r}')}" for rule, count in sorted(rules.items()))
     notes = [f"{len(converted.kept)} nodes stay FP32: {said}"] if converted.kept else []
     if table is not None and (odd := sorted(table.not_finite)):

@@ -257,7 +257,7 @@ class Recipe:
         fields = {name: getattr(file, name) for name in Settings.__struct_fields__}
         settings = Settings(**{**fields, "compiler": choice.compiler})
         volume = preprocess_spec(file.preprocess) if file.preprocess else file.volume
-        usual = "placement" if settings.scheme == "int8" else "rewrites"
+        usual = "placement" if settings.label == "int8" else "rewrites"  # of several schemes each node has its own
         tune = choose(file.tune or usual, TUNES, "way to tune")
         judge = choose(file.judge, JUDGES, "judge") if file.judge else ""
         if judge == "measured" and tune == "off":

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @options.output_option("table.json")
 @click.option("--merge", is_flag=True, help="Make one table of several, given in place of MODEL.")
 @options.workers_option
-@click.option("--cluster", metavar="tcp://HOST:PORT", help="Calibrate on the workers of this Dask cluster.")
+@options.cluster_option
 @click.option("--provider", default="cpu", show_default=True, help="Run ONNX Runtime on cpu or cuda.")
 @options.custom_ops_option
 @click.option(
@@ -83,7 +83,7 @@ def calibrate(
             "memory": given_bytes(),
         }
         prepared, plan, table = _measured(
-            files[0], data, random_data, plan_file, output, options.recipe_of(given), _pool(workers, cluster), running
+            files[0], data, random_data, plan_file, output, options.recipe_of(given), pool_of(workers, cluster), running
         )
     magnitudes, drawn = f"the largest magnitude of {len(table.ranges)}", None
     if not as_json:
@@ -112,7 +112,7 @@ def calibrate(
         show_json(answer.to_json())
 
 
-def _pool(workers: int | None, cluster: str | None) -> Pool | None:
+def pool_of(workers: int | None, cluster: str | None) -> Pool | None:
     """Where to run; None for this process.
 
     Raises:

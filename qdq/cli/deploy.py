@@ -11,6 +11,7 @@ import click
 
 from qdq.cli import options
 from qdq.cli.terminal import Bars, note, show_json, show_rows, warn
+from qdq.cli.tune import allocation_rows, least_error
 from qdq.core.errors import InputError
 from qdq.core.outputs import check_output
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 @options.workers_option
 @options.settings_options
 @options.unquantized_option
+@options.mix_options
 @options.tune_options
 @options.compile_options
 @options.judging_options
@@ -56,6 +58,10 @@ def deploy(
     plan_file: Path | None,
     table_file: Path | None,
     workers: int | None,
+    minimize: str | None,
+    max_size_mib: float | None,
+    candidates: tuple[str, ...],
+    sensitivity_file: Path | None,
     allow_overlap: bool,
     with_images: bool,
     custom_ops: tuple[str, ...],
@@ -70,7 +76,10 @@ def deploy(
     from qdq.plan.plan import Plan
 
     plan = Plan.load(plan_file) if plan_file else None
-    recipe = options.recipe_of_plan(given, plan, plan_file)
+    recipe, notes = options.recipe_of_plan(given, plan, plan_file), [] if random_data is None else [options.RANDOM_NOTE]
+    mixing = options.require_mix(minimize, max_size_mib, candidates, sensitivity_file)
+    if mixing and (plan or table_file):
+        raise InputError("--minimize error makes a plan of its own, and its table: leave out --plan and --table.")
     if table_file and plan is None and recipe.tune != "off":
         raise InputError(
             "--table holds the tensors of one plan, and a tuned plan may need others: give that --plan too, or --tune "
@@ -78,6 +87,18 @@ def deploy(
         )
     table = CalibrationTable.load(table_file) if table_file else None
     with Bars() as bars:
+        if mixing:
+            plan, made = least_error(
+                *(model, data, random_data, recipe),
+                max_size_mib=max_size_mib or 0.0,
+                candidates=candidates,
+                sensitivity_file=sensitivity_file,
+                output=None,
+                on_progress=bars,
+                custom_ops=custom_ops,
+            )
+            recipe = options.recipe_of_mix(given, plan)
+            notes.append("Chosen for least error: " + "; ".join(f"{a}: {b}" for a, b in allocation_rows(made) if a))
         done = deployed(
             model,
             lambda prepared: options.samples_of(prepared, recipe, data, random_data),
@@ -93,7 +114,7 @@ def deploy(
             with_images=with_images,
             custom_ops=custom_ops,
             on_progress=bars,
-            notes=[] if random_data is None else [options.RANDOM_NOTE],
+            notes=notes,
             command=command_of(click.get_current_context()),
         )
     _show_deployed(done, model.name, as_json)

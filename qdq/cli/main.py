@@ -16,7 +16,7 @@ from qdq.cli.deploy import demo, deploy, report, segment
 from qdq.cli.lint import lint_command as lint
 from qdq.cli.stages import audit, build, check, plan, quantize
 from qdq.cli.terminal import Verbs, voice_options
-from qdq.cli.tune import tune
+from qdq.cli.tune import sensitivity, tune
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -40,6 +40,7 @@ VERBS = (
     report,
     segment,
     compare,
+    sensitivity,
     explain,
     data,
     lint,

@@ -1,19 +1,27 @@
 """`qdq tune`: the plan that the compiler's result is predicted fastest for, or measured where a GPU is here.
 
 options -> recipe, samples if given -> qdq.tune.find_plan -> plan.json, lines of what was measured, a short table.
-What is heavy is imported inside the verb.
+`qdq sensitivity`: options -> candidates, samples, perhaps workers -> qdq.tune.sensitivity -> table.json, a table.
+What is heavy is imported inside the verbs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qdq.cli import options
 from qdq.cli.terminal import Bars, note, show_json, show_rows
 from qdq.core.outputs import check_output
+
+if TYPE_CHECKING:
+    from qdq.build.recipe import Recipe
+    from qdq.core.progress import Progress
+    from qdq.plan.plan import Plan
+    from qdq.tune.sensitivity.mixed import Allocation
 
 
 @click.command()
@@ -24,6 +32,7 @@ from qdq.core.outputs import check_output
     "--min-sqnr-db", type=float, help="Require this signal to noise ratio of the outputs, in dB; needs --data."
 )
 @options.cache_option
+@options.mix_options
 @options.tune_options
 @options.unquantized_option
 @options.settings_options
@@ -34,13 +43,18 @@ def tune(
     data: str | None,
     random_data: int | None,
     output: Path,
+    minimize: str | None,
+    max_size_mib: float | None,
+    candidates: tuple[str, ...],
+    sensitivity_file: Path | None,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Choose by compiled results what is quantized, and which exact rewrites are made.
 
     What is quantized is predicted to gain time, by more than a tie; where that is not so, the nodes stay in float.
-    Without --data every activation is assumed asymmetric, the most expensive case.
+    Without --data every activation is assumed asymmetric, the most expensive case. With --minimize error each group of
+    nodes gets the precision with which the outputs err least, within --max-size-mib.
     """
     from engines.core.files import write_atomic
     from qdq.build.branches import with_possible_branches
@@ -53,8 +67,28 @@ def tune(
     from qdq.tune.exact.elsewhere import elsewhere
     from qdq.tune.find_plan import find_plan
 
-    check_output(output, model, data, given["recipe"])
+    check_output(output, model, data, given["recipe"], sensitivity_file)
+    mixing = options.require_mix(minimize, max_size_mib, candidates, sensitivity_file)
     recipe = options.recipe_of(given)
+    if mixing:
+        if "min_sqnr_db" in recipe.limits:
+            raise InputError("--min-sqnr-db bounds the error of the fastest plan; --minimize error has no such bound.")
+        with Bars() as bars:
+            plan, made = least_error(
+                *(model, data, random_data, recipe),
+                max_size_mib=max_size_mib or 0.0,
+                candidates=candidates,
+                sensitivity_file=sensitivity_file,
+                output=output,
+                on_progress=bars,
+            )
+        plan.save(output)
+        _forget(output)
+        if as_json:
+            show_json(made.to_json())
+        else:
+            show_rows(f"Plan of {model.name} in {output}", allocation_rows(made))
+        return
     if why := unpriced(recipe):
         raise InputError(f"Nothing to tune by: {why}. Take the scheme int8, or --compiler rtx.")
     with Bars() as bars:
@@ -89,3 +123,168 @@ def tune(
     if why := why_predicted(recipe):
         note(why)
     show_rows(f"Tuned plan of {model.name} in {output}", rows)
+
+
+def least_error(
+    model: Path,
+    data: str | None,
+    random_data: int | None,
+    recipe: Recipe,
+    *,
+    max_size_mib: float,
+    candidates: tuple[str, ...],
+    sensitivity_file: Path | None,
+    output: Path | None,
+    on_progress: Progress,
+    custom_ops: tuple[str, ...] = (),
+) -> tuple[Plan, Allocation]:
+    """The plan of least error within a size, and what it is; arguments as of the verb.
+
+    Raises:
+        InputError, EngineError, MissingRuntimeError: see `mix`.
+    """
+    from qdq.passes.prepare import load_float
+    from qdq.tune.sensitivity.mixed import mix
+    from qdq.tune.sensitivity.table import Sensitivity
+
+    on_progress(0, None, "Prepare")
+    known = Sensitivity.load(sensitivity_file) if sensitivity_file else None
+    prepared = load_float(model)
+    samples = options.samples_of(prepared, recipe, data, random_data)
+    return mix(
+        model,
+        prepared,
+        samples,
+        recipe,
+        max_size_mib=max_size_mib,
+        texts=options.listed(candidates),
+        known=known,
+        custom_ops=custom_ops,
+        output=output,
+        on_progress=on_progress,
+    )
+
+
+def allocation_rows(made: Allocation) -> list[tuple[str, str]]:
+    """What was chosen, for people."""
+    nodes = ", ".join(f"{count} {text}" for text, count in made.nodes.items())
+    return [
+        ("weights in the engine", f"{made.size_mib:.3f} MiB of {made.max_size_mib:g}, by {made.compiled_by}"),
+        ("all in float", f"{made.float_mib:.3f} MiB"),
+        ("nodes", nodes),
+        ("SQNR of the outputs", f"{made.measured_db:.1f} dB with quick scales, {made.sum_db:.1f} by the sum of groups"),
+        ("measured as a whole", f"{made.measured} plans; the first had {made.allocated_db:.1f} dB"),
+        *(("", step) for step in made.steps),
+    ]
+
+
+def _forget(output: Path) -> None:
+    from qdq.tune.sensitivity.find import beside
+    from qdq.tune.sensitivity.run import forget
+
+    forget(beside(output))
+
+
+def _metrics() -> Iterable[str]:
+    """The metrics of one sample."""
+    from qdq.deploy.compare.one_sample import names
+
+    return names()
+
+
+@click.command()
+@options.model_argument
+@options.data_options
+@click.option(
+    "--candidates",
+    multiple=True,
+    help="Measure these, with commas between: schemes, with block or shift as in int4:block=32,int8:shift=off, and "
+    "float. Default: int8,fp8,w4a8,int4,float, as far as the targets have them.",
+)
+@click.option("--metric", cls=options.Listed, names=_metrics, help="Also score against the float model by {names}.")
+@options.output_option("sensitivity.json")
+@options.workers_option
+@options.cluster_option
+@click.option("--plot", "plot_file", type=options.PATH, metavar="FILE.png", help="Draw the table.")
+@click.option(
+    "--target",
+    multiple=True,
+    cls=options.Listed,
+    names=options.targets,
+    help="Take candidates that these have: {names}; default sm89; repeatable.",
+)
+@options.compiler_option
+@options.exclude_option
+@options.unquantized_option
+@options.custom_ops_option
+@options.recipe_option
+@options.cache_option
+@options.json_option
+def sensitivity(
+    model: Path,
+    data: str | None,
+    random_data: int | None,
+    candidates: tuple[str, ...],
+    metric: str | None,
+    output: Path,
+    workers: int | None,
+    cluster: str | None,
+    plot_file: Path | None,
+    custom_ops: tuple[str, ...],
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Measure what each group of nodes costs at the outputs in each precision, without labels.
+
+    A group are nodes that must have one precision, such as those that read one tensor. All else stays in float.
+    Killed at any moment, the same command goes on where it was.
+    """
+    import os
+
+    from qdq.cli.calibrate import pool_of, reopened
+    from qdq.deploy.compare.one_sample import of_samples
+    from qdq.measure.inference.session import registered
+    from qdq.passes.prepare import load_float
+    from qdq.tune.sensitivity.find import Workers, beside, find, possible
+
+    for place in filter(None, (output, plot_file)):
+        check_output(place, model, data, given["recipe"], *custom_ops)
+    recipe, libraries = options.recipe_of(given), tuple(os.path.abspath(path) for path in custom_ops)
+    texts = possible(recipe.settings, recipe.targets, options.listed(candidates))
+    pool = pool_of(workers, cluster)
+    with Bars() as bars, registered(libraries):
+        bars(0, None, "Prepare")
+        prepared = load_float(model)
+        samples = options.samples_of(prepared, recipe, data, random_data)
+        if beside(output).exists():
+            note(f"Going on with the unfinished table in {beside(output)}.")
+        made = find(
+            model,
+            prepared,
+            samples,
+            settings=recipe.settings,
+            texts=texts,
+            unquantized_type=recipe.unquantized_type,
+            metric=of_samples(metric, prepared, next(iter(samples))) if metric else None,
+            workers=Workers(pool=pool, source=reopened(samples, data, recipe)) if pool else None,
+            custom_ops=libraries,
+            output=output,
+            on_progress=bars,
+        )
+    made.save(output)
+    _forget(output)
+    if plot_file is not None:
+        from qdq.deploy.report.sensitivity_plot import draw
+
+        draw(made, plot_file)
+    if as_json:
+        show_json(made.to_json())
+        return
+    title = (
+        f"Sensitivity of {model.name} on {made.samples} samples, SQNR in dB{f', {metric}' if metric else ''}: {output}"
+    )
+    show_rows(title, made.rows())
+    for text in (*made.notes(), *([options.RANDOM_NOTE] if random_data else [])):
+        note(text)
+    if plot_file is not None:
+        click.echo(f"Picture: {plot_file}")

@@ -170,7 +170,7 @@ def deploy(
         low = (
             float_type_of(made.plan, recipe.unquantized_type) if arithmetic.holds_low(finished.model.proto) else "fp32"
         )
-        kind = recipe.settings.scheme if made.plan.points else low
+        kind = made.plan.settings.label if made.plan.points else low
         output, engine_path = folder / f"{stem}.{kind}.onnx", folder / f"{stem}.engine"
         save(finished.model, output)
         made.plan.save(folder / "plan.json")

@@ -21,9 +21,12 @@ from qdq.passes.prepare import load_float
 from qdq.passes.rewrites import FLOAT_REWRITES, USUAL_REWRITES, why_not_for
 from qdq.plan import placement
 from qdq.plan.plan import Plan
+from qdq.tune.sensitivity.table import Sensitivity, require_same
 
 
-def explain(source: Path, node: str, recipe: Recipe, *, engine: Path | None = None) -> list[str]:
+def explain(
+    source: Path, node: str, recipe: Recipe, *, engine: Path | None = None, sensitivity: Path | None = None
+) -> list[str]:
     """A few lines about one node.
 
     Args:
@@ -31,16 +34,23 @@ def explain(source: Path, node: str, recipe: Recipe, *, engine: Path | None = No
         node: its name in the prepared model.
         recipe: settings to plan with, and shapes to count at.
         engine: of this model, to say which kernel runs the node.
+        sensitivity: table of this model, for the node's row.
 
     Raises:
-        InputError: no such node; names the nearest.
+        InputError: no such node; names the nearest. Or a table of another model.
     """
+    table = Sensitivity.load(sensitivity) if sensitivity else None
     if source.suffix == ".json":
-        lines = Plan.load(source).explain(node)
+        plan = Plan.load(source)
+        lines, sha256 = plan.explain(node), plan.model_sha256
     else:
         model = load_float(source)
+        sha256 = model.sha256
         lines = placement.plan(model, recipe.settings).explain(node)
         lines += _rewrites(model, node, recipe.profile) + _cost(model, node, recipe)
+    if table is not None:
+        require_same(table, sha256)
+        lines += table.explain(node)
     if engine is not None:
         rows = [row for row in audit_engine(engine).nodes if row.node == node]
         lines += [

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from qdq.core.child import as_child, without_ctrl_c
 from qdq.core.errors import InputError, MissingRuntimeError, StaleFileError
@@ -34,7 +34,9 @@ from qdq.plan.plan import Plan
 
 PER_WORKER = 4  # shards per worker: the more, the less a dead worker or a kill of the whole run costs
 CONNECT_S = 10.0  # to wait for a Dask scheduler
-TRIES = 4  # rounds in which workers died and no shard was done, before giving up
+TRIES = 4  # rounds in which workers died and nothing was done, before giving up
+
+R = TypeVar("R")
 
 
 class Sharded(Protocol):
@@ -174,8 +176,8 @@ def collect_shards(
         raise StaleFileError(
             "The unfinished calibration here was begun without workers: repeat that command, or delete its checkpoint."
         )
-    prepared = plan.form(_prepared(Path(model_path))) if parts else None
-    given = check_same(parts, prepared, source().shard(0, 1)) if prepared is not None else ""
+    model = plan.form(prepared(Path(model_path))) if parts else None
+    given = check_same(parts, model, source().shard(0, 1)) if model is not None else ""
     count = int(state.get("shards", min(total or pool.workers * PER_WORKER, pool.workers * PER_WORKER)))
     done = set(state.get("done", ()))
     table = parts[0] if parts else None
@@ -188,22 +190,14 @@ def collect_shards(
         memory=memory,
         threads=pool.threads,
     )
-    barren = 0  # rounds in a row in which workers died and no shard was done
-    while left := [i for i in range(count) if i not in done]:
-        barren += 1
-        for index, shard in _round(job, left, count, pool):
-            table = merged([table, shard]) if table and shard.count else table or shard
-            done.add(index)
-            barren = 0
-            if checkpoint is not None:
-                checkpoint.write([table], {"shards": count, "done": sorted(done)})
-            if on_progress is not None:
-                on_progress(len(done), count, "calibrating, shards")
-        if barren == TRIES:
-            raise InputError(
-                f"The workers of {len(left)} shards of samples died {TRIES} times in a row. Look at the workers' logs: "
-                "mostly the memory of their machine is too small; lower --memory or use fewer workers."
-            )
+    left = [i for i in range(count) if i not in done]
+    for index, shard in each_of(pool, partial(_measure, job, count), left, what="shards of samples"):
+        table = merged([table, shard]) if table and shard.count else table or shard
+        done.add(index)
+        if checkpoint is not None:
+            checkpoint.write([table], {"shards": count, "done": sorted(done)})
+        if on_progress is not None:
+            on_progress(len(done), count, "calibrating, shards")
     assert table is not None
     if not table.count:
         raise InputError("There are no samples: calibration needs at least one.")
@@ -228,14 +222,40 @@ class _Job:
     threads: int
 
 
-def _round(job: _Job, left: Sequence[int], count: int, pool: Pool) -> Iterator[tuple[int, CalibrationTable]]:
-    """Run shards, yielding each with its table; ends without those whose worker died."""
-    futures: dict[Future[CalibrationTable], int] = {}
+def each_of(pool: Pool, work: Callable[[int], R], indices: Iterable[int], *, what: str) -> Iterator[tuple[int, R]]:
+    """Some jobs by their index, each with its result as it comes; one whose worker died is tried again.
+
+    Args:
+        pool: where.
+        work: does a job; picklable.
+        indices: of the jobs.
+        what: they are, for the message.
+
+    Raises:
+        InputError: the workers died TRIES times in a row without finishing any job.
+    """
+    left, barren = dict.fromkeys(indices), 0
+    while left:
+        barren += 1
+        for index, result in _round(pool, work, list(left)):
+            del left[index]
+            barren = 0
+            yield index, result
+        if barren == TRIES:
+            raise InputError(
+                f"The workers of {len(left)} {what} died {TRIES} times in a row. Look at the workers' logs: "
+                "mostly the memory of their machine is too small; lower --memory or use fewer workers."
+            )
+
+
+def _round(pool: Pool, work: Callable[[int], R], left: Sequence[int]) -> Iterator[tuple[int, R]]:
+    """Run jobs, yielding each with its result; ends without those whose worker died."""
+    futures: dict[Future[R], int] = {}
     lost: tuple[type[BaseException], ...] = (BrokenExecutor, CancelledError, *pool.lost)
     with pool.open() as executor:
         with suppress(BrokenExecutor):  # a worker died already
             for i in left:
-                futures[executor.submit(_measure, job, i, count)] = i
+                futures[executor.submit(work, i)] = i
         for future in as_completed(futures):
             try:
                 yield futures[future], future.result()
@@ -243,9 +263,9 @@ def _round(job: _Job, left: Sequence[int], count: int, pool: Pool) -> Iterator[t
                 continue
 
 
-def _measure(job: _Job, index: int, count: int) -> CalibrationTable:
+def _measure(job: _Job, count: int, index: int) -> CalibrationTable:
     """In the worker: the table of one shard, without any tensor where there are fewer samples than shards."""
-    model = job.plan.form(_prepared(job.model_path))
+    model = job.plan.form(prepared(job.model_path))
     shard = job.source().shard(index, count)
     if next(iter(shard), None) is None:
         return CalibrationTable.empty(model)
@@ -262,5 +282,6 @@ def _measure(job: _Job, index: int, count: int) -> CalibrationTable:
 
 
 @lru_cache(maxsize=1)
-def _prepared(path: Path) -> Model:
+def prepared(path: Path) -> Model:
+    """In a worker: the model of a file, prepared once."""
     return prepare(load(path))

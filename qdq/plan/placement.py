@@ -23,6 +23,7 @@ from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, controlled_nodes
 from qdq.passes.rewrites import USUAL_REWRITES, applied, why_not_for
 from qdq.plan import tensorrt_rules
+from qdq.plan.groups import united
 from qdq.plan.plan import Plan, Point, Role, Skip
 from qdq.plan.rules import RULES as COMMON
 from qdq.plan.rules import Tie, Veto, Want, check_patterns, why_float
@@ -172,18 +173,9 @@ def _read_too(found: Mapping[tuple[str, str, int | None], Point], others: Sequen
 
 def _tied(points: list[Point], ties: list[Tie]) -> list[Point]:
     """Give the activation points that some tie connects a common group name: the smallest tensor name among them."""
-    group = {p.tensor: p.tensor for p in points if p.role == "activation"}
-
-    def root(tensor: str) -> str:
-        while group[tensor] != tensor:
-            tensor = group[tensor]
-        return tensor
-
-    for tie in ties:
-        roots = sorted({root(t) for t in tie.tensors if t in group})
-        for other in roots[1:]:
-            group[other] = roots[0]
-    sizes = Counter(map(root, group))
+    names = sorted(p.tensor for p in points if p.role == "activation")
+    roots = united(names, [tie.tensors for tie in ties])
+    sizes = Counter(roots.values())
     return [
-        replace(p, tie=root(p.tensor)) if p.role == "activation" and sizes[root(p.tensor)] > 1 else p for p in points
+        replace(p, tie=roots[p.tensor]) if p.role == "activation" and sizes[roots[p.tensor]] > 1 else p for p in points
     ]

@@ -25,6 +25,7 @@ from qdq.model.nodes import controlled_nodes
 from qdq.passes.rewrites import rewritten
 from qdq.passes.rewrites.edit import Rewrite
 from qdq.passes.steered import held
+from qdq.plan.choice import FP32
 from qdq.plan.settings import Settings
 from qdq.plan.spec import Spec
 
@@ -111,6 +112,11 @@ class Plan(Document, frozen=True, kw_only=True):
     def quantized_nodes(self) -> tuple[str, ...]:
         """Names of the nodes whose weight is quantized, in the order of the points."""
         return tuple(dict.fromkeys(name for p in self.weights for name, _ in p.uses))
+
+    @property
+    def in_fp32(self) -> frozenset[str]:
+        """Names of the nodes that compute in FP32, whatever the other unquantized nodes compute in."""
+        return frozenset(skip.node for skip in self.skips if skip.rule == FP32)
 
     @property
     def operands(self) -> str:

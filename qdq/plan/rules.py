@@ -22,6 +22,8 @@ from qdq.core.formats import FORMATS
 from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, attribute, bodies, controlled_nodes, controls, input_axis, weight_axis
 from qdq.plan.block_length import best
+from qdq.plan.choice import FLOATS as UNQUANTIZED
+from qdq.plan.choice import FP32
 from qdq.plan.scheme import Scheme
 from qdq.plan.settings import AUTO, WHOLE, WORTH, Settings
 from qdq.plan.spec import Spec
@@ -96,6 +98,9 @@ def weighted(model: Model, node: NodeProto, settings: Settings) -> list[Decision
     if weight is None or weight.shape is None or len(weight.shape) < 2 or 0 in weight.shape:
         return []
     scheme, convolution = settings.scheme_of(node.name), node.op_type in CONVOLUTIONS
+    if scheme.name in UNQUANTIZED:  # `kept_float` says so
+        return []
+    settings = settings.of(node.name)
     outputs, inputs = weight_axis(node, len(weight.shape)), input_axis(node, len(weight.shape))
     block, reason, fallback = None, "", False
     if settings.lengths(scheme.weight) and not convolution and settings.block not in WHOLE:
@@ -171,7 +176,7 @@ def residual(model: Model, node: NodeProto, settings: Settings) -> list[Decision
     for index, tensor in enumerate(node.input):
         uses = [u.node for u in model.consumers(tensor) if u.index == 0 and u.node.op_type == "Conv"]
         other = model.producer(node.input[1 - index])
-        specs = [settings.activation(settings.scheme_of(n.name), convolution=True) for n in uses]
+        specs = [settings.of(n.name).activation(settings.scheme_of(n.name), convolution=True) for n in uses]
         spec = next(filter(None, specs), None)
         if spec and any(model.is_constant(n.input[1]) for n in uses) and other is not None and other.op_type == "Conv":
             wants.append(Want(tensor=tensor, index=index, role="shortcut", spec=spec, rule="residual"))
@@ -224,6 +229,14 @@ def excluded(model: Model, node: NodeProto, settings: Settings) -> list[Decision
     return []
 
 
+def kept_float(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Veto what an override leaves in float, under the name of its float type."""
+    name = settings.scheme_of(node.name).name if settings.overrides else ""
+    if name not in UNQUANTIZED:
+        return []
+    return [Veto(rule=name, reason=f"an override leaves it in {'FP32' if name == FP32 else name}")]
+
+
 def containers(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
     """Veto quantizers on an If, Loop or Scan itself: the nodes of its bodies are planned one by one.
 
@@ -260,7 +273,9 @@ def foreign(model: Model, node: NodeProto, settings: Settings) -> list[Decision]
     return [Veto(rule="foreign", reason=reason)]
 
 
-RULES: tuple[Rule, ...] = (weighted, residual, concat, transposed, operands, excluded, containers, inner, foreign)
+RULES: tuple[Rule, ...] = (
+    kept_float, weighted, residual, concat, transposed, operands, excluded, containers, inner, foreign
+)  # fmt: skip
 
 
 def why_float(op_type: str, profile: Profile) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from engines.core.errors import EngineError
 from qdq.core.choices import checked, choose, converted
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
+from qdq.plan.choice import Choice, choice
 from qdq.plan.methods import CALIBRATORS, FORMULAS, ROUNDINGS
 from qdq.plan.scheme import SCHEMES, Scheme
 from qdq.plan.spec import BY_RANGE, Spec
@@ -88,7 +89,8 @@ class Settings(Part, frozen=True, kw_only=True):
             that gains.
         v1: those above v0 and at most this are equalized first; those above v1 have one scale per token; "auto" gives
             it to those whose error counts beside that of the weights.
-        overrides: node name pattern -> scheme for those nodes; the first that matches counts.
+        overrides: node name pattern -> what those nodes become, as `qdq.plan.choice` reads it: a scheme with its
+            granularity, "float" or "fp32"; the first that matches counts.
         compiler: whose engine the model is for, a key of `engines.backends.profile.profiles`; placement, the form of
             the Q/DQ model and what "auto" means follow its profile.
 
@@ -123,12 +125,15 @@ class Settings(Part, frozen=True, kw_only=True):
             block = int(block)
         set_field(self, "block", block)
         checked(self)
-        rows = [SCHEMES[choose(name, tuple(SCHEMES), "scheme")] for name in (self.scheme, *self.overrides.values())]
+        choose(self.scheme, tuple(SCHEMES), "scheme")
+        rows = self.schemes
         try:
             set_field(self, "compiler", profile_named(self.compiler).key)
             self.profile.require_formats(self.formats, ())
         except EngineError as error:
             raise InputError(str(error)) from None
+        for own in {each for each in map(choice, self.overrides.values()) if each.block is not None}:
+            self.alone(own)  # refuses a block that its scheme has none of
         for name in ("rounding", "equalize"):
             if getattr(self, name) == "":
                 set_field(self, name, AUTO if len(self.options(name)) > 1 else self.options(name)[0])
@@ -156,17 +161,35 @@ class Settings(Part, frozen=True, kw_only=True):
             )
 
     @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The scheme, and those of the overrides, each once."""
+        others = (each.row for each in map(choice, self.overrides.values()) if each.quantizes)
+        return tuple(dict.fromkeys((SCHEMES[self.scheme], *others)))
+
+    @property
+    def label(self) -> str:
+        """The scheme's name; "mixed" where overrides name another one."""
+        return self.scheme if len(self.schemes) == 1 else "mixed"
+
+    @property
     def profile(self) -> Profile:
         """What is known of the compiler."""
         return profile_named(self.compiler)
 
     def options(self, setting: str) -> tuple[str | int, ...]:
-        """What an open setting is chosen from; the first where nothing can be compared."""
-        row = SCHEMES[self.scheme]
+        """What an open setting is chosen from; the first where nothing can be compared.
+
+        Of several schemes: the roundings of the one that has most, which do for the others what nearest ones or GPTQ
+        do; and every formula, for each looks at the operands that it is for.
+        """
+        rows = self.schemes
+        formulas = dict.fromkeys(name for row in rows for name in row.equalizations)
+        if len(rows) > 1:
+            formulas = dict.fromkeys((*(name for name in formulas if name != "none"), "none"))
         found: Mapping[str, tuple[str | int, ...]] = {
             "calibrator": USUAL_CALIBRATORS,
-            "rounding": row.roundings,
-            "equalize": row.equalizations,
+            "rounding": max((row.roundings for row in rows), key=len),
+            "equalize": tuple(formulas),
             "shift": (True, False) if self.profile.shift else (False,),
             "block": (WORTH, min(self._lengths, default=AUTO)),
         }
@@ -175,8 +198,7 @@ class Settings(Part, frozen=True, kw_only=True):
     @property
     def _lengths(self) -> tuple[int, ...]:
         """The block lengths that formats of weights leave a choice of."""
-        rows = (SCHEMES[scheme] for scheme in (self.scheme, *self.overrides.values()))
-        each = (self.lengths(row.weight) for row in rows)
+        each = (self.lengths(row.weight) for row in self.schemes)
         return tuple(block for lengths in each if len(lengths) > 1 for block in lengths)
 
     def lengths(self, fmt: str) -> tuple[int, ...]:
@@ -210,7 +232,7 @@ class Settings(Part, frozen=True, kw_only=True):
     @property
     def idle(self) -> tuple[str, ...]:
         """What was set to another value than the default and means nothing to the schemes, a sentence each."""
-        rows = [SCHEMES[self.scheme], *(SCHEMES[scheme] for scheme in self.overrides.values())]
+        rows = self.schemes
         weights = [FORMATS[row.weight] for row in rows]
         lengths = {block for fmt in weights for block in fmt.blocks}
         alone = any(FORMATS[row.weight].blocks and row.data is None for row in rows)
@@ -223,7 +245,8 @@ class Settings(Part, frozen=True, kw_only=True):
         by_moments = alone and self.equalize != "none" and (formula is None or formula.by_weights is None)
         asked = CALIBRATORS if self.calibrator == AUTO else (self.range_by,)
         ranged = any(row.token == BY_RANGE for row in rows)
-        scheme, method, ranges = f"scheme {self.scheme}", f"rounding {self.rounding}", f"calibrator {self.range_by}"
+        names = ", ".join(row.name for row in rows)
+        scheme, method, ranges = f"scheme {names}", f"rounding {self.rounding}", f"calibrator {self.range_by}"
         means = {  # setting -> whether it has an effect, and what it has none with
             "block": (self.block == AUTO or self.block in lengths or len(lengths) > 1, scheme),
             "rounding": (self.rounding == "nearest" or rounded, scheme),
@@ -247,7 +270,7 @@ class Settings(Part, frozen=True, kw_only=True):
     @property
     def doubts(self) -> tuple[str, ...]:
         """What is asked for and not known to serve its purpose with this compiler, a sentence each."""
-        rows, profile = [SCHEMES[name] for name in (self.scheme, *self.overrides.values())], self.profile
+        rows, profile = self.schemes, self.profile
         asked = (
             ("shift", profile.shift, self.shift is True),
             *((f"scheme {row.name}", profile.two_level, row.compute_format is not None) for row in rows),
@@ -269,17 +292,38 @@ class Settings(Part, frozen=True, kw_only=True):
         return dict(msgspec.to_builtins(self))
 
     def scheme_of(self, node: str) -> Scheme:
-        """The scheme of a node by its name."""
-        return SCHEMES[
+        """The scheme of a node by its name; one of `FLOATS` where it is not to be quantized."""
+        return self.choice_of(node).row
+
+    def choice_of(self, node: str) -> Choice:
+        """What a node becomes, by its name."""
+        return choice(
             next((s for pattern, s in self.overrides.items() if fnmatch.fnmatchcase(node, pattern)), self.scheme)
-        ]
+        )
+
+    def of(self, node: str) -> Settings:
+        """The settings with a node's own granularity."""
+        own = self.choice_of(node)
+        return self if own.block is None and own.shift is None else self.alone(own)
+
+    def alone(self, own: Choice) -> Settings:
+        """The settings where every node becomes the same, a scheme."""
+        return replace(
+            self,
+            scheme=own.scheme,
+            block=self.block if own.block is None else own.block,
+            shift=self.shift if own.shift is None else own.shift,
+            overrides={},
+        )
 
     @property
     def formats(self) -> frozenset[str]:
         """Every format that a model quantized so may hold: `Profile.require_formats` says which GPUs have them."""
-        rows = [SCHEMES[self.scheme], *(SCHEMES[scheme] for scheme in self.overrides.values())]
         return frozenset(
-            f for row in rows for f in (row.data, row.weight, row.compute_format, row.convolution) if f is not None
+            f
+            for row in self.schemes
+            for f in (row.data, row.weight, row.compute_format, row.convolution)
+            if f is not None
         )
 
     def activation(self, scheme: Scheme, *, convolution: bool = False) -> Spec | None:

@@ -42,7 +42,8 @@ def quantized_data(model: Model, node: NodeProto, settings: Settings) -> Spec | 
     """How a node reads its data where every rule lets it be quantized; None where it stays in float."""
     if node.op_type not in WEIGHTED or len(node.input) < 2 or not model.is_constant(node.input[1]):
         return None
-    spec = settings.activation(settings.scheme_of(node.name), convolution=node.op_type in CONVOLUTIONS)
+    own = settings.of(node.name)
+    spec = own.activation(settings.scheme_of(node.name), convolution=node.op_type in CONVOLUTIONS)
     if spec is None or any(isinstance(d, Veto) for rule in _VETOES for d in rule(model, node, settings)):
         return None
     return replace(spec, token=None)

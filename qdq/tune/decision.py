@@ -15,7 +15,7 @@ from typing import Literal
 
 from engines.core.documents import Part, replace
 from qdq.build.cost import Price, PricedGpu
-from qdq.tune.variant import Variant
+from qdq.tune.variant_builder import Variant
 
 Verdict = Literal["tie", "within the error", "beyond the error", "error unknown", "nothing to compare"]
 MOST_TRIED = 8  # of the fastest variants, for one that keeps the bound

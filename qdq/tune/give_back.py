@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from engines.core.documents import replace
 from qdq.tune.moves import TYPE, WORTH, Move, into_exact, times_of
 from qdq.tune.prices import Prices
-from qdq.tune.variant import Variant
-from qdq.tune.variant_builder import VariantBuilder
+from qdq.tune.variant_builder import Variant, VariantBuilder
 
 POOR_DB = 40.0
 """SQNR of the outputs in a float type, nothing quantized, below which a larger type at the same time is better: an

@@ -19,8 +19,7 @@ from qdq.build.cost import Price
 from qdq.model.model import Model
 from qdq.passes.rewrites import FLOAT_REWRITES, QUANTIZED_REWRITES
 from qdq.tune.equivalence import classes, grouped
-from qdq.tune.variant import Variant
-from qdq.tune.variant_builder import VariantBuilder
+from qdq.tune.variant_builder import Variant, VariantBuilder
 
 WORTH = 0.01  # of the time: a class of nodes whose kernels take less together is left as it starts
 COARSER_GAIN = 0.004  # of the time: less is no reason for coarser codes

@@ -14,8 +14,7 @@ from itertools import islice
 
 from qdq.build.cost import CostModel, Price
 from qdq.core.progress import Progress
-from qdq.tune.variant import Variant
-from qdq.tune.variant_builder import VariantBuilder
+from qdq.tune.variant_builder import Variant, VariantBuilder
 
 COMPILES, SECONDS = "compiles", "seconds"  # what can end a search
 

@@ -25,8 +25,7 @@ from qdq.tune.give_back import POOR_DB, GiveBack, plainest
 from qdq.tune.moves import TYPE, Move, finer_codes, into_float, into_quantized, possible, times_of
 from qdq.tune.prices import Budget, Prices
 from qdq.tune.tuned import Tuned
-from qdq.tune.variant import Variant
-from qdq.tune.variant_builder import VariantBuilder
+from qdq.tune.variant_builder import Variant, VariantBuilder
 
 MARGIN_DB = 1.5  # asked for beyond the bound at first: quick scales, and one sample
 RESERVE_DB = 0.5  # above the bound on calibration samples: others have less (DynUNet, 4 crops: by 0.3 and 0.8 dB)

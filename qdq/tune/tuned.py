@@ -16,7 +16,7 @@ from qdq.build.measured.bench import Run
 from qdq.build.measured.forms import Timings
 from qdq.plan.plan import Plan
 from qdq.tune.decision import Decision
-from qdq.tune.variant import Variant
+from qdq.tune.variant_builder import Variant
 
 ENDED = {
     "": "",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,11 +32,39 @@ from qdq.plan.plan import Plan, Skip
 from qdq.plan.settings import Settings
 from qdq.plan.weighted_node import weighted_nodes
 from qdq.solve.solve import Solution, solve
-from qdq.tune.variant import Variant
 
 TUNED = "tuned"  # the rule of the skips that `restricted` adds
 KEPT = 8  # rewritten models in memory
 MOST_LOSS_DB = 3.0  # more noise of a weight by one scale than by one per channel: as much as its input's adds anyway
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """Choices about one model; names that do not exist after its rewrites mean nothing.
+
+    Attributes:
+        rewrites: (rewrite, node) pairs; those of the quantized stage apply to nodes in `quantized` only.
+        quantized: weighted nodes that are quantized.
+        per_tensor: nodes whose weight has one scale for all channels, if they are in `quantized`.
+        unshifted: nodes whose input is not shifted, though its range is asymmetric: fewer codes, less to compute.
+        float_shortcuts: shortcut operands, "node:index", that read the float tensor although a quantized one exists.
+        unquantized_type: the float type of what is not quantized, if another than the builder's first.
+    """
+
+    rewrites: frozenset[tuple[str, str]] = frozenset()
+    quantized: frozenset[str] = frozenset()
+    per_tensor: frozenset[str] = frozenset()
+    unshifted: frozenset[str] = frozenset()
+    float_shortcuts: frozenset[str] = frozenset()
+    unquantized_type: str = ""
+
+    def with_rewrite(self, name: str, nodes: Iterable[str]) -> Variant:
+        """The same and a rewrite on some nodes."""
+        return replace(self, rewrites=self.rewrites | {(name, node) for node in nodes})
+
+    def without_rewrite(self, name: str, nodes: Iterable[str]) -> Variant:
+        """The same without a rewrite on some nodes."""
+        return replace(self, rewrites=self.rewrites - {(name, node) for node in nodes})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +251,9 @@ class VariantBuilder:
             model = insert(base.model, plan, _adapted(base, plan)) if plan.points else base.model
             unquantized_type = variant.unquantized_type or self.unquantized_types[0]
             fused = bool(self.settings.profile.shift)
-            converted = convert(model, unquantized_type=unquantized_type, split_biases=fused, table=base.table)
+            converted = convert(
+                model, unquantized_type=unquantized_type, split_biases=fused, table=base.table, fp32=plan.in_fp32
+            )
             self._last = key, converted.model
         return self._last[1]
 

@@ -15,7 +15,7 @@ Q keeps the type of what it reads, so no Cast comes between a tensor and its qua
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +58,7 @@ def convert(
     keep_io: bool = True,
     split_biases: bool = True,
     table: CalibrationTable | None = None,
+    fp32: Collection[str] = (),
 ) -> Converted:
     """Make every float32 tensor FP16 or BF16, except what must stay FP32.
 
@@ -70,6 +71,7 @@ def convert(
         keep_io: inputs and outputs stay float32; else they take the new type too.
         split_biases: write what a float product's bias loses by rounding as a Sub behind it, which the compiler fuses.
         table: calibrated ranges; a tensor beyond half of FP16's range stays FP32, one within is trusted to fit.
+        fp32: nodes that are to stay FP32 whatever they hold.
 
     Raises:
         InputError: an unknown `unquantized_type`.
@@ -79,7 +81,7 @@ def convert(
         return Converted(model=written_out(model), kept=())
     proto = _typed(model, BFLOAT16_OPSET if low == "bfloat16" else 0)
     typed = model.replace(proto)
-    kept = decide(typed, low, table)
+    kept = decide(typed, low, table, fp32)
     typed = compensate(typed, low, kept, split_biases=split_biases)
     writer = _Writer(typed, low, frozenset(kept), keep_io)
     order = (kept[node.name] for node in typed.graph.node if node.name in kept)

@@ -18,7 +18,7 @@ be wide.
 from __future__ import annotations
 
 import math
-from collections.abc import Set
+from collections.abc import Collection, Set
 
 import numpy as np
 from onnx import NodeProto
@@ -40,6 +40,7 @@ from qdq.assemble.precision.types import (
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value, captured
+from qdq.plan.choice import FP32
 from qdq.plan.plan import Skip
 
 LIMIT = 2.0**15  # half of what float16 holds: samples are not all that the network will see
@@ -52,13 +53,12 @@ _BLENDS = ARITHMETIC | family("Clip Max Min Sum Where")  # a constant operand ke
 _MIXED = "ONNX has no such node with operands in {}"
 
 
-def decide(model: Model, low: str, table: CalibrationTable | None) -> dict[str, Skip]:
+def decide(model: Model, low: str, table: CalibrationTable | None, asked: Collection[str] = ()) -> dict[str, Skip]:
     """The nodes of a prepared or quantized model, all tensors typed, that keep computing in FP32, by name.
 
-    `low` is 'float16' or 'bfloat16'; no table, of ranges of some tensors, decides by rules alone. Nodes without any
-    float32 operand are not in the result.
+    `low`: 'float16' or 'bfloat16'; no table, of ranges of some tensors, decides by rules. Nodes `asked` for are kept.
     """
-    rules = _Rules(model, low, table)
+    rules = _Rules(model, low, table, asked)
     for node in model.graph.node:
         rules.visit(node)
     rules.keep_what_float_surrounds()
@@ -100,8 +100,8 @@ def masks(model: Model, node: NodeProto) -> bool:
 class _Rules:
     """One walk over the graph: `kind` of each float32 tensor, `kept` nodes."""
 
-    def __init__(self, model: Model, low: str, table: CalibrationTable | None) -> None:
-        self._model, self._low = model, low
+    def __init__(self, model: Model, low: str, table: CalibrationTable | None, asked: Collection[str]) -> None:
+        self._model, self._low, self._asked = model, low, asked
         self._schema = Schema(model, low)
         self._info = finfo(low)
         held = {} if table is None else {name: h.amax for name, h in table.tensors.items()}
@@ -130,7 +130,7 @@ class _Rules:
             return
         if self._hides(node):
             self._masked.update(made)
-        fp32 = self._rule(node, floats, made)
+        fp32 = (FP32, "the plan asks for it") if node.name in self._asked else self._rule(node, floats, made)
         if fp32 is not None:
             self.kept[node.name] = Skip(node=node.name, op_type=node.op_type, rule=fp32[0], reason=fp32[1])
         for tensor in made:

@@ -201,7 +201,7 @@ def served(recipe: Recipe, gpus: Sequence[Gpu]) -> list[Gpu]:
 
 def unpriced(recipe: Recipe) -> str:
     """Why no times are predicted for a recipe's compiler and scheme; "" where they are."""
-    scheme = recipe.settings.scheme
+    scheme = recipe.settings.label
     if backend_named(recipe.backend).predicts or scheme == "int8":
         return ""
     return f"of {recipe.profile.title}, times are predicted of INT8 and float models only, not of the scheme {scheme}"

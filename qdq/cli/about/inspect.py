@@ -18,14 +18,17 @@ from qdq.core.outputs import check_output
 @click.argument("source", type=options.PATH, metavar="MODEL|PLAN.json")
 @click.argument("node")
 @click.option("--engine", type=options.PATH, help="Also say which kernel of this engine runs the node.")
+@click.option("--sensitivity", type=options.PATH, help="Also say what this table of `qdq sensitivity` has of the node.")
 @options.settings_options
 @options.shape_option
 @options.json_option
-def explain(source: Path, node: str, engine: Path | None, as_json: bool, **given: Any) -> None:
+def explain(
+    source: Path, node: str, engine: Path | None, sensitivity: Path | None, as_json: bool, **given: Any
+) -> None:
     """Say whether and why a node is quantized, by which rule, and what it costs."""
     from qdq.deploy.explain import explain as explained
 
-    lines = explained(source, node, options.recipe_of(given), engine=engine)
+    lines = explained(source, node, options.recipe_of(given), engine=engine, sensitivity=sensitivity)
     if as_json:
         from qdq.cli.answer.documents import ExplainAnswer
 

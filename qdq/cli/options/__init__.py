@@ -22,10 +22,12 @@ from qdq.cli.options.listed import (
 from qdq.cli.options.listed import (
     data_forms,
     setting,
-    targets,
 )
 from qdq.cli.options.listed import (
     gpu_names as gpu_names,
+)
+from qdq.cli.options.listed import (
+    targets as targets,
 )
 from qdq.cli.options.listed import (
     tasks as tasks,
@@ -37,16 +39,25 @@ from qdq.cli.options.read import (
     case_key_of as case_key_of,
 )
 from qdq.cli.options.read import (
+    listed as listed,
+)
+from qdq.cli.options.read import (
     note_left_out as note_left_out,
 )
 from qdq.cli.options.read import (
     recipe_of as recipe_of,
 )
 from qdq.cli.options.read import (
+    recipe_of_mix as recipe_of_mix,
+)
+from qdq.cli.options.read import (
     recipe_of_plan as recipe_of_plan,
 )
 from qdq.cli.options.read import (
     recipe_values as recipe_values,
+)
+from qdq.cli.options.read import (
+    require_mix as require_mix,
 )
 from qdq.cli.options.read import (
     samples_of as samples_of,
@@ -97,6 +108,15 @@ settings_options = _options(
         "--shift/--no-shift", default=None, help="Shift asymmetric activations to use all codes (default on)."
     ),
     exclude_option,
+    click.option(
+        "--override",
+        "overrides",
+        multiple=True,
+        metavar="PATTERN=CHOICE",
+        help="Give the nodes of this name another scheme, as '/head/*=fp8', with blocks or codes of its own as "
+        "int4:block=32 or int8:shift=off; float or fp32 quantizes none of them; repeatable, the first that matches "
+        "counts.",
+    ),
     recipe_option,
 )
 unquantized_option = click.option(
@@ -134,6 +154,27 @@ tune_options = _options(
         cls=Listed,
         names=gpu_names,
         help="Predict times for {names}; default: the fastest known of each target.",
+    ),
+)
+mix_options = _options(
+    click.option(
+        "--minimize",
+        help="Choose for least time (default), or for least error: a precision for each group of nodes, within "
+        "--max-size-mib.",
+    ),
+    click.option(
+        "--max-size-mib",
+        type=float,
+        metavar="MIB",
+        help="Allow the weights in the engine this size; with --minimize error.",
+    ),
+    click.option(
+        "--candidates",
+        multiple=True,
+        help="Choose among these, with commas between, as of `qdq sensitivity`; with --minimize error.",
+    ),
+    click.option(
+        "--sensitivity", "sensitivity_file", type=PATH, help="Take this table of `qdq sensitivity`, and its candidates."
     ),
 )
 shape_option = click.option(
@@ -235,8 +276,9 @@ made_options = _options(
     click.option("--table", "table_file", type=PATH, help="Take this table.json in place of a new calibration."),
 )
 workers_option = click.option(
-    "--workers", type=int, metavar="N", help="Calibrate on N processes of this machine; default: one."
+    "--workers", type=int, metavar="N", help="Run on N processes of this machine; default: one."
 )
+cluster_option = click.option("--cluster", metavar="tcp://HOST:PORT", help="Run on the workers of this Dask cluster.")
 limit_options = _options(
     click.option("--min-sqnr-db", type=float, help="Require this signal to noise ratio of each output, in dB."),
     click.option(

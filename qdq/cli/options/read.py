@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,25 @@ def recipe_values(given: Mapping[str, Any], base: Mapping[str, object] | None = 
 
     options = {k: v for k, v in given.items() if k != "recipe" and v is not None and v != ()}
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+    if "overrides" in options:
+        options["overrides"] = _overrides(given["overrides"])
     read = read_recipe(given["recipe"]) if given.get("recipe") else {}
     return {**(base or {}), **read, **options}
+
+
+def _overrides(given: Sequence[str]) -> dict[str, str]:
+    """The mapping that repeated options PATTERN=CHOICE make.
+
+    Raises:
+        InputError: one has no =, or nothing on one side of it.
+    """
+    found = dict[str, str]()
+    for text in given:
+        pattern, equals, choice = text.partition("=")
+        if not (pattern and equals and choice):
+            raise InputError(f"--override is {text!r}: it must be PATTERN=CHOICE, as in '/head/*=fp8' or 'fc=float'.")
+        found.setdefault(pattern, choice)
+    return found
 
 
 def recipe_of(given: Mapping[str, Any], base: Mapping[str, object] | None = None) -> Recipe:
@@ -49,6 +66,44 @@ def recipe_of_plan(given: Mapping[str, Any], plan: Plan | None, where: Path | No
             "--exclude cannot change. Edit the plan, or make another with `qdq plan`."
         )
     return recipe
+
+
+def recipe_of_mix(given: Mapping[str, Any], plan: Plan) -> Recipe:
+    """The recipe of a verb whose plan was made of it: what the plan says of schemes stands in place of the options."""
+    from qdq.build.recipe import Recipe
+
+    return Recipe.from_mapping({**recipe_values(given), **plan.settings.to_mapping()})
+
+
+def listed(texts: Sequence[str]) -> list[str]:
+    """The texts of a repeatable option that takes several with commas between."""
+    return [text.strip() for given in texts for text in given.split(",") if text.strip()]
+
+
+def require_mix(minimize: str | None, max_size_mib: float | None, *others: object) -> bool:
+    """Whether a plan of least error is asked for.
+
+    Raises:
+        InputError: an unknown aim, a size without the aim that it bounds, or the aim without a size.
+    """
+    from qdq.core.choices import choose
+
+    if minimize is not None:
+        choose(minimize, ("time", "error"), "thing to minimize")
+    if minimize != "error":
+        if max_size_mib is not None or any(others):
+            raise InputError(
+                "--max-size-mib, --candidates and --sensitivity are for a plan of least error: add --minimize error."
+            )
+        return False
+    if max_size_mib is None:
+        raise InputError(
+            "--minimize error without a bound is the float model itself: give --max-size-mib, the size that the "
+            "weights in the engine may have."
+        )
+    if not 0 < max_size_mib < 1e9:
+        raise InputError(f"--max-size-mib is {max_size_mib:g}: it must be a size above 0.")
+    return True
 
 
 def _places(settings: Settings) -> tuple[object, ...]:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from qdq.core.arrays import spearman
 from qdq.core.errors import InputError
 
 Array = npt.NDArray[Any]
@@ -263,13 +264,13 @@ class Spearman(Metric):
             return math.nan
         found = np.concatenate(self._found)
         if self._labels:
-            return _spearman(found[:, 0], np.concatenate(self._labels))
+            return spearman(found[:, 0], np.concatenate(self._labels))
         reference = np.concatenate(self._reference)
         if found.shape[1] == 1:
-            return _spearman(found[:, 0], reference[:, 0])
+            return spearman(found[:, 0], reference[:, 0])
         pairs = np.triu_indices(len(found), 1)
         ours, theirs = (_similarities(rows)[pairs] for rows in (found, reference))
-        return _spearman(ours, theirs)
+        return spearman(ours, theirs)
 
 
 @registered("mae")
@@ -358,18 +359,3 @@ def _similarities(rows: Array) -> Array:
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     unit = rows / np.where(lengths == 0, 1.0, lengths)
     return np.asarray(unit @ unit.T)
-
-
-def _ranks(values: Array) -> npt.NDArray[np.float64]:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[inverse.reshape(-1)])
-
-
-def _spearman(a: Array, b: Array) -> float:
-    """Pearson's correlation of the ranks; NaN where all of one are equal, or one is not finite."""
-    if len(a) < 2 or not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return math.nan
-    x, y = (_ranks(v) - (len(v) + 1) / 2 for v in (a, b))
-    spread = math.sqrt(float((x * x).sum()) * float((y * y).sum()))
-    return float((x * y).sum()) / spread if spread else math.nan

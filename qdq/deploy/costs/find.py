@@ -257,8 +257,7 @@ def _general(
     if "data" in roles and kinds & {"int8", "uint8"} and (settings is None or settings.calibrator != "auto"):
         used = f"; this was {settings.range_by}" if settings else ""
         said.append(f"Try --calibrator auto, which compares all of them{used}.")
-    if "weight" in roles and settings is not None and settings.scheme != "int8":
-        said.append(
-            f"Try finer weights than those of {settings.scheme}: --rounding gptq, a smaller --block, int8-weight."
-        )
+    if "weight" in roles and settings is not None and settings.label != "int8":
+        names = ", ".join(row.name for row in settings.schemes if row.name != "int8")
+        said.append(f"Try finer weights than those of {names}: --rounding gptq, a smaller --block, int8-weight.")
     return tuple(said)

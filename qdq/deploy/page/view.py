@@ -101,7 +101,8 @@ def _asked(run: Run) -> list[tuple[str, str]]:
     if gpus := report.tuning.gpus if report.tuning else report.details.gpus if report.details else ():
         rows.append(("GPU that times are predicted for", ", ".join(gpus)))
     if settings:
-        rows.append(("Scheme", settings.scheme.upper()))
+        names = [row.name.upper() for row in settings.schemes]
+        rows.append(("Scheme" if len(names) == 1 else "Schemes", ", ".join(names)))
     if report.details and (all_ := len(report.details.nodes)):
         rows.append(("Nodes quantized", f"{report.quantized_nodes} of {all_}"))
     rows.append(("Compared on", f"{report.check.samples} {report.evaluated_on}"))

@@ -27,6 +27,7 @@ ANSWERS = {
 }
 # name -> module and class of the declared model; imported when it is asked for
 FILES = {
+    "allocation": ("qdq.tune.sensitivity.mixed", "Allocation"),
     **{name: ("qdq.cli.answer.documents", kind) for name, kind in ANSWERS.items()},
     "audit": ("engines.verify.audit", "Audit"),
     "check": ("engines.verify.report", "Report"),
@@ -42,6 +43,8 @@ FILES = {
     "provenance": ("qdq.deploy.trace.provenance", "Provenance"),
     "recipe": ("qdq.build.recipe", "RecipeFile"),
     "report": ("qdq.deploy.report.report", "DeployReport"),
+    "sensitivity": ("qdq.tune.sensitivity.table", "Sensitivity"),
+    "sensitivity-part": ("qdq.tune.sensitivity.run", "SensitivityPart"),
     "table": ("qdq.measure.table", "TableFile"),
     "timings": ("qdq.build.measured.forms", "Timings"),  # of a report or a tuning
     "tuning": ("qdq.tune.tuned", "TuningOutcome"),

@@ -25,8 +25,7 @@ from qdq.tune.exact.node_prices import NodePrices
 from qdq.tune.exact.switches import Switches
 from qdq.tune.exact.unit_sum import UnitSum
 from qdq.tune.exact.within_noise import WithinNoise
-from qdq.tune.variant import Variant
-from qdq.tune.variant_builder import VariantBuilder, restricted
+from qdq.tune.variant_builder import Variant, VariantBuilder, restricted
 
 RUN_MACS = 2e12  # multiply-adds spent on the noises of units: about a minute of two cores
 MEASURED_MACS = 2e13  # on measuring plans

@@ -19,8 +19,7 @@ from qdq.core.disk.cache import remembered
 from qdq.model.as_bytes import identity
 from qdq.model.model import Model
 from qdq.tune.exact.search import tune_exactly
-from qdq.tune.variant import Variant
-from qdq.tune.variant_builder import VariantBuilder
+from qdq.tune.variant_builder import Variant, VariantBuilder
 
 USUAL_TYPE = "fp16"
 
@@ -28,7 +27,7 @@ USUAL_TYPE = "fp16"
 def elsewhere(prepared: Model, pricer: AnyPricer) -> str:
     """What the other compiler is predicted to make of a model on the same GPUs; "" of schemes other than INT8."""
     recipe = other_of(pricer.recipe)
-    if recipe.settings.scheme != "int8":
+    if recipe.settings.label != "int8":
         return ""
     kind = USUAL_TYPE if recipe.unquantized_type == "auto" else recipe.unquantized_type
     head, tail = f"with {recipe.profile.title}: ", f": --compiler {recipe.profile.name}"

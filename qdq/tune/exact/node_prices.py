@@ -15,7 +15,7 @@ from qdq.build.pricing.pricer import refused
 from qdq.build.pricing.tensorrt_pricer import Engines
 from qdq.model.model import Model
 from qdq.tune.prices import Prices
-from qdq.tune.variant import Variant
+from qdq.tune.variant_builder import Variant
 
 
 @dataclass(slots=True)

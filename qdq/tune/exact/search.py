@@ -26,8 +26,7 @@ from qdq.tune.exact.unit_sum import UnitSum
 from qdq.tune.prices import Budget
 from qdq.tune.search import RESERVE_DB, Search
 from qdq.tune.tuned import Tuned
-from qdq.tune.variant import Variant
-from qdq.tune.variant_builder import VariantBuilder
+from qdq.tune.variant_builder import Variant, VariantBuilder
 
 ROUNDS = 4  # of a sum and its least set; the clock stays after one or two
 FASTEST = "the set of nodes with the least predicted time"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from qdq.build.pricing.tensorrt_pricer import Engines
+from qdq.plan.groups import united
 from qdq.tune.exact.cut import least
 
 Groups = tuple[tuple[float, frozenset[str]], ...]
@@ -88,23 +89,11 @@ def _units(engines: Engines, candidates: Collection[str]) -> dict[str, str]:
 
     A node of no kernel, or of one with a product that is no candidate, has no unit.
     """
-    parent = {node: node for node in candidates}
-    hopeless, seen = set[str](), set[str]()
-
-    def root(node: str) -> str:
-        while parent[node] != node:
-            node = parent[node]
-        return node
-
-    for own in _groups(engines):
-        mine = sorted(own & parent.keys())
-        seen.update(mine)
-        if mine and len(mine) < len(own):
-            hopeless.update(mine)
-        for node in mine[1:]:
-            parent[root(node)] = root(mine[0])
-    lost = {root(node) for node in hopeless}
-    return {node: root(node) for node in sorted(seen) if root(node) not in lost}
+    kernels = [(sorted(own.intersection(candidates)), len(own)) for own in _groups(engines)]
+    roots = united(sorted(candidates), (mine for mine, _ in kernels))
+    hopeless = {roots[mine[0]] for mine, size in kernels if mine and len(mine) < size}
+    seen = sorted({node for mine, _ in kernels for node in mine})
+    return {node: roots[node] for node in seen if roots[node] not in hopeless}
 
 
 def _groups(engines: Engines) -> Iterator[frozenset[str]]:

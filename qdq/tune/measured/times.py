@@ -23,8 +23,7 @@ from qdq.plan.plan import Plan
 from qdq.tune.decision import decided
 from qdq.tune.give_back import POOR_DB
 from qdq.tune.tuned import Tuned
-from qdq.tune.variant import Variant
-from qdq.tune.variant_builder import VariantBuilder
+from qdq.tune.variant_builder import Variant, VariantBuilder
 
 LISTED = 4  # variants of the search that are built, beside the two float types and everything quantized
 FLOATS = ("fp16", "fp32")

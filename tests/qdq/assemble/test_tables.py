@@ -15,8 +15,7 @@ from qdq.plan import placement
 from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
 from qdq.tune.measured.accuracy import Accuracy
-from qdq.tune.variant import Variant
-from qdq.tune.variant_builder import VariantBuilder
+from qdq.tune.variant_builder import Variant, VariantBuilder
 
 
 @pytest.fixture

@@ -21,8 +21,7 @@ from qdq.passes.prepare import prepare
 from qdq.passes.rewrites import FLOAT_REWRITES
 from qdq.plan import placement
 from qdq.plan.settings import Settings
-from qdq.tune.variant import Variant
-from qdq.tune.variant_builder import VariantBuilder
+from qdq.tune.variant_builder import Variant, VariantBuilder
 
 REWRITE = FLOAT_REWRITES["packed_projection"]
 

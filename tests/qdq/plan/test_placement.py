@@ -16,7 +16,7 @@ from qdq.model.model import Model
 from qdq.model.nodes import all_nodes
 from qdq.plan.placement import plan
 from qdq.plan.plan import Plan
-from qdq.plan.rules import RULES, Tie, Veto, Want
+from qdq.plan.rules import RULES, Tie, Veto, Want, kept_float
 from qdq.plan.settings import Settings
 from qdq.plan.spec import Spec
 
@@ -88,10 +88,16 @@ CASES: dict[str, tuple[type, Builder, Builder]] = {
 
 
 def test_every_rule_has_a_case() -> None:
-    assert [rule.__name__ for rule in RULES] == list(CASES)
+    assert [rule.__name__ for rule in RULES] == [kept_float.__name__, *CASES]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=[r.__name__ for r in RULES])
+def test_an_override_that_leaves_a_node_in_float_speaks_under_the_name_of_its_type() -> None:
+    settings = Settings(overrides={"conv": "fp32", "other": "float"})
+    (said,) = (d for n in all_nodes(graphs.conv().graph) for d in kept_float(graphs.conv(), n, settings))
+    assert isinstance(said, Veto) and said.rule == "fp32" and "FP32" in said.reason
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r is not kept_float], ids=list(CASES))
 def test_a_rule_speaks_on_one_model_and_is_silent_on_another(rule: Callable[..., list[Any]]) -> None:
     kind, positive, negative = CASES[rule.__name__]
     settings = Settings(exclude=("conv",))

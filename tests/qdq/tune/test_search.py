@@ -41,8 +41,7 @@ from qdq.tune.equivalence import classes
 from qdq.tune.find_plan import FEW, _few, difference, find_plan
 from qdq.tune.prices import Budget
 from qdq.tune.search import tune
-from qdq.tune.variant import Variant
-from qdq.tune.variant_builder import TUNED, VariantBuilder
+from qdq.tune.variant_builder import TUNED, Variant, VariantBuilder
 
 
 def chain(*, blocks: int = 3, alike: bool = False) -> Model:

@@ -20,8 +20,7 @@ from qdq.plan.settings import Settings
 from qdq.tune.decision import decided
 from qdq.tune.search import tune
 from qdq.tune.tuned import Tuned, TuningOutcome
-from qdq.tune.variant import Variant
-from qdq.tune.variant_builder import VariantBuilder
+from qdq.tune.variant_builder import Variant, VariantBuilder
 
 Microseconds = Callable[[str, bool, bool], float]  # of a node: its name, quantized, in a model with FP16 weights
 

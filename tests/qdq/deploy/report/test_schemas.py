@@ -74,6 +74,8 @@ def test_what_verbs_print_or_write(folder: Path) -> None:
     check("lint", json.loads(run("lint", folder / "q.onnx", "--json")))
     run("compare", net, "--data", data, "--schemes", "int8,fp8:rounding=nearest", "-o", folder / "compared.json")
     check("compare", read(folder / "compared.json"))
+    run("sensitivity", net, "--data", data, "--candidates", "int8,int4", "-o", folder / "s.json")
+    check("sensitivity", read(folder / "s.json"))
     tuned = run("tune", net, "--data", data, "--time-limit", 1, "-o", folder / "tuned.json", "--json")
     check("tuning", json.loads(tuned))
     check("plan", read(folder / "tuned.json"))

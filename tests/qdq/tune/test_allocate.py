@@ -1,0 +1,167 @@
+"""The least error within a size: no choice of the groups has less, it compiles to the size, the plan is ordinary."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from graphs import build, node, normal, samples
+from models import save_samples
+
+from calib_data import open_samples
+from engines.core.documents import replace
+from qdq.assemble.quantize import quantize
+from qdq.build.recipe import Recipe
+from qdq.cli.main import main
+from qdq.core.errors import InputError, MissingRuntimeError
+from qdq.measure.inference.inputs import input_specs
+from qdq.model.model import Model
+from qdq.passes.prepare import load_float
+from qdq.plan.plan import Plan
+from qdq.plan.settings import Settings
+from qdq.tune.sensitivity.allocate import least_error, neighbours, total
+from qdq.tune.sensitivity.find import find
+from qdq.tune.sensitivity.mixed import MIB, Allocation, mix
+
+pytest.importorskip("scipy", reason="SciPy is not installed: pip install 'qdq[mixed]'")
+
+
+def costs(groups: int, seed: int) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    rng = np.random.default_rng(seed)
+    scale = 10 ** rng.uniform(-7, -2, groups)
+    noise = [{"int4": float(s), "int8": float(s) / 300, "float": 0.0} for s in scale]
+    size = [{"int4": float(n), "int8": 1.9 * n, "float": 3.8 * n} for n in rng.integers(100, 10_000, groups)]
+    return noise, size
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_choice_of_the_same_size_has_a_smaller_sum(seed: int) -> None:
+    noise, size = costs(8, seed)
+    smallest, largest = (sum(pick(own.values()) for own in size) for pick in (min, max))
+    every = list(itertools.product(("int4", "int8", "float"), repeat=8))
+    for share in (0.0, 0.2, 0.5, 0.9, 1.0):
+        most = smallest + share * (largest - smallest) + 1e-6
+        found = least_error(noise, size, most)
+        assert total(size, found) <= most * (1 + 1e-9)
+        best = min(total(noise, each) for each in every if total(size, each) <= most)
+        assert total(noise, found) == pytest.approx(best, rel=2e-6, abs=1e-15)
+
+
+def test_choices_next_to_one_are_small_enough_and_the_least_noise_comes_first() -> None:
+    noise, size = costs(5, 1)
+    most = 0.6 * sum(own["float"] for own in size)
+    chosen = least_error(noise, size, most)
+    near = neighbours(noise, size, chosen, most)
+    assert near and chosen not in near
+    assert all(
+        total(size, each) <= most and sum(a != b for a, b in zip(each, chosen, strict=True)) <= 2 for each in near
+    )
+    sums = [total(noise, each) for each in near]
+    assert sums == sorted(sums)
+
+
+def test_what_cannot_be_chosen_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise, size = costs(3, 0)
+    with pytest.raises(InputError, match="No choice among these candidates is as small"):
+        least_error(noise, size, 100.0)
+    infinite = [{**own, "int4": float("inf")} for own in noise]
+    assert "int4" not in least_error(infinite, size, 1e9)
+    monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
+    with pytest.raises(MissingRuntimeError, match=r"pip install 'qdq\[mixed\]'"):
+        least_error(noise, size, 1e9)
+
+
+def network() -> Model:
+    """Four products in a row, the second of many weights."""
+    sizes = (64, 128, 256, 64, 64)
+    nodes, weights = [], {}
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+        weights[f"w{i}"] = normal(inputs, outputs, seed=i) / inputs**0.5
+        nodes += [node("MatMul", f"t{i} w{i}", f"h{i}", name=f"n{i}"), node("Relu", f"h{i}", f"t{i + 1}", name=f"r{i}")]
+    return load_float(build(nodes[:-1], {"t0": (16, 64)}, weights, outputs=("h3",)).proto)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
+    where = tmp_path_factory.mktemp("mixed")
+    model = network()
+    onnx.save(model.proto, where / "net.onnx")
+    save_samples(where / "data", samples(model, 4))
+    return where
+
+
+def made(folder: Path, mib: float, **options: object) -> tuple[Plan, Allocation]:
+    model = load_float(folder / "net.onnx")
+    data = open_samples(str(folder / "data"), input_specs(model))
+    return mix(folder / "net.onnx", model, data, Recipe(), max_size_mib=mib, **options)  # type: ignore[arg-type]
+
+
+def test_the_plan_is_ordinary_small_enough_and_better_than_one_precision_of_that_size(folder: Path) -> None:
+    plan, found = made(folder, 0.070, texts=("int8", "int4", "float"))
+    assert found.size_mib <= 0.070 < found.float_mib
+    assert len(found.nodes) > 1 and sum(found.nodes.values()) == 4
+    assert found.measured_db >= found.allocated_db
+    assert abs(found.measured_db - found.sum_db) < 1.5
+    plan.save(folder / "plan.json")
+    assert Plan.load(folder / "plan.json") == plan
+    model = load_float(folder / "net.onnx")
+    data = open_samples(str(folder / "data"), input_specs(model))
+    whole = quantize(model, data, plan=plan)
+    assert whole.plan.quantized_nodes == plan.quantized_nodes
+    _, everything = made(folder, 0.045, texts=("int4", "float"))
+    assert everything.measured_db < found.measured_db - 3
+    assert everything.nodes["int4"] >= 3
+
+
+def test_a_table_made_before_gives_the_same_plan_and_one_of_others_is_refused(folder: Path) -> None:
+    model = load_float(folder / "net.onnx")
+    data = open_samples(str(folder / "data"), input_specs(model))
+    texts = ("int8", "int4", "float")
+    known = find(folder / "net.onnx", model, data, settings=Settings(), texts=texts)
+    assert made(folder, 0.070, known=known) == made(folder, 0.070, texts=texts)
+    with pytest.raises(InputError, match="from another model"):
+        made(folder, 0.070, known=replace(known, model_sha256="0" * 64))
+    with pytest.raises(InputError, match="is for --compiler tensorrt"):
+        made(folder, 0.070, known=replace(known, settings=Settings(compiler="tensorrt")))
+    with pytest.raises(InputError, match="leave them out"):
+        made(folder, 0.070, known=known, texts=texts)
+    with pytest.raises(InputError, match="other groups"):
+        made(folder, 0.070, known=replace(known, groups=known.groups[1:]))
+
+
+def test_the_verbs_take_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: str, code: int = 0) -> str:
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == code, result.output
+        return " ".join(result.output.split())
+
+    mixing = ("--data", "data", "--minimize", "error", "--max-size-mib")
+    said = run("tune", "net.onnx", *mixing, "0.07", "--candidates", "int8,int4,float", "-o", "p.json")
+    assert "MiB of 0.07" in said and "int8" in said
+    shown = run("deploy", "net.onnx", *mixing, "0.07", "--candidates", "int8,int4,float", "--out", "out")
+    assert "Chosen for least error" in shown
+    assert Plan.load("out/plan.json").quantized_nodes == Plan.load("p.json").quantized_nodes
+    for arguments, message in (
+        (("tune", "net.onnx", *mixing, "0.01", "-o", "q.json"), "No choice among these candidates is as small"),
+        (("tune", "net.onnx", *mixing, "0", "-o", "q.json"), "it must be a size above 0"),
+        (("tune", "net.onnx", "--data", "data", "--minimize", "error", "-o", "q.json"), "give --max-size-mib"),
+        (("tune", "net.onnx", "--data", "data", "--max-size-mib", "1", "-o", "q.json"), "add --minimize error"),
+        (("tune", "net.onnx", *mixing, "1", "--min-sqnr-db", "20", "-o", "q.json"), "has no such bound"),
+        (("tune", "net.onnx", "--minimize", "space", "-o", "q.json"), "Unknown thing to minimize"),
+        (("deploy", "net.onnx", *mixing, "1", "--plan", "p.json", "--out", "o"), "leave out --plan"),
+    ):
+        assert message in run(*arguments, code=2), arguments
+    assert not Path("q.json").exists()
+
+
+def test_every_size_in_between_has_less_error_the_larger_it_is(folder: Path) -> None:
+    found = [made(folder, mib, texts=("int8", "int4", "float"))[1] for mib in (0.05, 0.09, 0.14)]
+    assert [row.size_mib * MIB <= row.max_size_mib * MIB for row in found] == [True] * 3
+    assert found[0].measured_db < found[1].measured_db < found[2].measured_db
