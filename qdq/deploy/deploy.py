@@ -170,7 +170,7 @@ def deploy(
         low = (
             float_type_of(made.plan, recipe.unquantized_type) if arithmetic.holds_low(finished.model.proto) else "fp32"
         )
-        kind = recipe.settings.scheme if made.plan.points else low
+        kind = recipe.settings.scheme if made.plan.quantizes else low
         output, engine_path = folder / f"{stem}.{kind}.onnx", folder / f"{stem}.engine"
         save(finished.model, output)
         made.plan.save(folder / "plan.json")
@@ -184,7 +184,7 @@ def deploy(
             shipped=done,
             fp32=prepared,
             fp16=fp16,
-            in_fp16=not made.plan.points and low == "fp16",
+            in_fp16=not made.plan.quantizes and low == "fp16",
             recipe=recipe,
             shapes=shapes,
             on_progress=on_progress,
@@ -267,13 +267,16 @@ def deploy(
         write_sums(folder)
         outdated = (*(engine_path.name + end for end in ENDS), NAME, MEASURED, SLICES, INFERENCE)
         return Deployed(
-            folder=out, files=move_all(folder, out, outdated=outdated), quantized=bool(made.plan.points), report=report
+            folder=out,
+            files=move_all(folder, out, outdated=outdated),
+            quantized=bool(made.plan.quantizes),
+            report=report,
         )
 
 
 def _notes(plan: Plan, name: str, judged_on: Evaluated | None) -> Iterator[str]:
     """What a reader must know of a model called `name`, and of the samples that it was judged on."""
-    if not plan.points:
+    if not plan.quantizes:
         yield plan.why_nothing
         yield f"The model is called {name}, by its float type."
     if judged_on is None:
