@@ -83,6 +83,20 @@ def _spec(model: Model, tensor: str, shape: tuple[int, ...], settings: Settings)
     return replace(rows, format=fmt, axis=1, block=int(block)), ""
 
 
+def offered(model: Model, plan: Plan) -> dict[str, int]:
+    """Float tables that could be codes, tensor -> elements; none where codes were asked for, or may not be kept."""
+    if plan.settings.embeddings != FLOAT or not plan.settings.profile.tables:
+        return {}
+    asked = replace(plan.settings, embeddings="int8")
+    quantized, found = set(plan.quantized_nodes), dict[str, int]()
+    for node in model.graph.node:
+        for want in (d for d in table(model, node, asked) if isinstance(d, Want)):
+            readers = [use.node for use in model.consumers(want.tensor)]
+            if all(n.op_type == "Gather" or n.name in quantized for n in readers):
+                found[want.tensor] = math.prod(model.initializers[want.tensor].dims)
+    return found
+
+
 def twins(model: Model, plan: Plan) -> Plan:
     """The plan whose tables name under `tie` the quantized weight that has the same values, turned or not.
 
