@@ -285,6 +285,15 @@ def added_constant(codes: np.ndarray, zero: int = 0) -> onnx.ModelProto:
     return g.done(g.op("Add", ["x", g.dq(codes, "k", 0.01, zero)], "add"), X, X)
 
 
+def gathered(scale: Any = 0.01, **attributes: Any) -> onnx.ModelProto:
+    """Rows of stored codes, picked and then dequantized."""
+    g = Net()
+    codes = g.init("codes", g.rng.integers(-127, 128, (64, 32)).astype(np.int8))
+    rows = g.op("Gather", [codes, g.op("ArgMax", ["x"], "pick", axis=1, keepdims=0)], "rows")
+    real = g.op("DequantizeLinear", [rows, *g.params("r", scale, np.zeros(np.shape(scale)))], "r.DQ", **attributes)
+    return g.done(g.op("Add", [real, g.normal("k", [32])], "add"), X, [1, 8, 8, 32])
+
+
 def norm(g: Net, y: str) -> str:
     """Q/DQ, InstanceNormalization, Q/DQ."""
     y = g.op("InstanceNormalization", [g.qdq(y, "m"), g.normal("n.s", [16]), g.normal("n.b", [16])], "norm")
@@ -395,6 +404,10 @@ BROKEN: dict[str, Broken] = {
         "block-shape", "w.DQ", lambda: product(plain, matrix(full([2, 2]), INT4, axis=0, block_size=64))
     ),
     "odd int4": _broken("odd-codes", "w.DQ", lambda: odd_codes()),
+    "gathered codes": _broken("gathered-codes", "r.DQ", lambda: gathered()),
+    "gathered codes, scale per column": _broken(
+        "gathered-codes", "r.DQ", lambda: gathered(np.linspace(0.01, 0.02, 32), axis=-1)
+    ),
     "scalar codes": _broken("scalar-codes", "k.DQ", lambda: added_constant(np.int8(5))),
     "fp8 and int8": _broken("mixed-types", "product", lambda: product(w=e4m3), False),
     "int8 and fp8": _broken("mixed-types", "product", lambda: product(a=act(dtype=FP8)), False),

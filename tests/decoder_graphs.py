@@ -1,4 +1,4 @@
-"""A small decoder as Hugging Face's exports have it: one step of Llama with a cache of keys and values."""
+"""A small decoder as Hugging Face's exports have it: one step of Llama with a cache of keys and values; a lookup."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import numpy as np
 import onnx
 from graphs import node, normal
 from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from qdq.model import storage
+from qdq.model.model import Model
+from qdq.passes.prepare import prepare
+
+ROWS, WIDTH = 600, 128  # of `lookup`
 
 
 def llama(
@@ -174,3 +180,56 @@ def _layer(i: int) -> list[NodeProto]:
         node("MatMul", f"gu{i} down{i}", f"dn{i}", f"down_proj_{i}"),
         node("Add", f"r{i} dn{i}", f"h{i + 1}", f"out_{i}"),
     ]
+
+
+def lookup(
+    *,
+    head: str = "",
+    rows: int = ROWS,
+    width: int = WIDTH,
+    body: bool = False,
+    second: bool = False,
+    beside: str = "",
+) -> Model:
+    """ids -> rows of a table -> LayerNormalization -> product; with `head` a last product by the same table.
+
+    Args:
+        head: "turned" multiplies by a transposed copy, "gemm" by the table itself (transB).
+        rows: of the table.
+        width: of a row.
+        body: the Gather stands in a branch of an If.
+        second: another Gather reads the table.
+        beside: an operator that reads the table too.
+    """
+    table = normal(rows, width)
+    tensors = {"table": table, "w": normal(width, width, seed=1) / width**0.5}
+    tensors["gain"] = np.ones(width, np.float32)
+    starts = [helper.make_tensor_value_info("ids", TensorProto.INT64, [4])]
+    nodes = [node("Gather", "table ids", "x", "read")]
+    if body:
+        starts.append(helper.make_tensor_value_info("which", TensorProto.BOOL, []))
+        inner = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, width]) for name in ("r", "zero")]
+        picked = helper.make_graph([node("Gather", "table ids", "r", "read")], "a", [], inner[:1])
+        none = [node("Expand", "nothing size", "zero", "none")]
+        tensors |= {"nothing": np.zeros(1, np.float32), "size": np.array([4, width])}
+        other = helper.make_graph(none, "b", [], inner[1:])
+        nodes = [node("If", "which", "x", "choice", then_branch=picked, else_branch=other)]
+    if second:
+        starts.append(helper.make_tensor_value_info("more", TensorProto.INT64, [4]))
+        nodes += [node("Gather", "table more", "x2", "again"), node("Add", "x x2", "x3", "both")]
+    nodes.append(node("LayerNormalization", "x3 gain" if second else "x gain", "n", "norm"))
+    nodes += [node("MatMul", "n w", "h", "layer"), node("Relu", "h", "y", "relu")]
+    if head == "turned":
+        tensors["turned"] = np.ascontiguousarray(table.T)
+        nodes.append(node("MatMul", "y turned", "z", "head"))
+    if head == "gemm":
+        nodes.append(node("Gemm", "y table", "z", "head", transB=1))
+    if beside:
+        nodes.append(node(beside, "table", "z", "beside"))
+    ends = ["z"] if head or beside else ["y"]
+    stored = [numpy_helper.from_array(a, name) for name, a in tensors.items()]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ends]
+    if beside:
+        outputs.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, None))
+    graph = helper.make_graph(nodes, "words", starts, outputs, stored)
+    return prepare(storage.load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)))

@@ -66,6 +66,7 @@ class Profile:
         fp8_convolutions: convolutions of any form have fast FP8 kernels.
         two_level: weights of 4 bits that INT8 products read stay 4 bits in the engine.
         token: one scale per token, computed as the engine runs, leaves the product in INT8.
+        tables: a table that a Gather reads rows of stays codes in the engine where it is quantized.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Profile:
     fp8_convolutions: Fact
     two_level: Fact
     token: Fact
+    tables: Fact
 
     @property
     def key(self) -> str:

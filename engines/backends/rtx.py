@@ -231,5 +231,6 @@ PROFILES = (
         ),
         two_level=Fact(holds=True, says="one kernel unpacks 4 bits, then the product is INT8", source=_MEASURED),
         token=Fact(holds=True, says="a kernel quantizes, the product is INT8, a Mul follows", source=_MEASURED),
+        tables=Fact(holds=True, says="one kernel dequantizes the rows that it picks", source=_MEASURED),
     ),
 )

@@ -115,6 +115,12 @@ _LATEST = Profile(
         says="whether TensorRT multiplies in INT8 where each token has its own scale is not known",
         source="no test of it was found",
     ),
+    tables=Fact(
+        holds=None,
+        says="whether TensorRT keeps a quantized table that a Gather reads as codes, or makes floats of all of it, is "
+        "not known",
+        source="no document names Gather among the readers of quantized weights",
+    ),
 )
 
 _TEN = replace(

@@ -7,7 +7,8 @@ the model nor the kernels say is 'unknown', with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -72,6 +73,29 @@ class NodeAudit(Part, frozen=True, kw_only=True):
         return self.macs is not None and self.turns is not None
 
 
+class TableAudit(Part, frozen=True, kw_only=True):
+    """One Gather that reads rows of a constant behind a DequantizeLinear.
+
+    Attributes:
+        node: its name.
+        requested: the type of the codes.
+        stored: the type of the constant that the kernel of the Gather reads, or 'unknown'.
+        elements: of the table.
+        nbytes: of the constant, without scales; None where it is not known.
+    """
+
+    node: str
+    requested: str
+    stored: str
+    elements: int
+    nbytes: int | None
+
+    @property
+    def missed(self) -> bool:
+        """Whether the engine is known to hold it in another type."""
+        return self.stored not in (self.requested, "unknown")
+
+
 class Audit(Document, frozen=True, kw_only=True):
     """The nodes of one model and the totals of one engine. `bytes_moved` is None with dynamic shapes."""
 
@@ -95,6 +119,7 @@ class Audit(Document, frozen=True, kw_only=True):
     targets: tuple[str, ...]
     backend: str
     version: str
+    tables: tuple[TableAudit, ...] = ()
 
     @property
     def macs(self) -> int:
@@ -159,7 +184,7 @@ def audit(
 
     Returns:
         One row per Conv, ConvTranspose, Gemm, MatMul and two-operand Einsum that depends on an input, then one per
-        Attention, GRU, LSTM and RNN.
+        Attention, GRU, LSTM and RNN; and one per Gather of a table of codes.
 
     Raises:
         BuildError: the file is not ONNX.
@@ -180,8 +205,26 @@ def audit(
             if node.op_type in RECURRENCES:  # most of its kernels have no name, and those that do need not multiply
                 row = replace(row, consumed="unknown", kernel="", cause="the kernels of a recurrence do not name it")
             rows.append(row if row.cause else replace(row, cause=_why_unknown(row, table)))
-    shared = [name for name in Audit.__struct_fields__ if name != "nodes"]
-    return Audit(nodes=tuple(rows), **{name: getattr(table, name) for name in shared})
+    shared = [name for name in Audit.__struct_fields__ if name not in ("nodes", "tables")]
+    held = {name: getattr(table, name) for name in shared}
+    return Audit(nodes=tuple(rows), tables=tuple(_tables(read, table)), **held)
+
+
+def _tables(read: QuantizedGraph, table: LayerTable) -> Iterator[TableAudit]:
+    """What became of the constants that Gathers read rows of, codes behind a DequantizeLinear."""
+    for graph in read.all_graphs():
+        for node in graph.nodes:
+            dq = graph.by_output.get(node.input[0]) if node.op_type == "Gather" else None
+            if dq is None or dq.is_q or not dq.constant or graph.is_constant(node.output[0]):
+                continue
+            size = math.prod(n or 0 for n in dq.shape or ())
+            named = [la for la in table.layers if label(node) in la.onnx_nodes] or table.layers
+            sized = [t for la in named for t in la.constants if math.prod(t.shape) == size and size]
+            types = {t.dtype for t in sized}
+            stored = types.pop() if len(types) == 1 else "unknown"
+            nbytes = sized[0].nbytes if stored != "unknown" else None
+            asked = code_name(dq.dtype)
+            yield TableAudit(node=label(node), requested=asked, stored=stored, elements=size, nbytes=nbytes)
 
 
 def _require_ranks(proto: onnx.ModelProto, shapes: Mapping[str, ShapeRange]) -> None:

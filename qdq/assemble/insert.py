@@ -17,6 +17,7 @@ consumers, each weight becomes codes behind a DequantizeLinear. It must not choo
 | I one scale per token | Div by s = max abs over the last axis / 127, Q and DQ of scale 1 | Mul by s, then the bias |
 | J two-level weight (instead of codes and DQ) | DQ of the blocks, Q and DQ of INT8 per channel | as A to I |
 | K NVFP4, weight and data | data: first TRT_FP4DynamicQuantize; DQ of the block scales, DQ of the blocks | nothing |
+| M a table that a Gather reads | codes and DQ of its rows, or of their blocks | nothing |
 | L in a body of If, Loop or Scan | as A to K, in the body; codes and scales are in the main graph | as A to K |
 
 TensorRT reads zero point 0 only; c = -zero_point * scale makes the same codes as a zero point would, and 0 keeps an
@@ -41,12 +42,11 @@ from engines.backends.profile import Profile
 from engines.core.operators import MOVERS
 from qdq.assemble.borders import Border, Rows, border, missing_channels, rows
 from qdq.core.formats import FORMATS
-from qdq.core.qtensor import QParams, QTensor
-from qdq.model.external import release
+from qdq.core.qtensor import QParams
 from qdq.model.made_for import mark
 from qdq.model.model import Model
-from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, attribute_value, bodies, controls, weight_axis
-from qdq.model.shift_correction import channel_sums, correct
+from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, attribute_value, bodies, controls
+from qdq.model.shift_correction import correct, weight_sums
 from qdq.model.writer import GraphWriter
 from qdq.passes.draft import assign
 from qdq.passes.rewrites.edit import altered
@@ -55,7 +55,6 @@ from qdq.plan.weighted_node import WeightedNode, by_data
 from qdq.solve.equalize.carriers import CarryingConstant
 from qdq.solve.solve import Solution
 
-SUMMED = 1 << 22  # weights whose values are summed at a time
 LEAST_TOKEN_SCALE = 2.0**-14  # FP16's smallest normal number: a smaller scale would lose digits, or be zero
 
 
@@ -66,10 +65,11 @@ def insert(model: Model, plan: Plan, solution: Solution) -> Model:
     arguments give the same bytes. The model says which compiler it is for (`made_for`).
     """
     writer = _Writer(model, solution, plan.settings.profile)
-    operands = {(name, index): point for point in plan.points for name, index in point.uses}
+    operands = {(name, index): point for point in (*plan.points, *plan.tables) for name, index in point.uses}
     for node in model.graph.node:
         writer.node(node, operands)
-    params = (*solution.activations.values(), *(w.params for w in solution.weights.values()))
+    coded = (*solution.weights.values(), *(solution.tables.codes[point.tensor] for point in plan.tables))
+    params = (*solution.activations.values(), *(w.params for w in coded))
     opset = max((FORMATS[p.format].minimum_opset for p in params), default=0)
     proto = writer.finish(opset)
     mark(proto, plan.settings.compiler)
@@ -101,7 +101,8 @@ class _Writer(GraphWriter):
         if weighted is None:
             for index in range(len(node.input)):
                 if (point := operands.get((node.name, index))) is not None:
-                    copy.input[index] = self._shortcut(point.tensor)
+                    read = self._table if point.role == "table" else self._shortcut
+                    copy.input[index] = read(point.tensor)
         elif weighted.data_spec is None:  # weight-only
             copy.input[0] = self._padded(weighted.data, self._divided(weighted.data), self._rows(weighted))
             copy.input[1] = self._weight(weighted, 0)
@@ -311,9 +312,13 @@ class _Writer(GraphWriter):
     def _weight(self, node: WeightedNode, channels: int, *, flip: bool = False) -> str:
         """Codes behind a DequantizeLinear, made once per weight, axis and number of added input channels.
 
-        With `flip` a matrix is written transposed.
+        With `flip` a matrix is written transposed. Of codes that a table has, the compiler keeps one copy.
         """
         tensor, key = node.weight, (*node.key, "weight", channels, flip)
+        if key not in self._made and (table := self._solution.tables.shared.get(node.key)):
+            made = self._table(table)
+            turned = flip != (table != tensor)
+            self._made[key] = self._append("Transpose", (made,), f"{tensor}_Transpose", perm=[1, 0]) if turned else made
         if key not in self._made:
             quantized = self._solution.weights[node.key]
             params, compute_params = quantized.params, quantized.compute_params
@@ -339,6 +344,18 @@ class _Writer(GraphWriter):
                 made = self._append("DequantizeLinear", (made, scale, zero), f"{made}_DequantizeLinear", axis=axis)
             self._made[key] = made
         return self._made[key]
+
+    def _table(self, tensor: str) -> str:
+        """Case M, made once per table."""
+        if (tensor, "table") not in self._made:
+            coded = self._solution.tables.codes[tensor]
+            params, dtype = coded.params, self._model.dtype(tensor)
+            codes = self._codes(f"{tensor}_quantized", np.ascontiguousarray(coded.codes))
+            inputs = [codes, *self._weight_scale(tensor, params.scale, coded.codes.dtype, dtype, params)]
+            extra = {"block_size": params.block} if params.block else {}
+            made = self._append("DequantizeLinear", inputs, f"{tensor}_DequantizeLinear", axis=params.axis, **extra)
+            self._made[tensor, "table"] = made
+        return self._made[tensor, "table"]
 
     def _weight_scale(
         self,
@@ -369,23 +386,10 @@ class _Writer(GraphWriter):
         quantized, dtype = self._solution.weights[point.tensor, point.spec.axis], self._model.dtype(point.tensor)
         added = correct(
             node,
-            np.asarray(params.offset * _sums(quantized, node)),
+            np.asarray(params.offset * weight_sums(quantized, node)),
             quantized.codes.ndim,
             stored=self._stored,
             constant=lambda name, values: self._constant(name, values, dtype),
             fresh=self._name,
         )
         self._nodes.extend([added] if added is not None else [])
-
-
-def _sums(quantized: QTensor, node: NodeProto) -> npt.NDArray[np.float64]:
-    """Sum of a weight per output channel, float64: some channels at a time, for the values take eight bytes each."""
-    shape = quantized.codes.shape
-    outputs = weight_axis(node, len(shape))
-    step = max(1, SUMMED * shape[outputs] // max(quantized.codes.size, 1))
-    sums = [
-        channel_sums(node, quantized.part(outputs, slice(start, start + step)).values().astype(np.float64))
-        for start in range(0, shape[outputs], step)
-    ]
-    release(quantized.codes)
-    return np.concatenate(sums, axis=-1 if node.op_type == "MatMul" else 0)

@@ -22,6 +22,7 @@ from qdq.measure.inference.session import Session
 from qdq.measure.table import CalibrationTable
 from qdq.model.external import is_large
 from qdq.model.model import Model
+from qdq.plan import tables
 from qdq.plan.placement import remaining
 from qdq.plan.plan import Plan, Skip
 from qdq.solve.solve import Solution
@@ -98,7 +99,7 @@ def without(plan: Plan, model: Model, nodes: Collection[str], rule: str, why: st
     skips = [Skip(node=n, op_type=model.node(n).op_type, rule=rule, reason=why) for n in nodes]
     ties = [p.tie for p in points]
     points = [replace(p, tie=None) if ties.count(p.tie) == 1 else p for p in points]
-    return replace(plan, points=tuple(points), skips=(*plan.skips, *skips))
+    return tables.kept(model, replace(plan, points=tuple(points), skips=(*plan.skips, *skips)))
 
 
 def _destroyed(model: Model, made: tuple[Solution, Model], held: Split) -> tuple[str, ...]:

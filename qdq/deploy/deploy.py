@@ -41,7 +41,7 @@ from qdq.deploy.overlap import Evaluated, overlap
 from qdq.deploy.page.folder import MEASURED, PAGE, SLICES
 from qdq.deploy.page.render import write_page
 from qdq.deploy.report.details import details_of
-from qdq.deploy.report.report import DeployReport, EngineSizes
+from qdq.deploy.report.report import DeployReport, EngineSizes, size
 from qdq.deploy.steps.compiled import compiled
 from qdq.deploy.steps.judged import judged
 from qdq.deploy.steps.shipped import file_bytes, written
@@ -61,8 +61,10 @@ from qdq.model.storage import load, save
 from qdq.model.weight_store import kept
 from qdq.passes.prepare import load_float
 from qdq.plan.plan import Plan
+from qdq.plan.tables import offered
 from qdq.tune.exact.elsewhere import elsewhere
 
+WORTH_SAYING = 0.05  # of a file: what codes of tables must save for a line
 ENDS = ("", ".json", ".manifest.json")  # of the names of an engine and what lies beside it
 
 
@@ -170,7 +172,7 @@ def deploy(
         low = (
             float_type_of(made.plan, recipe.unquantized_type) if arithmetic.holds_low(finished.model.proto) else "fp32"
         )
-        kind = made.plan.settings.label if made.plan.points else low
+        kind = made.plan.settings.label if made.plan.quantizes else low
         output, engine_path = folder / f"{stem}.{kind}.onnx", folder / f"{stem}.engine"
         save(finished.model, output)
         made.plan.save(folder / "plan.json")
@@ -184,7 +186,7 @@ def deploy(
             shipped=done,
             fp32=prepared,
             fp16=fp16,
-            in_fp16=not made.plan.points and low == "fp16",
+            in_fp16=not made.plan.quantizes and low == "fp16",
             recipe=recipe,
             shapes=shapes,
             on_progress=on_progress,
@@ -216,6 +218,7 @@ def deploy(
             *notes,
             *built.notes,
             *_notes(made.plan, output.name, judged_on),
+            _tables_note(made.prepared, made.plan, file_bytes(finished.model), 2 if low in ("fp16", "bf16") else 4),
             "not tuned: the plan was given" if plan else "",
             f"not tuned: {unpriced(recipe)}" if recipe.tune != "off" and not (plan or pricer) else "",
             *done.notes,
@@ -267,7 +270,10 @@ def deploy(
         write_sums(folder)
         outdated = (*(engine_path.name + end for end in ENDS), NAME, MEASURED, SLICES, INFERENCE)
         return Deployed(
-            folder=out, files=move_all(folder, out, outdated=outdated), quantized=bool(made.plan.points), report=report
+            folder=out,
+            files=move_all(folder, out, outdated=outdated),
+            quantized=bool(made.plan.quantizes),
+            report=report,
         )
 
 
@@ -275,11 +281,25 @@ def _notes(plan: Plan, name: str, judged_on: Evaluated | None) -> Iterator[str]:
     """What a reader must know of a model called `name`, and of the samples that it was judged on."""
     if not plan.points:
         yield plan.why_nothing
+    if not plan.quantizes:
         yield f"The model is called {name}, by its float type."
     if judged_on is None:
         yield "Checked on the calibration samples themselves: give --eval for samples not seen before."
     elif judged_on.seen:
         yield f"{judged_on.seen} of the evaluation samples are calibration samples too, which was allowed."
+
+
+def _tables_note(model: Model, plan: Plan, whole: int, width: int) -> str:
+    """What tables of words would save as codes, in floats of so many bytes; "" where that is little of the model."""
+    found = offered(model, plan)
+    elements = sum(found.values())
+    if elements * (width - 1) < whole * WORTH_SAYING:
+        return ""
+    names = ", ".join(list(found)[:2]) + (f" and {len(found) - 2} more" if len(found) > 2 else "")
+    return (
+        f"{names}: {size(elements * width)} of tables that rows are read from, in float; --embeddings int8 would "
+        f"save about {size(elements * (width - 1))} of the engine's weights (predicted)."
+    )
 
 
 def _in_fp16(prepared: Model, table: CalibrationTable, recipe: Recipe) -> Model | None:

@@ -52,11 +52,17 @@ def explain(
         require_same(table, sha256)
         lines += table.explain(node)
     if engine is not None:
-        rows = [row for row in audit_engine(engine).nodes if row.node == node]
-        lines += [
-            f"  compiled: runs in {row.consumed}, kernel {row.kernel!r}" + (f": {row.cause}" if row.cause else "")
-            for row in rows
-        ] or ["  compiled: no product of its own; see the layer table for the kernel it is fused into"]
+        audited = audit_engine(engine)
+        rows = [row for row in audited.nodes if row.node == node]
+        held = [f"  compiled: its table lies in the engine as {t.stored}" for t in audited.tables if t.node == node]
+        lines += (
+            held
+            or [
+                f"  compiled: runs in {row.consumed}, kernel {row.kernel!r}" + (f": {row.cause}" if row.cause else "")
+                for row in rows
+            ]
+            or ["  compiled: no product of its own; see the layer table for the kernel it is fused into"]
+        )
     return lines
 
 

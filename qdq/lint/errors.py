@@ -9,7 +9,7 @@ import math
 from functools import partial
 
 import numpy as np
-from onnx import TensorProto
+from onnx import NodeProto, TensorProto
 
 from engines.core.nodes import attribute, label
 from engines.core.quantizers import Product, Quantizer
@@ -253,6 +253,17 @@ def _odd_codes(view: View) -> Found:
             yield q.node, f"{count} codes of 4 bits."
 
 
+@refused(
+    "is only allowed before DQ or PLUGIN_V2 or kPLUGIN_V3 node",
+    "Put the DequantizeLinear in front of the Gather: the compiler dequantizes the rows that it picks.",
+)
+def _gathered_codes(view: View) -> Found:
+    """Stored codes that a Gather picks rows of before they are dequantized. Repaired."""
+    for q in view.heads:
+        if (gather := gather_of_codes(view, q)) is not None:
+            yield q.node, f"{label(gather)} picks rows of the stored codes {gather.input[0]!r}."
+
+
 @refused("is only allowed before DQ or PLUGIN_V2 or kPLUGIN_V3 node", "Keep a constant of one element in float.")
 def _scalar_codes(view: View) -> Found:
     """Stored codes of rank 0. Repaired."""
@@ -285,6 +296,13 @@ def _block_product(view: View) -> Found:
             continue
         if q.blocked and not bad_rank(q) and q.dtype != TensorProto.FLOAT4E2M1:
             yield q.node, f"A weight of {label(product.node)} in blocks, whose other operand is quantized too."
+
+
+def gather_of_codes(view: View, q: Quantizer) -> NodeProto | None:
+    """The Gather of stored codes that a DQ reads."""
+    maker = None if q.is_q or q.stored else view.producer(q.node.input[0])
+    gathers = maker is not None and maker.op_type == "Gather" and view.is_constant(maker.input[0])
+    return maker if gathers else None
 
 
 def mistyped(view: View, product: Product) -> list[Quantizer]:

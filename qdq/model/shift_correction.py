@@ -14,6 +14,10 @@ from onnx import NodeProto, helper
 
 from engines.core.nodes import factor, label, weight_axis
 from qdq.core.arrays import Floats
+from qdq.core.qtensor import QTensor
+from qdq.model.external import release
+
+SUMMED = 1 << 22  # weights whose values are summed at a time
 
 
 def channel_sums(node: NodeProto, weight: Floats, index: int = 1) -> Floats:
@@ -65,3 +69,16 @@ def correct(
     node.output[0] = fresh(f"{output}_uncorrected")
     added = constant(f"{name}_correction", lacking)
     return helper.make_node("Add", [node.output[0], added], [output], name=fresh(f"{name}_correction_Add"))
+
+
+def weight_sums(quantized: QTensor, node: NodeProto) -> npt.NDArray[np.float64]:
+    """Sum of a weight per output channel, float64: some channels at a time, for the values take eight bytes each."""
+    shape = quantized.codes.shape
+    outputs = weight_axis(node, len(shape))
+    step = max(1, SUMMED * shape[outputs] // max(quantized.codes.size, 1))
+    sums = [
+        channel_sums(node, quantized.part(outputs, slice(start, start + step)).values().astype(np.float64))
+        for start in range(0, shape[outputs], step)
+    ]
+    release(quantized.codes)
+    return np.concatenate(sums, axis=-1 if node.op_type == "MatMul" else 0)

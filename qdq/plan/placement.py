@@ -22,14 +22,14 @@ from qdq.core.errors import InputError
 from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, controlled_nodes
 from qdq.passes.rewrites import USUAL_REWRITES, applied, why_not_for
-from qdq.plan import tensorrt_rules
+from qdq.plan import tables, tensorrt_rules
 from qdq.plan.groups import united
 from qdq.plan.plan import Plan, Point, Role, Skip
 from qdq.plan.rules import RULES as COMMON
 from qdq.plan.rules import Tie, Veto, Want, check_patterns, why_float
 from qdq.plan.settings import Settings
 
-RULES = (*COMMON, *tensorrt_rules.RULES)
+RULES = (*COMMON, *tensorrt_rules.RULES, tables.table)
 
 
 def plan(model: Model, settings: Settings | None = None) -> Plan:
@@ -90,6 +90,7 @@ def carried(settings: Settings, before: Model, after: Model) -> Settings:
 def placed(model: Model, settings: Settings) -> Plan:
     """What the rules say of a model as it is; raises as `plan` does."""
     found: dict[tuple[str, str, int | None], Point] = {}
+    stored: dict[str, Point] = {}
     others: list[tuple[str, Want]] = []  # consumer and what it asks for, of nodes without weights
     skips: list[Skip] = []
     ties: list[Tie] = []
@@ -101,6 +102,11 @@ def placed(model: Model, settings: Settings) -> Plan:
         if vetoes:
             reason = "; ".join(v.reason for v in vetoes)
             skips.append(Skip(node=node.name, op_type=node.op_type, rule=vetoes[0].rule, reason=reason))
+            continue
+        for want in (want for want in wants if want.role == "table"):
+            held = stored.get(want.tensor) or _point(want)
+            stored[want.tensor] = replace(held, consumers=(*held.consumers, f"{node.name}:{want.index}"))
+        if wants and all(want.role == "table" for want in wants):
             continue
         asked = [want for want in wants if want.role not in ("operand", "shortcut")]
         beside = [want for want in wants if want.role in ("operand", "shortcut")]
@@ -126,13 +132,15 @@ def placed(model: Model, settings: Settings) -> Plan:
     order = {node.name: i for i, node in enumerate((*model.graph.node, *controlled_nodes(model.graph)))}
     points = sorted(_read_too(found, others), key=lambda point: order[point.uses[0][0]])
     tied = tuple(_tied(points, ties))
-    return Plan(
+    found_all = Plan(
         model_sha256=model.sha256,
         settings=settings,
         points=tied,
         skips=tuple(skips),
+        tables=tuple(stored.values()),
         held_inputs=dict(model.held_inputs),
     )
+    return tables.kept(model, tables.twins(model, found_all))
 
 
 def remaining(model: Model, plan: Plan, kept: Collection[str]) -> frozenset[str]:
@@ -155,8 +163,15 @@ def remaining(model: Model, plan: Plan, kept: Collection[str]) -> frozenset[str]
 
 def _point(want: Want) -> Point:
     """What a want asks for, without consumers."""
-    role: Role = "weight" if want.role == "weight" else "activation"
-    return Point(tensor=want.tensor, role=role, spec=want.spec, consumers=(), rule=want.rule, reason=want.reason)
+    roles: dict[str, Role] = {"weight": "weight", "table": "table"}
+    return Point(
+        tensor=want.tensor,
+        role=roles.get(want.role, "activation"),
+        spec=want.spec,
+        consumers=(),
+        rule=want.rule,
+        reason=want.reason,
+    )
 
 
 def _read_too(found: Mapping[tuple[str, str, int | None], Point], others: Sequence[tuple[str, Want]]) -> list[Point]:

@@ -30,7 +30,7 @@ from qdq.plan.settings import Settings
 from qdq.plan.spec import Spec
 
 Consumer = Annotated[str, msgspec.Meta(pattern=r"^.+:\d+$")]
-Role = Literal["activation", "weight"]
+Role = Literal["activation", "weight", "table"]
 REASONS = 5  # that `Plan.why_nothing` names; the plan has all
 _MULTIPLYING = CONTRACTIONS | COMPOUNDS
 
@@ -40,11 +40,12 @@ class Point(Part, frozen=True, kw_only=True, omit_defaults=True):
 
     Attributes:
         tensor: its name in the prepared model.
-        role: "activation" or "weight".
+        role: "activation", "weight" or "table".
         spec: format and granularity.
         consumers: the operands that read the quantized tensor, each "node:input index".
         rule: the rule that wants it.
-        tie: points with the same name here share scale and zero point as far as their ranges are alike.
+        tie: points with the same name here share scale and zero point as far as their ranges are alike; of a table, the
+            quantized weight that has the same values, and shares its codes where it can.
         reason: why the spec is not the one that the settings ask for, or why a tensor is quantized that no weighted
             node reads; "" for all others.
     """
@@ -75,12 +76,13 @@ class Skip(Part, frozen=True, kw_only=True):
 class Plan(Document, frozen=True, kw_only=True):
     """What is to be quantized in one model.
 
-    Invariants: every node of the model is the consumer of a weight point or has a Skip.
+    Invariants: every node of the model is the consumer of a weight point or of a table, or has a Skip.
 
     Attributes:
         model_sha256: of the user's model file, as `storage.load` computes it.
         settings: what the plan was made with.
-        points: quantized tensors.
+        points: quantized operands.
+        tables: constants that nothing multiplies by, stored as codes.
         skips: nodes left in float.
         rewrites: done to the prepared model before points and skips are looked up in it, or to the Q/DQ model.
         unquantized_type: float type of what is not quantized, as tuned; None leaves it to who writes the model.
@@ -94,6 +96,7 @@ class Plan(Document, frozen=True, kw_only=True):
     settings: Settings
     points: tuple[Point, ...]
     skips: tuple[Skip, ...]
+    tables: tuple[Point, ...] = ()
     rewrites: tuple[Rewrite, ...] = ()
     unquantized_type: str | None = None
     held_inputs: dict[str, Held] = msgspec.field(default_factory=dict)
@@ -107,6 +110,11 @@ class Plan(Document, frozen=True, kw_only=True):
     def weights(self) -> tuple[Point, ...]:
         """The points whose values are constant."""
         return tuple(p for p in self.points if p.role == "weight")
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything is."""
+        return bool(self.points or self.tables)
 
     @property
     def quantized_nodes(self) -> tuple[str, ...]:
@@ -140,9 +148,10 @@ class Plan(Document, frozen=True, kw_only=True):
         counts = Counter((skip.op_type, skip.reason) for skip in told).most_common()
         parts = [f"{count} {op_type}: {reason}" for (op_type, reason), count in counts[:REASONS]]
         more = sum(count for _, count in counts[REASONS:])
+        nothing = "Nothing but tables" if self.tables else "Nothing"
         if not parts:
-            return f"Nothing is quantized: none of the {len(self.skips)} nodes is a {', '.join(WEIGHTED)}."
-        return f"Nothing is quantized. {'; '.join(parts)}{f'; {more} more' if more else ''}."
+            return f"{nothing} is quantized: none of the {len(self.skips)} nodes is a {', '.join(WEIGHTED)}."
+        return f"{nothing} is quantized. {'; '.join(parts)}{f'; {more} more' if more else ''}."
 
     @property
     def sha256(self) -> str:
@@ -183,7 +192,7 @@ class Plan(Document, frozen=True, kw_only=True):
                 f"{model.sha256[:12]}…. Make a plan for this model with `qdq plan`."
             )
         operands = {n.name: n.input for n in (*model.graph.node, *controlled_nodes(model.graph))}
-        for point in self.points:
+        for point in (*self.points, *self.tables):
             for node, index in point.uses:
                 if point.tensor not in operands.get(node, ())[index : index + 1]:
                     near = difflib.get_close_matches(node, operands, n=1)
@@ -192,7 +201,7 @@ class Plan(Document, frozen=True, kw_only=True):
                         f"The plan quantizes {point.tensor!r} for operand {index} of node {node!r}, but the model "
                         f"has no such operand.{hint}"
                     )
-            if (point.role == "weight") != model.is_constant(point.tensor):
+            if (point.role != "activation") != model.is_constant(point.tensor):
                 raise InputError(
                     f"The plan calls {point.tensor!r} {point.role}, but in the model it is "
                     f"{'constant' if model.is_constant(point.tensor) else 'computed'}."
@@ -201,6 +210,12 @@ class Plan(Document, frozen=True, kw_only=True):
                 raise InputError(
                     f"The plan quantizes the activation {point.tensor!r} along axis {point.spec.axis}: activations "
                     "have one scale. Remove the axis."
+                )
+        for point in self.tables:
+            if other := next((n for n, i in point.uses if (model.node(n).op_type, i) != ("Gather", 0)), ""):
+                raise InputError(
+                    f"The plan stores {point.tensor!r} as a table for {other!r}, which is no Gather of its rows. "
+                    "Remove the consumer."
                 )
         data = {name for p in self.activations for name, index in p.uses if index == 0}
         float_data = {name for p in self.weights if p.spec.weight_only for name, _ in p.uses}
@@ -221,9 +236,10 @@ class Plan(Document, frozen=True, kw_only=True):
         Raises:
             InputError: no such node; names the nearest.
         """
-        mine = [p for p in self.points if any(name == node for name, _ in p.uses)]
+        mine = [p for p in (*self.points, *self.tables) if any(name == node for name, _ in p.uses)]
         skip = next((s for s in self.skips if s.node == node), None)
-        names = [*self.quantized_nodes, *(s.node for s in self.skips)]
+        stored = [name for p in self.tables for name, _ in p.uses]
+        names = [*self.quantized_nodes, *stored, *(s.node for s in self.skips)]
         if rewrite := next((r.name for r in self.rewrites if node in r.nodes and node not in names), ""):
             parts = [name for name in names if re.fullmatch(rf"{re.escape(node)}(_\d+)+", name)]
             first = f"{node}: the plan's rewrite {rewrite!r} makes other nodes of it: {', '.join(parts)}"
@@ -234,18 +250,20 @@ class Plan(Document, frozen=True, kw_only=True):
         lines = []
         if node in self.quantized_nodes:
             lines.append(f"{node}: quantized")
+        elif node in stored:
+            lines.append(f"{node}: reads a table of codes")
         for p in mine:
-            grain = _grain(p.spec)
+            per = grain(p.spec)
             shared = f", shared with {len(p.consumers) - 1} other operands" if len(p.consumers) > 1 else ""
             tied = f", tied with the group {p.tie!r}" if p.tie else ""
             why = f": {p.reason}" if p.reason else ""
-            lines.append(f"  {p.role} {p.tensor!r}: {p.spec.format} {grain}, rule {p.rule!r}{shared}{tied}{why}")
+            lines.append(f"  {p.role} {p.tensor!r}: {p.spec.format} {per}, rule {p.rule!r}{shared}{tied}{why}")
         if skip is not None:
             lines.append(f"{node} ({skip.op_type}): float, rule {skip.rule!r}: {skip.reason}")
         return lines
 
 
-def _grain(spec: Spec) -> str:
+def grain(spec: Spec) -> str:
     """The granularity of a spec in words."""
     if spec.token:
         return "per token" if spec.token == "always" else "per tensor or per token, as its range says"

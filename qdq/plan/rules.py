@@ -56,7 +56,7 @@ class Want:
         tensor: its name.
         index: of the operand.
         role: of a weighted node "activation" (its data) or "weight"; of any other "operand" quantizes the tensor, and
-            "shortcut" reads the quantized tensor where another node wants it.
+            "shortcut" reads the quantized tensor where another node wants it, and "table" stores it as codes.
         spec: how; a node without weights takes that of the weighted ones.
         rule: who says so.
         reason: why, where it is not what the settings ask for, or the node has no weights.
@@ -64,7 +64,7 @@ class Want:
 
     tensor: str
     index: int
-    role: Literal["activation", "weight", "operand", "shortcut"]
+    role: Literal["activation", "weight", "operand", "shortcut", "table"]
     spec: Spec
     rule: str
     reason: str = ""

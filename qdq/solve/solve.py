@@ -34,6 +34,7 @@ from qdq.solve.equalize.carriers import Carrier, carried, factors, scaled
 from qdq.solve.equalize.channels import Channels
 from qdq.solve.equalize.formulas import formula
 from qdq.solve.rounding import ROUNDINGS
+from qdq.solve.tables import Tables, coded
 from qdq.solve.weights import quantize_weight, rounding_bytes
 
 ROUNDING_BYTES = 1 << 30  # for the weights that are rounded at a time, with their copies
@@ -51,6 +52,7 @@ class Solution:
         carriers: of those, tensor -> the constants that divide it as it is made; no node has to do so.
         weights: (tensor, axis) -> codes and parameters.
         tokens: tensors that have one scale per token, computed as the engine runs; their parameters have scale 1.
+        tables: codes of constants that no product reads, and which weights share them.
         notes: what a person should know, one line each (ties given up, weights rounded to nearest for want of data).
         store: where the codes of a large model lie.
     """
@@ -63,6 +65,7 @@ class Solution:
     tokens: frozenset[str] = frozenset()
     store: WeightStore | None = None
     carriers: Mapping[str, Carrier] = field(default_factory=dict)
+    tables: Tables = field(default_factory=Tables)
 
     @property
     def factors(self) -> dict[str, Floats]:
@@ -106,7 +109,10 @@ def solve(
     carriers = carried(model, nodes, divisors)
     store = WeightStore() if is_large(model.graph.initializer) else None
     moments = replace(moments, divisors=balanced)
-    weights = _weights(model, plan, nodes.values(), moments, divisors, factors(carriers, divisors), store, on_progress)
+    multiplied = factors(carriers, divisors)
+    weights = _weights(model, plan, nodes.values(), moments, divisors, multiplied, store, on_progress)
+    rescaling = {*divisors, *multiplied}
+    tables = coded(model, plan, nodes.values(), weights, rescaled=rescaling, store=store)
     rescaled = (
         f"{len(divisors)} tensors are rescaled per channel: {len(carriers)} inside the previous layer, "
         f"{len(divisors) - len(carriers)} by one extra Mul each"
@@ -116,10 +122,11 @@ def solve(
         activations=data.params,
         divisors=divisors,
         weights=weights,
-        notes=(*data.notes, *moments.notes, *said, *([rescaled] if divisors else [])),
+        notes=(*data.notes, *moments.notes, *said, *([rescaled] if divisors else []), *tables.notes),
         tokens=frozenset(data.tokens),
         store=store,
         carriers=carriers,
+        tables=tables,
     )
 
 

@@ -27,7 +27,7 @@ from qdq.measure.table import CalibrationTable, widest
 from qdq.model.model import Model
 from qdq.passes.rewrites import FLOAT_REWRITES, QUANTIZED_REWRITES, applied, why_not_for
 from qdq.passes.rewrites.edit import Rewrite
-from qdq.plan import placement, rules
+from qdq.plan import placement, rules, tables
 from qdq.plan.plan import Plan, Skip
 from qdq.plan.settings import Settings
 from qdq.plan.weighted_node import weighted_nodes
@@ -248,7 +248,7 @@ class VariantBuilder:
         if self._last is None or self._last[0] != key:
             base = self.base(variant)
             plan = restricted(base.model, base.plan, variant, "")
-            model = insert(base.model, plan, _adapted(base, plan)) if plan.points else base.model
+            model = insert(base.model, plan, _adapted(base, plan)) if plan.quantizes else base.model
             unquantized_type = variant.unquantized_type or self.unquantized_types[0]
             fused = bool(self.settings.profile.shift)
             converted = convert(
@@ -335,4 +335,4 @@ def restricted(model: Model, plan: Plan, variant: Variant, why: str) -> Plan:
         for node in plan.quantized_nodes
         if node not in variant.quantized
     ]
-    return replace(plan, points=tuple(points), skips=(*plan.skips, *skips))
+    return tables.kept(model, replace(plan, points=tuple(points), skips=(*plan.skips, *skips)))

@@ -86,7 +86,8 @@ compiler_option = click.option(
     help="Quantize for, and compile with, {names}; default: tensorrt for a --gpu of a data centre or a --target that "
     "only TensorRT has, else rtx.",
 )
-place_options = _options(scheme_option, compiler_option, exclude_option, recipe_option)
+embeddings_option = setting("--embeddings", "Store tables of words, and others that a Gather reads, as {names}.")
+place_options = _options(scheme_option, compiler_option, embeddings_option, exclude_option, recipe_option)
 settings_options = _options(
     scheme_option,
     compiler_option,
@@ -103,6 +104,7 @@ settings_options = _options(
     click.option(
         "--v1", help="FPTQ: above this magnitude one scale per token; auto decides from the error. Default 150."
     ),
+    embeddings_option,
     setting("--bias-correction", "Shift biases so that means stay: {names}; auto does so where held-out samples gain."),
     click.option(
         "--shift/--no-shift", default=None, help="Shift asymmetric activations to use all codes (default on)."

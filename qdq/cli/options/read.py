@@ -62,8 +62,8 @@ def recipe_of_plan(given: Mapping[str, Any], plan: Plan | None, where: Path | No
     recipe = recipe_of(given, base=plan.settings.to_mapping() if plan else None)
     if plan and _places(recipe.settings) != _places(plan.settings):
         raise InputError(
-            f"The plan {where} already says what is quantized, which --scheme, --compiler, --block, --shift and "
-            "--exclude cannot change. Edit the plan, or make another with `qdq plan`."
+            f"The plan {where} already says what is quantized, which --scheme, --compiler, --block, --embeddings, "
+            "--shift and --exclude cannot change. Edit the plan, or make another with `qdq plan`."
         )
     return recipe
 
@@ -108,7 +108,8 @@ def require_mix(minimize: str | None, max_size_mib: float | None, *others: objec
 
 def _places(settings: Settings) -> tuple[object, ...]:
     """The settings that decide where quantizers go; the others decide scales and codes."""
-    return (settings.scheme, settings.compiler, settings.shift, settings.exclude, settings.overrides, settings.block)
+    names = ("scheme", "compiler", "shift", "exclude", "overrides", "block", "embeddings")
+    return tuple(getattr(settings, name) for name in names)
 
 
 def samples_of(model: Model, recipe: Recipe, data: str | None, random_data: int | None) -> Samples:

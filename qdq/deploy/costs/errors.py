@@ -55,7 +55,7 @@ def tensor_errors(
         quantized: the Q/DQ model as it is compiled.
         samples: the first are run, as many as hold `VALUES` values, at most `SAMPLES`; the same on every machine.
     """
-    if not made.plan.points:
+    if not made.plan.quantizes:
         return TensorErrors()
     if is_large(quantized.graph.initializer):
         return TensorErrors(why=LARGE)

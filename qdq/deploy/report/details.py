@@ -131,7 +131,7 @@ def details_of(
         nodes.append(NodeRow(node=node.name, op_type=node.op_type, macs=macs, asked=asked))
     return Details(
         nodes=tuple(nodes),
-        tensors=tuple(_tensor(point, made, errors) for point in made.plan.points),
+        tensors=tuple(_tensor(point, made, errors) for point in (*made.plan.points, *made.plan.tables)),
         kernels=tuple(
             KernelRow(kind=k.kind, dtype=k.dtype, bound=k.bound, us=k.us, macs=k.macs, bytes=k.bytes, nodes=k.nodes)
             for k in (price.kernels if price else ())
@@ -143,12 +143,13 @@ def details_of(
 
 
 def _tensor(point: Point, made: Made, errors: TensorErrors) -> TensorRow:
+    role = "activation" if point.role == "activation" else "weight"
     row = TensorRow(
         tensor=point.tensor,
-        role=point.role,
+        role=role,
         format=point.spec.format,
         nodes=tuple(dict.fromkeys(name for name, _ in point.uses)),
-        sqnr_db=errors.sqnr_db.get((point.role, point.tensor)),
+        sqnr_db=errors.sqnr_db.get((role, point.tensor)),
     )
     params = made.solution.activations.get(point.tensor) if point.role == "activation" else None
     if params is None or params.scale.size != 1 or point.tensor in made.solution.tokens or _divided(point, made):

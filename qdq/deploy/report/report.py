@@ -18,7 +18,7 @@ from engines.verify.audit import Audit
 from engines.verify.report import OutputReport, Report
 from qdq.build.measured.forms import Timings
 from qdq.deploy.report.details import Details
-from qdq.plan.plan import Plan
+from qdq.plan.plan import Plan, grain
 from qdq.tune.tuned import TuningOutcome
 
 SHOWN = 12  # rows of a long list that the terminal shows; the JSON has all
@@ -273,6 +273,10 @@ def audit_rows(audit: Audit) -> list[Row]:
         Row("bytes moved per inference", size(audit.bytes_moved)),
         Row("weights in the engine", size(audit.weight_bytes)),
         Row("activation memory", size(audit.activation_bytes)),
+        *(
+            Row(f"table of {t.node}", f"{t.stored}, {size(t.nbytes) if t.nbytes else 'size unknown'}")
+            for t in audit.tables
+        ),
     ]
 
 
@@ -298,6 +302,11 @@ def audit_lines(audit: Audit | None) -> list[str]:
     lines = [
         f"{n.node} ({n.op_type}) asked for {n.requested} and runs in {n.consumed}: {n.cause}" for n in audit.missed
     ]
+    lines += [
+        f"{t.node} (Gather) reads a table of {t.requested} codes, which the engine holds as {t.stored}"
+        for t in audit.tables
+        if t.missed
+    ]
     lines += [f"{n.node} ({n.op_type}) is suspect: {n.cause}" for n in audit.suspect]
     unknown = [n for n in audit.unknown if n.macs is None or n.consumed == "unknown"]
     lines += [f"{n.node} ({n.op_type}) is not fully known: {n.cause}" for n in unknown]
@@ -312,6 +321,7 @@ def plan_rows(plan: Plan) -> list[Row]:
     ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))
     return [
         Row(f"nodes in {plan.operands}", str(len(plan.quantized_nodes))),
+        *(Row(f"table in {p.spec.format.upper()}", f"{p.tensor}, {grain(p.spec)}") for p in plan.tables),
         *(Row(f"in float: {', '.join(sorted(set(ops))[:4])}", f"{len(ops)}: {why}") for why, ops in ordered[:SHOWN]),
     ]
 

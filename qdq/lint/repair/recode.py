@@ -12,10 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
+from engines.core.nodes import attribute, label
 from engines.core.operators import family
 from engines.core.quantizers import Quantizer
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, representable, to_codes, weight_params
+from qdq.lint.errors import gather_of_codes
 from qdq.lint.repair.draft import RepairDraft
 from qdq.lint.rule import FP8, smallest
 from qdq.lint.view import dequantized, spread
@@ -87,6 +89,29 @@ def quantize_partners(draft: RepairDraft) -> None:
         product.node.input[index] = out
         draft.proto.graph.node.insert(0, node)
         draft.log(["unpaired-activation"], product.node, f"weight stored as INT8, scales along axis {axis}")
+
+
+def gather_floats(draft: RepairDraft) -> None:
+    """The DequantizeLinear of gathered codes moves in front of its Gather, where its scales fit the rows of a table."""
+    for q in draft.view.heads:
+        gather = gather_of_codes(draft.view, q) if "gathered-codes" in draft.flagged(q.node) else None
+        shape = None if gather is None else draft.view.shape(gather.input[0])
+        if gather is None or shape is None or q.shape is None or attribute(gather, "axis", 0) != 0 or q.blocked:
+            continue
+        axis = q.axis - len(q.shape) + len(shape)  # of the table, whose last axes are those of what is gathered
+        if q.vector and axis < 1:
+            continue
+        out = draft.name(gather.input[0] + "_dequantized")
+        made = helper.make_node(
+            "DequantizeLinear", [gather.input[0], *q.node.input[1:]], [out], draft.name(out + "_DQ")
+        )
+        if q.vector:
+            made.attribute.append(helper.make_attribute("axis", axis))
+        draft.proto.graph.node.insert(0, made)
+        new = helper.make_node("Gather", [out, gather.input[1]], list(q.node.output), name=label(q.node))
+        q.node.CopyFrom(new)
+        draft.log(["gathered-codes"], gather, "its codes are dequantized in front of it")
+        draft.refresh(always=True)
 
 
 def to_float(draft: RepairDraft, q: Quantizer, rules: Sequence[str]) -> None:

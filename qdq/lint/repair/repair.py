@@ -27,7 +27,7 @@ from qdq.lint.errors import mistyped
 from qdq.lint.lint import Finding, lint, profile_for
 from qdq.lint.repair.draft import Change, RepairDraft
 from qdq.lint.repair.integer_operators import write_floats
-from qdq.lint.repair.recode import OF_GRID, float_biases, quantize_partners, recode, set_axis, to_float
+from qdq.lint.repair.recode import OF_GRID, float_biases, gather_floats, quantize_partners, recode, set_axis, to_float
 from qdq.lint.repair.shift import shift
 from qdq.lint.rule import EIGHT_BIT, FP8, smallest
 from qdq.lint.view import View
@@ -77,7 +77,7 @@ def repair(model: Model, profile: Profile | None = None) -> Repaired:
 
 
 def _steps() -> tuple[Callable[[RepairDraft], None], ...]:
-    first = write_floats, float_biases, _outputs, _float_readers, _transposed, _attention
+    first = write_floats, gather_floats, float_biases, _outputs, _float_readers, _transposed, _attention
     return *first, _scale_types, recode, quantize_partners, _activations, _axes
 
 
