@@ -149,7 +149,7 @@ def require_fixed_file(file: Path, label: str) -> None:
         dropped = node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]
         if node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial") or training or dropped:
             raise InputError(
-                f"Cannot export {label}: in eval mode it still computes a {node.op_type} ({node.name}) that gives other "
-                "values each time, or statistics of the batch it gets. Draw no random numbers and use the trained "
+                f"Cannot export {label}: in eval mode it still computes a {node.op_type} ({node.name}) that gives "
+                "other values each time, or takes statistics of its batch. Draw no random numbers and use the trained "
                 "statistics in eval mode."
             )

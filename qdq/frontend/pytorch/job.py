@@ -64,13 +64,13 @@ class Job:
     @property
     def scripted(self) -> bool:
         """Whether TorchScript keeps its control flow."""
-        return isinstance(self.module, torch_here().jit.ScriptModule)
+        return isinstance(self.module, torch_here().jit.ScriptModule) is True
 
     @property
     def external(self) -> bool:
         """Whether its weights go beside the file."""
         weights = (*self.module.parameters(), *self.module.buffers())
-        return sum(w.numel() * w.element_size() for w in {id(w): w for w in weights}.values()) > LARGE
+        return int(sum(w.numel() * w.element_size() for w in {id(w): w for w in weights}.values())) > LARGE
 
     @property
     def traceable(self) -> Any:

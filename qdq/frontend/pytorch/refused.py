@@ -59,7 +59,10 @@ def why(error: BaseException) -> Why:
         )
     if _ONE_SIZE.search(text):
         return Why(
-            says=f"its code takes no other size than the example's{where}", fix="Leave that size fixed.", fixed=True
+            says=f"its code takes no other size than the example's{where}",
+            fix="Leave that size fixed.",
+            traced=True,
+            fixed=True,
         )
     if _COMPLEX.search(text):
         return Why(
