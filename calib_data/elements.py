@@ -122,12 +122,12 @@ class Elements:
         size = _batch_of(inputs)
         empty = Form(kind="whole", size=size, on_rows=frozenset())
         made = cls(where=where, inputs=inputs, reading=reading, stream=stream, form=empty, left_out="", path=path)
-        first = next(made._elements(range(size if stream.collate else 1)), None)
+        first = made.first()
         if first is None:
             return made
         arrays, notes = made._named(first, f"{where}, sample 0")
         if reading.random_access:
-            again, _ = made._named(next(made._elements(range(size if stream.collate else 1))), f"{where}, sample 0")
+            again, _ = made._named(made.first(), f"{where}, sample 0")
             if any(not _same(arrays[name], again[name]) for name in arrays):
                 raise DataError(
                     f"{where} gives another sample 0 each time it is read: random augmentation is on. Samples must be "
@@ -137,6 +137,10 @@ class Elements:
         if left := form.left(reading):
             notes.append(f"The last {left} rows are no whole batch of {form.size}: they are left out.")
         return dataclasses.replace(made, form=form, left_out=" ".join(notes))
+
+    def first(self) -> Any:
+        """The first element after the hooks; None where there is none."""
+        return next(self._elements(range(self.form.size if self.stream.collate else 1)), None)
 
     @property
     def count(self) -> int | None:

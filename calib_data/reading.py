@@ -29,6 +29,7 @@ class Reading:
         draw: the elements at ascending indices, each with its index.
         rows: of each element how many items were collated into it; empty where elements are items, or it is not known.
         batched: whether elements are batches.
+        items: whether elements rather have no batch axis: those of a Dataset.
         random_access: whether `draw` reads what it gives and nothing else.
     """
 
@@ -36,6 +37,7 @@ class Reading:
     draw: Draw
     rows: Sequence[int] = ()
     batched: bool = False
+    items: bool = False
     random_access: bool = False
 
 
@@ -90,7 +92,7 @@ def _of_sequence(thing: Any, length: int | None = None) -> Reading:
                 return
             yield i, thing[i]
 
-    return Reading(count=count, draw=draw, random_access=True)
+    return Reading(count=count, draw=draw, items=_is_dataset(thing), random_access=True)
 
 
 def _of_iterable(thing: Iterable[Any], where: str, length: int | None, limit: int | None) -> Reading:
@@ -134,7 +136,7 @@ def _of_loader(loader: Any, where: str, limit: int | None) -> Reading:
 
     batched = loader.batch_sampler is not None
     rows = [len(each) for each in order] if batched else []
-    return Reading(count=len(order), draw=draw, rows=rows, batched=batched, random_access=True)
+    return Reading(count=len(order), draw=draw, rows=rows, batched=batched, items=not batched, random_access=True)
 
 
 def _items(data: Any, indices: Sequence[Any]) -> list[Any]:
