@@ -25,6 +25,7 @@ class Wanted:
         volume: the recipe's `volume:` where data are images, else None.
         dynamic, opset, tolerance: as of `export_torch`.
         task: of `hf:` only.
+        own: what only one kind of origin takes: of `hf:`, where samples come from.
     """
 
     data: str | None = None
@@ -33,6 +34,7 @@ class Wanted:
     opset: int | None = None
     tolerance: float = 1e-3
     task: str | None = None
+    own: object = None
 
 
 class Origin(Protocol):
@@ -53,6 +55,7 @@ class Origin(Protocol):
 KINDS: Mapping[str, str] = {  # prefix or ending of the text -> "module:function" that gives the Origin of a text
     "torch:": "qdq.frontend.factory:factory_of",
     ".pt2": "qdq.frontend.factory:program_of",
+    "hf:": "qdq.frontend.huggingface.origin:folder_of",
 }
 
 
