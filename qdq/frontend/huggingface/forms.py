@@ -50,6 +50,7 @@ class Plain(torch.nn.Module):
         self.model = network.model
         self.others = torch.nn.ModuleList(form.modules)
         self._form, self._names = form, tuple(form.example)
+        self.eval()
 
     def forward(self, *tensors: Any) -> dict[str, Any]:
         """Outputs by name."""
