@@ -72,6 +72,7 @@ def deploy(
     from qdq.measure.table import CalibrationTable
     from qdq.plan.plan import Plan
 
+    asked = options.asked_of(model, given, data=data, evaluation=evaluation)
     plan = Plan.load(plan_file) if plan_file else None
     recipe = options.recipe_of_plan(given, plan, plan_file)
     if table_file and plan is None and recipe.tune != "off":
@@ -80,7 +81,8 @@ def deploy(
             "off. A folder for --cache remembers tables by itself."
         )
     table = CalibrationTable.load(table_file) if table_file else None
-    with Bars() as bars, options.as_onnx(model, out, recipe, data, dynamic, opset) as (path, exported):
+    with Bars() as bars, options.as_onnx(model, out, recipe, data, dynamic, opset, asked) as (path, exported):
+        data, evaluation = options.sources(exported, data, evaluation)
         done = deployed(
             path,
             lambda prepared: options.samples_of(prepared, recipe, data, random_data),

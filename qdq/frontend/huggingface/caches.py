@@ -61,7 +61,11 @@ def tensors_of(cache: Any, *, sides: Sequence[str]) -> dict[str, Any]:
     """
     found = {}
     for side in sides:
-        part = getattr(cache, {"decoder": "self_attention_cache", "encoder": "cross_attention_cache"}[side]) if side else cache
+        part = (
+            getattr(cache, {"decoder": "self_attention_cache", "encoder": "cross_attention_cache"}[side])
+            if side
+            else cache
+        )
         for layer, pair in enumerate(_layers(part)):
             for kind, tensor in zip(KINDS, pair, strict=True):
                 if getattr(tensor, "ndim", 0) != 4:

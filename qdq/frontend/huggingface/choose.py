@@ -1,4 +1,4 @@
-"""Which pieces of a text, or files of a folder, are samples: a seeded choice, calibration and evaluation apart."""
+"""Where samples come from, and which pieces of a text or files of a folder they are: a seeded choice, parts apart."""
 
 from __future__ import annotations
 
@@ -13,8 +13,39 @@ import numpy as np
 from qdq.core.errors import InputError
 
 UNITS = ("line", "sentence")
+PADDINGS = ("none", "max", "blocks")
+COUNT, SEED = 128, 0
 SHORTEST = 3  # characters of a piece that says anything
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Take:
+    """Where samples come from, and how they are made.
+
+    Attributes:
+        text: a file for the folder's tokenizer.
+        data: a folder of pictures or recordings for its processor; what else it names is not for this.
+        evaluation: the same to check on, or a text; None: a part of what there is.
+        elsewhere: whether evaluation samples are given as arrays.
+        unit, length, padding: as of `Cut`; None: what fits the model.
+        count: samples of each part, at most.
+        seed: of every choice.
+        past: tokens of a cache of fixed size; None: open.
+        samples: the folder that they are written to; None: none are made.
+    """
+
+    text: Path | None = None
+    data: str | None = None
+    evaluation: str | None = None
+    elsewhere: bool = False
+    unit: str | None = None
+    length: int | None = None
+    padding: str | None = None
+    count: int = COUNT
+    seed: int = SEED
+    past: int | None = None
+    samples: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -125,7 +125,9 @@ def _modes(config: Path) -> tuple[str, ...]:
         modes = [next((mode for mode in POOLINGS if mode.removesuffix("_tokens") == one or mode == one), one)]
         modes = ["cls_token"] if modes == ["cls"] else modes
     else:
-        modes = [key.removeprefix("pooling_mode_") for key, on in read.items() if key.startswith("pooling_mode_") and on]
+        modes = [
+            key.removeprefix("pooling_mode_") for key, on in read.items() if key.startswith("pooling_mode_") and on
+        ]
     if not modes or (unknown := [mode for mode in modes if mode not in POOLINGS]):
         raise InputError(
             f"{config} pools by {', '.join(unknown) if modes else 'nothing'}; qdq knows {', '.join(POOLINGS)}. "

@@ -41,7 +41,7 @@ class Form:
     modules: tuple[Any, ...] = field(default=())
 
 
-class Plain(torch.nn.Module):
+class Plain(torch.nn.Module):  # type: ignore[misc]  # torch may be absent
     """A `Form` as a module whose `forward` takes its tensors in order."""
 
     def __init__(self, network: Network, form: Form) -> None:

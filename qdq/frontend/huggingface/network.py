@@ -37,7 +37,8 @@ def transformers_here() -> ModuleType:
         raise MissingRuntimeError(
             f"A Hugging Face folder needs torch and transformers: {error}. Install them: pip install 'qdq[hf]'."
         ) from error
-    return transformers
+    found: ModuleType = transformers
+    return found
 
 
 @contextmanager
@@ -180,11 +181,12 @@ def _loaded(transformers: ModuleType, kind: Any, folder: Folder) -> tuple[Any, M
         given["trust_remote_code"] = trusted()
     with offline(), quiet(transformers):
         try:
-            return tuple(kind.from_pretrained(str(folder.path), attn_implementation="eager", **given))  # type: ignore[return-value]
+            model, info = kind.from_pretrained(str(folder.path), attn_implementation="eager", **given)
         except (TypeError, ValueError) as error:
             if "attn_implementation" not in str(error) and "attention" not in str(error).lower():
                 raise
-            return tuple(kind.from_pretrained(str(folder.path), **given))  # type: ignore[return-value]
+            model, info = kind.from_pretrained(str(folder.path), **given)
+    return model, info
 
 
 def _of_weights(folder: Folder, wish: Wish, info: Mapping[str, Any]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qdq.frontend.exported import Exported
+from qdq.frontend.huggingface.choose import Take
 from qdq.frontend.huggingface.folder import Folder, open_folder
 from qdq.frontend.huggingface.tasks import wish_of
 from qdq.frontend.origin import Wanted
@@ -41,7 +42,7 @@ class HuggingFace:
         with quiet(transformers_here()):
             from qdq.frontend.export import export_torch
             from qdq.frontend.huggingface.forms import Plain, form_of
-            from qdq.frontend.huggingface.samples import Take, made_samples
+            from qdq.frontend.huggingface.samples import made_samples
 
             take = wanted.own if isinstance(wanted.own, Take) else Take()
             network = network_of(self.folder, wish)
@@ -54,7 +55,7 @@ class HuggingFace:
                 dynamic=wanted.dynamic if wanted.dynamic is not None else form.dynamic or False,
                 opset=wanted.opset,
                 input_names=tuple(form.example),
-                samples=_first(made.calibration),
+                samples=_first(made.calibration) or wanted.samples or (),
                 tolerance=wanted.tolerance,
                 source=f"hf:{self.folder.name}",
             )

@@ -1,4 +1,4 @@
-"""Calibration and evaluation samples of a folder's model, as .npz files, from the user's text, pictures or recordings."""
+"""Samples of a folder's model to calibrate and to check, as .npz files, of a text, pictures or recordings."""
 
 from __future__ import annotations
 
@@ -10,45 +10,15 @@ from typing import Any
 import numpy as np
 
 from qdq.core.errors import InputError
-from qdq.frontend.huggingface.choose import Parts, apart
+from qdq.frontend.huggingface.choose import Parts, Take, apart
 from qdq.frontend.huggingface.forms import Form
 from qdq.frontend.huggingface.media import files_of, media_samples
 from qdq.frontend.huggingface.network import Network
 from qdq.frontend.huggingface.steps import WRITTEN, cached_steps, written_steps
 from qdq.frontend.huggingface.text import Cut, cut_of, text_sample, token_ids
 
-COUNT, SEED = 128, 0
 CALIBRATION, EVALUATION = "calibration", "evaluation"  # folders of the samples
 Sample = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Take:
-    """Where samples come from, and how they are made.
-
-    Attributes:
-        text: a file for the folder's tokenizer.
-        data: a folder of pictures or recordings for its processor; what else it names is not for this.
-        evaluation: the same to check on, or a text; None: a part of what there is.
-        elsewhere: whether evaluation samples are given as arrays.
-        unit, length, padding: as of `Cut`; None: what fits the model.
-        count: samples of each part, at most.
-        seed: of every choice.
-        past: tokens of a cache of fixed size; None: open.
-        samples: the folder that they are written to; None: none are made.
-    """
-
-    text: Path | None = None
-    data: str | None = None
-    evaluation: str | None = None
-    elsewhere: bool = False
-    unit: str | None = None
-    length: int | None = None
-    padding: str | None = None
-    count: int = COUNT
-    seed: int = SEED
-    past: int | None = None
-    samples: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,12 +69,17 @@ def _of_text(network: Network, form: Form, take: Take, folder: Path) -> Made:
     if other is not None:
         own = {ids.tobytes() for ids in parts.calibration}
         read = [ids for ids in token_ids(network, other, cut)[0] if ids.tobytes() not in own]
-        parts = Parts(calibration=parts.calibration, evaluation=apart(read, count=take.count, seed=take.seed, evaluated=True).calibration)
+        parts = Parts(
+            calibration=parts.calibration,
+            evaluation=apart(read, count=take.count, seed=take.seed, evaluated=True).calibration,
+        )
     said = [_said(parts, cut, take, len(found), long)]
     return _written(folder, _text(network, form, take, cut, parts), said)
 
 
-def _text(network: Network, form: Form, take: Take, cut: Cut, parts: Parts[Any]) -> Iterator[tuple[str, Iterable[Sample]]]:
+def _text(
+    network: Network, form: Form, take: Take, cut: Cut, parts: Parts[Any]
+) -> Iterator[tuple[str, Iterable[Sample]]]:
     for seed, (name, ids) in enumerate(((CALIBRATION, parts.calibration), (EVALUATION, parts.evaluation))):
         if network.wish.task.shape == "decoder" and network.wish.past:
             yield name, cached_steps(network, form, ids, past=take.past, seed=take.seed + seed)
@@ -113,14 +88,22 @@ def _text(network: Network, form: Form, take: Take, cut: Cut, parts: Parts[Any])
         names = tuple(form.example) if encoder else ("input_ids", "attention_mask")
         sources = (text_sample(network, one, cut, names) for one in ids)
         most = min(WRITTEN, cut.length)
-        yield name, sources if encoder else written_steps(network, form, sources, past=take.past, seed=take.seed + seed, most=most)
+        yield (
+            name,
+            sources
+            if encoder
+            else written_steps(network, form, sources, past=take.past, seed=take.seed + seed, most=most),
+        )
 
 
 def _of_files(network: Network, form: Form, take: Take, files: Sequence[Path], folder: Path) -> Made:
     other = _files(network, take.evaluation)
     parts = apart(files, count=take.count, seed=take.seed, evaluated=bool(other) or take.elsewhere)
     if other:
-        parts = Parts(calibration=parts.calibration, evaluation=apart(other, count=take.count, seed=take.seed, evaluated=True).calibration)
+        parts = Parts(
+            calibration=parts.calibration,
+            evaluation=apart(other, count=take.count, seed=take.seed, evaluated=True).calibration,
+        )
 
     def made() -> Iterator[tuple[str, Iterable[Sample]]]:
         for seed, (name, some) in enumerate(((CALIBRATION, parts.calibration), (EVALUATION, parts.evaluation))):
@@ -141,7 +124,9 @@ def _said(parts: Parts[Any], cut: Cut, take: Take, found: int, long: int) -> str
         "max": f"filled up to {cut.length} tokens, {long} cut off",
         "none": f"each of its own length, {long} cut off at {cut.length} tokens",
     }[cut.padding]
-    return f"Samples: {_counts(parts, take)} of {found} different {what} of {take.text.name if take.text else ''}, {how}."
+    return (
+        f"Samples: {_counts(parts, take)} of {found} different {what} of {take.text.name if take.text else ''}, {how}."
+    )
 
 
 def _counts(parts: Parts[Any], take: Take) -> str:
@@ -157,7 +142,7 @@ def _written(folder: Path, parts: Iterable[tuple[str, Iterable[Sample]]], notes:
         place, number = folder / name, 0
         for number, sample in enumerate(samples, 1):
             place.mkdir(parents=True, exist_ok=True)
-            np.savez(place / f"{number - 1:05d}.npz", **sample)
+            np.savez(place / f"{number - 1:05d}.npz", **dict[str, Any](sample))
         if number:
             places[name] = place
     return Made(calibration=places.get(CALIBRATION), evaluation=places.get(EVALUATION), notes=tuple(notes))

@@ -1,8 +1,7 @@
 """Samples of decoders: what they read at a step, made by running the float model.
 
-A language model with a cache: one prefill of a block, whose first keys and values are the past of the token behind them,
-for those of a token do not depend on what follows. An encoder-decoder: its encoder's states of a sample, and the tokens
-that it writes by itself, each the likeliest.
+A language model with a cache: a prefill of what comes before a token gives the keys and values that it reads.
+An encoder-decoder: its encoder's states of a sample, and the tokens that it writes by itself, each the likeliest.
 """
 
 from __future__ import annotations
@@ -23,7 +22,9 @@ WRITTEN = 32  # tokens that an encoder-decoder writes of a sample, at most
 Sample = dict[str, np.ndarray]
 
 
-def cached_steps(network: Network, form: Form, blocks: Sequence[Ids], *, past: int | None, seed: int) -> Iterator[Sample]:
+def cached_steps(
+    network: Network, form: Form, blocks: Sequence[Ids], *, past: int | None, seed: int
+) -> Iterator[Sample]:
     """One step of each block: its token at a seeded place, with the keys and values of all before it.
 
     Args:

@@ -15,7 +15,6 @@ from qdq.core.errors import InputError
 from qdq.frontend.huggingface.choose import pieces, text_of
 from qdq.frontend.huggingface.network import Network
 
-PADDINGS = ("none", "max", "blocks")
 LENGTH = 128  # tokens of a sample, where neither the user nor the model says less
 MOST = 50_000  # pieces or blocks that are tokenized to choose from
 LONGEST_TEXT = 64 << 20  # characters of a text that are looked at for blocks
