@@ -72,8 +72,7 @@ def why(error: BaseException) -> Why:
     if _DATA.search(text):
         return Why(
             says=f"what it computes, or the size of it, depends on values of a tensor{where}",
-            fix="Use torch.where or torch.cond in place of Python's if, while or item(), or script it: "
-            "torch.jit.script(module).",
+            fix="Use torch.where or torch.cond in place of Python's if, while or item().",
         )
     if found := _OPERATOR.search(text):
         return Why(
