@@ -78,6 +78,7 @@ def deploy(
     from qdq.measure.table import CalibrationTable
     from qdq.plan.plan import Plan
 
+    asked = options.asked_of(model, given, data=data, evaluation=evaluation)
     plan = Plan.load(plan_file) if plan_file else None
     recipe, notes = options.recipe_of_plan(given, plan, plan_file), [] if random_data is None else [options.RANDOM_NOTE]
     mixing = options.require_mix(minimize, max_size_mib, candidates, sensitivity_file)
@@ -89,7 +90,8 @@ def deploy(
             "off. A folder for --cache remembers tables by itself."
         )
     table = CalibrationTable.load(table_file) if table_file else None
-    with Bars() as bars, options.as_onnx(model, out, recipe, data, dynamic, opset) as (path, exported):
+    with Bars() as bars, options.as_onnx(model, out, recipe, data, dynamic, opset, asked) as (path, exported):
+        data, evaluation = options.sources(exported, data, evaluation)
         if mixing:
             plan, made = least_error(
                 *(path, data, random_data, recipe),

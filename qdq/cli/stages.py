@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 @options.image_options
 @options.shape_option
 @options.export_options
+@click.option("--task", cls=options.Listed, names=options.hf_tasks, help="hf: export it for {names}.")
+@click.option("--samples", type=options.PATH, metavar="DIR", help="hf: keep the samples of --text or --data here.")
 @click.option(
     "--tolerance",
     type=float,
@@ -39,6 +41,7 @@ def export(
     data: str | None,
     dynamic: tuple[str, ...],
     opset: int | None,
+    samples: Path | None,
     tolerance: float | None,
     as_json: bool,
     **given: Any,
@@ -47,12 +50,19 @@ def export(
     from qdq.frontend.origin import origin_of
 
     check_output(output, model, data, given["recipe"])
+    asked = options.asked_of(model, given, data=data)
     recipe = options.recipe_of(given)
+    if samples and asked.take is None:
+        raise InputError(
+            f"--samples keeps what a folder's tokenizer or processor makes, and {model} is no `hf:FOLDER`."
+        )
     if (origin := origin_of(model)) is None:
         raise InputError(f"{model} is taken for an ONNX file already. Give {options.MODEL.partition(' | ')[2]}.")
     with Bars() as bars:
         bars(0, None, "Export")
-        made = origin.export(output, options.wanted_of(recipe, data, dynamic, opset, tolerance))
+        with options.keeping_samples(samples, output) as place:
+            wanted = options.wanted_of(recipe, data, dynamic, opset, tolerance, asked=asked, samples=place)
+            made = origin.export(output, wanted)
     for text in made.lines:
         note(text)
     if as_json:

@@ -43,6 +43,7 @@ class Exported:
         dynamic: sizes that stay open.
         errors: of each output, in ONNX Runtime against the original.
         samples: how many were compared.
+        calibration, evaluation: folders of samples that were made with it, None where there are none.
         notes: what else a person must know, a sentence each.
     """
 
@@ -56,6 +57,8 @@ class Exported:
     dynamic: Dynamic
     errors: tuple[OutputError, ...]
     samples: int
+    calibration: Path | None = None
+    evaluation: Path | None = None
     notes: tuple[str, ...] = field(default=())
 
     @property

@@ -29,6 +29,7 @@ class Wanted:
             for the example alone.
         dynamic, opset, tolerance: as of `export_torch`.
         task: of `hf:` only.
+        own: what only one kind of origin takes: of `hf:`, where samples come from.
     """
 
     data: str | None = None
@@ -39,6 +40,7 @@ class Wanted:
     opset: int | None = None
     tolerance: float = TOLERANCE
     task: str | None = None
+    own: object = None
 
 
 class Origin(Protocol):
@@ -59,6 +61,7 @@ class Origin(Protocol):
 KINDS: Mapping[str, str] = {  # prefix or ending of the text -> "module:function" that gives the Origin of a text
     "torch:": "qdq.frontend.factory:factory_of",
     ".pt2": "qdq.frontend.factory:program_of",
+    "hf:": "qdq.frontend.huggingface.origin:folder_of",
 }
 
 

@@ -13,6 +13,21 @@ from typing import Any, TypeVar
 
 import click
 
+from qdq.cli.options.folder import (
+    asked_of as asked_of,
+)
+from qdq.cli.options.folder import (
+    folder_options,
+)
+from qdq.cli.options.folder import (
+    hf_tasks as hf_tasks,
+)
+from qdq.cli.options.folder import (
+    keeping_samples as keeping_samples,
+)
+from qdq.cli.options.folder import (
+    sources as sources,
+)
 from qdq.cli.options.listed import (
     Listed as Listed,
 )
@@ -274,7 +289,12 @@ cache_option = click.option(
 
 image_options = _options(
     click.option(
-        "--trust", is_flag=True, expose_value=False, is_eager=True, callback=_trust, help="Run a MONAI bundle's code."
+        "--trust",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_trust,
+        help="Run the code of a MONAI bundle, or of a Hugging Face folder.",
     ),
     click.option(
         "--preprocess",
@@ -339,7 +359,13 @@ window_option = click.option(
 judging_options = _options(
     limit_options,
     window_option,
-    click.option("--task", cls=Listed, names=tasks, help="Take the outputs for: {names}; auto: as the graph ends."),
+    click.option(
+        "--task",
+        cls=Listed,
+        names=tasks,
+        help="Take the outputs for: {names}; auto: as the graph ends. Of `hf:FOLDER` in `deploy` also what `export "
+        "--task` takes.",
+    ),
     click.option(
         "--class-axis", type=int, help="Look for classes on this axis of the outputs; default: as the graph says."
     ),
@@ -357,7 +383,7 @@ overlap_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON to standard output.")
 model_argument = click.argument("model", type=PATH)
 any_model_argument = click.argument("model", type=PATH, metavar=MODEL)
-export_options = _options(dynamic_option, opset_option)
+export_options = _options(dynamic_option, opset_option, folder_options)
 
 
 custom_ops_option = click.option(

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from qdq.cli.options.folder import Asked
 from qdq.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     from qdq.model.model import Model
 
 F = TypeVar("F", bound=Callable[..., Any])
-MODEL = "MODEL.onnx | torch:PACKAGE.MODULE:FACTORY | MODEL.pt2"
+SAMPLES = "samples"  # folder of what is made with a model
+MODEL = "MODEL.onnx | torch:PACKAGE.MODULE:FACTORY | MODEL.pt2 | hf:FOLDER"
 
 dynamic_option = click.option(
     "--dynamic",
@@ -58,12 +61,20 @@ def dynamic_of(texts: Sequence[str]) -> Dynamic | bool | None:
 
 
 def wanted_of(
-    recipe: Recipe, data: str | None, dynamic: Sequence[str], opset: int | None, tolerance: float | None = None
+    recipe: Recipe,
+    data: str | None,
+    dynamic: Sequence[str],
+    opset: int | None,
+    tolerance: float | None = None,
+    *,
+    asked: Asked | None = None,
+    samples: Path | None = None,
 ) -> Wanted:
-    """How a model is exported, from the options."""
+    """How a model is exported, from the options; samples that are made with it go to the folder `samples`."""
     from qdq.frontend.exported import TOLERANCE
     from qdq.frontend.origin import Wanted
 
+    take = None if asked is None or asked.take is None else replace(asked.take, samples=samples)
     return Wanted(
         data=data,
         volume=recipe.volume,
@@ -72,6 +83,8 @@ def wanted_of(
         dynamic=dynamic_of(dynamic),
         opset=opset,
         tolerance=TOLERANCE if tolerance is None else tolerance,
+        task=asked.task if asked else None,
+        own=take,
     )
 
 
@@ -85,7 +98,13 @@ def _opened(model: Model, recipe: Recipe, data: str) -> Samples:
 
 @contextmanager
 def as_onnx(
-    model: Path, out: Path, recipe: Recipe, data: str | None, dynamic: Sequence[str], opset: int | None
+    model: Path,
+    out: Path,
+    recipe: Recipe,
+    data: str | None,
+    dynamic: Sequence[str],
+    opset: int | None,
+    asked: Asked | None = None,
 ) -> Iterator[tuple[Path, Exported | None]]:
     """An ONNX file of the argument, as long as this lasts; and what it was exported from, None where it was given.
 
@@ -102,5 +121,6 @@ def as_onnx(
         yield model, None
         return
     with folder_beside(out) as folder:
-        made = origin.export(folder / f"{origin.stem}.onnx", wanted_of(recipe, data, dynamic, opset))
+        wanted = wanted_of(recipe, data, dynamic, opset, asked=asked, samples=folder / SAMPLES)
+        made = origin.export(folder / f"{origin.stem}.onnx", wanted)
         yield made.path, made

@@ -14,6 +14,7 @@ from typing import Any
 HIDDEN: Mapping[str, str] = {
     "data": "DATA",
     "evaluation": "EVALUATION",
+    "text": "TEXT",
     "out": "OUT",
     "case_key": "KEY",
     "preprocess": "PREPROCESSING",
