@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from qdq.deploy.check import evaluate
     from qdq.deploy.deploy import Deployed
     from qdq.deploy.report.report import DeployReport
+    from qdq.frontend.export import export_torch
+    from qdq.frontend.exported import Exported
     from qdq.measure.collect import collect
     from qdq.measure.table import CalibrationTable
     from qdq.model.model import Model
@@ -39,6 +41,8 @@ _NAMES = {  # module -> the public names that it holds
     "deploy.check": "evaluate",
     "deploy.deploy": "Deployed",
     "deploy.report.report": "DeployReport",
+    "frontend.export": "export_torch",
+    "frontend.exported": "Exported",
     "measure.collect": "collect",
     "measure.table": "CalibrationTable",
     "model.model": "Model",
@@ -55,6 +59,7 @@ __all__ = [
     "CalibrationTable",
     "DeployReport",
     "Deployed",
+    "Exported",
     "InputError",
     "MissingRuntimeError",
     "Model",
@@ -72,6 +77,7 @@ __all__ = [
     "caching",
     "collect",
     "evaluate",
+    "export_torch",
     "load",
     "load_float",
     "quantize",

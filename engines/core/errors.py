@@ -14,7 +14,7 @@ import importlib
 from collections.abc import Iterable
 from types import ModuleType
 
-EXTRAS = {"onnxruntime": "cpu", "tensorrt_rtx": "cpu", "tensorrt": "gpu", "polygraphy": "cpu"}
+EXTRAS = {"onnxruntime": "cpu", "tensorrt_rtx": "cpu", "tensorrt": "gpu", "polygraphy": "cpu", "torch": "torch", "onnxscript": "torch"}
 
 
 class EngineError(Exception):
