@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -22,6 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from results import record
+
+from engines.cost.gpus import gpu_named
+from qdq.build.engine import shape_ranges
+from qdq.build.pricing.tensorrt_pricer import pricer_of
+from qdq.build.recipe import Recipe
+from qdq.passes.prepare import load_float
 
 SCRIPTS = Path(__file__).with_name("export")
 GPUS: Mapping[str, str] = {"rtx": "rtx4090", "tensorrt": "a100"}
@@ -63,6 +70,16 @@ def ran(command: Sequence[str], limit: float) -> tuple[int, str]:
     return done.returncode, done.stdout.decode(errors="replace")
 
 
+def fp32_us(path: Path, compiler: str) -> float | None:
+    """Predicted microseconds of a network as it is; None where it does not compile."""
+    prepared, gpu = load_float(path), gpu_named(GPUS[compiler])
+    recipe = Recipe.from_mapping({"compiler": compiler, "target": gpu.target, "gpu": gpu.name})
+    pricer = pricer_of(recipe, shape_ranges(prepared, (), None) or {})
+    assert pricer is not None
+    us = pricer(prepared).us
+    return us if math.isfinite(us) else None
+
+
 def made(call: str, compiler: str, given: argparse.Namespace) -> dict[str, Any]:
     """Export and deploy one network for one compiler: the figures of its report, or what failed."""
     name, *options = shlex.split(call)
@@ -84,7 +101,7 @@ def made(call: str, compiler: str, given: argparse.Namespace) -> dict[str, Any]:
     return {
         "fp32_bytes": report["float_file_bytes"],
         "int8_bytes": report["int8_file_bytes"],
-        "fp32_us": tuning["fp32_us"],
+        "fp32_us": fp32_us(model, compiler),
         "fp16_us": tuning["unquantized_us"],
         "int8_us": tuning["predicted_us"],
         "share": audit and audit["int8_share"],
