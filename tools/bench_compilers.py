@@ -3,7 +3,7 @@
     python tools/bench_compilers.py NETWORKS --json rows.json [--published FOLDER] [NAME ...]
     python tools/bench_compilers.py NETWORKS --json rows.json --compiler rtx [--tune-compiles 40] [NAME ...]
 
-NETWORKS holds <name>.onnx with fixed shapes, as export_full.py and export_monai.py write them. For TensorRT each one is
+NETWORKS holds <name>.onnx with fixed shapes, as the scripts of tools/export write them. For TensorRT each one is
 compiled once in FP16 for each kind of GPU and what is quantized is chosen exactly; for TensorRT-RTX the search of
 `qdq tune` runs, which takes minutes. Neither sees samples: in a network with random weights values vanish from layer to
 layer, which would keep much of its FP16 form in FP32. A line below the table says what does so without. Rows in --json

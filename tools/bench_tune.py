@@ -2,7 +2,7 @@
 
 Every variant of a row is compiled in this process by TensorRT-RTX for the same target and priced by the same model of
 cost (`engines.cost`), as the GPU's own compiler would build it; nothing is run on a GPU. The zoo (models and samples)
-and the MONAI networks (`export_monai.py`, with crops of a NIfTI volume as samples) lie outside the project. Model
+and the MONAI networks (`tools/export`, with crops of a NIfTI volume as samples) lie outside the project. Model
 Optimizer runs in its own environment.
 
     python tools/bench_tune.py --zoo FOLDER [--modelopt PYTHON] [--target SM] [--gpu NAME] [--json OUT] [CASE ...]
@@ -105,7 +105,7 @@ def zoo_cases(folder: Path) -> Iterator[Case]:
 
 
 def monai_cases(folder: Path, volume: Path) -> Iterator[Case]:
-    """The networks that `export_monai.py` wrote, on crops of a volume; those to evaluate on are of its mirror image."""
+    """Networks of `tools/export` in a folder, on crops of a volume; those to evaluate on are of its mirror image."""
     import nibabel
 
     stored: Any = nibabel.load(volume)
@@ -185,7 +185,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", type=Path, help="folder with zoo.py")
-    parser.add_argument("--monai", type=Path, help="folder with networks of export_monai.py")
+    parser.add_argument("--monai", type=Path, help="folder with networks of tools/export")
     parser.add_argument("--volume", type=Path, help="NIfTI volume for the MONAI networks")
     parser.add_argument("--modelopt", help="python of an environment with nvidia-modelopt")
     parser.add_argument("--target", action="append", help="its usual GPU; sm86, sm89 and sm120 if none is given")

@@ -199,6 +199,8 @@ def transposed(model: Model, node: NodeProto, settings: Settings) -> list[Decisi
 
 def operands(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
     """Veto products whose operands cannot be quantized: no constant weight on the right, or not a float type."""
+    if node.op_type == "Einsum" and len(node.input) == 2 and not any(map(model.is_constant, node.input)):
+        return [Veto(rule="operands", reason=settings.profile.attention.says)]
     if node.op_type not in WEIGHTED or len(node.input) < 2:
         return []
     data, weight = (model.is_constant(t) for t in node.input[:2])

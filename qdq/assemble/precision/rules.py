@@ -26,7 +26,7 @@ from onnx import NodeProto
 from engines.core.operators import ARITHMETIC, NORMS, SOFTMAXES, family
 from qdq.assemble.precision.positions import MOVES, POINTWISE, Positions
 from qdq.assemble.precision.refused import refused
-from qdq.assemble.precision.small import SUMMED, biases, divides
+from qdq.assemble.precision.small import SUMMED, biases, divides, mixes
 from qdq.assemble.precision.sums import SUMS, Sums, elements
 from qdq.assemble.precision.types import (
     Schema,
@@ -275,7 +275,7 @@ class _Rules:
         amax = self._ranges[tensor]
         if self._low == "float16" and amax > LIMIT:
             return f"it reached {amax:.4g} on the samples, float16 ends at 65504"
-        if self._low == "float16" and 0 < amax < TINY:
+        if self._low == "float16" and 0 < amax < TINY and not (amax > self._info.tiny and mixes(self._model, tensor)):
             return f"it stayed below {amax:.2g} on the samples, where float16 has few bits"
         return ""
 

@@ -1,7 +1,8 @@
-"""Whether a constant that a low float type cannot hold matters: what it is added to, and what its sum is for.
+"""Whether values that a low float type cannot hold matter: what they are added to, and what their sum is for.
 
 A constant operand -> the bias of a product, which makes ordinary values -> it does not matter
--> the epsilon of a divisor, a root or a logarithm -> it does. This module must not know ranges.
+-> the epsilon of a divisor, a root or a logarithm -> it does
+Probabilities of many positions -> the weights of a sum -> they do not. This module must not know ranges.
 """
 
 from __future__ import annotations
@@ -38,3 +39,18 @@ def divides(model: Model, node: NodeProto) -> bool:
     made = (name for near in behind(model, node, MOVES) for name in near.output)
     uses = (use for name in made for use in model.consumers(name))
     return any(u.node.op_type in _ENDS or (u.node.op_type == "Div" and u.index == 1) for u in uses)
+
+
+def mixes(model: Model, tensor: str) -> bool:
+    """Whether a tensor holds the probabilities of a Softmax, perhaps moved, and products alone read them.
+
+    They add up to 1: however many positions share it, what FP16 rounds off each of n is at most n / 2^25 of the sum.
+    """
+    producer = model.producer(tensor)
+    while producer is not None and producer.op_type in MOVES:
+        producer = model.producer(producer.input[0])
+    if producer is None or producer.op_type != "Softmax":
+        return False
+    made = {name for near in behind(model, producer, MOVES) for name in near.output}
+    readers = {use.node.op_type for name in made for use in model.consumers(name)}
+    return bool(readers) and readers <= CONTRACTIONS | MOVES and not any(map(model.is_output, made))

@@ -92,8 +92,8 @@ class ExactSearch(Search):
         floats = [self.floats(kind) for kind in types]
         compiling = [kind for kind in types if not isinstance(self.prices.engines(kind), BuildError)]
         everything = [replace(self.everything, unquantized_type=kind) for kind in compiling or types]
-        self.best = min(floats if self.placement else everything, key=self.us)
-        self.everywhere = min(everything, key=self.us)
+        unquantized, self.everywhere = (min(some, key=self.us) for some in (floats, everything))
+        self.best = unquantized if self.placement else self.everywhere
 
     @property
     def everything(self) -> Variant:

@@ -235,6 +235,27 @@ def test_a_mask_is_no_large_tensor(form: str) -> None:
     assert sqnr_db(model, made, sample) > 45
 
 
+@pytest.mark.parametrize("reader", ["product", "logarithm", "nobody"])
+def test_probabilities_of_many_positions_are_small_for_all_but_the_products_they_weigh(reader: str) -> None:
+    nodes = [
+        node("MatMul", "x keys", "s", "scores"),
+        node("Softmax", "s", "p", "share"),
+        node("Transpose", "p", "t", "turn", perm=[1, 0]),
+        *{
+            "product": [node("MatMul", "values t", "y", "mix")],
+            "logarithm": [node("Log", "t", "l", "log"), node("MatMul", "values l", "y", "mix")],
+            "nobody": [node("Identity", "t", "y", "same")],
+        }[reader],
+    ]
+    tensors = {"keys": normal(16, 4096) / 100, "values": normal(16, 4096) + np.float32(0.5)}
+    used = {n: v for n, v in tensors.items() if n == "keys" or reader != "nobody"}
+    model, sample = build(nodes, {"x": (4, 16)}, used), {"x": normal(4, 16)}
+    made = measured(model, [sample])  # no probability comes near 2^-10
+    assert ("share" in rules(made)) == (reader != "product")
+    if reader == "product":
+        assert rules(made) == {} and sqnr_db(model, made, sample) > 50
+
+
 def test_nothing_measured_leaves_the_rules_as_they_are() -> None:
     model = pooled(64)
     empty = collect(model, placement.plan(model, Settings(exclude=("*",))), [{"x": normal(1, 64, 16)}])

@@ -141,10 +141,11 @@ def test_reasons_are_those_of_the_compiler(compiler: str) -> None:
         node("ConvTranspose", "x w", "a", group=2),
         node("GlobalAveragePool", "a", "b"),
         node("MatMul", "a a", "c"),
+        node("Einsum", "a a", "d", equation="bcij,bckj->bcik"),
     ]
-    model = build(nodes, {"x": (1, 4, 5, 5)}, {"w": normal(4, 2, 1, 1)}, outputs=("b", "c"))
+    model = build(nodes, {"x": (1, 4, 5, 5)}, {"w": normal(4, 2, 1, 1)}, outputs=("b", "c", "d"))
     said = skips(model, compiler)
     assert said["convtranspose"].endswith(profile.conv_transpose.says)
     assert said["globalaveragepool"] == profile.mean_pool.says
-    assert said["matmul"] == profile.attention.says
+    assert said["matmul"] == said["einsum"] == profile.attention.says
     assert all(("TensorRT-RTX" in said[name]) is (compiler == "rtx") for name in ("convtranspose", "globalaveragepool"))

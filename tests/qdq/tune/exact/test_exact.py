@@ -59,6 +59,13 @@ def test_what_is_built_is_what_was_tuned() -> None:
     assert judge.told[0].notes == ("times of TensorRT 11 are derived from what TensorRT-RTX makes of the float model",)
 
 
+def test_rewrites_alone_quantize_all_and_say_what_float_takes() -> None:
+    model = network()
+    free, forced = (find_plan(model, pricer(model, tune=tune), samples=None) for tune in ("placement", "rewrites"))
+    assert len(forced.plan.quantized_nodes) == 7 and forced.price.us >= free.price.us
+    assert (forced.plain, forced.fp32) == (free.plain, free.fp32) and math.isfinite(free.plain + free.fp32)
+
+
 def test_a_bound_keeps_fewer_nodes() -> None:
     model = network(batch=16)
     data = samples(model, 2)
