@@ -146,7 +146,7 @@ class Mixing:
         plain = Counter(text for _, text in names if text in every.plans and text == choice(text).scheme)
         scheme = max(plain, key=lambda text: (plain[text], text), default=choice(next(iter(every.plans))).scheme)
         own = {glob.escape(node): text for node, text in names if text != scheme}
-        settings = replace(every.settings, scheme=scheme, overrides={**every.settings.overrides, **own})
+        settings = replace(every.carried, scheme=scheme, overrides={**every.carried.overrides, **own})
         made = placement.placed(every.model, settings)
         kind = self.unquantized_type if self.unquantized_type != "auto" else "fp16"
         return replace(made, settings=settings, rewrites=every.rewrites, unquantized_type=kind)
