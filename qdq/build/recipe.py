@@ -68,6 +68,9 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
         target: to compile for; none takes that of the GPUs, or the usual one.
         shape: as `ShapeOption.parse` reads them.
         hold: inputs and values, as `held_input` reads them.
+        minimize: as of `Recipe`.
+        candidates: texts as `qdq.plan.choice` reads them, with commas between.
+        max_size_mib: most that the weights in the engine may take, in MiB.
         min_sqnr_db: least signal to noise ratio of each output, in dB.
         min_sqnr_spread_db: least ratio of the spread over samples to the error, of each output that varies, in dB.
         min_cosine: least cosine similarity of each output.
@@ -99,6 +102,9 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
     target: Words = ()
     shape: Words = ()
     hold: Words = ()
+    minimize: str = "time"
+    candidates: Words = ()
+    max_size_mib: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
     min_sqnr_db: Decibels | None = None
     min_sqnr_spread_db: Decibels | None = None
     min_cosine: Annotated[float, msgspec.Meta(ge=-1, le=1)] | None = None
@@ -140,6 +146,9 @@ class Recipe:
         time_limit_s: seconds for that choice, at most; a search that they end depends on the machine.
         judge: what decides between the forms that a search finds: 'predicted' times, or times 'measured' on this
             machine's GPU; "" measures where a GPU of the one target and the compiler's runtime are here.
+        minimize: what is chosen for: 'time'; or 'error', a precision for each group of nodes within `max_size_mib`.
+        candidates: those precisions; none takes the usual ones.
+        max_size_mib: most that the weights in the engine may take, in MiB; None: not checked.
         gpus: to predict times for, names in `engines.cost.gpus.GPUS` or mappings for `Gpu.from_mapping`;
             none for the usual one of each target.
         targets: to compile for.
@@ -164,6 +173,9 @@ class Recipe:
     tune_compiles: int = TUNE_COMPILES
     time_limit_s: float = TIME_LIMIT_S
     judge: str = ""
+    minimize: str = "time"
+    candidates: tuple[str, ...] = ()
+    max_size_mib: float | None = None
     gpus: tuple[str | Mapping[str, object], ...] = ()
     targets: tuple[str, ...] = USUAL_TARGETS
     chosen_because: str = ""
@@ -271,6 +283,9 @@ class Recipe:
             tune_compiles=file.tune_compiles,
             time_limit_s=file.time_limit,
             judge=judge,
+            minimize=choose(file.minimize, ("time", "error"), "thing to minimize"),
+            candidates=tuple(text.strip() for some in _list(file.candidates) for text in some.split(",")),
+            max_size_mib=file.max_size_mib,
             gpus=gpus,
             targets=choice.targets,
             chosen_because=choice.because,

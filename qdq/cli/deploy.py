@@ -59,9 +59,6 @@ def deploy(
     plan_file: Path | None,
     table_file: Path | None,
     workers: int | None,
-    minimize: str | None,
-    max_size_mib: float | None,
-    candidates: tuple[str, ...],
     sensitivity_file: Path | None,
     allow_overlap: bool,
     with_images: bool,
@@ -81,7 +78,7 @@ def deploy(
     asked = options.asked_of(model, given, data=data, evaluation=evaluation)
     plan = Plan.load(plan_file) if plan_file else None
     recipe, notes = options.recipe_of_plan(given, plan, plan_file), [] if random_data is None else [options.RANDOM_NOTE]
-    mixing = options.require_mix(minimize, max_size_mib, candidates, sensitivity_file)
+    mixing = options.require_mix(recipe, sensitivity_file)
     if mixing and (plan or table_file):
         raise InputError("--minimize error makes a plan of its own, and its table: leave out --plan and --table.")
     if table_file and plan is None and recipe.tune != "off":
@@ -95,8 +92,6 @@ def deploy(
         if mixing:
             plan, made = least_error(
                 *(path, data, random_data, recipe),
-                max_size_mib=max_size_mib or 0.0,
-                candidates=candidates,
                 sensitivity_file=sensitivity_file,
                 output=None,
                 on_progress=bars,

@@ -43,9 +43,6 @@ def tune(
     data: str | None,
     random_data: int | None,
     output: Path,
-    minimize: str | None,
-    max_size_mib: float | None,
-    candidates: tuple[str, ...],
     sensitivity_file: Path | None,
     as_json: bool,
     **given: Any,
@@ -68,19 +65,13 @@ def tune(
     from qdq.tune.find_plan import find_plan
 
     check_output(output, model, data, given["recipe"], sensitivity_file)
-    mixing = options.require_mix(minimize, max_size_mib, candidates, sensitivity_file)
     recipe = options.recipe_of(given)
-    if mixing:
+    if options.require_mix(recipe, sensitivity_file):
         if "min_sqnr_db" in recipe.limits:
             raise InputError("--min-sqnr-db bounds the error of the fastest plan; --minimize error has no such bound.")
         with Bars() as bars:
             plan, made = least_error(
-                *(model, data, random_data, recipe),
-                max_size_mib=max_size_mib or 0.0,
-                candidates=candidates,
-                sensitivity_file=sensitivity_file,
-                output=output,
-                on_progress=bars,
+                *(model, data, random_data, recipe), sensitivity_file=sensitivity_file, output=output, on_progress=bars
             )
         plan.save(output)
         _forget(output)
@@ -89,6 +80,8 @@ def tune(
         else:
             show_rows(f"Plan of {model.name} in {output}", allocation_rows(made))
         return
+    if recipe.max_size_mib is not None:
+        raise InputError("--max-size-mib bounds no search for time: add --minimize error, or check it with `deploy`.")
     if why := unpriced(recipe):
         raise InputError(f"Nothing to tune by: {why}. Take the scheme int8, or --compiler rtx.")
     with Bars() as bars:
@@ -131,8 +124,6 @@ def least_error(
     random_data: int | None,
     recipe: Recipe,
     *,
-    max_size_mib: float,
-    candidates: tuple[str, ...],
     sensitivity_file: Path | None,
     output: Path | None,
     on_progress: Progress,
@@ -156,8 +147,6 @@ def least_error(
         prepared,
         samples,
         recipe,
-        max_size_mib=max_size_mib,
-        texts=options.listed(candidates),
         known=known,
         custom_ops=custom_ops,
         output=output,
@@ -224,7 +213,6 @@ def sensitivity(
     model: Path,
     data: str | None,
     random_data: int | None,
-    candidates: tuple[str, ...],
     metric: str | None,
     output: Path,
     workers: int | None,
@@ -250,7 +238,7 @@ def sensitivity(
     for place in filter(None, (output, plot_file)):
         check_output(place, model, data, given["recipe"], *custom_ops)
     recipe, libraries = options.recipe_of(given), tuple(os.path.abspath(path) for path in custom_ops)
-    texts = possible(recipe.settings, recipe.targets, options.listed(candidates))
+    texts = possible(recipe.settings, recipe.targets, recipe.candidates)
     pool = pool_of(workers, cluster)
     with Bars() as bars, registered(libraries):
         bars(0, None, "Prepare")

@@ -248,6 +248,7 @@ def deploy(
             details=details_of(made, finished.model, found.errors, price=price, gpus=gpus, shapes=shapes),
             model_file=output.name,
             min_int8_share=recipe.min_int8_share,
+            max_size_mib=recipe.max_size_mib,
             overlap=judged_on.seen if judged_on else 0,
             evaluated_on="calibration samples" if evaluated is None else "evaluation samples",
             notes=tuple(filter(None, said)),

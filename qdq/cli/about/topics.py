@@ -80,7 +80,7 @@ def _limits(program: click.Group) -> Iterator[str]:
         "ends with 1. Below one of --warn it ends as ever, and says so. In a recipe they have underscores, as "
         "min_sqnr_db: 20."
     )
-    wanted = {*LIMITS, "min_int8_share", "warn_sqnr_db", "warn_top1"}
+    wanted = {*LIMITS, "min_int8_share", "max_size_mib", "warn_sqnr_db", "warn_top1"}
     where: dict[str, list[str]] = {}
     options: dict[str, click.Option] = {}
     for verb, command in sorted(program.commands.items(), key=lambda pair: pair[0] != "deploy"):

@@ -67,9 +67,6 @@ from qdq.cli.options.read import (
     case_key_of as case_key_of,
 )
 from qdq.cli.options.read import (
-    listed as listed,
-)
-from qdq.cli.options.read import (
     note_left_out as note_left_out,
 )
 from qdq.cli.options.read import (
@@ -196,7 +193,7 @@ mix_options = _options(
         "--max-size-mib",
         type=float,
         metavar="MIB",
-        help="Allow the weights in the engine this size; with --minimize error.",
+        help="Allow the weights in the engine this size, by the compiler's layer table.",
     ),
     click.option(
         "--candidates",

@@ -75,34 +75,21 @@ def recipe_of_mix(given: Mapping[str, Any], plan: Plan) -> Recipe:
     return Recipe.from_mapping({**recipe_values(given), **plan.settings.to_mapping()})
 
 
-def listed(texts: Sequence[str]) -> list[str]:
-    """The texts of a repeatable option that takes several with commas between."""
-    return [text.strip() for given in texts for text in given.split(",") if text.strip()]
-
-
-def require_mix(minimize: str | None, max_size_mib: float | None, *others: object) -> bool:
+def require_mix(recipe: Recipe, sensitivity: Path | None) -> bool:
     """Whether a plan of least error is asked for.
 
     Raises:
-        InputError: an unknown aim, a size without the aim that it bounds, or the aim without a size.
+        InputError: what it is chosen from without the aim, or the aim without a size.
     """
-    from qdq.core.choices import choose
-
-    if minimize is not None:
-        choose(minimize, ("time", "error"), "thing to minimize")
-    if minimize != "error":
-        if max_size_mib is not None or any(others):
-            raise InputError(
-                "--max-size-mib, --candidates and --sensitivity are for a plan of least error: add --minimize error."
-            )
+    if recipe.minimize != "error":
+        if recipe.candidates or sensitivity:
+            raise InputError("--candidates and --sensitivity are for a plan of least error: add --minimize error.")
         return False
-    if max_size_mib is None:
+    if recipe.max_size_mib is None:
         raise InputError(
             "--minimize error without a bound is the float model itself: give --max-size-mib, the size that the "
             "weights in the engine may have."
         )
-    if not 0 < max_size_mib < 1e9:
-        raise InputError(f"--max-size-mib is {max_size_mib:g}: it must be a size above 0.")
     return True
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from engines.core.documents import replace
 from engines.verify.report import Limits, Report
 from qdq.deploy.page import words
-from qdq.deploy.report.report import DeployReport, share_failures
+from qdq.deploy.report.report import DeployReport, share_failures, size
 
 NAMES = {
     "min_sqnr_db": "Signal to noise of every output (SQNR)",
@@ -24,6 +24,7 @@ NAMES = {
     "max_hd95_mm": "HD95 of each structure to the float model, every volume",
     "max_volume_diff_ml": "Volume difference of each structure, every volume",
 }
+SIZE = "Weights in the engine"
 INT8_SHARE = "Multiply-adds that run in INT8, as compiled"
 
 
@@ -47,6 +48,10 @@ def limits(report: DeployReport) -> list[dict[str, Any]]:
         got = "not known: no engine was built" if report.audit is None else words.share(report.audit.int8_share)
         needed_ = f"at least {words.share(report.min_int8_share)}"
         rows.append(_row(INT8_SHARE, "min_int8_share", needed_, got, kept))
+    if report.max_size_mib is not None:
+        kept = report.audit is not None and report.audit.weight_bytes <= report.max_size_mib * 2**20
+        got = "not known: no engine was built" if report.audit is None else size(report.audit.weight_bytes)
+        rows.append(_row(SIZE, "max_size_mib", f"at most {report.max_size_mib:g} MiB", got, kept))
     return rows
 
 

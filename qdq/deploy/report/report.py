@@ -60,6 +60,7 @@ class DeployReport(Document, frozen=True, kw_only=True):
         float_engine: the float model compiled for the same targets; None where it does not compile.
         fp16_engine: the same of the float model in FP16.
         min_int8_share: least fraction of the multiply-adds that must run in INT8; None: not checked.
+        max_size_mib: most that the weights in the engine may take, in MiB; None: not checked.
         label_dice: Dice of each class against true labels, for 'float model' and 'shipped model'; only in the demo.
         tuning: how the plan was chosen by compiled results; None where it was not.
         check: outputs of the engine, or of the Q/DQ model in its place, against the float model.
@@ -90,6 +91,7 @@ class DeployReport(Document, frozen=True, kw_only=True):
     label_dice: dict[str, dict[int, float]] = field(default_factory=dict)
     tuning: TuningOutcome | None = None
     min_int8_share: float | None = None
+    max_size_mib: float | None = None
     check: Report
     as_compiled: Report | None = None
     audit: Audit | None
@@ -114,7 +116,16 @@ class DeployReport(Document, frozen=True, kw_only=True):
     @property
     def failures(self) -> list[str]:
         """One sentence per missed limit."""
-        return [*self.check.failures, *share_failures(self.audit, self.min_int8_share)]
+        return [*self.check.failures, *share_failures(self.audit, self.min_int8_share), *self._too_large()]
+
+    def _too_large(self) -> list[str]:
+        """A sentence if the weights in the engine take more than they may, or if that cannot be told."""
+        if self.max_size_mib is None or (self.audit and self.audit.weight_bytes <= self.max_size_mib * 2**20):
+            return []
+        if self.audit is None:
+            return [f"max_size_mib is {self.max_size_mib:g}, which cannot be checked: no engine was built."]
+        took = f"The weights in the engine take {self.audit.weight_bytes / 2**20:.3f} MiB"
+        return [f"{took}: max_size_mib is {self.max_size_mib:g}."]
 
     def rows(self) -> list[Row]:
         """The short table."""

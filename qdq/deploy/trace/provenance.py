@@ -201,7 +201,8 @@ def provenance_of(
         InputError: SOURCE_DATE_EPOCH is no time.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    limits = {**recipe.limits, **({} if recipe.min_int8_share is None else {"min_int8_share": recipe.min_int8_share})}
+    others = {"min_int8_share": recipe.min_int8_share, "max_size_mib": recipe.max_size_mib}
+    limits = {**recipe.limits, **{name: value for name, value in others.items() if value is not None}}
     return Provenance(
         created=moment(),
         command=tuple(command),

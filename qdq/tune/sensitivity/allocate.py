@@ -17,6 +17,7 @@ from qdq.core.errors import InputError, MissingRuntimeError
 
 Costs = Sequence[Mapping[str, float]]  # of each group, candidate -> cost
 MIB = 1 << 20
+PAIRED = 128  # changes of one group, of either kind, that are tried two together
 
 
 def least_error(noise: Costs, size: Costs, most: float, *, base: float = 0.0) -> tuple[str, ...]:
@@ -100,8 +101,8 @@ def neighbours(noise: Costs, size: Costs, chosen: Sequence[str], most: float) ->
     sizes = {move: size[move[0]][move[1]] - size[move[0]][chosen[move[0]]] for move in singles}
     room, found = most - total(size, chosen), list[tuple[float, tuple[tuple[int, str], ...]]]()
     found += [(noises[move], (move,)) for move in singles if sizes[move] <= room]
-    finer = [move for move in singles if noises[move] < 0]
-    coarser = [move for move in singles if noises[move] >= 0 and sizes[move] < 0]
+    finer = sorted((move for move in singles if noises[move] < 0), key=noises.__getitem__)[:PAIRED]
+    coarser = sorted((m for m in singles if noises[m] >= 0 and sizes[m] < 0), key=noises.__getitem__)[:PAIRED]
     found += [
         (noises[a] + noises[b], (a, b))
         for a in finer

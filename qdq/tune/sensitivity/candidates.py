@@ -45,6 +45,7 @@ class Candidates:
         texts: the candidates, as asked for.
         plans: candidate -> everything in it; not of `float`.
         settings: what they share.
+        carried: the same for the nodes of `model`.
         unquantized_type: that `float` has: 'fp16' or 'bf16'.
     """
 
@@ -53,6 +54,7 @@ class Candidates:
     texts: tuple[str, ...]
     plans: dict[str, Plan]
     settings: Settings
+    carried: Settings
     unquantized_type: str
 
     @classmethod
@@ -85,12 +87,19 @@ class Candidates:
             )
         usual = frozenset[tuple[str, str]]().union(*(placement.usual(prepared, own) for own in schemes.values()))
         model, rewrites = applied(prepared, usual)
+        carried = placement.carried(settings, prepared, model)
         plans = {}
         for text, own in schemes.items():
             made = placement.placed(model, placement.carried(own, prepared, model))
             plans[text] = replace(made, settings=own, rewrites=rewrites)
         return cls(
-            model=model, rewrites=rewrites, texts=tuple(texts), plans=plans, settings=settings, unquantized_type=kind
+            model=model,
+            rewrites=rewrites,
+            texts=tuple(texts),
+            plans=plans,
+            settings=settings,
+            carried=carried,
+            unquantized_type=kind,
         )
 
     @cached_property

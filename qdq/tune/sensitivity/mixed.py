@@ -146,7 +146,7 @@ class Mixing:
         plain = Counter(text for _, text in names if text in every.plans and text == choice(text).scheme)
         scheme = max(plain, key=lambda text: (plain[text], text), default=choice(next(iter(every.plans))).scheme)
         own = {glob.escape(node): text for node, text in names if text != scheme}
-        settings = replace(every.settings, scheme=scheme, overrides={**every.settings.overrides, **own})
+        settings = replace(every.carried, scheme=scheme, overrides={**every.carried.overrides, **own})
         made = placement.placed(every.model, settings)
         kind = self.unquantized_type if self.unquantized_type != "auto" else "fp16"
         return replace(made, settings=settings, rewrites=every.rewrites, unquantized_type=kind)
@@ -257,8 +257,6 @@ def mix(
     samples: Samples,
     recipe: Recipe,
     *,
-    max_size_mib: float,
-    texts: Sequence[str] = (),
     known: Sensitivity | None = None,
     custom_ops: tuple[str, ...] = (),
     output: Path | None = None,
@@ -270,9 +268,7 @@ def mix(
         model_path: the float model's file.
         prepared: what was loaded of it.
         samples: that ranges are measured on, and outputs computed.
-        recipe: says settings, compiler, targets, shapes and the float type.
-        max_size_mib: of the weights in the engine.
-        texts: candidates; none takes the usual ones.
+        recipe: says the size, which it has, candidates, settings, compiler, targets, shapes and the float type.
         known: the sensitivity, if it was measured before, by the same settings.
         custom_ops: paths of libraries for ONNX Runtime.
         output: file that the plan will be written to.
@@ -283,7 +279,8 @@ def mix(
         MissingRuntimeError: SciPy or the compiler is not installed.
     """
     require_scipy()
-    kind = recipe.unquantized_type
+    kind, most = recipe.unquantized_type, recipe.max_size_mib
+    assert most is not None
     if known is not None:
         require_same(known, prepared.sha256)
         if known.settings.compiler != recipe.settings.compiler:
@@ -291,14 +288,14 @@ def mix(
                 f"The sensitivity table is for --compiler {known.settings.compiler}, and the plan for "
                 f"{recipe.settings.compiler}: make another table."
             )
-        if texts:
+        if recipe.candidates:
             raise InputError("--candidates are those of the --sensitivity table: leave them out, or the table.")
         every = Candidates.of(prepared, known.settings, known.candidates, known.unquantized_type)
         if [group.nodes for group in every.groups] != [row.nodes for row in known.groups]:
             raise InputError("The sensitivity table has other groups than this version of qdq: make it again.")
         possible(known.settings, recipe.targets, known.candidates)
     else:
-        texts = possible(recipe.settings, recipe.targets, texts)
+        texts = possible(recipe.settings, recipe.targets, recipe.candidates)
         every = Candidates.of(prepared, recipe.settings, [t for t in texts if t != FLOAT or kind != "fp32"], kind)
     table = measured(every.model, every.measuring, samples, on_progress=on_progress)
     found = known or find(
@@ -328,13 +325,13 @@ def mix(
         compiled=compiled,
         on_progress=on_progress,
     )
-    chosen, first = mixing.within(max_size_mib)
+    chosen, first = mixing.within(most)
     plan = mixing.plan(chosen)
     return plan, Allocation(
         plan=str(output or ""),
         candidates=every.texts,
         nodes=counts(every, chosen),
-        max_size_mib=max_size_mib,
+        max_size_mib=most,
         size_mib=mixing.bytes_of(chosen) / MIB,
         float_mib=mixing.bytes_of(mixing.all_float()) / MIB,
         compiled_by=stand_in(recipe, prepared.proto).profile.title,

@@ -75,8 +75,24 @@ def test_what_must_share_a_precision_is_one_group() -> None:
     found = groups(model, placement.plan(model, Settings()))
     assert [group.nodes for group in found] == [("conv",), ("q", "k", "v"), ("up",), ("down",)]
     assert found[1].name == "q"
-    written = groups(graphs.residual(), placement.plan(graphs.residual(), Settings(compiler="tensorrt")))
-    assert all(len(group.nodes) >= 1 for group in written)
+
+
+def test_where_kernels_write_codes_both_sides_of_a_sum_are_one_group() -> None:
+    nodes = [
+        node("Conv", "x w0", "a", name="enter"),
+        node("Relu", "a", "b", name="relu"),
+        node("Conv", "b w1", "c", name="left", pads=[1, 1, 1, 1]),
+        node("Relu", "c", "d", name="relu1"),
+        node("Conv", "d w2", "e", name="main", pads=[1, 1, 1, 1]),
+        node("Conv", "b w3", "f", name="side"),
+        node("Add", "e f", "g", name="sum"),
+        node("Conv", "g w4", "y", name="exit"),
+    ]
+    weights = {f"w{i}": normal(32, 32, *(size, size), seed=i) for i, size in enumerate((1, 3, 3, 1, 1))}
+    model = build(nodes, {"x": (1, 32, 8, 8)}, weights)
+    found = {c: groups(model, placement.plan(model, Settings(compiler=c))) for c in ("rtx", "tensorrt")}
+    assert [g.nodes for g in found["rtx"]] == [("enter",), ("left", "side"), ("main",), ("exit",)]
+    assert [g.nodes for g in found["tensorrt"]] == [("enter",), ("left", "main", "side"), ("exit",)]
 
 
 def test_one_weight_read_twice_is_one_group() -> None:

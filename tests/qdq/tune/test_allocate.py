@@ -26,6 +26,7 @@ from qdq.plan.settings import Settings
 from qdq.tune.sensitivity.allocate import least_error, neighbours, total
 from qdq.tune.sensitivity.find import find
 from qdq.tune.sensitivity.mixed import MIB, Allocation, mix
+from qdq.tune.sensitivity.table import Sensitivity
 
 pytest.importorskip("scipy", reason="SciPy is not installed: pip install 'qdq[mixed]'")
 
@@ -95,10 +96,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
-def made(folder: Path, mib: float, **options: object) -> tuple[Plan, Allocation]:
+def made(
+    folder: Path, mib: float, texts: tuple[str, ...] = (), known: Sensitivity | None = None
+) -> tuple[Plan, Allocation]:
     model = load_float(folder / "net.onnx")
     data = open_samples(str(folder / "data"), input_specs(model))
-    return mix(folder / "net.onnx", model, data, Recipe(), max_size_mib=mib, **options)  # type: ignore[arg-type]
+    recipe = Recipe(minimize="error", max_size_mib=mib, candidates=texts)
+    return mix(folder / "net.onnx", model, data, recipe, known=known)
 
 
 def test_the_plan_is_ordinary_small_enough_and_better_than_one_precision_of_that_size(folder: Path) -> None:
@@ -150,15 +154,19 @@ def test_the_verbs_take_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert Plan.load("out/plan.json").quantized_nodes == Plan.load("p.json").quantized_nodes
     for arguments, message in (
         (("tune", "net.onnx", *mixing, "0.01", "-o", "q.json"), "No choice among these candidates is as small"),
-        (("tune", "net.onnx", *mixing, "0", "-o", "q.json"), "it must be a size above 0"),
+        (("tune", "net.onnx", *mixing, "0", "-o", "q.json"), "max_size_mib"),
         (("tune", "net.onnx", "--data", "data", "--minimize", "error", "-o", "q.json"), "give --max-size-mib"),
-        (("tune", "net.onnx", "--data", "data", "--max-size-mib", "1", "-o", "q.json"), "add --minimize error"),
+        (("tune", "net.onnx", "--data", "data", "--max-size-mib", "1", "-o", "q.json"), "bounds no search for time"),
+        (("tune", "net.onnx", "--data", "data", "--candidates", "int8", "-o", "q.json"), "add --minimize error"),
         (("tune", "net.onnx", *mixing, "1", "--min-sqnr-db", "20", "-o", "q.json"), "has no such bound"),
         (("tune", "net.onnx", "--minimize", "space", "-o", "q.json"), "Unknown thing to minimize"),
         (("deploy", "net.onnx", *mixing, "1", "--plan", "p.json", "--out", "o"), "leave out --plan"),
     ):
         assert message in run(*arguments, code=2), arguments
     assert not Path("q.json").exists()
+    said = run("deploy", "net.onnx", "--data", "data", "--tune", "off", "--max-size-mib", "0.01", "--out", "o", code=1)
+    assert "max_size_mib is 0.01" in said and "max_size_mib" in Path("o/provenance.json").read_text()
+    assert "Weights in the engine" in Path("o/report.html").read_text()
 
 
 def test_every_size_in_between_has_less_error_the_larger_it_is(folder: Path) -> None:

@@ -12,9 +12,11 @@ import graphs
 import numpy as np
 import onnx
 import pytest
+import transformer_graphs
 from graphs import build, node, normal
 
 from calib_data import Samples, open_samples
+from qdq.assemble.quantize import quantize
 from qdq.core.arrays import spearman
 from qdq.core.errors import InputError, StaleFileError
 from qdq.core.resources import within
@@ -29,6 +31,7 @@ from qdq.tune.sensitivity import measure
 from qdq.tune.sensitivity.candidates import Candidates
 from qdq.tune.sensitivity.find import Workers, beside, find, possible
 from qdq.tune.sensitivity.measure import sensitivity
+from qdq.tune.sensitivity.mixed import Mixing
 from qdq.tune.sensitivity.run import Runner, here
 from qdq.tune.sensitivity.table import Sensitivity
 from qdq.tune.sensitivity.unit import Seen, Task
@@ -270,3 +273,25 @@ def test_noise_that_is_not_finite_is_infinite_and_comes_back_from_its_file(tmp_p
     assert row.trials[1].noise == math.inf and row.trials[1].sqnr_db == -math.inf
     found.save(tmp_path / "s.json")
     assert Sensitivity.load(tmp_path / "s.json") == found
+
+
+def test_a_packed_projection_is_one_group_of_its_parts_and_patterns_for_it_mean_them() -> None:
+    model = transformer_graphs.packed("split")
+    candidates = Candidates.of(model, Settings(overrides={"proj": "float"}), ("int8", "int4"))
+    assert [r.name for r in candidates.rewrites] == ["packed_projection"]
+    parts = next(g for g in candidates.groups if len(g.nodes) == 3)
+    found = made(model, graphs.samples(model, 2), ("int8", "int4"))
+    assert found.row(parts.nodes[1]) is not None
+    mixing = Mixing(
+        candidates=candidates,
+        found=found,
+        table=collect(candidates.model, candidates.measuring, graphs.samples(model, 2)),
+        samples=graphs.samples(model, 2),
+        unquantized_type="auto",
+        compiled=lambda _: 0,
+    )
+    plan = mixing.plan(["int4" if group == parts else "float" for group in candidates.groups])
+    assert set(plan.quantized_nodes) == set(parts.nodes)
+    whole = quantize(model, graphs.samples(model, 2), plan=plan)
+    assert {p.spec.format for p in whole.plan.weights} <= {"int4", "int8"}
+    assert any(skip.rule == "float" for skip in plan.skips)
