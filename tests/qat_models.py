@@ -32,6 +32,7 @@ class Form:
         per_tensor: weights have one scale.
         half: all floats are FP16.
         eight: codes are FP8.
+        clipped: codes go to 127 only, by a Clip, and a weight's from -127.
     """
 
     codes: bool = False
@@ -46,6 +47,7 @@ class Form:
     per_tensor: bool = False
     half: bool = False
     eight: bool = False
+    clipped: bool = False
 
 
 FORMS: dict[str, Form] = {
@@ -60,6 +62,7 @@ FORMS: dict[str, Form] = {
     "one scale": Form(per_tensor=True),
     "half": Form(half=True),
     "fp8": Form(eight=True),
+    "pytorch, fewer codes": Form(unsigned=True, clipped=True, linear="matmul"),
 }
 
 
@@ -74,8 +77,8 @@ class _Net:
     def real(self) -> type[Any]:
         return np.float16 if self.form.half else np.float32
 
-    def keep(self, name: str, values: np.ndarray, *, parameter: bool = False) -> str:
-        stored = numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name)
+    def keep(self, name: str, values: Any, *, parameter: bool = False) -> str:
+        stored = numpy_helper.from_array(np.ascontiguousarray(values).reshape(np.shape(values)), name)
         if parameter and self.form.constants:
             self.nodes.append(helper.make_node("Constant", [], [name], value=stored))
         else:
@@ -94,6 +97,8 @@ class _Net:
         inputs.append(self.keep(f"{name}.zero", zeros, parameter=True))
         extra = {"axis": 1} if np.ndim(scale) else {}
         codes = self.op("QuantizeLinear", [tensor, *inputs], f"{name}.q", **extra)
+        if self.form.clipped:
+            codes = self.op("Clip", [codes, "", self.keep(f"{name}.most", np.uint8(127))], f"{name}.clip")
         return self.op("DequantizeLinear", [codes, *inputs], f"{name}.dq", **extra)
 
     def weight(self, name: str, values: np.ndarray) -> str:
@@ -108,6 +113,9 @@ class _Net:
         stored = self.keep(name, codes if self.form.codes else values.astype(self.real))
         if not self.form.codes:
             stored = self.op("QuantizeLinear", [stored, *inputs], f"{name}.q", **extra)
+        if self.form.clipped:
+            ends = [self.keep(f"{name}.{end}", np.int8(value)) for end, value in (("least", -127), ("most", 127))]
+            stored = self.op("Clip", [stored, *ends], f"{name}.clip")
         return self.op("DequantizeLinear", [stored, *inputs], f"{name}.dq", **extra)
 
     def bias(self, name: str, count: int, scale: float) -> str:
@@ -123,7 +131,7 @@ def qat(form: Form | str, *, seed: int = 0) -> onnx.ModelProto:
     """x (1, 3, 12, 12) -> y (1, 10), with quantizers as a toolkit writes them."""
     form = FORMS[form] if isinstance(form, str) else form
     g = _Net(form, np.random.default_rng(seed))
-    zero = 121 if form.unsigned else 0
+    zero = 0 if not form.unsigned else 61 if form.clipped else 121
     x = g.data("x", "x_in", 0.03, zero)
     if form.twice:
         x = g.data(x, "x_again", 0.03, zero)

@@ -66,8 +66,8 @@ def floated(model: Model) -> Model:
     fresh = Names({n for n in model.names()} | {n.name for n in all_nodes(proto.graph)}).fresh
     for index, node in enumerate(proto.graph.node):
         node.name = node.name or fresh(f"{node.op_type}_{index}")
+    _clip_values(_Graph(model.replace(proto)), proto, fresh)
     named = model.replace(proto)
-    _clip_values(_Graph(named), proto, fresh)
     graph = _Graph(named)
     tensors, operands, weights = dict[str, Grid](), dict[str, Grid](), dict[str, WeightGrid]()
     renamed, new, clipped = dict[str, str](), list[TensorProto](), dict[int, NodeProto]()
@@ -113,7 +113,8 @@ def _clip_values(graph: _Graph, proto: ModelProto, fresh: Callable[[str], str]) 
             nodes.append(node)
             continue
         codes = np.iinfo(helper.tensor_dtype_to_np_dtype(q.dtype))
-        low, high = (int(np.reshape(given.get(i, end), -1)[0]) for i, end in ((1, codes.min), (2, codes.max)))
+        ends = {1: codes.min, 2: codes.max} | {i: int(b.reshape(-1)[0]) for i, b in given.items() if b is not None}
+        low, high = ends[1], ends[2]
         if q.stored:
             stored = graph.constant(q.node.input[0])
             assert stored is not None
@@ -124,12 +125,12 @@ def _clip_values(graph: _Graph, proto: ModelProto, fresh: Callable[[str], str]) 
         taken[node.output[0]] = node.input[0]
         if q.count == 1 and not (low <= codes.min + 1 and high == codes.max):
             out = fresh(f"{q.node.input[0]}_Clip")
-            ends = [fresh(f"{out}_{end}") for end in ("low", "high")]
-            for name, bound in zip(ends, (low, high), strict=True):
+            limits = [fresh(f"{out}_{end}") for end in ("low", "high")]
+            for name, bound in zip(limits, (low, high), strict=True):
                 value = (bound - _zeros(q).reshape(-1)[0]) * q.scale.astype(np.float64).reshape(-1)[0]
                 proto.graph.initializer.append(numpy_helper.from_array(np.asarray(value, q.scale.dtype), name))
             place = next(i for i, made in enumerate(nodes) if list(made.output) == list(q.node.output))
-            nodes.insert(place, helper.make_node("Clip", [q.node.input[0], *ends], [out], name=out))
+            nodes.insert(place, helper.make_node("Clip", [q.node.input[0], *limits], [out], name=out))
             nodes[place + 1].input[0] = out
     copies = []
     for node in nodes:

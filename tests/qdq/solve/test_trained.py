@@ -41,8 +41,10 @@ def test_every_quantizer_of_a_product_is_kept(form: Form, compiler: str) -> None
     assert len(own) == (4 if form.skip else 6)
     assert {p.tensor for p in plan.points} - own == ({"flat", "w3"} if form.skip and compiler == "rtx" else set())
     exact = not (form.unsigned and compiler == "tensorrt")
-    assert float(data["x"].scale) == pytest.approx(0.03, rel=1e-6 if not form.half else 1e-3) or not exact
-    assert data["x"].zero_point == (121 - 128 if form.unsigned and exact else 0)
+    x = "x_Clip" if form.clipped else "x"
+    assert float(data[x].scale) == pytest.approx(0.03, rel=1e-6 if not form.half else 1e-3) or not exact
+    zero = 61 if form.clipped else 121
+    assert data[x].zero_point == (zero - 128 if form.unsigned and exact else 0)
     codes = next(w for (tensor, _), w in weights.items() if tensor.startswith("w1"))
     values = (np.random.default_rng(0).normal(size=(8, 3, 3, 3)) * 0.2).astype(np.float16 if form.half else np.float32)
     if not form.eight:
