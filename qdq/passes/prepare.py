@@ -26,7 +26,7 @@ from qdq.model.made_for import made_for
 from qdq.model.model import Model, dtype_name
 from qdq.model.nodes import all_nodes, attribute_value, controlled_nodes
 from qdq.model.opset import is_same
-from qdq.model.storage import is_quantized, load
+from qdq.model.storage import is_quantized, load, quantized_nodes
 from qdq.passes.bodies import lift_bodies, name_bodies, show_bodies, simplify_bodies, take_branches
 from qdq.passes.composites import write_out
 from qdq.passes.doubles import has_doubles, single_precision
@@ -54,9 +54,9 @@ def load_float(source: ModelSource) -> Model:
         model = floated(model)
     if is_quantized(model):
         raise ModelError(
-            f"{called(source)} is quantized already, in a way that cannot be read back: it holds integer operators, or "
-            "QuantizeLinear or DequantizeLinear in bodies, of inputs or outputs, or with scales that are computed as "
-            "it runs. Give the float model that it was made from."
+            f"{called(source)} is quantized already, in a way that cannot be read back, as by {quantized_nodes(model)[0]}: "
+            "integer operators, operators of another domain than ONNX's, and QuantizeLinear or DequantizeLinear in bodies, "
+            "of inputs or outputs, or with scales that are computed as it runs. Give the float model that it was made from."
         )
     return remembered(
         "prepared",
