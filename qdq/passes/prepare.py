@@ -54,9 +54,10 @@ def load_float(source: ModelSource) -> Model:
         model = floated(model)
     if is_quantized(model):
         raise ModelError(
-            f"{called(source)} is quantized already, in a way that cannot be read back, as by {quantized_nodes(model)[0]}: "
-            "integer operators, operators of another domain than ONNX's, and QuantizeLinear or DequantizeLinear in bodies, "
-            "of inputs or outputs, or with scales that are computed as it runs. Give the float model that it was made from."
+            f"{called(source)} is quantized already, in a way that cannot be read back, as by "
+            f"{quantized_nodes(model)[0]}: integer operators, operators of another domain than ONNX's, QuantizeLinear "
+            "or DequantizeLinear in bodies, of inputs or outputs, or with scales that are computed as it runs. Give "
+            "the float model that it was made from."
         )
     return remembered(
         "prepared",
