@@ -66,6 +66,7 @@ class Profile:
         fp8_convolutions: convolutions of any form have fast FP8 kernels.
         two_level: weights of 4 bits that INT8 products read stay 4 bits in the engine.
         token: one scale per token, computed as the engine runs, leaves the product in INT8.
+        attention_fp8: products of two computed tensors stay one fused kernel in FP8.
         tables: a table that a Gather reads rows of stays codes in the engine where it is quantized.
     """
 
@@ -98,6 +99,7 @@ class Profile:
     two_level: Fact
     token: Fact
     tables: Fact
+    attention_fp8: Fact
 
     @property
     def key(self) -> str:

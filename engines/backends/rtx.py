@@ -232,5 +232,10 @@ PROFILES = (
         two_level=Fact(holds=True, says="one kernel unpacks 4 bits, then the product is INT8", source=_MEASURED),
         token=Fact(holds=True, says="a kernel quantizes, the product is INT8, a Mul follows", source=_MEASURED),
         tables=Fact(holds=True, says="one kernel dequantizes the rows that it picks", source=_MEASURED),
+        attention_fp8=Fact(
+            holds=True,
+            says="one kernel of FP8 operands, and three that quantize Q, K and V",
+            source="measured: compiled with tensorrt_rtx 1.7.1.116 for SM89 and SM120, the types of every kernel read",
+        ),
     ),
 )

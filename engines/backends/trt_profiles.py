@@ -121,6 +121,11 @@ _LATEST = Profile(
         "not known",
         source="no document names Gather among the readers of quantized weights",
     ),
+    attention_fp8=Fact(
+        holds=True,
+        says="attention fuses in FP8 on Ada for up to 3072 tokens and heads of up to 64, on newer GPUs for more",
+        source="release notes 10.6 and 10.10",
+    ),
 )
 
 _TEN = replace(
@@ -142,6 +147,11 @@ _JETPACK_6 = replace(
     blocks={"int4": (128, 64)},
     opset=20,  # operators.md of the parser, 10.3, from memory; of opset 21 it reads INT4 all the same (parser, 10.1)
     types=("int8", "fp8", "int4"),
+    attention_fp8=Fact(
+        holds=None,
+        says="whether TensorRT 10.3 fuses attention in FP8 is not known",
+        source="release notes name it from 10.6 on",
+    ),
 )
 
 PROFILES = (_LATEST, _TEN, _JETPACK_6)

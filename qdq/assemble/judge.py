@@ -76,7 +76,7 @@ def judged(
     Raises:
         InputError: there are no samples in `samples`.
     """
-    nodes = weighted_nodes(model, plan)
+    nodes = {name: node for name, node in weighted_nodes(model, plan).items() if not node.trained}
     options = {name: found for name in plan.settings.open if len(found := _options(model, plan, nodes, name)) > 1}
     order = () if samples is None or not options else ranked(samples)
     why = ""
@@ -145,7 +145,8 @@ def unshifted(plan: Plan) -> Plan:
     """The plan without shifts, where its settings forbid them."""
     if plan.settings.shift:
         return plan
-    return replace(plan, points=tuple(replace(p, spec=replace(p.spec, shift=False)) for p in plan.points))
+    points = (p if p.trained else replace(p, spec=replace(p.spec, shift=False)) for p in plan.points)
+    return replace(plan, points=tuple(points))
 
 
 def shortened(model: Model, plan: Plan, block: int) -> Plan:
@@ -183,10 +184,11 @@ def _said(value: str | int) -> str:
 def _options(model: Model, plan: Plan, nodes: Mapping[str, WeightedNode], name: str) -> tuple[str | int, ...]:
     """The options of a setting that differ for this model, the first of them first."""
     found = plan.settings.options(name)
+    own = [point for point in plan.activations if not point.trained]
     if name == "calibrator":
-        return found if any(FORMATS[point.spec.format].integer for point in plan.activations) else found[:1]
+        return found if any(FORMATS[point.spec.format].integer for point in own) else found[:1]
     if name == "shift":
-        return found if any(shifts(model, point) for point in plan.activations) else found[:1]
+        return found if any(shifts(model, point) for point in own) else found[:1]
     if name == "rounding":
         if not nodes:
             return found[:1]

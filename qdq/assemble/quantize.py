@@ -84,7 +84,8 @@ def quantize(
     chosen = reached(prepared, chosen, table)
     if settings is not None:
         chosen = unshifted(replace(chosen, settings=settings))
-    correction = chosen.settings.bias_correction if chosen.quantized_nodes else "off"
+    own = any(point.trained for point in chosen.points)  # biases were trained with these codes
+    correction = chosen.settings.bias_correction if chosen.quantized_nodes and not own else "off"
 
     def complete(plan: Plan, solution: Solution) -> tuple[Solution, Model]:
         """What a solution is shipped as."""
@@ -118,8 +119,33 @@ def quantize(
         quantized = noted(quantized, values_of(checked, steered))
     unseen = [skip.node for skip in chosen.skips if skip.rule == UNREACHED]
     unrun = f"{len(unseen)} nodes stay in float, for no calibration sample runs their bodies"
-    said = [f"{unrun}: {unseen[0]}"] if unseen else []
+    said = [*([f"{unrun}: {unseen[0]}"] if unseen else []), *_kept(prepared, chosen, solution)]
     solution = replace(
         solution, notes=(*chosen.settings.idle, *chosen.settings.doubts, *said, *choices, *solution.notes)
     )
     return Quantized(prepared=prepared, plan=chosen, table=table, solution=solution, model=quantized)
+
+
+def _kept(model: Model, plan: Plan, solution: Solution) -> list[str]:
+    """What became of the quantizers that a model came with."""
+    if model.trained is None:
+        return []
+    mine, all_points = [p for p in plan.points if p.trained], plan.points
+    data, weights = (sum(p.role == role for p in mine) for role in ("activation", "weight"))
+    found = f"{len(model.trained.tensors)} tensors and {len(model.trained.weights)} weights"
+    said = [f"the model came with quantizers of {found}: the scales of {data} and the codes of {weights} are kept"]
+    grids = {p.tensor: model.trained.of(p.tensor, p.consumers) for p in mine if p.role == "activation"}
+    if moved := [t for t, g in grids.items() if g and g.zero_point and not solution.activations[t].zero_point]:
+        said.append(
+            f"{len(moved)} of them had a zero point, which cannot be here: a symmetric scale covers the same values: "
+            f"{', '.join(moved[:3])}"
+        )
+    if new := [p.tensor for p in all_points if not p.trained]:
+        said.append(f"{len(new)} operands that had none, or none of this form, are calibrated: {', '.join(new[:3])}")
+    read = {p.tensor for p in mine}
+    if gone := [t for t in model.trained.tensors if t not in read and t in model.names()]:
+        said.append(
+            f"{len(gone)} of its quantized tensors stay float, for no kernel of {plan.settings.profile.title} reads "
+            f"their codes: {', '.join(gone[:3])}"
+        )
+    return said

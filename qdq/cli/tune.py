@@ -87,6 +87,11 @@ def tune(
     with Bars() as bars:
         bars(0, None, "Prepare")
         prepared = load_float(model)
+        if prepared.trained:
+            raise InputError(
+                f"{model} says by quantizers of its own what is quantized, so there is nothing to tune. Take "
+                "`qdq deploy`, which keeps them, or give the float model."
+            )
         samples = None
         if data is not None or random_data is not None:
             samples = options.samples_of(prepared, recipe, data, random_data)

@@ -159,7 +159,7 @@ def deploy(
     stem = model_path.name.removesuffix(".onnx")
     weights = out.absolute().with_name(f".{out.absolute().name}.weights")  # of a large model, if a run is killed
     with folder_beside(out) as folder, registered(custom_ops), kept(weights), bench_of(recipe, shapes) as bench:
-        pricer = pricer_of(priced_here(recipe, bench), shapes) if recipe.tune != "off" and plan is None else None
+        pricer = pricer_of(priced_here(recipe, bench), shapes) if _tunes(prepared, recipe, plan) else None
         done = written(
             prepared,
             calibration,
@@ -224,7 +224,8 @@ def deploy(
             *_notes(made.plan, output.name, judged_on),
             _tables_note(made.prepared, made.plan, file_bytes(finished.model), 2 if low in ("fp16", "bf16") else 4),
             "not tuned: the plan was given" if plan else "",
-            f"not tuned: {unpriced(recipe)}" if recipe.tune != "off" and not (plan or pricer) else "",
+            "not tuned: the model's own quantizers are kept" if prepared.trained and recipe.tune != "off" else "",
+            f"not tuned: {unpriced(recipe)}" if _tunes(prepared, recipe, plan) and not pricer else "",
             *done.notes,
             *made.solution.notes,
             *finished.notes,
@@ -296,6 +297,11 @@ def _notes(plan: Plan, name: str, judged_on: Evaluated | None) -> Iterator[str]:
         yield "Checked on the calibration samples themselves: give --eval for samples not seen before."
     elif judged_on.seen:
         yield f"{judged_on.seen} of the evaluation samples are calibration samples too, which was allowed."
+
+
+def _tunes(model: Model, recipe: Recipe, plan: Plan | None) -> bool:
+    """Whether compiled results decide what is quantized: not where a plan is given, or the model says it itself."""
+    return recipe.tune != "off" and plan is None and model.trained is None
 
 
 def _tables_note(model: Model, plan: Plan, whole: int, width: int) -> str:

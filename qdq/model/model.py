@@ -9,7 +9,7 @@ It must not change a graph, modify a user's file, or hold all external weights i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -52,6 +52,44 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """What a model's own quantizer makes of a tensor: codes round(x / scale) + zero_point, of INT8 from -128 to 127."""
+
+    scale: float
+    zero_point: int
+    format: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WeightGrid:
+    """What it makes of the weight of a product: (output channels,) scales or one, and the (output channels,) largest
+    magnitudes of what its codes stand for."""
+
+    scale: np.ndarray
+    largest: np.ndarray
+    format: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trained:
+    """The quantizers that a model came with, before they were taken out.
+
+    Attributes:
+        tensors: tensor -> its grid.
+        operands: operand of a product, "node:index" -> the grid of what it reads.
+        weights: product -> the grid of its constant factor.
+    """
+
+    tensors: Mapping[str, Grid]
+    operands: Mapping[str, Grid]
+    weights: Mapping[str, WeightGrid]
+
+    def of(self, tensor: str, consumers: Iterable[str]) -> Grid | None:
+        """The grid of a tensor: that of the first product that reads it, else of the tensor."""
+        return next((self.operands[c] for c in consumers if c in self.operands), self.tensors.get(tensor))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Use:
     """One place that reads a tensor: `node.input[index]`.
 
@@ -71,6 +109,7 @@ class Model:
     `keeps` are what must live as long as the model: the stores of its tensors.
     `file` holds exactly this model; None where `proto` was repaired or changed, or never was in a file.
     `notes` are what a user must know of how it was prepared, one sentence each.
+    `trained` is what quantizers say that the user's model came with; they are no nodes of it any more.
     `held_inputs` are those that it no longer reads, and the values that it computes with in their place.
     """
 
@@ -81,6 +120,11 @@ class Model:
     file: Path | None = None
     notes: tuple[str, ...] = ()
     held_inputs: Mapping[str, Held] = field(default_factory=dict)
+    trained: Trained | None = None
+
+    def with_trained(self, trained: Trained) -> Model:
+        """The same with what quantizers that were taken out say."""
+        return replace(self, trained=trained)
 
     def replace(self, proto: ModelProto, *, keeps: object = None, notes: tuple[str, ...] = ()) -> Model:
         """The same user's model with another graph: a changed copy, the store of tensors that are new in it, new notes.

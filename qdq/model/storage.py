@@ -215,7 +215,13 @@ def _unreadable(tensor: TensorProto) -> str:
 
 def is_quantized(model: Model) -> bool:
     """Whether a loaded model already holds quantized operators, in any graph of it."""
-    return any(_QUANTIZED_OP.search(n.op_type) for n in all_nodes(model.graph))
+    return bool(quantized_nodes(model))
+
+
+def quantized_nodes(model: Model) -> list[str]:
+    """Its quantized operators, each with the name of the node."""
+    found = (n for n in all_nodes(model.graph) if _QUANTIZED_OP.search(n.op_type))
+    return [f"{n.op_type} {n.name!r}" for n in found]
 
 
 def _read(path: Path) -> bytes:

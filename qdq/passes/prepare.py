@@ -22,10 +22,11 @@ from qdq.core.disk.cache import remembered
 from qdq.core.errors import ModelError
 from qdq.model.as_bytes import identity, packed, unpacked
 from qdq.model.graphsurgeon import ModelSource, called
+from qdq.model.made_for import made_for
 from qdq.model.model import Model, dtype_name
 from qdq.model.nodes import all_nodes, attribute_value, controlled_nodes
 from qdq.model.opset import is_same
-from qdq.model.storage import is_quantized, load
+from qdq.model.storage import is_quantized, load, quantized_nodes
 from qdq.passes.bodies import lift_bodies, name_bodies, show_bodies, simplify_bodies, take_branches
 from qdq.passes.composites import write_out
 from qdq.passes.doubles import has_doubles, single_precision
@@ -33,21 +34,30 @@ from qdq.passes.draft import Draft, assign
 from qdq.passes.fold import fold_batch_norms, fold_constants, fold_shapes
 from qdq.passes.rewrites import PREPARED_REWRITES
 from qdq.passes.sequences import write_out_sequences
+from qdq.passes.trained import floated
 from qdq.passes.transposes import merge_transposes
 
 
 def load_float(source: ModelSource) -> Model:
     """A float model, prepared: what every stage starts from. It is a path, a ModelProto or an onnx_graphsurgeon.Graph.
 
+    Quantizers that it came with are taken out; `Model.trained` has what they say.
+
     Raises:
-        ModelError: it is no model, or one that is quantized already.
+        ModelError: it is no model, or one that is quantized already in a way that cannot be read back.
         InputError: see `storage.load`.
     """
     model = load(source)
+    if is_quantized(model) and made_for(model.proto):
+        raise ModelError(f"{called(source)} is quantized already, by qdq. Give the float model that it was made from.")
+    if is_quantized(model):
+        model = floated(model)
     if is_quantized(model):
         raise ModelError(
-            f"{called(source)} is quantized already: it holds QuantizeLinear, DequantizeLinear or integer operators. "
-            "Give the float model that it was made from."
+            f"{called(source)} is quantized already, in a way that cannot be read back, as by "
+            f"{quantized_nodes(model)[0]}: integer operators, operators of another domain than ONNX's, QuantizeLinear "
+            "or DequantizeLinear in bodies, of inputs or outputs, or with scales that are computed as it runs. Give "
+            "the float model that it was made from."
         )
     return remembered(
         "prepared",

@@ -30,6 +30,7 @@ from qdq.plan.rules import Tie, Veto, Want, check_patterns, why_float
 from qdq.plan.settings import Settings
 
 RULES = (*COMMON, *tensorrt_rules.RULES, tables.table)
+GAINLESS = frozenset(("narrow", "small", "eighths"))  # rules that veto what is not worth it: not what was trained so
 
 
 def plan(model: Model, settings: Settings | None = None) -> Plan:
@@ -49,6 +50,7 @@ def plan(model: Model, settings: Settings | None = None) -> Plan:
     """
     settings = settings or Settings()
     check_patterns(model, settings)
+    settings = _in_own_formats(model, settings)
     written, rewrites = applied(model, usual(model, settings))
     return replace(placed(written, carried(settings, model, written)), settings=settings, rewrites=rewrites)
 
@@ -61,6 +63,7 @@ def usual(model: Model, settings: Settings) -> frozenset[tuple[str, str]]:
         if not why_not_for(name, settings.profile)
         for node in (*model.graph.node, *controlled_nodes(model.graph))
         if node.op_type in WEIGHTED
+        and (model.trained is None or node.name not in model.trained.weights)
         and settings.scheme_of(node.name).weight in formats
         and not any(fnmatch.fnmatchcase(node.name, pattern) for pattern in settings.exclude)
     )
@@ -97,7 +100,8 @@ def placed(model: Model, settings: Settings) -> Plan:
     for node in (*model.graph.node, *controlled_nodes(model.graph)):
         decisions = [d for rule in RULES for d in rule(model, node, settings)]
         ties += [d for d in decisions if isinstance(d, Tie)]
-        vetoes = [d for d in decisions if isinstance(d, Veto)]
+        own = model.trained is not None and node.name in model.trained.weights
+        vetoes = [d for d in decisions if isinstance(d, Veto) and not (own and d.rule in GAINLESS)]
         wants = [d for d in decisions if isinstance(d, Want)]
         if vetoes:
             reason = "; ".join(v.reason for v in vetoes)
@@ -130,7 +134,8 @@ def placed(model: Model, settings: Settings) -> Plan:
             rule, reason = why or why_float(node.op_type, settings.profile)
             skips.append(Skip(node=node.name, op_type=node.op_type, rule=rule, reason=reason))
     order = {node.name: i for i, node in enumerate((*model.graph.node, *controlled_nodes(model.graph)))}
-    points = sorted(_read_too(found, others), key=lambda point: order[point.uses[0][0]])
+    read = [_as_trained(model, point, settings) for point in _read_too(found, others)]
+    points = sorted(read, key=lambda point: order[point.uses[0][0]])
     tied = tuple(_tied(points, ties))
     found_all = Plan(
         model_sha256=model.sha256,
@@ -159,6 +164,31 @@ def remaining(model: Model, plan: Plan, kept: Collection[str]) -> frozenset[str]
     else:
         points = tuple(p for p in plan.activations if any(name in kept for name, _ in p.uses))
     return frozenset(c for p in points for c in p.consumers if c in beside)
+
+
+def _in_own_formats(model: Model, settings: Settings) -> Settings:
+    """The settings with the scheme fp8 for products that the model came with in FP8, unless overrides say otherwise."""
+    eight = [name for name, grid in (model.trained.weights if model.trained else {}).items() if grid.format == "fp8"]
+    if not eight or "fp8" not in settings.profile.formats or settings.scheme_of(eight[0]).weight == "fp8":
+        return settings
+    return replace(settings, overrides={**settings.overrides, **{glob.escape(name): "fp8" for name in eight}})
+
+
+def _as_trained(model: Model, point: Point, settings: Settings) -> Point:
+    """The point with the granularity of the model's own quantizer, where it came with one of that format."""
+    if model.trained is None:
+        return point
+    if point.role == "activation":
+        grid = model.trained.of(point.tensor, point.consumers)
+        if grid is None or grid.format != point.spec.format:
+            return point
+        shift = bool(grid.zero_point) and bool(settings.profile.shift)
+        return replace(point, spec=replace(point.spec, shift=shift, token=None), trained=True)
+    grids = [model.trained.weights.get(name) for name, _ in point.uses]
+    if not grids or any(g is None or g.format != point.spec.format for g in grids) or point.spec.block is not None:
+        return point
+    whole = all(g is not None and g.scale.size == 1 for g in grids)
+    return replace(point, spec=replace(point.spec, axis=None) if whole else point.spec, trained=True)
 
 
 def _point(want: Want) -> Point:

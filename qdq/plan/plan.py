@@ -44,6 +44,7 @@ class Point(Part, frozen=True, kw_only=True, omit_defaults=True):
         spec: format and granularity.
         consumers: the operands that read the quantized tensor, each "node:input index".
         rule: the rule that wants it.
+        trained: its scales, and of a weight its codes, are those that the model came with.
         tie: points with the same name here share scale and zero point as far as their ranges are alike; of a table, the
             quantized weight that has the same values, and shares its codes where it can.
         reason: why the spec is not the one that the settings ask for, or why a tensor is quantized that no weighted
@@ -57,6 +58,7 @@ class Point(Part, frozen=True, kw_only=True, omit_defaults=True):
     rule: str
     tie: str | None = None
     reason: str = ""
+    trained: bool = False
 
     @property
     def uses(self) -> tuple[tuple[str, int], ...]:
@@ -257,6 +259,7 @@ class Plan(Document, frozen=True, kw_only=True):
             shared = f", shared with {len(p.consumers) - 1} other operands" if len(p.consumers) > 1 else ""
             tied = f", tied with the group {p.tie!r}" if p.tie else ""
             why = f": {p.reason}" if p.reason else ""
+            why += ", as the model came with" if p.trained else ""
             lines.append(f"  {p.role} {p.tensor!r}: {p.spec.format} {per}, rule {p.rule!r}{shared}{tied}{why}")
         if skip is not None:
             lines.append(f"{node} ({skip.op_type}): float, rule {skip.rule!r}: {skip.reason}")

@@ -21,13 +21,15 @@ from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, attribute, bodies, controlled_nodes, controls, input_axis, weight_axis
+from qdq.passes.rewrites.attention.scores import attends
 from qdq.plan.block_length import best
 from qdq.plan.choice import FLOATS as UNQUANTIZED
 from qdq.plan.choice import FP32
 from qdq.plan.scheme import Scheme
-from qdq.plan.settings import AUTO, WHOLE, WORTH, Settings
+from qdq.plan.settings import AUTO, FLOAT, WHOLE, WORTH, Settings
 from qdq.plan.spec import Spec
 
+FEWEST_TOKENS = 32  # of attention that TensorRT-RTX 1.7.1 fuses in FP8, whatever the heads (SM89, SM120)
 MOST_PADDING = 1 / 8  # zeros added to fill the last block, as a share of the real elements
 FLOATS = ("float32", "float16", "bfloat16")
 
@@ -207,6 +209,8 @@ def operands(model: Model, node: NodeProto, settings: Settings) -> list[Decision
     if data:
         reason = "its left operand is the constant one; INT8 kernels want the weight on the right"
     elif not weight and node.op_type == "MatMul":
+        if attention(model, node, settings):
+            return []
         reason = settings.profile.attention.says
     elif not weight:
         reason = "its weight is computed, so its scale is not known before the engine runs"
@@ -221,6 +225,29 @@ def operands(model: Model, node: NodeProto, settings: Settings) -> list[Decision
         else:
             return []
     return [Veto(rule="operands", reason=reason)]
+
+
+def attention(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
+    """Want Q, K, V and the output of the Softmax in FP8 where that is asked for: all of them, or the fusion is lost.
+
+    Measured with TensorRT-RTX 1.7.1 on SM89 and SM120: heads of 24 to 128, with and without masks and scales, stay one
+    kernel (`_gemm_mha_v2`) of FP8 operands; without the Softmax's quantizer three kernels take its place.
+    """
+    if settings.attention == FLOAT or node.name in model.inner_nodes or (pair := attends(model, node)) is None:
+        return []
+    if any(fnmatch.fnmatchcase(n.name, pattern) for n in pair for pattern in settings.exclude):
+        return []
+    keys = (model.sizes(pair[0].input[1], -1) or (FEWEST_TOKENS,))[0]
+    if keys < FEWEST_TOKENS:
+        return [Veto(rule="attention", reason=f"of {keys} tokens FP8 attention is not fused: it wants {FEWEST_TOKENS}")]
+    names = {n.name for n in pair}
+    if any(use.node.name not in names for n in pair for t in n.input for use in model.consumers(t)):
+        return [Veto(rule="attention", reason="other nodes read its operands too, in float or as other codes")]
+    spec, reason = Spec(format=settings.attention), "FP8 attention: Q, K, V and the Softmax's output are codes"
+    return [
+        Want(tensor=tensor, index=index, role="operand", spec=spec, rule="attention", reason=reason)
+        for index, tensor in enumerate(node.input)
+    ]
 
 
 def excluded(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
@@ -276,8 +303,18 @@ def foreign(model: Model, node: NodeProto, settings: Settings) -> list[Decision]
 
 
 RULES: tuple[Rule, ...] = (
-    kept_float, weighted, residual, concat, transposed, operands, excluded, containers, inner, foreign
-)  # fmt: skip
+    kept_float,
+    weighted,
+    attention,
+    residual,
+    concat,
+    transposed,
+    operands,
+    excluded,
+    containers,
+    inner,
+    foreign,
+)
 
 
 def why_float(op_type: str, profile: Profile) -> tuple[str, str]:

@@ -31,6 +31,7 @@ USUAL_CALIBRATORS = ("mse", "max")
 WHOLE = ("channel", "tensor")  # in place of a block
 WORTH = "worth"  # of each weight the block whose scales are worth their bits
 TABLES: tuple[str, ...] = (FLOAT, "int8", "int4")  # what tables of words may be stored as
+ATTENTIONS: tuple[str, ...] = (FLOAT, "fp8")  # what the products of attention may run in
 BIAS_CORRECTIONS: tuple[str, ...] = ("auto", "on", "off")
 V0, V1 = 15.0, 150.0  # of FPTQ's paper
 Pattern = Annotated[str, msgspec.Meta(min_length=1)]  # of node names, with * and ?
@@ -43,7 +44,8 @@ def choices(setting: str) -> tuple[str | int, ...]:
     """What a setting may be that takes one of several names or lengths, as the registries have them.
 
     Args:
-        setting: a field of `Settings`: scheme, calibrator, rounding, equalize, bias_correction, block or embeddings.
+        setting: a field of `Settings`: scheme, calibrator, rounding, equalize, bias_correction, block, embeddings or
+            attention.
     """
     found: Mapping[str, Callable[[], tuple[str | int, ...]]] = {
         "scheme": lambda: tuple(SCHEMES),
@@ -52,6 +54,7 @@ def choices(setting: str) -> tuple[str | int, ...]:
         "equalize": lambda: (*FORMULAS, AUTO, "none"),
         "bias_correction": lambda: BIAS_CORRECTIONS,
         "embeddings": lambda: TABLES,
+        "attention": lambda: ATTENTIONS,
         "block": lambda: (*sorted({b for f in FORMATS.values() for b in f.blocks}, reverse=True), AUTO, WORTH, *WHOLE),
     }
     return found[setting]()
@@ -96,6 +99,7 @@ class Settings(Part, frozen=True, kw_only=True):
             granularity, "float" or "fp32"; the first that matches counts.
         embeddings: how tables are stored that a Gather reads rows of: "float", "int8" with a scale for each row, or
             "int4" in blocks of a row.
+        attention: "fp8" quantizes Q, K, V and the output of the Softmax of attention to FP8, in any scheme.
         compiler: whose engine the model is for, a key of `engines.backends.profile.profiles`; placement, the form of
             the Q/DQ model and what "auto" means follow its profile.
 
@@ -118,6 +122,7 @@ class Settings(Part, frozen=True, kw_only=True):
     v0: Magnitude | str = V0
     v1: Magnitude | str = V1
     embeddings: str = FLOAT
+    attention: str = FLOAT
     overrides: dict[Pattern, str] = msgspec.field(default_factory=dict)
     compiler: str = DEFAULT
 
@@ -143,7 +148,7 @@ class Settings(Part, frozen=True, kw_only=True):
         for name in ("rounding", "equalize"):
             if getattr(self, name) == "":
                 set_field(self, name, AUTO if len(self.options(name)) > 1 else self.options(name)[0])
-        for name in ("calibrator", "rounding", "equalize", "bias_correction", "embeddings"):
+        for name in ("calibrator", "rounding", "equalize", "bias_correction", "embeddings", "attention"):
             if getattr(self, name) or name != "calibrator":
                 choose(getattr(self, name), [str(n) for n in choices(name)], name)
         if block not in choices("block"):
@@ -282,6 +287,7 @@ class Settings(Part, frozen=True, kw_only=True):
             *((f"scheme {row.name}", profile.two_level, row.compute_format is not None) for row in rows),
             *((f"scheme {row.name}", profile.token, row.token is not None) for row in rows),
             ("embeddings", profile.tables, self.embeddings != FLOAT),
+            ("attention", profile.attention_fp8, self.attention != FLOAT),
         )
         return tuple(dict.fromkeys(f"{what}: {fact.says}" for what, fact, wanted in asked if wanted and not fact))
 
@@ -327,7 +333,7 @@ class Settings(Part, frozen=True, kw_only=True):
     def formats(self) -> frozenset[str]:
         """Every format that a model quantized so may hold: `Profile.require_formats` says which GPUs have them."""
         found = {f for row in self.schemes for f in (row.data, row.weight, row.compute_format, row.convolution)}
-        return frozenset(f for f in (*found, self.embeddings) if f not in (None, FLOAT))
+        return frozenset(f for f in (*found, self.embeddings, self.attention) if f not in (None, FLOAT))
 
     def activation(self, scheme: Scheme, *, convolution: bool = False) -> Spec | None:
         """How a scheme quantizes the data operand of a weighted operator; None leaves it float."""

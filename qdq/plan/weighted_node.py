@@ -54,6 +54,7 @@ class WeightedNode:
         window: of a Conv, else None.
         spec: how the weight is quantized.
         data_spec: how the data are quantized; None leaves them in float.
+        trained: the codes of the weight are those that the model came with.
     """
 
     name: str
@@ -72,6 +73,7 @@ class WeightedNode:
     window: Window | None
     spec: Spec
     data_spec: Spec | None
+    trained: bool = False
 
     @property
     def key(self) -> Weight:
@@ -163,6 +165,7 @@ def _weighted(node: NodeProto, shape: tuple[int, ...], point: Point, data: Spec 
         window=_window(node, rank - 2) if node.op_type == "Conv" else None,
         spec=point.spec,
         data_spec=data,
+        trained=point.trained,
     )
 
 

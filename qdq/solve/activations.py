@@ -54,7 +54,9 @@ def activation_params(
             if fmt.scale_format:  # of the block scales, which are computed as the engine runs
                 scale = np.asarray(scale_of_scales((hist.amax or 1.0) / fmt.high, fmt), dtype=np.float32)
             else:
-                scale = representable(hist.amax / fmt.high if hist.amax else 1.0, dtype)
+                maker = model.producer(point.tensor)
+                largest = 1.0 if maker is not None and maker.op_type == "Softmax" else hist.amax  # of any data to come
+                scale = representable(largest / fmt.high if largest else 1.0, dtype)
             chosen[point.tensor] = QParams(scale=scale, format=fmt.name)
             continue
         chosen[point.tensor] = ranges.choose(

@@ -21,7 +21,7 @@ from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.plan.weighted_node import WeightedNode
-from qdq.solve import headroom, token_scales
+from qdq.solve import headroom, token_scales, trained
 from qdq.solve.activations import activation_params, tie_notes
 from qdq.solve.equalize import channels, choose
 from qdq.solve.equalize.channels import Channels
@@ -69,6 +69,7 @@ def data_scales(
     """
     ties = () if params is not None else tie_notes(plan, table)
     params = activation_params(model, plan, table, {}) if params is None else params
+    params = {**params, **trained.data_params(model, plan)}
     classes = token_scales.classes(plan, nodes, table, data=samples is not None)
     scales = DataScales(params=params, tokens=classes.tokens, notes=(*ties, *classes.notes))
     if samples is not None:

@@ -35,6 +35,7 @@ from qdq.solve.equalize.channels import Channels
 from qdq.solve.equalize.formulas import formula
 from qdq.solve.rounding import ROUNDINGS
 from qdq.solve.tables import Tables, coded
+from qdq.solve.trained import weight_codes
 from qdq.solve.weights import quantize_weight, rounding_bytes
 
 ROUNDING_BYTES = 1 << 30  # for the weights that are rounded at a time, with their copies
@@ -150,6 +151,8 @@ def _weights(
 
             def make() -> QTensor:
                 values = scaled(model.array(reader.weight), reader, divisor, factor)
+                if reader.trained and (own := weight_codes(model, reader, values)) is not None:
+                    return own
                 rounding = settings.rounding
                 if moments is None and ROUNDINGS[rounding].needs_moments:  # as well as can be without them
                     rounding = "clip" if reader.spec.block else "nearest"

@@ -112,7 +112,10 @@ compiler_option = click.option(
     "only TensorRT has, else rtx.",
 )
 embeddings_option = setting("--embeddings", "Store tables of words, and others that a Gather reads, as {names}.")
-place_options = _options(scheme_option, compiler_option, embeddings_option, exclude_option, recipe_option)
+attention_option = setting("--attention", "Run Q K and its product with V in {names}; fp8 from Ada on.")
+place_options = _options(
+    scheme_option, compiler_option, embeddings_option, attention_option, exclude_option, recipe_option
+)
 settings_options = _options(
     scheme_option,
     compiler_option,
@@ -130,6 +133,7 @@ settings_options = _options(
         "--v1", help="FPTQ: above this magnitude one scale per token; auto decides from the error. Default 150."
     ),
     embeddings_option,
+    attention_option,
     setting("--bias-correction", "Shift biases so that means stay: {names}; auto does so where held-out samples gain."),
     click.option(
         "--shift/--no-shift", default=None, help="Shift asymmetric activations to use all codes (default on)."

@@ -63,7 +63,7 @@ def recipe_of_plan(given: Mapping[str, Any], plan: Plan | None, where: Path | No
     if plan and _places(recipe.settings) != _places(plan.settings):
         raise InputError(
             f"The plan {where} already says what is quantized, which --scheme, --compiler, --block, --embeddings, "
-            "--shift and --exclude cannot change. Edit the plan, or make another with `qdq plan`."
+            "--attention, --shift and --exclude cannot change. Edit the plan, or make another with `qdq plan`."
         )
     return recipe
 
@@ -95,7 +95,7 @@ def require_mix(recipe: Recipe, sensitivity: Path | None) -> bool:
 
 def _places(settings: Settings) -> tuple[object, ...]:
     """The settings that decide where quantizers go; the others decide scales and codes."""
-    names = ("scheme", "compiler", "shift", "exclude", "overrides", "block", "embeddings")
+    names = ("scheme", "compiler", "shift", "exclude", "overrides", "block", "embeddings", "attention")
     return tuple(getattr(settings, name) for name in names)
 
 

@@ -153,9 +153,10 @@ def candidates(plan: Plan, nodes: Mapping[str, WeightedNode]) -> dict[str, list[
     """Activation tensors that may be equalized -> all that reads them.
 
     Every reader is a Conv without groups or a depthwise one, or every one a Gemm or MatMul without transA; no weight is
-    shared with another tensor, nor with a table of words; the tensor is no shortcut and is tied to no other.
+    shared with another tensor or a table of words, or of codes that the model came with; the tensor is no shortcut and
+    is tied to no other.
     """
-    tables = {point.tie for point in plan.tables}
+    fixed = {point.tie for point in plan.tables} | {point.tensor for point in plan.points if point.trained}
     reads: dict[str, set[str]] = {}
     for node in nodes.values():
         reads.setdefault(node.weight, set()).add(node.data)
@@ -164,7 +165,8 @@ def candidates(plan: Plan, nodes: Mapping[str, WeightedNode]) -> dict[str, list[
         tensor: readers
         for tensor, readers in found.items()
         if readers
-        and all(_whole(node) and reads[node.weight] == {tensor} and node.weight not in tables for node in readers)
+        and tensor not in fixed
+        and all(_whole(node) and reads[node.weight] == {tensor} and node.weight not in fixed for node in readers)
     }
 
 

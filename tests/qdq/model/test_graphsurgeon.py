@@ -28,7 +28,6 @@ FORMS: dict[str, Callable[[Path], ModelSource]] = {
     "proto": onnx.load,
     "graph": lambda path: gs.import_onnx(onnx.load(path)),
 }
-SCALE = {"s": np.ones((), np.float32)}
 
 
 @pytest.fixture
@@ -90,7 +89,9 @@ def test_a_graph_that_cannot_be_exported_is_refused() -> None:
     graph = gs.Graph(nodes=[gs.Node("Relu", inputs=[gs.Variable("x", np.float32, (1,))], outputs=[out])], outputs=[out])
     with pytest.raises(ModelError, match=r"this onnx_graphsurgeon.Graph: its export says: .* dtype"):
         load(graph)
-    quantized = build([node("QuantizeLinear", "x s", "q"), node("DequantizeLinear", "q s", "y")], {"x": (1,)}, SCALE)
+    quantized = build(
+        [node("DynamicQuantizeLinear", "x", "q s z"), node("DequantizeLinear", "q s z", "y")], {"x": (1,)}
+    )
     with pytest.raises(ModelError, match="this ModelProto is quantized already"):
         load_float(quantized.proto)
 

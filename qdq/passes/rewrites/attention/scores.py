@@ -11,6 +11,7 @@ from collections.abc import Collection
 from onnx import NodeProto
 
 from qdq.model.model import Model
+from qdq.model.nodes import attribute
 from qdq.passes.rewrites.edit import Unfit
 
 BETWEEN = ("Add", "Sub", "Mul", "Div", "Where", "Reshape", "Cast")  # scale, bias and mask
@@ -44,6 +45,37 @@ def scores(model: Model, tensor: str, between: Collection[str]) -> list[NodeProt
     operands = node.input if node.op_type in between else ()
     below = next((path for t in operands if (path := scores(model, t, between))), [])
     return [node, *below] if below else []
+
+
+def attends(model: Model, node: NodeProto) -> tuple[NodeProto, NodeProto] | None:
+    """The product of Q and K and that with V, of which a MatMul is one; None where it is neither.
+
+    Scores, softmax (over the last axis) and what lies between are each read once.
+    """
+    if node.op_type != "MatMul" or node.domain or any(model.is_constant(t) for t in node.input):
+        return None
+    softmax = alone(model, node.input[0])
+    if softmax is not None and softmax.op_type == "Softmax":
+        path = scores(model, softmax.input[0], BETWEEN)
+        return (path[-1], node) if path and _over_last(model, softmax) else None
+    tensor = node.output[0]
+    for _ in range(8):
+        use = model.only_use(tensor)
+        if use is None or use.index < 0 or use.node.domain:
+            return None
+        tensor = use.node.output[0]
+        if use.node.op_type == "Softmax":
+            last = model.only_use(tensor)
+            found = attends(model, last.node) if last is not None and last.index == 0 else None
+            return found if found is not None and found[0] is node else None
+        if use.node.op_type not in BETWEEN:
+            return None
+    return None
+
+
+def _over_last(model: Model, softmax: NodeProto) -> bool:
+    axis, rank = attribute(softmax, "axis", -1), model.rank(softmax.input[0])
+    return axis == -1 or (rank is not None and axis == rank - 1)
 
 
 def weighs_values(model: Model, tensor: str) -> bool:

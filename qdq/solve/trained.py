@@ -1,0 +1,68 @@
+"""Scales and codes that a model came with, as parameters of the points that a plan keeps them for.
+
+Model.trained + plan -> QParams of data tensors; weight values + grid -> QTensor with the codes of training. It must
+not choose a range: where data with a zero point cannot be moved, the scale covers the same values.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from qdq.core.formats import FORMATS
+from qdq.core.qtensor import QParams, QTensor, representable, to_codes
+from qdq.model.model import Grid, Model
+from qdq.plan.plan import Plan
+from qdq.plan.weighted_node import WeightedNode
+from qdq.solve.shift import shifts
+
+NEAR = 0.02  # of a step, for values that were rounded to FP16 on the way
+WITHIN = 0.01  # how much of the values may lie further from a code
+
+
+def data_params(model: Model, plan: Plan) -> dict[str, QParams]:
+    """Parameters of every data tensor whose point says that it keeps the model's own."""
+    found = {}
+    for point in plan.activations:
+        if point.trained and model.trained is not None:
+            grid = model.trained.of(point.tensor, point.consumers)
+            assert grid is not None
+            scale = representable(grid.scale, model.dtype(point.tensor))
+            params = QParams(scale=np.asarray(scale), zero_point=grid.zero_point, format=grid.format)
+            found[point.tensor] = params if not grid.zero_point or shifts(model, point) else covering(grid)
+    return found
+
+
+def covering(grid: Grid) -> QParams:
+    """The smallest symmetric scale that covers the values of a grid with a zero point."""
+    fmt = FORMATS[grid.format]
+    high, low = (fmt.high - grid.zero_point) / fmt.high, (fmt.low - grid.zero_point) / fmt.low
+    return QParams(scale=np.asarray(grid.scale * max(high, low), dtype=np.float32), format=grid.format)
+
+
+def weight_codes(model: Model, reader: WeightedNode, values: npt.NDArray[np.floating]) -> QTensor | None:
+    """The codes of a weight by the model's own scales; None where the node has none, or the values lie on no such grid.
+
+    A factor of whole output channels, as of a folded BatchNormalization, is one of the scales too.
+    """
+    grid = model.trained.weights.get(reader.name) if model.trained is not None else None
+    if grid is None or grid.format != reader.spec.format or reader.spec.block is not None:
+        return None
+    axis = reader.output_axis
+    if grid.largest.size != values.shape[axis]:
+        return None
+    others = tuple(i for i in range(values.ndim) if i != axis)
+    now = np.abs(values.astype(np.float32)).max(axis=others).astype(np.float64)
+    ratio = np.divide(now, grid.largest, out=np.ones_like(now), where=(grid.largest > 0) & (now > 0))
+    scales = np.broadcast_to(grid.scale.astype(np.float64), ratio.shape) * np.where(np.abs(ratio - 1) < 1e-5, 1, ratio)
+    one = reader.spec.axis is None
+    if one and np.ptp(scales) > 1e-5 * scales.max():
+        return None
+    scale = representable(scales[0] if one else scales, values.dtype.name)
+    params = QParams(scale=np.asarray(scale), axis=None if one else axis, format=grid.format)
+    if FORMATS[grid.format].integer:
+        shape = [-1 if i == axis and not one else 1 for i in range(values.ndim)]
+        steps = values.astype(np.float32) / scale.reshape(shape)
+        if np.mean(np.abs(steps - np.rint(steps)) > NEAR) > WITHIN or np.abs(steps).max(initial=0) > 128.5:
+            return None
+    return QTensor(codes=to_codes(values, params), params=params)
