@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-import torch  # noqa: E402
-import transformers as hf  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers  # noqa: E402
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 WORDS = (
     "the of and a to in is it you that he was for on are with as his they be at one have this from or had by hot but"
 )
 TEXT = "\n".join(" ".join(np.random.default_rng(seed).choice(WORDS.split(), 4 + seed % 9)) + "." for seed in range(400))
 VOCABULARY, WIDTH = 96, 64
+KEPT = ("Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Reshape", "Transpose")  # of a weight
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 
 
@@ -157,3 +160,20 @@ def write_sounds(place: Path, count: int = 4) -> Path:
             file.setframerate(22050)
             file.writeframes(values.astype("<i2").tobytes())
     return place
+
+
+def linear_share(run: Path) -> float:
+    """The part of the multiply-adds of products and convolutions with weights that a run's engine does in INT8."""
+    report = json.loads((run / "report.json").read_text())
+    graph = onnx.load(run / report["model_file"], load_external_data=False).graph
+    weights, made = {t.name for t in graph.initializer}, {o: node for node in graph.node for o in node.output}
+
+    def constant(name: str) -> bool:
+        node = made.get(name)
+        if node is None or node.op_type == "Constant":
+            return name in weights or node is not None
+        return node.op_type in KEPT and all(map(constant, filter(None, node.input)))
+
+    operands = {node.name: node.input[:2] for node in graph.node}
+    linear = [n for n in report["audit"]["nodes"] if any(map(constant, operands[n["node"]]))]
+    return sum(n["macs"] for n in linear if n["consumed"] == "int8") / sum(n["macs"] for n in linear)

@@ -64,14 +64,14 @@ def test_whisper_is_speech_and_a_part_is_asked_for(tmp_path: Path) -> None:
 
 def test_a_task_that_nobody_knows_is_refused_with_the_list(tmp_path: Path) -> None:
     opened = open_folder(str(folder(tmp_path, architectures=["BertForNextSentencePrediction"])))
-    with pytest.raises(InputError, match="BertForNextSentencePrediction, of which no task is known") as refused:
+    with pytest.raises(InputError, match=r"BertForNextSentencePrediction, of which no task is known") as refused:
         wish_of(opened, None)
     assert all(name in str(refused.value) for name in TASKS)
-    with pytest.raises(InputError, match="Unknown --task 'fill-masc'. Did you mean 'fill-mask'?"):
+    with pytest.raises(InputError, match=r"Unknown --task 'fill-masc'. Did you mean 'fill-mask'?"):
         wish_of(opened, "fill-masc")
-    with pytest.raises(InputError, match="names a part, and .* is one network"):
+    with pytest.raises(InputError, match=r"names a part, and .* is one network"):
         wish_of(opened, "fill-mask:encoder")
-    with pytest.raises(InputError, match="has no modules.json"):
+    with pytest.raises(InputError, match=r"has no modules.json"):
         wish_of(opened, "sentence-similarity")
 
 
@@ -99,31 +99,31 @@ def test_steps_that_nobody_knows_are_refused(tmp_path: Path) -> None:
     place = folder(tmp_path, "Pooling", "LSTM")
     (place / "1_Pooling").mkdir()
     (place / "1_Pooling/config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    with pytest.raises(InputError, match="step 'LSTM'.*feature-extraction"):
+    with pytest.raises(InputError, match=r"step 'LSTM'.*feature-extraction"):
         open_folder(str(place))
     (place / "1_Pooling/config.json").write_text('{"pooling_mode_attention": true}')
-    with pytest.raises(InputError, match="pools by attention; qdq knows cls_token"):
+    with pytest.raises(InputError, match=r"pools by attention; qdq knows cls_token"):
         open_folder(str(place))
 
 
 def test_what_is_no_folder_of_a_model_is_refused(tmp_path: Path) -> None:
     assert kind_of("hf:somewhere") == "hf:"
-    with pytest.raises(InputError, match="No folder bert-base-uncased.*Nothing is downloaded.*hf download"):
+    with pytest.raises(InputError, match=r"No folder bert-base-uncased.*Nothing is downloaded.*hf download"):
         origin_of("hf:bert-base-uncased")
-    with pytest.raises(InputError, match="holds no config.json"):
+    with pytest.raises(InputError, match=r"holds no config.json"):
         open_folder(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"Cannot read .*config.json"):
         open_folder(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="has no `model_type`"):
+    with pytest.raises(InputError, match=r"has no `model_type`"):
         open_folder(str(tmp_path))
 
 
 def test_options_of_a_folder_are_for_folders(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--text is for `hf:FOLDER`"):
+    with pytest.raises(InputError, match=r"--text is for `hf:FOLDER`"):
         asked_of(Path("unet.onnx"), {"text": Path("a.txt"), "task": None}, data=None)
-    with pytest.raises(InputError, match="Both --text and --data"):
+    with pytest.raises(InputError, match=r"Both --text and --data"):
         asked_of(Path("hf:bert"), {"text": Path("a.txt")}, data="arrays/")
     given = {"text": Path("a.txt"), "task": "fill-mask", "past": None}
     asked = asked_of(Path("hf:bert"), given, data=None, evaluation="held_out/")
@@ -142,10 +142,10 @@ def test_lines_and_sentences(tmp_path: Path) -> None:
     assert pieces(text, "line") == ["One line. And", "another one!", "A third"]
     assert pieces(text, "sentence") == ["One line.", "And another one!", "A third", "And"]
     text.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="is no UTF-8 text"):
+    with pytest.raises(InputError, match=r"is no UTF-8 text"):
         pieces(text, "line")
     text.write_text("\n\n")
-    with pytest.raises(InputError, match="holds no line"):
+    with pytest.raises(InputError, match=r"holds no line"):
         pieces(text, "line")
 
 

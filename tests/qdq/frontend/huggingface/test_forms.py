@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,6 @@ def test_a_cache_of_fixed_length_is_filled_from_the_front(folders: Path) -> None
     take = Take(text=folders / "text.txt", length=24, count=6, past=16, samples=folders / "fixed")
     made = made_samples(network, form, take)
     assert made.calibration and made.evaluation
-    _, whole = opened(folders / "llama")
     for file in sorted(made.calibration.iterdir()):
         sample = {name: torch.from_numpy(array) for name, array in np.load(file).items()}
         assert list(sample) == list(form.example) and sample["attention_mask"].shape == (1, 17)
@@ -146,7 +146,7 @@ def test_samples_of_a_text_are_cut_disjoint_and_of_the_task(folders: Path, tmp_p
         sample = np.load(file)
         assert sample["input_ids"].shape == (1, 24)
         assert (sample["input_ids"] != 0).sum() == sample["attention_mask"].sum() < 24
-    with pytest.raises(InputError, match="--max-length 65 does not fit bert, which takes 2 to 64"):
+    with pytest.raises(InputError, match=r"--max-length 65 does not fit bert, which takes 2 to 64"):
         made_samples(network, form, Take(text=folders / "text.txt", length=65, samples=tmp_path / "c"))
 
 
@@ -170,21 +170,36 @@ def test_recordings_are_resampled_and_heard_as_the_extractor_does(folders: Path,
     assert made.calibration and made.evaluation and "2 to calibrate and 2 others" in made.notes[0]
     shapes = {np.load(f)["input_features"].shape for f in made.calibration.iterdir()}
     assert shapes == {(1, *form.example["input_features"].shape[1:])} == {(1, 80, 100)}
-    with pytest.raises(InputError, match="--text is for networks that read text, and whisper reads input_features"):
+    with pytest.raises(InputError, match=r"--text is for networks that read text, and whisper reads input_features"):
         made_samples(network, form, Take(text=folders / "text.txt", samples=tmp_path))
 
 
-def test_pictures_need_a_processor(folders: Path, tmp_path: Path) -> None:
+def test_pictures_are_what_the_folders_processor_makes(folders: Path, tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image", reason="pillow is not installed: pip install 'qdq[image]'")
+    for number in range(3):
+        image.new("RGB", (40, 20), (200, 10, 50 * number)).save(tmp_path / f"{number}.png")
     network, form = opened(folders / "vit")
     assert form.example["pixel_values"].shape == (2, 3, 32, 32)
-    image.new("RGB", (40, 20), (200, 10, 10)).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match="vit has no preprocessor_config.json of an image processor"):
-        made_samples(network, form, Take(data=str(tmp_path), samples=tmp_path / "s"))
+    take = Take(data=str(tmp_path), samples=tmp_path / "samples")
+    with pytest.raises(InputError, match=r"vit has no preprocessor_config.json of an image processor"):
+        made_samples(network, form, take)
+    how = {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    kind = {
+        "image_processor_type": "ViTImageProcessor",
+        **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True),
+    }
+    (folders / "vit/preprocessor_config.json").write_text(json.dumps({**kind, **how, "rescale_factor": 1 / 255}))
+    network, form = opened(folders / "vit")
+    made = made_samples(network, form, take)
+    assert made.calibration and made.evaluation and "1 to calibrate and 1 others" in made.notes[0]
+    pixels = np.load(next(made.calibration.iterdir()))["pixel_values"]
+    assert pixels.shape == (1, 3, 32, 32) and np.allclose(pixels[0, 0], (200 / 255 - 0.5) / 0.25, atol=1e-4)
 
 
 def test_weights_that_a_task_needs_must_be_there(folders: Path) -> None:
     with pytest.raises(InputError, match=r"The weights of bert lack \d tensors that text-classification needs"):
         opened(folders / "bert", "text-classification")
-    with pytest.raises(InputError, match="--past is the length of a cache, which --task text-generation does not have"):
+    with pytest.raises(
+        InputError, match=r"--past is the length of a cache, which --task text-generation does not have"
+    ):
         opened(folders / "gpt2", past=8)
