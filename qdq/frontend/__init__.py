@@ -1,4 +1,4 @@
 """Where models come from: a PyTorch module, or what a MODEL argument names, becomes an ONNX file that is checked.
 
-A module may not be changed, and nothing is downloaded.
+Must not change a module, download anything, or leave a file that computes something else than its source.
 """
