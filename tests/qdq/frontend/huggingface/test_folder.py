@@ -125,6 +125,8 @@ def test_options_of_a_folder_are_for_folders(tmp_path: Path) -> None:
         asked_of(Path("unet.onnx"), {"text": Path("a.txt"), "task": None}, data=None)
     with pytest.raises(InputError, match=r"Both --text and --data"):
         asked_of(Path("hf:bert"), {"text": Path("a.txt")}, data="arrays/")
+    with pytest.raises(InputError, match=r"No data: give --text FILE"):
+        asked_of(Path("hf:bert"), {}, data=None, needed=True)
     given = {"text": Path("a.txt"), "task": "fill-mask", "past": None}
     asked = asked_of(Path("hf:bert"), given, data=None, evaluation="held_out/")
     assert asked.task == "fill-mask" and given == {"task": None}

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("default")]  # transformers warns of itself
 
 import torch  # noqa: E402
-from hugging_face import NETWORKS, make_folder, make_sentence_encoder, write_sounds, write_text  # noqa: E402
+from hugging_face import NETWORKS, make_folder, make_sentence_encoder, tokenizer, write_sounds, write_text  # noqa: E402
 
 from qdq import InputError  # noqa: E402
 from qdq.frontend.huggingface.caches import present_name  # noqa: E402
@@ -152,11 +152,19 @@ def test_samples_of_a_text_are_cut_disjoint_and_of_the_task(folders: Path, tmp_p
 
 def test_a_language_model_reads_blocks_of_the_whole_text(folders: Path, tmp_path: Path) -> None:
     network, form = opened(folders / "gpt2")
-    made = made_samples(network, form, Take(text=folders / "text.txt", length=16, count=6, samples=tmp_path))
+    made = made_samples(network, form, Take(text=folders / "text.txt", length=16, count=6, samples=tmp_path / "a"))
     assert made.calibration and "in blocks of 16 tokens" in made.notes[0]
     assert {np.load(f)["input_ids"].shape for f in made.calibration.iterdir()} == {(1, 16)}
+    assert all(1 not in np.load(f)["input_ids"] for f in made.calibration.iterdir())
+    tokenizer("<s> $A").save_pretrained(folders / "llama")
+    starts, form = opened(folders / "llama")
+    made = made_samples(starts, form, Take(text=folders / "text.txt", length=16, count=6, samples=tmp_path / "starts"))
+    for file in made.calibration.iterdir() if made.calibration else ():
+        ids = np.load(file)["input_ids"]
+        assert ids.shape == (1, 16) and ids[0, 0] == 1 and (ids == 1).sum() == 1
     other = tmp_path / "other.txt"
     other.write_text("one word from the other that was not in this, but had it by his. " * 8)
+    network, form = opened(folders / "gpt2")
     both = Take(text=folders / "text.txt", evaluation=str(other), length=16, count=500, samples=tmp_path / "both")
     made = made_samples(network, form, both)
     assert made.calibration and made.evaluation
@@ -176,7 +184,7 @@ def test_recordings_are_resampled_and_heard_as_the_extractor_does(folders: Path,
 
 def test_pictures_are_what_the_folders_processor_makes(folders: Path, tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image", reason="pillow is not installed: pip install 'qdq[image]'")
-    for number in range(3):
+    for number in range(4):
         image.new("RGB", (40, 20), (200, 10, 50 * number)).save(tmp_path / f"{number}.png")
     network, form = opened(folders / "vit")
     assert form.example["pixel_values"].shape == (2, 3, 32, 32)
@@ -191,7 +199,7 @@ def test_pictures_are_what_the_folders_processor_makes(folders: Path, tmp_path: 
     (folders / "vit/preprocessor_config.json").write_text(json.dumps({**kind, **how, "rescale_factor": 1 / 255}))
     network, form = opened(folders / "vit")
     made = made_samples(network, form, take)
-    assert made.calibration and made.evaluation and "1 to calibrate and 1 others" in made.notes[0]
+    assert made.calibration and made.evaluation and "2 to calibrate and 2 others" in made.notes[0]
     pixels = np.load(next(made.calibration.iterdir()))["pixel_values"]
     assert pixels.shape == (1, 3, 32, 32) and np.allclose(pixels[0, 0], (200 / 255 - 0.5) / 0.25, atol=1e-4)
 
