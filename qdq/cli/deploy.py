@@ -75,7 +75,7 @@ def deploy(
     from qdq.measure.table import CalibrationTable
     from qdq.plan.plan import Plan
 
-    asked = options.asked_of(model, given, data=data, evaluation=evaluation)
+    asked = options.asked_of(model, given, data=data, evaluation=evaluation, needed=random_data is None)
     plan = Plan.load(plan_file) if plan_file else None
     recipe, notes = options.recipe_of_plan(given, plan, plan_file), [] if random_data is None else [options.RANDOM_NOTE]
     mixing = options.require_mix(recipe, sensitivity_file)

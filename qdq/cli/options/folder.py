@@ -86,8 +86,10 @@ class Asked:
     take: Take | None = None
 
 
-def asked_of(model: Path, given: dict[str, Any], *, data: str | None, evaluation: str | None = None) -> Asked:
-    """Take the options of a folder out of those that were given.
+def asked_of(
+    model: Path, given: dict[str, Any], *, data: str | None, evaluation: str | None = None, needed: bool = False
+) -> Asked:
+    """Take the options of a folder out of those that were given; `needed`: a sample must come from somewhere.
 
     Raises:
         InputError: they are given for another model, or two sources of samples are.
@@ -110,6 +112,11 @@ def asked_of(model: Path, given: dict[str, Any], *, data: str | None, evaluation
         task = None
     if own["text"] is not None and data is not None:
         raise InputError("Both --text and --data are given: choose one to calibrate with; the other may be --eval.")
+    if needed and own["text"] is None and data is None:
+        raise InputError(
+            "No data: give --text FILE for the folder's tokenizer, or --data with pictures or recordings for its "
+            "processor, or with arrays."
+        )
     as_text = own["text"] is not None and _is_text(evaluation)
     is_folder = own["text"] is None and evaluation is not None
     take = Take(

@@ -133,4 +133,5 @@ def wave_of(path: Path) -> tuple[int, np.ndarray]:
 
 
 def _without(network: Network, what: str, instead: str) -> str:
-    return f"{network.folder.name} has no {what}, so nobody can tell what the model sees. Save it there, or give {instead}."
+    name = network.folder.name
+    return f"{name} has no {what}, so nobody can tell what the model sees. Save it there, or give {instead}."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ def transformers_here() -> ModuleType:
         MissingRuntimeError: it, or torch, is not installed, or cannot be imported.
     """
     try:
-        with offline():
+        with offline(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             import torch  # noqa: F401
             import transformers
     except ImportError as error:
@@ -208,13 +210,15 @@ def _of_weights(folder: Folder, wish: Wish, info: Mapping[str, Any]) -> tuple[st
 
 @contextmanager
 def quiet(transformers: ModuleType) -> Iterator[None]:
-    """transformers logs errors only, and shows no bars."""
+    """transformers logs errors only, warns of nothing and shows no bars."""
     logging = transformers.utils.logging
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(before)
         if bars:

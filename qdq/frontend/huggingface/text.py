@@ -108,13 +108,15 @@ def text_sample(network: Network, ids: Ids, cut: Cut, names: tuple[str, ...]) ->
 
 
 def _blocks(tokenizer: Any, text: str, length: int) -> list[Ids]:
-    """Blocks of one length, of the whole text's tokens."""
+    """Blocks of one length, of the whole text's tokens; each begins as the tokenizer begins a text."""
+    start = [i for i in tokenizer("", verbose=False)["input_ids"] if i == tokenizer.bos_token_id][:1]
+    size = length - len(start)
     ids: list[int] = []
     for at in range(0, len(text), 1 << 16):  # tokenizers are slow on one long text
         ids += tokenizer(text[at : at + (1 << 16)], add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) >= MOST * length:
+        if len(ids) >= MOST * size:
             break
-    return [np.asarray(ids[at : at + length], np.int64) for at in range(0, len(ids) - length + 1, length)]
+    return [np.asarray([*start, *ids[at : at + size]], np.int64) for at in range(0, len(ids) - size + 1, size)]
 
 
 def _different(found: list[Ids]) -> list[Ids]:
