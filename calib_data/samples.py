@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from calib_data.elements import limited_to
 from calib_data.sources import ImageForm, Source, form_of
 from calib_data.validation import Array, DataError, InputSpec, check_names, check_sample, check_shapes
 from calib_data.volumes.samples import open_cases
 from calib_data.volumes.spec import VolumeSpec, volume_spec
 
-_BEYOND_ANY = 1 << 40  # stands for the number of samples where it is unknown: more than anyone has
+BEYOND_ANY = 1 << 40  # stands for the number of samples where it is unknown: more than anyone has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +138,7 @@ def open_samples(
     Args:
         source: in one of the forms that `calib_data.sources` has a file for.
         inputs: what the model takes.
-        limit: use the first ``limit`` samples only.
+        limit: use the first ``limit`` samples only; None: as `calib_data.elements.limiting` says, or all.
         volume: what is done to images, or the keys of such a block; for a source of images only.
         case_key: of the keys by which messages call images; None for one of this run.
 
@@ -148,6 +149,7 @@ def open_samples(
         raise DataError(f"Cannot use {source}: the model has no inputs to feed.")
     if limit is not None and limit < 1:
         raise DataError(f"Cannot use {limit} samples of {source}: at least one is needed. Raise the limit or omit it.")
+    limit = limited_to() if limit is None else limit
     form, origin = form_of(str(source)), str(source)
     opened: Source
     if isinstance(form, ImageForm):
@@ -162,7 +164,7 @@ def open_samples(
         )
     else:
         opened = form.open(origin, tuple(inputs))
-    count = _BEYOND_ANY if opened.count is None else opened.count
+    count = BEYOND_ANY if opened.count is None else opened.count
     return Samples(inputs=tuple(inputs), source=opened, indices=range(count)[:limit], origin=origin)
 
 

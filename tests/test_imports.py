@@ -16,7 +16,21 @@ GRAPH = layers.file_graph()
 FOLDERS = layers.folder_graph(GRAPH)
 
 # The folders of qdq in the order of the pipeline: each imports only those before it.
-PIPELINE = ("core", "model", "passes", "plan", "measure", "solve", "assemble", "build", "tune", "lint", "frontend", "deploy", "cli")
+PIPELINE = (
+    "core",
+    "model",
+    "passes",
+    "plan",
+    "measure",
+    "solve",
+    "assemble",
+    "build",
+    "tune",
+    "lint",
+    "frontend",
+    "deploy",
+    "cli",
+)
 
 # The parts of engines that a folder of qdq may import: what is left out imports `engines.core` alone, or nothing.
 ENGINES = {

@@ -5,95 +5,31 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
+from calib_data.elements import Elements, Stream, as_array, limited_to
+from calib_data.reading import Reading, reading_of
 from calib_data.sources import ArrayForm, Form, RawSample, SampleShapes
-from calib_data.validation import Array, DataError
-
-_ENDINGS = (Exception, SystemExit, GeneratorExit)  # what code may raise by itself; Ctrl-C comes from outside
+from calib_data.users_code import users_code
+from calib_data.validation import Array, DataError, InputSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PythonFunction:
-    """A user's function, called afresh for each pass; it returns or yields dicts of arrays."""
+    """What a function of this program gives anew for each pass: dicts of arrays by input."""
 
     where: str
-    function: Callable[[], object]
+    function: Callable[[], Iterable[Mapping[str, Array]]]
     count: int | None = None
-    path: Path | None = None
-
-    @classmethod
-    def open(cls, source: str) -> PythonFunction:
-        """Import the file and find the function.
-
-        Raises:
-            DataError: the file is missing or cannot be imported, or has no such function.
-        """
-        path, name = Path(source.rpartition(":")[0]), source.rpartition(":")[2]
-        if not path.is_file():
-            raise DataError(f"No such file: {path}, in the data source {path}:{name}. Check the path.")
-        module_name = f"calib_data_source_{path.stem}"
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        assert spec is not None and spec.loader is not None  # `FORM` has checked the suffix .py
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        sys.path.insert(0, str(path.resolve().parent))  # as for a script: modules beside the file can be imported
-        try:
-            with _users_code(path, f"Cannot import the data source {path}"):
-                spec.loader.exec_module(module)
-        finally:
-            sys.path.remove(str(path.resolve().parent))
-        function = getattr(module, name, None)
-        if not callable(function):
-            there = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_")) or "none"
-            raise DataError(
-                f"No function {name!r} in {path}: it has {there}; a function without arguments that yields dicts "
-                "(input name -> array) is needed. Check the name after the colon."
-            )
-        return cls(where=f"{path}:{name}", function=function, path=path)
 
     def read(self, indices: range) -> Iterator[RawSample]:
-        """Call the function and pick the samples asked for; the others are drawn and dropped.
-
-        Raises:
-            DataError: the function raises, ends Python or gives something else; says where.
-        """
-        with self._guarded():
-            result = self.function()
-        items = [result] if isinstance(result, Mapping) else result
-        if not isinstance(items, Iterable):
-            raise DataError(
-                f"{self.where} returned {type(result).__name__}; an iterable of dicts is needed. Yield one dict per "
-                "sample."
-            )
-        for i, item in itertools.islice(enumerate(self._drawn(items)), indices.start, indices.stop, indices.step):
-            where = f"{self.where}, sample {i}"
-            if not isinstance(item, Mapping):
-                raise DataError(
-                    f"{where} is a {type(item).__name__}; a dict of input name -> array is needed. Yield "
-                    "one dict per sample."
-                )
-            yield RawSample(where, {str(name): _as_array(value, str(name), where) for name, value in item.items()})
-
-    def _guarded(self) -> AbstractContextManager[None]:
-        return _users_code(self.path, f"The data source {self.where} failed")
-
-    def _drawn(self, items: Iterable[object]) -> Iterator[object]:
-        with self._guarded():
-            drawn = iter(items)
-        while True:
-            with self._guarded():
-                try:
-                    item = next(drawn)
-                except StopIteration:
-                    return
-            yield item
+        """Call the function and pick the samples asked for; the others are drawn and dropped."""
+        drawn = enumerate(self.function())
+        for i, arrays in itertools.islice(drawn, indices.start, indices.stop, indices.step):
+            yield RawSample(f"{self.where}, sample {i}", arrays)
 
     def shapes(self, indices: range) -> Iterator[SampleShapes]:
         """Call the function and look at its arrays: there is no header to read."""
@@ -101,48 +37,92 @@ class PythonFunction:
             yield SampleShapes(where, {name: array.shape for name, array in arrays.items()})
 
 
-@contextmanager
-def _users_code(path: Path | None, doing: str) -> Iterator[None]:
-    """Run what the user wrote; whatever it raises, `sys.exit` too, becomes a DataError that says what and where."""
+def function_of(source: str) -> tuple[Callable[[], object], Path]:
+    """Import the file of `module.py:function`; the function, and the file.
+
+    Raises:
+        DataError: the file is missing or cannot be imported, or has no such function.
+    """
+    path, name = Path(source.rpartition(":")[0]), source.rpartition(":")[2]
+    if not path.is_file():
+        raise DataError(f"No such file: {path}, in the data source {path}:{name}. Check the path.")
+    module_name = f"calib_data_source_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None  # `FORM` has checked the suffix .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    sys.path.insert(0, str(path.resolve().parent))  # as for a script: modules beside the file can be imported
     try:
-        yield
-    except DataError:
-        raise
-    except _ENDINGS as error:
-        if isinstance(error, SyntaxError):
-            line = error.lineno
-        else:
-            frames = traceback.extract_tb(error.__traceback__)
-            line = next((f.lineno for f in reversed(frames) if f.filename == str(path)), None)
-        where = f" (line {line})" if line else ""
-        raise DataError(f"{doing}: {_said(error)}{where}. It must give samples and not end Python. Mend it.") from error
+        with users_code(path, f"Cannot import the data source {path}"):
+            spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_")) or "none"
+        raise DataError(
+            f"No function {name!r} in {path}: it has {there}; a function without arguments that yields dicts "
+            "(input name -> array) is needed. Check the name after the colon."
+        )
+    return function, path
 
 
-def _said(error: BaseException) -> str:
-    """The type and the text of what was raised; an exception of the user's own may fail to give a text."""
-    try:
-        text = str(error)
-    except Exception:
-        text = "it has no text"
-    return f"{type(error).__name__}: {' '.join(text.split())[:300]}"
+def called(function: Callable[[], object], where: str, path: Path | None) -> Reading:
+    """How to read what a function gives: a generator is made anew for each pass, anything else is kept.
+
+    Raises:
+        DataError: the function raises or ends Python; says where.
+    """
+    with users_code(path, f"The data source {where} failed"):
+        first = function()
+    limit = limited_to()
+    if not isinstance(first, Iterator):
+        return reading_of(first, where, limit)
+    given = [first]
+
+    class Anew:
+        """Calls the function for each pass."""
+
+        def __iter__(self) -> Iterator[Any]:
+            made = given.pop() if given else function()
+            return iter(made)  # type: ignore[call-overload, no-any-return]
+
+    return reading_of(Anew(), where, limit)
 
 
-def _as_array(value: object, name: str, where: str) -> Array:
-    try:
-        return np.asarray(value)
-    except _ENDINGS as error:  # an object may bring its own way to become an array
-        raise DataError(f"{name!r} in {where} is not an array: {_said(error)}. Yield a numpy array.") from error
+def opened(function: Callable[[], object], inputs: Sequence[InputSpec], where: str, path: Path | None) -> Elements:
+    """The samples of what a function gives.
+
+    Raises:
+        DataError: see `called` and `Elements.open`.
+    """
+    reading = called(function, where, path)
+    return Elements.open(Stream(None, limit=limited_to()), inputs, where, reading, path)
+
+
+def first_arrays(reading: Reading, where: str) -> dict[str, ArrayForm]:
+    """Those of the first element, by its names; none where it has none."""
+    for _, element in reading.draw(range(1)):
+        if isinstance(element, Mapping):
+            arrays = {str(name): as_array(value, str(name), where) for name, value in element.items()}
+            return {name: ArrayForm(array.shape, array.dtype) for name, array in arrays.items()}
+    return {}
 
 
 def arrays(source: str) -> dict[str, ArrayForm]:
-    """Those of the first sample that the function yields."""
-    first = next(iter(PythonFunction.open(source).read(range(1))), None)
-    return {n: ArrayForm(a.shape, a.dtype) for n, a in (first.arrays if first else {}).items()}
+    """Those of the first sample that the function gives."""
+    function, path = function_of(source)
+    return first_arrays(called(function, source, path), source)
+
+
+def _open(source: str, inputs: Sequence[InputSpec]) -> Elements:
+    function, path = function_of(source)
+    return opened(function, inputs, source, path)
 
 
 FORM = Form(
-    says="module.py:function that yields dicts",
+    says="module.py:function that yields dicts or returns a Dataset or DataLoader",
     owns=lambda source: source.rpartition(":")[0].endswith(".py"),
-    open=lambda source, inputs: PythonFunction.open(source),
+    open=_open,
     arrays=arrays,
 )

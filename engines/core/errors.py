@@ -14,7 +14,14 @@ import importlib
 from collections.abc import Iterable
 from types import ModuleType
 
-EXTRAS = {"onnxruntime": "cpu", "tensorrt_rtx": "cpu", "tensorrt": "gpu", "polygraphy": "cpu", "torch": "torch", "onnxscript": "torch"}
+EXTRAS = {
+    "onnxruntime": "cpu",
+    "tensorrt_rtx": "cpu",
+    "tensorrt": "gpu",
+    "polygraphy": "cpu",
+    "torch": "torch",
+    "onnxscript": "torch",
+}
 
 
 class EngineError(Exception):

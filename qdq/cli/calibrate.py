@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -189,22 +190,30 @@ def _measured(
 
 def reopened(samples: Samples, data: str | None, recipe: Recipe) -> Callable[[], Samples]:
     """What opens the samples anew in a worker; `data` is the option, None for random ones."""
+    from calib_data.elements import limited_to
     from calib_data.volumes.monai import trusted
 
-    where = None if data is None else os.path.abspath(data)
-    how = (recipe.volume, options.case_key_of(recipe), trusted())
+    where = os.path.abspath(data) if data is not None and os.path.exists(data.rpartition(":")[0] or data) else data
+    how = (recipe.volume, options.case_key_of(recipe), trusted(), limited_to())
     return partial(_open, where, samples.inputs, *how) if where else partial(replace, samples)
 
 
 def _open(
-    data: str, inputs: tuple[InputSpec, ...], volume: VolumeSpec | None, case_key: bytes | None, trust: bool
+    data: str,
+    inputs: tuple[InputSpec, ...],
+    volume: VolumeSpec | None,
+    case_key: bytes | None,
+    trust: bool,
+    limit: int | None,
 ) -> Samples:
     """In a worker: the samples."""
     from calib_data import open_samples
+    from calib_data.elements import limiting
     from calib_data.volumes.monai import trust_here
 
     trust_here(trust)
-    return open_samples(data, inputs, volume=volume, case_key=case_key)
+    with nullcontext() if limit is None else limiting(limit):
+        return open_samples(data, inputs, volume=volume, case_key=case_key)
 
 
 def _merged(files: tuple[Path, ...]) -> CalibrationTable:

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@options.model_argument
+@options.any_model_argument
 @options.data_options
 @click.option("--out", type=options.PATH, required=True, help="Write the results to this folder.")
+@options.export_options
 @click.option("--eval", "evaluation", help="Check on these samples, in the forms of --data; default: those of --data.")
 @options.made_options
 @options.workers_option
@@ -59,10 +60,12 @@ def deploy(
     allow_overlap: bool,
     with_images: bool,
     custom_ops: tuple[str, ...],
+    dynamic: tuple[str, ...],
+    opset: int | None,
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Do it all: tune, calibrate, quantize, build, audit and check."""
+    """Do it all: export where MODEL is no ONNX file, then tune, calibrate, quantize, build, audit and check."""
     from qdq.deploy.deploy import deploy as deployed
     from qdq.deploy.report.report import warning_lines
     from qdq.deploy.trace.command import command_of
@@ -77,9 +80,9 @@ def deploy(
             "off. A folder for --cache remembers tables by itself."
         )
     table = CalibrationTable.load(table_file) if table_file else None
-    with Bars() as bars:
+    with Bars() as bars, options.as_onnx(model, out, recipe, data, dynamic, opset) as (path, exported):
         done = deployed(
-            model,
+            path,
             lambda prepared: options.samples_of(prepared, recipe, data, random_data),
             out,
             recipe=recipe,
@@ -88,15 +91,16 @@ def deploy(
             else None,
             plan=plan,
             calibrated=table,
-            measure=_on_workers(model, data, random_data, recipe, workers, custom_ops),
+            measure=_on_workers(path, data, random_data, recipe, workers, custom_ops),
             allow_overlap=allow_overlap,
             with_images=with_images,
             custom_ops=custom_ops,
             on_progress=bars,
             notes=[] if random_data is None else [options.RANDOM_NOTE],
             command=command_of(click.get_current_context()),
+            exported=exported,
         )
-    _show_deployed(done, model.name, as_json)
+    _show_deployed(done, path.name, as_json)
     finish_with(done.report.failures, warning_lines(done.report.check))
 
 

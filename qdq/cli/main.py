@@ -14,7 +14,7 @@ from qdq.cli.calibrate import calibrate
 from qdq.cli.compare import compare
 from qdq.cli.deploy import demo, deploy, report, segment
 from qdq.cli.lint import lint_command as lint
-from qdq.cli.stages import audit, build, check, plan, quantize
+from qdq.cli.stages import audit, build, check, export, plan, quantize
 from qdq.cli.terminal import Verbs, voice_options
 from qdq.cli.tune import tune
 
@@ -33,7 +33,7 @@ def main() -> None:
     """
 
 
-STAGES = (plan, tune, calibrate, quantize, build, audit, check)
+STAGES = (export, plan, tune, calibrate, quantize, build, audit, check)
 VERBS = (
     *STAGES,
     deploy,

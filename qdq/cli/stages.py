@@ -1,4 +1,4 @@
-"""The stages as verbs: plan, quantize, build, audit, check. Each starts from the files of the one before."""
+"""The stages as verbs: export, plan, quantize, build, audit, check. Each starts from the files of the one before."""
 
 from __future__ import annotations
 
@@ -11,11 +11,70 @@ import click
 from qdq.cli import options
 from qdq.cli.deploy import finish_with, show_volumes
 from qdq.cli.terminal import Bars, note, show_json, show_rows, warn
-from qdq.core.errors import ModelError
+from qdq.core.errors import InputError, ModelError
 from qdq.core.outputs import check_output
 
 if TYPE_CHECKING:
     from qdq.build.recipe import Recipe
+
+
+@click.command()
+@options.any_model_argument
+@options.output_option("the ONNX file")
+@click.option("--data", cls=options.Listed, names=options.data_forms, help="Compare on samples from {names}.")
+@options.max_samples_option
+@options.image_options
+@options.shape_option
+@options.export_options
+@click.option(
+    "--tolerance",
+    type=float,
+    help="Allow this difference of an output, as a part of its largest magnitude; default 0.001.",
+)
+@options.recipe_option
+@options.json_option
+def export(
+    model: Path,
+    output: Path,
+    data: str | None,
+    dynamic: tuple[str, ...],
+    opset: int | None,
+    tolerance: float | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Write the ONNX file of a model that is none yet, compared with its source in ONNX Runtime."""
+    from qdq.frontend.origin import origin_of
+
+    check_output(output, model, data, given["recipe"])
+    recipe = options.recipe_of(given)
+    if (origin := origin_of(model)) is None:
+        raise InputError(f"{model} is taken for an ONNX file already. Give {options.MODEL.partition(' | ')[2]}.")
+    with Bars() as bars:
+        bars(0, None, "Export")
+        made = origin.export(output, options.wanted_of(recipe, data, dynamic, opset, tolerance))
+    for text in made.lines:
+        note(text)
+    if as_json:
+        from qdq.cli.answer.documents import ExportAnswer, OutputApart
+
+        errors = {e.name: OutputApart(largest=e.largest, relative=e.relative, sqnr_db=e.sqnr_db) for e in made.errors}
+        answer = ExportAnswer(
+            model=str(output),
+            source=made.source,
+            exporter=made.exporter,
+            framework=made.framework,
+            opset=made.opset,
+            inputs=made.inputs,
+            outputs=made.outputs,
+            dynamic={name: dict(axes) for name, axes in made.dynamic.items()},
+            errors=errors,
+            samples=made.samples,
+            notes=made.notes,
+        )
+        show_json(answer.to_json())
+        return
+    click.echo(f"{', '.join(made.inputs)} -> {', '.join(made.outputs)}: {output}")
 
 
 @click.command()

@@ -97,3 +97,15 @@ def move_all(folder: Path, out: Path, *, outdated: Collection[str] = ()) -> tupl
     except OSError as error:
         raise InputError(f"Cannot write to the folder {out}: {error.strerror or error}.") from error
     return tuple(names)
+
+
+def how_to_export(text: str) -> str:
+    """Of a text that names a model which is no ONNX file yet, how to make one, in a sentence; "" of any other."""
+    if text.startswith(("torch:", "hf:")) or text.endswith(".pt2"):
+        return f"Write the ONNX file first: `qdq export {text} -o model.onnx`. `qdq deploy` takes it as it is."
+    if text.endswith((".pt", ".pth", ".ckpt", ".safetensors")):
+        return (
+            "It holds weights and no network: write a function that makes the module and loads them, and export that: "
+            "`qdq export torch:package.module:function -o model.onnx`."
+        )
+    return ""

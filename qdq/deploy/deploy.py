@@ -51,6 +51,7 @@ from qdq.deploy.trace.provenance import DataSet, provenance_of
 from qdq.deploy.volumes.evaluate import require_volumes
 from qdq.deploy.volumes.inference import inference_of
 from qdq.deploy.volumes.slices import Keeper
+from qdq.frontend.exported import Exported
 from qdq.measure.inference.inputs import as_samples
 from qdq.measure.inference.samples import Sample
 from qdq.measure.inference.session import registered
@@ -98,6 +99,7 @@ def deploy(
     on_progress: Progress | None = None,
     notes: Sequence[str] = (),
     command: Sequence[str] = (),
+    exported: Exported | None = None,
 ) -> Deployed:
     """A float model and samples become a checked engine, with all that led to it, in one folder.
 
@@ -124,6 +126,7 @@ def deploy(
             itself.
         notes: to add to the report.
         command: words of a command line, as of `command_of`, for provenance.json.
+        exported: what the model at `model_path` was exported from; its file is then moved into `out` too.
 
     Raises:
         QdqError, EngineError, DataError: see the stages; `overlap` of the samples.
@@ -213,6 +216,7 @@ def deploy(
         said = [
             *prepared.notes,
             why_predicted(recipe),
+            *(exported.lines if exported else ()),
             *notes,
             *built.notes,
             *_notes(made.plan, output.name, judged_on),
@@ -250,6 +254,9 @@ def deploy(
         write_atomic(folder / "report.json", report.to_json())
         if table:
             add_files(engine_path)
+        if exported:
+            for file in filter(Path.exists, (model_path, model_path.with_name(f"{model_path.name}.data"))):
+                file.replace(folder / file.name)
         traced = provenance_of(
             folder,
             model=prepared,
@@ -259,6 +266,7 @@ def deploy(
             calibration=DataSet(samples=made.table.count, sha256=made.table.samples_sha256 or None),
             evaluation=DataSet(samples=judged_on.samples, sha256=judged_on.sha256) if judged_on else None,
             command=command,
+            exported=exported,
         )
         write_atomic(folder / TRACED, traced.to_json())
         if pictures is not None:

@@ -6,20 +6,21 @@ Must not change the module, nor leave a file that computes something else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
+from calib_data import DataError, Samples
 from engines.core.errors import EngineError
 from qdq.core.errors import InputError, ModelError
 from qdq.core.files import folder_beside, move_all
 from qdq.frontend.compare import Arrays, compared
-from qdq.frontend.exported import Dynamic, Exported, OutputError
+from qdq.frontend.exported import TOLERANCE, Dynamic, Exported, OutputError
 from qdq.frontend.pytorch.axes import Axes, batch_axes, mirrored, named_axes, of_batch
 from qdq.frontend.pytorch.call import Call, call_of, distinct_outputs, named_tensors
 from qdq.frontend.pytorch.job import How, Job, NotExportedError
@@ -27,8 +28,12 @@ from qdq.frontend.pytorch.libraries import quiet, torch_here
 from qdq.frontend.pytorch.refused import Why, why
 from qdq.frontend.pytorch.state import at_rest, in_fp32, placed, unwrapped
 from qdq.frontend.pytorch.write import write
+from qdq.measure.inference.inputs import as_samples
+from qdq.model.model import Model
 from qdq.passes.prepare import load_float
 
+Given = Iterable[Any] | Callable[[Model], Samples]
+COMPARED = 4  # samples, beside the example
 BATCHES = (1, 3)  # that a file with an open batch is also tried on
 
 
@@ -41,8 +46,8 @@ def export_torch(
     opset: int | None = None,
     input_names: Sequence[str] = (),
     output_names: Sequence[str] = (),
-    samples: Iterable[Mapping[str, Any]] = (),
-    tolerance: float = 1e-3,
+    samples: Given = (),
+    tolerance: float = TOLERANCE,
     source: str = "",
 ) -> Exported:
     """Write a module as an ONNX file, and check it in ONNX Runtime against PyTorch.
@@ -58,7 +63,8 @@ def export_torch(
             right for other batches too.
         opset: of ONNX; None: one that the compilers take.
         input_names, output_names: in place of those of the signature of `forward`, and of the keys that it returns.
-        samples: more inputs to compare on, input name -> array.
+        samples: more inputs to compare on, of which the first ones are taken: what `quantize` takes, or a function
+            that opens them for the written model.
         tolerance: largest difference that an output may have, as a part of its largest magnitude.
         source: what messages, notes and records call the module; "": its class.
 
@@ -90,7 +96,7 @@ def export_torch(
 
 
 def _exported(
-    module: Any, captured: Any, call: Call, path: Path, how: How, samples: Iterable[Mapping[str, Any]], notes: list[str]
+    module: Any, captured: Any, call: Call, path: Path, how: How, samples: Given, notes: list[str]
 ) -> Exported:
     """Try the ways that there are, and keep the first file that is right."""
     tensors = placed(module, call.tensors)
@@ -118,8 +124,8 @@ def _exported(
         outputs=distinct_outputs(names, call.names),
         how=how,
     )
-    held = [{name: np.asarray(value) for name, value in sample.items()} for sample in samples]
     failed: list[NotExportedError] = []
+    reason = Why(says="it was not tried", fix="")
     with folder_beside(path.absolute().parent) as folder:
         file = folder / path.name
         for axes, traced in _ways(job, failed):
@@ -127,9 +133,11 @@ def _exported(
                 left.unlink()
             try:
                 said = write(job, file, axes, traced=traced)
-                errors, count = _checked(job, file, axes, held)
+                errors, count = _checked(job, file, axes, samples)
             except NotExportedError as error:
                 failed.append(error)
+                if job.scripted or not traced:
+                    reason = error.why
                 continue
             proto = onnx.load(str(file), load_external_data=False)
             notes += [*call.notes, *_kept_fixed(job, axes, failed), *said, *_unused(job, proto)]
@@ -147,8 +155,7 @@ def _exported(
                 samples=count,
                 notes=tuple(notes),
             )
-    last = failed[-1].why
-    raise InputError(f"Cannot export {how.label}: {last.says.rstrip('.')}. {last.fix}".rstrip())
+    raise InputError(f"Cannot export {how.label}: {reason.says.rstrip('.')}. {reason.fix}".rstrip())
 
 
 def _ways(job: Job, failed: Sequence[NotExportedError]) -> Iterator[tuple[Axes, bool]]:
@@ -189,20 +196,21 @@ def _asked(job: Job, dynamic: Mapping[str, Mapping[int, str]]) -> Axes:
     return tuple(dict(dynamic.get(name, {})) for name in job.call.names)
 
 
-def _checked(job: Job, file: Path, axes: Axes, samples: Sequence[Arrays]) -> tuple[tuple[OutputError, ...], int]:
+def _checked(job: Job, file: Path, axes: Axes, samples: Given) -> tuple[tuple[OutputError, ...], int]:
     """Compare the file on the example, on it in other batches and mirrored, and on samples; and let `qdq` read it."""
     example = job.sample(job.tensors), job.steady_outputs()
     try:
-        given = ((sample, job.original(sample)) for sample in samples)
+        model = load_float(file)
+        opened = samples(model) if callable(samples) else () if samples == () else as_samples(samples, model)
+        given = ((sample, job.original(sample)) for sample in islice(opened, COMPARED))
         errors, count = compared(file, chain([example], _others(job, axes), given), job.outputs)
-        load_float(file)
     except NotExportedError:
         raise
     except (EngineError, ModelError) as error:
         if error.exit_code == 3:
             raise
         raise NotExportedError(Why(says=str(error), fix="", traced=True)) from error
-    except InputError:
+    except (InputError, DataError):
         raise
     except Exception as error:
         raise NotExportedError(why(error)) from error

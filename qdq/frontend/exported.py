@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+TOLERANCE = 1e-3  # largest difference of an output, as a part of its largest magnitude
+
 Dynamic = Mapping[str, Mapping[int, str]]
 """Input name -> axis -> name of the size that stays open: `{"input": {0: "batch"}}`."""
 
@@ -55,3 +57,15 @@ class Exported:
     errors: tuple[OutputError, ...]
     samples: int
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """All that a reader of a result must know, a sentence each."""
+        by = f" by {self.framework}{f' ({self.exporter})' if self.exporter else ''}"
+        worst = max((e.relative for e in self.errors), default=0.0)
+        many = f"{self.samples} sample{'s' * (self.samples != 1)}"
+        first = (
+            f"The float model is exported from {self.source}{by}, opset {self.opset}; on {many} ONNX Runtime is "
+            f"within {worst:.1g} of its outputs' largest magnitudes."
+        )
+        return first, *self.notes

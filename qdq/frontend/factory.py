@@ -2,19 +2,125 @@
 
 from __future__ import annotations
 
-from qdq.frontend.origin import Origin
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdq.core.errors import InputError
+from qdq.frontend.examples import of_data, of_shapes
+from qdq.frontend.export import export_torch
+from qdq.frontend.exported import Exported
+from qdq.frontend.origin import Origin, Wanted
+from qdq.frontend.pytorch.call import accepted_names, parameter_names
+from qdq.frontend.pytorch.job import called_with
+from qdq.frontend.pytorch.libraries import quiet, torch_here
+from qdq.frontend.pytorch.refused import why
+from qdq.frontend.pytorch.state import unwrapped
+
+FORM = "torch:package.module:factory"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FromTorch:
+    """A module, or an ExportedProgram, in memory.
+
+    Attributes:
+        module: it.
+        example: inputs that came with it; None where none did.
+        stem: as of `Origin`.
+        source: what messages and records call it.
+    """
+
+    module: Any
+    example: Any
+    stem: str
+    source: str
+
+    def export(self, path: Path, wanted: Wanted) -> Exported:
+        """As of `Origin`."""
+        return export_torch(
+            self.module,
+            self._example(wanted),
+            path,
+            dynamic=wanted.dynamic,
+            opset=wanted.opset,
+            samples=wanted.samples or (),
+            tolerance=wanted.tolerance,
+            source=self.source,
+        )
+
+    def _example(self, wanted: Wanted) -> Any:
+        """What came with the module; else the first candidate that it runs on.
+
+        Raises:
+            InputError: there is none, or it runs on none.
+        """
+        if self.example is not None or isinstance(self.module, torch_here().export.ExportedProgram):
+            return self.example
+        module = unwrapped(self.module, self.source)
+        needed, any_name = parameter_names(module)
+        if wanted.data is not None:
+            found = list(of_data(wanted.data, wanted.volume, needed, None if any_name else accepted_names(module)))
+        elif wanted.shapes:
+            found = list(of_shapes(wanted.shapes))
+        else:
+            raise InputError(
+                f"{self.source} has no example inputs: give --data, whose first sample is taken, or "
+                f"--shape {needed[0] if needed else 'input'}:1x3x224x224, or let the factory return "
+                "(module, example_inputs)."
+            )
+        refused: list[Exception] = []
+        for example in found:
+            try:
+                called_with(module, example)
+            except (InputError, MemoryError):
+                raise
+            except Exception as error:  # whatever the user's module raises
+                refused.append(error)
+                continue
+            return example
+        shown = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in found[0].items())
+        raise InputError(
+            f"{self.source} does not run on the first sample ({shown}): {why(refused[0]).says}. Give samples as the "
+            "module gets them, or example inputs: a factory that returns (module, example_inputs)."
+        )
 
 
 def factory_of(text: str) -> Origin:
     """The module that `factory()` of `package.module` returns, or (module, example inputs).
 
-    The current folder is searched first, as by `python -m`.
+    The current folder is searched first, as by `python -m`. What is found may be a module itself, too.
 
     Raises:
         InputError: no such module or callable, it fails, or it gives no module; a package that is missing is named.
         MissingRuntimeError: torch is not installed.
     """
-    raise NotImplementedError
+    module_name, _, name = text.removeprefix("torch:").partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), *name.split("."))):
+        raise InputError(
+            f"{text} names no factory: it must look like {FORM}, with Python's names of a module and in it."
+        )
+    torch = torch_here()
+    found = _named(module_name, name, text)
+    if not isinstance(found, torch.nn.Module | torch.export.ExportedProgram):
+        if not callable(found):
+            raise InputError(
+                f"{name} of {module_name} is a {type(found).__name__}: a function that returns a module is needed."
+            )
+        with _users_code(f"{text} failed"):
+            found = found()
+    example = None
+    if isinstance(found, tuple | list) and len(found) == 2:
+        found, example = found
+    if not isinstance(found, torch.nn.Module | torch.export.ExportedProgram):
+        raise InputError(
+            f"{text} returned a {type(found).__name__}; a torch.nn.Module is needed, or (module, example_inputs)."
+        )
+    return FromTorch(module=found, example=example, stem=name.rpartition(".")[2], source=text)
 
 
 def program_of(text: str) -> Origin:
@@ -24,4 +130,52 @@ def program_of(text: str) -> Origin:
         InputError: no such file, or it is none.
         MissingRuntimeError: torch is not installed.
     """
-    raise NotImplementedError
+    torch, path = torch_here(), Path(text)
+    if not path.is_file():
+        raise InputError(f"No such file: {path}. Give one that torch.export.save wrote.")
+    try:
+        with quiet():
+            found = torch.export.load(str(path))
+    except Exception as error:  # whatever torch raises
+        raise InputError(
+            f"Cannot read {path}: it is no ExportedProgram that torch {torch.__version__} reads ({why(error).says}). "
+            "Write it again with torch.export.save(torch.export.export(module, example_inputs), path)."
+        ) from error
+    return FromTorch(module=found, example=None, stem=path.stem, source=path.name)
+
+
+def _named(module_name: str, name: str, text: str) -> Any:
+    """What a module of the user's own calls so."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        with _users_code(f"Cannot import {module_name}, of {text}"):
+            found: Any = importlib.import_module(module_name)
+    except InputError as error:
+        lost = getattr(error.__cause__, "name", None) if isinstance(error.__cause__, ModuleNotFoundError) else None
+        if lost is not None and f"{module_name}.".startswith(f"{lost}."):
+            raise InputError(
+                f"No module {lost!r} for {text}: neither in the current folder nor installed. Run in the folder that "
+                "the module's name starts from."
+            ) from None
+        raise
+    for part in name.split("."):
+        if not hasattr(found, part):
+            there = [n for n, v in vars(found).items() if callable(v) and not n.startswith("_")]
+            raise InputError(f"No {part!r} in {module_name}, of {text}: it has {', '.join(there[:12]) or 'none'}.")
+        found = getattr(found, part)
+    return found
+
+
+@contextmanager
+def _users_code(doing: str) -> Iterator[None]:
+    """Run what the user wrote; whatever it raises, `sys.exit` too, becomes an InputError that says what and where."""
+    try:
+        with quiet():
+            yield
+    except (InputError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        found = why(error)
+        fix = found.fix or "It must be callable without arguments and return a torch.nn.Module."
+        raise InputError(f"{doing}: {found.says}. {fix}") from error

@@ -6,13 +6,15 @@ A new kind is a line of `KINDS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from qdq.frontend.exported import Dynamic, Exported
+from calib_data import Samples
+from qdq.frontend.exported import TOLERANCE, Dynamic, Exported
+from qdq.model.model import Model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,18 +22,22 @@ class Wanted:
     """How an origin is exported.
 
     Attributes:
-        data: text of --data: its first sample is the example where the origin has none, and the ONNX file is compared
-            with the original on the first ones; None where there is none.
+        data: text of --data: its first sample is the example where the origin has none; None where there is none.
         volume: the recipe's `volume:` where data are images, else None.
+        shapes: input name -> shape, of random values that are the example where there are no data.
+        samples: opens the samples for the written file, on the first of which it is compared with the original; None
+            for the example alone.
         dynamic, opset, tolerance: as of `export_torch`.
         task: of `hf:` only.
     """
 
     data: str | None = None
     volume: Any = None
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    samples: Callable[[Model], Samples] | None = None
     dynamic: Dynamic | bool | None = None
     opset: int | None = None
-    tolerance: float = 1e-3
+    tolerance: float = TOLERANCE
     task: str | None = None
 
 

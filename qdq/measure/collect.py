@@ -29,6 +29,7 @@ from qdq.core.progress import Progress
 from qdq.core.resources import MemoryBudget
 from qdq.measure.checkpoint import Checkpoint
 from qdq.measure.histogram import BINS, Histogram
+from qdq.measure.inference.inputs import read_anew
 from qdq.measure.inference.magnitudes import Magnitude, WatchedSession
 from qdq.measure.inference.memory import passes, peak, tensor_bytes
 from qdq.measure.inference.samples import (
@@ -67,7 +68,8 @@ def collect(
     Args:
         model: the prepared model that the plan was made for.
         plan: names the tensors.
-        samples: input name -> array, or a batch of samples; shapes may differ. Read one at a time; several times where
+        samples: input name -> array, or a batch of samples; shapes may differ; or what `as_samples` takes. Read one at
+            a time; several times where
             the tensors do not fit the budget, else once (and the first sample twice); once more where a checkpoint is
             there to go on from.
         provider: ONNX Runtime provider, "cpu" or "cuda".
@@ -89,6 +91,7 @@ def collect(
         StaleFileError: the plan or the checkpoint belongs to something else.
     """
     plan.check(model)
+    samples = read_anew(samples, model)
     names = list(dict.fromkeys(p.tensor for p in plan.activations))
     parts = checkpoint.load() if checkpoint else ()
     known = {name for part in parts for name in part.tensors}

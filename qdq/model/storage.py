@@ -17,6 +17,7 @@ from engines.core.files import new_files, regular
 from engines.core.load import settle
 from engines.core.nodes import all_graphs, bodies
 from qdq.core.errors import InputError, ModelError
+from qdq.core.files import how_to_export
 from qdq.model.accept import accept
 from qdq.model.external import (
     IN_FILE_LIMIT,
@@ -218,7 +219,9 @@ def is_quantized(model: Model) -> bool:
 
 
 def _read(path: Path) -> bytes:
-    fix = "Give the path of an .onnx file."
+    fix = how_to_export(str(path)) or "Give the path of an .onnx file."
+    if how_to_export(str(path)):
+        raise ModelError(f"Cannot read {path}: it is no ONNX file. {fix}")
     if path.is_dir():
         raise ModelError(f"Cannot read {path}: it is a folder, not a model. {fix}")
     try:

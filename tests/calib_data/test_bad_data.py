@@ -226,8 +226,8 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
     ("body", "words"),
     [
         ("def samples(): return []", "No samples & yielded none & anew at each call"),
-        ("def samples(): return 3", "returned int & iterable of dicts"),
-        ("def samples(): yield np.ones(3)", "sample 0 is a ndarray & dict"),
+        ("def samples(): return 3", "is a int & iterable of dicts"),
+        ("def samples(): yield np.ones(3)", "Wrong rank & sample 0"),
         ("def samples(): yield {'image': [[1.0], [1.0, 2.0]]}", "sample 0 is not an array"),
         ("def samples(): yield {'image': np.ones((1, 2, 4))}; yield {'imag': 1}", "sample 1 & Did you mean 'image'"),
         ("def sample(): yield 1", "No function 'samples' & it has sample;"),
@@ -245,8 +245,7 @@ def test_function_file_missing_or_generator_used_up(tmp_path: Path) -> None:
     body = "import numpy as np\nONCE = iter([{'image': np.ones((1, 2, 4))}])\ndef samples(): return ONCE"
     (tmp_path / "source.py").write_text(body)
     samples = open_samples(f"{tmp_path / 'source.py'}:samples", [IMAGE])
-    assert len(list(samples)) == 1
-    with pytest.raises(DataError, match="used up"):
+    with pytest.raises(DataError, match="used up"):  # by the look at its first sample
         list(samples)
     with pytest.raises(DataError, match="used up"):
         samples.shapes()

@@ -102,6 +102,51 @@ class BuildAnswer(Document, frozen=True, kw_only=True):
     warnings: tuple[str, ...]
 
 
+class OutputApart(Part, frozen=True, kw_only=True):
+    """An output of an exported file against its source, over all samples compared.
+
+    Attributes:
+        largest: difference, in the output's unit; of whole numbers the part that differs.
+        relative: that over the output's largest magnitude.
+        sqnr_db: signal to noise ratio; None where nothing differs.
+    """
+
+    largest: float
+    relative: float
+    sqnr_db: float | None
+
+
+class ExportAnswer(Document, frozen=True, kw_only=True):
+    """What `export` wrote.
+
+    Attributes:
+        model: the ONNX file.
+        source: what it was exported from.
+        exporter, framework: that wrote it, and with which version of what.
+        opset: of the file.
+        inputs, outputs: names.
+        dynamic: input -> axis -> name of a size that is open.
+        errors: by output.
+        samples: how many were compared.
+        notes: what else a person must know.
+    """
+
+    FORMAT: ClassVar[str] = "qdq.exported/1"
+    MAKE: ClassVar[str] = "qdq export --json"
+
+    model: str
+    source: str
+    exporter: str
+    framework: str
+    opset: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dynamic: dict[str, dict[int, str]]
+    errors: dict[str, OutputApart]
+    samples: int
+    notes: tuple[str, ...]
+
+
 class SegmentAnswer(Document, frozen=True, kw_only=True):
     """What `segment` wrote: files in a folder, by name; and what else a person must know."""
 

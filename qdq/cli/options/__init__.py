@@ -20,15 +20,30 @@ from qdq.cli.options.listed import (
     compiler_names as compiler_names,
 )
 from qdq.cli.options.listed import (
-    data_forms,
-    setting,
-    targets,
+    data_forms as data_forms,
 )
 from qdq.cli.options.listed import (
     gpu_names as gpu_names,
 )
 from qdq.cli.options.listed import (
+    setting,
+    targets,
+)
+from qdq.cli.options.listed import (
     tasks as tasks,
+)
+from qdq.cli.options.origin import (
+    MODEL as MODEL,
+)
+from qdq.cli.options.origin import (
+    as_onnx as as_onnx,
+)
+from qdq.cli.options.origin import (
+    dynamic_option,
+    opset_option,
+)
+from qdq.cli.options.origin import (
+    wanted_of as wanted_of,
 )
 from qdq.cli.options.read import (
     RANDOM_NOTE as RANDOM_NOTE,
@@ -180,6 +195,14 @@ memory_option = click.option(
 )
 
 
+def _limit(context: click.Context, _: click.Parameter, count: int | None) -> None:
+    """Let every source that the verb opens give so many samples at most."""
+    from calib_data.elements import limiting
+
+    if count is not None:
+        context.with_resource(limiting(count))
+
+
 def _trust(context: click.Context, _: click.Parameter, yes: bool) -> None:
     """Let a bundle run its code, for the whole verb. No recipe can say so."""
     if yes:
@@ -224,9 +247,18 @@ image_options = _options(
         help="Call images by the keyed hash (HMAC) of their names with this key; default: a key of this run.",
     ),
 )
+max_samples_option = click.option(
+    "--max-samples",
+    type=click.IntRange(1),
+    metavar="N",
+    expose_value=False,
+    callback=_limit,
+    help="Use the first N samples of each source only; needed for a function that never ends.",
+)
 data_options = _options(
     memory_option,
     click.option("--data", cls=Listed, names=data_forms, help="Read samples from {names}."),
+    max_samples_option,
     image_options,
     click.option("--random-data", type=int, metavar="N", help="Make N random samples in place of --data."),
 )
@@ -282,6 +314,8 @@ overlap_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON to standard output.")
 model_argument = click.argument("model", type=PATH)
+any_model_argument = click.argument("model", type=PATH, metavar=MODEL)
+export_options = _options(dynamic_option, opset_option)
 
 
 custom_ops_option = click.option(

@@ -17,6 +17,7 @@ ANSWERS = {
     "data": "DataAnswer",
     "error": "ErrorAnswer",  # of any verb
     "explained": "ExplainAnswer",
+    "exported": "ExportAnswer",
     "gpu": "GpuAnswer",
     "help": "HelpAnswer",
     "page": "PageAnswer",

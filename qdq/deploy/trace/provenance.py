@@ -19,6 +19,7 @@ from engines.core.files import sha256_file
 from qdq.build.recipe import Recipe
 from qdq.deploy.report.report import DeployReport
 from qdq.deploy.trace.host import Host, moment, packages
+from qdq.frontend.exported import Exported
 from qdq.model.model import Model
 
 NAME = "provenance.json"
@@ -41,6 +42,39 @@ class DataSet(Part, frozen=True, kw_only=True):
 
     samples: int | None
     sha256: str | None
+
+
+class ExportedFrom(Part, frozen=True, kw_only=True):
+    """What the float model was exported from.
+
+    Attributes:
+        source: as the command names it, without folders.
+        exporter: that wrote the file: torch.export or TorchScript; "" where there was none.
+        framework: with its version.
+        opset: of the file.
+        samples: how many the file was compared on with its source.
+        relative_error: by output, the largest difference over its largest magnitude; of whole numbers the part that
+            differs.
+    """
+
+    source: str
+    exporter: str
+    framework: str
+    opset: int
+    samples: int
+    relative_error: dict[str, float]
+
+    @classmethod
+    def of(cls, exported: Exported) -> ExportedFrom:
+        """The record of an export."""
+        return cls(
+            source=exported.source,
+            exporter=exported.exporter,
+            framework=exported.framework,
+            opset=exported.opset,
+            samples=exported.samples,
+            relative_error={error.name: error.relative for error in exported.errors},
+        )
 
 
 class CompilerUsed(Part, frozen=True, kw_only=True):
@@ -102,6 +136,7 @@ class Provenance(Document, frozen=True, kw_only=True):
         created: UTC, ISO 8601; SOURCE_DATE_EPOCH replaces the clock.
         command: words of the command line, files by name, data and folders hidden; empty from Python.
         model: the float model.
+        exported: what that was exported from; None where it was given as an ONNX file.
         calibration: samples.
         evaluation: samples; None where those of the calibration were used.
         overlap: evaluation samples that are calibration samples too.
@@ -122,6 +157,7 @@ class Provenance(Document, frozen=True, kw_only=True):
     created: str
     command: tuple[str, ...]
     model: File
+    exported: ExportedFrom | None = None
     calibration: DataSet
     evaluation: DataSet | None
     overlap: int
@@ -146,6 +182,7 @@ def provenance_of(
     calibration: DataSet,
     evaluation: DataSet | None,
     command: Sequence[str],
+    exported: Exported | None = None,
 ) -> Provenance:
     """Of a folder that holds all other results.
 
@@ -158,6 +195,7 @@ def provenance_of(
         calibration: samples.
         evaluation: samples; None: those of the calibration.
         command: as of `command_of`.
+        exported: where the float model was exported.
 
     Raises:
         InputError: SOURCE_DATE_EPOCH is no time.
@@ -168,6 +206,7 @@ def provenance_of(
         created=moment(),
         command=tuple(command),
         model=File(name=name, sha256=model.sha256),
+        exported=ExportedFrom.of(exported) if exported else None,
         calibration=calibration,
         evaluation=evaluation,
         overlap=report.overlap,

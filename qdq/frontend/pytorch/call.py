@@ -103,9 +103,9 @@ def parameter_names(module: Any) -> tuple[list[str], bool]:
     return needed or [p.name for p in plain], any(p.kind is kinds.VAR_KEYWORD for p in parameters)
 
 
-def accepted_names(module: Any) -> set[str]:
+def accepted_names(module: Any) -> list[str]:
     """All names that `forward` declares."""
-    return set(_signature(module).parameters)
+    return list(_signature(module).parameters)
 
 
 def named_tensors(returned: Any, label: str) -> tuple[list[tuple[str, Any]], list[str]]:

@@ -20,7 +20,7 @@ from qdq.core.errors import InputError
 from qdq.frontend.pytorch.axes import Axes
 from qdq.frontend.pytorch.flat import INNER
 from qdq.frontend.pytorch.libraries import torch_here
-from qdq.frontend.pytorch.refused import in_user_code
+from qdq.frontend.pytorch.refused import in_user_code, is_users
 
 # Operators of torch that give other values each time; dropout and others are looked at with their arguments.
 _RANDOM = re.compile(r"^aten\.(rand|randn|randint|randperm|bernoulli|multinomial|normal|poisson|exponential|rrelu)\b")
@@ -128,7 +128,7 @@ def write_traced(
             output_names=list(outputs),
             dynamic_axes={name: dict(each) for name, each in zip(inputs, axes, strict=True) if each},
         )
-    baked = [w for w in said if "to a Python boolean" in str(w.message)]
+    baked = [w for w in said if "to a Python boolean" in str(w.message) and is_users(w.filename)]
     if baked:
         places = sorted({f"{Path(w.filename).name} line {w.lineno}" for w in baked})
         yield (
@@ -149,7 +149,7 @@ def require_fixed_file(file: Path, label: str) -> None:
         dropped = node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]
         if node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial") or training or dropped:
             raise InputError(
-                f"Cannot export {label}: in eval mode it still computes a {node.op_type} ({node.name}) that gives other "
-                "values each time, or statistics of the batch it gets. Draw no random numbers and use the trained "
+                f"Cannot export {label}: in eval mode it still computes a {node.op_type} ({node.name}) that gives "
+                "other values each time, or takes statistics of its batch. Draw no random numbers and use the trained "
                 "statistics in eval mode."
             )

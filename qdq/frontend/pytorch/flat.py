@@ -13,9 +13,9 @@ INNER = "module"  # what the wrapped module is called in names of weights and no
 
 def flat(module: Any, call: Call, label: str) -> Any:
     """The torch.nn.Module that calls `module` so; its weights are those of the module, not copies."""
-    torch = torch_here()
+    base: Any = torch_here().nn.Module
 
-    class Flat(torch.nn.Module):  # type: ignore[misc]  # torch is known at run time only
+    class Flat(base):  # type: ignore[misc]  # torch is known at run time only
         def __init__(self) -> None:
             super().__init__()
             self.add_module(INNER, module)

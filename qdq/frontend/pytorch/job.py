@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from qdq.frontend.pytorch.call import Call, named_tensors
 from qdq.frontend.pytorch.flat import flat
 from qdq.frontend.pytorch.libraries import torch_here
 from qdq.frontend.pytorch.refused import Why
-from qdq.frontend.pytorch.state import placed
+from qdq.frontend.pytorch.state import at_rest, placed
 
 LARGE = 1_500_000_000  # bytes of weights that do not go into the ONNX file itself, which ends at 2 GiB
 STEADY = 1e-3  # relative, of two runs on the same inputs
@@ -64,13 +64,13 @@ class Job:
     @property
     def scripted(self) -> bool:
         """Whether TorchScript keeps its control flow."""
-        return isinstance(self.module, torch_here().jit.ScriptModule)
+        return isinstance(self.module, torch_here().jit.ScriptModule) is True
 
     @property
     def external(self) -> bool:
         """Whether its weights go beside the file."""
         weights = (*self.module.parameters(), *self.module.buffers())
-        return sum(w.numel() * w.element_size() for w in {id(w): w for w in weights}.values()) > LARGE
+        return int(sum(w.numel() * w.element_size() for w in {id(w): w for w in weights}.values())) > LARGE
 
     @property
     def traceable(self) -> Any:
@@ -124,3 +124,12 @@ def _array(tensor: Any) -> np.ndarray:
 def _largest(values: np.ndarray) -> float:
     finite = np.abs(values[np.isfinite(values)]) if values.dtype.kind == "f" else np.zeros(0)
     return float(finite.max(initial=0.0))
+
+
+def called_with(module: Any, example: Mapping[str, np.ndarray]) -> None:
+    """Run a module at rest on arrays by name; raises whatever it raises."""
+    torch = torch_here()
+    with at_rest(module):
+        names = list(example)
+        tensors = placed(module, [torch.from_numpy(np.array(example[name])) for name in names])
+        module(**dict(zip(names, tensors, strict=True)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -26,7 +27,23 @@ def torch_here() -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Warnings of torch's own code are not shown, and what it prints goes to standard error."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+    """Warnings of torch's own code are not shown, and what it prints, in C++ too, goes to standard error."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), _descriptor_to(2, 1):
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def _descriptor_to(target: int, source: int) -> Iterator[None]:
+    """What is written to one file descriptor of the process goes to another."""
+    try:
+        before = os.dup(source)
+        os.dup2(target, source)
+    except OSError:  # one of them is closed
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.dup2(before, source)
+        os.close(before)

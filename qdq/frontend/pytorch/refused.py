@@ -59,7 +59,10 @@ def why(error: BaseException) -> Why:
         )
     if _ONE_SIZE.search(text):
         return Why(
-            says=f"its code takes no other size than the example's{where}", fix="Leave that size fixed.", fixed=True
+            says=f"its code takes no other size than the example's{where}",
+            fix="Leave that size fixed.",
+            traced=True,
+            fixed=True,
         )
     if _COMPLEX.search(text):
         return Why(
@@ -69,8 +72,7 @@ def why(error: BaseException) -> Why:
     if _DATA.search(text):
         return Why(
             says=f"what it computes, or the size of it, depends on values of a tensor{where}",
-            fix="Use torch.where or torch.cond in place of Python's if, while or item(), or script it: "
-            "torch.jit.script(module).",
+            fix="Use torch.where or torch.cond in place of Python's if, while or item().",
         )
     if found := _OPERATOR.search(text):
         return Why(
@@ -89,16 +91,16 @@ def why(error: BaseException) -> Why:
 
 def in_user_code(text: str) -> str:
     """The last place in a stack trace's text that is in no installed package: "nets.py line 12"; "" where none is."""
-    found = [(path, line) for path, line in _FRAME.findall(text) if _users(path)]
+    found = [(path, line) for path, line in _FRAME.findall(text) if is_users(path)]
     return f"{Path(found[-1][0]).name} line {found[-1][1]}" if found else ""
 
 
 def _raised_in(error: BaseException) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if _users(f.filename)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
     return f"{Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
 
 
-def _users(path: str) -> bool:
+def is_users(path: str) -> bool:
     """Whether a file is the user's: not of a package, of Python or of this program, and no code made on the way."""
     parts = Path(path).parts
     own = Path(__file__).resolve().parents[2]

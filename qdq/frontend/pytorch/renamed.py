@@ -104,8 +104,10 @@ def _open_sizes(graphs: Sequence[GraphProto], axes: Mapping[str, Mapping[int, st
     for info in graphs[0].input:
         for axis, dim in enumerate(info.type.tensor_type.shape.dim):
             if dim.dim_param and dim.dim_param not in words:
-                name = axes.get(info.name, {}).get(axis) or ("batch" if axis == 0 else f"{info.name}_{axis}")
-                words[dim.dim_param] = _free(name, set(words.values()))
+                asked = axes.get(info.name, {}).get(axis)
+                words[dim.dim_param] = asked or _free(
+                    "batch" if axis == 0 else f"{info.name}_{axis}", set(words.values())
+                )
     for info in _infos(graphs):
         for dim in info.type.tensor_type.shape.dim:
             if dim.dim_param:
