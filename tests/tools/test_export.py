@@ -29,7 +29,7 @@ SMALL = {  # of each script
     "transunet": f"{SMALL_VOLUME} --widths 4 8 --hidden 16 --layers 1 --heads 2 --mlp 32",
     "plain_conv_unet": f"{SMALL_VOLUME} --widths 4 8 --convolutions 1",
     "residual_encoder_unet": f"{SMALL_VOLUME} --widths 4 8 --blocks 1 1",
-    "dynunet": f"{SMALL_VOLUME} --widths 4 8",
+    "dynunet": f"{SMALL_VOLUME} --widths 4 8 8",
     "resnet50": "--size 64 --classes 3 --model resnet18",
     "vit": "--size 32 --tile 16 --layers 1 --heads 2 --hidden 32 --mlp 32 --classes 3",
     "yolo": "--size 64",
