@@ -1,6 +1,6 @@
 """The networks of tools/export, each from its script through `qdq deploy` for both compilers, beside published figures.
 
-    python tools/bench_export.py FOLDER [NAME ...] [--python PYTHON] [--compiles N] [--skip rtx] [--results RESULTS.md]
+    python tools/bench_export.py FOLDER [NAME ...] [--python PYTHON] [--compiles N] [--skip rtx] [--show]
 
 A script writes FOLDER/<name>.onnx with fresh weights and two samples, in an environment with torch (--python); `qdq
 deploy --tune rewrites` then puts INT8 wherever a compiler takes it, for an RTX 4090 (TensorRT-RTX) and an A100
@@ -101,7 +101,7 @@ def made(call: str, compiler: str, given: argparse.Namespace) -> dict[str, Any]:
     return {
         "fp32_bytes": report["float_file_bytes"],
         "int8_bytes": report["int8_file_bytes"],
-        "fp32_us": fp32_us(model, compiler),
+        "fp32_us": tuning["fp32_us"] or fp32_us(model, compiler),
         "fp16_us": tuning["unquantized_us"],
         "int8_us": tuning["predicted_us"],
         "share": audit and audit["int8_share"],
@@ -153,9 +153,10 @@ def main() -> None:
     parser.add_argument("--compiles", type=int, default=12, help="of the search for the best rewrites; default 12")
     parser.add_argument("--skip", action="append", default=[], choices=tuple(GPUS), help="a compiler; repeatable")
     parser.add_argument("--limit", type=float, default=3600, help="seconds for a script or a deployment; default 3600")
+    parser.add_argument("--show", action="store_true", help="print what is there, and make nothing")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    for call in given.names or names():
+    for call in () if given.show else given.names or names():
         for compiler in GPUS:
             path = given.folder / f"{call.split()[0]}.{compiler}.figures.json"
             if compiler in given.skip or (path.exists() and "failed" not in json.loads(path.read_text())):

@@ -23,13 +23,13 @@ SMALL_LANGUAGE = "--length 16 --vocab 60 --layers 1 --heads 2 --hidden 32"
 SMALL = {  # of each script
     "unet": f"{SMALL_VOLUME} --widths 4 8",
     "segresnet": f"{SMALL_VOLUME} --width 8 --down 1 1 --up 1",
-    "swinunetr": "--patch 32 32 32 --classes 2 --width 12 --depths 1 1 1 1",
+    "swinunetr": "--patch 64 32 32 --classes 2 --width 12 --depths 1 1 1 1",
     "unetr": f"{SMALL_VOLUME} --width 4 --hidden 24 --mlp 24 --heads 2",
     "attention_unet": f"{SMALL_VOLUME} --widths 4 8",
     "transunet": f"{SMALL_VOLUME} --widths 4 8 --hidden 16 --layers 1 --heads 2 --mlp 32",
     "plain_conv_unet": f"{SMALL_VOLUME} --widths 4 8 --convolutions 1",
     "residual_encoder_unet": f"{SMALL_VOLUME} --widths 4 8 --blocks 1 1",
-    "dynunet": f"{SMALL_VOLUME} --widths 4 8",
+    "dynunet": f"{SMALL_VOLUME} --widths 4 8 8",
     "resnet50": "--size 64 --classes 3 --model resnet18",
     "vit": "--size 32 --tile 16 --layers 1 --heads 2 --hidden 32 --mlp 32 --classes 3",
     "yolo": "--size 64",
@@ -109,6 +109,29 @@ def test_a_checkpoint_gives_its_weights_however_it_is_nested(
     assert run("transunet", *said, *sizes) == 0
     kept = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "x.onnx").graph.initializer}
     assert np.array_equal(kept["head.weight"], network.head.weight.detach().numpy())
+
+
+@torch_too
+def test_a_part_of_a_checkpoint_is_found_under_its_prefix(
+    tools: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'qdq[torch]'")
+    common = tools("common")
+
+    class Tied(torch.nn.Module):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4, bias=False)
+            self.head.weight = self.inner.weight
+
+    whole, part = Tied(), torch.nn.Linear(4, 4)
+    torch.save({f"model.{name}": value for name, value in whole.state_dict().items()}, tmp_path / "whole.pt")
+    torch.save(part.state_dict(), tmp_path / "part.pt")
+    common.load(part, tmp_path / "whole.pt")
+    assert torch.equal(part.weight, whole.inner.weight) and "1 weights in it belong" in capsys.readouterr().out
+    before = torch.load(tmp_path / "part.pt")
+    common.load(other := Tied(), tmp_path / "part.pt")  # the head is the same matrix
+    assert torch.equal(other.head.weight, before["weight"])
 
 
 @torch_too

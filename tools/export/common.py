@@ -212,6 +212,8 @@ def weights_of(path: Path) -> dict[str, Any]:
     """
     import torch
 
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file")
     scalars = [np.core.multiarray.scalar if np.__version__ < "2" else np._core.multiarray.scalar, np.dtype]
     scalars += [type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")]
     try:
@@ -230,14 +232,33 @@ def weights_of(path: Path) -> dict[str, Any]:
     return weights
 
 
+def part_of(weights: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights under the network's names, where it is a part of what was saved, or what was saved a part of it.
+
+    So Whisper's encoder is found under `model.encoder.`, and GPT-2 without its head belongs under `transformer.`.
+    """
+    first = next(iter(own))
+    forms = [dict(weights)]
+    for name in weights:
+        if name.endswith(f".{first}"):
+            prefix = name.removesuffix(first)
+            forms.append({n.removeprefix(prefix): value for n, value in weights.items() if n.startswith(prefix)})
+        elif first.endswith(f".{name}"):
+            forms.append({first.removesuffix(name) + n: value for n, value in weights.items()})
+    return max(forms, key=lambda form: len(own.keys() & form.keys()))
+
+
 def load(network: Any, path: Path) -> None:
     """Give a network the weights of a checkpoint.
 
     Raises:
         BadInput: a weight is missing, too many or of another shape.
     """
-    weights, own = weights_of(path), network.state_dict()
-    missing, left = [name for name in own if name not in weights], [name for name in weights if name not in own]
+    own, saved = network.state_dict(), weights_of(path)
+    weights = part_of(saved, own)
+    tied = {own[name].data_ptr() for name in own if name in weights}  # a head that is the table of words
+    missing = [name for name in own if name not in weights and own[name].data_ptr() not in tied]
+    left = [name for name in weights if name not in own]
     shapes = [
         f"{name} is {tuple(weights[name].shape)}, needs {tuple(own[name].shape)}"
         for name in own
@@ -249,7 +270,9 @@ def load(network: Any, path: Path) -> None:
         raise BadInput(
             f"{path}: these weights do not fit the network ({'; '.join(said)}). Give the options it was trained with"
         )
-    network.load_state_dict(weights)
+    network.load_state_dict(weights, strict=False)
+    if len(weights) < len(saved):
+        print(f"{path.name}: {len(saved) - len(weights)} weights in it belong to other parts than this network")
 
 
 def settle(network: Any, sample: Sample) -> None:
