@@ -26,8 +26,7 @@ from node_tests import RANDOM, collected
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from engines.core import arithmetic
-from engines.core import onnx_runtime as ort
+from engines.core import arithmetic, onnx_runtime as ort
 from engines.core.nodes import all_nodes, all_tensors, bodies
 from engines.core.operators import CONTRACTIONS
 from engines.core.shapes import inferred

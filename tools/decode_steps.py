@@ -24,8 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.core import arithmetic
-from engines.core import onnx_runtime as ort
+from engines.core import arithmetic, onnx_runtime as ort
 from engines.verify.sums import decibels
 
 DRIFT_DB = 3.0

@@ -34,8 +34,7 @@ import onnx.inliner as inliner
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper
 
-from engines.core import fp4
-from engines.core import onnx_runtime as ort
+from engines.core import fp4, onnx_runtime as ort
 from engines.core.errors import EngineError
 from engines.core.files import read_file
 from engines.core.load import settle

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.core import arithmetic
-from engines.core import onnx_runtime as ort
+from engines.core import arithmetic, onnx_runtime as ort
 from engines.core.errors import EngineError, OutOfMemoryError, import_runtime
 from engines.runtime.arrays import Array, OnGpu, TensorSpec
 from engines.verify.covered import HeldModel

@@ -237,8 +237,7 @@ def segment(
     """
     from calib_data import open_samples
     from qdq.deploy.volumes.forms import case_map, dicom_seg
-    from qdq.deploy.volumes.segment import opened
-    from qdq.deploy.volumes.segment import segment as segmented
+    from qdq.deploy.volumes.segment import opened, segment as segmented
 
     recipe = options.recipe_of(given)
     if write_map:

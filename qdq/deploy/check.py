@@ -14,8 +14,7 @@ from calib_data import Samples
 from engines.backends.backend import Running, backend_named
 from engines.backends.doctor import gpus
 from engines.backends.layers import LayerTable
-from engines.core import arithmetic
-from engines.core import onnx_runtime as ort
+from engines.core import arithmetic, onnx_runtime as ort
 from engines.core.documents import replace
 from engines.core.errors import EngineError
 from engines.core.files import sha256_file

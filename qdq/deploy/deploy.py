@@ -46,8 +46,7 @@ from qdq.deploy.steps.compiled import compiled
 from qdq.deploy.steps.judged import judged
 from qdq.deploy.steps.shipped import file_bytes, written
 from qdq.deploy.trace.host import moment
-from qdq.deploy.trace.provenance import NAME as TRACED
-from qdq.deploy.trace.provenance import DataSet, provenance_of
+from qdq.deploy.trace.provenance import NAME as TRACED, DataSet, provenance_of
 from qdq.deploy.volumes.evaluate import require_volumes
 from qdq.deploy.volumes.inference import inference_of
 from qdq.deploy.volumes.slices import Keeper

@@ -10,19 +10,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from onnx import GraphProto, NodeProto
 
 from engines.core import fp4
-from engines.core.nodes import all_graphs as all_graphs
-from engines.core.nodes import all_nodes as all_nodes
-from engines.core.nodes import all_tensors as all_tensors
-from engines.core.nodes import attribute as attribute
-from engines.core.nodes import attribute_value as attribute_value
-from engines.core.nodes import bodies as bodies
-from engines.core.nodes import captured as captured
-from engines.core.nodes import constant_tensor as constant_tensor
-from engines.core.nodes import factor as factor
-from engines.core.nodes import input_axis as input_axis
-from engines.core.nodes import ints as ints
-from engines.core.nodes import reads as reads
-from engines.core.nodes import weight_axis as weight_axis
+from engines.core.nodes import (
+    all_graphs as all_graphs,
+    all_nodes as all_nodes,
+    all_tensors as all_tensors,
+    attribute as attribute,
+    attribute_value as attribute_value,
+    bodies as bodies,
+    captured as captured,
+    constant_tensor as constant_tensor,
+    factor as factor,
+    input_axis as input_axis,
+    ints as ints,
+    reads as reads,
+    weight_axis as weight_axis,
+)
 from engines.core.operators import WEIGHTED as WEIGHTED
 from engines.core.shapes import without_initializers as without_initializers
 

@@ -25,8 +25,7 @@ from qdq.passes.rewrites import USUAL_REWRITES, applied, why_not_for
 from qdq.plan import tables, tensorrt_rules
 from qdq.plan.groups import united
 from qdq.plan.plan import Plan, Point, Role, Skip
-from qdq.plan.rules import RULES as COMMON
-from qdq.plan.rules import Tie, Veto, Want, check_patterns, why_float
+from qdq.plan.rules import RULES as COMMON, Tie, Veto, Want, check_patterns, why_float
 from qdq.plan.settings import Settings
 
 RULES = (*COMMON, *tensorrt_rules.RULES, tables.table)

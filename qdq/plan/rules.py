@@ -23,8 +23,7 @@ from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, attribute, bodies, controlled_nodes, controls, input_axis, weight_axis
 from qdq.passes.rewrites.attention.scores import attends
 from qdq.plan.block_length import best
-from qdq.plan.choice import FLOATS as UNQUANTIZED
-from qdq.plan.choice import FP32
+from qdq.plan.choice import FLOATS as UNQUANTIZED, FP32
 from qdq.plan.scheme import Scheme
 from qdq.plan.settings import AUTO, FLOAT, WHOLE, WORTH, Settings
 from qdq.plan.spec import Spec

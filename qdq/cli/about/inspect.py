@@ -211,8 +211,7 @@ def schema(name: str | None, as_json: bool) -> None:
 
     Every JSON file and every answer to --json has the key "schema": its name here and its version.
     """
-    from qdq.deploy.report.schemas import schema as schema_of
-    from qdq.deploy.report.schemas import versions
+    from qdq.deploy.report.schemas import schema as schema_of, versions
 
     if name is not None:
         show_json(json.dumps(schema_of(name), indent=1) + "\n")

@@ -15,76 +15,36 @@ import click
 
 from qdq.cli.options.folder import (
     asked_of as asked_of,
-)
-from qdq.cli.options.folder import (
     folder_options,
-)
-from qdq.cli.options.folder import (
     hf_tasks as hf_tasks,
-)
-from qdq.cli.options.folder import (
     keeping_samples as keeping_samples,
-)
-from qdq.cli.options.folder import (
     sources as sources,
 )
 from qdq.cli.options.listed import (
     Listed as Listed,
-)
-from qdq.cli.options.listed import (
     compiler_names as compiler_names,
-)
-from qdq.cli.options.listed import (
     data_forms as data_forms,
-    setting,
-)
-from qdq.cli.options.listed import (
     gpu_names as gpu_names,
-)
-from qdq.cli.options.listed import (
+    setting,
     targets as targets,
-)
-from qdq.cli.options.listed import (
     tasks as tasks,
 )
 from qdq.cli.options.origin import (
     MODEL as MODEL,
-)
-from qdq.cli.options.origin import (
     as_onnx as as_onnx,
-)
-from qdq.cli.options.origin import (
     dynamic_option,
     opset_option,
-)
-from qdq.cli.options.origin import (
     wanted_of as wanted_of,
 )
 from qdq.cli.options.read import (
     RANDOM_NOTE as RANDOM_NOTE,
-)
-from qdq.cli.options.read import (
     case_key_of as case_key_of,
-)
-from qdq.cli.options.read import (
     note_left_out as note_left_out,
-)
-from qdq.cli.options.read import (
     recipe_of as recipe_of,
-)
-from qdq.cli.options.read import (
     recipe_of_mix as recipe_of_mix,
-)
-from qdq.cli.options.read import (
     recipe_of_plan as recipe_of_plan,
-)
-from qdq.cli.options.read import (
     recipe_values as recipe_values,
-)
-from qdq.cli.options.read import (
     require_mix as require_mix,
-)
-from qdq.cli.options.read import (
     samples_of as samples_of,
 )
 

@@ -21,8 +21,7 @@ from calib_data.sources import ArrayForm, ImageForm, form_of
 from calib_data.sources.function import PythonFunction
 from calib_data.volumes.samples import label_form
 from calib_data.volumes.spec import VolumeSpec
-from engines.core import arithmetic
-from engines.core import onnx_runtime as ort
+from engines.core import arithmetic, onnx_runtime as ort
 from engines.core.errors import EngineError
 from engines.verify.compare import OutputSums
 from engines.verify.meaning import FirstSample, meanings

@@ -15,8 +15,7 @@ import numpy as np
 
 from calib_data import Samples
 from engines.backends.layers import LayerTable
-from engines.core import arithmetic
-from engines.core import onnx_runtime as ort
+from engines.core import arithmetic, onnx_runtime as ort
 from engines.verify.report import OF_VOLUMES, Report
 from qdq.build.compiler import of_another
 from qdq.build.recipe import Recipe

@@ -26,8 +26,7 @@ from calib_data.volume import Grid, Volume
 from calib_data.volumes.case import Case
 from calib_data.volumes.prepare import prepared
 from calib_data.volumes.samples import CaseSamples, cases_of
-from engines.core.documents import DocumentError
-from engines.core.documents import replace as changed
+from engines.core.documents import DocumentError, replace as changed
 from engines.core.errors import OutOfMemoryError
 from engines.core.files import write_atomic
 from engines.verify.meaning import Graph

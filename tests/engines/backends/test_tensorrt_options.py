@@ -23,10 +23,10 @@ from engines.backends.tensorrt_options import (
     POOLS,
     REFUSED,
     TACTIC_SOURCES,
+    VERSIONS as HELD,
     TensorRtOptions,
     release,
 )
-from engines.backends.tensorrt_options import VERSIONS as HELD
 from engines.core.errors import BuildError, EngineError
 
 EVERYTHING: dict[str, Any] = {

@@ -15,8 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from places import ROOT, SHARED
 
-from engines.core import arithmetic
-from engines.core import onnx_runtime as ort
+from engines.core import arithmetic, onnx_runtime as ort
 from engines.core.arithmetic import Written, stand_in
 from engines.core.errors import EngineError
 from engines.core.operators import family

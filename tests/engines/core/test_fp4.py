@@ -10,8 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.core import fp4
-from engines.core import onnx_runtime as ort
+from engines.core import fp4, onnx_runtime as ort
 from engines.core.errors import EngineError
 from engines.core.macs import macs
 from engines.core.quantizers import code_name, read_graph

@@ -17,8 +17,7 @@ from places import ROOT
 from engines.backends.compiler import Engine
 from engines.backends.layers import LayerTable
 from engines.core.errors import MissingRuntimeError
-from engines.timing import events as events_module
-from engines.timing import machine
+from engines.timing import events as events_module, machine
 from engines.timing.driver import Driver
 from engines.timing.events import EventTimer
 from engines.timing.loaded import LoadedEngine

@@ -11,8 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engines.backends import rtx
 from engines.backends.layers import KernelTensor, Layer, LayerTable
-from engines.core import arithmetic
-from engines.core import onnx_runtime as ort
+from engines.core import arithmetic, onnx_runtime as ort
 from engines.verify.as_compiled import Roundings, roundings
 
 HALF = TensorProto.FLOAT16

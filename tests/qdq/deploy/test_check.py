@@ -24,8 +24,7 @@ from engines.core.errors import EngineError
 from engines.verify.compare import compare
 from qdq import Settings, evaluate, load, load_float, quantize, save
 from qdq.assemble.finish import finish
-from qdq.build import engine as build_engine
-from qdq.build import machine
+from qdq.build import engine as build_engine, machine
 from qdq.build.recipe import Recipe
 from qdq.cli.main import main
 from qdq.measure.inference.inputs import as_samples

@@ -14,8 +14,7 @@ from click.testing import CliRunner, Result
 from models import constant, images, save_samples, segmenter
 from onnx import TensorProto, helper
 
-from engines.core import arithmetic
-from engines.core import onnx_runtime as ort
+from engines.core import arithmetic, onnx_runtime as ort
 from engines.cost import predict as predict_module
 from qdq.assemble.held_out import ranked
 from qdq.build import engine

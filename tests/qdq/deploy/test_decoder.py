@@ -12,8 +12,7 @@ import pytest
 from decoder_graphs import llama, step
 from places import ROOT
 
-from engines.core import arithmetic
-from engines.core import onnx_runtime as ort
+from engines.core import arithmetic, onnx_runtime as ort
 from qdq.build.recipe import Recipe
 from qdq.deploy.deploy import Deployed, deploy
 from qdq.plan.settings import Settings

@@ -9,8 +9,7 @@ from fractions import Fraction
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, from_codes, to_codes

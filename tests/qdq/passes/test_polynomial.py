@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from graphs import node, run
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from onnx import TensorProto, helper
 
 from qdq.model.model import Model

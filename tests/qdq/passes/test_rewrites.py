@@ -15,8 +15,7 @@ import pytest
 from graphs import build, conv, node, normal, product, quantized, run, samples
 from transformer_graphs import PACKED, attention, gelu, grouped, layer_norm, mlp, packed, partition, windows
 
-from engines.core import arithmetic
-from engines.core import onnx_runtime as ort
+from engines.core import arithmetic, onnx_runtime as ort
 from qdq.assemble.precision.convert import convert
 from qdq.model.model import Model
 from qdq.passes import rewrites

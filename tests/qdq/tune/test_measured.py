@@ -25,8 +25,7 @@ from qdq.build.measured import bench as bench_module
 from qdq.build.measured.bench import LEAST_GAIN, Bench, Run, bench_of, priced_here, why_predicted
 from qdq.build.measured.forms import AS_BUILT, TimedForm, paired
 from qdq.build.recipe import Recipe
-from qdq.core.errors import InputError
-from qdq.core.errors import MissingRuntimeError as MissingQdqError
+from qdq.core.errors import InputError, MissingRuntimeError as MissingQdqError
 from qdq.model.model import Model
 from qdq.plan.settings import Settings
 from qdq.tune.measured.times import LISTED, as_built, measured

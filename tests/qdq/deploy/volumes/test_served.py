@@ -26,8 +26,7 @@ from calib_data.validation import DataError
 from calib_data.volumes.case import told
 from engines.backends.compiler import ShapeRange
 from engines.backends.doctor import gpus
-from engines.core import arithmetic
-from engines.core import onnx_runtime as ort
+from engines.core import arithmetic, onnx_runtime as ort
 from engines.core.documents import replace
 from engines.core.errors import EngineError, OutOfMemoryError
 from engines.runtime import predictor
