@@ -171,11 +171,13 @@ class HeldOutScore:
         return lambda number, _, names: {n: kept.read() for n, kept in self._kept[number].items() if n in names}
 
 
-def energies(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> tuple[float, float]:
+def energies(
+    expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], *, signal: bool = True
+) -> tuple[float, float]:
     """Of one sample: sum y^2 and sum (y - found)^2 over all finite outputs y, in float64; infinite if not finite.
 
     What is not finite in the float model, as the logarithm of a masked probability, is left out. An output of another
-    shape, which depends on values, counts as one of zeros.
+    shape, which depends on values, counts as one of zeros. Without `signal` the first sum is left out, as 0.
     """
     signals, noises = [], []
     for name, output in expected.items():
@@ -184,7 +186,8 @@ def energies(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
             part = slice(start, start + CHUNK)
             finite = np.isfinite(output.ravel()[part])
             y = output.ravel()[part][finite].astype(np.float64)
-            signals.append(float(np.sum(y**2)))
+            if signal:
+                signals.append(float(np.sum(y**2)))
             noises.append(float(np.sum((y - (0.0 if other is None else other[part][finite])) ** 2)))
     return _sum(signals), _sum(noises)
 

@@ -74,7 +74,6 @@ def tune(
                 *(model, data, random_data, recipe), sensitivity_file=sensitivity_file, output=output, on_progress=bars
             )
         plan.save(output)
-        _forget(output)
         if as_json:
             show_json(made.to_json())
         else:
@@ -139,6 +138,9 @@ def least_error(
     Raises:
         InputError, EngineError, MissingRuntimeError: see `mix`.
     """
+    import os
+
+    from qdq.measure.inference.session import registered
     from qdq.passes.prepare import load_float
     from qdq.tune.sensitivity.mixed import mix
     from qdq.tune.sensitivity.table import Sensitivity
@@ -147,16 +149,15 @@ def least_error(
     known = Sensitivity.load(sensitivity_file) if sensitivity_file else None
     prepared = load_float(model)
     samples = options.samples_of(prepared, recipe, data, random_data)
-    return mix(
-        model,
-        prepared,
-        samples,
-        recipe,
-        known=known,
-        custom_ops=custom_ops,
-        output=output,
-        on_progress=on_progress,
-    )
+    libraries = tuple(os.path.abspath(path) for path in custom_ops)
+    with registered(libraries):
+        return mix(
+            *(model, prepared, samples, recipe),
+            known=known,
+            custom_ops=libraries,
+            output=output,
+            on_progress=on_progress,
+        )
 
 
 def allocation_rows(made: Allocation) -> list[tuple[str, str]]:
@@ -170,13 +171,6 @@ def allocation_rows(made: Allocation) -> list[tuple[str, str]]:
         ("measured as a whole", f"{made.measured} plans; the first had {made.allocated_db:.1f} dB"),
         *(("", step) for step in made.steps),
     ]
-
-
-def _forget(output: Path) -> None:
-    from qdq.tune.sensitivity.find import beside
-    from qdq.tune.sensitivity.run import forget
-
-    forget(beside(output))
 
 
 def _metrics() -> Iterable[str]:
@@ -239,6 +233,7 @@ def sensitivity(
     from qdq.measure.inference.session import registered
     from qdq.passes.prepare import load_float
     from qdq.tune.sensitivity.find import Workers, beside, find, possible
+    from qdq.tune.sensitivity.run import forget
 
     for place in filter(None, (output, plot_file)):
         check_output(place, model, data, given["recipe"], *custom_ops)
@@ -265,7 +260,7 @@ def sensitivity(
             on_progress=bars,
         )
     made.save(output)
-    _forget(output)
+    forget(beside(output))
     if plot_file is not None:
         from qdq.deploy.report.sensitivity_plot import draw
 

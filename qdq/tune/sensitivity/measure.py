@@ -24,7 +24,7 @@ from qdq.tune.sensitivity.run import Runner
 from qdq.tune.sensitivity.table import Check, GroupRow, Sensitivity, Trial
 from qdq.tune.sensitivity.unit import Task
 
-CHECKED = 0.25  # of the groups that a candidate is scaled in, FEWEST at least
+CHECKED = 0.2  # of the groups that a candidate is scaled in, FEWEST at least
 FEWEST = 3
 MEDIAN_DB, LARGEST_DB = 1.0, 3.0  # by which scaled noises may differ from those of trials run to the outputs
 

@@ -37,7 +37,8 @@ from qdq.plan.plan import Plan
 from qdq.solve.solve import solve
 from qdq.tune.sensitivity.allocate import MIB, Costs, least_error, neighbours, require_scipy, total
 from qdq.tune.sensitivity.candidates import Candidates, quick
-from qdq.tune.sensitivity.find import find, possible
+from qdq.tune.sensitivity.find import beside, find, possible
+from qdq.tune.sensitivity.run import forget
 from qdq.tune.sensitivity.table import Sensitivity, require_same
 
 SHRINKS = 6  # times that a choice which compiles larger than predicted is made again for less
@@ -310,6 +311,8 @@ def mix(
         output=output,
         on_progress=on_progress,
     )
+    if output is not None:
+        forget(beside(output))  # the table is whole; a size that nothing keeps to has no part in it
     shapes = shape_ranges(prepared, recipe.shapes, samples)
 
     def compiled(model: Model) -> int:

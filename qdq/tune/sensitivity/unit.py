@@ -122,11 +122,11 @@ class Unit:
 
         def look(number: int) -> Seen:
             found = session(kept.get(number, inputs))
-            near_noise = _near(kept.get(number, part.probes), found) if part.probes else None
+            near_noise = kept.near(number, part.probes, found) if part.probes else None
             if near:
                 return Seen(noise=None, near=near_noise)
             expected = kept.get(number, outputs)
-            noise = energies({name: expected[name] for name in ends}, found)[1]
+            noise = energies({name: expected[name] for name in ends}, found, signal=False)[1]
             value = None if self.value is None else self.value({**expected, **found}, expected)
             return Seen(noise=noise, near=near_noise, value=value)
 
@@ -161,6 +161,7 @@ class _Kept:
     def __init__(self, room: int) -> None:
         self._room, self._spill = room, None if room > 0 else Spill(_WHAT)
         self._held: dict[tuple[int, str], np.ndarray | Spilled] = {}
+        self._energies: dict[tuple[int, str], float] = {}
 
     def put(self, sample: int, values: Mapping[str, np.ndarray]) -> None:
         for name, array in values.items():
@@ -175,11 +176,12 @@ class _Kept:
         found = {name: self._held[sample, name] for name in names}
         return {name: held.read() if isinstance(held, Spilled) else held for name, held in found.items()}
 
-
-def _near(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> float:
-    """The sum over tensors of noise over signal."""
-    ratios = []
-    for name, array in expected.items():
-        signal, noise = energies({name: array}, found)
-        ratios.append(noise / max(signal, 1e-300))
-    return math.fsum(ratios) if all(map(math.isfinite, ratios)) else math.inf
+    def near(self, sample: int, names: Iterable[str], found: Mapping[str, np.ndarray]) -> float:
+        """The sum over tensors of noise over signal."""
+        ratios = []
+        for name, array in self.get(sample, names).items():
+            if (sample, name) not in self._energies:  # whoever else looks it up finds the same
+                self._energies[sample, name] = energies({name: array}, {name: array})[0]
+            noise = energies({name: array}, found, signal=False)[1]
+            ratios.append(noise / max(self._energies[sample, name], 1e-300))
+        return math.fsum(ratios) if all(map(math.isfinite, ratios)) else math.inf

@@ -163,7 +163,7 @@ def test_the_verbs_take_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (("deploy", "net.onnx", *mixing, "1", "--plan", "p.json", "--out", "o"), "leave out --plan"),
     ):
         assert message in run(*arguments, code=2), arguments
-    assert not Path("q.json").exists()
+    assert not Path("q.json").exists() and not list(folder.glob(".*.checkpoint"))
     said = run("deploy", "net.onnx", "--data", "data", "--tune", "off", "--max-size-mib", "0.01", "--out", "o", code=1)
     assert "max_size_mib is 0.01" in said and "max_size_mib" in Path("o/provenance.json").read_text()
     assert "Weights in the engine" in Path("o/report.html").read_text()
