@@ -169,8 +169,10 @@ class VariantBuilder:
         return tuple(dict.fromkeys(node for p in shifted for node, index in p.uses if index == 0))
 
     def shortcuts(self, variant: Variant) -> tuple[str, ...]:
-        """The shortcut operands that the rules would quantize."""
-        return _shortcuts(self.base(variant).plan)
+        """The shortcut operands that the rules would quantize beside the nodes that a variant quantizes."""
+        base = self.base(variant)
+        stay = placement.remaining(base.model, base.plan, variant.quantized)
+        return tuple(operand for operand in _shortcuts(base.plan) if operand in stay)
 
     def shared(self, variant: Variant) -> frozenset[str]:
         """The nodes without weights that read codes in a variant: those of its shortcuts."""

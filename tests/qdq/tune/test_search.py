@@ -249,6 +249,13 @@ def test_a_variant_has_the_outputs_of_the_float_model() -> None:
     )
 
 
+def test_a_shortcut_is_a_choice_only_where_something_beside_it_is_quantized() -> None:
+    """Each would be a variant to price, and none of them another model."""
+    work = builder(residual())
+    full = Variant(quantized=frozenset(work.quantizable(Variant())))
+    assert work.shortcuts(full) and not work.shortcuts(Variant())
+
+
 def test_one_scale_for_all_channels_is_one_in_the_file() -> None:
     model = conv()
     work = builder(model, unquantized_type="fp16")
