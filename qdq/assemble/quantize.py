@@ -29,7 +29,7 @@ from qdq.passes.prepare import load_float
 from qdq.passes.steered import noted, steering, values_of
 from qdq.plan import placement
 from qdq.plan.plan import Plan
-from qdq.plan.settings import Settings
+from qdq.plan.settings import FLOAT, Settings
 from qdq.solve.solve import Solution, require_room, solve
 
 
@@ -119,11 +119,24 @@ def quantize(
         quantized = noted(quantized, values_of(checked, steered))
     unseen = [skip.node for skip in chosen.skips if skip.rule == UNREACHED]
     unrun = f"{len(unseen)} nodes stay in float, for no calibration sample runs their bodies"
-    said = [*([f"{unrun}: {unseen[0]}"] if unseen else []), *_kept(prepared, chosen, solution)]
+    said = [*([f"{unrun}: {unseen[0]}"] if unseen else []), *_kept(prepared, chosen, solution), *_unmet(chosen)]
     solution = replace(
         solution, notes=(*chosen.settings.idle, *chosen.settings.doubts, *said, *choices, *solution.notes)
     )
     return Quantized(prepared=prepared, plan=chosen, table=table, solution=solution, model=quantized)
+
+
+def _unmet(plan: Plan) -> list[str]:
+    """What was asked for of tables or attention and found nothing to do, with the reasons."""
+    settings, said = plan.settings, []
+    for name, what, done in (
+        ("embeddings", "no table is stored so", bool(plan.tables)),
+        ("attention", "no attention runs so", any(p.rule == "attention" for p in plan.points)),
+    ):
+        if (asked := getattr(settings, name)) != FLOAT and not done:
+            why = list(dict.fromkeys(skip.reason for skip in plan.skips if skip.rule == name))
+            said.append(f"{name} {asked}: {what}: {'; '.join(why[:2]) or 'the model has none'}")
+    return said
 
 
 def _kept(model: Model, plan: Plan, solution: Solution) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, QTensor, representable, to_codes
 from qdq.model.model import Grid, Model
@@ -21,12 +22,20 @@ WITHIN = 0.01  # how much of the values may lie further from a code
 
 
 def data_params(model: Model, plan: Plan) -> dict[str, QParams]:
-    """Parameters of every data tensor whose point says that it keeps the model's own."""
+    """Parameters of every data tensor whose point says that it keeps the model's own.
+
+    Raises:
+        InputError: an edited plan says so of a tensor that came with none.
+    """
     found = {}
     for point in plan.activations:
-        if point.trained and model.trained is not None:
-            grid = model.trained.of(point.tensor, point.consumers)
-            assert grid is not None
+        if point.trained:
+            grid = model.trained.of(point.tensor, point.consumers) if model.trained is not None else None
+            if grid is None:
+                raise InputError(
+                    f"The plan keeps the scale that {point.tensor!r} came with, but the model has no quantizer there. "
+                    "Set trained to false, or make another plan with `qdq plan`."
+                )
             scale = representable(grid.scale, model.dtype(point.tensor))
             params = QParams(scale=np.asarray(scale), zero_point=grid.zero_point, format=grid.format)
             found[point.tensor] = params if not grid.zero_point or shifts(model, point) else covering(grid)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import pytest
 from decoder_graphs import ROWS, WIDTH, lookup
 from graphs import Made, quantized, run
@@ -14,7 +17,10 @@ from qdq.assemble.finish import finish
 from qdq.assemble.quantize import quantize
 from qdq.core.errors import InputError
 from qdq.lint.lint import lint
+from qdq.model import external, weight_store
+from qdq.model.external import is_stored
 from qdq.model.model import Model
+from qdq.model.storage import load, save
 from qdq.plan.settings import Settings
 
 Sample = dict[str, np.ndarray]
@@ -132,3 +138,27 @@ def test_only_the_table_where_nothing_else_is_quantized() -> None:
     assert not result.plan.points and result.plan.quantizes
     assert result.plan.why_nothing.startswith("Nothing but tables is quantized")
     assert "table_quantized" in {t.name for t in result.model.graph.initializer}
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4"])
+@pytest.mark.parametrize("head", ["", "turned", "gemm"])
+def test_tables_of_a_large_model_get_the_codes_of_a_small_one(
+    fmt: str, head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes that lie in files, of a table alone and of one that a product shares."""
+    source, settings = (
+        lookup(head=head),
+        Settings(embeddings=fmt, rounding="nearest", equalize="none", calibrator="max"),
+    )
+    onnx.save_model(source.proto, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    small = quantize(tmp_path / "m.onnx", ids(), settings=settings)
+    for module, name in ((external, "LARGE"), (external, "MAPPED"), (weight_store, "LEAST")):
+        monkeypatch.setattr(module, name, 1)
+    large = quantize(tmp_path / "m.onnx", None, settings=settings, table=small.table)
+    stored = {t.name for t in large.model.graph.initializer if is_stored(t)}
+    assert "table_quantized" in stored
+    save(large.model, tmp_path / "large.onnx")
+    found = load(tmp_path / "large.onnx")
+    assert found.initializers.keys() == small.model.initializers.keys()
+    for name in found.initializers:
+        np.testing.assert_array_equal(found.array(name), small.model.array(name))

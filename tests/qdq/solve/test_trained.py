@@ -9,9 +9,11 @@ from onnx import helper, numpy_helper
 from qat_models import FORMS, Form, images, qat
 
 from engines.backends import rtx
+from engines.core.documents import replace
 from engines.verify.audit import audit
 from qdq.assemble.finish import finish
 from qdq.assemble.quantize import Quantized, quantize
+from qdq.core.errors import InputError
 from qdq.lint.lint import lint
 from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
@@ -108,3 +110,10 @@ def test_the_engine_runs_what_was_trained(name: str) -> None:
     found = audit(shipped.proto, rtx.build(shipped.proto, targets=("sm89",)).table)
     assert not found.missed
     assert found.share("fp8" if name == "fp8" else "int8") > 0.9
+
+
+def test_an_edited_plan_cannot_keep_what_is_not_there() -> None:
+    plan = made(FORMS["part of it"]).plan
+    points = tuple(replace(p, trained=True) if p.tensor == "flat" else p for p in plan.points)
+    with pytest.raises(InputError, match="keeps the scale that 'flat' came with"):
+        quantize(qat("part of it"), images(), plan=replace(plan, points=points))
