@@ -202,8 +202,8 @@ def _checked(job: Job, file: Path, axes: Axes, samples: Given) -> tuple[tuple[Ou
     try:
         model = load_float(file)
         opened = samples(model) if callable(samples) else () if samples == () else as_samples(samples, model)
-        given = ((sample, job.original(sample)) for sample in islice(opened, COMPARED))
-        errors, count = compared(file, chain([example], _others(job, axes), given), job.outputs)
+        given = chain([example], _others(job, axes), _on_samples(job, islice(opened, COMPARED)))
+        errors, count = compared(file, given, job.outputs)
     except NotExportedError:
         raise
     except (EngineError, ModelError) as error:
@@ -225,6 +225,26 @@ def _checked(job: Job, file: Path, axes: Axes, samples: Given) -> tuple[tuple[Ou
             )
         )
     return errors, count
+
+
+def _on_samples(job: Job, samples: Iterable[Arrays]) -> Iterator[tuple[Arrays, list[np.ndarray]]]:
+    """Samples with the module's outputs.
+
+    Raises:
+        InputError: the module does not run on one.
+    """
+    for number, sample in enumerate(samples):
+        try:
+            outputs = job.original(sample)
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:  # whatever the user's module raises
+            shown = ", ".join(f"{name} {array.shape}" for name, array in sample.items())
+            raise InputError(
+                f"{job.how.label} does not run on sample {number} ({shown}): {why(error).says}. Give samples as the "
+                "module gets them."
+            ) from error
+        yield sample, outputs
 
 
 def _others(job: Job, axes: Axes) -> Iterator[tuple[Arrays, list[np.ndarray]]]:

@@ -42,7 +42,7 @@ class Exported:
         inputs, outputs: their names, in the order of the file.
         dynamic: sizes that stay open.
         errors: of each output, in ONNX Runtime against the original.
-        samples: how many were compared.
+        samples: how many inputs were compared: the example, others made of it, and samples.
         calibration, evaluation: folders of samples that were made with it, None where there are none.
         notes: what else a person must know, a sentence each.
     """
@@ -66,7 +66,7 @@ class Exported:
         """All that a reader of a result must know, a sentence each."""
         by = f" by {self.framework}{f' ({self.exporter})' if self.exporter else ''}"
         worst = max((e.relative for e in self.errors), default=0.0)
-        many = f"{self.samples} sample{'s' * (self.samples != 1)}"
+        many = f"{self.samples} input{'s' * (self.samples != 1)}"
         first = (
             f"The float model is exported from {self.source}{by}, opset {self.opset}; on {many} ONNX Runtime is "
             f"within {worst:.1g} of its outputs' largest magnitudes."

@@ -120,6 +120,8 @@ def factory_of(text: str) -> Origin:
         raise InputError(
             f"{text} returned a {type(found).__name__}; a torch.nn.Module is needed, or (module, example_inputs)."
         )
+    if example is None:
+        example = getattr(found, "example_input_array", None)  # as Lightning's modules have it
     return FromTorch(module=found, example=example, stem=name.rpartition(".")[2], source=text)
 
 

@@ -127,7 +127,7 @@ class ExportAnswer(Document, frozen=True, kw_only=True):
         inputs, outputs: names.
         dynamic: input -> axis -> name of a size that is open.
         errors: by output.
-        samples: how many were compared.
+        samples: how many inputs were compared: the example, others made of it, and samples.
         notes: what else a person must know.
     """
 

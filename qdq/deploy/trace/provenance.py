@@ -52,7 +52,7 @@ class ExportedFrom(Part, frozen=True, kw_only=True):
         exporter: that wrote the file: torch.export or TorchScript; "" where there was none.
         framework: with its version.
         opset: of the file.
-        samples: how many the file was compared on with its source.
+        samples: how many inputs the file was compared on with its source.
         relative_error: by output, the largest difference over its largest magnitude; of whole numbers the part that
             differs.
     """

@@ -70,6 +70,8 @@ def test_the_file_has_names_of_modules_and_tells_nothing_of_the_machine(tmp_path
     assert "/head/Gemm" in names and "head.weight" in {t.name for t in proto.graph.initializer}
     assert __file__.encode() not in made.path.read_bytes() and b"torch_networks" not in made.path.read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
+    again = export_torch(Classifier(), (torch.randn(2, 3, 8, 8),), tmp_path / "again.onnx", input_names=["x"])
+    assert again.path.read_bytes() == made.path.read_bytes()  # so that plans, tables and the cache stay good
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,8 @@ def test_a_condition_of_torch_and_a_scripted_branch_follow_the_values(tmp_path: 
         made = export_torch(module, X, tmp_path / "net.onnx")
         for values in (X.abs(), -X.abs()):
             (found,) = run(made, x=values.numpy())
-            np.testing.assert_allclose(found, module(values).detach(), atol=1e-5)
+            wanted = by_value(module, values) if isinstance(module, Of) else module(values)
+            np.testing.assert_allclose(found, wanted.detach(), atol=1e-5)
 
 
 def test_a_batch_that_the_code_fixes_stays_fixed_and_one_asked_for_is_refused(tmp_path: Path) -> None:
@@ -151,7 +154,14 @@ def test_samples_are_compared_and_a_wrong_file_is_refused(tmp_path: Path, monkey
     assert more.samples == few.samples + 4
     with pytest.raises(InputError, match=r"differs from PyTorch's by up to .* tolerance"):
         export_torch(Of(by_sum), X, tmp_path / "wrong.onnx", tolerance=0.0)
+    with pytest.raises(InputError, match=r"does not run on sample 0 \(x \(1, 7\)\)"):
+        export_torch(Of(lambda s, x: x @ s.lin.weight), X, tmp_path / "wrong.onnx", samples=sevens)
     assert not (tmp_path / "wrong.onnx").exists()
+
+
+def sevens(model: Any) -> Any:
+    """Samples that the file might take and the module does not."""
+    return [{"x": np.ones((1, 7), np.float32)}]
 
 
 def by_sum(self: Of, x: torch.Tensor) -> Any:

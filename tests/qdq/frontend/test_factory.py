@@ -152,7 +152,10 @@ def test_a_wrong_model_is_said_in_one_paragraph(model: str, words: str, nets: st
 
 @pytest.mark.parametrize(
     ("data", "words"),
-    [("others", "'pixels' & forward takes 'image', 'labels'"), ("small", "does not run on the first sample & (1, 2, 8, 8)")],
+    [
+        ("others", "'pixels' & forward takes 'image', 'labels'"),
+        ("small", "does not run on the first sample & (1, 2, 8, 8)"),
+    ],
 )
 def test_data_that_do_not_fit_the_module(data: str, words: str, nets: str) -> None:
     done = qdq("export", f"torch:{nets}:net", "--data", f"{nets}:{data}", "-o", "out.onnx")
