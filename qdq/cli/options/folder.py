@@ -105,7 +105,7 @@ def asked_of(
     from qdq.frontend.huggingface.choose import Take
 
     task = given.get("task")
-    if task in tasks():  # what outputs are taken for; all else is the Hub's, maybe misspelt
+    if task in list(tasks()):  # what outputs are taken for; all else is the Hub's, maybe misspelt
         task = None
     elif task is not None:
         given["task"] = None

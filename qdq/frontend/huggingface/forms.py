@@ -42,7 +42,8 @@ class Form:
 
 def plain(network: Network, form: Form) -> Any:
     """A form as a torch.nn.Module whose `forward` takes its tensors in order; the model is a part of it."""
-    torch, names = torch_here(), tuple(form.example)
+    torch = torch_here()
+    names = tuple(form.example)
 
     class Plain(torch.nn.Module):  # type: ignore[misc]  # torch is known at run time only
         def __init__(self) -> None:
