@@ -42,14 +42,15 @@ class Form:
 
 def plain(network: Network, form: Form) -> Any:
     """A form as a torch.nn.Module whose `forward` takes its tensors in order; the model is a part of it."""
-    torch = torch_here()
+    nn = torch_here().nn
+    base: Any = nn.Module
     names = tuple(form.example)
 
-    class Plain(torch.nn.Module):  # type: ignore[misc]  # torch is known at run time only
+    class Plain(base):  # type: ignore[misc]  # torch is known at run time only
         def __init__(self) -> None:
             super().__init__()
             self.model = network.model
-            self.others = torch.nn.ModuleList(form.modules)
+            self.others = nn.ModuleList(form.modules)
             self.eval()
 
         def forward(self, *tensors: Any) -> dict[str, Any]:
