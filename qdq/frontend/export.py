@@ -140,14 +140,17 @@ def _exported(
                     reason = error.why
                 continue
             proto = onnx.load(str(file), load_external_data=False)
+            written = max(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
             notes += [*call.notes, *_kept_fixed(job, axes, failed), *said, *_unused(job, proto)]
+            if how.opset not in (None, written):
+                notes.append(f"The file is of opset {written}: torch writes this module in no opset {how.opset}.")
             move_all(folder, path.absolute().parent, outdated=(f"{path.name}.data",))
             return Exported(
                 path=path,
                 source=how.label,
                 exporter="TorchScript" if traced else "torch.export",
                 framework=f"torch {torch_here().__version__}",
-                opset=max(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")),
+                opset=written,
                 inputs=tuple(v.name for v in proto.graph.input),
                 outputs=tuple(v.name for v in proto.graph.output),
                 dynamic=named_axes(proto),

@@ -23,7 +23,7 @@ from qdq.frontend.pytorch.libraries import torch_here
 from qdq.frontend.pytorch.refused import in_user_code, is_users
 
 # Operators of torch that give other values each time; dropout and others are looked at with their arguments.
-_RANDOM = re.compile(r"^aten\.(rand|randn|randint|randperm|bernoulli|multinomial|normal|poisson|exponential|rrelu)\b")
+_RANDOM = re.compile(r"^aten\.(rand|randn|randint|randperm|bernoulli|multinomial|normal|poisson|exponential)\b")
 _RANDOM_LIKE = re.compile(r"^aten\.(rand|randn|randint)_like|^aten\.(uniform|normal|bernoulli|exponential|random)_?\.")
 _DROPOUT = re.compile(r"^aten\.(native_dropout|(alpha_|feature_|feature_alpha_)?dropout_?)\b")
 _STATISTICS = re.compile(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import warnings
@@ -28,9 +29,14 @@ def torch_here() -> Any:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Warnings of torch's own code are not shown, and what it prints, in C++ too, goes to standard error."""
+    silent = logging.root.manager.disable
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), _descriptor_to(2, 1):
         warnings.simplefilter("ignore")
-        yield
+        logging.disable(max(silent, logging.WARNING))
+        try:
+            yield
+        finally:
+            logging.disable(silent)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from qdq.core.errors import InputError
@@ -57,7 +57,8 @@ def at_rest(module: Any) -> Iterator[list[str]]:
     with torch.random.fork_rng(devices=[]), quiet():
         torch.backends.mha.set_fastpath_enabled(False)  # one operator that no exporter knows
         try:
-            module.eval()
+            with suppress(NotImplementedError):  # of a module that was captured: it has no modes
+                module.eval()
             with torch.no_grad():
                 yield notes
         finally:
