@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 pytest.importorskip("torch", reason="torch is not installed: pip install 'qdq[hf]'")
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'qdq[hf]'")
+pytest.importorskip("hugging_face", reason="transformers cannot import its models", exc_type=ImportError)
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("default")]  # transformers warns of itself

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qdq.cli.options.listed import Listed
+from qdq.cli.options.listed import Listed, tasks
 from qdq.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -103,13 +103,12 @@ def asked_of(
             )
         return Asked()
     from qdq.frontend.huggingface.choose import Take
-    from qdq.frontend.huggingface.tasks import is_task
 
     task = given.get("task")
-    if task is not None and is_task(task):
-        given["task"] = None
-    else:
+    if task in list(tasks()):  # what outputs are taken for; all else is the Hub's, maybe misspelt
         task = None
+    elif task is not None:
+        given["task"] = None
     if own["text"] is not None and data is not None:
         raise InputError("Both --text and --data are given: choose one to calibrate with; the other may be --eval.")
     if needed and own["text"] is None and data is None:

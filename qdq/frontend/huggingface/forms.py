@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from qdq.core.errors import InputError
 from qdq.frontend.huggingface import caches
 from qdq.frontend.huggingface.network import Network, cache_name
 from qdq.frontend.huggingface.pooled import pooled
+from qdq.frontend.pytorch.libraries import torch_here
 
 Tensors = Mapping[str, Any]
 BATCH, LENGTH, PAST = "batch", "length", "past_length"
@@ -41,20 +40,23 @@ class Form:
     modules: tuple[Any, ...] = field(default=())
 
 
-class Plain(torch.nn.Module):  # type: ignore[misc]  # torch may be absent
-    """A `Form` as a module whose `forward` takes its tensors in order."""
+def plain(network: Network, form: Form) -> Any:
+    """A form as a torch.nn.Module whose `forward` takes its tensors in order; the model is a part of it."""
+    nn = torch_here().nn
+    base: Any = nn.Module
+    names = tuple(form.example)
 
-    def __init__(self, network: Network, form: Form) -> None:
-        """The model and what else there is are its submodules."""
-        super().__init__()
-        self.model = network.model
-        self.others = torch.nn.ModuleList(form.modules)
-        self._form, self._names = form, tuple(form.example)
-        self.eval()
+    class Plain(base):  # type: ignore[misc]  # torch is known at run time only
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = network.model
+            self.others = nn.ModuleList(form.modules)
+            self.eval()
 
-    def forward(self, *tensors: Any) -> dict[str, Any]:
-        """Outputs by name."""
-        return self._form.run(dict(zip(self._names, tensors, strict=True)))
+        def forward(self, *tensors: Any) -> dict[str, Any]:
+            return form.run(dict(zip(names, tensors, strict=True)))
+
+    return Plain()
 
 
 def form_of(network: Network, *, past: int | None = None) -> Form:
@@ -126,9 +128,9 @@ def _generator(network: Network, past: int | None) -> Form:
     network.model(input_ids=ids[:, :length], use_cache=True, **{name: cache})
     held = caches.tensors_of(cache, sides=("",))
     layers = len(held) // 2
-    example = {"input_ids": ids[:, length:], "attention_mask": torch.ones_like(ids)}
+    example = {"input_ids": ids[:, length:], "attention_mask": torch_here().ones_like(ids)}
     if "position_ids" in network.takes:
-        example["position_ids"] = torch.arange(length, length + new).expand(batch, new).contiguous()
+        example["position_ids"] = torch_here().arange(length, length + new).expand(batch, new).contiguous()
     example |= held
 
     def run(given: Tensors) -> dict[str, Any]:
@@ -164,8 +166,10 @@ def _decoder(network: Network, past: int | None) -> Form:
     sound = network.main_input != "input_ids"
     if sound:
         heard = _states(network).shape[1]
-    states = torch.randn(batch, heard, width, generator=torch.Generator().manual_seed(0))
-    example: dict[str, Any] = {} if sound else {"encoder_attention_mask": torch.ones(batch, heard, dtype=torch.int64)}
+    states = torch_here().randn(batch, heard, width, generator=torch_here().Generator().manual_seed(0))
+    example: dict[str, Any] = (
+        {} if sound else {"encoder_attention_mask": torch_here().ones(batch, heard, dtype=torch_here().int64)}
+    )
     ids, sides = _ids(network, (batch, EXAMPLE[LENGTH])), ("decoder", "encoder")
     mask = example.get("encoder_attention_mask")
     cache = caches.empty_cache(both=True)
@@ -183,7 +187,7 @@ def _decoder(network: Network, past: int | None) -> Form:
         if heard is None:  # its keys and values are in the cache; only its sizes are looked at
             cache = caches.cache_of(given, layers)
             key = given[caches.past_names(1, ("encoder",))[0]]
-            heard = torch.zeros(key.shape[0], key.shape[2], width)
+            heard = torch_here().zeros(key.shape[0], key.shape[2], width)
         else:
             cache = caches.empty_cache(both=True)
         logits = decoded(network, given["input_ids"], heard, mask, **{name: cache})
@@ -220,18 +224,18 @@ def _states(network: Network) -> Any:
 def _ids(network: Network, shape: tuple[int, int]) -> Any:
     """Token ids from 0 on that are not padding."""
     words = int(network.config.vocab_size)
-    ids = torch.randint(0, words, shape, generator=torch.Generator().manual_seed(0))
+    ids = torch_here().randint(0, words, shape, generator=torch_here().Generator().manual_seed(0))
     pad = getattr(network.config, "pad_token_id", None)
-    return ids if pad is None else torch.where(ids == pad, (pad + 1) % words, ids)
+    return ids if pad is None else torch_here().where(ids == pad, (pad + 1) % words, ids)
 
 
 def _tokens(network: Network) -> dict[str, Any]:
     ids = _ids(network, (EXAMPLE[BATCH], EXAMPLE[LENGTH]))
     example = {"input_ids": ids}
     if "attention_mask" in network.takes:
-        example["attention_mask"] = torch.ones_like(ids)
+        example["attention_mask"] = torch_here().ones_like(ids)
     if "token_type_ids" in network.takes and getattr(network.config, "type_vocab_size", 0) > 1:
-        example["token_type_ids"] = torch.zeros_like(ids)
+        example["token_type_ids"] = torch_here().zeros_like(ids)
     return example
 
 
@@ -239,4 +243,4 @@ def _signal(network: Network, batch: int = EXAMPLE[BATCH]) -> Any:
     """Pixels or sound of the size that the folder's processor gives."""
     from qdq.frontend.huggingface.media import example_shape
 
-    return torch.randn((batch, *example_shape(network)), generator=torch.Generator().manual_seed(0))
+    return torch_here().randn((batch, *example_shape(network)), generator=torch_here().Generator().manual_seed(0))

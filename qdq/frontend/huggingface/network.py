@@ -152,7 +152,12 @@ def network_of(folder: Folder, wish: Wish) -> Network:
             continue
         try:
             model, info = _loaded(transformers, kind, folder)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except ImportError as error:
+            raise MissingRuntimeError(
+                f"transformers {transformers.__version__} cannot import what {folder.name} needs: {_cause(error)}. "
+                "Install that, or where it is torchvision the one that fits your torch, or none."
+            ) from error
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             failed.append(error)
             continue
         notes = _of_weights(folder, wish, info)
@@ -164,6 +169,12 @@ def network_of(folder: Folder, wish: Wish) -> Network:
         f"Cannot load {folder.name} for {wish.task.name}: {said[:600].rstrip('.')}. Give a folder with config.json and "
         "its weights (model.safetensors), and a --task that the model can do."
     )
+
+
+def _cause(error: BaseException) -> BaseException:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
 
 
 def _built_in(transformers: ModuleType, folder: Folder) -> bool:

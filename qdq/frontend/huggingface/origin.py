@@ -41,7 +41,7 @@ class HuggingFace:
 
         with quiet(transformers_here()):
             from qdq.frontend.export import export_torch
-            from qdq.frontend.huggingface.forms import Plain, form_of
+            from qdq.frontend.huggingface.forms import form_of, plain
             from qdq.frontend.huggingface.samples import made_samples
 
             take = wanted.own if isinstance(wanted.own, Take) else Take()
@@ -49,7 +49,7 @@ class HuggingFace:
             form = form_of(network, past=take.past)
             made = made_samples(network, form, take)
             exported = export_torch(
-                Plain(network, form),
+                plain(network, form),
                 tuple(form.example.values()),
                 path,
                 dynamic=wanted.dynamic if wanted.dynamic is not None else form.dynamic or False,

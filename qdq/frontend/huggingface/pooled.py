@@ -7,12 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qdq.core.errors import InputError
 from qdq.frontend.huggingface.folder import Pooling
+from qdq.frontend.pytorch.libraries import torch_here
 
-ACTIVATIONS = {"Tanh": torch.tanh, "Identity": lambda x: x, "ReLU": torch.relu, "GELU": torch.nn.functional.gelu}
+ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+    "Tanh": lambda x: x.tanh(),
+    "Identity": lambda x: x,
+    "ReLU": lambda x: x.relu(),
+    "GELU": lambda x: torch_here().nn.functional.gelu(x),
+}
 TINY = 1e-9
 
 
@@ -26,10 +30,10 @@ def pooled(how: Pooling) -> tuple[tuple[Any, ...], Callable[[Any, Any], Any]]:
 
     def pool(tokens: Any, mask: Any) -> Any:
         kept = mask.to(tokens.dtype).unsqueeze(-1)
-        found = torch.cat([_MODES[mode](tokens, kept) for mode in how.modes], -1)
+        found = torch_here().cat([_MODES[mode](tokens, kept) for mode in how.modes], -1)
         for layer, activation in read:
             found = activation(layer(found))
-        return torch.nn.functional.normalize(found, dim=-1) if how.normalize else found
+        return torch_here().nn.functional.normalize(found, dim=-1) if how.normalize else found
 
     return tuple(layer for layer, _ in read), pool
 
@@ -39,19 +43,21 @@ def _mean(tokens: Any, kept: Any) -> Any:
 
 
 def _weighted(tokens: Any, kept: Any) -> Any:
-    places = torch.arange(1, tokens.shape[1] + 1, dtype=tokens.dtype, device=tokens.device)[None, :, None]
+    places = torch_here().arange(1, tokens.shape[1] + 1, dtype=tokens.dtype, device=tokens.device)[None, :, None]
     return _mean(tokens, kept * places)
 
 
 def _last(tokens: Any, kept: Any) -> Any:
-    places = torch.arange(tokens.shape[1], device=tokens.device)[None, :, None]
+    places = torch_here().arange(tokens.shape[1], device=tokens.device)[None, :, None]
     last = (kept * places).amax(1, keepdim=True)
     return (tokens * (places == last)).sum(1)
 
 
 _MODES: dict[str, Callable[[Any, Any], Any]] = {
     "cls_token": lambda tokens, kept: tokens[:, 0],
-    "max_tokens": lambda tokens, kept: torch.where(kept > 0, tokens, torch.full_like(tokens, -1e9)).amax(1),
+    "max_tokens": lambda tokens, kept: (
+        torch_here().where(kept > 0, tokens, torch_here().full_like(tokens, -1e9)).amax(1)
+    ),
     "mean_tokens": _mean,
     "mean_sqrt_len_tokens": lambda tokens, kept: (tokens * kept).sum(1) / kept.sum(1).clamp(min=TINY).sqrt(),
     "weightedmean_tokens": _weighted,
@@ -62,13 +68,13 @@ _MODES: dict[str, Callable[[Any, Any], Any]] = {
 def _dense(place: Path) -> tuple[Any, Callable[[Any], Any]]:
     try:
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        layer = torch.nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
+        layer = torch_here().nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
         if (place / "model.safetensors").is_file():
             from safetensors.torch import load_file
 
             weights = load_file(place / "model.safetensors")
         else:
-            weights = torch.load(place / "pytorch_model.bin", map_location="cpu", weights_only=True)
+            weights = torch_here().load(place / "pytorch_model.bin", map_location="cpu", weights_only=True)
         layer.load_state_dict({name.removeprefix("linear."): tensor.float() for name, tensor in weights.items()})
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise InputError(f"Cannot read the linear layer in {place}: {error}. Fetch or save the folder again.") from None

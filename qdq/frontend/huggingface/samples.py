@@ -124,9 +124,7 @@ def _said(parts: Parts[Any], cut: Cut, take: Take, found: int, long: int) -> str
         "max": f"filled up to {cut.length} tokens, {long} cut off",
         "none": f"each of its own length, {long} cut off at {cut.length} tokens",
     }[cut.padding]
-    return (
-        f"Samples: {_counts(parts, take)} of {found} different {what} of {take.text.name if take.text else ''}, {how}."
-    )
+    return f"Samples: {_counts(parts, take)} of {found} different {what} of the text, {how}."
 
 
 def _counts(parts: Parts[Any], take: Take) -> str:

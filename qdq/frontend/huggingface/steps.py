@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from qdq.core.errors import InputError
 from qdq.frontend.huggingface import caches
 from qdq.frontend.huggingface.forms import Form, decoded
 from qdq.frontend.huggingface.network import Network, cache_name
 from qdq.frontend.huggingface.text import Ids
+from qdq.frontend.pytorch.libraries import torch_here
 
 WRITTEN = 32  # tokens that an encoder-decoder writes of a sample, at most
 Sample = dict[str, np.ndarray]
@@ -37,8 +37,8 @@ def cached_steps(
     for ids in blocks:
         place = int(rng.integers(1, min(len(ids), past + 1 if past else len(ids))))
         cache = caches.empty_cache(both=False)
-        with torch.no_grad():
-            network.model(input_ids=torch.from_numpy(ids[None, :place]), use_cache=True, **{name: cache})
+        with torch_here().no_grad():
+            network.model(input_ids=torch_here().from_numpy(ids[None, :place]), use_cache=True, **{name: cache})
         held = {n: tensor.numpy() for n, tensor in caches.tensors_of(cache, sides=("",)).items()}
         yield _step(form, ids[place], place, held, past, {})
 
@@ -57,9 +57,9 @@ def written_steps(
     """
     name, rng = cache_name(network.model.forward), np.random.default_rng(seed)
     for source in sources:
-        given = {n: torch.from_numpy(a) for n, a in source.items()}
+        given = {n: torch_here().from_numpy(a) for n, a in source.items()}
         mask = given.get("attention_mask") if network.main_input == "input_ids" else None
-        with torch.no_grad():
+        with torch_here().no_grad():
             states = network.model.get_encoder()(**given, return_dict=True).last_hidden_state
             ids = _written(network, states, mask, name, most)
             more = {} if mask is None else {"encoder_attention_mask": mask.numpy()}
@@ -68,7 +68,7 @@ def written_steps(
                 continue
             place = int(rng.integers(1, min(len(ids), past + 1 if past else len(ids))))
             cache = caches.empty_cache(both=True)
-            decoded(network, torch.from_numpy(ids[None, :place]), states, mask, **{name: cache})
+            decoded(network, torch_here().from_numpy(ids[None, :place]), states, mask, **{name: cache})
         held = {n: t.numpy() for n, t in caches.tensors_of(cache, sides=("decoder", "encoder")).items()}
         yield _step(form, ids[place], place, held, past, more)
 
@@ -101,6 +101,6 @@ def _written(network: Network, states: Any, mask: Any, name: str, most: int) -> 
     ends = set(end) if isinstance(end, list | tuple) else {end}
     ids, cache = [int(start)], caches.empty_cache(both=True)
     while len(ids) < most and (len(ids) < 2 or ids[-1] not in ends):
-        logits = decoded(network, torch.tensor([ids[-1:]]), states, mask, **{name: cache})
+        logits = decoded(network, torch_here().tensor([ids[-1:]]), states, mask, **{name: cache})
         ids.append(int(logits[0, -1].argmax()))
     return np.asarray(ids, np.int64)

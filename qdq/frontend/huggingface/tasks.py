@@ -122,13 +122,6 @@ def names() -> list[str]:
     return [*TASKS, *(f"{name}:{part}" for name, t in TASKS.items() if t.shape == "parts" for part in PARTS[1:])]
 
 
-def is_task(text: str) -> bool:
-    """Whether a text is one of the Hub's tasks, maybe misspelt, and not what `--task` takes outputs for."""
-    from engines.verify.meaning import TASKS as MEANINGS
-
-    return text not in MEANINGS
-
-
 def wish_of(folder: Folder, asked: str | None) -> Wish:
     """What is exported of a folder.
 

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("torch", reason="torch is not installed: pip install 'qdq[hf]'")
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'qdq[hf]'")
+pytest.importorskip("hugging_face", reason="transformers cannot import its models", exc_type=ImportError)
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("default")]  # transformers warns of itself
 
 import torch  # noqa: E402
