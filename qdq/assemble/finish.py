@@ -42,11 +42,13 @@ def finish(model: Model, plan: Plan, *, unquantized_type: str, table: Calibratio
         split_biases=bool(plan.settings.profile.shift),
         table=table,
         fp32=plan.in_fp32,
+        one_scale=frozenset(n for r in plan.rewrites if r.name in ("hoist", "norm_scale") for n in r.nodes),
     )
     rules = Counter(skip.rule for skip in converted.kept)
     why = {
         FP32: "as the plan asks",
         "shift": "to keep shifted inputs exact",
+        "cancelled": "whose bias cancels most of their product",
         "neighbours": "because their neighbours compute in FP32",
     }
     said = ", ".join(f"{count} {why.get(rule, f'by rule {rule!r}')}" for rule, count in sorted(rules.items()))

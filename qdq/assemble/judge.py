@@ -5,7 +5,7 @@ from the others -> of each setting the option with the least noise at the output
 
 | setting | first option, kept unless another clearly beats it | others |
 |---|---|---|
-| calibrator | mse | max |
+| calibrator | mse | ample, max |
 | shift | asymmetric codes, moved by a constant | symmetric codes |
 | equalize | the scheme's formula, or none | its others |
 | rounding | the scheme's rounding | its other roundings, nearest at last |
@@ -61,8 +61,9 @@ LIMIT_DB = 100.0  # that one turn counts at most, where there is no noise or no 
 # What balances data takes headroom from channels that were small so far: where it is not the first option it must gain
 # this in every turn. Over all turns it gained 3 dB on a potential for molecules, by one of them, and lost 14 on others.
 DARING = {"smoothquant": 1.0, "validated": 0.5}  # the second is validated tensor by tensor before
-# The whole range in place of that of least error: where what comes later is larger, clipping costs far more than this.
-CAUTION = {"max": 0.5}
+# The whole range costs resolution everywhere. Headroom where codes are to spare insures against what samples did not
+# show: it may cost as much as this.
+CAUTION = {"max": 0.5, "ample": -0.3}
 WITHOUT_MOMENTS = "clip"
 
 
@@ -206,7 +207,8 @@ _Noise = Mapping[str | int, Sequence[Sequence[float]]]  # by option, turn and sa
 def _best(noise: _Noise) -> str | int:
     """The option of least noise among the first and those that clearly beat it."""
     first, *others = noise
-    better = [option for option in others if _won_db(noise, option, first) >= _margin_db(option)]
+    other = (option for option in others if noise[option] != noise[first])
+    better = [option for option in other if _won_db(noise, option, first) >= _margin_db(option)]
     return max(better, key=lambda option: math.fsum(_gains_db(noise, option, first)), default=first)
 
 
@@ -232,9 +234,9 @@ def _won_db(noise: _Noise, option: str | int, first: str | int) -> float:
 
 def _why_not(noise: _Noise, option: str | int, taken: str | int) -> str:
     """Of an option that has less noise than the one taken, by how much it fell short, in brackets."""
-    if math.fsum(_gains_db(noise, option, taken)) <= 0:
-        return ""
     first = next(iter(noise))
+    if option == first or math.fsum(_gains_db(noise, option, taken)) <= 0:
+        return ""
     where = "in its worst turn" if str(option) in DARING else "in the mean"
     won = _won_db(noise, option, first)
     return f" (not taken: {won:+.1f} dB against {_said(first)} {where}, and {_margin_db(option):+g} is needed)"

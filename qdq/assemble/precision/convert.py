@@ -23,6 +23,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 
 from engines.core.operators import MOVERS, RECURRENCES
 from engines.core.shapes import light, propagated
+from qdq.assemble.precision.cancelled import cancelled
 from qdq.assemble.precision.rules import LIMIT, decide, masks, saturated
 from qdq.assemble.precision.shift import compensate
 from qdq.assemble.precision.types import ELEM, Lowered, Schema, dequantizes_constant_scale, finfo, fits, retyped
@@ -59,6 +60,7 @@ def convert(
     split_biases: bool = True,
     table: CalibrationTable | None = None,
     fp32: Collection[str] = (),
+    one_scale: Collection[str] = (),
 ) -> Converted:
     """Make every float32 tensor FP16 or BF16, except what must stay FP32.
 
@@ -72,6 +74,7 @@ def convert(
         split_biases: write what a float product's bias loses by rounding as a Sub behind it, which the compiler fuses.
         table: calibrated ranges; a tensor beyond half of FP16's range stays FP32, one within is trusted to fit.
         fp32: nodes that are to stay FP32 whatever they hold.
+        one_scale: nodes whose weights a rewrite will give one scale, so that the type does not round them.
 
     Raises:
         InputError: an unknown `unquantized_type`.
@@ -82,6 +85,8 @@ def convert(
     proto = _typed(model, BFLOAT16_OPSET if low == "bfloat16" else 0)
     typed = model.replace(proto)
     kept = decide(typed, low, table, fp32)
+    if table is not None:
+        kept = {**cancelled(typed, low, table, one_scale), **kept}
     typed = compensate(typed, low, kept, split_biases=split_biases)
     writer = _Writer(typed, low, frozenset(kept), keep_io)
     order = (kept[node.name] for node in typed.graph.node if node.name in kept)

@@ -71,6 +71,13 @@ def test_a_daring_option_must_win_in_every_turn_and_another_over_all() -> None:
     assert judge._best({"gptq": first, "nearest": slightly}) == "gptq"
 
 
+def test_headroom_that_costs_next_to_nothing_is_taken_and_dearer_one_is_not() -> None:
+    first = [[1.0, 1.0]] * 3
+    assert judge._best({"mse": first, "ample": [[1.05, 1.05]] * 3, "max": [[1.1, 1.1]] * 3}) == "ample"
+    assert judge._best({"mse": first, "ample": [[1.1, 1.1]] * 3, "max": [[1.1, 1.1]] * 3}) == "mse"
+    assert judge._best({"mse": first, "ample": [[1.05, 1.05]] * 3, "max": [[0.7, 0.7]] * 3}) == "max"
+
+
 def quieter(scale: float) -> list[graphs.Sample]:
     """Of every third sample, a quiet one, other channels are large."""
     rng = np.random.default_rng(1)
