@@ -28,8 +28,8 @@ from qdq.passes.prepare import load_float
 from qdq.passes.rewrites import rewritten
 from qdq.plan.placement import plan
 from qdq.plan.plan import Plan
+from qdq.plan.rules.tensorrt import backbone
 from qdq.plan.settings import Settings
-from qdq.plan.tensorrt_rules import backbone
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 LISTED = ("BatchNormalization", "Clip", "HardSwish", "LRN")

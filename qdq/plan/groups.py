@@ -18,7 +18,7 @@ from engines.core.documents import replace
 from qdq.model.model import Model
 from qdq.model.nodes import controlled_nodes
 from qdq.plan.plan import Plan, Point, Skip
-from qdq.plan.tensorrt_rules import backbone
+from qdq.plan.rules.tensorrt import backbone
 
 T = TypeVar("T", bound=Hashable)
 

@@ -3,7 +3,7 @@
 Model + Settings -> rewrites that every plan has -> every rule says Want, Veto, Tie or nothing for every node -> Plan.
 Rules are order-free: a veto beats a want, ties of the same point are united. No rule sees data, so the plan can be
 made, read and edited before anything is measured. Nodes without weights read what the weighted ones read, or have a
-tensor quantized for the sake of the kernel that makes it (`tensorrt_rules`). This module must not compute scales or
+tensor quantized for the sake of the kernel that makes it (`rules.tensorrt`). This module must not compute scales or
 change the model.
 
 Sources: NVIDIA's placement advice, what TensorRT-RTX 1.7.1 compiled from about 90 small graphs (SM89), and the facts of
@@ -22,13 +22,14 @@ from qdq.core.errors import InputError
 from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, controlled_nodes
 from qdq.passes.rewrites import USUAL_REWRITES, applied, why_not_for
-from qdq.plan import tables, tensorrt_rules
+from qdq.plan import tables
 from qdq.plan.groups import united
 from qdq.plan.plan import Plan, Point, Role, Skip
-from qdq.plan.rules import RULES as COMMON, Tie, Veto, Want, check_patterns, why_float
+from qdq.plan.rules import tensorrt
+from qdq.plan.rules.common import RULES as COMMON, Tie, Veto, Want, check_patterns, why_float
 from qdq.plan.settings import Settings
 
-RULES = (*COMMON, *tensorrt_rules.RULES, tables.table)
+RULES = (*COMMON, *tensorrt.RULES, tables.table)
 GAINLESS = frozenset(("narrow", "small", "eighths"))  # rules that veto what is not worth it: not what was trained so
 
 
@@ -150,7 +151,7 @@ def placed(model: Model, settings: Settings) -> Plan:
 def remaining(model: Model, plan: Plan, kept: Collection[str]) -> frozenset[str]:
     """Which operands, "node:index", of nodes without weights stay quantized where of the weighted nodes only some do.
 
-    Most read what a weighted node reads, and stay with it. `tensorrt_rules` may quantize a tensor for the sake of the
+    Most read what a weighted node reads, and stay with it. `rules.tensorrt` may quantize a tensor for the sake of the
     convolution that makes it, too: where the plan has such, the rules say what is left without the other nodes.
     """
     weighted = set(plan.quantized_nodes)

@@ -21,7 +21,7 @@ from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, attribute
 from qdq.plan.block_length import best
 from qdq.plan.plan import Plan, Point, Skip
-from qdq.plan.rules import FLOATS, Decision, Veto, Want
+from qdq.plan.rules.common import FLOATS, Decision, Veto, Want
 from qdq.plan.settings import FLOAT, Settings
 from qdq.plan.spec import Spec
 

@@ -27,8 +27,9 @@ from qdq.measure.table import CalibrationTable, widest
 from qdq.model.model import Model
 from qdq.passes.rewrites import FLOAT_REWRITES, QUANTIZED_REWRITES, applied, why_not_for
 from qdq.passes.rewrites.edit import Rewrite
-from qdq.plan import placement, rules, tables
+from qdq.plan import placement, tables
 from qdq.plan.plan import Plan, Skip
+from qdq.plan.rules import common as rules
 from qdq.plan.settings import Settings
 from qdq.plan.weighted_node import weighted_nodes
 from qdq.solve.solve import Solution, solve

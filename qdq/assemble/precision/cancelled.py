@@ -25,8 +25,13 @@ from qdq.plan.plan import Skip
 RULE = "cancelled"
 
 
-def cancelled(model: Model, low: str, table: CalibrationTable, spared: Collection[str]) -> dict[str, Skip]:
-    """The products of a Q/DQ model that must stay FP32, by name; `spared` are nodes that will have one scale."""
+def cancelled(model: Model, low: str, table: CalibrationTable | None, spared: Collection[str]) -> dict[str, Skip]:
+    """The products of a Q/DQ model that must stay FP32, by name; `spared` are nodes that will have one scale.
+
+    Without a table none is known to have outputs so small.
+    """
+    if table is None:
+        return {}
     reason = f"its bias cancels most of it, and {low} rounds each weight: the sum of them would be another one"
     products = (node for node in model.graph.node if node.op_type in WEIGHTED and node.name not in spared)
     return {

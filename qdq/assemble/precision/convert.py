@@ -84,9 +84,7 @@ def convert(
         return Converted(model=written_out(model), kept=())
     proto = _typed(model, BFLOAT16_OPSET if low == "bfloat16" else 0)
     typed = model.replace(proto)
-    kept = decide(typed, low, table, fp32)
-    if table is not None:
-        kept = {**cancelled(typed, low, table, one_scale), **kept}
+    kept = cancelled(typed, low, table, one_scale) | decide(typed, low, table, fp32)
     typed = compensate(typed, low, kept, split_biases=split_biases)
     writer = _Writer(typed, low, frozenset(kept), keep_io)
     order = (kept[node.name] for node in typed.graph.node if node.name in kept)

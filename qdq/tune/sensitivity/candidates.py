@@ -28,7 +28,7 @@ from qdq.plan import placement
 from qdq.plan.choice import FLOAT, FP32, choice
 from qdq.plan.groups import Group, groups, together
 from qdq.plan.plan import Plan, Point
-from qdq.plan.rules import check_patterns
+from qdq.plan.rules.common import check_patterns
 from qdq.plan.settings import Settings
 from qdq.solve.solve import solve
 

@@ -16,7 +16,7 @@ from qdq.model.model import Model
 from qdq.model.nodes import all_nodes
 from qdq.plan.placement import plan
 from qdq.plan.plan import Plan
-from qdq.plan.rules import RULES, Tie, Veto, Want, kept_float
+from qdq.plan.rules.common import RULES, Tie, Veto, Want, kept_float
 from qdq.plan.settings import Settings
 from qdq.plan.spec import Spec
 

@@ -16,9 +16,9 @@ from qdq.assemble.leave_out import without
 from qdq.model.model import Model
 from qdq.plan.placement import plan
 from qdq.plan.plan import Plan
-from qdq.plan.rules import Tie, Veto, Want
+from qdq.plan.rules.common import Tie, Veto, Want
+from qdq.plan.rules.tensorrt import RULES, backbone, quantized_data
 from qdq.plan.settings import Settings
-from qdq.plan.tensorrt_rules import RULES, backbone, quantized_data
 
 Builder = Callable[[], Model]
 SAME = {"pads": [1, 1, 1, 1]}

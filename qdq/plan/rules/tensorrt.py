@@ -21,7 +21,7 @@ from engines.core.documents import replace
 from engines.core.operators import CONVOLUTIONS, CURVES, MEAN_POOLS, MOVERS, NORMS, RAMPS, family
 from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, attribute, input_axis, weight_axis
-from qdq.plan.rules import RULES as COMMON, Decision, Rule, Tie, Veto, Want
+from qdq.plan.rules.common import RULES as COMMON, Decision, Rule, Tie, Veto, Want
 from qdq.plan.settings import Settings
 from qdq.plan.spec import Spec
 

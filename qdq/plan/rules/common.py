@@ -166,7 +166,7 @@ def residual(model: Model, node: NodeProto, settings: Settings) -> list[Decision
     """Want the shortcut of a residual Add read from the tensor its convolution reads: INT8 traffic, one fused kernel.
 
     The shortcut is an input of the Add that a weighted operator reads too; the Add's other input is computed. Where
-    kernels write INT8, `tensorrt_rules.shortcut` speaks.
+    kernels write INT8, `tensorrt.shortcut` speaks.
     """
     profile = settings.profile
     if node.op_type != "Add" or profile.integer_output or not profile.residual:
