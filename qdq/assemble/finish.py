@@ -40,9 +40,14 @@ def finish(model: Model, plan: Plan, *, unquantized_type: str, table: Calibratio
         unquantized_type=float_type_of(plan, unquantized_type),
         split_biases=bool(plan.settings.profile.shift),
         table=table,
+        one_scale=frozenset(n for r in plan.rewrites if r.name in ("hoist", "norm_scale") for n in r.nodes),
     )
     rules = Counter(skip.rule for skip in converted.kept)
-    why = {"shift": "to keep shifted inputs exact", "neighbours": "because their neighbours compute in FP32"}
+    why = {
+        "shift": "to keep shifted inputs exact",
+        "cancelled": "whose bias cancels most of their product",
+        "neighbours": "because their neighbours compute in FP32",
+    }
     said = ", ".join(f"{count} {why.get(rule, f'by rule {rule!r}')}" for rule, count in sorted(rules.items()))
     notes = [f"{len(converted.kept)} nodes stay FP32: {said}"] if converted.kept else []
     if table is not None and (odd := sorted(table.not_finite)):

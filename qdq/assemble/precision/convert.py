@@ -15,7 +15,7 @@ Q keeps the type of what it reads, so no Cast comes between a tensor and its qua
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 
 from engines.core.operators import MOVERS, RECURRENCES
 from engines.core.shapes import light, propagated
+from qdq.assemble.precision.cancelled import cancelled
 from qdq.assemble.precision.rules import LIMIT, decide, masks, saturated
 from qdq.assemble.precision.shift import compensate
 from qdq.assemble.precision.types import ELEM, Lowered, Schema, dequantizes_constant_scale, finfo, fits, retyped
@@ -58,6 +59,7 @@ def convert(
     keep_io: bool = True,
     split_biases: bool = True,
     table: CalibrationTable | None = None,
+    one_scale: Collection[str] = (),
 ) -> Converted:
     """Make every float32 tensor FP16 or BF16, except what must stay FP32.
 
@@ -70,6 +72,7 @@ def convert(
         keep_io: inputs and outputs stay float32; else they take the new type too.
         split_biases: write what a float product's bias loses by rounding as a Sub behind it, which the compiler fuses.
         table: calibrated ranges; a tensor beyond half of FP16's range stays FP32, one within is trusted to fit.
+        one_scale: nodes whose weights a rewrite will give one scale, so that the type does not round them.
 
     Raises:
         InputError: an unknown `unquantized_type`.
@@ -80,6 +83,8 @@ def convert(
     proto = _typed(model, BFLOAT16_OPSET if low == "bfloat16" else 0)
     typed = model.replace(proto)
     kept = decide(typed, low, table)
+    if table is not None:
+        kept = {**cancelled(typed, low, table, one_scale), **kept}
     typed = compensate(typed, low, kept, split_biases=split_biases)
     writer = _Writer(typed, low, frozenset(kept), keep_io)
     order = (kept[node.name] for node in typed.graph.node if node.name in kept)

@@ -50,7 +50,7 @@ def compensate(model: Model, low: str, kept: Collection[str], *, split_biases: b
     for node in model.graph.node:
         copy = altered(node)
         draft.nodes.append(copy)
-        shift = None if node.op_type not in WEIGHTED or node.name in kept else _shift(model, node, low)
+        shift = None if node.op_type not in WEIGHTED or node.name in kept else shift_of(model, node, low)
         if shift is not None:
             draft.shifted(node, copy, shift)
         elif split_biases and node.op_type in ("Conv", "Gemm") and node.name not in kept and draft.coarse(node):
@@ -73,7 +73,7 @@ def rounded(values: npt.ArrayLike, low: str) -> Floats:
         return np.asarray(values, dtype=np.float64).astype(np.float32).astype(dtype).astype(np.float64)
 
 
-def _shift(model: Model, node: NodeProto, low: str) -> _Shift | None:
+def shift_of(model: Model, node: NodeProto, low: str) -> _Shift | None:
     """The shift of the tensor that a product reads, None where there is none."""
     dequantize = model.producer(node.input[0])
     quantize = model.producer(dequantize.input[0]) if dequantize is not None else None

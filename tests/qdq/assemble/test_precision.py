@@ -468,6 +468,27 @@ def test_zero_stays_zero_behind_a_shift(kind: str, unquantized_type: str) -> Non
     assert np.abs(got - evaluate).max() <= eps**2 * 300 + 2 * eps * np.abs(evaluate).max()
 
 
+def test_a_product_that_its_bias_cancels_keeps_its_weights_exact() -> None:
+    """Data near one value, and outputs that are small beside what the weights' sum makes of it."""
+    rng = np.random.default_rng(2)
+    weight = rng.uniform(0.5, 1.5, (8, 256, 1, 1)).astype(np.float32)
+    tensors = {"w": weight, "b": (-weight.sum(axis=(1, 2, 3)) / 2).astype(np.float32)}
+    model = build([node("Conv", "x w b", "y", "conv")], {"x": (1, 256, 4, 4)}, tensors)
+    data = [{"x": (0.5 + 0.002 * rng.standard_normal((1, 256, 4, 4))).astype(np.float32)} for _ in range(4)]
+    made = quantized(model, data, shift=True, calibrator="max")
+    exact = graphs.run(made.model, data)[0]["y"]
+
+    def lost(one_scale: tuple[str, ...]) -> float:
+        result = convert(made.model, unquantized_type="fp16", table=made.table, one_scale=one_scale)
+        assert ("conv" in rules(result)) == (not one_scale)
+        return float(np.abs(graphs.run(result.model, data)[0]["y"] - exact).max())
+
+    assert lost(()) < lost(("conv",)) / 4
+    plain = graphs.samples(model)
+    usual = quantized(model, plain, shift=True, calibrator="max")
+    assert "conv" not in rules(convert(usual.model, unquantized_type="fp16", table=usual.table))
+
+
 @pytest.mark.parametrize("compiler", ["rtx", "tensorrt"])
 def test_a_large_bias_is_in_two_numbers_where_the_compiler_fuses_the_second(compiler: str) -> None:
     """A folded BatchNormalization leaves biases that lose more by rounding than their weights."""
