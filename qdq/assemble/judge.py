@@ -5,7 +5,7 @@ from the others -> of each setting the option with the least noise at the output
 
 | setting | first option, kept unless another clearly beats it | others |
 |---|---|---|
-| calibrator | mse | max |
+| calibrator | mse | ample, max |
 | shift | asymmetric codes, moved by a constant | symmetric codes |
 | equalize | the scheme's formula, or none | its others |
 | rounding | the scheme's rounding | its other roundings, nearest at last |
@@ -60,8 +60,9 @@ MARGIN_DB = 0.25  # by which another option must beat the first
 # What balances data takes headroom from channels that were small so far: where it is not the first option it must gain
 # this in every turn. Over all turns it gained 3 dB on a potential for molecules, by one of them, and lost 14 on others.
 DARING = {"smoothquant": 1.0, "validated": 0.5}  # the second is validated tensor by tensor before
-# The whole range in place of that of least error: where what comes later is larger, clipping costs far more than this.
-CAUTION = {"max": 1.0}
+# The whole range costs resolution everywhere. Headroom where codes are to spare insures against what samples did not
+# show: it may cost as much as this.
+CAUTION = {"max": 1.0, "ample": -0.3}
 WITHOUT_MOMENTS = "clip"
 
 
@@ -201,10 +202,23 @@ _Noise = Mapping[str | int, Sequence[Sequence[float]]]  # by option, turn and sa
 
 
 def _best(noise: _Noise) -> str | int:
-    """The option of least noise among the first and those that clearly beat it."""
-    first, *others = noise
+    """The option of least noise among the first and those that clearly beat it.
+
+    A rounding fitted to data is dropped where one that looks at weights alone clearly beats it in any turn: data of
+    that kind may come, and what is fitted to others fails them.
+    """
+    fitted = {o for o in noise if o in ROUNDINGS and ROUNDINGS[str(o)].needs_moments}
+    plain = [o for o in noise if o in ROUNDINGS and o not in fitted]
+
+    def failed(option: str | int) -> bool:
+        turns = ((p, f) for o in plain for p, f in zip(noise[o], noise[option], strict=True))
+        return any(clearly_less(p, f, least_db=MARGIN_DB, certainty=0) for p, f in turns)
+
+    first, *others = (o for o in noise if o not in fitted or not failed(o))
 
     def beats(option: str | int) -> bool:
+        if noise[option] == noise[first]:
+            return False
         pairs = zip(*(_compared(noise, option, each) for each in (option, first)), strict=True)
         return all(clearly_less(a, b, least_db=_margin_db(option), certainty=0) for a, b in pairs)
 
@@ -213,9 +227,11 @@ def _best(noise: _Noise) -> str | int:
 
 def _why_not(noise: _Noise, option: str | int, taken: str | int) -> str:
     """Of an option that has less noise over all turns than the one taken, by how much it fell short, in brackets."""
+    first = next(iter(noise))
     if math.fsum(_all(noise[option])) >= math.fsum(_all(noise[taken])):
         return ""
-    first = next(iter(noise))
+    if option == first:
+        return f" (not taken: {_said(taken)} is clearly better in one turn)" if option in ROUNDINGS else ""
     least = min(decibels(*pair) for pair in zip(*(_compared(noise, option, o) for o in (first, option)), strict=True))
     where = "in its worst turn" if str(option) in DARING else "in all"
     return f" (not taken: {least:+.1f} dB against {_said(first)} {where}, and {_margin_db(option):+g} is needed)"

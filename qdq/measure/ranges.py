@@ -10,9 +10,10 @@ import numpy as np
 
 from qdq.core.formats import FORMATS, Format
 from qdq.core.qtensor import QParams, representable
-from qdq.measure.calibrators import CALIBRATORS
+from qdq.measure.calibrators import CALIBRATORS, Calibrator
 from qdq.measure.histogram import Histogram
 
+HEADROOMS = (1.0, 1.125, 1.25, 1.375, 1.5, 1.75, 2.0)  # ranges over what was seen, for calibrators with some to spare
 SHIFT_GAIN = 0.8  # shift a tensor only if that leaves at most this share of the squared error (1 dB)
 
 
@@ -48,7 +49,8 @@ def choose(hist: Histogram, *, method: str, percentile: float, shift: bool, fmt_
 
     The calibrator gives the largest magnitude T to keep. Symmetric: scale = T / high. With `shift` the range
     [max(low, -T), min(high, T)] is tried as well, its ends refined if the calibrator is one of least error, and taken
-    if it leaves at most SHIFT_GAIN of the squared error.
+    if it leaves at most SHIFT_GAIN of the squared error. Where the calibrator has codes to spare, the widest range in
+    HEADROOMS follows that leaves no more than its share of error.
 
     Args:
         hist: the tensor's values.
@@ -65,6 +67,27 @@ def choose(hist: Histogram, *, method: str, percentile: float, shift: bool, fmt_
     if hist.amax == 0:
         return _per_tensor(1.0, 0, fmt_name)
     calibrator = CALIBRATORS[method]
+    chosen = _chosen(hist, calibrator, percentile, shift=shift, fmt=fmt, dtype=dtype)
+    return _widened(hist, chosen, calibrator.spare, dtype) if calibrator.spare else chosen
+
+
+def _widened(hist: Histogram, params: QParams, spare: float, dtype: str) -> QParams:
+    """The widest range in HEADROOMS whose squared error is within a share of the values' energy, else `params`."""
+    fmt = FORMATS[params.format]
+    most = spare * float(np.sum(hist.centres**2 * hist.counts))
+    for headroom in HEADROOMS:
+        low, high = headroom * min(hist.low, 0.0), headroom * max(hist.high, 0.0)
+        wide = covering(low, high, fmt_name=fmt.name, dtype=dtype, shift=params.zero_point != 0)
+        if squared_error(hist, float(wide.scale), wide.zero_point, fmt) > most:
+            break
+        params = wide
+    return params
+
+
+def _chosen(
+    hist: Histogram, calibrator: Calibrator, percentile: float, *, shift: bool, fmt: Format, dtype: str
+) -> QParams:
+    """Scale and zero point by the calibrator's limit."""
     limit = calibrator.limit(hist, fmt, percentile)
     symmetric = float(representable(limit / fmt.high, dtype))
     if calibrator.least_error and hist.low == 0:  # the search above was for the shifted grid
@@ -78,8 +101,8 @@ def choose(hist: Histogram, *, method: str, percentile: float, shift: bool, fmt_
         scale, zero_point = asymmetric(low, high, fmt)
         scale = float(representable(scale, dtype))
         if squared_error(hist, scale, zero_point, fmt) <= SHIFT_GAIN * squared_error(hist, symmetric, 0, fmt):
-            return _per_tensor(scale, zero_point, fmt_name)
-    return _per_tensor(symmetric, 0, fmt_name)
+            return _per_tensor(scale, zero_point, fmt.name)
+    return _per_tensor(symmetric, 0, fmt.name)
 
 
 def _refine(hist: Histogram, low: float, high: float, fmt: Format) -> tuple[float, float]:

@@ -25,7 +25,7 @@ from qdq.plan.scheme import SCHEMES, Scheme
 from qdq.plan.spec import BY_RANGE, Spec
 
 AUTO: Literal["auto"] = "auto"
-USUAL_CALIBRATORS = ("mse", "max")
+USUAL_CALIBRATORS = ("mse", "ample", "max")
 WHOLE = ("channel", "tensor")  # in place of a block
 WORTH = "worth"  # of each weight the block whose scales are worth their bits
 BIAS_CORRECTIONS: tuple[str, ...] = ("auto", "on", "off")
@@ -66,8 +66,9 @@ class Settings(Part, frozen=True, kw_only=True):
 
     Attributes:
         scheme: which operands get which format, a name in SCHEMES.
-        calibrator: how an activation's range is chosen from its histogram; "" takes "mse", or "max" where held-out
-            samples clearly gain by it (`qdq.assemble.judge`), and "auto" compares all of them, tensor by tensor.
+        calibrator: how an activation's range is chosen from its histogram; "" takes "ample" where held-out samples lose
+            next to nothing by it, "max" where they clearly gain, else "mse" (`qdq.assemble.judge`), and "auto" compares
+            all of them, tensor by tensor.
         percentile: percent of the values that the `percentile` calibrator keeps inside the range.
         rounding: how weights are rounded to codes; "auto" takes that of the scheme's which is best on held-out samples
             (`qdq.assemble.judge`), as does "", unless the scheme has one only.

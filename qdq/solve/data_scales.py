@@ -1,13 +1,12 @@
 """How each quantized data tensor is scaled: by a constant, by one after its channels are divided, or token by token.
 
-Ranges -> FPTQ's rule (`token_scales`) -> divisors where they pay (`equalize`) -> headroom where the largest values were
-not seen (`headroom`) -> tokens where one scale errs too much.
+Ranges -> FPTQ's rule (`token_scales`) -> divisors where they pay (`equalize`) -> tokens where one scale errs too much.
 Every step returns new `DataScales`. It must not round weights or change the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,7 +20,7 @@ from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
 from qdq.plan.plan import Plan
 from qdq.plan.weighted_node import WeightedNode
-from qdq.solve import headroom, token_scales
+from qdq.solve import token_scales
 from qdq.solve.activations import activation_params, tie_notes
 from qdq.solve.equalize import channels, choose
 from qdq.solve.equalize.channels import Channels
@@ -72,11 +71,9 @@ def data_scales(
     classes = token_scales.classes(plan, nodes, table, data=samples is not None)
     scales = DataScales(params=params, tokens=classes.tokens, notes=(*ties, *classes.notes))
     if samples is not None:
-        readers = channels.candidates(plan, nodes)
         if seen is None:
-            seen = channels.look(model, readers, samples, on_progress)
+            seen = channels.look(model, channels.candidates(plan, nodes), samples, on_progress)
         scales = _equalized(model, plan, nodes, scales, classes.compressed, seen)
-        scales = _widened(model, readers, scales, seen)
         late = token_scales.by_error(
             model, plan, nodes, scales.constant, scales.divisors, samples, on_progress=on_progress
         )
@@ -117,21 +114,3 @@ def _equalized(
         divisors={tensor: e.scale for tensor, e in found.items()},
         notes=(*scales.notes, note),
     )
-
-
-def _widened(
-    model: Model, readers: Mapping[str, Sequence[WeightedNode]], scales: DataScales, seen: Mapping[str, Channels]
-) -> DataScales:
-    """The same with headroom for the tensors that need it and whose channels are not divided."""
-    constant = scales.constant
-    left = {t: nodes for t, nodes in readers.items() if t in constant and t in seen and t not in scales.divisors}
-    found = headroom.widened(model, left, constant, seen)
-    if not found:
-        return scales
-    what = (
-        "1 tensor has a wider range than was"
-        if len(found) == 1
-        else f"{len(found)} tensors have wider ranges than were"
-    )
-    note = f"{what} measured: samples held out went beyond those of the others"
-    return replace(scales, params={**scales.params, **found}, notes=(*scales.notes, note))

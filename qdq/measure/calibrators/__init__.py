@@ -23,12 +23,15 @@ class Calibrator:
         order: in which `auto` tries them: of those that do equally well it takes the first.
         least_error: the limit is that of least squared error, so the ends of a shifted range, and the symmetric range
             of values that are never negative, are to be searched for by the squared error too.
+        spare: the share of the tensor's energy that the squared error may reach for the sake of a range wider than was
+            seen, beyond `limit`; 0 for none.
         settings: the settings that it reads, which mean nothing to calibrators that do not name them.
     """
 
     limit: Callable[[Histogram, Format, float], float]
     order: int = 9
     least_error: bool = False
+    spare: float = 0.0
     settings: tuple[str, ...] = ()
 
 

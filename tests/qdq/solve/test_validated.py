@@ -9,8 +9,13 @@ from graphs import build, node, normal
 
 from qdq.assemble.held_out import HeldOutScore, Split
 from qdq.assemble.quantize import Quantized, quantize
+from qdq.core.disk.spill import Spill
 from qdq.model.model import Model
+from qdq.plan import placement
 from qdq.plan.settings import Settings
+from qdq.plan.weighted_node import weighted_nodes
+from qdq.solve.equalize.channels import TURNS, Channels, SampleChannels, candidates
+from qdq.solve.equalize.choose import by_input
 from qdq.solve.equalize.formulas.validated import EXPONENTS, FLOOR, HEADROOM, scales
 
 CHANNELS, COUNT = 32, 9
@@ -98,3 +103,41 @@ def test_the_order_of_the_samples_changes_no_bit() -> None:
     data = steady(model)
     forth, back = (made(model, order).solution for order in (data, data[::-1]))
     assert np.array_equal(forth.divisors["x"], back.divisors["x"]) and forth.activations == back.activations
+
+
+def test_each_sample_is_held_out_once_and_the_ends_differ_most() -> None:
+    spill = Spill("channel vectors")
+    parts = tuple(
+        SampleChannels(
+            ends=spill.put(np.array([[0, 0], [size, 1]], dtype=np.float32)),
+            rows=spill.put(np.full((1, 2), size, dtype=np.float32)),
+        )
+        for size in (5, 1, 9, 2, 8, 4)
+    )
+    turns = Channels(parts=parts).turns()
+    held = sorted(sorted(turn.held[:, 0].tolist()) for turn in turns)
+    assert held == [[1, 2], [4, 5], [8, 9]]
+    (last,) = (turn for turn in turns if 9.0 in turn.held)
+    assert last.limits.high.tolist() == [5.0, 1.0]
+    assert Channels(parts=parts[: TURNS - 1]).turns() == []
+
+
+def test_the_data_of_a_depthwise_convolution_are_divided_at_no_cost_to_its_weights() -> None:
+    powers = np.geomspace(1, 300, 32).astype(np.float32)[np.random.default_rng(4).permutation(32)]
+    weights = {"w": normal(32, 1, 3, 3) / powers[:, None, None, None]}
+    model = build([node("Conv", "x w", "y", group=32, pads=[1, 1, 1, 1])], {"x": (1, 32, 12, 12)}, weights)
+    data = [{"x": s["x"] * powers[:, None, None]} for s in graphs.samples(model, 6)]
+    plan = placement.plan(model, Settings())
+    nodes = weighted_nodes(model, plan)
+    assert set(candidates(plan, nodes)) == {"x"}
+    (reader,) = nodes.values()
+    assert by_input(model, reader).shape == (32, 1, 9)
+
+    def noise(equalize: str) -> float:
+        settings = Settings(equalize=equalize, rounding="nearest", shift=False, bias_correction="off")
+        done = quantize(model, data, settings=settings)
+        assert ("x" in done.solution.divisors) == (equalize != "none")
+        pairs = zip(graphs.run(model, data), graphs.run(done.model, data), strict=True)
+        return float(sum(np.sum((a["y"] - b["y"]) ** 2) for a, b in pairs))
+
+    assert noise("smoothquant") < noise("none") / 2  # the formula asks for a predicted 3 dB
