@@ -205,10 +205,20 @@ _Noise = Mapping[str | int, Sequence[Sequence[float]]]  # by option, turn and sa
 
 
 def _best(noise: _Noise) -> str | int:
-    """The option of least noise among the first and those that clearly beat it."""
-    first, *others = noise
-    other = (option for option in others if noise[option] != noise[first])
-    better = [option for option in other if _won_db(noise, option, first) >= _margin_db(option)]
+    """The option of least noise among the first and those that clearly beat it.
+
+    A rounding fitted to data is dropped where one that looks at weights alone clearly beats it in any turn: data of
+    that kind may come, and what is fitted to others fails them.
+    """
+    fitted = {o for o in noise if o in ROUNDINGS and ROUNDINGS[str(o)].needs_moments}
+    plain = [o for o in noise if o in ROUNDINGS and o not in fitted]
+
+    def failed(option: str | int) -> bool:
+        return any(max(_gains_db(noise, other, option)) >= MARGIN_DB for other in plain)
+
+    first, *others = (o for o in noise if o not in fitted or not failed(o))
+    rivals = (option for option in others if noise[option] != noise[first])
+    better = [option for option in rivals if _won_db(noise, option, first) >= _margin_db(option)]
     return max(better, key=lambda option: math.fsum(_gains_db(noise, option, first)), default=first)
 
 

@@ -78,6 +78,14 @@ def test_headroom_that_costs_next_to_nothing_is_taken_and_dearer_one_is_not() ->
     assert judge._best({"mse": first, "ample": [[1.05, 1.05]] * 3, "max": [[0.7, 0.7]] * 3}) == "max"
 
 
+def test_a_rounding_fitted_to_data_must_not_lose_to_a_plain_one_in_any_turn() -> None:
+    clip = [[1.0, 1.0]] * 3
+    mostly = [[0.1, 0.1], [0.1, 0.1], [1.1, 1.1]]
+    always = [[0.1, 0.1], [0.1, 0.1], [1.02, 1.02]]
+    assert judge._best({"descent": mostly, "clip": clip, "nearest": [[2.0, 2.0]] * 3}) == "clip"
+    assert judge._best({"descent": always, "clip": clip, "nearest": [[2.0, 2.0]] * 3}) == "descent"
+
+
 def quieter(scale: float) -> list[graphs.Sample]:
     """Of every third sample, a quiet one, other channels are large."""
     rng = np.random.default_rng(1)
