@@ -1,11 +1,12 @@
-"""Quantized products that must compute in FP32 because FP16 or BF16 rounds each dequantized weight.
+"""Quantized convolutions that must compute in FP32 because FP16 or BF16 rounds each dequantized weight.
 
 Behind a shift every input of a product lies near one value, that of zero, and the bias cancels what it makes of the
 weights: zero times their sum. The standard's DequantizeLinear rounds each weight to the low type, so that the sum is
 another one by the sum of these roundings. Where that moves an output by more than rounding the output itself does, the
 product stays FP32 and weights are as exact as in an integer kernel. Nothing is lost by it: with a scale per channel
 TensorRT-RTX's INT8 convolutions write FP32 in an FP16 graph (measured, see `passes.rewrites.quantized.hoist`); of those
-with one scale, a power of two, no weight is rounded. It must not change a graph.
+with one scale, a power of two, no weight is rounded. Gemm and MatMul are left alone: in FP32 between FP16 neighbours
+TensorRT-RTX 1.7.1 fails on their integer kernels ("Invalid binary pointwise types"). It must not change a graph.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ from qdq.assemble.precision.shift import rounded, shift_of
 from qdq.assemble.precision.types import finfo
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
-from qdq.model.nodes import WEIGHTED, attribute, weight_axis
+from qdq.model.nodes import attribute, weight_axis
 from qdq.plan.plan import Skip
 
 RULE = "cancelled"
 
 
 def cancelled(model: Model, low: str, table: CalibrationTable | None, spared: Collection[str]) -> dict[str, Skip]:
-    """The products of a Q/DQ model that must stay FP32, by name; `spared` are nodes that will have one scale.
+    """The convolutions of a Q/DQ model that must stay FP32, by name; `spared` are nodes that will have one scale.
 
     Without a table none is known to have outputs so small.
     """
     if table is None:
         return {}
     reason = f"its bias cancels most of it, and {low} rounds each weight: the sum of them would be another one"
-    products = (node for node in model.graph.node if node.op_type in WEIGHTED and node.name not in spared)
+    convolutions = (node for node in model.graph.node if node.op_type == "Conv" and node.name not in spared)
     return {
         node.name: Skip(node=node.name, op_type=node.op_type, rule=RULE, reason=reason)
-        for node in products
+        for node in convolutions
         if _moved(model, node, low) > float(finfo(low).eps) / 2 * _reach(model, node, table)
     }
 

@@ -489,6 +489,24 @@ def test_a_product_that_its_bias_cancels_keeps_its_weights_exact() -> None:
     assert "conv" not in rules(convert(usual.model, unquantized_type="fp16", table=usual.table))
 
 
+def test_a_matrix_product_that_its_bias_cancels_compiles() -> None:
+    """In FP32 between FP16 neighbours the compiler fails on its integer kernel."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
+    from engines.backends import rtx
+    from engines.verify.audit import audit
+
+    rng = np.random.default_rng(2)
+    weight = rng.uniform(0.5, 1.5, (256, 64)).astype(np.float32)
+    tensors = {"w": weight, "b": -weight.sum(axis=0) / 2, "v": graphs.normal(64, 64), "c": np.zeros(64, np.float32)}
+    nodes = [node("Gemm", "x w b", "h", "first"), node("Gelu", "h", "g"), node("Gemm", "g v c", "y", "second")]
+    model = build(nodes, {"x": (16, 256)}, tensors)
+    data = [{"x": (0.5 + 0.002 * rng.standard_normal((16, 256))).astype(np.float32)} for _ in range(4)]
+    made = quantized(model, data, shift=True, calibrator="max")
+    result = convert(made.model, unquantized_type="fp16", table=made.table)
+    assert {"first", "second"}.isdisjoint(rules(result))
+    assert audit(result.model.proto, rtx.build(result.model.proto).table).int8_share == 1.0
+
+
 @pytest.mark.parametrize("compiler", ["rtx", "tensorrt"])
 def test_a_large_bias_is_in_two_numbers_where_the_compiler_fuses_the_second(compiler: str) -> None:
     """A folded BatchNormalization leaves biases that lose more by rounding than their weights."""
