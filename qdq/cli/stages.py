@@ -49,7 +49,7 @@ def export(
     """Write the ONNX file of a model that is none yet, compared with its source in ONNX Runtime."""
     from qdq.frontend.origin import origin_of
 
-    check_output(output, model, data, given["recipe"])
+    check_output(output, model, data, given["recipe"], given["text"], *options.files_of(model))
     asked = options.asked_of(model, given, data=data)
     recipe = options.recipe_of(given)
     if samples and asked.take is None:

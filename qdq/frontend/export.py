@@ -21,8 +21,8 @@ from qdq.core.errors import InputError, ModelError
 from qdq.core.files import folder_beside, move_all
 from qdq.frontend.compare import Arrays, compared
 from qdq.frontend.exported import TOLERANCE, Dynamic, Exported, OutputError
-from qdq.frontend.pytorch.axes import Axes, batch_axes, mirrored, named_axes, of_batch
-from qdq.frontend.pytorch.call import Call, call_of, distinct_outputs, named_tensors
+from qdq.frontend.pytorch.axes import Axes, batch_axes, batch_of, mirrored, named_axes, of_batch
+from qdq.frontend.pytorch.call import Call, call_of, distinct_outputs, named_tensors, one_call
 from qdq.frontend.pytorch.job import How, Job, NotExportedError
 from qdq.frontend.pytorch.libraries import quiet, torch_here
 from qdq.frontend.pytorch.refused import Why, why
@@ -74,6 +74,8 @@ def export_torch(
     """
     torch = torch_here()
     label, path = source or type(module).__name__, Path(path)
+    if not 0 <= tolerance < float("inf"):
+        raise InputError(f"The tolerance is {tolerance}; it must be a number of at least 0, as {TOLERANCE}.")
     how = How(label=label, dynamic=dynamic, opset=opset, outputs=tuple(output_names), tolerance=tolerance)
     if isinstance(module, torch.export.ExportedProgram):
         if dynamic not in (None, False):
@@ -83,12 +85,13 @@ def export_torch(
         example = module.example_inputs if example_inputs is None else example_inputs
         if example is None:
             raise InputError(f"{label} holds no example inputs. Give them.")
-        if example is module.example_inputs:
-            example = _one_call(*example)
         with quiet(), torch.no_grad():
-            captured = module
             called = module.module()
-            return _exported(called, captured, call_of(called, example, input_names, label), path, how, samples, [])
+            by_name = module.call_spec.in_spec.child(1).context
+            if example is module.example_inputs:
+                example = one_call(called, *example)
+            call = call_of(called, example, input_names, label, by_name=by_name)
+            return _exported(called, module, call, path, how, samples, [])
     module, notes = in_fp32(unwrapped(module, label))
     with at_rest(module) as said:
         call = call_of(module, example_inputs, input_names, label)
@@ -222,7 +225,7 @@ def _checked(job: Job, file: Path, axes: Axes, samples: Given) -> tuple[tuple[Ou
         raise NotExportedError(
             Why(
                 says=f"output {worst.name!r} of the ONNX file differs from PyTorch's by up to {worst.largest:.3g}, "
-                f"{worst.relative:.2%} of its largest magnitude, and {job.how.tolerance:.2%} are allowed",
+                f"{worst.relative:.2g} of its largest magnitude, and {job.how.tolerance:.2g} is allowed",
                 fix="Raise the tolerance if that is as it should be, for instance of a network in FP16.",
                 traced=True,
             )
@@ -257,10 +260,11 @@ def _others(job: Job, axes: Axes) -> Iterator[tuple[Arrays, list[np.ndarray]]]:
         NotExportedError: the batch is open, and the module takes no other than the example's.
     """
     yield from _taken(job, mirrored(job.tensors))
-    batches = [of_batch(job.tensors, axes, size) for size in BATCHES]
-    open_ = [tensors for tensors in batches if tensors is not None]
-    taken = [pair for tensors in open_ for pair in _taken(job, tensors)]
-    if open_ and not taken:
+    rows = batch_of(job.tensors, axes)
+    if rows is None:
+        return
+    taken = [pair for n in BATCHES if n != rows for pair in _taken(job, of_batch(job.tensors, axes, n))]
+    if not taken:
         raise NotExportedError(Why(says="the module takes no other", fix="Leave it fixed.", fixed=True))
     yield from taken
 
@@ -284,11 +288,6 @@ def _unused(job: Job, proto: onnx.ModelProto) -> Iterator[str]:
     there = {v.name for v in proto.graph.input}
     if gone := [name for name in job.call.names if name not in there]:
         yield f"Not inputs of the file, for nothing reads them: {', '.join(gone)}."
-
-
-def _one_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The example of an ExportedProgram as one that `call_of` takes."""
-    return tuple(args) if not kwargs else dict(kwargs) if not args else (*args, *kwargs.values())
 
 
 @contextmanager

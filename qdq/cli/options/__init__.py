@@ -15,6 +15,7 @@ import click
 
 from qdq.cli.options.folder import (
     asked_of as asked_of,
+    files_of as files_of,
     folder_options,
     hf_tasks as hf_tasks,
     keeping_samples as keeping_samples,

@@ -132,6 +132,13 @@ def asked_of(
     return Asked(task=task, take=take)
 
 
+def files_of(model: Path) -> Iterator[Path]:
+    """The files of the folder that `hf:FOLDER` names, which no output may replace."""
+    folder = Path(str(model).removeprefix(PREFIX)).expanduser()
+    if str(model).startswith(PREFIX) and folder.is_dir():
+        yield from folder.iterdir()
+
+
 def sources(exported: Exported | None, data: str | None, evaluation: str | None) -> tuple[str | None, str | None]:
     """What --data and --eval name, or the samples that were made in place of them."""
     if exported is None or exported.calibration is None:

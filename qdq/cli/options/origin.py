@@ -54,7 +54,7 @@ def dynamic_of(texts: Sequence[str]) -> Dynamic | bool | None:
         name, _, axes = text.rpartition(":")
         for each in axes.split(","):
             axis, _, word = each.partition("=")
-            if not name or not axis.strip().isdigit() or not word.strip():
+            if not name or not axis.strip().isdecimal() or not word.strip():
                 raise InputError(f"--dynamic {text} is not of the form INPUT:AXIS=NAME, as image:0=batch,2=height.")
             found.setdefault(name, {})[int(axis)] = word.strip()
     return found

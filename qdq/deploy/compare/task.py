@@ -14,6 +14,7 @@ from qdq.deploy.compare.metrics import METRICS
 from qdq.model.model import Model
 
 NEXT = "next"
+TOKENS = "input_ids"  # what a language model calls the words that it reads
 
 
 class Task(Part, frozen=True, kw_only=True):
@@ -64,7 +65,7 @@ class Task(Part, frozen=True, kw_only=True):
         return f"{self.metric}{against}{', ' + self.unit if self.unit else ''}"
 
     def source(self, model: Model) -> str:
-        """The input whose next tokens are the labels; '' where that is not so.
+        """The input whose next tokens are the labels: `input_ids`, or the only one of integers; '' where none are.
 
         Raises:
             InputError: no such input, or several to choose from.
@@ -75,6 +76,8 @@ class Task(Part, frozen=True, kw_only=True):
         tokens = [i.name for i in model.inputs if np.dtype(i.dtype).kind in "iu"]
         if name:
             return choose(name, tokens, "integer input")
+        if TOKENS in tokens:  # beside a mask, types or positions
+            return TOKENS
         if len(tokens) != 1:
             raise InputError(
                 f"The next token is of the only integer input, but the model has {len(tokens)}"

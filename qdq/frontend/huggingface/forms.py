@@ -70,6 +70,8 @@ def form_of(network: Network, *, past: int | None = None) -> Form:
         InputError: the model has no such part.
     """
     wish = network.wish
+    if past is not None and past < 1:
+        raise InputError(f"--past {past}: a cache of a fixed length holds at least one token.")
     if past is not None and not wish.past:
         raise InputError(
             f"--past is the length of a cache, which --task {wish.task.name} does not have. Give --task "

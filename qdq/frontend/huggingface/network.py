@@ -92,8 +92,9 @@ class Network:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The folder's tokenizer; None where it has none."""
-        return self._processor("AutoTokenizer")
+        """The folder's tokenizer; None where it has none, for which transformers may give one without words."""
+        found = self._processor("AutoTokenizer")
+        return found if found is None or len(found) > len(set(found.all_special_tokens)) else None
 
     @cached_property
     def pictures(self) -> Any:

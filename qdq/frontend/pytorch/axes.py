@@ -35,16 +35,22 @@ def widened(tensors: Sequence[Any], axes: Axes) -> tuple[Any, ...]:
     return tuple(made)
 
 
-def of_batch(tensors: Sequence[Any], axes: Axes, size: int) -> tuple[Any, ...] | None:
-    """The tensors with `size` rows where the first axis is the open batch; None where there is none."""
-    open_ = [each.get(0) == BATCH and t.shape[0] > 0 for t, each in zip(tensors, axes, strict=True)]
-    if not any(open_):
-        return None
+def batch_of(tensors: Sequence[Any], axes: Axes) -> int | None:
+    """Rows of the tensors whose first axis is the open batch; None where there are none."""
+    return next((t.shape[0] for t, each in zip(tensors, axes, strict=True) if _in_batch(t, each)), None)
+
+
+def of_batch(tensors: Sequence[Any], axes: Axes, size: int) -> tuple[Any, ...]:
+    """The tensors with `size` rows where the first axis is the open batch."""
     torch = torch_here()
     return tuple(
-        t[torch.arange(size, device=t.device) % t.shape[0]] if is_open else t
-        for t, is_open in zip(tensors, open_, strict=True)
+        t[torch.arange(size, device=t.device) % t.shape[0]] if _in_batch(t, each) else t
+        for t, each in zip(tensors, axes, strict=True)
     )
+
+
+def _in_batch(tensor: Any, axes: Mapping[int, str]) -> bool:
+    return axes.get(0) == BATCH and tensor.shape[0] > 0
 
 
 def mirrored(tensors: Sequence[Any]) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ class Call:
         return args, {name: _filled(value, tensors) for name, value in self.arguments.kwargs.items()}
 
 
-def call_of(module: Any, example: Any, names: Sequence[str], label: str) -> Call:
+def call_of(module: Any, example: Any, names: Sequence[str], label: str, *, by_name: Collection[str] = ()) -> Call:
     """How an example calls a module.
 
     Args:
@@ -58,11 +58,16 @@ def call_of(module: Any, example: Any, names: Sequence[str], label: str) -> Call
         example: a tensor or array, a tuple or list of arguments by position, or a mapping by name.
         names: in place of those of the signature; empty: those.
         label: what messages call the module.
+        by_name: parameters that it takes by name alone, though its signature does not say so.
 
     Raises:
         InputError: the example does not fit `forward`, holds no tensor, or there are not as many names as tensors.
     """
     signature = _signature(module)
+    if by_name:
+        only = inspect.Parameter.KEYWORD_ONLY
+        parameters = [p.replace(kind=only) if n in by_name else p for n, p in signature.parameters.items()]
+        signature = signature.replace(parameters=parameters)
     args, kwargs = _given(example)
     try:
         bound = signature.bind(*args, **kwargs)
@@ -92,6 +97,11 @@ def call_of(module: Any, example: Any, names: Sequence[str], label: str) -> Call
     if left:
         notes.append(f"Not inputs of the file, for the example does not give them: {', '.join(left)}.")
     return Call(names=_distinct(names or found), tensors=tuple(tensors), arguments=bound, notes=tuple(notes))
+
+
+def one_call(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Arguments by position and by name as one example that `call_of` takes."""
+    return {**dict(zip(_signature(module).parameters, args, strict=False)), **kwargs} if kwargs else tuple(args)
 
 
 def parameter_names(module: Any) -> tuple[list[str], bool]:

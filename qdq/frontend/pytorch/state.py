@@ -18,7 +18,7 @@ def unwrapped(module: Any, label: str) -> Any:
     """The module that was wrapped for several devices or compiled.
 
     Raises:
-        InputError: it is no module, or its weights are on no device.
+        InputError: it is no module, or its weights are on no device or not made yet.
     """
     torch = torch_here()
     if not isinstance(module, torch.nn.Module):
@@ -33,6 +33,11 @@ def unwrapped(module: Any, label: str) -> Any:
         if inner is None:
             break
         module = inner
+    if any(torch.nn.parameter.is_lazy(p) for p in (*module.parameters(), *module.buffers())):
+        raise InputError(
+            f"{label} has lazy layers, whose weights are made when they first run, of random numbers. Run it once, and "
+            "load its checkpoint."
+        )
     if any(p.is_meta for p in (*module.parameters(), *module.buffers())):
         raise InputError(f"{label} has weights on the device meta, which hold no values. Load its checkpoint first.")
     return module
@@ -52,6 +57,7 @@ def at_rest(module: Any) -> Iterator[list[str]]:
     torch = torch_here()
     modes = [(part, part.training) for part in module.modules()]
     kept = [(buffer, buffer.detach().clone(), buffer._version) for buffer in module.buffers()]
+    held = [(part, dict(part._buffers)) for part in module.modules() if hasattr(part, "_buffers")]
     notes = ["The module was in training mode: it is exported in eval mode."] if module.training else []
     fast = torch.backends.mha.get_fastpath_enabled()
     with torch.random.fork_rng(devices=[]), quiet():
@@ -65,6 +71,9 @@ def at_rest(module: Any) -> Iterator[list[str]]:
             torch.backends.mha.set_fastpath_enabled(fast)
             for part, mode in modes:
                 part.training = mode
+            for part, buffers in held:  # a forward may put other tensors in their places
+                if isinstance(part._buffers, dict):
+                    part._buffers.update(buffers)
             with torch.no_grad():
                 for buffer, before, version in kept:
                     if buffer._version != version:

@@ -26,6 +26,7 @@ from qdq.core.errors import InputError
 from qdq.deploy.compare import compare
 from qdq.deploy.compare.compare import entries
 from qdq.deploy.compare.metrics import metric, next_tokens
+from qdq.deploy.compare.task import Task
 from qdq.model.model import Model
 from qdq.tune.find_plan import FEW
 
@@ -365,3 +366,14 @@ def test_the_worst_output_is_the_figure_and_classes_lie_where_the_graph_says(fol
     assert "worst output" in " ".join(table.split()) and "identical" in table  # FP32 against itself
     refused = run(*args, "--class-axis", "7")
     assert refused.exit_code == 2 and "needs classes on axis 7" in refused.stderr
+
+
+def test_the_next_token_is_of_input_ids_beside_a_mask() -> None:
+    kept = language_model()
+    kept.graph.node[0].input[1] = kept.graph.input[0].name = "input_ids"
+    for name in ("attention_mask", "position_ids"):
+        kept.graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, ["b", "t"]))
+    assert Task(metric="perplexity").source(Model(proto=kept, directory=Path(), sha256="")) == "input_ids"
+    kept.graph.node[0].input[1] = kept.graph.input[0].name = "words"
+    with pytest.raises(InputError, match="has 3: words, attention_mask, position_ids"):
+        Task(metric="perplexity").source(Model(proto=kept, directory=Path(), sha256=""))

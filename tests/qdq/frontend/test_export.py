@@ -202,3 +202,63 @@ def test_wrappers_are_looked_into_and_other_objects_refused(tmp_path: Path) -> N
             export_torch(other, X, tmp_path / "other.onnx")
     with pytest.raises(InputError, match=r"do not fit .* forward takes \(x\)"):
         export_torch(Of(by_value), {"y": X}, tmp_path / "other.onnx")
+
+
+class Named(nn.Module):
+    """Takes its second input by name alone."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, *, weight: torch.Tensor) -> torch.Tensor:
+        return x * weight - y
+
+
+@pytest.mark.parametrize("args", [(X,), (X, X + 1), ()])
+def test_a_program_that_was_captured_with_inputs_by_name(tmp_path: Path, args: tuple[torch.Tensor, ...]) -> None:
+    given = {"x": X, "y": X + 1, "weight": X + 2}
+    kwargs = {name: value for name, value in given.items() if name not in ("x", "y")[: len(args)]}
+    program = torch.export.export(Named(), args, kwargs)
+    for example in (None, given):
+        made = export_torch(program, example, tmp_path / "named.onnx")
+        assert made.inputs == ("x", "y", "weight")
+        (found,) = run(made, **{name: value.numpy() for name, value in given.items()})
+        np.testing.assert_allclose(found, Named()(**given).numpy(), rtol=1e-5)
+
+
+def test_an_axis_that_has_the_size_of_a_batch_that_is_tried_is_no_batch(tmp_path: Path) -> None:
+    made = export_torch(nn.Conv2d(3, 4, 3), torch.randn(3, 8, 8), tmp_path / "conv.onnx")
+    assert made.dynamic == {} and any("fixed at 3" in note for note in made.notes)
+    assert export_torch(nn.Conv2d(2, 4, 3), torch.randn(3, 2, 8, 8), tmp_path / "conv.onnx").dynamic
+
+
+class Counting(nn.Module):
+    """Puts another tensor in the place of a buffer at each run."""
+
+    count: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.count = self.count + 1
+        return self.lin(x)
+
+
+def test_a_buffer_that_forward_replaces_is_as_it_was(tmp_path: Path) -> None:
+    module = Counting()
+    held = module.count
+    export_torch(module, X, tmp_path / "net.onnx")
+    assert module.count is held and module.count.item() == 0
+
+
+def test_lazy_layers_without_weights_are_refused(tmp_path: Path) -> None:
+    module = nn.LazyLinear(3)
+    with pytest.raises(InputError, match="lazy layers"):
+        export_torch(module, X, tmp_path / "net.onnx")
+    assert isinstance(module, nn.LazyLinear)
+
+
+@pytest.mark.parametrize("tolerance", [float("nan"), -1.0, float("inf")])
+def test_a_tolerance_that_compares_nothing_is_refused(tmp_path: Path, tolerance: float) -> None:
+    with pytest.raises(InputError, match="tolerance is"):
+        export_torch(nn.Linear(8, 4), X, tmp_path / "net.onnx", tolerance=tolerance)

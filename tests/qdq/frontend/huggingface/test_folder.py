@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from qdq import InputError
+from qdq.cli.main import main
 from qdq.cli.options.folder import asked_of
+from qdq.cli.options.origin import dynamic_of
 from qdq.frontend.huggingface.choose import apart, pieces
 from qdq.frontend.huggingface.folder import open_folder
 from qdq.frontend.huggingface.tasks import TASKS, wish_of
@@ -159,3 +162,17 @@ def test_the_parts_share_nothing(found: int, evaluated: bool, sizes: tuple[int, 
     assert (len(parts.calibration), len(parts.evaluation)) == sizes
     assert not set(parts.calibration) & set(parts.evaluation)
     assert apart(range(found), count=8, seed=3, evaluated=True).calibration[:5] == parts.calibration[:5]
+
+
+def test_an_export_replaces_no_text_and_no_file_of_the_folder(tmp_path: Path) -> None:
+    made, text = folder(tmp_path), tmp_path / "words.txt"
+    text.write_text("a line\n")
+    for output in (text, made / "config.json"):
+        before = output.read_bytes()
+        done = CliRunner().invoke(main, ["export", f"hf:{made}", "--text", str(text), "-o", str(output)])
+        assert done.exit_code == 2 and "input of this command" in done.stderr and output.read_bytes() == before
+
+
+def test_axes_are_plain_numbers() -> None:
+    with pytest.raises(InputError, match="is not of the form"):
+        dynamic_of(["image:\u00b2=height"])

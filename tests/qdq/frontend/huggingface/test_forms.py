@@ -212,3 +212,17 @@ def test_weights_that_a_task_needs_must_be_there(folders: Path) -> None:
         InputError, match=r"--past is the length of a cache, which --task text-generation does not have"
     ):
         opened(folders / "gpt2", past=8)
+
+
+def test_a_folder_without_a_tokenizer_reads_no_text(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, "gpt2")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    network, form = opened(folder)  # for which transformers makes a tokenizer without words
+    with pytest.raises(InputError, match="has no tokenizer"):
+        made_samples(network, form, Take(text=write_text(tmp_path), samples=tmp_path / "samples"))
+
+
+def test_a_cache_of_no_tokens_is_refused(folders: Path) -> None:
+    with pytest.raises(InputError, match="--past 0"):
+        opened(folders / "gpt2", "text-generation-with-past", past=0)
