@@ -102,23 +102,23 @@ def twins(model: Model, plan: Plan) -> Plan:
 
     Source: what models call tied embeddings: the last product multiplies by the table of words.
     """
-    weights = {p.tensor: tuple(model.initializers[p.tensor].dims) for p in plan.weights}
+    weights = list(dict.fromkeys(p.tensor for p in plan.weights))
     tied = []
     for point in plan.tables:
-        shape = tuple(model.initializers[point.tensor].dims)
-        turned = (w for w, sizes in weights.items() if sizes == shape[::-1] and _transposed(model, point.tensor, w))
+        turned = (weight for weight in weights if transposed(model, point.tensor, weight))
         twin = point.tensor if point.tensor in weights else next(turned, None)
         tied.append(replace(point, tie=twin))
     return replace(plan, tables=tuple(tied))
 
 
-def _transposed(model: Model, tensor: str, other: str) -> bool:
+def transposed(model: Model, tensor: str, other: str) -> bool:
     """Whether a matrix is another one's transpose; the first row is looked at first."""
-    if model.dtype(tensor) != model.dtype(other):
+    ours, theirs = (model.initializers[name] for name in (tensor, other))
+    if ours.data_type != theirs.data_type or tuple(ours.dims) != tuple(theirs.dims)[::-1]:
         return False
-    ours, theirs = model.array(tensor), model.array(other)
-    same = np.array_equal(ours[0], theirs[:, 0]) and np.array_equal(ours, theirs.T)
-    for read in (ours, theirs):
+    rows, columns = model.array(tensor), model.array(other)
+    same = np.array_equal(rows[0], columns[:, 0]) and np.array_equal(rows, columns.T)
+    for read in (rows, columns):
         release(read)
     return same
 

@@ -125,6 +125,16 @@ def test_the_plan_refuses_a_table_of_another_node() -> None:
         Plan.from_json(text).check(model)
 
 
+def test_the_plan_refuses_scales_that_a_table_cannot_have() -> None:
+    model = lookup(rows=700, width=96)
+    plan = planned(model)
+    for spec in ({"axis": 1}, {"axis": 0, "block": 16, "format": "int4"}, {"axis": 1, "block": 128, "format": "int4"}):
+        (point,) = plan.tables
+        edited = replace(plan, tables=(replace(point, spec=replace(point.spec, **spec)),))
+        with pytest.raises(InputError, match="rows have a scale each"):
+            edited.check(model)
+
+
 def test_a_decoder_has_its_words_as_codes_for_both_compilers() -> None:
     for compiler in ("rtx", "tensorrt"):
         settings = Settings(embeddings="int8", compiler=compiler)
