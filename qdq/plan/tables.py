@@ -35,10 +35,14 @@ def table(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
         return []
     tensor = node.input[0]
     info = model.info(tensor) if model.is_constant(tensor) else None
-    if info is None or info.dtype not in FLOATS or math.prod(model.initializers[tensor].dims) < LEAST:
+    if info is None or info.dtype not in FLOATS:
         return []
     shape = tuple(model.initializers[tensor].dims)
-    sizes = " x ".join(map(str, shape))
+    sizes, small = " x ".join(map(str, shape)), math.prod(shape) < LEAST
+    if small and (settings.embeddings == FLOAT or len(shape) != 2):
+        return []
+    if small:
+        return [Veto(rule=RULE, reason=f"the table of {sizes} stays float: codes would save less than 64 KB")]
     if settings.embeddings == FLOAT:
         return [Veto(rule=RULE, reason=f"a table of {sizes}, in float: embeddings int8 or int4 stores it smaller")]
     if reason := _unfit(model, node, shape):
@@ -79,8 +83,15 @@ def _spec(model: Model, tensor: str, shape: tuple[int, ...], settings: Settings)
     fitting = [block for block in settings.lengths(fmt) if shape[1] % block == 0]
     if not fitting:
         return rows, f"int8: blocks of {fmt} do not divide its {shape[1]} columns"
-    block = settings.block if settings.block in fitting else best(model.array(tensor), 1, fitting, FORMATS[fmt])
-    return replace(rows, format=fmt, axis=1, block=int(block)), ""
+    if settings.block in fitting:
+        return replace(rows, format=fmt, axis=1, block=int(settings.block)), ""
+    block = best(model.array(tensor), 1, fitting, FORMATS[fmt])
+    misfit = (
+        f"blocks of {settings.block} do not divide its {shape[1]} columns"
+        if settings.block in FORMATS[fmt].blocks
+        else ""
+    )
+    return replace(rows, format=fmt, axis=1, block=block), misfit
 
 
 def offered(model: Model, plan: Plan) -> dict[str, int]:

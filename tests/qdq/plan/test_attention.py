@@ -113,3 +113,5 @@ def test_a_gpu_without_fp8_is_refused_before_anything_runs() -> None:
     assert "fp8" in Settings(attention="fp8").formats
     with pytest.raises(InputError, match="Unknown attention"):
         Settings(attention="int8")
+    with pytest.raises(InputError, match="Unknown embeddings 'int5': it must be one of float, int8, int4"):
+        Settings(embeddings="int5")

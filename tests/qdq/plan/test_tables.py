@@ -52,7 +52,9 @@ def test_int4_takes_blocks_that_divide_a_row_else_int8() -> None:
     (four,) = placement.plan(lookup(), Settings(embeddings="int4")).tables
     assert four.spec.format == "int4" and four.spec.axis == 1 and 128 % (four.spec.block or 0) == 0
     (asked,) = placement.plan(lookup(), Settings(embeddings="int4", block=64)).tables
-    assert asked.spec.block == 64
+    assert asked.spec.block == 64 and not asked.reason
+    (shorter,) = placement.plan(lookup(width=192), Settings(embeddings="int4", block=128)).tables
+    assert shorter.spec.block in (16, 32, 64) and shorter.reason == "blocks of 128 do not divide its 192 columns"
     (eight,) = placement.plan(lookup(width=120), Settings(embeddings="int4")).tables
     assert eight.spec.format == "int8" and eight.reason == "int8: blocks of int4 do not divide its 120 columns"
 
@@ -82,7 +84,7 @@ def test_two_gathers_share_a_table_and_stay_together() -> None:
 @pytest.mark.parametrize(
     "model, reason",
     [
-        (lambda: lookup(rows=100), "it moves or picks values"),
+        (lambda: lookup(rows=100), "the table of 100 x 128 stays float: codes would save less than 64 KB"),
         (lambda: lookup(body=True), "a body of an If, Loop or Scan reads it"),
         (lambda: lookup(beside="Relu"), "'beside' (Relu) reads it too"),
     ],
