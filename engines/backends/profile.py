@@ -150,7 +150,7 @@ class Profile:
             if lacking := [t for t, number in numbers.items() if number.isdecimal() and int(number) < least]:
                 raise UnsupportedTargetError(
                     f"{', '.join(lacking)} cannot compile {fmt}: it needs sm{least} or newer. Choose another --target, "
-                    "or a scheme without that format such as int8."
+                    "or a scheme, overrides and attention without that format, such as int8."
                 )
 
     def same_compiler(self, backend: str, version: str) -> bool:

@@ -5,10 +5,10 @@ from the others -> of each setting the option with the least noise at the output
 
 | setting | first option, kept unless another clearly beats it | others |
 |---|---|---|
-| calibrator | mse | ample, max |
+| calibrator | mse | ample, which may lose a little; max |
 | shift | asymmetric codes, moved by a constant | symmetric codes |
 | equalize | the scheme's formula, or none | its others |
-| rounding | the scheme's rounding | its other roundings, nearest at last |
+| rounding | the scheme's rounding, not beaten in any turn by one of weights alone | its others, nearest at last |
 | block | of each weight the one worth its bits | the shortest, for all |
 
 One setting after the other, each with those before it decided: at most eight models are built per turn, all but those
@@ -205,21 +205,28 @@ _Noise = Mapping[str | int, Sequence[Sequence[float]]]  # by option, turn and sa
 
 
 def _best(noise: _Noise) -> str | int:
-    """The option of least noise among the first and those that clearly beat it.
-
-    A rounding fitted to data is dropped where one that looks at weights alone clearly beats it in any turn: data of
-    that kind may come, and what is fitted to others fails them.
-    """
-    fitted = {o for o in noise if o in ROUNDINGS and ROUNDINGS[str(o)].needs_moments}
-    plain = [o for o in noise if o in ROUNDINGS and o not in fitted]
-
-    def failed(option: str | int) -> bool:
-        return any(max(_gains_db(noise, other, option)) >= MARGIN_DB for other in plain)
-
-    first, *others = (o for o in noise if o not in fitted or not failed(o))
+    """The option of least noise among the first that is left and those that win by their margin."""
+    first, *others = _left(noise)
     rivals = (option for option in others if noise[option] != noise[first])
     better = [option for option in rivals if _won_db(noise, option, first) >= _margin_db(option)]
     return max(better, key=lambda option: math.fsum(_gains_db(noise, option, first)), default=first)
+
+
+def _left(noise: _Noise) -> list[str | int]:
+    """The options without roundings fitted to data that one of weights alone clearly beats in some turn.
+
+    Data of that kind may come, and what is fitted to others fails them.
+    """
+    return [option for option in noise if _beaten_db(noise, option) < MARGIN_DB]
+
+
+def _beaten_db(noise: _Noise, option: str | int) -> float:
+    """By how much a rounding of weights alone beats one fitted to data in some turn; 0 for any other option."""
+    fitted = {o for o in noise if o in ROUNDINGS and ROUNDINGS[str(o)].needs_moments}
+    plain = [o for o in noise if o in ROUNDINGS and o not in fitted]
+    if option not in fitted:
+        return 0.0
+    return max((max(_gains_db(noise, other, option)) for other in plain), default=0.0)
 
 
 def _gains_db(noise: _Noise, option: str | int, other: str | int) -> list[float]:
@@ -243,10 +250,15 @@ def _won_db(noise: _Noise, option: str | int, first: str | int) -> float:
 
 
 def _why_not(noise: _Noise, option: str | int, taken: str | int) -> str:
-    """Of an option that has less noise than the one taken, by how much it fell short, in brackets."""
-    first = next(iter(noise))
-    if option == first or math.fsum(_gains_db(noise, option, taken)) <= 0:
+    """Of an option that has less noise than the one taken, why it is not taken, in brackets."""
+    if option == taken or math.fsum(gains := _gains_db(noise, option, taken)) <= 0:
         return ""
+    if (beaten := _beaten_db(noise, option)) >= MARGIN_DB:
+        return f" (not taken: a rounding that looks at weights alone is {beaten:.1f} dB better in a turn)"
+    first = _left(noise)[0]
+    if option == first:
+        loss, most = math.fsum(gains) / len(gains), -_margin_db(taken)
+        return f" (not taken: {_said(taken)} has more headroom and loses {loss:.1f} dB, of {most:g} that it may)"
     where = "in its worst turn" if str(option) in DARING else "in the mean"
     won = _won_db(noise, option, first)
     return f" (not taken: {won:+.1f} dB against {_said(first)} {where}, and {_margin_db(option):+g} is needed)"

@@ -109,6 +109,7 @@ def quantize(
             return solve_auto(prepared, plan, table, samples=checked, complete=done, on_progress=on_progress)
         return complete(plan, solve(prepared, plan, table, samples=checked, on_progress=on_progress))
 
+    asked = chosen.settings
     with registered(custom_ops):
         chosen, choices = judged(prepared, chosen, checked, on_progress=on_progress)
         made = build(chosen)
@@ -119,10 +120,9 @@ def quantize(
         quantized = noted(quantized, values_of(checked, steered))
     unseen = [skip.node for skip in chosen.skips if skip.rule == UNREACHED]
     unrun = f"{len(unseen)} nodes stay in float, for no calibration sample runs their bodies"
+    idle = [text for text in chosen.settings.idle if text.split()[0] not in asked.open]  # what was not left to `judged`
     said = [*([f"{unrun}: {unseen[0]}"] if unseen else []), *_kept(prepared, chosen, solution), *_unmet(chosen)]
-    solution = replace(
-        solution, notes=(*chosen.settings.idle, *chosen.settings.doubts, *said, *choices, *solution.notes)
-    )
+    solution = replace(solution, notes=(*idle, *chosen.settings.doubts, *said, *choices, *solution.notes))
     return Quantized(prepared=prepared, plan=chosen, table=table, solution=solution, model=quantized)
 
 

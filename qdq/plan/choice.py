@@ -43,6 +43,11 @@ class Choice:
         return FLOATS.get(self.scheme) or SCHEMES[self.scheme]
 
     @property
+    def given(self) -> tuple[str, ...]:
+        """The settings that it has of its own."""
+        return tuple(name for name in ("block", "shift") if getattr(self, name) is not None)
+
+    @property
     def quantizes(self) -> bool:
         """Whether it is a scheme."""
         return self.scheme not in FLOATS

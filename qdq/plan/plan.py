@@ -219,6 +219,13 @@ class Plan(Document, frozen=True, kw_only=True):
                     f"The plan stores {point.tensor!r} as a table for {other!r}, which is no Gather of its rows. "
                     "Remove the consumer."
                 )
+            shape, block = tuple(model.initializers[point.tensor].dims), point.spec.block
+            if len(shape) != 2 or point.spec.axis != (1 if block else 0) or (block and shape[1] % block):
+                raise InputError(
+                    f"The plan stores the table {point.tensor!r} of {' x '.join(map(str, shape))} with scales along "
+                    f"axis {point.spec.axis}{f' in blocks of {block}' if block else ''}: rows have a scale each (axis "
+                    "0), or blocks that divide a row (axis 1). Mend its spec, or remove the entry."
+                )
         data = {name for p in self.activations for name, index in p.uses if index == 0}
         float_data = {name for p in self.weights if p.spec.weight_only for name, _ in p.uses}
         if alone := set(self.quantized_nodes) - data - float_data:

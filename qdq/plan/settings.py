@@ -139,6 +139,8 @@ class Settings(Part, frozen=True, kw_only=True):
         checked(self)
         choose(self.scheme, tuple(SCHEMES), "scheme")
         rows = self.schemes
+        for name in ("embeddings", "attention"):
+            choose(getattr(self, name), [str(n) for n in choices(name)], name)
         try:
             set_field(self, "compiler", profile_named(self.compiler).key)
             self.profile.require_formats(self.formats, ())
@@ -149,7 +151,7 @@ class Settings(Part, frozen=True, kw_only=True):
         for name in ("rounding", "equalize"):
             if getattr(self, name) == "":
                 set_field(self, name, AUTO if len(self.options(name)) > 1 else self.options(name)[0])
-        for name in ("calibrator", "rounding", "equalize", "bias_correction", "embeddings", "attention"):
+        for name in ("calibrator", "rounding", "equalize", "bias_correction"):
             if getattr(self, name) or name != "calibrator":
                 choose(getattr(self, name), [str(n) for n in choices(name)], name)
         if block not in choices("block"):
@@ -273,11 +275,15 @@ class Settings(Part, frozen=True, kw_only=True):
             "v1": (ranged, scheme),
         }
         defaults = {f.name: f.default for f in msgspec.structs.fields(type(self))}
-        return tuple(
+        said = [
             f"{name} {getattr(self, name)} has no effect with {cause}"
             for name, (used, cause) in means.items()
             if not used and getattr(self, name) != defaults[name]
-        )
+        ]
+        for pattern, own in ((pattern, choice(text)) for pattern, text in self.overrides.items()):
+            mine = [text for text in self.alone(own).idle if text.split()[0] in own.given] if own.given else []
+            said += [f"override {pattern!r}: {text}" for text in mine]
+        return tuple(said)
 
     @property
     def doubts(self) -> tuple[str, ...]:

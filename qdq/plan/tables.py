@@ -35,10 +35,14 @@ def table(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
         return []
     tensor = node.input[0]
     info = model.info(tensor) if model.is_constant(tensor) else None
-    if info is None or info.dtype not in FLOATS or math.prod(model.initializers[tensor].dims) < LEAST:
+    if info is None or info.dtype not in FLOATS:
         return []
     shape = tuple(model.initializers[tensor].dims)
-    sizes = " x ".join(map(str, shape))
+    sizes, small = " x ".join(map(str, shape)), math.prod(shape) < LEAST
+    if small and (settings.embeddings == FLOAT or len(shape) != 2):
+        return []
+    if small:
+        return [Veto(rule=RULE, reason=f"the table of {sizes} stays float: codes would save less than 64 KB")]
     if settings.embeddings == FLOAT:
         return [Veto(rule=RULE, reason=f"a table of {sizes}, in float: embeddings int8 or int4 stores it smaller")]
     if reason := _unfit(model, node, shape):
@@ -79,8 +83,15 @@ def _spec(model: Model, tensor: str, shape: tuple[int, ...], settings: Settings)
     fitting = [block for block in settings.lengths(fmt) if shape[1] % block == 0]
     if not fitting:
         return rows, f"int8: blocks of {fmt} do not divide its {shape[1]} columns"
-    block = settings.block if settings.block in fitting else best(model.array(tensor), 1, fitting, FORMATS[fmt])
-    return replace(rows, format=fmt, axis=1, block=int(block)), ""
+    if settings.block in fitting:
+        return replace(rows, format=fmt, axis=1, block=int(settings.block)), ""
+    block = best(model.array(tensor), 1, fitting, FORMATS[fmt])
+    misfit = (
+        f"blocks of {settings.block} do not divide its {shape[1]} columns"
+        if settings.block in FORMATS[fmt].blocks
+        else ""
+    )
+    return replace(rows, format=fmt, axis=1, block=block), misfit
 
 
 def offered(model: Model, plan: Plan) -> dict[str, int]:
@@ -102,23 +113,23 @@ def twins(model: Model, plan: Plan) -> Plan:
 
     Source: what models call tied embeddings: the last product multiplies by the table of words.
     """
-    weights = {p.tensor: tuple(model.initializers[p.tensor].dims) for p in plan.weights}
+    weights = list(dict.fromkeys(p.tensor for p in plan.weights))
     tied = []
     for point in plan.tables:
-        shape = tuple(model.initializers[point.tensor].dims)
-        turned = (w for w, sizes in weights.items() if sizes == shape[::-1] and _transposed(model, point.tensor, w))
+        turned = (weight for weight in weights if transposed(model, point.tensor, weight))
         twin = point.tensor if point.tensor in weights else next(turned, None)
         tied.append(replace(point, tie=twin))
     return replace(plan, tables=tuple(tied))
 
 
-def _transposed(model: Model, tensor: str, other: str) -> bool:
+def transposed(model: Model, tensor: str, other: str) -> bool:
     """Whether a matrix is another one's transpose; the first row is looked at first."""
-    if model.dtype(tensor) != model.dtype(other):
+    ours, theirs = (model.initializers[name] for name in (tensor, other))
+    if ours.data_type != theirs.data_type or tuple(ours.dims) != tuple(theirs.dims)[::-1]:
         return False
-    ours, theirs = model.array(tensor), model.array(other)
-    same = np.array_equal(ours[0], theirs[:, 0]) and np.array_equal(ours, theirs.T)
-    for read in (ours, theirs):
+    rows, columns = model.array(tensor), model.array(other)
+    same = np.array_equal(rows[0], columns[:, 0]) and np.array_equal(rows, columns.T)
+    for read in (rows, columns):
         release(read)
     return same
 

@@ -19,6 +19,7 @@ from qdq.model.external import release
 from qdq.model.model import Model
 from qdq.model.weight_store import WeightStore, key_of
 from qdq.plan.plan import Plan, Point
+from qdq.plan.tables import transposed
 from qdq.plan.weighted_node import Weight, WeightedNode, by_weight
 from qdq.solve.weights import quantize_weight
 
@@ -58,7 +59,7 @@ def coded(
         store: where the codes of a large model lie.
 
     Raises:
-        InputError: a table holds NaN or infinity.
+        InputError: a table holds NaN or infinity, or an edited tie names a weight of other values.
     """
     codes: dict[str, QTensor] = {}
     shared: dict[Weight, str] = {}
@@ -69,6 +70,11 @@ def coded(
         if key is not None:
             held = weights[key]
             turned = key[0] != point.tensor
+            if turned and not transposed(model, point.tensor, key[0]):
+                raise InputError(
+                    f"The plan ties the table {point.tensor!r} to {key[0]!r}, which has other values: one would read "
+                    "the other's codes. Remove the tie."
+                )
             codes[point.tensor] = QTensor(
                 codes=held.codes.T if turned else held.codes, params=replace(held.params, axis=point.spec.axis)
             )

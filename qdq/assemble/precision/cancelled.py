@@ -62,7 +62,7 @@ def _moved(model: Model, node: NodeProto, low: str) -> float:
 
 
 def _reach(model: Model, node: NodeProto, table: CalibrationTable) -> float:
-    """The largest magnitude of a product's output, or of what a Relu alone makes of it; 0 where it is not known."""
+    """The largest magnitude of a product's output, or of what a Relu alone makes of it; infinite if unknown."""
     use, known = model.only_use(node.output[0]), {**{n: h.amax for n, h in table.tensors.items()}, **table.ranges}
     behind = [use.node.output[0]] if use is not None and use.node.op_type == "Relu" else []
     return min((known[name] for name in (node.output[0], *behind) if name in known), default=np.inf)

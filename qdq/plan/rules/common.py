@@ -234,7 +234,7 @@ def attention(model: Model, node: NodeProto, settings: Settings) -> list[Decisio
     """
     if settings.attention == FLOAT or node.name in model.inner_nodes or (pair := attends(model, node)) is None:
         return []
-    if any(fnmatch.fnmatchcase(n.name, pattern) for n in pair for pattern in settings.exclude):
+    if any(kept_float(model, n, settings) or excluded(model, n, settings) for n in pair):
         return []
     keys = (model.sizes(pair[0].input[1], -1) or (FEWEST_TOKENS,))[0]
     if keys < FEWEST_TOKENS:

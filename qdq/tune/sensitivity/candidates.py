@@ -7,7 +7,7 @@ trial must not depend on other groups. It must not run a model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -104,13 +104,28 @@ class Candidates:
 
     @cached_property
     def measuring(self) -> Plan:
-        """A plan whose table serves every candidate."""
-        return together(list(self.plans.values()))
+        """A plan whose table serves every candidate, and the nodes that overrides of the settings decide."""
+        plans = list(self.plans.values())
+        if self.carried.overrides:
+            plans.append(placement.placed(self.model, self._with_overrides(self.carried, {"*": FLOAT})))
+        return together(plans)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The nodes that some candidate quantizes, by what must be one choice."""
-        return groups(self.model, self.measuring)
+        return groups(self.model, together(list(self.plans.values())))
+
+    def check_overrides(self) -> None:
+        """Refuse overrides that no choice can be made beside.
+
+        Raises:
+            InputError: a node of theirs and one that a candidate is for read one tensor in two forms.
+        """
+        for text in self.plans if self.carried.overrides else ():
+            placement.placed(self.model, self._with_overrides(self.carried.alone(choice(text)), {}))
+
+    def _with_overrides(self, settings: Settings, last: Mapping[str, str]) -> Settings:
+        return replace(settings, overrides={**self.carried.overrides, **last})
 
     def affected(self, group: Group, text: str) -> tuple[str, ...]:
         """The nodes of a group to which a candidate does something."""

@@ -28,8 +28,8 @@ from qdq.build.recipe import Recipe
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
-from qdq.measure.inference.samples import Sample
-from qdq.measure.table import CalibrationTable
+from qdq.measure.inference.samples import Sample, sample_sha256
+from qdq.measure.table import CalibrationTable, samples_digest
 from qdq.model.model import Model
 from qdq.plan import placement
 from qdq.plan.choice import FLOAT, choice
@@ -45,6 +45,7 @@ SHRINKS = 6  # times that a choice which compiles larger than predicted is made 
 LOOKED_AT = 8  # choices next to the best that are measured at a time
 MEASURED = 24  # in all
 BETTER_DB = 0.05  # by which one must win
+DECIDED = ("compiler", "block", "shift")  # settings that errors depend on and candidates do not say
 FLOAT_BYTES = {"fp16": 2.0, "bf16": 2.0, "fp32": 4.0}
 SCALE_BYTES = 2.0
 
@@ -252,6 +253,43 @@ def counts(candidates: Candidates, chosen: Sequence[str]) -> dict[str, int]:
     return {text: found[text] for text in dict.fromkeys((*candidates.texts, FLOAT)) if found[text]}
 
 
+def of_table(
+    prepared: Model, known: Sensitivity, recipe: Recipe, samples: Iterable[Sample]
+) -> tuple[Candidates, Sensitivity, bool]:
+    """The candidates of a table by a recipe's settings, its rows of their groups, and whether other samples are here.
+
+    Raises:
+        InputError: the table is of another model, of settings that its errors depend on, or lacks a group.
+        EngineError: a target has no kernels for one of its candidates.
+    """
+    require_same(known, prepared.sha256)
+    kind = recipe.unquantized_type
+    pairs = {name: (getattr(known.settings.settled, name), getattr(recipe.settings.settled, name)) for name in DECIDED}
+    if kind != "auto" and FLOAT in known.candidates:
+        pairs["unquantized-type"] = known.unquantized_type, kind
+    if odd := [f"--{name} {was}, and the plan for {now}" for name, (was, now) in pairs.items() if was != now]:
+        raise InputError(f"The sensitivity table is for {odd[0]}: give the plan the same, or make another table.")
+    if recipe.candidates:
+        raise InputError("--candidates are those of the --sensitivity table: leave them out, or the table.")
+    possible(recipe.settings, recipe.targets, known.candidates)
+    every = Candidates.of(prepared, recipe.settings, known.candidates, known.unquantized_type)
+    rows = {row.nodes: row for row in known.groups}
+    if lacking := [group for group in every.groups if group.nodes not in rows]:
+        raise InputError(
+            f"The sensitivity table has no group of {', '.join(map(repr, lacking[0].nodes))}: give the exclude and "
+            "overrides that it was made with, or make it again."
+        )
+    hashes = [sample_sha256(sample) for sample in samples]
+    digest = samples_digest(hashes)
+    found = replace(
+        known,
+        groups=tuple(rows[group.nodes] for group in every.groups),
+        samples=len(hashes),
+        samples_sha256=digest,
+    )
+    return every, found, digest != known.samples_sha256
+
+
 def mix(
     model_path: Path,
     prepared: Model,
@@ -270,34 +308,24 @@ def mix(
         prepared: what was loaded of it.
         samples: that ranges are measured on, and outputs computed.
         recipe: says the size, which it has, candidates, settings, compiler, targets, shapes and the float type.
-        known: the sensitivity, if it was measured before, by the same settings.
+        known: the sensitivity, if it was measured before.
         custom_ops: paths of libraries for ONNX Runtime.
         output: file that the plan will be written to.
 
     Raises:
-        InputError: no choice is as small; a table of another model or compiler.
+        InputError: no choice is as small; see `of_table`.
         EngineError: the compiler refuses the model.
         MissingRuntimeError: SciPy or the compiler is not installed.
     """
     require_scipy()
-    kind, most = recipe.unquantized_type, recipe.max_size_mib
+    kind, most, others = recipe.unquantized_type, recipe.max_size_mib, False
     assert most is not None
     if known is not None:
-        require_same(known, prepared.sha256)
-        if known.settings.compiler != recipe.settings.compiler:
-            raise InputError(
-                f"The sensitivity table is for --compiler {known.settings.compiler}, and the plan for "
-                f"{recipe.settings.compiler}: make another table."
-            )
-        if recipe.candidates:
-            raise InputError("--candidates are those of the --sensitivity table: leave them out, or the table.")
-        every = Candidates.of(prepared, known.settings, known.candidates, known.unquantized_type)
-        if [group.nodes for group in every.groups] != [row.nodes for row in known.groups]:
-            raise InputError("The sensitivity table has other groups than this version of qdq: make it again.")
-        possible(known.settings, recipe.targets, known.candidates)
+        every, known, others = of_table(prepared, known, recipe, samples)
     else:
         texts = possible(recipe.settings, recipe.targets, recipe.candidates)
         every = Candidates.of(prepared, recipe.settings, [t for t in texts if t != FLOAT or kind != "fp32"], kind)
+    every.check_overrides()
     table = measured(every.model, every.measuring, samples, on_progress=on_progress)
     found = known or find(
         model_path,
@@ -319,6 +347,7 @@ def mix(
         by = stand_in(recipe, model.proto)
         return compile_engine(model, recipe=by, shapes=shapes, locate=False).table.weight_bytes
 
+    steps = ["the table's errors are those of other samples"] if others else []
     mixing = Mixing(
         candidates=every,
         found=found,
@@ -327,6 +356,7 @@ def mix(
         unquantized_type=kind,
         compiled=compiled,
         on_progress=on_progress,
+        steps=steps,
     )
     chosen, first = mixing.within(most)
     plan = mixing.plan(chosen)

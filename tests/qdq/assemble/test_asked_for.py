@@ -16,6 +16,17 @@ def test_tables_and_attention_that_are_not_there() -> None:
     assert "attention fp8: no attention runs so: the model has none" in notes
 
 
+def test_what_an_override_adds_in_vain_is_said_and_what_nobody_asked_for_is_not() -> None:
+    model = graphs.build([graphs.node("MatMul", "x w", "y", "fc")], {"x": (4, 64)}, {"w": graphs.normal(64, 64)})
+    settings = Settings(overrides={"fc": "int8:block=32"})
+    notes = quantize(model, graphs.samples(model), settings=settings).solution.notes
+    assert "override 'fc': block 32 has no effect with scheme int8" in notes
+    for calibrator, said in (("", False), ("max", True)):  # without one, comparing settles on its first
+        settings = Settings(scheme="int8-weight", calibrator=calibrator)
+        notes = quantize(model, graphs.samples(model), settings=settings).solution.notes
+        assert any(note.startswith("calibrator") and "no effect" in note for note in notes) == said
+
+
 def test_the_reason_is_that_of_the_plan() -> None:
     model = attention(length=9)
     notes = quantize(model, graphs.samples(model), settings=Settings(attention="fp8")).solution.notes

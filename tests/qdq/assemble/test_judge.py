@@ -121,6 +121,22 @@ def test_a_note_says_by_how_much_an_option_fell_short_over_all_turns() -> None:
     assert "+100.0 dB" in judge._why_not({"mse": [[1.0, np.inf]], "max": [[0.0, 0.0]]}, "max", "mse")
 
 
+def test_a_note_says_why_a_first_option_of_less_noise_is_not_taken() -> None:
+    """A rounding that fails a turn, the rivals of what is left then, and the price of headroom."""
+    noise = {"gptq": [[0.1], [2.0]], "descent": [[0.5], [1.0]], "clip": [[1.0], [1.0]], "nearest": [[0.5], [0.95]]}
+    assert judge._best(noise) == "descent"
+    assert judge._why_not(noise, "gptq", "descent") == (
+        " (not taken: a rounding that looks at weights alone is 3.2 dB better in a turn)"
+    )
+    assert judge._why_not(noise, "nearest", "descent") == (
+        " (not taken: +0.1 dB against descent in the mean, and +0.25 is needed)"
+    )
+    wide = {"mse": [[1.0]] * 3, "ample": [[1.05]] * 3, "max": [[1.1]] * 3}
+    assert judge._why_not(wide, "mse", judge._best(wide)) == (
+        " (not taken: ample has more headroom and loses 0.2 dB, of 0.3 that it may)"
+    )
+
+
 def test_the_order_of_the_samples_changes_nothing() -> None:
     assert taken(steady(), shift="auto") == taken(steady()[::-1], shift="auto")
 

@@ -62,6 +62,8 @@ def test_all_four_operands_are_wanted(scales: str, masked: bool) -> None:
 def test_all_or_none() -> None:
     assert not placement.plan(attention(softmax=False, length=40), Settings(attention="fp8")).points
     assert not placement.plan(attention(length=40), Settings(attention="fp8", exclude=("mix",))).points
+    for kept in ("float", "fp32"):
+        assert not placement.plan(attention(length=40), Settings(attention="fp8", overrides={"mix": kept})).points
     nodes = [
         node("MatMul", "q k", "s", "scores"),
         node("Softmax", "s", "p", "weights"),
@@ -111,3 +113,5 @@ def test_a_gpu_without_fp8_is_refused_before_anything_runs() -> None:
     assert "fp8" in Settings(attention="fp8").formats
     with pytest.raises(InputError, match="Unknown attention"):
         Settings(attention="int8")
+    with pytest.raises(InputError, match="Unknown embeddings 'int5': it must be one of float, int8, int4"):
+        Settings(embeddings="int5")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import graphs
 import pytest
 from graphs import build, node, normal
 from onnx import ModelProto, TensorProto, helper
+from transformer_graphs import attention
 
 from qdq.core.errors import InputError
 from qdq.model.model import Model
@@ -76,6 +78,7 @@ def transposed_inside() -> Model:
 
 CASES: dict[str, tuple[type, Builder, Builder]] = {
     "weighted": (Want, graphs.conv, relu),
+    "attention": (Want, partial(attention, length=40), relu),
     "residual": (Want, graphs.residual, added),
     "concat": (Tie, graphs.branches, graphs.residual),
     "transposed": (Veto, transposed, graphs.conv),
@@ -100,7 +103,7 @@ def test_an_override_that_leaves_a_node_in_float_speaks_under_the_name_of_its_ty
 @pytest.mark.parametrize("rule", [r for r in RULES if r is not kept_float], ids=list(CASES))
 def test_a_rule_speaks_on_one_model_and_is_silent_on_another(rule: Callable[..., list[Any]]) -> None:
     kind, positive, negative = CASES[rule.__name__]
-    settings = Settings(exclude=("conv",))
+    settings = Settings(exclude=("conv",), attention="fp8")
     said, unsaid = ([d for n in all_nodes(m.graph) for d in rule(m, n, settings)] for m in (positive(), negative()))
     assert said
     assert all(isinstance(d, kind) and d.rule == rule.__name__ for d in said)

@@ -52,7 +52,9 @@ def test_int4_takes_blocks_that_divide_a_row_else_int8() -> None:
     (four,) = placement.plan(lookup(), Settings(embeddings="int4")).tables
     assert four.spec.format == "int4" and four.spec.axis == 1 and 128 % (four.spec.block or 0) == 0
     (asked,) = placement.plan(lookup(), Settings(embeddings="int4", block=64)).tables
-    assert asked.spec.block == 64
+    assert asked.spec.block == 64 and not asked.reason
+    (shorter,) = placement.plan(lookup(width=192), Settings(embeddings="int4", block=128)).tables
+    assert shorter.spec.block in (16, 32, 64) and shorter.reason == "blocks of 128 do not divide its 192 columns"
     (eight,) = placement.plan(lookup(width=120), Settings(embeddings="int4")).tables
     assert eight.spec.format == "int8" and eight.reason == "int8: blocks of int4 do not divide its 120 columns"
 
@@ -82,7 +84,7 @@ def test_two_gathers_share_a_table_and_stay_together() -> None:
 @pytest.mark.parametrize(
     "model, reason",
     [
-        (lambda: lookup(rows=100), "it moves or picks values"),
+        (lambda: lookup(rows=100), "the table of 100 x 128 stays float: codes would save less than 64 KB"),
         (lambda: lookup(body=True), "a body of an If, Loop or Scan reads it"),
         (lambda: lookup(beside="Relu"), "'beside' (Relu) reads it too"),
     ],
@@ -123,6 +125,16 @@ def test_the_plan_refuses_a_table_of_another_node() -> None:
     text = plan.to_json().replace('"read:0"', '"layer:0"')
     with pytest.raises(InputError, match="has no such operand"):
         Plan.from_json(text).check(model)
+
+
+def test_the_plan_refuses_scales_that_a_table_cannot_have() -> None:
+    model = lookup(rows=700, width=96)
+    plan = planned(model)
+    for spec in ({"axis": 1}, {"axis": 0, "block": 16, "format": "int4"}, {"axis": 1, "block": 128, "format": "int4"}):
+        (point,) = plan.tables
+        edited = replace(plan, tables=(replace(point, spec=replace(point.spec, **spec)),))
+        with pytest.raises(InputError, match="rows have a scale each"):
+            edited.check(model)
 
 
 def test_a_decoder_has_its_words_as_codes_for_both_compilers() -> None:

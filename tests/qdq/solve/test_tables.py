@@ -12,6 +12,7 @@ from graphs import Made, quantized, run
 from onnx import numpy_helper
 
 from engines.backends import rtx
+from engines.core.documents import replace
 from engines.verify.audit import audit
 from qdq.assemble.finish import finish
 from qdq.assemble.quantize import quantize
@@ -21,6 +22,7 @@ from qdq.model import external, weight_store
 from qdq.model.external import is_stored
 from qdq.model.model import Model
 from qdq.model.storage import load, save
+from qdq.plan import placement
 from qdq.plan.settings import Settings
 
 Sample = dict[str, np.ndarray]
@@ -162,3 +164,12 @@ def test_tables_of_a_large_model_get_the_codes_of_a_small_one(
     assert found.initializers.keys() == small.model.initializers.keys()
     for name in found.initializers:
         np.testing.assert_array_equal(found.array(name), small.model.array(name))
+
+
+def test_a_tie_to_a_weight_of_other_values_is_refused() -> None:
+    """By its form alone it would read another weight's codes."""
+    model, settings = lookup(), Settings(embeddings="int8", equalize="none")
+    plan = placement.plan(model, settings)
+    (table,), (weight,) = plan.tables, plan.weights
+    with pytest.raises(InputError, match="which has other values"):
+        quantize(model, ids(), plan=replace(plan, tables=(replace(table, tie=weight.tensor),)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -134,8 +135,33 @@ def test_a_table_made_before_gives_the_same_plan_and_one_of_others_is_refused(fo
         made(folder, 0.070, known=replace(known, settings=Settings(compiler="tensorrt")))
     with pytest.raises(InputError, match="leave them out"):
         made(folder, 0.070, known=known, texts=texts)
-    with pytest.raises(InputError, match="other groups"):
+    with pytest.raises(InputError, match="has no group of 'n0': give the exclude"):
         made(folder, 0.070, known=replace(known, groups=known.groups[1:]))
+
+
+def test_a_plan_by_a_table_follows_its_own_settings_and_says_that_samples_are_others(folder: Path) -> None:
+    model = load_float(folder / "net.onnx")
+    save_samples(folder / "others", samples(model, 5)[3:])
+    data, others = (open_samples(str(folder / name), input_specs(model)) for name in ("data", "others"))
+    known = find(folder / "net.onnx", model, data, settings=Settings(), texts=("int8", "int4", "float"))
+
+    def mixed(kind: str = "auto", **given: Any) -> tuple[Plan, Allocation]:
+        settings = Settings(**given)
+        recipe = Recipe(settings=settings, unquantized_type=kind, minimize="error", max_size_mib=0.09)
+        return mix(folder / "net.onnx", model, others, recipe, known=known)
+
+    plan, found = mixed(rounding="nearest", exclude=("n1",), overrides={"n0": "fp8"})
+    assert plan.settings.rounding == "nearest" and "n1" not in plan.quantized_nodes
+    assert {p.spec.format for p in plan.points if ("n0", 0) in p.uses} == {"fp8"}
+    assert sum(found.nodes.values()) == 2 and "the table's errors are those of other samples" in found.steps
+    assert {p.spec.format for p in mixed(overrides={"n0": "fp8"})[0].points if ("n0", 0) in p.uses} == {"fp8"}
+    for given, message in (
+        ({"block": 32}, "is for --block auto, and the plan for 32"),
+        ({"shift": False}, "is for --shift True, and the plan for False"),
+        ({"kind": "bf16"}, "is for --unquantized-type fp16, and the plan for bf16"),
+    ):
+        with pytest.raises(InputError, match=message):
+            mixed(**given)
 
 
 def test_the_verbs_take_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
