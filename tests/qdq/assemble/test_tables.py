@@ -50,10 +50,10 @@ def test_a_plan_is_measured_by_the_table_of_one_that_has_its_tensors(model: Mode
     data = samples(model, 4)
     full, fewer = (placement.plan(model, Settings(exclude=names)) for names in ((), ("second",)))
     assert {p.tensor for p in fewer.activations} < {p.tensor for p in full.activations}
-    measure = Accuracy(model, data, Settings())
+    measure = Accuracy(model, data, Settings(calibrator="mse"))
     after = [measure(full), measure(fewer), measure(full)]
     assert measured == [["b", "d"]] and after[0] == after[2] != after[1]
-    measure = Accuracy(model, data, Settings())
+    measure = Accuracy(model, data, Settings(calibrator="mse"))
     assert [measure(fewer), measure(full)] == [after[1], after[0]]
     assert measured[1:] == [["b"], ["b", "d"]]  # what was measured before is not enough
 

@@ -27,7 +27,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             quantized = pays or recipe.tune == "rewrites"
             report = SimpleNamespace(
                 title="for sm89",
-                audit=SimpleNamespace(targets=("sm89",), missed=(), suspect=(), unknown=()),
+                audit=SimpleNamespace(targets=("sm89",), missed=(), suspect=(), unknown=(), tables=()),
                 rows=lambda: [Row("form", "INT8" if quantized else "FP16")],
                 brief=lambda: [Row("brief", "INT8" if quantized else "FP16")],
                 to_json=lambda: "{}\n",

@@ -186,7 +186,7 @@ def test_samples_that_change_behind_a_checkpoint_are_refused(tmp_path: Path, mod
 
         def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
             self.read += 1
-            return iter(images(2, seed=1 if self.read < 3 else 7))
+            return iter(images(2, seed=1 if self.read < 4 else 7))
 
     with pytest.raises(StaleFileError, match="differ from one reading to the next"):
         collect(model, plan, Moody(), checkpoint=checkpoint)

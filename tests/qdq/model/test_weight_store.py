@@ -34,11 +34,11 @@ from qdq.solve.weights import quantize_weight
 
 SIZES = (48, 96, 48, 32)
 SCHEMES = [
-    Settings(rounding="nearest"),
-    Settings(),
+    Settings(rounding="nearest", calibrator="mse"),
+    Settings(calibrator="mse"),
     Settings(scheme="int4", block=16),
-    Settings(scheme="w4a8", block=16),
-    Settings(scheme="fptq", block=16, v1=0.5, v0=0.1),
+    Settings(scheme="w4a8", block=16, calibrator="mse"),  # without samples none is chosen
+    Settings(scheme="fptq", block=16, v1=0.5, v0=0.1, calibrator="mse"),
     Settings(scheme="fp8"),
     Settings(scheme="nvfp4"),
     Settings(scheme="nvfp4-weight"),
@@ -178,7 +178,7 @@ def test_parts_round_as_the_whole_does(
 def test_a_killed_run_goes_on(
     chain: Path, samples: list[dict[str, np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = Settings(rounding="nearest", equalize="none", bias_correction="off", shift=True)
+    settings = Settings(calibrator="mse", rounding="nearest", equalize="none", bias_correction="off", shift=True)
     model = load_float(chain)
     table = quantize(model, samples, settings=settings).table
     folder = tmp_path / ".out.store"

@@ -21,7 +21,7 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip ins
 
 def test_what_changed_between_two_runs(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
-    made_run(a, limits={"min_sqnr_db": 20.0})
+    made_run(a, settings=Settings(calibrator="mse"), limits={"min_sqnr_db": 20.0})
     made_run(b, settings=Settings(exclude=("/head/*",), calibrator="max"))
     found = changes(a, b)
     assert found["models"] is True and [v["state"] for v in found["verdicts"]] == ["passed", "open"]
