@@ -38,9 +38,9 @@ def draw(table: Sensitivity, path: Path) -> None:
             for trial in row.trials
             if trial.candidate == text and trial.sqnr_db is not None and math.isfinite(trial.sqnr_db)
         ]
-        axes.plot(
-            [x for x, _ in places], [y for _, y in places], "osD^vPX*"[number % 8], label=text, color=f"C{number % 10}"
-        )
+        size = max(3.0, 10.0 - 2.5 * number)  # later ones smaller, for equal points lie on one another
+        marker, colour = "osD^vPX*"[number % 8], f"C{number % 10}"
+        axes.plot([x for x, _ in places], [y for _, y in places], marker, label=text, color=colour, markersize=size)
     axes.set_yticks(range(len(rows)), [_short(row.name, len(row.nodes)) for row in rows], fontsize=7, parse_math=False)
     axes.invert_yaxis()
     axes.grid(axis="y", alpha=0.3)
