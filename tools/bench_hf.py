@@ -43,7 +43,7 @@ def deployed(case: str, place: Path, target: str) -> Path:
     data = ["--data", str(place / "sounds")] if network == "whisper" else ["--text", str(place / "text.txt")]
     words = ["deploy", f"hf:{place / network}", *data, "--max-length", "24", "--count", "12", "--out", str(out)]
     words += ["--target", target, "--tune", "off", *(["--task", task] if task else [])]
-    done = subprocess.run([sys.executable, "-m", "qdq", "-q", *words], check=False, text=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "qdq", *words, "-q"], check=False, text=True, capture_output=True)
     if not (out / "report.json").is_file():
         raise SystemExit(f"{case}: exit code {done.returncode}\n{done.stderr}")
     return out
