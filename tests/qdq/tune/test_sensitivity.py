@@ -163,16 +163,14 @@ def here_(tmp_path: Path) -> tuple[Path, Model, Samples]:
     model = load_float(tmp_path / "net.onnx")
     code = DEADLY.format(folder=str(tmp_path), spared=os.getpid())
     (tmp_path / "deadly.py").write_text(code)
-    return tmp_path / "net.onnx", model, opened(tmp_path, model)
-
-
-def opened(folder: Path, model: Model) -> Samples:
-    return open_samples(f"{folder / 'deadly.py'}:samples", input_specs(model))
+    return tmp_path / "net.onnx", model, open_samples(f"{tmp_path / 'deadly.py'}:samples", input_specs(model))
 
 
 def on(path: Path, model: Model, samples: Samples, pool: Pool | None) -> str:
     """The table; of a pool one worker is killed as it calibrates, one as it measures groups."""
-    workers = Workers(pool=pool, source=partial(opened, path.parent, model)) if pool else None
+    # what a process that knows no tests can import
+    source = partial(open_samples, f"{path.with_name('deadly.py')}:samples", input_specs(model))
+    workers = Workers(pool=pool, source=source) if pool else None
     armed = [path.with_name(f"armed{i}") for i in range(2)]
 
     def arm(done: int, total: int | None, text: str) -> None:
