@@ -28,8 +28,9 @@ from qdq.model.model import Model
 from qdq.passes.prepare import load_float
 from qdq.passes.steered import noted, steering, values_of
 from qdq.plan import placement
+from qdq.plan.choice import FLOAT
 from qdq.plan.plan import Plan
-from qdq.plan.settings import FLOAT, Settings
+from qdq.plan.settings import Settings
 from qdq.solve.solve import Solution, require_room, solve
 
 

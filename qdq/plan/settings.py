@@ -20,13 +20,12 @@ from engines.core.errors import EngineError
 from qdq.core.choices import checked, choose, converted
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
-from qdq.plan.choice import Choice, choice
+from qdq.plan.choice import FLOAT, Choice, choice
 from qdq.plan.methods import CALIBRATORS, FORMULAS, ROUNDINGS
 from qdq.plan.scheme import SCHEMES, Scheme
 from qdq.plan.spec import BY_RANGE, Spec
 
 AUTO: Literal["auto"] = "auto"
-FLOAT = "float"
 USUAL_CALIBRATORS = ("mse", "ample", "max")
 WHOLE = ("channel", "tensor")  # in place of a block
 WORTH = "worth"  # of each weight the block whose scales are worth their bits

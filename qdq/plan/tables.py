@@ -20,9 +20,10 @@ from qdq.model.external import release
 from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, attribute
 from qdq.plan.block_length import best
+from qdq.plan.choice import FLOAT
 from qdq.plan.plan import Plan, Point, Skip
 from qdq.plan.rules.common import FLOATS, Decision, Veto, Want
-from qdq.plan.settings import FLOAT, Settings
+from qdq.plan.settings import Settings
 from qdq.plan.spec import Spec
 
 RULE = "embeddings"

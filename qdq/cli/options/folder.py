@@ -16,13 +16,13 @@ import click
 
 from qdq.cli.options.listed import Listed, tasks
 from qdq.core.errors import InputError
+from qdq.frontend.huggingface.folder import PREFIX
 
 if TYPE_CHECKING:
     from qdq.frontend.exported import Exported
     from qdq.frontend.huggingface.choose import Take
 
 F = TypeVar("F", bound=Callable[..., Any])
-PREFIX = "hf:"
 ARRAYS = (".json", ".jsonl", ".npy", ".npz", ".csv")  # of --eval, which no tokenizer reads
 PARTS = ("calibration", "evaluation")  # folders of samples
 PATH = click.Path(path_type=Path)

@@ -23,9 +23,9 @@ from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, attribute, bodies, controlled_nodes, controls, input_axis, weight_axis
 from qdq.passes.rewrites.attention.scores import attends
 from qdq.plan.block_length import best
-from qdq.plan.choice import FLOATS as UNQUANTIZED, FP32
+from qdq.plan.choice import FLOAT, FLOATS as UNQUANTIZED, FP32
 from qdq.plan.scheme import Scheme
-from qdq.plan.settings import AUTO, FLOAT, WHOLE, WORTH, Settings
+from qdq.plan.settings import AUTO, WHOLE, WORTH, Settings
 from qdq.plan.spec import Spec
 
 FEWEST_TOKENS = 32  # of attention that TensorRT-RTX 1.7.1 fuses in FP8, whatever the heads (SM89, SM120)
