@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -118,14 +119,20 @@ def compare(folder: Path, zoo: Any) -> None:
     heads = ("network", *PEERS.values(), "qdq", *(f"{name}, varying" for name in (*PEERS.values(), "qdq")), "ahead")
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)
     for path in sorted(folder.glob("*.onnx")):
-        calibration, evaluation = samples(zoo, path.stem)
-        reference = zoo.run(path, evaluation)
-        made = [folder / peer / path.name for peer in PEERS]
-        found = [scores(zoo, reference, file, evaluation) if file.exists() else FAILED for file in made]
-        with tempfile.TemporaryDirectory() as place:
-            save(quantize(str(path), calibration).model, out := Path(place) / path.name)
-            found.append(scores(zoo, reference, out, evaluation))
-        cells = [f"{score[kind]:.1f}" if score is not FAILED else "fails" for kind in (0, 1) for score in found]
+        done = folder / "qdq" / f"{path.stem}.json"
+        done.parent.mkdir(exist_ok=True)
+        if done.exists():
+            found = [tuple(score) for score in json.loads(done.read_text())]
+        else:
+            calibration, evaluation = samples(zoo, path.stem)
+            reference = zoo.run(path, evaluation)
+            made = [folder / peer / path.name for peer in PEERS]
+            found = [scores(zoo, reference, file, evaluation) if file.exists() else FAILED for file in made]
+            with tempfile.TemporaryDirectory() as place:
+                save(quantize(str(path), calibration).model, out := Path(place) / path.name)
+                found.append(scores(zoo, reference, out, evaluation))
+            done.write_text(json.dumps(found))
+        cells = [f"{score[kind]:.1f}" if score != FAILED else "fails" for kind in (0, 1) for score in found]
         ahead = found[-1][0] - max(score[0] for score in found[:-1])
         print(f"| {' | '.join((path.stem, *cells, f'{ahead:+.1f}'))} |", flush=True)
 
