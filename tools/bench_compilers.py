@@ -205,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    record(main)
+    record(main, key=3)
