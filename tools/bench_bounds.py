@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path, required=True, help="folder with zoo.py")
     parser.add_argument("--gpu", default="a10")
     parser.add_argument("--json", type=Path, help="rows so far; new ones are added")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     kept = (
         [Row(**values) for values in json.loads(given.json.read_text())] if given.json and given.json.exists() else []
     )
@@ -145,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    record(main)
+    record(main, key=3)

@@ -1,9 +1,11 @@
 """What INT8 is predicted to gain on FP16 with either compiler, beside published ratios of TensorRT.
 
+    python tools/bench_compilers.py NETWORKS --export PYTHON [NAME ...]
     python tools/bench_compilers.py NETWORKS --json rows.json [--published FOLDER] [NAME ...]
     python tools/bench_compilers.py NETWORKS --json rows.json --compiler rtx [--tune-compiles 40] [NAME ...]
 
-NETWORKS holds <name>.onnx with fixed shapes, as the scripts of tools/export write them. For TensorRT each one is
+NETWORKS holds <name>.onnx with fixed shapes; --export writes those of the table that are missing with the scripts of
+tools/export, in an environment with torch, torchvision, transformers and monai. For TensorRT each one is
 compiled once in FP16 for each kind of GPU and what is quantized is chosen exactly; for TensorRT-RTX the search of
 `qdq tune` runs, which takes minutes. Neither sees samples: in a network with random weights values vanish from layer to
 layer, which would keep much of its FP16 form in FP32. A line below the table says what does so without. Rows in --json
@@ -18,6 +20,8 @@ import argparse
 import csv
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -40,6 +44,19 @@ HEADER = (
     *("network", "compiler", "GPU", "FP16 us", "INT8 everywhere / FP16", "chosen / FP16", "INT8 nodes", "of"),
     *("INT8 against float", "s", "published INT8 / FP16"),
 )
+# name of a file -> script of tools/export, and its options: the sizes that latencies are published for
+SCRIPTS: Mapping[str, str] = {
+    "resnet50": "resnet50 --batch 8",
+    "efficientnet_b0": "resnet50 --model efficientnet_b0 --batch 8",
+    "mobilenet_v2": "resnet50 --model mobilenet_v2 --batch 8",
+    "vit_b_16": "vit --batch 8",
+    "bert_base": "bert --batch 8 --no-mask",
+    "yolo": "yolo --batch 8",
+    "unet": "unet --norm instance",
+    "segresnet": "segresnet --width 16 --classes 14",
+    "dynunet": "dynunet",
+    "swinunetr": "swinunetr --width 24 --classes 14",
+}
 # name of a file -> names in published_latencies.csv
 PUBLISHED: Mapping[str, tuple[str, ...]] = {
     "resnet50": ("resnet50", "tv_resnet50"),
@@ -72,6 +89,21 @@ class Row:
         most = "does not compile" if self.everything is None else f"{self.everything / self.fp16:.2f}"
         figures = [f"{self.fp16:.0f}", most, f"{self.chosen / self.fp16:.2f}", str(self.nodes), str(self.candidates)]
         return [self.network, self.compiler, self.gpu, *figures, self.verdict, f"{self.seconds:.0f}", published]
+
+
+def export(folder: Path, names: Sequence[str], python: str) -> None:
+    """Write the networks of `SCRIPTS` that are not there, all or those that are named.
+
+    Raises:
+        subprocess.CalledProcessError: a script fails, and has said why.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names or SCRIPTS:
+        script, *options = SCRIPTS[name].split()
+        path = folder / f"{name}.onnx"
+        if not path.exists():
+            own = Path(__file__).parent / "export" / f"{script}.py"
+            subprocess.run([python, str(own), str(path), *options], check=True, stdout=sys.stderr)
 
 
 def float32_products(path: Path) -> int:
@@ -142,12 +174,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with <name>.onnx")
     parser.add_argument("names", nargs="*", metavar="NAME", help="all of the folder if none is given")
+    parser.add_argument("--export", metavar="PYTHON", help="write missing networks with it, and do nothing else")
     parser.add_argument("--json", type=Path, help="rows so far; new ones are added")
     parser.add_argument("--published", type=Path, help="folder with published_latencies.csv")
     parser.add_argument("--compiler", choices=tuple(GPUS), default="tensorrt")
     parser.add_argument("--tune-compiles", type=int, help="variants a search looks at, at most; else the usual number")
     parser.add_argument("--gpus", nargs="+", help="some of the compiler's")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
+    if given.export:
+        export(given.folder, given.names, given.export)
+        return
     rows, refused = _kept(given.json), list[str]()
     paths = [given.folder / f"{name}.onnx" for name in given.names] or sorted(given.folder.glob("*.onnx"))
     for path in paths:
@@ -169,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    record(main)
+    record(main, key=3)

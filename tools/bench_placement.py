@@ -288,4 +288,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    record(main)
+    record(main, key=1)

@@ -106,6 +106,12 @@ class CostModel(Protocol):
     def many(self, models: Sequence[Model]) -> list[Price]:
         """The price of each."""
 
+    def begin(self, model: Model) -> None:
+        """Compile a model beside what follows, if there is a process for it; `many` waits for it then."""
+
+    def drop(self) -> None:
+        """Leave out what was begun and is not compiled yet: it will hardly be asked for."""
+
 
 def _exclusive(kernels: Sequence[Kernel], others: Sequence[Kernel]) -> float:
     """Microseconds of the kernels that are not among others."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 from qdq.build.cost import CostModel, Price
 from qdq.core.progress import Progress
+from qdq.model.model import Model
 from qdq.tune.variant_builder import Variant, VariantBuilder
 
 COMPILES, SECONDS = "compiles", "seconds"  # what can end a search
@@ -51,6 +52,7 @@ class Prices:
     asked: dict[Variant, Price] = field(default_factory=dict)
     ended: str = ""
     _ahead: dict[Variant, Price] = field(default_factory=dict)
+    _written: dict[Variant, Model] = field(default_factory=dict)
     _begun: tuple[int, float] = (0, 0.0)
     _budget: Budget = field(default_factory=Budget)
     _most: float = math.inf
@@ -109,23 +111,36 @@ class Prices:
         return self(one).ties(self(other))
 
     def ahead(self, variants: Iterable[Variant]) -> Iterator[Variant]:
-        """The same variants, as many at a time compiled as the judge can; ends when the budget is spent.
+        """The same variants; the next ones are written while the judge compiles; ends when the budget is spent.
 
         Each must be asked for before the next is taken, or the budget would not see it. Making them may not ask for
         prices, or the order of asking would depend on how many are compiled at a time.
         """
-        left = iter(variants)
-        while not self.late() and (some := list(islice(left, self.judge.width))):
-            unknown = [v for v in dict.fromkeys(some) if v not in self.asked and v not in self._ahead]
-            if len(unknown) > 1:
-                self._compile(unknown)
-            for variant in some:
-                if self.late():
+        left, begun = iter(variants), deque[Variant]()
+        try:
+            while not self.late():
+                while len(begun) <= (self.judge.width if self.judge.width > 1 else 0):
+                    if (variant := next(left, None)) is None:
+                        break
+                    self._begin(variant)
+                    begun.append(variant)
+                if not begun:
                     return
-                yield variant
+                yield begun.popleft()
+        finally:
+            if self._written:  # of variants that were not asked for
+                self._written.clear()
+                self.judge.drop()
+
+    def _begin(self, variant: Variant) -> None:
+        """Have a variant compiled beside what follows, where several are at a time."""
+        if self.judge.width > 1 and not any(variant in known for known in (self.asked, self._ahead, self._written)):
+            self._written[variant] = self.builder.model_of(variant)
+            self.judge.begin(self._written[variant])
 
     def _compile(self, variants: Sequence[Variant]) -> None:
         if self.on_progress:
             self.on_progress(len(self.asked), None, "Tune")
-        found = self.judge.many([self.builder.model_of(v) for v in variants])
+        written, self._written = self._written, {v: m for v, m in self._written.items() if v not in variants}
+        found = self.judge.many([written[v] if v in written else self.builder.model_of(v) for v in variants])
         self._ahead |= dict(zip(variants, found, strict=True))

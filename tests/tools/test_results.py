@@ -46,6 +46,29 @@ def test_a_section_that_is_missing_is_said_before_the_work(
     assert file.read_text() == "nothing\n"
 
 
+def test_rows_are_merged_into_the_table_that_stands_there(
+    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, head = tmp_path / "RESULTS.md", "| name | GPU | us |\n|---|---|---|\n"
+    rows = "| a | x | 1 |\n| b | x | 2 |\n"
+    file.write_text(f"<!-- bench_x -->\n`old`, long ago\n\n{head}{rows}\nA note.\n<!-- /bench_x -->\n")
+    command = ["bench_x.py", "--results", str(file), "--merge"]
+
+    def run(printed: str) -> str:
+        monkeypatch.setattr(sys, "argv", list(command))
+        results.record(lambda: print(printed), key=2)
+        return file.read_text()
+
+    found = run(f"{head}| a | y | 3 |\n| b | x | 4 |\n| c | x | 5 |\n\nA note.\nAnother.")
+    order = ["| a | x | 1 |", "| a | y | 3 |", "| b | x | 4 |", "| c | x | 5 |", "", "A note.", "Another."]
+    assert "\n".join(order) in found and found.startswith(
+        "<!-- bench_x -->\n`old`, long ago\n`python tools/bench_x.py`"
+    )
+    assert run(f"{head}| c | x | 5 |") == found  # a second time changes nothing
+    with pytest.raises(ValueError, match="no table of these columns"):
+        run("| other |\n|---|\n| 1 |")
+
+
 def test_without_the_option_nothing_is_kept(results: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["bench_x.py"])
     ran: list[int] = []

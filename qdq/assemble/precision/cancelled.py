@@ -24,6 +24,7 @@ from qdq.model.nodes import attribute, weight_axis
 from qdq.plan.plan import Skip
 
 RULE = "cancelled"
+SLICE = 1 << 18  # weights at a time: of all at once the float64 would be eight times as large
 
 
 def cancelled(model: Model, low: str, table: CalibrationTable | None, spared: Collection[str]) -> dict[str, Skip]:
@@ -54,10 +55,11 @@ def _moved(model: Model, node: NodeProto, low: str) -> float:
     if scale.size > 1 and (scale.ndim != 1 or axis != outputs):
         return 0.0
     by_output = np.moveaxis(codes, outputs, 0).reshape(codes.shape[outputs], -1)
-    stored, most = rounded(scale.reshape(-1, 1), low), 0.0
-    for channel, row in enumerate(by_output):
-        exact = row.astype(np.float64) * stored[min(channel, len(stored) - 1)]
-        most = max(most, abs(float((rounded(exact, low) - exact).sum())))
+    stored, most = np.broadcast_to(rounded(scale.reshape(-1, 1), low), (len(by_output), 1)), 0.0
+    some = max(1, SLICE // max(by_output.shape[1], 1))
+    for start in range(0, len(by_output), some):
+        exact = by_output[start : start + some].astype(np.float64) * stored[start : start + some]
+        most = max(most, float(np.abs((rounded(exact, low) - exact).sum(axis=1)).max()))
     return abs(shift.zero) * most
 
 

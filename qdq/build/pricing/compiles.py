@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -53,6 +55,8 @@ class Compiles:
     failure: BuildError | None = None
     _workers: Workers | None = None
     _slow: bool = False
+    _place: Path = Path()
+    _begun: dict[str, tuple[Future[Works | BuildError], Path]] = field(default_factory=dict)
 
     def __call__(self, models: Mapping[str, Model]) -> list[Works | BuildError]:
         """The work of each, or why it does not compile; by keys that can be names of files.
@@ -67,7 +71,30 @@ class Compiles:
                 keep("works", (key,), {"works": msgspec.msgpack.encode(answer)})
         return [known[key] if key in known else answers[key] for key in models]
 
+    def begin(self, key: str, model: Model) -> None:
+        """Compile a model beside what follows, in a process of its own; does nothing where there are none yet."""
+        if self._workers and self._slow and key not in self._begun and recalled("works", (key,), _decode) is None:
+            folder = self._place / key
+            self._begun[key] = self._workers.begin(self._job(model, folder)), folder
+
+    def drop(self) -> None:
+        """Leave out what was begun and waits for a process."""
+        for key, (future, folder) in tuple(self._begun.items()):
+            if future.cancel():
+                del self._begun[key]
+                shutil.rmtree(folder)
+
     def _compiled(self, models: Mapping[str, Model]) -> list[Works | BuildError]:
+        begun = {key: self._begun.pop(key) for key in models if key in self._begun}
+        new = {key: model for key, model in models.items() if key not in begun}
+        answers = dict(zip(new, self._at_once(new), strict=True))
+        for key, (future, folder) in begun.items():
+            answers[key] = future.result()
+            shutil.rmtree(folder)
+        self.failure = next((a for a in reversed(answers.values()) if isinstance(a, BuildError)), self.failure)
+        return [answers[key] for key in models]
+
+    def _at_once(self, models: Mapping[str, Model]) -> list[Works | BuildError]:
         if not models:
             return []
         self._slow = self._slow or (len(models) > 1 and max(len(m.graph.node) for m in models.values()) > LARGE)
@@ -79,7 +106,6 @@ class Compiles:
                 began = time.monotonic()
                 answers = [_here(job) for job in jobs]
                 self._slow = self._slow or time.monotonic() - began > SLOW_S * max(len(jobs), 1)
-        self.failure = next((a for a in reversed(answers) if isinstance(a, BuildError)), self.failure)
         return answers
 
     def refusal(self, model: Model) -> BuildError:
@@ -100,16 +126,18 @@ class Compiles:
     @contextmanager
     def parallel(self) -> Iterator[None]:
         """Inside, models that take long to compile are compiled in processes of their own, one per core."""
-        self._workers = Workers(min(cores(), MOST_WORKERS), self.backend)
-        try:
-            yield
-        except BaseException:
-            self._workers.close(now=True)
-            raise
-        else:
-            self._workers.close()
-        finally:
-            self._workers = None
+        workers = self._workers = Workers(min(cores(), MOST_WORKERS), self.backend)
+        with Scratch() as self._place:
+            try:
+                yield
+            except BaseException:
+                workers.close(now=True)
+                raise
+            else:
+                workers.close()
+            finally:
+                self._workers = None
+                self._begun.clear()
 
     def key(self, model: Model, *others: object) -> str:
         """SHA-256 of the structure, of everything else that its kernels depend on, and of others.

@@ -58,12 +58,25 @@ class Pricer:
 
     def many(self, models: Sequence[Model]) -> list[Price]:
         """The price of each model, `width` at a time."""
-        keys = [self._compiles.key(model, CONSTANTS, *self.gpus) for model in models]
+        keys = [self._key(model) for model in models]
         unknown = {key: model for key, model in zip(keys, models, strict=True) if key not in self._known}
         for key, works in zip(unknown, self._compiles(unknown), strict=True):
             price = refused(works) if isinstance(works, BuildError) else priced(works, self.gpus)
             self._known[key] = price
         return [self._known[key] for key in keys]
+
+    def begin(self, model: Model) -> None:
+        """Compile a model beside what follows, if there is a process for it."""
+        key = self._key(model)
+        if key not in self._known:
+            self._compiles.begin(key, model)
+
+    def drop(self) -> None:
+        """Leave out what was begun and is not compiled yet."""
+        self._compiles.drop()
+
+    def _key(self, model: Model) -> str:
+        return self._compiles.key(model, CONSTANTS, *self.gpus)
 
     def refusal(self, model: Model) -> BuildError:
         """Why a model does not compile, as of `Compiles`."""

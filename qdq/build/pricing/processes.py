@@ -11,7 +11,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -98,6 +98,10 @@ class Workers:
     def __call__(self, jobs: Sequence[Job]) -> list[Works | BuildError]:
         """The work of each, or why there is none; of a worker that died, that."""
         return list(self._threads.map(self._one, jobs))
+
+    def begin(self, job: Job) -> Future[Works | BuildError]:
+        """One job, in its turn; its file must stay until it is done."""
+        return self._threads.submit(self._one, job)
 
     def _one(self, job: Job) -> Works | BuildError:
         worker: _Worker | None = self._free.get()

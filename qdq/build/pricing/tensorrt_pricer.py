@@ -96,6 +96,12 @@ class TensorRtPricer:
         found = self.engines([form.model for form in forms])
         return [_price(form, engines) for form, engines in zip(forms, found, strict=True)]
 
+    def begin(self, model: Model) -> None:
+        """Nothing: float forms are few, and compiled together."""
+
+    def drop(self) -> None:
+        """Nothing was begun."""
+
     def engines(self, models: Sequence[Model]) -> list[Engines | BuildError]:
         """The engines that float models are compiled to, or why they do not compile; equal structures once."""
         keys = [self._compiles.key(model) for model in models]

@@ -407,6 +407,17 @@ class TestPricing:
             assert pricer.width == 1 and pricer(models[0]) == expected[0] and pricer.width == min(cores(), MOST_WORKERS)
             monkeypatch.setattr("qdq.build.pricing.compiles.works_of", lambda job: pytest.fail("compiled here"))
             assert pricer.many(models) == expected
+        again = self.pricer(models[0])
+        with again.parallel():
+            again._compiles._slow = True
+            for model in (*models, models[0]):
+                again.begin(model)
+            assert len(again._compiles._begun) == len(models)
+            assert again(models[0]) == expected[0]
+            again.drop()
+            assert all(future.running() or future.done() for future, _ in again._compiles._begun.values())
+            assert again.many(models) == expected and not again._compiles._begun
+            assert not list(again._compiles._place.iterdir())
         refused = self.pricer(det)
         with refused.parallel():
             refused._compiles._slow = True
