@@ -163,3 +163,41 @@ def images(count: int = 6, *, half: bool = False, seed: int = 3) -> list[dict[st
     """Samples for `qat`."""
     rng = np.random.default_rng(seed)
     return [{"x": rng.normal(size=(1, 3, 12, 12)).astype(np.float16 if half else np.float32)} for _ in range(count)]
+
+
+def in_tensorrts(proto: onnx.ModelProto, *, traced: bool) -> onnx.ModelProto:
+    """An FP8 model with quantizers by TensorRT's own names, as Model Optimizer traces and as it finishes them."""
+    for node in proto.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            node.domain = "trt"
+            node.op_type = f"TRT_FP8{node.op_type}" if traced else node.op_type
+            if traced:
+                del node.input[2:]
+    proto.opset_import.append(helper.make_opsetid("trt", 1))
+    return proto
+
+
+def four_bits(*, traced: bool, inputs: int = 32, outputs: int = 16, block: int = 16) -> tuple[onnx.ModelProto, Any]:
+    """x (4, inputs) -> y (4, outputs) by a weight in INT4 blocks as of Model Optimizer; and the weight's values.
+
+    It writes axis 0 for blocks of rows. Its trace has the floats, a block a row, for which its finish puts the codes.
+    """
+    rng = np.random.default_rng(5)
+    scale = np.asarray(rng.uniform(0.02, 0.05, (outputs, inputs // block)), np.float32)
+    codes = rng.integers(-7, 7, (outputs, inputs))  # no block reaches its largest code: no maximum tells the scale
+    wide = np.repeat(scale, block, axis=1)
+    floats = np.asarray((codes + rng.uniform(-0.4, 0.4, codes.shape)) * wide, np.float32)
+    if traced:
+        stored = numpy_helper.from_array(floats.reshape(-1, block), "w")
+        scale = scale.reshape(-1, 1)
+    else:
+        stored = numpy_helper.from_array(codes.astype(ml_dtypes.int4), "w")
+    tensors = [stored, numpy_helper.from_array(scale, "s"), numpy_helper.from_array(np.array([outputs, inputs]), "to")]
+    dq = helper.make_node("DequantizeLinear", ["w", "s"], ["d"], "DQ", domain="trt", axis=0, block_size=block)
+    reshape = helper.make_node("Reshape", ["d", "to"], ["r"], "Reshape")
+    gemm = helper.make_node("Gemm", ["x", "r" if traced else "d"], ["y"], "Gemm", transB=1)
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [4, k]) for n, k in (("x", inputs), ("y", outputs))]
+    nodes = [dq, reshape, gemm] if traced else [dq, gemm]
+    graph = helper.make_graph(nodes, "four", ends[:1], ends[1:], tensors)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("trt", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9), np.asarray(codes * wide, np.float32)

@@ -1,12 +1,13 @@
 """The networks of tools/export, each from its script through `qdq deploy` for both compilers, beside published figures.
 
-    python tools/bench_export.py FOLDER [NAME ...] [--python PYTHON] [--compiles N] [--skip rtx] [--show]
+    python tools/bench_export.py FOLDER [NAME ...] [--python PYTHON] [--compiles N] [--skip rtx] [--show] [--keep FILE]
 
 A script writes FOLDER/<name>.onnx with fresh weights and two samples, in an environment with torch (--python); `qdq
 deploy --tune rewrites` then puts INT8 wherever a compiler takes it, for an RTX 4090 (TensorRT-RTX) and an A100
 (TensorRT), with the lightest calibration: speed does not depend on scales, and the accuracy of random weights says
-nothing. What FOLDER has is not made again, so a run goes on where one ended; all that is there is printed. Options of a
-script stand behind its name: `"unet --patch 64 64 64"`.
+nothing. What FOLDER has is not made again, so a run goes on where one ended; all that is there is printed. Of other
+networks `--keep RESULTS.md` prints the rows that its table has already. Options of a script stand behind its name:
+`"unet --patch 64 64 64"`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -44,6 +46,7 @@ PUBLISHED: Mapping[str, tuple[float, float, float, float]] = {
     "swinunetr": (247.96, 70.18, 9.85, 3.59),
     "segresnet": (170.44, 50.29, 5.14, 2.06),
 }
+SHORT = "The search for the best rewrites was cut short, so INT8 may be faster: "
 HEADER = (
     *("network", "MB FP32", "MB INT8", "compiler", "FP32 us", "FP16 us", "INT8 us", "FP32 / INT8", "FP16 / INT8"),
     *("INT8 share", "MedPTQ: MB, ms, FP32 / INT8"),
@@ -128,20 +131,34 @@ def cells(name: str, compiler: str, found: Mapping[str, Any]) -> list[str]:
     return [title, *sizes, compiler, *shown, *gains, share, published]
 
 
-def table(folder: Path) -> None:
-    """Print what a folder has."""
+def kept(text: str) -> tuple[dict[tuple[str, str], str], list[str]]:
+    """The rows of a table that was printed before, by network and compiler; and whose search was cut short."""
+    lines = [line for line in text.splitlines() if line.count(" | ") == len(HEADER) - 1]
+    split = {line: line.strip("| ").split(" | ") for line in lines}
+    rows = {(row[0].split()[0], row[3]): line for line, row in split.items() if row[3] in GPUS and row[4]}
+    said = re.search(rf"{re.escape(SHORT)}(.*)\.", text)
+    return rows, said[1].split(", ") if said else []
+
+
+def table(folder: Path, before: str = "") -> None:
+    """Print what a folder has, and of a table printed before what the folder lacks."""
     print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
-    rows = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.figures.json"))}
-    ids = {path: path.name.removesuffix(".figures.json").split(".") for path in rows}
-    for path, found in rows.items():
-        print("| " + " | ".join(cells(*ids[path], found)) + " |")
+    found = {
+        (name, compiler): json.loads(path.read_text())
+        for path in sorted(folder.glob("*.figures.json"))
+        for name, compiler in [path.name.removesuffix(".figures.json").split(".")]
+    }
+    rows, short = kept(before)
+    rows |= {key: f"| {' | '.join(cells(*key, made))} |" for key, made in found.items()}
+    print(*(rows[key] for key in sorted(rows)), sep="\n")
     print(NOTE)
-    for path, found in rows.items():
-        if "failed" in found:
-            print(f"\n{' for '.join(ids[path])}: {' '.join(found['failed'].split())}")
-    short = sorted({ids[path][0] for path, found in rows.items() if found.get("ended_by")})
-    if short:
-        print(f"\nThe search for the best rewrites was cut short, so INT8 may be faster: {', '.join(short)}.")
+    for key, made in found.items():
+        if "failed" in made:
+            print(f"\n{' for '.join(key)}: {' '.join(made['failed'].split())}")
+    made_here = {name for name, _ in found}
+    cut = {name for (name, _), made in found.items() if made.get("ended_by")} | ({*short} - made_here)
+    if cut:
+        print(f"\n{SHORT}{', '.join(sorted(cut))}.")
 
 
 def main() -> None:
@@ -154,6 +171,7 @@ def main() -> None:
     parser.add_argument("--skip", action="append", default=[], choices=tuple(GPUS), help="a compiler; repeatable")
     parser.add_argument("--limit", type=float, default=3600, help="seconds for a script or a deployment; default 3600")
     parser.add_argument("--show", action="store_true", help="print what is there, and make nothing")
+    parser.add_argument("--keep", type=Path, metavar="RESULTS.md", help="print the rows, too, that its table has")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     for call in () if given.show else given.names or names():
@@ -163,7 +181,7 @@ def main() -> None:
                 continue
             path.write_text(json.dumps(made(call, compiler, given), indent=1))
             print(path.name, file=sys.stderr, flush=True)
-    table(given.folder)
+    table(given.folder, given.keep.read_text(encoding="utf-8") if given.keep else "")
 
 
 if __name__ == "__main__":

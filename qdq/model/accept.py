@@ -4,6 +4,7 @@
     |-------------------------------------------------|-----------------------------------------------------|
     | domain "ai.onnx"                                | "", its short name                                  |
     | calls of the model's own functions              | their nodes, named as TensorRT's parser names them  |
+    | TensorRT's own quantizers, as of Model Optimizer | the standard's QuantizeLinear, DequantizeLinear     |
     | opset 26 or newer                               | 25, where onnx can convert it                       |
     | GroupNormalization of opset 18 to 20            | its groups' InstanceNormalization                   |
     | IR version below 4, or newer than it has to be  | 4; the oldest that holds it                         |
@@ -48,7 +49,15 @@ from qdq.core.errors import ModelError
 from qdq.model.external import embedded, tensor_bytes
 from qdq.model.model import dtype_name
 from qdq.model.nodes import Names, read_as, without_initializers
-from qdq.model.opset import group_norm, opset_of, tensor_names, with_opset, write_out
+from qdq.model.opset import (
+    group_norm,
+    opset_of,
+    standard_quantizers,
+    tensor_names,
+    tensorrt_quantizers,
+    with_opset,
+    write_out,
+)
 
 NEWEST_OPSET = 25  # ONNX Runtime 1.31 takes 26 at most, and 25 is what the passes are tested with
 FIRST_IR, PLAIN_IR = 4, 11  # from 4 on an initializer need not be an input; 11 is what ONNX Runtime 1.24 takes
@@ -71,6 +80,7 @@ def accept(proto: ModelProto, directory: Path) -> bool:
     steps: tuple[Callable[[], bool], ...] = (
         lambda: _short_domain(proto),
         lambda: _inline(proto),
+        lambda: _standard_quantizers(proto),
         lambda: _lower_opset(proto),
         lambda: 18 <= opset_of(proto) < 21 and write_out(proto.graph, "GroupNormalization", group_norm),
         lambda: _mark_ir(proto),
@@ -145,6 +155,21 @@ def _inline(proto: ModelProto) -> bool:
         )
     _take(proto, flat)
     return True
+
+
+def _standard_quantizers(proto: ModelProto) -> bool:
+    """Write quantizers by names of TensorRT's own in the standard's form, in an opset that has it."""
+    least = tensorrt_quantizers(proto.graph)
+    if not least:
+        return False
+    if opset_of(proto) < least:
+        _take(proto, with_opset(light(proto), least))
+    changed = standard_quantizers(proto.graph)
+    used = {node.domain for node in all_nodes(proto.graph)}
+    kept = [entry for entry in proto.opset_import if not entry.domain or entry.domain in used]
+    del proto.opset_import[:]
+    proto.opset_import.extend(kept)
+    return changed
 
 
 def _lower_opset(proto: ModelProto) -> bool:

@@ -62,12 +62,19 @@ class Grid:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class WeightGrid:
-    """What it makes of the weight of a product: (output channels,) scales or one, and the (output channels,) largest
-    magnitudes of what its codes stand for."""
+    """What it makes of the weight of a product.
+
+    Attributes:
+        scale: (output channels,), or one; with blocks (output channels, blocks).
+        largest: (output channels,) largest magnitudes of what its codes stand for.
+        format: of the codes.
+        block: inputs that share a scale; None for all of them.
+    """
 
     scale: np.ndarray
     largest: np.ndarray
     format: str
+    block: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

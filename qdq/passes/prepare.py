@@ -34,7 +34,7 @@ from qdq.passes.draft import Draft, assign
 from qdq.passes.fold import fold_batch_norms, fold_constants, fold_shapes
 from qdq.passes.rewrites import PREPARED_REWRITES
 from qdq.passes.sequences import write_out_sequences
-from qdq.passes.trained import floated
+from qdq.passes.trained import computes_codes, floated
 from qdq.passes.transposes import merge_transposes
 
 
@@ -51,7 +51,7 @@ def load_float(source: ModelSource) -> Model:
     if is_quantized(model) and made_for(model.proto):
         raise ModelError(f"{called(source)} is quantized already, by qdq. Give the float model that it was made from.")
     if is_quantized(model):
-        model = floated(model)
+        model = floated(_folded(model) if computes_codes(model) else model)
     if is_quantized(model):
         raise ModelError(
             f"{called(source)} is quantized already, in a way that cannot be read back, as by "
@@ -105,6 +105,14 @@ def prepare(model: Model) -> Model:
     write_small_letters(draft)
     show_bodies(draft)
     return _acceptable(draft.finish())
+
+
+def _folded(model: Model) -> Model:
+    """The model with its constants computed, and nothing else."""
+    draft = Draft(model)
+    draft.name_nodes()
+    simplify(draft)
+    return draft.finish()
 
 
 def simplify(draft: Draft) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import ml_dtypes
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
@@ -23,6 +24,7 @@ from qdq.model.nodes import Names, all_nodes
 from qdq.passes.draft import assign
 
 _FORMATS: dict[int, str] = {TensorProto.INT8: "int8", TensorProto.UINT8: "int8", TensorProto.FLOAT8E4M3FN: "fp8"}
+_WEIGHTS = {**_FORMATS, TensorProto.INT4: "int4"}  # which data never are
 _MIDDLE = 128  # what UINT8 codes lie above INT8's
 _POSITIVE = MOVERS | POOLS | family("Add Concat ReduceMax ReduceMean ReduceSum")  # where their inputs are
 _NOT_NEGATIVE = ("Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs", "Sqrt", "Exp", "Softplus")
@@ -54,6 +56,13 @@ class _Graph(QuantizedGraph):
         """The shape of a scale; None where it is computed from an input."""
         scale = self.constant(name)
         return None if scale is None else scale.shape
+
+
+def computes_codes(model: Model) -> bool:
+    """Whether quantized constants are computed by nodes, which must be folded before `floated` can read them."""
+    graph = _Graph(model)
+    sources = ((q.source or q).node.input[0] for q in graph.by_output.values() if q.constant)
+    return any(graph.constant(name) is None for name in sources)
 
 
 def floated(model: Model) -> Model:
@@ -146,7 +155,9 @@ def _readable(model: Model, graph: _Graph, q: Quantizer) -> bool:
         return False
     if q.is_q:
         return not model.is_output(q.node.output[0])
-    return q.constant or graph.producer(q.node.input[0]) is not None
+    if q.constant:
+        return graph.constant((q.source or q).node.input[0]) is not None
+    return graph.producer(q.node.input[0]) is not None
 
 
 def _values(graph: _Graph, q: Quantizer) -> np.ndarray:
@@ -159,11 +170,12 @@ def _values(graph: _Graph, q: Quantizer) -> np.ndarray:
         return np.asarray(((stored.astype(np.float64) - zero) * scale).astype(kind))
     limits = helper.tensor_dtype_to_np_dtype(q.dtype)
     codes = stored.astype(np.float32) / scale.astype(np.float32)
-    if np.dtype(limits).kind in "iu":
-        info = np.iinfo(limits)
+    if "FLOAT" not in TensorProto.DataType.Name(q.dtype):
+        info = ml_dtypes.iinfo(limits)
         codes = np.clip(np.rint(codes) + zero, info.min, info.max) - zero
     else:
-        codes = np.clip(codes, FORMATS["fp8"].low, FORMATS["fp8"].high).astype(limits)
+        most = float(ml_dtypes.finfo(limits).max)
+        codes = np.clip(codes, -most, most).astype(limits)
     return np.asarray((codes.astype(np.float64) * scale).astype(kind))
 
 
@@ -212,17 +224,18 @@ def _read_product(graph: _Graph, product: Product, operands: dict[str, Grid], we
             if (grid := _grid(q)) is not None:
                 operands[f"{product.node.name}:{index}"] = grid
             continue
-        fmt, shift = _FORMATS.get(q.dtype), _MIDDLE if q.dtype == TensorProto.UINT8 else 0
-        stored = graph.constant((q.source or q).node.input[0])
-        plain = fmt is not None and not q.blocked and not np.any(_zeros(q) - shift) and bool(np.all(q.scale > 0))
-        axis = operand.output_axis
-        along = q.count == 1 or (q.vector and axis is not None and q.axis == axis)
-        if plain and along and axis is not None and stored is not None and axis < stored.ndim:
+        fmt, shift = _WEIGHTS.get(q.dtype), _MIDDLE if q.dtype == TensorProto.UINT8 else 0
+        stored, axis = graph.constant((q.source or q).node.input[0]), operand.output_axis
+        if fmt is None or stored is None or axis is None or axis >= stored.ndim:
+            continue
+        block = attribute(q.node, "block_size", 0) if q.blocked and stored.ndim == 2 and q.axis == 1 - axis else 0
+        along = q.count == 1 or block or (q.vector and q.axis == axis)
+        if along and not np.any(_zeros(q) - shift) and np.all(q.scale > 0):
             others = tuple(i for i in range(stored.ndim) if i != axis)
             largest = np.abs(_values(graph, q).astype(np.float64)).max(axis=others)
-            weights[product.node.name] = WeightGrid(
-                scale=np.asarray(q.scale, np.float32).reshape(-1), largest=largest, format=str(fmt)
-            )
+            scale = np.asarray(q.scale, np.float32)
+            scale = np.moveaxis(scale, axis, 0) if block else scale.reshape(-1)
+            weights[product.node.name] = WeightGrid(scale=scale, largest=largest, format=fmt, block=block or None)
 
 
 def _starts_at_zero(q: Quantizer) -> bool:

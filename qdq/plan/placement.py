@@ -27,7 +27,7 @@ from qdq.plan.groups import united
 from qdq.plan.plan import Plan, Point, Role, Skip
 from qdq.plan.rules import tensorrt
 from qdq.plan.rules.common import RULES as COMMON, Tie, Veto, Want, check_patterns, why_float
-from qdq.plan.settings import Settings
+from qdq.plan.settings import AUTO, Settings
 
 RULES = (*COMMON, *tensorrt.RULES, tables.table)
 GAINLESS = frozenset(("narrow", "small", "eighths"))  # rules that veto what is not worth it: not what was trained so
@@ -167,11 +167,15 @@ def remaining(model: Model, plan: Plan, kept: Collection[str]) -> frozenset[str]
 
 
 def _in_own_formats(model: Model, settings: Settings) -> Settings:
-    """The settings with the scheme fp8 for products that the model came with in FP8, unless overrides say otherwise."""
-    eight = [name for name, grid in (model.trained.weights if model.trained else {}).items() if grid.format == "fp8"]
-    if not eight or "fp8" not in settings.profile.formats or settings.scheme_of(eight[0]).weight == "fp8":
-        return settings
-    return replace(settings, overrides={**settings.overrides, **{glob.escape(name): "fp8" for name in eight}})
+    """The settings with schemes for products that came in FP8 or INT4, unless overrides say otherwise."""
+    own = {}
+    for name, grid in (model.trained.weights if model.trained else {}).items():
+        scheme, asked = settings.scheme_of(name), any(fnmatch.fnmatchcase(name, p) for p in settings.overrides)
+        other = scheme.weight != grid.format or (grid.block and settings.block == AUTO and not scheme.compute_format)
+        known = grid.block in (settings.lengths(grid.format) or (None,)) and grid.format in settings.profile.formats
+        if known and other and not asked and grid.format != "int8":
+            own[glob.escape(name)] = f"{grid.format}:block={grid.block}" if grid.block else grid.format
+    return replace(settings, overrides={**settings.overrides, **own}) if own else settings
 
 
 def _as_trained(model: Model, point: Point, settings: Settings) -> Point:
@@ -185,7 +189,9 @@ def _as_trained(model: Model, point: Point, settings: Settings) -> Point:
         shift = bool(grid.zero_point) and bool(settings.profile.shift)
         return replace(point, spec=replace(point.spec, shift=shift, token=None), trained=True)
     grids = [model.trained.weights.get(name) for name, _ in point.uses]
-    if not grids or any(g is None or g.format != point.spec.format for g in grids) or point.spec.block is not None:
+    spec = point.spec
+    fit = all(g is not None and g.format == spec.format and g.block == spec.block for g in grids)
+    if not grids or not fit or spec.compute_format is not None:
         return point
     whole = all(g is not None and g.scale.size == 1 for g in grids)
     return replace(point, spec=replace(point.spec, axis=None) if whole else point.spec, trained=True)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams, QTensor, representable, to_codes
-from qdq.model.model import Grid, Model
+from qdq.model.model import Grid, Model, WeightGrid
 from qdq.plan.plan import Plan
 from qdq.plan.weighted_node import WeightedNode
 from qdq.solve.shift import shifts
@@ -55,23 +55,47 @@ def weight_codes(model: Model, reader: WeightedNode, values: npt.NDArray[np.floa
     A factor of whole output channels, as of a folded BatchNormalization, is one of the scales too.
     """
     grid = model.trained.weights.get(reader.name) if model.trained is not None else None
-    if grid is None or grid.format != reader.spec.format or reader.spec.block is not None:
+    if grid is None or grid.format != reader.spec.format or reader.spec.block != grid.block:
         return None
     axis = reader.output_axis
-    if grid.largest.size != values.shape[axis]:
+    if grid.largest.size != values.shape[axis] or (grid.block is not None and values.ndim != 2):
         return None
     others = tuple(i for i in range(values.ndim) if i != axis)
     now = np.abs(values.astype(np.float32)).max(axis=others).astype(np.float64)
     ratio = np.divide(now, grid.largest, out=np.ones_like(now), where=(grid.largest > 0) & (now > 0))
-    scales = np.broadcast_to(grid.scale.astype(np.float64), ratio.shape) * np.where(np.abs(ratio - 1) < 1e-5, 1, ratio)
+    ratio = np.where(np.abs(ratio - 1) < 1e-5, 1, ratio)
+    params = _params(reader, grid, ratio, values.dtype.name, values.shape[1 - axis] if grid.block else None)
+    return QTensor(codes=to_codes(values, params), params=params) if params and _on_grid(values, params) else None
+
+
+def _params(
+    reader: WeightedNode, grid: WeightGrid, ratio: npt.NDArray[np.float64], dtype: str, length: int | None
+) -> QParams | None:
+    """The grid with a factor for each output channel, in the granularity of the reader; None where it is too fine."""
+    axis, own = reader.output_axis, grid.scale.astype(np.float64)
+    if grid.block is not None:
+        scales = own * ratio[:, None]
+        stored = representable(scales if axis == 0 else scales.T, dtype)
+        return QParams(scale=stored, axis=1 - axis, format=grid.format, block=grid.block, length=length)
+    scales = np.broadcast_to(own, ratio.shape) * ratio
     one = reader.spec.axis is None
     if one and np.ptp(scales) > 1e-5 * scales.max():
         return None
-    scale = representable(scales[0] if one else scales, values.dtype.name)
-    params = QParams(scale=np.asarray(scale), axis=None if one else axis, format=grid.format)
-    if FORMATS[grid.format].integer:
-        shape = [-1 if i == axis and not one else 1 for i in range(values.ndim)]
-        steps = values.astype(np.float32) / scale.reshape(shape)
-        if np.mean(np.abs(steps - np.rint(steps)) > NEAR) > WITHIN or np.abs(steps).max(initial=0) > 128.5:
-            return None
-    return QTensor(codes=to_codes(values, params), params=params)
+    scale = representable(scales[0] if one else scales, dtype)
+    return QParams(scale=np.asarray(scale), axis=None if one else axis, format=grid.format)
+
+
+def _on_grid(values: npt.NDArray[np.floating], params: QParams) -> bool:
+    """Whether values are codes of an integer format times their scales; of a float format that is not asked."""
+    fmt = FORMATS[params.format]
+    if not fmt.integer:
+        return True
+    scale = params.scale
+    if params.block is not None and params.axis is not None:
+        scale = np.repeat(scale, params.block, axis=params.axis)
+        scale = scale[: values.shape[0]] if params.axis == 0 else scale[:, : values.shape[1]]
+    elif params.axis is not None:
+        scale = scale.reshape([-1 if i == params.axis else 1 for i in range(values.ndim)])
+    steps = values.astype(np.float32) / scale
+    far = np.mean(np.abs(steps - np.rint(steps)) > NEAR) > WITHIN
+    return bool(not far and np.abs(steps).max(initial=0) <= -fmt.low + 0.5)

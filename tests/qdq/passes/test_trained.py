@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from graphs import run
 from onnx import TensorProto, helper, numpy_helper
-from qat_models import FORMS, Form, images, qat
+from qat_models import FORMS, Form, four_bits, images, in_tensorrts, qat
 
 from qdq.core.errors import ModelError
 from qdq.model.model import Model
-from qdq.model.storage import is_quantized
+from qdq.model.storage import is_quantized, load
 from qdq.passes.prepare import load_float
 
 ALL = pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
@@ -89,3 +89,38 @@ def test_what_cannot_be_read_back_is_refused() -> None:
     other.graph.output.append(helper.make_tensor_value_info("a", TensorProto.UINT8, [1, 3, 12, 12]))
     with pytest.raises(ModelError, match="integer operators"):
         load_float(other)
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_quantizers_by_tensorrts_own_names_are_the_standards(traced: bool) -> None:
+    given, data = FORMS["fp8"], images()
+    plain, own = load(qat(given)), load(in_tensorrts(qat(given), traced=traced))
+    assert not any(n.domain for n in own.graph.node) and [o.domain for o in own.proto.opset_import] == [""]
+    for a, b in zip(run(plain, data), run(own, data), strict=True):
+        np.testing.assert_array_equal(a["y"], b["y"])
+    found, wanted = load_float(in_tensorrts(qat(given), traced=traced)).trained, trained(given).trained
+    assert found is not None and wanted is not None
+    assert dict(found.tensors) == dict(wanted.tensors) and found.weights.keys() == wanted.weights.keys()
+
+
+def test_stored_bytes_are_fp8_codes_in_an_older_opset() -> None:
+    codes = np.array([0x38, 0x40, 0xC0, 0x7E], np.uint8).view(np.int8)  # 1, 2, -2, 448
+    tensors = [numpy_helper.from_array(codes, "w"), numpy_helper.from_array(np.float32(0.5), "s")]
+    nodes = [
+        helper.make_node("TRT_FP8DequantizeLinear", ["w", "s"], ["d"], domain="trt"),
+        helper.make_node("Add", ["x", "d"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("trt", 1)]
+    proto = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    outputs = run(load(proto), [{"x": np.zeros(4, np.float32)}])
+    assert outputs[0]["y"].tolist() == [0.5, 1, -1, 224]
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_blocks_of_four_bits_have_the_values_of_their_codes(traced: bool) -> None:
+    proto, weight = four_bits(traced=traced)
+    x = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
+    for model in (load(proto), load_float(proto)):
+        np.testing.assert_allclose(run(model, [{"x": x}])[0]["y"], x @ weight.T, rtol=1e-4, atol=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from graphs import run
 from onnx import helper, numpy_helper
-from qat_models import FORMS, Form, images, qat
+from qat_models import FORMS, Form, four_bits, images, qat
 
 from engines.backends import rtx
 from engines.core.documents import replace
@@ -117,3 +117,18 @@ def test_an_edited_plan_cannot_keep_what_is_not_there() -> None:
     points = tuple(replace(p, trained=True) if p.tensor == "flat" else p for p in plan.points)
     with pytest.raises(InputError, match="keeps the scale that 'flat' came with"):
         quantize(qat("part of it"), images(), plan=replace(plan, points=points))
+
+
+@pytest.mark.parametrize("compiler", ["rtx", "tensorrt"])
+def test_blocks_of_four_bits_are_kept_where_the_compiler_has_their_length(compiler: str) -> None:
+    proto, weight = four_bits(traced=False, inputs=128, block=64)
+    data = [{"x": np.random.default_rng(i).normal(size=(4, 128)).astype(np.float32)} for i in range(3)]
+    result = quantize(proto, data, settings=Settings(compiler=compiler))
+    [point], [codes] = result.plan.points, result.solution.weights.values()
+    assert point.trained and (point.spec.format, point.spec.block) == ("int4", 64)
+    wide = np.repeat(codes.params.scale, 64, axis=codes.params.axis)
+    made = codes.codes.astype(np.float32) * wide
+    np.testing.assert_allclose(made if made.shape == weight.shape else made.T, weight, rtol=1e-6)
+    assert "the codes of 1 are kept" in " ".join(result.solution.notes)
+    short = quantize(four_bits(traced=False, inputs=128, block=16)[0], data, settings=Settings(compiler="tensorrt"))
+    assert not any(p.trained for p in short.plan.points) and "calibrated" in " ".join(short.solution.notes)
