@@ -227,10 +227,20 @@ def intended(made: Made) -> onnx.ModelProto:
                 proto.graph.initializer.append(numpy_helper.from_array(factor, f"{source}@factor"))
                 front[source] = [helper.make_node("Mul", [source, f"{source}@factor"], [f"{source}@divided"])]
                 source += "@divided"
+            first = f"{point.tensor}@first" if point.spec.residual else new
             front[point.tensor] += [
                 helper.make_node("QuantizeLinear", [source, *names], [f"{point.tensor}@q"]),
-                helper.make_node("DequantizeLinear", [f"{point.tensor}@q", *names], [new]),
+                helper.make_node("DequantizeLinear", [f"{point.tensor}@q", *names], [first]),
             ]
+            if point.spec.residual:
+                step, rest = f"{point.tensor}@step", f"{point.tensor}@rest"
+                proto.graph.initializer.append(numpy_helper.from_array(np.asarray(params.scale / 256), step))
+                front[point.tensor] += [
+                    helper.make_node("Sub", [source, first], [rest]),
+                    helper.make_node("QuantizeLinear", [rest, step, names[1]], [f"{rest}@q"]),
+                    helper.make_node("DequantizeLinear", [f"{rest}@q", step, names[1]], [f"{rest}@dq"]),
+                    helper.make_node("Add", [first, f"{rest}@dq"], [new]),
+                ]
         for name, index in point.uses:
             nodes[name].input[index] = new
     ordered: list[NodeProto] = []

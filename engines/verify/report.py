@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import msgspec
+
 from engines.core.documents import Document, Measured, Part
 from engines.core.files import write_atomic
 from engines.verify.volumes import VolumeReport
@@ -47,6 +49,17 @@ class Alarms(Part, frozen=True, kw_only=True):
     warn_top1: float = 0.99
 
 
+class Unit(Part, frozen=True, kw_only=True):
+    """In which unit an output's error is told: `scale` of it make one of the output's own."""
+
+    name: str
+    scale: float = 1.0
+
+    def shown(self, value: float) -> str:
+        """A value of the output, in words."""
+        return f"{value * self.scale:.4g} {self.name}"
+
+
 class OutputReport(Part, frozen=True, kw_only=True):
     """The metrics of one output, defined in `engines.verify.sums`; None where one means nothing for it.
 
@@ -70,6 +83,7 @@ class OutputReport(Part, frozen=True, kw_only=True):
         rms_error: in the unit of the output, as the next two.
         max_abs_error: largest.
         mean_abs_error: mean.
+        mean_abs: of the reference, in the unit of the output.
         top1: of an argmax, or of labels that are equal.
         dice: by class.
         non_finite: values of either that are not finite.
@@ -100,6 +114,7 @@ class OutputReport(Part, frozen=True, kw_only=True):
     non_finite: int
     first_non_finite: str = ""
     not_compared: str = ""
+    mean_abs: Measured | None = None
 
     @property
     def least_db(self) -> float:
@@ -139,6 +154,7 @@ class Report(Document, frozen=True, kw_only=True):
         costly: where an output is poor: the quantized tensors that cost it most, the costliest first.
         advice: where an output is poor: what was found and what to try, one sentence each.
         volumes: what whole volumes say; None where none were run.
+        units: output -> in which unit its mean error is told.
     """
 
     FORMAT: ClassVar[str] = "qdq.check/3"
@@ -163,6 +179,7 @@ class Report(Document, frozen=True, kw_only=True):
     costly: tuple[TensorCost, ...] = ()
     advice: tuple[str, ...] = ()
     volumes: VolumeReport | None = None
+    units: dict[str, Unit] = msgspec.field(default_factory=dict)
 
     @property
     def worst(self) -> OutputReport:

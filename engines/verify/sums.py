@@ -48,7 +48,9 @@ class Sums:
         self.first_non_finite: tuple[int, bool, bool] | None = None  # sample, in the reference, in the candidate
         self._classes = _Classes(meaning)
         self._spread = _Spread()
-        self.signal = self.noise = self._power = self._product = self._error = self._largest = self._cosines = 0.0
+        self.signal = self.noise = self._power = self._product = self._error = self._largest = self._cosines = (
+            self._size
+        ) = 0.0
         self._origin = math.nan  # what the centred sums are relative to: the mean of the first sample
         self._centred = np.zeros(5)  # of r, c, r^2, c^2 and r c, each less the origin
 
@@ -97,6 +99,7 @@ class Sums:
             self.equal += int(np.count_nonzero(difference == 0))
             self.noise += float((difference * difference).sum())
             self._error += float(difference.sum())
+            self._size += float(np.abs(r).sum())
             self._largest = float(np.maximum(self._largest, difference.max()))  # NaN stays NaN
             signal, power, product = (
                 signal + float((r * r).sum()),
@@ -141,6 +144,7 @@ class Sums:
             rms_error=rms if numeric else None,
             max_abs_error=self._largest if numeric else None,
             mean_abs_error=self._error / count if numeric else None,
+            mean_abs=self._size / count if numeric else None,
             top1=self.equal / count if labels and self.elements else top1,
             dice=dice,
             non_finite=self.non_finite,

@@ -7,8 +7,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engines.backends.profile import Profile
+from engines.core.operators import MOVERS
 from qdq.core.qtensor import QParams
 from qdq.model.model import Model
+from qdq.model.nodes import attribute_value
 from qdq.plan.weighted_node import WeightedNode
 
 CHANNEL_MULTIPLE = 4
@@ -54,3 +56,14 @@ def rows(node: WeightedNode, params: QParams) -> Rows | None:
     if params.block is None or params.length is None or not (missing := -params.length % params.block):
         return None
     return Rows(axis=-2 if node.data_transposed else -1, missing=missing)
+
+
+def reflected(model: Model, tensor: str) -> bool:
+    """Whether a tensor of a body is padded by reflection and then moved or multiplied at most.
+
+    TensorRT-RTX 1.7.1 fails on a Q behind that ("CHECK(append_to->parent() == this)"), but not behind an Add of 0.
+    """
+    maker = model.producer(tensor) if tensor in model.inner_tensors else None
+    while maker is not None and maker.op_type in MOVERS | {"Div", "Mul"}:
+        maker = model.producer(maker.input[0])
+    return maker is not None and maker.op_type == "Pad" and attribute_value(maker, "mode", b"") == b"reflect"

@@ -15,6 +15,7 @@ consumers, each weight becomes codes behind a DequantizeLinear. It must not choo
 | G weight-only | nothing | nothing |
 | H blocks that do not divide the reduction axis | first Pad with zeros; the weight has zero codes there | as A to G |
 | I one scale per token | Div by s = max abs over the last axis / 127, Q and DQ of scale 1 | Mul by s, then the bias |
+| N data in two codes | A; and of what A leaves: Sub, Q, DQ of 1/256 of its scale | the same product of that, Add |
 | J two-level weight (instead of codes and DQ) | DQ of the blocks, Q and DQ of INT8 per channel | as A to I |
 | K NVFP4, weight and data | data: first TRT_FP4DynamicQuantize; DQ of the block scales, DQ of the blocks | nothing |
 | M a table that a Gather reads | codes and DQ of its rows, or of their blocks | nothing |
@@ -39,13 +40,12 @@ import numpy.typing as npt
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from engines.backends.profile import Profile
-from engines.core.operators import MOVERS
-from qdq.assemble.borders import Border, Rows, border, missing_channels, rows
+from qdq.assemble.borders import Border, Rows, border, missing_channels, reflected, rows
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams
 from qdq.model.made_for import mark
 from qdq.model.model import Model
-from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, attribute_value, bodies, controls
+from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, bodies, controls
 from qdq.model.shift_correction import correct, weight_sums
 from qdq.model.writer import GraphWriter
 from qdq.passes.draft import assign
@@ -81,8 +81,7 @@ class _Writer(GraphWriter):
 
     def __init__(self, model: Model, solution: Solution, profile: Profile) -> None:
         super().__init__(model, solution.store)
-        self._profile = profile
-        self._solution = solution
+        self._profile, self._solution = profile, solution
         self._readers = by_data(solution.nodes.values())
         self._made: dict[tuple[object, ...], str] = {}
         self._deep: dict[str, int] = {}  # output of a MatMul of integer codes -> its rank, where that is 3 or more
@@ -93,8 +92,7 @@ class _Writer(GraphWriter):
 
     def node(self, node: NodeProto, operands: dict[tuple[str, int], Point]) -> None:
         """Append one node of the float model, rewired where the plan says so."""
-        weighted = self._solution.nodes.get(node.name)
-        copy = self._carrying(node)
+        weighted, copy = self._solution.nodes.get(node.name), self._carrying(node)
         if controls(node):
             for body in bodies(copy):
                 self._body(body, operands)
@@ -109,7 +107,7 @@ class _Writer(GraphWriter):
         elif weighted.data in self._solution.tokens:
             return self._per_token(weighted, copy.input[2] if weighted.bias else "")
         else:
-            return self._product(copy, weighted, operands[node.name, 1])
+            return self._product(copy, weighted, operands[node.name, 1], operands[node.name, 0].spec.residual)
         self._nodes.append(copy)
 
     def _body(self, body: GraphProto, operands: dict[tuple[str, int], Point]) -> None:
@@ -124,8 +122,8 @@ class _Writer(GraphWriter):
         assign(body.node, self._nodes)
         self._nodes, self._made = nodes, made
 
-    def _product(self, copy: NodeProto, weighted: WeightedNode, weight: Point) -> None:
-        """A node whose data and weight are quantized, with the correction for a shift of its data."""
+    def _product(self, copy: NodeProto, weighted: WeightedNode, weight: Point, twice: bool) -> None:
+        """A node whose data and weight are quantized, the data twice or with the correction for their shift."""
         params = self._solution.activations[weighted.data]
         channels = missing_channels(self._model, weighted, self._profile)
         pads = weighted.window.pads if weighted.window and (params.zero_point or channels) else ()
@@ -135,11 +133,28 @@ class _Writer(GraphWriter):
         if any(pads):
             next(a for a in copy.attribute if a.name == "pads").ints[:] = [0] * len(pads)
         self._nodes.append(copy)
+        if twice:
+            self._again(copy, weighted, params, around)
         if params.zero_point:
             self._correct(copy, weight, params)
         rank = self._model.rank(weighted.output) or 0
         if copy.op_type == "MatMul" and rank > 2 and FORMATS[params.format].integer:
             self._deep[copy.output[0]] = rank
+
+    def _again(self, copy: NodeProto, weighted: WeightedNode, params: QParams, around: Border | Rows | None) -> None:
+        """Case N: x W = q W + (x - q) W for the values q of the codes of x, the same codes of W in both products."""
+        tensor, output, key = weighted.data, copy.output[0], (weighted.data, around, "rest")
+        if key not in self._made:
+            step = self._constant(f"{tensor}_rest_scale", params.scale / 256, self._model.dtype(tensor))
+            scales = (step, self._scale(tensor, params)[1])
+            source = self._padded(tensor, self._divided(tensor), around)
+            rest = self._append("Sub", (source, copy.input[0]), f"{tensor}_rest")
+            codes = self._append("QuantizeLinear", (rest, *scales), f"{tensor}_rest_QuantizeLinear")
+            self._made[key] = self._append("DequantizeLinear", (codes, *scales), f"{tensor}_rest_DequantizeLinear")
+        second = altered(copy)
+        second.name, second.input[:] = self._name(f"{copy.name}_rest"), [self._made[key], copy.input[1]]
+        copy.output[0], second.output[0] = parts = self._name(f"{output}_coarse"), self._name(f"{output}_rest")
+        self._nodes += [second, helper.make_node("Add", parts, [output], self._name(f"{copy.name}_rest_Add"))]
 
     def finish(self, opset: int) -> ModelProto:
         """The new model; a constant added to a product of rank 3 or more has that rank.
@@ -215,23 +230,13 @@ class _Writer(GraphWriter):
         source = base = self._padded(tensor, self._divided(tensor), around)
         if params.zero_point:
             source = self._append("Sub", (source, self._offset(tensor, params)), f"{base}_Sub")
-        elif self._reflected(tensor):
+        elif reflected(self._model, tensor):
             nothing = self._constant(f"{tensor}_nothing", np.zeros(()), self._model.dtype(tensor))
             source = self._append("Add", (source, nothing), f"{base}_Add")
         scale, zero = self._scale(tensor, params)
         codes = self._append("QuantizeLinear", (source, scale, zero), f"{base}_QuantizeLinear")
         self._made[key] = self._append("DequantizeLinear", (codes, scale, zero), f"{base}_DequantizeLinear")
         return self._made[key]
-
-    def _reflected(self, tensor: str) -> bool:
-        """Whether a tensor of a body is padded by reflection and then moved or multiplied at most.
-
-        TensorRT-RTX 1.7.1 fails on a Q behind that ("CHECK(append_to->parent() == this)"), but not behind an Add of 0.
-        """
-        maker = self._model.producer(tensor) if tensor in self._model.inner_tensors else None
-        while maker is not None and maker.op_type in MOVERS | {"Div", "Mul"}:
-            maker = self._model.producer(maker.input[0])
-        return maker is not None and maker.op_type == "Pad" and attribute_value(maker, "mode", b"") == b"reflect"
 
     def _in_blocks(self, tensor: str, params: QParams, around: Border | Rows | None) -> str:
         """Case K, data: codes and block scales are computed as the engine runs, the scale of these scales is not."""

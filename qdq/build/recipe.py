@@ -31,10 +31,11 @@ from engines.backends.profile import Profile, profile_of
 from engines.backends.tensorrt_options import TensorRtOptions
 from engines.core.documents import replace
 from engines.verify.meaning import TASKS
-from engines.verify.report import OF_VOLUMES, Alarms, Limits
+from engines.verify.report import OF_VOLUMES, Alarms, Limits, Unit
 from qdq.build.compiler import USUAL_TARGETS, choose_compiler
 from qdq.build.keys.segmentation import Segmentation, WholeVolumes
 from qdq.build.keys.shapes import ShapeOption, held_input
+from qdq.build.keys.units import units_of
 from qdq.build.keys.window import Window
 from qdq.core.choices import choose, converted
 from qdq.core.errors import InputError
@@ -81,6 +82,7 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
         warn_top1: below this agreement of the argmax, too.
         task: what the outputs are, one of `engines.verify.meaning.TASKS`.
         class_axis: axis of their classes.
+        units: output -> in which unit its mean error is told, as `units_of` reads it.
         tensorrt: options of TensorRT's builder, as `TensorRtOptions.from_mapping` reads them.
         runtime_cache: file for what TensorRT-RTX compiles when an engine first runs.
         window: that goes over whole volumes, as a mapping or as `Window.parse` reads it.
@@ -115,6 +117,7 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
     warn_top1: Share = Alarms().warn_top1
     task: str = "auto"
     class_axis: Annotated[int, msgspec.Meta(ge=-64, le=63)] | None = None
+    units: dict[str, str] = msgspec.field(default_factory=dict)
     tensorrt: TensorRtOptions = TensorRtOptions()
     runtime_cache: str = ""
     window: Window | str | None = None
@@ -160,6 +163,7 @@ class Recipe:
         alarms: below these a result is called poor.
         task: what the outputs are; "auto" is what the end of the graph tells.
         class_axis: axis of their classes; None is what the graph tells.
+        units: output -> in which unit its mean error is told.
         tensorrt: options of TensorRT's builder, where that compiles.
         runtime_cache: file for what TensorRT-RTX compiles when an engine first runs; None keeps nothing.
         whole: how whole volumes are run, and whether they are.
@@ -186,6 +190,7 @@ class Recipe:
     alarms: Alarms = field(default_factory=Alarms)
     task: str = "auto"
     class_axis: int | None = None
+    units: Mapping[str, Unit] = field(default_factory=dict)
     tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
     runtime_cache: Path | None = None
     whole: WholeVolumes = field(default_factory=WholeVolumes)
@@ -296,6 +301,7 @@ class Recipe:
             alarms=Alarms(warn_sqnr_db=file.warn_sqnr_db, warn_top1=file.warn_top1),
             task=choose(file.task, TASKS, "task"),
             class_axis=file.class_axis,
+            units=units_of(file.units),
             tensorrt=file.tensorrt,
             runtime_cache=Path(file.runtime_cache) if file.runtime_cache else None,
             whole=_whole(file, volume),

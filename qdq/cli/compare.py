@@ -50,7 +50,14 @@ def _metrics() -> Iterable[str]:
     help="Score against this array of the evaluation samples; next: the following tokens. Default: the float model.",
 )
 @click.option("--score-output", default="", metavar="NAME", help="Score this output; default: the first.")
-@click.option("--unit", default="", help="Name the unit of a metric that has one, as mae; for instance kcal/mol.")
+@click.option(
+    "--unit",
+    "units",
+    multiple=True,
+    metavar="UNIT|OUTPUT=UNIT,SCALE",
+    help="Name the unit of a metric that has one, as mae: kcal/mol; or of one output, and how many of it make one of "
+    "the output's own: forces=meV/A,1000 (repeatable).",
+)
 @click.option("--per", type=float, default=1.0, help="Say how much of the output makes one such unit.")
 @click.option("--class-axis", type=int, help="Look for classes on this axis; default: as the end of the graph says.")
 @options.window_option
@@ -73,7 +80,7 @@ def compare(
     metric: str,
     labels: str,
     score_output: str,
-    unit: str,
+    units: tuple[str, ...],
     per: float,
     class_axis: int | None,
     allow_overlap: bool,
@@ -87,6 +94,7 @@ def compare(
     Every scheme is quantized with the same samples, compiled for the target and scored on the evaluation samples. A
     scheme that the target cannot compile is a line with the reason. Variants are not tuned unless --tune says so.
     """
+    from qdq.build.keys.units import units_of
     from qdq.core.files import write_text
     from qdq.deploy.compare.compare import compare_schemes, entries
     from qdq.deploy.compare.score import labelled
@@ -98,7 +106,15 @@ def compare(
     if output:
         for place in (output, page_beside(output)):
             check_output(place, model, data, evaluation, given["recipe"], *custom_ops)
-    task = Task(metric=metric, labels=labels, output=score_output, unit=unit, per=per, class_axis=class_axis)
+    task = Task(
+        metric=metric,
+        labels=labels,
+        output=score_output,
+        unit=next((text for text in units if "=" not in text), ""),
+        units=units_of(options.pairs([text for text in units if "=" in text], "--unit", options.UNIT_FORM)),
+        per=per,
+        class_axis=class_axis,
+    )
     asked = entries(",".join(schemes).split(","), options.recipe_values(given, base={"tune": "off"}))
     recipe = asked[0].recipe
     with Bars() as bars:

@@ -364,6 +364,7 @@ def check(
             alarms=recipe.alarms,
             task=recipe.task,
             class_axis=recipe.class_axis,
+            units=recipe.units,
             engine_backend=backend,
             running=recipe.running,
             as_compiled=layers.table if layers else None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from calib_data import Samples
@@ -20,8 +21,9 @@ from engines.core.errors import EngineError
 from engines.core.files import sha256_file
 from engines.verify.as_compiled import roundings
 from engines.verify.compare import compare
-from engines.verify.report import Alarms, Limits, Report
+from engines.verify.report import Alarms, Limits, Report, Unit
 from qdq.build.keys.segmentation import WholeVolumes
+from qdq.core.choices import choose
 from qdq.core.disk.cache import remembered
 from qdq.core.progress import Progress
 from qdq.deploy.volumes.evaluate import compare_volumes
@@ -70,6 +72,7 @@ def evaluate(
     alarms: Alarms | None = None,
     task: str = "auto",
     class_axis: int | None = None,
+    units: Mapping[str, Unit] = MappingProxyType({}),
     engine_backend: str | None = None,
     running: Running | None = None,
     as_compiled: LayerTable | None = None,
@@ -88,6 +91,7 @@ def evaluate(
         alarms: below these a result is called poor.
         task: what the outputs are, as in `engines.verify.meaning.meanings`.
         class_axis: axis of their classes; None is what the graph tells.
+        units: output -> in which unit its mean error is told.
         engine_backend: that runs the candidate where it is an engine.
         running: what the engine needs beside it.
         as_compiled: layers of the candidate's engine: values are rounded where its kernels write them, and nowhere
@@ -96,6 +100,9 @@ def evaluate(
         custom_ops: libraries of custom operators that ONNX Runtime needs for the models.
         whole: how the samples' images are run as whole volumes too, where that is asked for.
         pictures: as of `compare_volumes`.
+
+    Raises:
+        InputError: a unit is of an output that the model does not have.
 
     Where work is kept, what was found of the same models and samples before; not what a GPU ran, nor of whole volumes.
     """
@@ -119,10 +126,12 @@ def evaluate(
             on_progress=on_progress,
         )
 
+    for name in units:
+        choose(name, [o.name for o in load(float_model).outputs], "output")
     if engine_backend or (whole and whole.asked):
-        return found()
+        return replace(found(), units=dict(units))
     asked = (sorted(limits.items()), alarms, task, class_axis, predicted, bool(gpus()))
-    return remembered(
+    kept = remembered(
         "reports",
         lambda: (
             *identity(load(float_model)),
@@ -136,6 +145,7 @@ def evaluate(
         pack=lambda report: {"report": report.to_json().encode()},
         unpack=lambda parts: Report.from_json(parts["report"]),
     )
+    return replace(kept, units=dict(units))
 
 
 def _evaluated(

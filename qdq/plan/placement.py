@@ -122,6 +122,9 @@ def placed(model: Model, settings: Settings) -> Plan:
             if point.spec.token != want.spec.token:  # a reader that can only have one scale decides for all
                 want = replace(want, spec=replace(want.spec, token=None))
                 point = replace(point, spec=replace(point.spec, token=None))
+            if point.spec.residual != want.spec.residual:
+                plain = want.spec if point.spec.residual else point.spec
+                want, point = replace(want, spec=plain), replace(point, spec=plain)
             if point.spec != want.spec:
                 raise InputError(
                     f"{node.name!r} would read {want.tensor!r} in another form than {point.uses[0][0]!r}, and a tensor "

@@ -277,6 +277,8 @@ def grain(spec: Spec) -> str:
     """The granularity of a spec in words."""
     if spec.token:
         return "per token" if spec.token == "always" else "per tensor or per token, as its range says"
+    if spec.residual:
+        return "per tensor, in two codes"
     if spec.axis is None:
         blocks = FORMATS[spec.format].blocks if FORMATS[spec.format].scale_format else ()
         return f"in blocks of {blocks[0]}, scaled as the engine runs" if blocks else "per tensor"

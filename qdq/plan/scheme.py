@@ -19,6 +19,7 @@ class Scheme:
         compute_format: format that the product reads the weight's blocks as; None where it reads them themselves.
         convolution: format of both operands of Conv; None leaves Conv in float.
         token: when the data operand has one scale per token: a name in TOKENS, or None for never.
+        residual: the data operand of Gemm and MatMul has a second code, as of `Spec`.
         roundings: what `Settings.rounding` "auto" is chosen from; the first where nothing can be compared.
         equalizations: the same of `Settings.equalize`.
     """
@@ -30,6 +31,7 @@ class Scheme:
     compute_format: str | None = None
     convolution: str | None = "int8"
     token: str | None = None
+    residual: bool = False
     roundings: tuple[str, ...] = ("gptq", "nearest")
     equalizations: tuple[str, ...] = ("smoothquant", "none")
 
@@ -39,6 +41,7 @@ _BLOCKS = ("descent", "clip", "nearest")
 _CHANNELS = ("awq", "sinq", "none")
 _ROWS = (
     Scheme(name="int8", equalizations=("smoothquant", "validated", "none")),
+    Scheme(name="w8a16", residual=True, equalizations=("none",)),
     Scheme(name="int8-smooth", equalizations=("smooth",)),
     Scheme(name="int8-weight", data=None, convolution=None, equalizations=("none",)),
     Scheme(name="int4", data=None, weight="int4", convolution=None, roundings=_BLOCKS, equalizations=_CHANNELS),

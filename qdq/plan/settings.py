@@ -347,6 +347,8 @@ class Settings(Part, frozen=True, kw_only=True):
         if fmt is None:
             return None
         wanted = self.options("shift")[0] if self.shift == AUTO else self.shift
+        if scheme.residual and not convolution:
+            return Spec(format=fmt, residual=True)  # a constant taken off would gain a bit of sixteen
         shift = bool(wanted) and FORMATS[fmt].integer
         return Spec(format=fmt, shift=shift, token=None if convolution else scheme.token)
 

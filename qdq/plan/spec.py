@@ -25,6 +25,8 @@ class Spec(Part, frozen=True, kw_only=True, omit_defaults=True):
         weight_only: the product reads the weight as floats, and its data are not quantized.
         token: of an activation: 'always' for one scale per token, computed as the engine runs; 'fptq' for whatever
             FPTQ's rule says of its range.
+        residual: of an activation: what its codes leave is quantized once more and multiplied by the same codes of the
+            weight, so that the data have 16 bits in two INT8 products.
     """
 
     format: str
@@ -34,6 +36,7 @@ class Spec(Part, frozen=True, kw_only=True, omit_defaults=True):
     compute_format: str | None = None
     weight_only: bool = False
     token: str | None = None
+    residual: bool = False
 
     def __post_init__(self) -> None:
         """Refuse an unknown format, and blocks that no product can read."""

@@ -7,6 +7,7 @@ It must not read samples, nor know what becomes of weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -23,6 +24,7 @@ from qdq.solve.shift import shifts
 
 # Tied tensors whose ranges differ by more would lose over a bit of resolution: each keeps its own scale.
 TIE_RATIO = 2.0
+HEADROOM = 1.25
 
 
 def activation_params(
@@ -59,6 +61,9 @@ def activation_params(
                 scale = representable(largest / fmt.high if largest else 1.0, dtype)
             chosen[point.tensor] = QParams(scale=scale, format=fmt.name)
             continue
+        if point.spec.residual:
+            chosen[point.tensor] = QParams(scale=coarse_scale(hist.amax, dtype), format=fmt.name)
+            continue
         chosen[point.tensor] = ranges.choose(
             hist,
             method=methods.get(point.tensor, plan.settings.range_by),
@@ -68,6 +73,18 @@ def activation_params(
             dtype=dtype,
         )
     return chosen
+
+
+def coarse_scale(amax: float, dtype: str) -> np.ndarray:
+    """The scale of the first of two codes: a power of two, with `HEADROOM` at least, which the second has bits for.
+
+    So the first code's value has no rounding in FP16, and what it leaves neither.
+
+    >>> float(coarse_scale(100.0, "float32"))
+    1.0
+    """
+    least = HEADROOM * amax / 127
+    return representable(2.0 ** math.ceil(math.log2(least)) if least > 0 else 1.0, dtype)
 
 
 def tie_notes(plan: Plan, table: CalibrationTable) -> tuple[str, ...]:

@@ -35,18 +35,21 @@ class DataScales:
         params: tensor -> parameters per tensor; scale 1 where the real one is computed as the engine runs.
         divisors: tensor -> (channels,) what its channels are divided by before they are quantized.
         tokens: tensors that have one scale per token.
+        residual: tensors whose codes are followed by those of what they leave.
         notes: what a person should know, one line each.
     """
 
     params: Mapping[str, QParams]
     divisors: Mapping[str, Singles] = field(default_factory=dict)
     tokens: tuple[str, ...] = ()
+    residual: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
     @property
     def constant(self) -> dict[str, QParams]:
-        """The parameters of the tensors whose scale is a constant of the engine."""
-        return {t: p for t, p in self.params.items() if t not in self.tokens and not FORMATS[p.format].blocks}
+        """The parameters of the tensors whose scale is a constant of the engine, and tells of their noise."""
+        apart = {*self.tokens, *self.residual}
+        return {t: p for t, p in self.params.items() if t not in apart and not FORMATS[p.format].blocks}
 
 
 def data_scales(
@@ -70,7 +73,8 @@ def data_scales(
     params = activation_params(model, plan, table, {}) if params is None else params
     params = {**params, **trained.data_params(model, plan)}
     classes = token_scales.classes(plan, nodes, table, data=samples is not None)
-    scales = DataScales(params=params, tokens=classes.tokens, notes=(*ties, *classes.notes))
+    twice = frozenset(p.tensor for p in plan.activations if p.spec.residual)
+    scales = DataScales(params=params, tokens=classes.tokens, residual=twice, notes=(*ties, *classes.notes))
     if samples is not None:
         if seen is None:
             seen = channels.look(model, channels.candidates(plan, nodes), samples, on_progress)

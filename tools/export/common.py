@@ -29,6 +29,7 @@ NESTED = ("state_dict", "network_weights", "model_state_dict", "model")  # keys 
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation
 RATE = 16000  # Hz
+Takes = str | Callable[[Any, tuple[Any, ...]], Any]  # one output of many, or what is exported of network and example
 
 
 class BadInput(Exception):
@@ -63,6 +64,7 @@ class Kind:
         drawn: what such samples are, in words.
         source: the option that names real data; its help.
         read: samples from that; not asked where the option is not given.
+        dynamic: sizes that stay open, as of `qdq.export_torch`.
     """
 
     options: Mapping[str, Any]
@@ -70,6 +72,7 @@ class Kind:
     drawn: str
     source: tuple[str, str]
     read: Callable[[Path, Rng, argparse.Namespace], Iterator[Sample]]
+    dynamic: Any = False
 
 
 def field(rng: Rng, sizes: Sequence[int]) -> np.ndarray:
@@ -349,7 +352,7 @@ def samples(kind: Kind, given: argparse.Namespace) -> tuple[list[Sample], str]:
     return made, f"of {given.source.name}"
 
 
-def export(build: Callable[..., Any], kind: Kind, given: argparse.Namespace, takes: str) -> None:
+def export(build: Callable[..., Any], kind: Kind, given: argparse.Namespace, takes: Takes) -> None:
     """Build, load, write, check; then say what was done."""
     torch, export_torch = library("torch"), library("qdq").export_torch
     torch.manual_seed(given.seed)
@@ -358,14 +361,17 @@ def export(build: Callable[..., Any], kind: Kind, given: argparse.Namespace, tak
     network = build(**{name: getattr(given, name) for name in inspect.signature(build).parameters}).eval()
     if given.checkpoint:
         load(network, given.checkpoint)
-    else:
+    elif not getattr(network, "trained", False):
         settle(network, made[0])
     given.path.parent.mkdir(parents=True, exist_ok=True)
-    names = list(made[0])
-    module, outputs = (_first(network, names, takes), [takes]) if takes else (network, [])
+    names, example = list(made[0]), tuple(map(torch.from_numpy, made[0].values()))
+    if callable(takes):
+        module, outputs = takes(network, example), []
+    else:
+        module, outputs = (_first(network, names, takes), [takes]) if takes else (network, [])
     done = export_torch(
-        module, tuple(map(torch.from_numpy, made[0].values())), given.path,
-        dynamic=False, input_names=names, output_names=outputs, samples=made[1:2], source=Path(sys.argv[0]).stem,
+        module, example, given.path,
+        dynamic=kind.dynamic, input_names=names, output_names=outputs, samples=made[1:2], source=Path(sys.argv[0]).stem,
     )  # fmt: skip
     count = sum(p.numel() for p in network.parameters())
     kept = given.checkpoint.name if given.checkpoint else f"fresh, of seed {given.seed}"
@@ -386,7 +392,7 @@ def export(build: Callable[..., Any], kind: Kind, given: argparse.Namespace, tak
         print(f"{len(made)} samples in {given.samples.name}: {what}")
 
 
-def main(build: Callable[..., Any], kind: Kind, takes: str = "", argv: Sequence[str] | None = None) -> int:
+def main(build: Callable[..., Any], kind: Kind, takes: Takes = "", argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for; the exit code: 0, 2 for bad input, 3 where a library is missing."""
     given = _parser(build, kind).parse_args(argv)
     warnings.filterwarnings("ignore")

@@ -39,8 +39,10 @@ from qdq.cli.options.origin import (
 )
 from qdq.cli.options.read import (
     RANDOM_NOTE as RANDOM_NOTE,
+    UNIT_FORM as UNIT_FORM,
     case_key_of as case_key_of,
     note_left_out as note_left_out,
+    pairs as pairs,
     recipe_of as recipe_of,
     recipe_of_mix as recipe_of_mix,
     recipe_of_plan as recipe_of_plan,
@@ -330,6 +332,13 @@ judging_options = _options(
     ),
     click.option(
         "--class-axis", type=int, help="Look for classes on this axis of the outputs; default: as the graph says."
+    ),
+    click.option(
+        "--unit",
+        "units",
+        multiple=True,
+        metavar="OUTPUT=UNIT,SCALE",
+        help="Tell the mean error of an output in this unit, SCALE of which make one of the output's own; repeatable.",
     ),
     click.option("--warn-sqnr-db", type=float, help="Warn below this signal to noise ratio, in dB; default 20."),
     click.option("--warn-top1", type=float, help="Warn below this agreement of the argmax, from 0 to 1; default 0.99."),

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 RANDOM_NOTE = "Random data: the figures say that the model compiles and runs, nothing about its accuracy."
 
 
+OVERRIDE_FORM = "PATTERN=CHOICE, as in '/head/*=fp8' or 'fc=float'"
+UNIT_FORM = "OUTPUT=UNIT,SCALE, as in 'energy=meV/atom,1000'"
+
+
 def recipe_values(given: Mapping[str, Any], base: Mapping[str, object] | None = None) -> dict[str, object]:
     """Keys of a verb's recipe: `base`, then its recipe file, then the options given."""
     from qdq.build.keys.recipe_file import read_recipe
@@ -26,23 +30,25 @@ def recipe_values(given: Mapping[str, Any], base: Mapping[str, object] | None = 
     options = {k: v for k, v in given.items() if k != "recipe" and v is not None and v != ()}
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
     if "overrides" in options:
-        options["overrides"] = _overrides(given["overrides"])
+        options["overrides"] = pairs(given["overrides"], "--override", OVERRIDE_FORM)
+    if "units" in options:
+        options["units"] = pairs(given["units"], "--unit", UNIT_FORM)
     read = read_recipe(given["recipe"]) if given.get("recipe") else {}
     return {**(base or {}), **read, **options}
 
 
-def _overrides(given: Sequence[str]) -> dict[str, str]:
-    """The mapping that repeated options PATTERN=CHOICE make.
+def pairs(given: Sequence[str], option: str, form: str) -> dict[str, str]:
+    """The mapping that a repeated option of a form such as PATTERN=CHOICE makes.
 
     Raises:
         InputError: one has no =, or nothing on one side of it.
     """
     found = dict[str, str]()
     for text in given:
-        pattern, equals, choice = text.partition("=")
-        if not (pattern and equals and choice):
-            raise InputError(f"--override is {text!r}: it must be PATTERN=CHOICE, as in '/head/*=fp8' or 'fc=float'.")
-        found.setdefault(pattern, choice)
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise InputError(f"{option} is {text!r}: it must be {form}.")
+        found.setdefault(name, value)
     return found
 
 

@@ -280,6 +280,8 @@ class _Bench:
                 sqnr_spread_db=found.sqnr_spread_db,
                 worst_output=found.worst_output,
                 value=found.value,
+                values=found.values,
+                value_of=found.value_of,
             )
             self.samples, self.classes = found.samples, found.classes
         return replace(row, problem="; ".join(problems))
@@ -360,6 +362,8 @@ def _weight_kind(block: int | None, axis: int | None) -> str:
 
 def _data_kind(point: Point, tokens: frozenset[str]) -> str:
     blocks = FORMATS[point.spec.format].blocks
+    if point.spec.residual:
+        return "tensor, two codes"
     return f"block of {blocks[0]}" if blocks else "token" if point.tensor in tokens else "tensor"
 
 

@@ -33,6 +33,7 @@ class Metric(Protocol):
     has_unit: ClassVar[bool] = False  # its value is in the unit of the output: made with `per`
     has_classes: ClassVar[bool] = False  # along `axis`
     of_volumes: ClassVar[bool] = False  # of whole images: see `volume_metrics`
+    of_each: ClassVar[bool] = False  # output of several, where none is chosen; `relative` says which does worst
     axis: int = -1
 
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:
@@ -50,6 +51,11 @@ class Metric(Protocol):
     @property
     def value(self) -> float:
         """Over everything added; NaN where nothing counts."""
+
+    @property
+    def relative(self) -> float:
+        """The value without a unit, larger where it is worse; NaN where a metric has none."""
+        return math.nan
 
 
 M = TypeVar("M", bound=type[Metric])
@@ -275,21 +281,38 @@ class Spearman(Metric):
 
 @registered("mae")
 class MeanAbsoluteError(_Mean):
-    """Mean |output - label|, or |output - float model's output|, divided by `per`."""
+    """Mean |output - label|, or |output - float model's output|, divided by `per`.
+
+    Relative, it is a part of the standard deviation of what it compares with; of the mean size where that is constant.
+    """
 
     higher_is_better: ClassVar[bool] = False
     has_unit: ClassVar[bool] = True
+    of_each: ClassVar[bool] = True
 
     def __init__(self, per: float = 1.0) -> None:
         """Nothing added; `per` as in `metric`."""
         super().__init__()
-        self._per = per
+        self._per, self._origin = per, math.nan
+        self._moments = np.zeros(3)  # of the truth: its size; and less the first mean, itself and its square
 
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:
         """See `Metric.add`."""
         truth = _truth(reference, labels, "mae").astype(np.float64)
+        if math.isnan(self._origin) and truth.size:
+            self._origin = float(truth.mean())
+        around = truth - self._origin
+        self._moments += [np.abs(truth).sum(), around.sum(), (around * around).sum()]
         self._sum += float(np.abs(found.astype(np.float64) - truth).sum())
         self._count += found.size
+
+    @property
+    def relative(self) -> float:
+        """See `Metric.relative`."""
+        size, mean, square = self._moments / max(self._count, 1)
+        scale = math.sqrt(max(square - mean * mean, 0.0)) or size
+        error = super().value
+        return error / scale if scale else math.inf if error else 0.0
 
     @property
     def value(self) -> float:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
+import msgspec
+
 from engines.core.documents import Document, Measured, Part
 from qdq.deploy.compare.metrics import METRICS
 from qdq.deploy.compare.task import Task
@@ -34,7 +36,9 @@ class SchemeRow(Part, frozen=True, kw_only=True):
         sqnr_db: signal to noise of the worst output against the float model's; infinite where all are identical.
         sqnr_spread_db: the spread of that output over samples against its error; None where it is not known.
         worst_output: its name.
-        value: of the metric.
+        value: of the metric; of several outputs that are scored, that of the worst.
+        values: output -> value, in the unit of each.
+        value_of: the output of `value`.
         predicted_us: mean over the GPUs, by `engines.cost`.
         problem: '' if nothing failed.
         notes: what a reader must know, one sentence each.
@@ -53,6 +57,8 @@ class SchemeRow(Part, frozen=True, kw_only=True):
     sqnr_spread_db: Measured | None = None
     worst_output: str = ""
     value: Measured | None = None
+    values: dict[str, Measured] = msgspec.field(default_factory=dict)
+    value_of: str = ""
     predicted_us: Measured | None = None
     problem: str = ""
     notes: tuple[str, ...] = ()
@@ -100,10 +106,23 @@ class Comparison(Document, frozen=True, kw_only=True):
                 f"predicted us{gpu}",
             ),
         )
-        return [head, *(_cells(row, several=self.outputs > 1) for row in self.rows)]
+        return [head, *(_cells(row, self.task, several=self.outputs > 1) for row in self.rows)]
 
 
-def _cells(row: SchemeRow, *, several: bool) -> tuple[str, ...]:
+def value_text(row: SchemeRow, task: Task) -> str:
+    """The metric's value; of several outputs the worst one's first, each with its unit."""
+    if len(row.values) < 2:
+        return "" if row.value is None else _number(row.value)
+    ordered = sorted(row.values, key=lambda name: name != row.value_of)
+    said = [f"{name} {_number(row.values[name])} {task.unit_of(name).name}".strip() for name in ordered]
+    return ", ".join(said)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
+
+
+def _cells(row: SchemeRow, task: Task, *, several: bool) -> tuple[str, ...]:
     """One line of the table."""
     of = f" {row.worst_output}" if several else ""
     return (
@@ -113,7 +132,7 @@ def _cells(row: SchemeRow, *, several: bool) -> tuple[str, ...]:
         "" if row.weight_bytes is None else size(row.weight_bytes),
         ", ".join(f"{kind} {share:.0%}" for kind, share in (row.shares or {}).items() if share >= 0.005),
         "identical" if row.sqnr_db == math.inf else "" if row.sqnr_db is None else f"{row.sqnr_db:.1f}{of}",
-        "" if row.value is None else f"{row.value:.4f}" if abs(row.value) < 1e4 else f"{row.value:.3g}",
+        value_text(row, task),
         _short(row.problem) if row.problem else "" if row.predicted_us is None else f"{row.predicted_us:.1f}",
     )
 

@@ -51,7 +51,9 @@ class Score:
         sqnr_db: of the worst output; None where no output is of numbers.
         sqnr_spread_db: of that output, against its spread over samples; None where that is not known.
         worst_output: its name.
-        value: of the metric.
+        value: of the metric; of several outputs that are scored, that of the worst.
+        values: output -> value, in the unit of each.
+        value_of: the output of `value`.
         classes: on which axis they were taken to be, and why; '' for a metric without classes.
         samples: seen.
     """
@@ -60,6 +62,8 @@ class Score:
     sqnr_spread_db: float | None
     worst_output: str
     value: float
+    values: dict[str, float]
+    value_of: str
     classes: str
     samples: int
 
@@ -195,7 +199,12 @@ def score(
     if not outputs:
         raise EngineError("No output is a tensor, so there is nothing to score.")
     of = choose(task.output, outputs, "output") if task.output else outputs[0]
+    for name in task.units:
+        choose(name, outputs, "output")
     names = [i.name for i in model.inputs]
+    numeric = [o.name for o in model.outputs if "float" in o.dtype]
+    each = (task.of_each and numeric) or [of]
+    scored = {name: metric(task.metric, per=1 / task.unit_of(name).scale) for name in each}
     tokens, total = task.source(model), samples.len_or_none()
     if task.array and task.array not in [spec.name for spec in samples.inputs]:
         raise InputError(
@@ -204,7 +213,7 @@ def score(
         )
     tried = load(candidate)
     session = arithmetic.session(tried.proto, directory=tried.directory, where=str(candidate), custom_ops=custom_ops)
-    sums, counting, classes, done = OutputSums(reference.graph), metric(task.metric, per=task.per), "", 0
+    sums, classes, done = OutputSums(reference.graph), "", 0
     for done, sample in enumerate(samples, 1):
         inputs = {name: sample[name] for name in names}
         found, expected = next(ort.run(session, [inputs])), reference.outputs(done, inputs)
@@ -214,13 +223,14 @@ def score(
             meant = meanings(reference.graph, first, task="classification", class_axis=task.class_axis)[of]
             axis = task.class_axis if meant.axis is None else meant.axis  # one that does not fit, the metric refuses
             if axis is not None:
-                counting, classes = metric(task.metric, axis=axis), f"{of}: {meant.why}"
+                scored[of], classes = metric(task.metric, axis=axis), f"{of}: {meant.why}"
         labels = next_tokens(sample[tokens]) if tokens else sample[task.array] if task.array else None
-        if labels is not None or found[of].shape == expected[of].shape:
-            counting.add(found[of], expected[of], labels)
+        for name, counting in scored.items():
+            if labels is not None or found[name].shape == expected[name].shape:
+                counting.add(found[name], expected[name], labels)
         if on_progress:
             on_progress(done, total, "score")
-    if isinstance(counting, OfVolumes):
+    if isinstance(counting := scored[of], OfVolumes):
         volumes = compare_volumes(
             reference.session,
             session,
@@ -233,11 +243,14 @@ def score(
         counting.take(volumes.to_labels[1] if task.labels else volumes.to_float)
         classes = f"of whole volumes: {volumes.decoded}; {volumes.window}"
     worst = worst_of(sums.reports())
+    least = max(scored, key=lambda name: math.inf if math.isnan(r := scored[name].relative) else r)
     return Score(
         sqnr_db=-math.inf if worst.sqnr_db is not None and math.isnan(worst.sqnr_db) else worst.sqnr_db,
         sqnr_spread_db=worst.sqnr_spread_db,
         worst_output=worst.name,
-        value=counting.value,
+        value=scored[least].value,
+        values={name: counting.value for name, counting in scored.items()},
+        value_of=least,
         classes=classes,
         samples=done,
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from qdq.deploy.compare.result import Comparison, SchemeRow
+from qdq.deploy.compare.result import Comparison, SchemeRow, value_text
+from qdq.deploy.compare.task import Task
 from qdq.deploy.page import words
 from qdq.deploy.page.svg import Dot, points
 from qdq.deploy.report.report import size
@@ -32,7 +33,7 @@ def schemes(made: Comparison) -> dict[str, Any]:
         "better": "higher is better" if made.higher_is_better else "lower is better",
         "gpus": ", ".join(made.gpus),
         "several": made.outputs > 1,
-        "rows": [_row(row) for row in made.rows],
+        "rows": [_row(row, made.task) for row in made.rows],
         "plots": _plots(made),
         "problems": [(row.scheme, row.problem) for row in made.rows if row.problem],
         "remarks": [(row.scheme, row.notes) for row in made.rows if row.notes],
@@ -53,9 +54,8 @@ def _asked(made: Comparison) -> list[tuple[str, str]]:
     return [*rows, ("Calibration samples among these", str(made.overlap))] if made.overlap else rows
 
 
-def _row(row: SchemeRow) -> dict[str, Any]:
+def _row(row: SchemeRow, task: Task) -> dict[str, Any]:
     shares = ", ".join(f"{words.kind(k)} {words.share(v)}" for k, v in (row.shares or {}).items() if v >= 0.005)
-    value = "" if row.value is None else f"{row.value:.4f}" if abs(row.value) < 1e4 else f"{row.value:.3g}"
     return {
         "scheme": row.scheme,
         "float": row.scheme in FLOATS,
@@ -68,7 +68,7 @@ def _row(row: SchemeRow) -> dict[str, Any]:
         "shares": shares,
         "sqnr": ("identical" if row.sqnr_db == math.inf else words.decibels(row.sqnr_db), words.number(row.sqnr_db)),
         "worst": row.worst_output,
-        "value": (value, words.number(row.value)),
+        "value": (value_text(row, task), words.number(row.value)),
         "us": ("" if row.predicted_us is None else words.time(row.predicted_us), words.number(row.predicted_us)),
     }
 

@@ -197,6 +197,9 @@ def check_rows(report: Report) -> list[Row]:
         of = f" of {output.name}" if several else ""
         worst = ", the worst output" if several and output is report.worst else ""
         rows.append(Row(f"{_measure(output)}{of} against the float model{worst}", _figures(output)))
+        if (unit := report.units.get(output.name)) and output.mean_abs_error is not None:
+            mean = "" if output.mean_abs is None else f", of a mean of {unit.shown(output.mean_abs)}"
+            rows.append(Row(f"mean absolute error{of}", f"{unit.shown(output.mean_abs_error)}{mean}"))
         if output.dice:
             rows.append(Row(f"Dice{of} against the float model", _per_class(output.dice)))
         axis = "" if output.class_axis is None else f", classes on axis {output.class_axis}"

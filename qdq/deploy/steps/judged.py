@@ -89,6 +89,7 @@ def judged(
         alarms=recipe.alarms,
         task=recipe.task,
         class_axis=recipe.class_axis,
+        units=recipe.units,
         custom_ops=custom_ops,
         on_progress=on_progress,
     )
