@@ -38,6 +38,7 @@ SMALL = {  # of each script
     "llama": f"{SMALL_LANGUAGE} --groups 1 --mlp 64",
     "whisper_encoder": "--layers 1 --heads 2 --hidden 16 --mlp 32",
     "esm": "--length 16 --layers 1 --heads 2 --hidden 32",
+    "antiberty": "--no-open",
 }
 Run = Callable[..., int]
 
@@ -93,6 +94,24 @@ def test_a_script_writes_its_network_and_samples_of_it(
     # fresh weights are like trained ones: no product is with a matrix of zeros
     weights = [onnx.numpy_helper.to_array(t) for t in model.graph.initializer if len(t.dims) > 1]
     assert all(np.abs(w).max() > 1e-5 for w in weights if w.dtype.kind == "f" and w.size > 64)
+
+
+@torch_too
+def test_open_sizes_take_proteins_of_any_length_behind_a_mask(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed: pip install 'qdq[torch]'")
+    ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
+    path, folder = tmp_path / "x.onnx", tmp_path / "s"
+    said = [str(path), "--samples", str(folder), "--count", "3", "--open", "--batch", "3"]
+    assert run("esm", *said, *SMALL["esm"].split()) == 0  # compared with PyTorch on two of them
+    samples = [dict(np.load(file)) for file in sorted(folder.iterdir())]
+    assert any((s["attention_mask"] == 0).any() for s in samples)
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for sample in samples:
+        (together,) = session.run(None, sample)
+        for row in range(3):  # what is behind the end of a protein, and what is beside it, changes nothing
+            length = int(sample["attention_mask"][row].sum())
+            (alone,) = session.run(None, {name: each[row : row + 1, :length] for name, each in sample.items()})
+            assert np.abs(together[row, :length] - alone[0]).max() < 1e-4
 
 
 @torch_too

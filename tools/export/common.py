@@ -63,6 +63,7 @@ class Kind:
         drawn: what such samples are, in words.
         source: the option that names real data; its help.
         read: samples from that; not asked where the option is not given.
+        axes: names of the first axes of every input, which `--open` leaves open; a kind with them has that option.
     """
 
     options: Mapping[str, Any]
@@ -70,6 +71,7 @@ class Kind:
     drawn: str
     source: tuple[str, str]
     read: Callable[[Path, Rng, argparse.Namespace], Iterator[Sample]]
+    axes: tuple[str, ...] = ()
 
 
 def field(rng: Rng, sizes: Sequence[int]) -> np.ndarray:
@@ -189,11 +191,12 @@ IMAGE = Kind(
     read=_pictures,
 )
 TOKENS = Kind(
-    options={"batch": 1, "length": 128, "vocab": 30522, "mask": False, "tokenizer": None},
+    options={"batch": 1, "length": 128, "vocab": 30522, "mask": False, "tokenizer": None, "open": False},
     draw=_words,
     drawn="random ids, as frequent as words are by Zipf's law",
     source=("text", "text file that the tokenizer of the folder --tokenizer cuts into ids"),
     read=_text,
+    axes=("batch", "length"),
 )
 MEL = Kind(
     options={"batch": 1, "mels": 80},
@@ -349,7 +352,7 @@ def samples(kind: Kind, given: argparse.Namespace) -> tuple[list[Sample], str]:
     return made, f"of {given.source.name}"
 
 
-def export(build: Callable[..., Any], kind: Kind, given: argparse.Namespace, takes: str) -> None:
+def export(build: Callable[..., Any], kind: Kind, given: argparse.Namespace, takes: str, weights: str) -> None:
     """Build, load, write, check; then say what was done."""
     torch, export_torch = library("torch"), library("qdq").export_torch
     torch.manual_seed(given.seed)
@@ -358,17 +361,18 @@ def export(build: Callable[..., Any], kind: Kind, given: argparse.Namespace, tak
     network = build(**{name: getattr(given, name) for name in inspect.signature(build).parameters}).eval()
     if given.checkpoint:
         load(network, given.checkpoint)
-    else:
+    elif not weights:
         settle(network, made[0])
     given.path.parent.mkdir(parents=True, exist_ok=True)
     names = list(made[0])
     module, outputs = (_first(network, names, takes), [takes]) if takes else (network, [])
     done = export_torch(
         module, tuple(map(torch.from_numpy, made[0].values())), given.path,
-        dynamic=False, input_names=names, output_names=outputs, samples=made[1:2], source=Path(sys.argv[0]).stem,
+        dynamic={name: dict(enumerate(kind.axes)) for name in names} if kind.axes and given.open else False,
+        input_names=names, output_names=outputs, samples=made[1:2], source=Path(sys.argv[0]).stem,
     )  # fmt: skip
     count = sum(p.numel() for p in network.parameters())
-    kept = given.checkpoint.name if given.checkpoint else f"fresh, of seed {given.seed}"
+    kept = given.checkpoint.name if given.checkpoint else weights or f"fresh, of seed {given.seed}"
     print(f"{given.path.name}: {count / 1e6:.1f} million weights ({kept}), {done.exporter}, opset {done.opset}")
     for name, array in made[0].items():
         print(f"input {name}: {'x'.join(map(str, array.shape))} {array.dtype}")
@@ -386,12 +390,17 @@ def export(build: Callable[..., Any], kind: Kind, given: argparse.Namespace, tak
         print(f"{len(made)} samples in {given.samples.name}: {what}")
 
 
-def main(build: Callable[..., Any], kind: Kind, takes: str = "", argv: Sequence[str] | None = None) -> int:
-    """Do what the command line asks for; the exit code: 0, 2 for bad input, 3 where a library is missing."""
+def main(
+    build: Callable[..., Any], kind: Kind, takes: str = "", argv: Sequence[str] | None = None, *, weights: str = ""
+) -> int:
+    """Do what the command line asks for; the exit code: 0, 2 for bad input, 3 where a library is missing.
+
+    `takes` is the output to export, '' all; `weights` says whose weights `build` gives, '' where they are fresh.
+    """
     given = _parser(build, kind).parse_args(argv)
     warnings.filterwarnings("ignore")
     try:
-        export(build, kind, given, takes)
+        export(build, kind, given, takes, weights)
     except (Missing, ImportError, MissingRuntimeError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 3

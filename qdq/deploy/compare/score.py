@@ -28,11 +28,11 @@ from engines.verify.meaning import FirstSample, meanings
 from engines.verify.report import worst_of
 from qdq.build.keys.segmentation import WholeVolumes
 from qdq.core.choices import choose
-from qdq.core.errors import InputError
 from qdq.core.progress import Progress
 from qdq.core.resources import default_bytes
 from qdq.deploy.check import float_session
-from qdq.deploy.compare.metrics import METRICS, Array, metric, next_tokens
+from qdq.deploy.compare.metrics import METRICS, Array, metric
+from qdq.deploy.compare.runs import runs
 from qdq.deploy.compare.task import Task
 from qdq.deploy.compare.volume_metrics import OfVolumes
 from qdq.deploy.volumes.evaluate import compare_volumes
@@ -54,6 +54,7 @@ class Score:
         value: of the metric.
         classes: on which axis they were taken to be, and why; '' for a metric without classes.
         samples: seen.
+        masked: tokens, of a metric of masked ones.
     """
 
     sqnr_db: float | None
@@ -62,6 +63,7 @@ class Score:
     value: float
     classes: str
     samples: int
+    masked: int = 0
 
 
 def labelled(
@@ -195,18 +197,12 @@ def score(
     if not outputs:
         raise EngineError("No output is a tensor, so there is nothing to score.")
     of = choose(task.output, outputs, "output") if task.output else outputs[0]
-    names = [i.name for i in model.inputs]
-    tokens, total = task.source(model), samples.len_or_none()
-    if task.array and task.array not in [spec.name for spec in samples.inputs]:
-        raise InputError(
-            f"The samples to score on hold no array {task.array!r} with labels, only {', '.join(names)}. Give --eval "
-            "with real samples that have it, or leave out --labels."
-        )
+    total = samples.len_or_none()
     tried = load(candidate)
     session = arithmetic.session(tried.proto, directory=tried.directory, where=str(candidate), custom_ops=custom_ops)
-    sums, counting, classes, done = OutputSums(reference.graph), metric(task.metric, per=task.per), "", 0
-    for done, sample in enumerate(samples, 1):
-        inputs = {name: sample[name] for name in names}
+    sums, counting, classes, seen, masked = OutputSums(reference.graph), metric(task.metric, per=task.per), "", 0, 0
+    for done, run in enumerate(runs(samples, model, task), 1):
+        inputs, labels, seen = run.inputs, run.labels, run.sample
         found, expected = next(ort.run(session, [inputs])), reference.outputs(done, inputs)
         sums.add(inputs, {name: expected[name] for name in outputs}, found)
         if done == 1 and METRICS[task.metric].has_classes:
@@ -215,11 +211,11 @@ def score(
             axis = task.class_axis if meant.axis is None else meant.axis  # one that does not fit, the metric refuses
             if axis is not None:
                 counting, classes = metric(task.metric, axis=axis), f"{of}: {meant.why}"
-        labels = next_tokens(sample[tokens]) if tokens else sample[task.array] if task.array else None
         if labels is not None or found[of].shape == expected[of].shape:
             counting.add(found[of], expected[of], labels)
+        masked += int(np.count_nonzero(labels >= 0)) if task.masking and labels is not None else 0
         if on_progress:
-            on_progress(done, total, "score")
+            on_progress(seen, total, "score")
     if isinstance(counting, OfVolumes):
         volumes = compare_volumes(
             reference.session,
@@ -239,5 +235,6 @@ def score(
         worst_output=worst.name,
         value=counting.value,
         classes=classes,
-        samples=done,
+        samples=seen,
+        masked=masked,
     )
