@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -16,7 +17,7 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip ins
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'qdq[cpu]'")
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("default")]  # transformers warns of itself
 
-from hugging_face import make_folder, make_sentence_encoder, write_text  # noqa: E402
+from hugging_face import TEXT, make_folder, make_sentence_encoder, write_text  # noqa: E402
 from readme_blocks import README, commands, of_folder  # noqa: E402
 
 from qdq.cli.main import main  # noqa: E402
@@ -26,14 +27,17 @@ def test_commands_of_the_readme_that_take_a_folder(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     make_sentence_encoder(tmp_path).rename("sentence_encoder")
     make_folder(tmp_path, "gpt2").rename("language_model")
-    write_text(tmp_path)
-    (compared,) = (line for line in README.split("`") if line.startswith("qdq compare language_model.onnx"))
+    make_folder(tmp_path, "esm").rename("protein_model")
+    write_text(tmp_path).with_name("proteins.txt").write_text(TEXT)
+    compared, masked = (line for line in README.split("`") if re.match(r"qdq compare \w+_model\.onnx", line))
     run = [command for command in commands() if of_folder(command)]
     assert {shlex.split(command)[1] for command in run} == {"deploy", "export"}
     for command in (*run, f"{compared} --schemes int8 --json"):
         result = CliRunner().invoke(main, shlex.split(command)[1:])
         assert result.exit_code == 0, f"{command}\n{result.output}{result.exception!r}"
     assert json.loads(result.stdout)["rows"][-1]["value"] < 1e4  # perplexity of random weights: as many as words
+    found = CliRunner().invoke(main, [*shlex.split(masked)[1:], "--json"])
+    assert found.exit_code == 0 and "tokens were masked" in found.stdout, found.output
     report = json.loads(Path("from_hf/report.json").read_text())
     (output,) = report["check"]["outputs"]
     assert output["name"] == "sentence_embedding" and output["cosine"] > 0.99

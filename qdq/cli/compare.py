@@ -14,10 +14,12 @@ import click
 
 from qdq.cli import options
 from qdq.cli.terminal import Bars, note, show_json, show_rows
+from qdq.core.errors import InputError
 from qdq.core.outputs import check_output
 
 if TYPE_CHECKING:
     from calib_data import Samples
+    from qdq.deploy.compare.task import Masking
 
 DEFAULT_SCHEMES = ("int8,int8-weight,int4,w4a8,fptq",)
 
@@ -27,6 +29,25 @@ def _metrics() -> Iterable[str]:
     from qdq.deploy.compare.metrics import METRICS
 
     return METRICS
+
+
+def _masking(token: int | None, special: str, share: float | None) -> Masking | None:
+    """What the options of masked tokens say; None where none is given.
+
+    Raises:
+        InputError: ids that are no numbers, or without a mask token.
+    """
+    from qdq.deploy.compare.task import Masking
+
+    if token is None:
+        if special or share is not None:
+            raise InputError("--special-tokens and --mask-share need --mask-token, the id that tokens are masked with.")
+        return None
+    try:
+        ids = tuple(int(text) for text in special.split(",") if text.strip())
+    except ValueError:
+        raise InputError(f"--special-tokens is {special!r}: it must be ids with commas between, as 0,2,3.") from None
+    return Masking(token=token, special=ids, share=share)
 
 
 @click.command()
@@ -49,6 +70,13 @@ def _metrics() -> Iterable[str]:
     metavar="ARRAY",
     help="Score against this array of the evaluation samples; next: the following tokens. Default: the float model.",
 )
+@click.option(
+    "--mask-token", type=int, metavar="ID", help="Mask tokens with this id, for masked-accuracy and the like."
+)
+@click.option(
+    "--special-tokens", default="", metavar="ID,...", help="Never mask these, such as begin, end and padding."
+)
+@click.option("--mask-share", type=float, help="Mask this share of a sequence at once; default: as the metric has it.")
 @click.option("--score-output", default="", metavar="NAME", help="Score this output; default: the first.")
 @click.option(
     "--unit",
@@ -79,6 +107,9 @@ def compare(
     schemes: tuple[str, ...],
     metric: str,
     labels: str,
+    mask_token: int | None,
+    special_tokens: str,
+    mask_share: float | None,
     score_output: str,
     units: tuple[str, ...],
     per: float,
@@ -114,6 +145,7 @@ def compare(
         units=units_of(options.pairs([text for text in units if "=" in text], "--unit", options.UNIT_FORM)),
         per=per,
         class_axis=class_axis,
+        masking=_masking(mask_token, special_tokens, mask_share),
     )
     asked = entries(",".join(schemes).split(","), options.recipe_values(given, base={"tune": "off"}))
     recipe = asked[0].recipe

@@ -86,7 +86,8 @@ class Settings(Part, frozen=True, kw_only=True):
         bias_correction: shift biases so that quantization does not move means; "auto" where held-out samples gain.
         block: weights that share a scale along the reduction axis, for formats that have blocks; "worth" takes for
             each weight the one whose scales are worth their bits (`block_length.best`), "auto" too unless held-out
-            samples gain by the shortest for all (`qdq.assemble.judge`); "channel", "tensor": the whole.
+            samples gain by the shortest for all (`qdq.assemble.judge`); "channel", "tensor": the whole. INT8 weights
+            have one scale per output channel, and one in all with "tensor".
         damping: of rounding by second moments: the share of their mean diagonal that is added to the diagonal.
         act_order: GPTQ rounds the inputs of largest second moment first; else in their order.
         moment_inputs: weights of up to so many inputs per output are rounded by second moments, the others without
@@ -261,7 +262,13 @@ class Settings(Part, frozen=True, kw_only=True):
         names = ", ".join(row.name for row in rows)
         scheme, method, ranges = f"scheme {names}", f"rounding {self.rounding}", f"calibrator {self.range_by}"
         means = {  # setting -> whether it has an effect, and what it has none with
-            "block": (self.block == AUTO or self.block in lengths or len(lengths) > 1, scheme),
+            "block": (
+                self.block == AUTO
+                or self.block in lengths
+                or len(lengths) > 1
+                or (self.block == "tensor" and any(fmt.integer for fmt in weights)),
+                scheme,
+            ),
             "rounding": (self.rounding == "nearest" or rounded, scheme),
             "equalize": (self.equalize == "none" or balanced, scheme),
             "calibrator": (integers, scheme),
@@ -373,5 +380,5 @@ class Settings(Part, frozen=True, kw_only=True):
             return Spec(format=fmt, axis=inputs, block=block, compute_format=read, weight_only=alone)
         # One scale loses nothing where codes are floating-point numbers, and behind a product per-channel scales cost a
         # kernel; behind a convolution the rewrite `hoist` moves them.
-        whole = self.block == "tensor" if FORMATS[fmt].blocks else not (FORMATS[fmt].integer or convolution)
+        whole = self.block == "tensor" if FORMATS[fmt].blocks or FORMATS[fmt].integer else not convolution
         return Spec(format=fmt, axis=None if whole else outputs, weight_only=alone)

@@ -41,6 +41,7 @@ SMALL = {  # of each script
     "esm": "--length 16 --layers 1 --heads 2 --hidden 32",
     "ani_potential": "--widths 16 8",
     "chgnet_potential": "--crystals NaCl Si",
+    "antiberty": "--no-open",
 }
 OPEN = ("chgnet_potential",)  # whose sizes are those of each sample
 Run = Callable[..., int]
@@ -124,6 +125,21 @@ def test_chgnet_is_that_of_its_package(run: Run, tmp_path: Path, capsys: pytest.
     given = ["--samples", str(tmp_path / "s"), "--count", "2", *SMALL["chgnet_potential"].split()]
     assert run("chgnet_potential", str(tmp_path / "x.onnx"), *given) == 0
     assert "the package's energy within" in capsys.readouterr().out
+def test_open_sizes_take_proteins_of_any_length_behind_a_mask(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed: pip install 'qdq[torch]'")
+    ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")
+    path, folder = tmp_path / "x.onnx", tmp_path / "s"
+    said = [str(path), "--samples", str(folder), "--count", "3", "--open", "--batch", "3"]
+    assert run("esm", *said, *SMALL["esm"].split()) == 0  # compared with PyTorch on two of them
+    samples = [dict(np.load(file)) for file in sorted(folder.iterdir())]
+    assert any((s["attention_mask"] == 0).any() for s in samples)
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for sample in samples:
+        (together,) = session.run(None, sample)
+        for row in range(3):  # what is behind the end of a protein, and what is beside it, changes nothing
+            length = int(sample["attention_mask"][row].sum())
+            (alone,) = session.run(None, {name: each[row : row + 1, :length] for name, each in sample.items()})
+            assert np.abs(together[row, :length] - alone[0]).max() < 1e-4
 
 
 @torch_too

@@ -65,6 +65,7 @@ class Kind:
         source: the option that names real data; its help.
         read: samples from that; not asked where the option is not given.
         dynamic: sizes that stay open, as of `qdq.export_torch`.
+        axes: names of the first axes of every input, which `--open` leaves open; a kind with them has that option.
     """
 
     options: Mapping[str, Any]
@@ -73,6 +74,7 @@ class Kind:
     source: tuple[str, str]
     read: Callable[[Path, Rng, argparse.Namespace], Iterator[Sample]]
     dynamic: Any = False
+    axes: tuple[str, ...] = ()
 
 
 def field(rng: Rng, sizes: Sequence[int]) -> np.ndarray:
@@ -192,11 +194,12 @@ IMAGE = Kind(
     read=_pictures,
 )
 TOKENS = Kind(
-    options={"batch": 1, "length": 128, "vocab": 30522, "mask": False, "tokenizer": None},
+    options={"batch": 1, "length": 128, "vocab": 30522, "mask": False, "tokenizer": None, "open": False},
     draw=_words,
     drawn="random ids, as frequent as words are by Zipf's law",
     source=("text", "text file that the tokenizer of the folder --tokenizer cuts into ids"),
     read=_text,
+    axes=("batch", "length"),
 )
 MEL = Kind(
     options={"batch": 1, "mels": 80},
@@ -352,7 +355,7 @@ def samples(kind: Kind, given: argparse.Namespace) -> tuple[list[Sample], str]:
     return made, f"of {given.source.name}"
 
 
-def export(build: Callable[..., Any], kind: Kind, given: argparse.Namespace, takes: Takes) -> None:
+def export(build: Callable[..., Any], kind: Kind, given: argparse.Namespace, takes: Takes, weights: str) -> None:
     """Build, load, write, check; then say what was done."""
     torch, export_torch = library("torch"), library("qdq").export_torch
     torch.manual_seed(given.seed)
@@ -361,7 +364,7 @@ def export(build: Callable[..., Any], kind: Kind, given: argparse.Namespace, tak
     network = build(**{name: getattr(given, name) for name in inspect.signature(build).parameters}).eval()
     if given.checkpoint:
         load(network, given.checkpoint)
-    elif not getattr(network, "trained", False):
+    elif not (weights or getattr(network, "trained", False)):
         settle(network, made[0])
     given.path.parent.mkdir(parents=True, exist_ok=True)
     names, example = list(made[0]), tuple(map(torch.from_numpy, made[0].values()))
@@ -371,10 +374,11 @@ def export(build: Callable[..., Any], kind: Kind, given: argparse.Namespace, tak
         module, outputs = (_first(network, names, takes), [takes]) if takes else (network, [])
     done = export_torch(
         module, example, given.path,
-        dynamic=kind.dynamic, input_names=names, output_names=outputs, samples=made[1:2], source=Path(sys.argv[0]).stem,
+        dynamic={name: dict(enumerate(kind.axes)) for name in names} if kind.axes and given.open else kind.dynamic,
+        input_names=names, output_names=outputs, samples=made[1:2], source=Path(sys.argv[0]).stem,
     )  # fmt: skip
     count = sum(p.numel() for p in network.parameters())
-    kept = given.checkpoint.name if given.checkpoint else f"fresh, of seed {given.seed}"
+    kept = given.checkpoint.name if given.checkpoint else weights or f"fresh, of seed {given.seed}"
     print(f"{given.path.name}: {count / 1e6:.1f} million weights ({kept}), {done.exporter}, opset {done.opset}")
     for name, array in made[0].items():
         print(f"input {name}: {'x'.join(map(str, array.shape))} {array.dtype}")
@@ -392,12 +396,17 @@ def export(build: Callable[..., Any], kind: Kind, given: argparse.Namespace, tak
         print(f"{len(made)} samples in {given.samples.name}: {what}")
 
 
-def main(build: Callable[..., Any], kind: Kind, takes: Takes = "", argv: Sequence[str] | None = None) -> int:
-    """Do what the command line asks for; the exit code: 0, 2 for bad input, 3 where a library is missing."""
+def main(
+    build: Callable[..., Any], kind: Kind, takes: Takes = "", argv: Sequence[str] | None = None, *, weights: str = ""
+) -> int:
+    """Do what the command line asks for; the exit code: 0, 2 for bad input, 3 where a library is missing.
+
+    `takes` is the output to export, '' all; `weights` says whose weights `build` gives, '' where they are fresh.
+    """
     given = _parser(build, kind).parse_args(argv)
     warnings.filterwarnings("ignore")
     try:
-        export(build, kind, given, takes)
+        export(build, kind, given, takes, weights)
     except (Missing, ImportError, MissingRuntimeError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 3

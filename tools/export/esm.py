@@ -2,7 +2,8 @@
 
     python tools/export/esm.py esm.onnx [--checkpoint model.pt] [--samples FOLDER --text a.txt --tokenizer FOLDER]
 
-Its output is the last hidden state. Sizes of others, as --layers, --heads and --hidden:
+Its output is the last hidden state; with --open the file takes any number of proteins of any length, and samples have
+several, filled up behind their ends. Sizes of others, as --layers, --heads and --hidden:
 8 million 6 20 320, 150 million 30 20 640, 650 million 33 20 1280.
 """
 
@@ -17,14 +18,18 @@ from common import TOKENS, Rng, Sample, library, main
 
 # Of L A G V S E R T I D P K Q N F Y M H W C, ids 4 to 23, in UniProtKB/Swiss-Prot, in percent.
 FREQUENT = (9.6, 8.3, 7.1, 6.9, 6.6, 6.7, 5.5, 5.4, 5.9, 5.5, 4.7, 5.8, 3.9, 4.1, 3.9, 2.9, 2.4, 2.3, 1.1, 1.4)
-BEGIN, END = 0, 2
+BEGIN, PAD, END = 0, 1, 2
 
 
 def proteins(rng: Rng, given: argparse.Namespace) -> Sample:
     """Residues as frequent as in proteins, between the marks of begin and end."""
     ids = rng.choice(np.arange(4, 24), (given.batch, given.length), p=np.divide(FREQUENT, sum(FREQUENT)))
-    ids[:, 0], ids[:, -1] = BEGIN, END
-    return {"input_ids": ids.astype(np.int64), "attention_mask": np.ones(ids.shape, np.int64)}
+    least = given.length // 2 if given.open else given.length
+    lengths = rng.integers(least, given.length, given.batch, endpoint=True)
+    for row, length in zip(ids, lengths, strict=True):
+        row[0], row[length - 1], row[length:] = BEGIN, END, PAD
+    ids = ids[:, : lengths.max()].astype(np.int64)
+    return {"input_ids": ids, "attention_mask": (ids != PAD).astype(np.int64)}
 
 
 KIND = replace(
@@ -47,7 +52,7 @@ def build(
         hidden_size=hidden,
         intermediate_size=mlp or 4 * hidden,
         max_position_embeddings=positions,
-        pad_token_id=1,
+        pad_token_id=PAD,
         mask_token_id=32,
         position_embedding_type="rotary",
         token_dropout=True,

@@ -1,3 +1,3 @@
 """Schemes side by side, each built and scored the same way."""
 
-from qdq.deploy.compare import volume_metrics as volume_metrics  # they register themselves
+from qdq.deploy.compare import masked_metrics as masked_metrics, volume_metrics as volume_metrics  # register themselves

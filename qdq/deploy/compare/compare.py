@@ -173,6 +173,7 @@ def compare_schemes(
     if seen:
         notes.append(f"{seen} of the evaluation samples are calibration samples too, which was allowed")
     notes += [f"classes of output {bench.classes}"] if bench.classes else []
+    notes += [f"{bench.masked} tokens were masked, each once, {task.at_once} at a time"] if task.masking else []
     notes.append("the models in ONNX Runtime stood for the engines: no engine was run")
     return Comparison(
         model=model_path.name,
@@ -207,6 +208,7 @@ class _Bench:
     reference: Reference
     tables: Tables
     samples: int = 0
+    masked: int = 0
     classes: str = ""
     pricers: dict[str, TensorRtPricer] = field(default_factory=dict)
 
@@ -283,7 +285,7 @@ class _Bench:
                 values=found.values,
                 value_of=found.value_of,
             )
-            self.samples, self.classes = found.samples, found.classes
+            self.samples, self.classes, self.masked = found.samples, found.classes, found.masked
         return replace(row, problem="; ".join(problems))
 
     def _pricer(self, recipe: Recipe) -> TensorRtPricer:

@@ -34,6 +34,10 @@ class Metric(Protocol):
     has_classes: ClassVar[bool] = False  # along `axis`
     of_volumes: ClassVar[bool] = False  # of whole images: see `volume_metrics`
     of_each: ClassVar[bool] = False  # output of several, where none is chosen; `relative` says which does worst
+    masks: ClassVar[bool] = False  # labels are the tokens that `runs` masks: see `masked_metrics`
+    usual_share: ClassVar[float | None] = None  # of tokens masked at once; None: one of a sequence
+    one_at_a_time: ClassVar[bool] = False  # no other share will do
+    from_unmasked: ClassVar[bool] = False  # the first run of a sample masks none
     axis: int = -1
 
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:
@@ -95,10 +99,11 @@ def next_tokens(tokens: Array) -> npt.NDArray[np.int64]:
     return np.concatenate([tokens[..., 1:], np.full_like(tokens[..., :1], -1)], axis=-1).astype(np.int64)
 
 
-class _Mean(Metric):
+class Mean(Metric):
     """A metric that is a mean over positions, rows or elements."""
 
     def __init__(self) -> None:
+        """Nothing added."""
         self._sum, self._count = 0.0, 0
 
     @property
@@ -108,7 +113,7 @@ class _Mean(Metric):
 
 
 @registered("perplexity")
-class Perplexity(_Mean):
+class Perplexity(Mean):
     """exp of the mean of -log softmax(logits)[label]; probabilities are taken as such."""
 
     higher_is_better: ClassVar[bool] = False
@@ -117,7 +122,7 @@ class Perplexity(_Mean):
 
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:
         """See `Metric.add`."""
-        rows = _by_class(found, self.axis).astype(np.float64)
+        rows = by_class(found, self.axis).astype(np.float64)
         truth = _labels(labels, rows.shape[:-1], "perplexity")
         if truth.size and int(truth.max()) >= rows.shape[-1]:
             raise InputError(
@@ -126,7 +131,7 @@ class Perplexity(_Mean):
             )
         counted = truth >= 0
         with np.errstate(divide="ignore", invalid="ignore"):
-            if _probabilities(_by_class(reference, self.axis)):
+            if _probabilities(by_class(reference, self.axis)):
                 logs = np.log(rows)
             else:
                 shifted = rows - rows.max(axis=-1, keepdims=True)
@@ -143,16 +148,16 @@ class Perplexity(_Mean):
 
 
 @registered("top1")
-class Top1(_Mean):
+class Top1(Mean):
     """Fraction of positions whose argmax is the label, or the argmax of the float model."""
 
     has_classes: ClassVar[bool] = True
 
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:
         """See `Metric.add`."""
-        best = _by_class(found, self.axis).argmax(axis=-1)
+        best = by_class(found, self.axis).argmax(axis=-1)
         truth = (
-            _by_class(reference, self.axis).argmax(axis=-1) if labels is None else _labels(labels, best.shape, "top1")
+            by_class(reference, self.axis).argmax(axis=-1) if labels is None else _labels(labels, best.shape, "top1")
         )
         self._sum += np.count_nonzero(best == truth)
         self._count += int(np.count_nonzero(truth >= 0))
@@ -177,7 +182,7 @@ class Dice(Metric):
 
     def add(self, found: Array, reference: Array, labels: Array | None) -> None:
         """See `Metric.add`."""
-        channels = _by_class(reference, self.axis)
+        channels = by_class(reference, self.axis)
         classes = channels.shape[-1]
         if self._masks is None:
             within = bool(channels.min() >= 0 and channels.max() <= 1)
@@ -186,11 +191,11 @@ class Dice(Metric):
             self._masks = classes == 1 or apart or same
             self._threshold = 0.5 if within else 0.0
             self._counts = np.zeros((2, classes))
-        ours = self._classes(_by_class(found, self.axis))
+        ours = self._classes(by_class(found, self.axis))
         if labels is None:
             theirs = self._classes(channels)
         elif self._masks:
-            theirs = _by_class(_truth(reference, labels, "dice"), self.axis) > 0
+            theirs = by_class(_truth(reference, labels, "dice"), self.axis) > 0
         else:
             theirs = _one_hot(_labels(labels, channels.shape[:-1], "dice"), classes)
         others = tuple(range(ours.ndim - 1))
@@ -211,7 +216,7 @@ class Dice(Metric):
 
 
 @registered("cosine")
-class Cosine(_Mean):
+class Cosine(Mean):
     """Mean over the leading axis of the cosine to the labels, or to the float model's output.
 
     1 where both are zero, 0 where one is.
@@ -280,7 +285,7 @@ class Spearman(Metric):
 
 
 @registered("mae")
-class MeanAbsoluteError(_Mean):
+class MeanAbsoluteError(Mean):
     """Mean |output - label|, or |output - float model's output|, divided by `per`.
 
     Relative, it is a part of the standard deviation of what it compares with; of the mean size where that is constant.
@@ -320,7 +325,7 @@ class MeanAbsoluteError(_Mean):
         return super().value / self._per
 
 
-def _by_class(output: Array, axis: int) -> Array:
+def by_class(output: Array, axis: int) -> Array:
     """The output with its classes on the last axis."""
     if output.ndim < 2 or not -output.ndim <= axis < output.ndim:
         raise InputError(

@@ -23,7 +23,7 @@ from qdq.tune.sensitivity.find import Metric
 
 def names() -> Sequence[str]:
     """The metrics that can be told of one sample without labels."""
-    return [name for name, kind in METRICS.items() if not kind.needs_labels and not kind.of_volumes]
+    return [n for n, kind in METRICS.items() if not (kind.needs_labels or kind.of_volumes or kind.masks)]
 
 
 def of_samples(name: str, model: Model, first: Sample) -> Metric:

@@ -28,11 +28,11 @@ from engines.verify.meaning import FirstSample, meanings
 from engines.verify.report import worst_of
 from qdq.build.keys.segmentation import WholeVolumes
 from qdq.core.choices import choose
-from qdq.core.errors import InputError
 from qdq.core.progress import Progress
 from qdq.core.resources import default_bytes
 from qdq.deploy.check import float_session
-from qdq.deploy.compare.metrics import METRICS, Array, metric, next_tokens
+from qdq.deploy.compare.metrics import METRICS, Array, metric
+from qdq.deploy.compare.runs import runs
 from qdq.deploy.compare.task import Task
 from qdq.deploy.compare.volume_metrics import OfVolumes
 from qdq.deploy.volumes.evaluate import compare_volumes
@@ -56,6 +56,7 @@ class Score:
         value_of: the output of `value`.
         classes: on which axis they were taken to be, and why; '' for a metric without classes.
         samples: seen.
+        masked: tokens, of a metric of masked ones.
     """
 
     sqnr_db: float | None
@@ -66,6 +67,7 @@ class Score:
     value_of: str
     classes: str
     samples: int
+    masked: int = 0
 
 
 def labelled(
@@ -201,21 +203,15 @@ def score(
     of = choose(task.output, outputs, "output") if task.output else outputs[0]
     for name in task.units:
         choose(name, outputs, "output")
-    names = [i.name for i in model.inputs]
     numeric = [o.name for o in model.outputs if "float" in o.dtype]
     each = (task.of_each and numeric) or [of]
     scored = {name: metric(task.metric, per=1 / task.unit_of(name).scale) for name in each}
-    tokens, total = task.source(model), samples.len_or_none()
-    if task.array and task.array not in [spec.name for spec in samples.inputs]:
-        raise InputError(
-            f"The samples to score on hold no array {task.array!r} with labels, only {', '.join(names)}. Give --eval "
-            "with real samples that have it, or leave out --labels."
-        )
+    total = samples.len_or_none()
     tried = load(candidate)
     session = arithmetic.session(tried.proto, directory=tried.directory, where=str(candidate), custom_ops=custom_ops)
-    sums, classes, done = OutputSums(reference.graph), "", 0
-    for done, sample in enumerate(samples, 1):
-        inputs = {name: sample[name] for name in names}
+    sums, classes, seen, masked = OutputSums(reference.graph), "", 0, 0
+    for done, run in enumerate(runs(samples, model, task), 1):
+        inputs, labels, seen = run.inputs, run.labels, run.sample
         found, expected = next(ort.run(session, [inputs])), reference.outputs(done, inputs)
         sums.add(inputs, {name: expected[name] for name in outputs}, found)
         if done == 1 and METRICS[task.metric].has_classes:
@@ -224,12 +220,12 @@ def score(
             axis = task.class_axis if meant.axis is None else meant.axis  # one that does not fit, the metric refuses
             if axis is not None:
                 scored[of], classes = metric(task.metric, axis=axis), f"{of}: {meant.why}"
-        labels = next_tokens(sample[tokens]) if tokens else sample[task.array] if task.array else None
         for name, counting in scored.items():
             if labels is not None or found[name].shape == expected[name].shape:
                 counting.add(found[name], expected[name], labels)
+        masked += int(np.count_nonzero(labels >= 0)) if task.masking and labels is not None else 0
         if on_progress:
-            on_progress(done, total, "score")
+            on_progress(seen, total, "score")
     if isinstance(counting := scored[of], OfVolumes):
         volumes = compare_volumes(
             reference.session,
@@ -252,5 +248,6 @@ def score(
         values={name: counting.value for name, counting in scored.items()},
         value_of=least,
         classes=classes,
-        samples=done,
+        samples=seen,
+        masked=masked,
     )
