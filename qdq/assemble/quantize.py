@@ -1,6 +1,6 @@
 """From a float model and samples to its Q/DQ model, in the order of the stages: values in, values out.
 
-load_float -> plan -> `Tables`, collect -> judge -> solve -> insert -> leave out -> `Quantized`.
+load_float -> plan -> `Tables`, collect -> judge -> solve -> insert or reconstruct -> leave out -> `Quantized`.
 Must not write files, compile, or hold the arithmetic of a stage.
 """
 
@@ -16,6 +16,7 @@ from qdq.assemble.choose_calibrator import solve_auto
 from qdq.assemble.insert import insert
 from qdq.assemble.judge import judged, unshifted
 from qdq.assemble.leave_out import UNREACHED, reached, spared
+from qdq.assemble.reconstruct import blockwise
 from qdq.assemble.tables import measured
 from qdq.core.errors import InputError
 from qdq.core.progress import Progress
@@ -29,6 +30,7 @@ from qdq.passes.prepare import load_float
 from qdq.passes.steered import noted, steering, values_of
 from qdq.plan import placement
 from qdq.plan.choice import FLOAT
+from qdq.plan.methods import ROUNDINGS
 from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
 from qdq.solve.solve import Solution, require_room, solve
@@ -71,6 +73,8 @@ def quantize(
     """
     prepared = model if isinstance(model, Model) else load_float(model)
     chosen = plan or placement.plan(prepared, settings or Settings())
+    if _reconstructs(settings or chosen.settings):
+        blockwise.require()  # before anything takes long
     prepared = chosen.form(prepared)
     chosen.check(prepared)
     checked = None if samples is None else as_samples(samples, prepared)
@@ -90,7 +94,10 @@ def quantize(
 
     def complete(plan: Plan, solution: Solution) -> tuple[Solution, Model]:
         """What a solution is shipped as."""
-        made = insert(prepared, plan, solution)
+        if checked is not None and _reconstructs(plan.settings):
+            solution, made = blockwise.reconstructed(prepared, plan, solution, checked, on_progress=on_progress)
+        else:
+            made = insert(prepared, plan, solution)
         if checked is None or correction == "off":
             return solution, made
         always = correction == "on"
@@ -125,6 +132,10 @@ def quantize(
     said = [*([f"{unrun}: {unseen[0]}"] if unseen else []), *_kept(prepared, chosen, solution), *_unmet(chosen)]
     solution = replace(solution, notes=(*idle, *chosen.settings.doubts, *said, *choices, *solution.notes))
     return Quantized(prepared=prepared, plan=chosen, table=table, solution=solution, model=quantized)
+
+
+def _reconstructs(settings: Settings) -> bool:
+    return ROUNDINGS[settings.settled.rounding].reconstructs
 
 
 def _unmet(plan: Plan) -> list[str]:

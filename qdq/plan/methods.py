@@ -18,11 +18,13 @@ class Calibrator(Protocol):
 
 
 class Rounding(Protocol):
-    """Of `qdq.solve.rounding.Rounding`: its settings, what it looks at, and whether it needs blocks to differ."""
+    """Of `qdq.solve.rounding.Rounding`: its settings, what it looks at, whether it needs blocks to differ, and whether
+    its codes are learned further."""
 
     settings: tuple[str, ...]
     needs_moments: bool
     for_blocks: bool
+    reconstructs: bool
 
 
 class Formula(Protocol):

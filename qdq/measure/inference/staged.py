@@ -18,6 +18,7 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from onnx import NodeProto
 
 from engines.core.files import Scratch
 from qdq.core.resources import cores, default_bytes
@@ -84,16 +85,9 @@ class Stages:
 
         `look` is called with the wanted tensors of each sample, on its own thread; what it returns is returned.
         """
-        stage, self._next = self._next, self._next + 1
-        group = [model.graph.node[index] for index in self._groups[stage]]
-        made = {name for node in group for name in node.output if name}
-        left = {name for name in made - self._fixed if self._last.get(name, -1) > stage}
-        used = {name for node in group for name in reads(node)}
-        inputs = sorted(used - made - model.initializers.keys())
-        types = {name: self._kept.get(0, name).dtype for name in inputs}
-        part = excerpt(model, group, types)
-        part.graph.initializer.extend(model.initializers[name] for name in sorted(used & model.initializers.keys()))
-        session = Session(model.replace(part), [*self._wanted[stage], *sorted(left - self._wanted[stage])], threads=1)
+        stage = self._next
+        session, inputs, left = self._session(model)
+        self._next += 1
         ended = [name for name in inputs if self._last[name] <= stage]
 
         def one(number: int) -> R:
@@ -103,6 +97,33 @@ class Stages:
             return look({name: found[name] for name in self._wanted[stage]})
 
         return list(overlapped(one, range(self._samples), self._threads))
+
+    def next_nodes(self, model: Model) -> list[NodeProto]:
+        """The nodes of the stage that is run next, as the model has them."""
+        return [model.graph.node[index] for index in self._groups[self._next]]
+
+    def held(self, number: int) -> dict[str, Array]:
+        """What is kept of a sample now; the arrays stay valid when a later stage drops them."""
+        return self._kept.of(number)
+
+    def tried(self, model: Model, number: int) -> dict[str, Array]:
+        """The wanted tensors of the next stage for one sample; nothing is kept of them, and the stage is still next."""
+        session, inputs, _ = self._session(model)
+        found = session({name: self._kept.get(number, name) for name in inputs})
+        return {name: found[name] for name in self._wanted[self._next]}
+
+    def _session(self, model: Model) -> tuple[Session, list[str], set[str]]:
+        """Of the next stage: its session, the tensors that it reads, and those that later stages read of it."""
+        stage, group = self._next, self.next_nodes(model)
+        made = {name for node in group for name in node.output if name}
+        left = {name for name in made - self._fixed if self._last.get(name, -1) > stage}
+        used = {name for node in group for name in reads(node)}
+        inputs = sorted(used - made - model.initializers.keys())
+        types = {name: self._kept.get(0, name).dtype for name in inputs}
+        part = excerpt(model, group, types)
+        part.graph.initializer.extend(model.initializers[name] for name in sorted(used & model.initializers.keys()))
+        wanted = [*self._wanted[stage], *sorted(left - self._wanted[stage])]
+        return Session(model.replace(part), wanted, threads=1), inputs, left
 
     def add(self, tensor: str, values: Array, *, axis: int) -> None:
         """Add (channels,) values along an axis of a tensor of a stage that was run, if later stages read it."""
@@ -172,6 +193,9 @@ class _Kept:
 
     def get(self, sample: int, name: str) -> Array:
         return self._values[sample, name]
+
+    def of(self, sample: int) -> dict[str, Array]:
+        return {name: array for (number, name), array in self._values.items() if number == sample}
 
     def drop(self, sample: int, names: Iterable[str]) -> None:
         for name in names:

@@ -67,6 +67,7 @@ class Rounding:
         refinement: where the scales of blocks move with the codes.
         needs_moments: it looks at the second moments of the inputs.
         for_blocks: what it adds to nearest codes are the scales of blocks: without blocks it is the rounding nearest.
+        reconstructs: its codes are learned further, block by block (`qdq.assemble.reconstruct`).
         settings: the settings that it reads, which mean nothing to roundings that do not name them.
     """
 
@@ -75,6 +76,7 @@ class Rounding:
     refinement: Refinement | None = None
     needs_moments: bool = False
     for_blocks: bool = False
+    reconstructs: bool = False
     settings: tuple[str, ...] = ()
 
 
