@@ -1,11 +1,12 @@
 """Train a small denoising diffusion model (DDPM) on patches of photographs and write it as ONNX, on a CPU.
 
-    python tools/train_ddpm.py OUT --images FOLDER [--steps 4000]
+    python tools/train_ddpm.py OUT --images FOLDER [--steps 600]
 
 Needs torch, onnxscript and pillow. The network predicts the noise in 32 x 32 colour pictures (Ho et al., arXiv
 2006.11239; noise of the cosine schedule, Nichol and Dhariwal, arXiv 2102.09672); FOLDER's pictures give the patches, at
 random sizes and mirrored. No package ships such a network with a licence of its own, hence this script. OUT/state.pt is
-written every 200 steps and a run goes on from it; OUT/ddpm.onnx has the averaged weights (exponential, .999).
+written every 100 steps and a run goes on from it, also with another number of steps; OUT/ddpm.onnx has the averaged
+weights (exponential, .999).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +75,10 @@ class Denoiser(nn.Module):
         self.condition = nn.Sequential(nn.Linear(low, CONDITION), nn.SiLU(), nn.Linear(CONDITION, CONDITION), nn.SiLU())
         self.enter = nn.Conv2d(3, low, 3, padding=1)
         self.down = nn.ModuleList([Block(low, low), Block(middle, middle), Block(high, high)])
-        self.shrink = nn.ModuleList([nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False)])
+        self.shrink = nn.ModuleList([nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(WIDTHS)])
         self.centre, self.attention = Block(high, high), Attention(high)
         self.up = nn.ModuleList([Block(2 * low, low), Block(2 * middle, middle), Block(2 * high, high)])
-        self.grow = nn.ModuleList([nn.Conv2d(b, a, 3, padding=1) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False)])
+        self.grow = nn.ModuleList([nn.Conv2d(b, a, 3, padding=1) for a, b in pairwise(WIDTHS)])
         self.leave = nn.Sequential(nn.GroupNorm(8, low), nn.SiLU(), nn.Conv2d(low, 3, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -120,19 +122,23 @@ def patches(pictures: list[np.ndarray], count: int, random: np.random.Generator)
     return out
 
 
+def rate(number: int, steps: int) -> float:
+    """The learning rate of a step: it rises over 30 steps and falls along half a cosine."""
+    return 1e-3 * min(1.0, (number + 1) / 30) * (1 + math.cos(math.pi * number / steps)) / 2
+
+
 def train(model: Denoiser, pictures: list[np.ndarray], steps: int, state: Path) -> dict[str, Tensor]:
     """Minimize the squared error of the noise; averaged weights by name. Goes on from `state` where it exists."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps + 1, pct_start=0.05)
     averaged, done = {name: value.clone() for name, value in model.state_dict().items()}, 0
     if state.exists():
         stored: dict[str, Any] = torch.load(state)
         model.load_state_dict(stored["model"])
         optimizer.load_state_dict(stored["optimizer"])
-        schedule.load_state_dict(stored["schedule"])
         averaged, done = stored["averaged"], stored["done"]
     share, began, mean = kept_share(), time.monotonic(), 1.0
     for number in range(done, steps):
+        optimizer.param_groups[0]["lr"] = rate(number, steps)
         random, noises = np.random.default_rng(number), torch.Generator().manual_seed(number)
         clean = torch.from_numpy(patches(pictures, BATCH, random))
         t = torch.randint(TIMES, (BATCH,), generator=noises)
@@ -143,15 +149,13 @@ def train(model: Denoiser, pictures: list[np.ndarray], steps: int, state: Path) 
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         for name, value in model.state_dict().items():
             averaged[name].lerp_(value, 1 - min(DECAY, (1 + number) / (10 + number)))
         mean += (float(loss.detach()) - mean) / min(number + 1, 200)
-        if (number + 1) % 200 == 0 or number + 1 == steps:
+        if (number + 1) % 100 == 0 or number + 1 == steps:
             print(f"step {number + 1}: mean loss {mean:.4f}, {time.monotonic() - began:.0f} s", flush=True)
             stored = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "averaged": averaged}
-            stored |= {"schedule": schedule.state_dict(), "done": number + 1}
-            torch.save(stored, state.with_suffix(".tmp"))
+            torch.save(stored | {"done": number + 1}, state.with_suffix(".tmp"))
             state.with_suffix(".tmp").rename(state)
     return averaged
 
@@ -161,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--images", type=Path, required=True, help="folder of PNG and JPEG photographs")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=600)
     options = parser.parse_args()
     files = sorted(path for path in options.images.iterdir() if path.suffix in {".png", ".jpg", ".jpeg"})
     pictures = [np.asarray(Image.open(path).convert("RGB"), np.float32) for path in files]
