@@ -9,8 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 SHAPE = (3, 8, 8)
 
 
-def denoising(batch: int | str = "batch") -> onnx.ModelProto:
-    """Inputs x (batch, 3, 8, 8) float32 and t (batch) int64, output noise like x."""
+def denoising(batch: int | str = "batch", shape: tuple[int, int, int] = SHAPE) -> onnx.ModelProto:
+    """Inputs x (batch, *shape) float32 and t (batch) int64, output noise like x."""
     random = np.random.default_rng(0)
     weights = {
         "first": random.standard_normal((16, 3, 3, 3)) / 4,
@@ -32,9 +32,9 @@ def denoising(batch: int | str = "batch") -> onnx.ModelProto:
     ]
     stored = [numpy_helper.from_array(a.astype(np.int64 if n == "axes" else np.float32), n) for n, a in weights.items()]
     inputs = [
-        helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, *SHAPE]),
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, *shape]),
         helper.make_tensor_value_info("t", TensorProto.INT64, [batch]),
     ]
-    output = helper.make_tensor_value_info("noise", TensorProto.FLOAT, [batch, *SHAPE])
+    output = helper.make_tensor_value_info("noise", TensorProto.FLOAT, [batch, *shape])
     graph = helper.make_graph(nodes, "denoiser", inputs, [output], stored)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)

@@ -27,7 +27,7 @@ from qdq.assemble.held_out import decibels
 from qdq.core.errors import InputError
 from qdq.deploy.diffusion.correction import NoiseCorrection, StepNoise, noise_correction
 from qdq.deploy.diffusion.schedule import Array, Schedule, cosine
-from qdq.deploy.diffusion.trajectory import Predict, Sample, Visit, denoiser, pictures, sample_of, samples, walk
+from qdq.deploy.diffusion.trajectory import Denoiser, Predict, Sample, Visit, pictures, sample_of, samples, walk
 from qdq.model.storage import load
 
 SHAPE = (3, 32, 32)
@@ -44,7 +44,7 @@ def sqnr(wanted: Array, found: Array) -> float:
 def random_steps(model: Path, schedule: Schedule, count: int) -> Iterator[Sample]:
     """What a user calibrates with who does not sample: pictures with noise, at training steps drawn uniformly."""
     random, asked = np.random.default_rng(0), sample_of(load(model))
-    clean = pictures(denoiser(model), schedule, shape=SHAPE, seeds=CALIBRATED)
+    clean = pictures(Denoiser(model), schedule, shape=SHAPE, seeds=CALIBRATED)
     for index, t in enumerate(random.integers(len(schedule.kept), size=count)):
         kept = schedule.kept[int(t)]
         x = clean[index % len(clean)][None]
@@ -152,11 +152,11 @@ def by_group(model: Path, out: Path, schedule: Schedule, groups: int, count: int
     """One range for each group of steps against one for all: SQNR of the predicted noise."""
     parts = np.array_split(np.arange(len(schedule.steps)), groups)
     print("\n| steps | one range, dB | a range of their own, dB |\n|---|---|---|")
-    whole = denoiser(out / "int8_trajectory.onnx")
+    whole = Denoiser(out / "int8_trajectory.onnx")
     for number, part in enumerate(parts):
         weights = np.isin(np.arange(len(schedule.steps)), part).astype(float)
         data = samples(model, schedule, shape=SHAPE, seeds=CALIBRATED, count=count, weights=list(weights))
-        own = denoiser(quantized(model, out / f"int8_group{number}.onnx", "int8", data))
+        own = Denoiser(quantized(model, out / f"int8_group{number}.onnx", "int8", data))
         picked = [visits[int(i)] for i in part[:: max(1, len(part) // 8)]]
         dbs = [np.mean([sqnr(v.noise, p(v.x, v.step.t)) for v in picked]) for p in (whole, own)]
         print(f"| {picked[0].step.t} to {picked[-1].step.t} | {dbs[0]:.2f} | {dbs[1]:.2f} |", flush=True)
@@ -185,7 +185,7 @@ def main() -> None:
             models[f"{scheme}, random steps"] = quantized(options.model, path, scheme, data)
         data = samples(options.model, whole, shape=SHAPE, seeds=CALIBRATED, count=options.count)
         models[scheme] = quantized(options.model, options.out / f"{scheme}_trajectory.onnx", scheme, data)
-    exact, seeds = denoiser(options.model), range(options.pictures)
+    exact, seeds = Denoiser(options.model), range(options.pictures)
     for sampler in options.samplers.split(","):
         if sampler not in SAMPLERS:
             raise InputError(f"No sampler {sampler!r}: there are {', '.join(SAMPLERS)}.")
@@ -193,7 +193,7 @@ def main() -> None:
         visits = list(walk(exact, schedule, shape=SHAPE, seeds=seeds))
         runs: list[Run] = []
         for name, path in models.items():
-            predict = denoiser(path)
+            predict = Denoiser(path)
             runs.append(judged(name, visits, predict, schedule, None))
             if "random" in name:
                 continue

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from engines.core.documents import Document, Measured, Part
 from qdq.assemble.held_out import decibels
-from qdq.core.errors import InputError
+from qdq.core.errors import InputError, StaleFileError
 from qdq.core.files import read_document, write_text
 from qdq.deploy.diffusion.schedule import Array, Schedule
 from qdq.deploy.diffusion.trajectory import Predict, walk
@@ -56,7 +56,7 @@ class NoiseCorrection(Document, frozen=True, kw_only=True):
     """For the sampler of a quantized diffusion model: its output's gain, bias and noise at each step.
 
     Attributes:
-        float_sha256: of the float model; "" where it was no file.
+        float_sha256: of the float model; "" of a function that has none.
         quantized_sha256: of the quantized model, likewise.
         pictures: that were sampled to measure it.
         steps: in the order of sampling; between two, values are interpolated.
@@ -100,13 +100,22 @@ class NoiseCorrection(Document, frozen=True, kw_only=True):
         write_text(path, self.to_json())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
+    def load(cls, path: str | os.PathLike[str], *, sha256: str = "") -> Self:
         """Read what `save` wrote.
 
+        Args:
+            sha256: of the quantized model that it is for, `Denoiser.sha256`; "" believes the caller.
+
         Raises:
+            StaleFileError: it was measured with another model.
             InputError: see `read_document`; it has no steps, or channels without a usable gain.
         """
         found = read_document(path, cls, "noise correction")
+        if sha256 and found.quantized_sha256 not in ("", sha256):
+            raise StaleFileError(
+                f"The noise correction {path} is of the model {found.quantized_sha256[:12]}, and the given one "
+                f"is {sha256[:12]} (sha256): measure it again, with `{cls.MAKE}`."
+            )
         channels = {len(part) for step in found.steps for part in (step.gain, step.bias)}
         falling = all(a.t > b.t for a, b in zip(found.steps, found.steps[1:], strict=False))
         if len(channels) != 1 or not falling or not all(gain > 0 for step in found.steps for gain in step.gain):
@@ -173,13 +182,11 @@ def noise_correction(
     shape: Sequence[int],
     seeds: Sequence[int],
     batch: int = 8,
-    float_sha256: str = "",
-    quantized_sha256: str = "",
 ) -> NoiseCorrection:
     """Measure what quantization does at each step, along what the float model samples.
 
     Args:
-        float_model: see `denoiser`.
+        float_model: see `Denoiser`.
         quantized_model: the same, or an engine's.
         shape: of one picture, (C, ...).
         seeds: one for each picture; others than those that results are judged on.
@@ -202,8 +209,8 @@ def noise_correction(
             "at best): there is nothing to correct. Check that both files are of one model, and how it was calibrated."
         )
     return NoiseCorrection(
-        float_sha256=float_sha256,
-        quantized_sha256=quantized_sha256,
+        float_sha256=getattr(float_model, "sha256", ""),
+        quantized_sha256=getattr(quantized_model, "sha256", ""),
         pictures=len(seeds),
         steps=steps,
     )

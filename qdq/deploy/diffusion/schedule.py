@@ -59,7 +59,7 @@ class Step:
         added = self.variance - self.factor**2 * excess
         if self.clip is not None:
             picture = picture.clip(-self.clip, self.clip)
-            noise = (x - math.sqrt(self.kept) * picture) / math.sqrt(1 - self.kept)
+            noise = np.asarray((x - math.sqrt(self.kept) * picture) / math.sqrt(1 - self.kept), np.float32)
         onward = math.sqrt(self.kept_next) * picture + math.sqrt(1 - self.kept_next - self.variance) * noise
         return np.asarray(onward + math.sqrt(max(added, 0.0)) * drawn, np.float32)
 

@@ -1,6 +1,6 @@
 """What a denoising model is asked along real sampling: its pictures, and the samples that calibration wants.
 
-model -> `denoiser`; it and a `Schedule` -> `walk` -> `Visit`s -> `pictures`, or `samples` of calibration or evaluation.
+model -> `Denoiser`; it and a `Schedule` -> `walk` -> `Visit`s -> `pictures`, or `samples` of calibration or evaluation.
 Every picture draws its noise from a seed of its own, so that two models, or other batches, see the same.
 Must not know of quantization.
 """
@@ -61,26 +61,34 @@ def sample_of(model: Model) -> Callable[[Array, int], Sample]:
     return asked
 
 
-def denoiser(
-    model: Model | ModelSource, *, inputs: Callable[[Array, int], Mapping[str, np.ndarray]] | None = None
-) -> Predict:
-    """A model, float or quantized, in ONNX Runtime, in the arithmetic of its file.
+class Denoiser:
+    """A model, float or quantized, in ONNX Runtime, in the arithmetic of its file: a `Predict`.
 
-    Args:
-        model: whose first output is the predicted noise.
-        inputs: pictures and step to all of its inputs by name; None as `sample_of`.
-
-    Raises:
-        InputError, ModelError: it cannot be read, or has other inputs.
+    Attributes:
+        sha256: of the model.
     """
-    asked = inputs or sample_of(_loaded(model))
-    session = arithmetic.session(os.fspath(model) if isinstance(model, str | os.PathLike) else _loaded(model).proto)
 
-    def predict(x: Array, t: int) -> Array:
-        (found,) = onnx_runtime.run(session, [asked(x, t)])
+    def __init__(
+        self, model: Model | ModelSource, *, inputs: Callable[[Array, int], Mapping[str, np.ndarray]] | None = None
+    ) -> None:
+        """Open it.
+
+        Args:
+            model: whose first output is the predicted noise.
+            inputs: pictures and step to all of its inputs by name; None as `sample_of`.
+
+        Raises:
+            InputError, ModelError: it cannot be read, or has other inputs.
+        """
+        loaded = _loaded(model)
+        self.sha256, self._asked = loaded.sha256, inputs or sample_of(loaded)
+        file = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+        self._session = arithmetic.session(file or loaded.proto)
+
+    def __call__(self, x: Array, t: int) -> Array:
+        """The noise in some pictures, all at one step."""
+        (found,) = onnx_runtime.run(self._session, [self._asked(x, t)])
         return np.asarray(next(iter(found.values())), np.float32)
-
-    return predict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,10 +162,10 @@ def samples(
         model: the float model.
         count: of samples.
         weights: of each step of the schedule, in the order of sampling; None weighs all alike.
-        inputs: as of `denoiser`.
+        inputs: as of `Denoiser`.
 
     Raises:
-        InputError: as `denoiser`; weights that are none.
+        InputError: as `Denoiser`; weights that are none.
     """
     share = np.ones(len(schedule.steps)) if weights is None else np.asarray(weights, np.float64)
     if share.shape != (len(schedule.steps),) or not np.all(share >= 0) or not 0 < share.sum() < np.inf:
@@ -168,7 +176,7 @@ def samples(
     asked = inputs or sample_of(_loaded(model))
     ends = np.round(np.cumsum(share) / share.sum() * count).astype(int)
     taken = 0
-    visits = walk(denoiser(model, inputs=inputs), schedule, shape=shape, seeds=seeds)
+    visits = walk(Denoiser(model, inputs=inputs), schedule, shape=shape, seeds=seeds)
     for visit, end in zip(visits, ends, strict=True):
         for index in range(taken, int(end)):
             row = index % len(seeds)

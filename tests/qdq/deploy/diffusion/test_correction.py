@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from denoisers import SHAPE, denoising
 
-from qdq import InputError, quantize
+from qdq import InputError, StaleFileError, quantize
 from qdq.deploy.diffusion.correction import NoiseCorrection, noise_correction
 from qdq.deploy.diffusion.schedule import Array, Schedule, cosine
-from qdq.deploy.diffusion.trajectory import Predict, denoiser, pictures, samples
+from qdq.deploy.diffusion.trajectory import Denoiser, Predict, pictures, samples
 from qdq.deploy.report.schemas import schema
 
 KEPT, SPREAD = cosine(), 0.5
@@ -102,7 +102,7 @@ def test_ddim_is_corrected_by_the_line_alone(correction: NoiseCorrection) -> Non
 def test_a_quantized_network_comes_nearer() -> None:
     model, schedule = denoising(), Schedule.spaced(KEPT, 8, eta=0.0, clip=1.0)
     data = list(samples(model, schedule, shape=SHAPE, seeds=range(4), count=16))
-    exact, coarse = denoiser(model), denoiser(quantize(model, data).model)
+    exact, coarse = Denoiser(model), Denoiser(quantize(model, data).model)
     found = noise_correction(exact, coarse, schedule, shape=SHAPE, seeds=range(10, 18))
     assert all(10 < step.sqnr_db <= step.corrected_db for step in found.steps)
 
@@ -120,6 +120,16 @@ def test_a_file_without_a_usable_line_is_refused(correction: NoiseCorrection, tm
     (tmp_path / "noise.json").write_text(json.dumps(plain))
     with pytest.raises(InputError, match=r"noise\.json: falling steps"):
         NoiseCorrection.load(tmp_path / "noise.json")
+
+
+def test_a_correction_of_another_model_is_refused(tmp_path: Path) -> None:
+    model, schedule = Denoiser(denoising()), Schedule.spaced(KEPT, 2)
+    noise_correction(gaussian, gaussian, schedule, shape=SHAPE, seeds=[0]).save(tmp_path / "any.json")
+    noise_correction(model, model, schedule, shape=SHAPE, seeds=[0]).save(tmp_path / "own.json")
+    for name in ("any", "own"):
+        assert NoiseCorrection.load(tmp_path / f"{name}.json", sha256=model.sha256).pictures == 1
+    with pytest.raises(StaleFileError, match="measure it again"):
+        NoiseCorrection.load(tmp_path / "own.json", sha256="0" * 64)
 
 
 def test_other_channels_are_refused(correction: NoiseCorrection) -> None:

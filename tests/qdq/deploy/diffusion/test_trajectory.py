@@ -13,14 +13,14 @@ from denoisers import SHAPE, denoising
 from qdq import quantize
 from qdq.core.errors import InputError
 from qdq.deploy.diffusion.schedule import Schedule, cosine
-from qdq.deploy.diffusion.trajectory import denoiser, pictures, samples, walk
+from qdq.deploy.diffusion.trajectory import Denoiser, pictures, samples, walk
 
 SCHEDULE = Schedule.spaced(cosine(), 10, clip=1.0)
 
 
 def test_samples_lie_on_the_trajectories_of_the_float_model() -> None:
     model = denoising()
-    visits = list(walk(denoiser(model), SCHEDULE, shape=SHAPE, seeds=[5, 6]))
+    visits = list(walk(Denoiser(model), SCHEDULE, shape=SHAPE, seeds=[5, 6]))
     found = list(samples(model, SCHEDULE, shape=SHAPE, seeds=[5, 6], count=20))
     assert [int(each["t"][0]) for each in found] == [t for t in SCHEDULE.steps for _ in range(2)]
     for number, each in enumerate(found):
@@ -41,7 +41,7 @@ def test_weights_that_are_none_are_refused(weights: list[float]) -> None:
 
 
 def test_a_picture_depends_on_its_own_seed_alone() -> None:
-    predict = denoiser(denoising())
+    predict = Denoiser(denoising())
     both = pictures(predict, SCHEDULE, shape=SHAPE, seeds=[3, 4])
     assert np.allclose(both[1:], pictures(predict, SCHEDULE, shape=SHAPE, seeds=[4]), atol=1e-5)
     assert not np.allclose(both[0], both[1], atol=0.1)
@@ -50,8 +50,8 @@ def test_a_picture_depends_on_its_own_seed_alone() -> None:
 def test_a_file_and_inputs_of_ones_own(tmp_path: Path) -> None:
     onnx.save(denoising(), tmp_path / "model.onnx")
     x = np.ones((2, *SHAPE), np.float32)
-    own = denoiser(tmp_path / "model.onnx", inputs=lambda x, t: {"x": x, "t": np.full(len(x), t)})
-    assert np.array_equal(own(x, 7), denoiser(denoising())(x, 7))
+    own = Denoiser(tmp_path / "model.onnx", inputs=lambda x, t: {"x": x, "t": np.full(len(x), t)})
+    assert np.array_equal(own(x, 7), Denoiser(denoising())(x, 7))
 
 
 def test_calibration_takes_them() -> None:
@@ -64,9 +64,9 @@ def test_a_model_with_other_inputs_is_refused() -> None:
     model = denoising()
     model.graph.input.append(onnx.helper.make_tensor_value_info("text", 1, ["batch", 4, 4]))
     with pytest.raises(InputError, match=r"inputs are \['x', 't', 'text'\]"):
-        denoiser(model)
+        Denoiser(model)
 
 
 def test_a_model_of_one_picture_is_refused() -> None:
     with pytest.raises(InputError, match="takes 1 pictures a run"):
-        denoiser(denoising(batch=1))
+        Denoiser(denoising(batch=1))
