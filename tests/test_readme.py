@@ -13,6 +13,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from clinic import image
+from denoisers import denoising
 from image_files import write_nifti
 from models import images, save_samples, segmenter
 from places import ROOT
@@ -52,6 +53,7 @@ def write_recipes(folder: Path) -> list[Path]:
 
 def write_inputs(folder: Path) -> None:
     """The user's files: a model, samples, images and recipes."""
+    onnx.save(denoising(shape=(3, 32, 32)), folder / "ddpm.onnx")
     onnx.save(segmenter(spatial=("x", "y", "z")), folder / "unet.onnx")
     save_samples(folder / "volumes", images(3, CUBE))
     save_samples(folder / "held_out", images(2, CUBE, seed=7))
@@ -105,7 +107,7 @@ def test_python_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         if of_torch(block):
             continue
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
-    assert Path("unet.int8.onnx").is_file() and Path("labels.nii.gz").is_file()
+    assert Path("unet.int8.onnx").is_file() and Path("ddpm.noise.json").is_file() and Path("labels.nii.gz").is_file()
 
 
 def test_extras_of_the_readme_exist() -> None:

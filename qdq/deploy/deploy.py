@@ -37,13 +37,13 @@ from qdq.build.script.write import NAME
 from qdq.core.errors import InputError
 from qdq.core.files import folder_beside, move_all
 from qdq.core.progress import Progress
-from qdq.deploy.overlap import Evaluated, overlap
 from qdq.deploy.page.folder import MEASURED, PAGE, SLICES
 from qdq.deploy.page.render import write_page
 from qdq.deploy.report.details import details_of
 from qdq.deploy.report.report import DeployReport, EngineSizes, size
 from qdq.deploy.steps.compiled import compiled
 from qdq.deploy.steps.judged import judged
+from qdq.deploy.steps.overlap import Evaluated, overlap
 from qdq.deploy.steps.shipped import file_bytes, written
 from qdq.deploy.trace.host import moment
 from qdq.deploy.trace.provenance import NAME as TRACED, DataSet, provenance_of

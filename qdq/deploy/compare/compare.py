@@ -42,8 +42,8 @@ from qdq.core.progress import Progress
 from qdq.deploy.compare.result import Comparison, SchemeRow
 from qdq.deploy.compare.score import Reference, inputs_only, score
 from qdq.deploy.compare.task import Task
-from qdq.deploy.overlap import overlap
 from qdq.deploy.report.report import shares
+from qdq.deploy.steps.overlap import overlap
 from qdq.deploy.steps.shipped import ShippedModel, file_bytes, written
 from qdq.measure.inference.session import registered
 from qdq.model.model import Model

@@ -40,6 +40,7 @@ FILES = {
     "lint": ("qdq.lint.report", "LintReport"),
     "manifest": ("engines.verify.manifest", "Manifest"),
     "measured": ("qdq.build.measured.forms", "TimedForm"),  # a line of measured.jsonl
+    "noise-correction": ("qdq.deploy.diffusion.correction", "NoiseCorrection"),
     "plan": ("qdq.plan.plan", "Plan"),
     "provenance": ("qdq.deploy.trace.provenance", "Provenance"),
     "recipe": ("qdq.build.recipe", "RecipeFile"),
