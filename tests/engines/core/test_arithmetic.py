@@ -250,6 +250,30 @@ def test_roundings_of_an_engine_replace_those_of_the_file() -> None:
     assert np.array_equal(result(proto, X, both), low(X * a, BRAIN) + a)
 
 
+def test_scales_behind_a_convolution_do_not_round_its_weights() -> None:
+    """Codes times a power of two are exact, so that a bias cancels them; codes times the ratios would be rounded."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(100, 127, size=(2, 4, 1)).astype(np.int8)
+    ratios = np.array([1.2345, 1.7771]).astype(np.float16)
+    tensors = {
+        "codes": codes,
+        "scale": np.float16(2**-5),
+        "bias": -16.0 * 2**-5 * codes.sum(axis=(1, 2)),
+        "ratios": ratios.reshape(1, 2, 1),
+        "shape": np.array([1, 4, 1]),
+    }
+    inner = (
+        node("Reshape", ["h", "shape"], ["image"]),
+        node("DequantizeLinear", ["codes", "scale"], ["weight"]),
+        node("Conv", ["image", "weight", "bias"], ["product"]),
+        node("Mul", ["product", "ratios"], ["r"]),
+    )
+    found = result(model(cast_in(*inner), tensors), np.full(4, 16.0, np.float32))
+    assert not found.any()
+    folded = low(codes * 2.0**-5 * ratios.astype(np.float64)[:, None, None])
+    assert np.abs(16 * folded.sum(axis=(1, 2)) + low(tensors["bias"]) * ratios).max() > 0.01
+
+
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
