@@ -109,9 +109,6 @@ class CostModel(Protocol):
     def begin(self, model: Model) -> None:
         """Compile a model beside what follows, if there is a process for it; `many` waits for it then."""
 
-    def drop(self) -> None:
-        """Leave out what was begun and is not compiled yet: it will hardly be asked for."""
-
 
 def _exclusive(kernels: Sequence[Kernel], others: Sequence[Kernel]) -> float:
     """Microseconds of the kernels that are not among others."""

@@ -56,7 +56,7 @@ class Compiles:
     _workers: Workers | None = None
     _slow: bool = False
     _place: Path = Path()
-    _begun: dict[str, tuple[Future[Works | BuildError], Path]] = field(default_factory=dict)
+    _begun: dict[str, Future[Works | BuildError]] = field(default_factory=dict)
 
     def __call__(self, models: Mapping[str, Model]) -> list[Works | BuildError]:
         """The work of each, or why it does not compile; by keys that can be names of files.
@@ -75,22 +75,14 @@ class Compiles:
         """Compile a model beside what follows, in a process of its own; does nothing where there are none yet."""
         if self._workers and self._slow and key not in self._begun and recalled("works", (key,), _decode) is None:
             folder = self._place / key
-            self._begun[key] = self._workers.begin(self._job(model, folder)), folder
-
-    def drop(self) -> None:
-        """Leave out what was begun and waits for a process."""
-        for key, (future, folder) in tuple(self._begun.items()):
-            if future.cancel():
-                del self._begun[key]
-                shutil.rmtree(folder)
+            future = self._begun[key] = self._workers.begin(self._job(model, folder))
+            future.add_done_callback(lambda _: shutil.rmtree(folder))
 
     def _compiled(self, models: Mapping[str, Model]) -> list[Works | BuildError]:
         begun = {key: self._begun.pop(key) for key in models if key in self._begun}
         new = {key: model for key, model in models.items() if key not in begun}
         answers = dict(zip(new, self._at_once(new), strict=True))
-        for key, (future, folder) in begun.items():
-            answers[key] = future.result()
-            shutil.rmtree(folder)
+        answers |= {key: future.result() for key, future in begun.items()}
         self.failure = next((a for a in reversed(answers.values()) if isinstance(a, BuildError)), self.failure)
         return [answers[key] for key in models]
 

@@ -71,10 +71,6 @@ class Pricer:
         if key not in self._known:
             self._compiles.begin(key, model)
 
-    def drop(self) -> None:
-        """Leave out what was begun and is not compiled yet."""
-        self._compiles.drop()
-
     def _key(self, model: Model) -> str:
         return self._compiles.key(model, CONSTANTS, *self.gpus)
 

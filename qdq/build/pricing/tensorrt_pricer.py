@@ -99,9 +99,6 @@ class TensorRtPricer:
     def begin(self, model: Model) -> None:
         """Nothing: float forms are few, and compiled together."""
 
-    def drop(self) -> None:
-        """Nothing was begun."""
-
     def engines(self, models: Sequence[Model]) -> list[Engines | BuildError]:
         """The engines that float models are compiled to, or why they do not compile; equal structures once."""
         keys = [self._compiles.key(model) for model in models]

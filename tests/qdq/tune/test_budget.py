@@ -49,13 +49,9 @@ class Judge:
     def __init__(self, width: int) -> None:
         self.width, self.compiled = width, 0
         self.begun: list[Model] = []
-        self.dropped = 0
 
     def begin(self, model: Model) -> None:
         self.begun.append(model)
-
-    def drop(self) -> None:
-        self.dropped += 1
 
     def many(self, models: Sequence[Model]) -> list[Price]:
         self.compiled += len(models)
@@ -189,19 +185,18 @@ def test_a_price_that_is_known_counts_like_one_that_is_compiled() -> None:
     assert first > second == 0 and replace(warm) == replace(cold)
 
 
-def test_the_next_variants_are_written_while_the_first_compiles_and_dropped_where_nobody_asks() -> None:
+def test_the_next_variant_is_written_while_the_first_compiles() -> None:
     model, judge = network(), Judge(2)
     work = VariantBuilder(model=model, settings=Settings(), unquantized_types=("fp16",), samples=samples(model, 2))
     variants = [Variant(quantized=frozenset([name])) for name in ("c0", "c1", "c2", "c3")]
     prices = Prices(builder=work, judge=judge)
     ahead = prices.ahead(variants)
-    assert next(ahead) == variants[0] and len(judge.begun) == 3 and not prices.asked
+    assert next(ahead) == variants[0] and len(judge.begun) == 2 and not prices.asked
     assert prices.us(variants[0]) > 0 and judge.compiled == 1
-    assert next(ahead) == variants[1] and len(judge.begun) == 4
+    assert next(ahead) == variants[1] and len(judge.begun) == 3
     ahead.close()
-    assert judge.dropped == 1 and list(prices.asked) == variants[:1]
-    assert list(prices.ahead(variants[:1])) == variants[:1] and len(judge.begun) == 4  # its price is known
-    assert judge.dropped == 1
+    assert list(prices.asked) == variants[:1]
+    assert list(prices.ahead(variants[:1])) == variants[:1] and len(judge.begun) == 3  # its price is known
 
 
 def test_the_plan_does_not_depend_on_the_order_of_sets() -> None:
