@@ -41,7 +41,7 @@ _BLOCKS = ("descent", "clip", "nearest")
 _CHANNELS = ("awq", "sinq", "none")
 _ROWS = (
     Scheme(name="int8", equalizations=("smoothquant", "validated", "none")),
-    Scheme(name="w8a16", residual=True, equalizations=("none",)),
+    Scheme(name="w8a16", residual=True, equalizations=("rms", "none")),
     Scheme(name="int8-smooth", equalizations=("smooth",)),
     Scheme(name="int8-weight", data=None, convolution=None, equalizations=("none",)),
     Scheme(name="int4", data=None, weight="int4", convolution=None, roundings=_BLOCKS, equalizations=_CHANNELS),

@@ -30,6 +30,7 @@ USUAL_CALIBRATORS = ("mse", "ample", "max")
 WHOLE = ("channel", "tensor")  # in place of a block
 WORTH = "worth"  # of each weight the block whose scales are worth their bits
 TABLES: tuple[str, ...] = (FLOAT, "int8", "int4")  # what tables of words may be stored as
+GRADIENTS: tuple[str, ...] = ("free", "tied")  # codes of weights that a gradient reads again
 ATTENTIONS: tuple[str, ...] = (FLOAT, "fp8")  # what the products of attention may run in
 BIAS_CORRECTIONS: tuple[str, ...] = ("auto", "on", "off")
 V0, V1 = 15.0, 150.0  # of FPTQ's paper
@@ -54,6 +55,7 @@ def choices(setting: str) -> tuple[str | int, ...]:
         "bias_correction": lambda: BIAS_CORRECTIONS,
         "embeddings": lambda: TABLES,
         "attention": lambda: ATTENTIONS,
+        "gradients": lambda: GRADIENTS,
         "block": lambda: (*sorted({b for f in FORMATS.values() for b in f.blocks}, reverse=True), AUTO, WORTH, *WHOLE),
     }
     return found[setting]()
@@ -101,6 +103,8 @@ class Settings(Part, frozen=True, kw_only=True):
         embeddings: how tables are stored that a Gather reads rows of: "float", "int8" with a scale for each row, or
             "int4" in blocks of a row.
         attention: "fp8" quantizes Q, K, V and the output of the Softmax of attention to FP8, in any scheme.
+        gradients: "tied" gives a weight that is read along both axes, for an energy and for its gradient, one set of
+            codes, so that forces stay the gradient of the quantized energy; "free" rounds each reader's for itself.
         compiler: whose engine the model is for, a key of `engines.backends.profile.profiles`; placement, the form of
             the Q/DQ model and what "auto" means follow its profile.
 
@@ -124,6 +128,7 @@ class Settings(Part, frozen=True, kw_only=True):
     v1: Magnitude | str = V1
     embeddings: str = FLOAT
     attention: str = FLOAT
+    gradients: str = GRADIENTS[0]
     overrides: dict[Pattern, str] = msgspec.field(default_factory=dict)
     compiler: str = DEFAULT
 
@@ -139,7 +144,7 @@ class Settings(Part, frozen=True, kw_only=True):
         checked(self)
         choose(self.scheme, tuple(SCHEMES), "scheme")
         rows = self.schemes
-        for name in ("embeddings", "attention"):
+        for name in ("embeddings", "attention", "gradients"):
             choose(getattr(self, name), [str(n) for n in choices(name)], name)
         try:
             set_field(self, "compiler", profile_named(self.compiler).key)
@@ -256,6 +261,7 @@ class Settings(Part, frozen=True, kw_only=True):
         of_data, of_weights = (True, True) if formula is None else (formula.for_data, formula.by_weights is not None)
         of_weights |= not of_data  # awq; what is for data only has no say in weight-only blocks
         balanced = self.equalize != "none" and ((integers and of_data) or (alone and of_weights))
+        balanced |= self.equalize in ("rms", AUTO) and any(row.residual for row in rows)
         by_moments = alone and self.equalize != "none" and (formula is None or formula.by_weights is None)
         asked = CALIBRATORS if self.calibrator == AUTO else (self.range_by,)
         ranged = any(row.token == BY_RANGE for row in rows)

@@ -22,7 +22,7 @@ from qdq.plan.plan import Plan
 from qdq.plan.weighted_node import WeightedNode
 from qdq.solve import token_scales, trained
 from qdq.solve.activations import activation_params, tie_notes
-from qdq.solve.equalize import channels, choose
+from qdq.solve.equalize import channels, choose, two_codes
 from qdq.solve.equalize.channels import Channels
 from qdq.solve.equalize.formulas import formula
 
@@ -79,6 +79,9 @@ def data_scales(
         if seen is None:
             seen = channels.look(model, channels.candidates(plan, nodes), samples, on_progress)
         scales = _equalized(model, plan, nodes, scales, classes.compressed, seen)
+        if plan.settings.equalize == "rms":
+            extra, own = two_codes.divided(model, scales.residual, seen)
+            scales = replace(scales, params={**scales.params, **own}, divisors={**scales.divisors, **extra})
         late = token_scales.by_error(
             model, plan, nodes, scales.constant, scales.divisors, samples, on_progress=on_progress
         )

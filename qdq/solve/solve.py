@@ -33,6 +33,7 @@ from qdq.solve.equalize import weight_only
 from qdq.solve.equalize.carriers import Carrier, carried, factors, scaled
 from qdq.solve.equalize.channels import Channels
 from qdq.solve.equalize.formulas import formula
+from qdq.solve.equalize.gradients import tied
 from qdq.solve.rounding import ROUNDINGS
 from qdq.solve.tables import Tables, coded
 from qdq.solve.trained import weight_codes
@@ -112,6 +113,10 @@ def solve(
     moments = replace(moments, divisors=balanced)
     multiplied = factors(carriers, divisors)
     weights = _weights(model, plan, nodes.values(), moments, divisors, multiplied, store, on_progress)
+    if plan.settings.gradients == "tied":
+        both = tied(model, plan, nodes, weights, table, some, on_progress)
+        weights, divisors = {**weights, **both.weights}, {**divisors, **both.divisors}
+        data = replace(data, params={**data.params, **both.params}, notes=(*data.notes, both.note))
     rescaling = {*divisors, *multiplied}
     tables = coded(model, plan, nodes.values(), weights, rescaled=rescaling, store=store)
     rescaled = (

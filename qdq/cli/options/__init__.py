@@ -97,6 +97,7 @@ settings_options = _options(
     ),
     embeddings_option,
     attention_option,
+    setting("--gradients", "Round weights that a gradient reads again {names}: tied keeps forces that of the energy."),
     setting("--bias-correction", "Shift biases so that means stay: {names}; auto does so where held-out samples gain."),
     click.option(
         "--shift/--no-shift", default=None, help="Shift asymmetric activations to use all codes (default on)."
