@@ -152,7 +152,8 @@ def _tensor(point: Point, made: Made, errors: TensorErrors) -> TensorRow:
         sqnr_db=errors.sqnr_db.get((role, point.tensor)),
     )
     params = made.solution.activations.get(point.tensor) if point.role == "activation" else None
-    if params is None or params.scale.size != 1 or point.tensor in made.solution.tokens or _divided(point, made):
+    several = made.solution.tokens | made.solution.beyond
+    if params is None or params.scale.size != 1 or point.tensor in several or _divided(point, made):
         return row
     return _ranged(row, params)
 
