@@ -1,16 +1,20 @@
 """What is added around the data of a node in front of its quantizer: zeros that a padded convolution, channels in fours
-or the last block of a weight need. Must not write nodes.
+or the last block of a weight need.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from engines.backends.profile import Profile
 from engines.core.operators import MOVERS
 from qdq.core.qtensor import QParams
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
+from qdq.model.weight_store import WeightStore
+from qdq.model.writer import GraphWriter
 from qdq.plan.weighted_node import WeightedNode
 
 CHANNEL_MULTIPLE = 4
@@ -67,3 +71,38 @@ def reflected(model: Model, tensor: str) -> bool:
     while maker is not None and maker.op_type in MOVERS | {"Div", "Mul"}:
         maker = model.producer(maker.input[0])
     return maker is not None and maker.op_type == "Pad" and attribute_value(maker, "mode", b"") == b"reflect"
+
+
+class PaddingWriter(GraphWriter):
+    """A writer that knows what it has made, and puts zeros around tensors."""
+
+    def __init__(self, model: Model, store: WeightStore | None) -> None:
+        """Nothing is made yet."""
+        super().__init__(model, store)
+        self._made: dict[tuple[object, ...], str] = {}
+
+    def _padded(self, tensor: str, source: str, around: Border | Rows | None) -> str:
+        """A tensor, or `source` that it became, with zeros around it; itself where there are none."""
+        if around is None:
+            return source
+        if isinstance(around, Rows):
+            key = (source, around, "padded")  # `_activation` has (tensor, around) for its own
+            if key not in self._made:
+                pads = self._constant(f"{tensor}_pads", np.array([0, around.missing], dtype=np.int64))
+                axes = self._constant(f"{tensor}_pad_axes", np.array([around.axis], dtype=np.int64))
+                self._made[key] = self._append("Pad", (source, pads, "", axes), f"{tensor}_Pad")
+            return self._made[key]
+        front = [0] if around.groups == 1 else [0, 0]
+        amounts = [*front, 0, *around.before, *front, around.channels, *around.after]
+        pads = self._constant(f"{tensor}_pads", np.array(amounts, dtype=np.int64))
+        if around.groups == 1:
+            return self._append("Pad", (source, pads), f"{tensor}_Pad")
+        info = self._model.info(tensor)
+        assert info is not None and info.shape is not None and isinstance(info.shape[1], int)
+        each = info.shape[1] // around.groups
+        apart = np.array([0, around.groups, each, *around.spatial], dtype=np.int64)
+        sizes = [b + s + a for b, s, a in zip(around.before, around.spatial, around.after, strict=True)]
+        joined = np.array([0, around.groups * (each + around.channels), *sizes], dtype=np.int64)
+        source = self._append("Reshape", (source, self._constant(f"{tensor}_groups", apart)), f"{tensor}_Reshape")
+        source = self._append("Pad", (source, pads), f"{tensor}_Pad")
+        return self._append("Reshape", (source, self._constant(f"{tensor}_joined", joined)), f"{source}_Reshape")

@@ -16,6 +16,7 @@ consumers, each weight becomes codes behind a DequantizeLinear. It must not choo
 | H blocks that do not divide the reduction axis | first Pad with zeros; the weight has zero codes there | as A to G |
 | I one scale per token | Div by s = max abs over the last axis / 127, Q and DQ of scale 1 | Mul by s, then the bias |
 | N data in two codes | A; and of what A leaves: Sub, Q, DQ of 1/256 of its scale | the same product of that, Add |
+| O two pieces | Clip to +-p; the rest: Sub; Q and DQ each | a second product of the rest; Add of both |
 | J two-level weight (instead of codes and DQ) | DQ of the blocks, Q and DQ of INT8 per channel | as A to I |
 | K NVFP4, weight and data | data: first TRT_FP4DynamicQuantize; DQ of the block scales, DQ of the blocks | nothing |
 | M a table that a Gather reads | codes and DQ of its rows, or of their blocks | nothing |
@@ -40,19 +41,19 @@ import numpy.typing as npt
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from engines.backends.profile import Profile
-from qdq.assemble.borders import Border, Rows, border, missing_channels, reflected, rows
+from qdq.assemble.borders import Border, PaddingWriter, Rows, border, missing_channels, reflected, rows
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams
 from qdq.model.made_for import mark
 from qdq.model.model import Model
 from qdq.model.nodes import FP4_QUANTIZE, TRT_DOMAIN, bodies, controls
 from qdq.model.shift_correction import correct, weight_sums
-from qdq.model.writer import GraphWriter
 from qdq.passes.draft import assign
 from qdq.passes.rewrites.edit import altered
 from qdq.plan.plan import Plan, Point
 from qdq.plan.weighted_node import WeightedNode, by_data
 from qdq.solve.equalize.carriers import CarryingConstant
+from qdq.solve.equalize.pieces import breakpoint_of
 from qdq.solve.solve import Solution
 
 LEAST_TOKEN_SCALE = 2.0**-14  # FP16's smallest normal number: a smaller scale would lose digits, or be zero
@@ -76,14 +77,13 @@ def insert(model: Model, plan: Plan, solution: Solution) -> Model:
     return model.replace(proto, keeps=solution.store)
 
 
-class _Writer(GraphWriter):
+class _Writer(PaddingWriter):
     """The cases of the table, node after node."""
 
     def __init__(self, model: Model, solution: Solution, profile: Profile) -> None:
         super().__init__(model, solution.store)
         self._profile, self._solution = profile, solution
         self._readers = by_data(solution.nodes.values())
-        self._made: dict[tuple[object, ...], str] = {}
         self._deep: dict[str, int] = {}  # output of a MatMul of integer codes -> its rank, where that is 3 or more
         self._carried: dict[str, list[tuple[str, CarryingConstant]]] = {}
         for tensor, carrier in solution.carriers.items():
@@ -106,6 +106,8 @@ class _Writer(GraphWriter):
             copy.input[1] = self._weight(weighted, 0)
         elif weighted.data in self._solution.tokens:
             return self._per_token(weighted, copy.input[2] if weighted.bias else "")
+        elif weighted.data in self._solution.beyond:
+            return self._in_pieces(copy, weighted)
         else:
             return self._product(copy, weighted, operands[node.name, 1], operands[node.name, 0].spec.residual)
         self._nodes.append(copy)
@@ -220,6 +222,35 @@ class _Writer(GraphWriter):
         if bias:
             self._nodes.append(helper.make_node("Add", [scaled, bias], [output], self._name(f"{node.name}_token_Add")))
 
+    def _in_pieces(self, copy: NodeProto, node: WeightedNode) -> None:
+        """Case O: W x = W clip(x, -p, p) + W (x - clip(x, -p, p)); the bias is added once."""
+        tensor, output, rows = node.data, node.output, self._rows(node)
+        key = (tensor, rows, "pieces")
+        if key not in self._made:
+            inside, dtype = self._solution.activations[tensor], self._model.dtype(tensor)
+            source = self._padded(tensor, self._divided(tensor), rows)
+            ends = np.asarray([-1, 1]) * breakpoint_of(inside)
+            limits = (self._constant(f"{tensor}_limit", end, dtype) for end in ends)
+            middle = self._append("Clip", (source, *limits), f"{tensor}_inside")
+            rest = self._append("Sub", (source, middle), f"{tensor}_beyond")
+            self._made[key] = self._coded(middle, inside, dtype)
+            self._made[*key, "beyond"] = self._coded(rest, self._solution.beyond[tensor], dtype)
+        weight, made = self._weight(node, 0), list[str]()
+        for data in (self._made[key], self._made[*key, "beyond"]):
+            product = altered(copy, output=self._name(f"{output}_{'beyond' if made else 'inside'}"))
+            product.input[:] = [data, weight, *(copy.input[2:] if not made else ())]
+            product.name = self._name(f"{node.name}_beyond") if made else node.name
+            made.append(product.output[0])
+            self._nodes.append(product)
+        self._nodes.append(helper.make_node("Add", made, [output], self._name(f"{node.name}_pieces_Add")))
+
+    def _coded(self, tensor: str, params: QParams, dtype: str) -> str:
+        """A tensor of the Q/DQ model behind Q and DQ of one symmetric scale."""
+        scale = self._constant(f"{tensor}_scale", params.scale, dtype)
+        zero = self._constant(f"{tensor}_zero_point", np.zeros((), dtype=FORMATS[params.format].dtype))
+        codes = self._append("QuantizeLinear", (tensor, scale, zero), f"{tensor}_QuantizeLinear")
+        return self._append("DequantizeLinear", (codes, scale, zero), f"{tensor}_DequantizeLinear")
+
     def _activation(self, tensor: str, params: QParams, around: Border | Rows | None) -> str:
         """Cases A, B, C, E, F and H: the dequantized tensor, made once per tensor and what is around it."""
         key = (tensor, around)
@@ -265,32 +296,6 @@ class _Writer(GraphWriter):
             factor = self._constant(f"{tensor}_factor", (1 / divisor).reshape(shape), self._model.dtype(tensor))
             self._made[tensor, "divided"] = self._append("Mul", (tensor, factor), f"{tensor}_Mul")
         return self._made[tensor, "divided"]
-
-    def _padded(self, tensor: str, source: str, around: Border | Rows | None) -> str:
-        """A tensor, or `source` that it became, with zeros around it; itself where there are none."""
-        if around is None:
-            return source
-        if isinstance(around, Rows):
-            key = (source, around, "padded")  # `_activation` has (tensor, around) for its own
-            if key not in self._made:
-                pads = self._constant(f"{tensor}_pads", np.array([0, around.missing], dtype=np.int64))
-                axes = self._constant(f"{tensor}_pad_axes", np.array([around.axis], dtype=np.int64))
-                self._made[key] = self._append("Pad", (source, pads, "", axes), f"{tensor}_Pad")
-            return self._made[key]
-        front = [0] if around.groups == 1 else [0, 0]
-        amounts = [*front, 0, *around.before, *front, around.channels, *around.after]
-        pads = self._constant(f"{tensor}_pads", np.array(amounts, dtype=np.int64))
-        if around.groups == 1:
-            return self._append("Pad", (source, pads), f"{tensor}_Pad")
-        info = self._model.info(tensor)
-        assert info is not None and info.shape is not None and isinstance(info.shape[1], int)
-        each = info.shape[1] // around.groups
-        apart = np.array([0, around.groups, each, *around.spatial], dtype=np.int64)
-        sizes = [b + s + a for b, s, a in zip(around.before, around.spatial, around.after, strict=True)]
-        joined = np.array([0, around.groups * (each + around.channels), *sizes], dtype=np.int64)
-        source = self._append("Reshape", (source, self._constant(f"{tensor}_groups", apart)), f"{tensor}_Reshape")
-        source = self._append("Pad", (source, pads), f"{tensor}_Pad")
-        return self._append("Reshape", (source, self._constant(f"{tensor}_joined", joined)), f"{source}_Reshape")
 
     def _shortcut(self, tensor: str) -> str:
         """Case D: the dequantized tensor with the shift taken back."""

@@ -33,6 +33,7 @@ TABLES: tuple[str, ...] = (FLOAT, "int8", "int4")  # what tables of words may be
 GRADIENTS: tuple[str, ...] = ("free", "tied")  # codes of weights that a gradient reads again
 ATTENTIONS: tuple[str, ...] = (FLOAT, "fp8")  # what the products of attention may run in
 BIAS_CORRECTIONS: tuple[str, ...] = ("auto", "on", "off")
+PIECEWISE: tuple[str, ...] = ("off", "auto", "on")
 V0, V1 = 15.0, 150.0  # of FPTQ's paper
 Pattern = Annotated[str, msgspec.Meta(min_length=1)]  # of node names, with * and ?
 MOST = 1e9  # of numbers that must be finite
@@ -45,7 +46,7 @@ def choices(setting: str) -> tuple[str | int, ...]:
 
     Args:
         setting: a field of `Settings`: scheme, calibrator, rounding, equalize, bias_correction, block, embeddings or
-            attention.
+            attention or piecewise.
     """
     found: Mapping[str, Callable[[], tuple[str | int, ...]]] = {
         "scheme": lambda: tuple(SCHEMES),
@@ -56,6 +57,7 @@ def choices(setting: str) -> tuple[str | int, ...]:
         "embeddings": lambda: TABLES,
         "attention": lambda: ATTENTIONS,
         "gradients": lambda: GRADIENTS,
+        "piecewise": lambda: PIECEWISE,
         "block": lambda: (*sorted({b for f in FORMATS.values() for b in f.blocks}, reverse=True), AUTO, WORTH, *WHOLE),
     }
     return found[setting]()
@@ -98,6 +100,8 @@ class Settings(Part, frozen=True, kw_only=True):
             that gains.
         v1: those above v0 and at most this are equalized first; those above v1 have one scale per token; "auto" gives
             it to those whose error counts beside that of the weights.
+        piecewise: data of MatMul and Gemm in two pieces, with a scale and a product each: "on" everywhere, "auto" where
+            the error of one scale counts beside that of the weights and two pieces are predicted to gain 1 dB.
         overrides: node name pattern -> what those nodes become, as `qdq.plan.choice` reads it: a scheme with its
             granularity, "float" or "fp32"; the first that matches counts.
         embeddings: how tables are stored that a Gather reads rows of: "float", "int8" with a scale for each row, or
@@ -129,6 +133,7 @@ class Settings(Part, frozen=True, kw_only=True):
     embeddings: str = FLOAT
     attention: str = FLOAT
     gradients: str = GRADIENTS[0]
+    piecewise: str = "off"
     overrides: dict[Pattern, str] = msgspec.field(default_factory=dict)
     compiler: str = DEFAULT
 
@@ -144,7 +149,7 @@ class Settings(Part, frozen=True, kw_only=True):
         checked(self)
         choose(self.scheme, tuple(SCHEMES), "scheme")
         rows = self.schemes
-        for name in ("embeddings", "attention", "gradients"):
+        for name in ("embeddings", "attention", "gradients", "piecewise"):
             choose(getattr(self, name), [str(n) for n in choices(name)], name)
         try:
             set_field(self, "compiler", profile_named(self.compiler).key)
@@ -285,6 +290,7 @@ class Settings(Part, frozen=True, kw_only=True):
             "moment_inputs": ((rounded and rounding.needs_moments) or by_moments, method),
             "v0": (ranged, scheme),
             "v1": (ranged, scheme),
+            "piecewise": (any(row.data and FORMATS[row.data].integer for row in rows), scheme),
         }
         defaults = {f.name: f.default for f in msgspec.structs.fields(type(self))}
         said = [

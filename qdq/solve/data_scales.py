@@ -22,7 +22,7 @@ from qdq.plan.plan import Plan
 from qdq.plan.weighted_node import WeightedNode
 from qdq.solve import token_scales, trained
 from qdq.solve.activations import activation_params, tie_notes
-from qdq.solve.equalize import channels, choose, two_codes
+from qdq.solve.equalize import channels, choose, pieces, two_codes
 from qdq.solve.equalize.channels import Channels
 from qdq.solve.equalize.formulas import formula
 
@@ -36,6 +36,7 @@ class DataScales:
         divisors: tensor -> (channels,) what its channels are divided by before they are quantized.
         tokens: tensors that have one scale per token.
         residual: tensors whose codes are followed by those of what they leave.
+        beyond: tensor -> parameters of its outer piece, where it has two; `params` are of the inner one.
         notes: what a person should know, one line each.
     """
 
@@ -43,13 +44,14 @@ class DataScales:
     divisors: Mapping[str, Singles] = field(default_factory=dict)
     tokens: tuple[str, ...] = ()
     residual: frozenset[str] = frozenset()
+    beyond: Mapping[str, QParams] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
     def constant(self) -> dict[str, QParams]:
-        """The parameters of the tensors whose scale is a constant of the engine, and tells of their noise."""
-        apart = {*self.tokens, *self.residual}
-        return {t: p for t, p in self.params.items() if t not in apart and not FORMATS[p.format].blocks}
+        """The parameters of the tensors that have one scale, a constant of the engine, which tells of their noise."""
+        several = {*self.tokens, *self.residual, *self.beyond}
+        return {t: p for t, p in self.params.items() if t not in several and not FORMATS[p.format].blocks}
 
 
 def data_scales(
@@ -87,12 +89,46 @@ def data_scales(
         )
         divisors = {tensor: divisor for tensor, divisor in scales.divisors.items() if tensor not in late}
         scales = replace(scales, divisors=divisors, tokens=(*scales.tokens, *late))
+    scales = _in_pieces(model, plan, nodes, scales, samples, on_progress)
     one = QParams(scale=np.asarray(1, dtype=np.float32))
     scales = replace(scales, params={**scales.params, **dict.fromkeys(scales.tokens, one)})
     if not (asked := sum(p.spec.token is not None for p in plan.activations)):
         return scales
     note = f"{len(scales.tokens)} of {asked} tensors have one INT8 scale per token, computed as the engine runs"
     return replace(scales, notes=(*scales.notes, note))
+
+
+def _in_pieces(
+    model: Model,
+    plan: Plan,
+    nodes: Mapping[str, WeightedNode],
+    scales: DataScales,
+    samples: SampleSubset | None,
+    on_progress: Progress | None,
+) -> DataScales:
+    """The same with two pieces for the tensors that the settings want them for."""
+    if plan.settings.piecewise == "off":
+        return scales
+    if samples is None:
+        return replace(scales, notes=(*scales.notes, "piecewise needs the samples, and only a table was given"))
+    constant, everywhere = scales.constant, plan.settings.piecewise == "on"
+    readers = {
+        p.tensor: [nodes[name] for name, _ in p.uses]
+        for p in plan.activations
+        if p.tensor in constant and FORMATS[p.spec.format].integer and not p.trained
+        if token_scales.can_have_tokens(p, nodes)
+    }
+    found = pieces.split(
+        model, readers, constant, scales.divisors, samples, everywhere=everywhere, on_progress=on_progress
+    )
+    gains = sorted(each.gain_db for each in found.values())
+    said = f": {gains[0]:.1f} to {gains[-1]:.1f} dB less noise predicted at their consumers" if gains else ""
+    return replace(
+        scales,
+        params={**scales.params, **{tensor: each.inside for tensor, each in found.items()}},
+        beyond={tensor: each.beyond for tensor, each in found.items()},
+        notes=(*scales.notes, f"{len(found)} of {len(scales.params)} tensors are multiplied in two pieces{said}"),
+    )
 
 
 def _equalized(

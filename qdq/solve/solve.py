@@ -54,6 +54,7 @@ class Solution:
         carriers: of those, tensor -> the constants that divide it as it is made; no node has to do so.
         weights: (tensor, axis) -> codes and parameters.
         tokens: tensors that have one scale per token, computed as the engine runs; their parameters have scale 1.
+        beyond: tensors in two pieces -> parameters of the outer one; `activations` has those of the inner one.
         tables: codes of constants that no product reads, and which weights share them.
         notes: what a person should know, one line each (ties given up, weights rounded to nearest for want of data).
         store: where the codes of a large model lie.
@@ -65,6 +66,7 @@ class Solution:
     weights: Mapping[Weight, QTensor]
     notes: tuple[str, ...]
     tokens: frozenset[str] = frozenset()
+    beyond: Mapping[str, QParams] = field(default_factory=dict)
     store: WeightStore | None = None
     carriers: Mapping[str, Carrier] = field(default_factory=dict)
     tables: Tables = field(default_factory=Tables)
@@ -130,6 +132,7 @@ def solve(
         weights=weights,
         notes=(*data.notes, *moments.notes, *said, *([rescaled] if divisors else []), *tables.notes),
         tokens=frozenset(data.tokens),
+        beyond=data.beyond,
         store=store,
         carriers=carriers,
         tables=tables,

@@ -23,8 +23,6 @@ from qdq.plan.settings import V0, V1
 from qdq.plan.weighted_node import WeightedNode
 from qdq.solve.equalize import predicted_error
 
-MOST_SHARE = 0.25  # of the weights' noise: with so much more of the data's the outputs lose 1 dB
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenClasses:
@@ -103,4 +101,4 @@ def by_error(
     if plan.settings.v1 != "auto" or not asked:
         return ()
     found = predicted_error.errors(model, asked, params, divisors, samples, on_progress=on_progress)
-    return tuple(t for t, e in found.items() if e.data > MOST_SHARE * e.weights and e.tokens < e.data)
+    return tuple(t for t, e in found.items() if e.data > predicted_error.MOST_SHARE * e.weights and e.tokens < e.data)

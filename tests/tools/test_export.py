@@ -125,6 +125,8 @@ def test_chgnet_is_that_of_its_package(run: Run, tmp_path: Path, capsys: pytest.
     given = ["--samples", str(tmp_path / "s"), "--count", "2", *SMALL["chgnet_potential"].split()]
     assert run("chgnet_potential", str(tmp_path / "x.onnx"), *given) == 0
     assert "the package's energy within" in capsys.readouterr().out
+
+
 def test_open_sizes_take_proteins_of_any_length_behind_a_mask(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="torch is not installed: pip install 'qdq[torch]'")
     ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'qdq[cpu]'")

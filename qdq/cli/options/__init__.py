@@ -75,6 +75,7 @@ compiler_option = click.option(
     "only TensorRT has, else rtx.",
 )
 embeddings_option = setting("--embeddings", "Store tables of words, and others that a Gather reads, as {names}.")
+piecewise_option = setting("--piecewise", "Give data of large products two scales and two products: {names}.")
 attention_option = setting("--attention", "Run Q K and its product with V in {names}; fp8 from Ada on.")
 place_options = _options(
     scheme_option, compiler_option, embeddings_option, attention_option, exclude_option, recipe_option
@@ -98,6 +99,7 @@ settings_options = _options(
     embeddings_option,
     attention_option,
     setting("--gradients", "Round weights that a gradient reads again {names}: tied keeps forces that of the energy."),
+    piecewise_option,
     setting("--bias-correction", "Shift biases so that means stay: {names}; auto does so where held-out samples gain."),
     click.option(
         "--shift/--no-shift", default=None, help="Shift asymmetric activations to use all codes (default on)."

@@ -44,7 +44,7 @@ from qdq.deploy.compare.score import Reference, inputs_only, score
 from qdq.deploy.compare.task import Task
 from qdq.deploy.report.report import shares
 from qdq.deploy.steps.overlap import overlap
-from qdq.deploy.steps.shipped import ShippedModel, file_bytes, written
+from qdq.deploy.steps.shipped import Scales, ShippedModel, file_bytes, written
 from qdq.measure.inference.session import registered
 from qdq.model.model import Model
 from qdq.model.storage import load, save
@@ -242,7 +242,7 @@ class _Bench:
             scheme=entry.text,
             precision=precision(made.plan, float_type_of(made.plan, entry.recipe.unquantized_type)),
             weights_per=_counted(_weight_kind(p.spec.block, p.spec.axis) for p in made.plan.weights),
-            data_per=_counted(_data_kind(p, made.solution.tokens) for p in made.plan.activations),
+            data_per=_counted(_data_kind(p, made.solution) for p in made.plan.activations),
             quantized_nodes=len(made.plan.quantized_nodes),
             notes=(*done.notes, *made.solution.notes, *done.finished.notes),
         )
@@ -362,11 +362,12 @@ def _weight_kind(block: int | None, axis: int | None) -> str:
     return f"block of {block}" if block else "tensor" if axis is None else "channel"
 
 
-def _data_kind(point: Point, tokens: frozenset[str]) -> str:
-    blocks = FORMATS[point.spec.format].blocks
+def _data_kind(point: Point, scales: Scales) -> str:
     if point.spec.residual:
         return "tensor, two codes"
-    return f"block of {blocks[0]}" if blocks else "token" if point.tensor in tokens else "tensor"
+    if blocks := FORMATS[point.spec.format].blocks:
+        return f"block of {blocks[0]}"
+    return "token" if point.tensor in scales.tokens else "piece" if point.tensor in scales.beyond else "tensor"
 
 
 def _counted(kinds: Iterable[str]) -> str:

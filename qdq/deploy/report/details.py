@@ -152,8 +152,8 @@ def _tensor(point: Point, made: Made, errors: TensorErrors) -> TensorRow:
         sqnr_db=errors.sqnr_db.get((role, point.tensor)),
     )
     params = made.solution.activations.get(point.tensor) if point.role == "activation" else None
-    several = point.tensor in made.solution.tokens or point.spec.residual or _divided(point, made)
-    if params is None or params.scale.size != 1 or several:
+    apart = point.spec.residual or point.tensor in (made.solution.tokens | made.solution.beyond)
+    if params is None or params.scale.size != 1 or apart or _divided(point, made):
         return row
     return _ranged(row, params)
 

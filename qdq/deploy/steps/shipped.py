@@ -38,7 +38,7 @@ from qdq.tune.tuned import Tuned
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scales:
-    """What is told of a solution: `activations`, `divisors`, `tokens` and `notes` as of `Solution`.
+    """What is told of a solution: `activations`, `divisors`, `tokens` and `notes` as of `Solution`; `beyond` by name.
 
     Attributes:
         weight_db: as of `weight_errors`.
@@ -47,6 +47,7 @@ class Scales:
     activations: Mapping[str, QParams]
     divisors: Mapping[str, Singles]
     tokens: frozenset[str]
+    beyond: frozenset[str]
     notes: tuple[str, ...]
     weight_db: Mapping[str, float]
 
@@ -159,6 +160,7 @@ def told_of(made: Quantized) -> Made:
         activations=solution.activations,
         divisors=solution.divisors,
         tokens=solution.tokens,
+        beyond=frozenset(solution.beyond),
         notes=solution.notes,
         weight_db=weight_errors(made),
     )
@@ -174,6 +176,7 @@ def _packed(shipped: ShippedModel) -> dict[str, bytes] | None:
     arrays |= {f"divisor {name}": divisor for name, divisor in scales.divisors.items()}
     said = {
         "tokens": sorted(scales.tokens),
+        "beyond": sorted(scales.beyond),
         "notes": scales.notes,
         "weight_db": dict(scales.weight_db),
         "finish": shipped.finished.notes,
@@ -194,6 +197,7 @@ def _unpacked(parts: dict[str, bytes], prepared: Model, table: CalibrationTable)
         activations={n: QParams(scale=arrays[f"scale {n}"], **held) for n, held in said["activations"].items()},
         divisors={name: arrays[f"divisor {name}"] for name in said["divisors"]},
         tokens=frozenset(said["tokens"]),
+        beyond=frozenset(said["beyond"]),
         notes=tuple(said["notes"]),
         weight_db=said["weight_db"],
     )

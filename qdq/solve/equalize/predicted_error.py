@@ -18,6 +18,8 @@ from qdq.plan.weighted_node import WeightedNode
 from qdq.solve.equalize.channels import look
 from qdq.solve.equalize.choose import by_input, data_errors, sizes, weight_error
 
+MOST_SHARE = 0.25  # of the weights' noise: with so much more of the data's the outputs lose 1 dB
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Errors:
