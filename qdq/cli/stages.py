@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qdq.cli import options
+from qdq.cli.calibrate import pool_of
 from qdq.cli.deploy import finish_with, show_volumes
 from qdq.cli.terminal import Bars, note, show_json, show_rows, warn
 from qdq.core.errors import InputError, ModelError
@@ -122,6 +123,8 @@ def plan(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
 @options.custom_ops_option
 @options.settings_options
 @options.shape_option
+@options.workers_option
+@options.cluster_option
 @options.cache_option
 @options.json_option
 def quantize(
@@ -132,6 +135,8 @@ def quantize(
     table_file: Path | None,
     output: Path,
     custom_ops: tuple[str, ...],
+    workers: int | None,
+    cluster: str | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -144,6 +149,7 @@ def quantize(
     from qdq.model.weight_store import kept
     from qdq.passes.prepare import load_float
     from qdq.plan.plan import Plan
+    from qdq.solve.spread import spread
 
     check_output(output, model, data, plan_file, table_file, given["recipe"], *custom_ops)
     with Bars() as bars:
@@ -156,7 +162,7 @@ def quantize(
             samples = None
         else:
             samples = options.samples_of(prepared, recipe, data, random_data)
-        with kept(output.with_name(f".{output.name}.weights")):
+        with kept(output.with_name(f".{output.name}.weights")), spread(pool_of(workers, cluster), model):
             made = quantize(
                 prepared,
                 samples,

@@ -10,11 +10,20 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib import import_module
+from itertools import islice
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -222,7 +231,15 @@ class _Job:
     threads: int
 
 
-def each_of(pool: Pool, work: Callable[[int], R], indices: Iterable[int], *, what: str) -> Iterator[tuple[int, R]]:
+def each_of(
+    pool: Pool,
+    work: Callable[[Any], R],
+    indices: Iterable[int],
+    *,
+    what: str,
+    told: Callable[[int], object] = int,
+    ahead: int | None = None,
+) -> Iterator[tuple[int, R]]:
     """Some jobs by their index, each with its result as it comes; one whose worker died is tried again.
 
     Args:
@@ -230,6 +247,8 @@ def each_of(pool: Pool, work: Callable[[int], R], indices: Iterable[int], *, wha
         work: does a job; picklable.
         indices: of the jobs.
         what: they are, for the message.
+        told: what `work` is called with; made here when the job is handed out.
+        ahead: jobs that are handed out at a time; None for all.
 
     Raises:
         InputError: the workers died TRIES times in a row without finishing any job.
@@ -237,7 +256,7 @@ def each_of(pool: Pool, work: Callable[[int], R], indices: Iterable[int], *, wha
     left, barren = dict.fromkeys(indices), 0
     while left:
         barren += 1
-        for index, result in _round(pool, work, list(left)):
+        for index, result in _round(pool, work, list(left), told, ahead or len(left)):
             del left[index]
             barren = 0
             yield index, result
@@ -248,19 +267,31 @@ def each_of(pool: Pool, work: Callable[[int], R], indices: Iterable[int], *, wha
             )
 
 
-def _round(pool: Pool, work: Callable[[int], R], left: Sequence[int]) -> Iterator[tuple[int, R]]:
+def _round(
+    pool: Pool, work: Callable[[Any], R], left: Sequence[int], told: Callable[[int], object], ahead: int
+) -> Iterator[tuple[int, R]]:
     """Run jobs, yielding each with its result; ends without those whose worker died."""
     futures: dict[Future[R], int] = {}
     lost: tuple[type[BaseException], ...] = (BrokenExecutor, CancelledError, *pool.lost)
+    waiting = iter(left)
+
     with pool.open() as executor:
-        with suppress(BrokenExecutor):  # a worker died already
-            for i in left:
-                futures[executor.submit(work, i)] = i
-        for future in as_completed(futures):
-            try:
-                yield futures[future], future.result()
-            except lost:
-                continue
+
+        def hand_out(count: int) -> None:
+            with suppress(BrokenExecutor):  # a worker died already
+                for i in islice(waiting, count):
+                    futures[executor.submit(work, told(i))] = i
+
+        hand_out(ahead)
+        while futures:
+            for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                index = futures.pop(future)
+                with suppress(*lost):
+                    result = future.result()
+                    del future
+                    yield index, result
+                    del result
+                hand_out(1)
 
 
 def _measure(job: _Job, count: int, index: int) -> CalibrationTable:

@@ -85,7 +85,7 @@ class WeightStore:
         Raises:
             InputError: the disk is full or not writable.
         """
-        if (found := self._load(key)) is not None:
+        if (found := self.finished(key)) is not None:
             return found
         made = make()
         try:
@@ -104,7 +104,7 @@ class WeightStore:
                 np.savez(file, allow_pickle=False, head=np.array(json.dumps(head)), **scales)
         except OSError as error:
             raise _unwritable(self.folder, error) from None
-        found = self._load(key)
+        found = self.finished(key)
         assert found is not None
         return found
 
@@ -134,7 +134,7 @@ class WeightStore:
             raise _unwritable(self.folder, error) from None
         return placed(name, kind, values.shape, path)
 
-    def _load(self, key: str) -> QTensor | None:
+    def finished(self, key: str) -> QTensor | None:
         """The finished weight of that key; None if there is none, or one of another version of this module."""
         codes, facts = self.folder / f"{key}.codes", self.folder / f"{key}.npz"
         if not (codes.is_file() and facts.is_file()):

@@ -8,8 +8,9 @@ value with its notes and changes nothing that it was given. This module must not
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 
 import numpy as np
@@ -30,14 +31,14 @@ from qdq.plan.plan import Plan
 from qdq.plan.weighted_node import Weight, WeightedNode, by_weight, weighted_nodes
 from qdq.solve.data_scales import DataScales, data_scales
 from qdq.solve.equalize import weight_only
-from qdq.solve.equalize.carriers import Carrier, carried, factors, scaled
+from qdq.solve.equalize.carriers import Carrier, carried, factors
 from qdq.solve.equalize.channels import Channels
 from qdq.solve.equalize.formulas import formula
 from qdq.solve.equalize.gradients import tied
 from qdq.solve.rounding import ROUNDINGS
+from qdq.solve.spread import Spread, Task, rounded, workers
 from qdq.solve.tables import Tables, coded
-from qdq.solve.trained import weight_codes
-from qdq.solve.weights import quantize_weight, rounding_bytes
+from qdq.solve.weights import rounding_bytes
 
 ROUNDING_BYTES = 1 << 30  # for the weights that are rounded at a time, with their copies
 
@@ -149,48 +150,55 @@ def _weights(
     store: WeightStore | None,
     on_progress: Progress | None,
 ) -> dict[Weight, QTensor]:
-    """Every weight rounded by itself; one per core at a time, as far as the memory of their copies allows."""
+    """Every weight rounded by itself; one per core at a time, as far as the memory of their copies allows.
+
+    Those of a large model by workers elsewhere, where `spread` says so.
+    """
     settings, readers = plan.settings, [reader for reader, *_ in by_weight(nodes).values()]
+    how = (settings.rounding, settings.damping, settings.act_order)
+
+    def task(reader: WeightedNode) -> Task:
+        divisor, factor = divisors.get(reader.data), outputs.get(reader.name)
+        return Task(reader=reader, divisor=divisor, factor=factor, moments=seen.of(reader))
+
+    def key(of: Task) -> str:
+        decides = (model.sha256, plan.rewrites, of.reader, how, version("qdq"), of.moments, of.divisor, of.factor)
+        return key_of(*decides)
 
     def solved(reader: WeightedNode) -> QTensor:
-        divisor, factor = divisors.get(reader.data), outputs.get(reader.name)
         with room.taken(_bytes(model, reader, moments=reader.key in seen.grams)):
-            moments = seen.of(reader)
+            mine = task(reader)
 
             def make() -> QTensor:
-                values = scaled(model.array(reader.weight), reader, divisor, factor)
-                if reader.trained and (own := weight_codes(model, reader, values)) is not None:
-                    return own
-                rounding = settings.rounding
-                if moments is None and ROUNDINGS[rounding].needs_moments:  # as well as can be without them
-                    rounding = "clip" if reader.spec.block else "nearest"
-                made = quantize_weight(
-                    values,
-                    reader.spec,
-                    outputs=reader.output_axis,
-                    rounding=rounding,
-                    moments=moments,
-                    damping=settings.damping,
-                    act_order=settings.act_order,
-                )
-                for read in (values, seen.grams.get(reader.key)):
-                    if read is not None:
-                        release(read)
+                made = rounded(model, settings, mine)
+                if (read := seen.grams.get(reader.key)) is not None:
+                    release(read)
                 return made
 
-            if store is None:
-                return make()
-            how = (settings.rounding, settings.damping, settings.act_order)
-            decides = (model.sha256, plan.rewrites, reader, how, version("qdq"), moments, divisor, factor)
-            return store.weight(key_of(*decides), make)
+            return make() if store is None else store.weight(key(mine), make)
+
+    def elsewhere(away: Spread) -> Iterator[tuple[WeightedNode, QTensor]]:
+        """As they come; those that an earlier run has finished first."""
+        left = []
+        for reader in readers:
+            found = None if store is None else store.finished(key(task(reader)))
+            if found is None:
+                left.append(reader)
+            else:
+                yield reader, found
+        for index, made in away.each(model, plan, [partial(task, reader) for reader in left]):
+            reader = left[index]
+            yield reader, made if store is None else store.weight(key(task(reader)), partial(lambda t: t, made))
 
     room = MemoryBudget(min(ROUNDING_BYTES, default_bytes()))
+    away = None if store is None else workers()  # starting workers takes longer than the weights of a small model
+    here = zip(readers, overlapped(solved, readers, cores()), strict=True) if away is None else elsewhere(away)
     weights: dict[Weight, QTensor] = {}
-    for index, (reader, made) in enumerate(zip(readers, overlapped(solved, readers, cores()), strict=True)):
+    for done, (reader, made) in enumerate(here, 1):
         weights[reader.key] = made
         if on_progress is not None:
-            on_progress(index + 1, len(readers), "rounding weights")
-    return weights
+            on_progress(done, len(readers), "rounding weights")
+    return {reader.key: weights[reader.key] for reader in readers}
 
 
 def require_room(model: Model, plan: Plan) -> None:

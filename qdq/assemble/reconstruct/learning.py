@@ -29,10 +29,11 @@ from qdq.plan.weighted_node import Weight
 STEPS = 240
 BATCH = 4  # samples in a step
 RATE = 0.03  # of Adam
-WARM = 0.2  # share of the steps without the penalty
-PENALTY = 0.02  # of a weight that is undecided, all weights together; errors are in units of the first ones
+# Of all weights undecided, in units of the errors before: as much more than these as in AdaRound's paper. With a tenth,
+# weights stay between codes until the end, and the codes that they are cut to err more than those to start from.
+PENALTY = 500.0
 SHARPNESS = (20.0, 2.0)  # exponents of the penalty, at its beginning and its end
-NEAR = 0.5  # how far a weight starts from where it was before rounding to its code, of the way
+NEAR = 0.1  # how far a weight starts from where it was before rounding to its code, of the way
 DROP = 0.5  # probability of an unquantized element
 THREADS = 1  # of PyTorch: the last bits of sums depend on their number
 STRETCH, REACH = 1.2, 0.1  # of the sigmoid, so that it gets to 0 and 1
@@ -114,7 +115,9 @@ def _same_bits() -> Iterator[None]:
 
 
 def learn(block: Block, fit: Sequence[Example], held: Sequence[Example]) -> dict[Weight, npt.NDArray[np.float32]]:
-    """Codes with which the block errs less than with those it has, on samples held out; empty if there are none.
+    """Codes with which the model's outputs err less on samples held out than with those to start from; empty if none.
+
+    Where the float rest of the network is not looked at, the block's own outputs decide.
 
     Raises:
         Unknown: PyTorch lacks an operator of the block.
@@ -130,7 +133,7 @@ def learn(block: Block, fit: Sequence[Example], held: Sequence[Example]) -> dict
         _descend(soft, seen, unit)
         with torch.no_grad():
             found = {key: each.hard() for key, each in soft.items()}
-            after, first = (sum(each.loss(codes, unit) for each in judging) for codes in (found, start))
+            after, first = (sum(each.errors(codes)[bool(block.rest)] for each in judging) for codes in (found, start))
     return {key: codes.numpy() for key, codes in found.items()} if float(after) < float(first) else {}
 
 
@@ -142,17 +145,15 @@ def _descend(soft: Mapping[Weight, _Soft], seen: Sequence[_Seen], unit: Sequence
     count = sum(each.v.numel() for each in soft.values())
     queue = list[int]()
     for step in range(STEPS):
-        done = (step / STEPS - WARM) / (1 - WARM)
         optimizer.zero_grad()
         for _ in range(min(BATCH, len(seen))):
             if not queue:
                 queue = order.sample(range(len(seen)), len(seen))
             codes = {key: each.codes() for key, each in soft.items()}
             (seen[queue.pop()].loss(codes, unit, generator) / min(BATCH, len(seen))).backward()
-        if done >= 0:
-            beta = SHARPNESS[1] + (SHARPNESS[0] - SHARPNESS[1]) * (1 + np.cos(np.pi * done)) / 2
-            undecided = sum((1 - (2 * each.gate() - 1).abs() ** beta).sum() for each in soft.values())
-            (undecided * (PENALTY * 50 / count)).backward()
+        beta = SHARPNESS[1] + (SHARPNESS[0] - SHARPNESS[1]) * (1 + np.cos(np.pi * step / STEPS)) / 2
+        undecided = sum((1 - (2 * each.gate() - 1).abs() ** beta).sum() for each in soft.values())
+        (undecided * (PENALTY / count)).backward()
         optimizer.step()
 
 

@@ -60,7 +60,7 @@ def end(number, frame):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, end)
-    shards.as_completed = lambda futures: [time.sleep(0.1), os.killpg(0, signal.SIGINT)]
+    shards.wait = lambda futures, return_when: [time.sleep(0.1), os.killpg(0, signal.SIGINT)]
     plan = placement.plan(load_float(sys.argv[1]))
     pool = shards.local_pool(2)
     shards.collect_shards(sys.argv[1], plan, partial(source, bytes(1 << 20)), pool, total=None)
