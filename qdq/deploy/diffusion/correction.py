@@ -171,7 +171,7 @@ class _Sums:
 def _sure(value: npt.NDArray[np.float64], deviations: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """A mean over pictures, (C,), pulled towards 0 by as much as the pictures' deviations from it, (N, C), allow."""
     variance = np.square(deviations).sum(0) / (len(deviations) * max(len(deviations) - 1, 1))
-    return value * np.maximum(0, 1 - variance / np.maximum(value * value, 1e-300))
+    return np.asarray(value * np.maximum(0, 1 - variance / np.maximum(value * value, 1e-300)))
 
 
 def noise_correction(
