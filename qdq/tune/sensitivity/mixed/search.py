@@ -1,7 +1,8 @@
 """The search for a plan of several precisions: allocated by sums, then compiled and measured as a whole and repaired.
 
 one engine for each candidate -> `Sum` of each cost -> `least` -> compiled and measured: where it is beyond a limit the
-program is solved for less, where it is within by far for more -> choices next to the best that do better are taken
+program is solved for less, where it is within by far for more -> sums are corrected by what was seen, and what they
+give, and choices next to the best, are looked at; what does better is taken
 Where sums mislead, what pairs of groups add is measured too. Every choice that was looked at is kept. What is measured
 has quick scales, on the samples that the sensitivity is of.
 """
@@ -28,7 +29,7 @@ from qdq.tune.sensitivity.mixed.allocate import Both, Chosen, Limit, Pair, Sum, 
 from qdq.tune.sensitivity.mixed.choices import Choices
 from qdq.tune.sensitivity.mixed.goal import BETTER_DB, ERROR, OPTIONS, Goal, Quality, said
 from qdq.tune.sensitivity.mixed.pairs import adjacent, correlated
-from qdq.tune.sensitivity.mixed.sums import fitted, with_changes
+from qdq.tune.sensitivity.mixed.sums import corrected, fitted, with_changes
 from qdq.tune.sensitivity.table import Sensitivity
 
 SHRINKS = 8  # times that the program is solved anew for what compiling and measuring showed
@@ -72,6 +73,7 @@ class Search:
     how: dict[Chosen, str] = field(default_factory=dict)
     _cost: dict[Chosen, Cost] = field(default_factory=dict)
     _quality: dict[Chosen, Quality] = field(default_factory=dict)
+    _apart: dict[Chosen, float] = field(default_factory=dict)  # noise of choices that were not compiled
     _sums: dict[str, Sum] = field(default_factory=dict)
     _score: HeldOutScore | None = None
     _model: tuple[Chosen, Model] | None = None
@@ -246,7 +248,8 @@ class Search:
         pairs = dict[Pair, Mapping[Both, float]]()
         for pair in sorted(loud, key=lambda p: -loud[p])[:PAIRS]:
             alone = tuple(text if g in pair else FLOAT for g, text in enumerate(chosen))
-            together = self._compared(self.choices.model(alone, self.table)).noise - error.base
+            self._apart[alone] = self._compared(self.choices.model(alone, self.table)).noise
+            together = self._apart[alone] - error.base
             pairs[pair] = correlated(error.groups, pair, both[pair], together, quantizes)
         self._sums[ERROR] = replace(error, pairs=pairs)
         self.steps.append(
@@ -299,20 +302,29 @@ class Search:
         return (quality.noise, cost[SIZE]) if self.goal.minimize == ERROR else (cost[self.goal.minimize], quality.noise)
 
     def _near(self, best: Chosen) -> Iterator[Chosen]:
-        """Choices next to one that its sums say keep to the goal, corrected by what is known of it."""
-        cost = self.cost(best).of
-        limits = [(s := self._sums[name], s.of(best) + most - cost[name]) for name, most in self.goal.most.items()]
+        """What the program gives of sums corrected by all that is known, and choices next to one that keep by them."""
+        cost, sums = self.cost(best).of, self._corrected()
+        limits = [(s := sums[name], s.of(best) + most - cost[name]) for name, most in self.goal.most.items()]
         if self.goal.accurate:
             spare = LOOSER
             if self.goal.min_db > -math.inf:
                 spare = 10 ** ((self.quality(best).worst_db - self.goal.least_db) / 10)
-            limits.append((self._sums[ERROR], self._sums[ERROR].of(best) * max(spare, 1.0)))
-        aim = self._sums[self.goal.minimize]
-        for chosen in neighbours(aim, best, limits):
+            limits.append((sums[ERROR], sums[ERROR].of(best) * max(spare, 1.0)))
+        aim = sums[self.goal.minimize]
+        again = least(aim, limits)
+        for chosen in dict.fromkeys((*([again] if again else []), *neighbours(aim, best, limits))):
             if self.goal.minimize != ERROR and aim.of(chosen) >= aim.of(best):
                 return
             if chosen not in self._cost or chosen not in self._quality:
                 yield chosen
+
+    def _corrected(self) -> dict[str, Sum]:
+        """The sums as whole choices have them that were looked at."""
+        noises = {**self._apart, **{chosen: quality.noise for chosen, quality in self._quality.items()}}
+        seen = {
+            name: {chosen: cost.of[name] for chosen, cost in self._cost.items()} for name in self._sums if name != ERROR
+        }
+        return {name: corrected(each, seen.get(name, noises)) for name, each in self._sums.items()}
 
     def _better(self, best: Chosen) -> Chosen | None:
         """The best of the choices next to one that keep to the goal, if it is better."""

@@ -1,7 +1,8 @@
 """Costs of a choice as sums, of a few engines: float everywhere, each candidate everywhere, and two of them by turns.
 
 engines -> `fitted`: each group's share in each candidate; of times also `with_changes`: what it costs that two groups
-next to each other have different precisions. It must not choose.
+next to each other have different precisions. What whole choices show corrects any sum
+by as little as can be (`corrected`). It must not choose.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
+
+import numpy as np
 
 from engines.core.documents import replace
 from qdq.build.pricing.costing import TIME, Cost
@@ -19,6 +22,8 @@ from qdq.tune.sensitivity.mixed.pairs import adjacent, alternating, apart
 
 CostOf = Callable[[Chosen], Cost]
 LEAST = 1e-9
+PART, WHOLE = 0.5, 0.01  # standard deviations that are expected: of a part of a sum, and of the corrected sum, relative
+LEAST_PART = 0.1  # of what a part was: none is corrected to less
 
 
 def fitted(name: str, noise: Sequence[Mapping[str, float]], choices: Choices, cost: CostOf) -> Sum:
@@ -68,6 +73,37 @@ def with_changes(time: Sum, choices: Choices, cost: CostOf, most: int) -> Sum:
             for pair in pairs if math.isfinite(each) and each > 0 else ():
                 found.setdefault(pair, {}).update({(one, other): each, (other, one): each})
     return replace(time, pairs=found)
+
+
+def corrected(each: Sum, seen: Mapping[Chosen, float]) -> Sum:
+    """A sum whose parts are changed as little as makes it agree with what whole choices were seen to have.
+
+    Ridge regression of what was seen on the parts, each of which may be off by a share of itself.
+
+    Args:
+        each: the sum.
+        seen: choice -> figure; what is not finite counts for nothing.
+    """
+    known = {chosen: value for chosen, value in seen.items() if math.isfinite(value) and value > 0}
+    if not known:
+        return each
+    places = {
+        (g, name): i for i, (g, name) in enumerate((g, n) for g, own in enumerate(each.groups) for n in own if own[n])
+    }
+    parts, apart_ = np.zeros((len(known), len(places) + 1)), np.zeros(len(known))
+    for row, (chosen, value) in enumerate(known.items()):
+        parts[row, -1] = each.base / value
+        for g, name in enumerate(chosen):
+            if math.isfinite(part := each.groups[g][name]) and (g, name) in places:
+                parts[row, places[g, name]] = part / value
+        apart_[row] = 1.0 - each.of(chosen) / value
+    ridge = (WHOLE / PART) ** 2 * np.eye(parts.shape[1])
+    share = np.maximum(1.0 + np.linalg.solve(parts.T @ parts + ridge, parts.T @ np.nan_to_num(apart_)), LEAST_PART)
+    groups = [
+        {name: part * float(share[places[g, name]]) if (g, name) in places else part for name, part in own.items()}
+        for g, own in enumerate(each.groups)
+    ]
+    return replace(each, base=each.base * float(share[-1]), groups=groups)
 
 
 def _kernel_times(choices: Choices, engine: Cost) -> list[float]:
