@@ -73,13 +73,13 @@ class Costing:
         by = stand_in(self.recipe, model.proto)
         try:
             price = self._price(by, model)
+            if price is not None and price.refusal:
+                return _refused(price.refusal)
             size, memory = (price.weight_bytes, price.memory_bytes) if price else self._bytes(by, model)
         except BuildError as error:
             return _refused(str(error))
         if price is None or by is not self.recipe:
             price = self._derived_price(model)
-        elif price.refusal:
-            return _refused(price.refusal)
         us, kernels = (price.us, price.kernels) if price else (math.inf, ())
         return Cost(of={SIZE: float(size), MEMORY: float(memory), TIME: us}, kernels=kernels)
 
