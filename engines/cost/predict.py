@@ -137,6 +137,7 @@ class EngineWork:
         macs: multiply-adds of each as the audit places them, in all turns.
         turns: how often each runs.
         family, unplaced_macs, uncounted: as of `Cost`.
+        weight_bytes, activation_bytes: as of its layer table.
     """
 
     targets: tuple[str, ...]
@@ -147,6 +148,8 @@ class EngineWork:
     family: str
     unplaced_macs: int
     uncounted: tuple[str, ...]
+    weight_bytes: int = 0
+    activation_bytes: int = 0
 
     def on(self, gpu: Gpu) -> Cost:
         """The predicted time of every kernel, and what bounds it.
@@ -248,6 +251,8 @@ def engine_work(
         family=family_of(works),
         unplaced_macs=max(0, unplaced - found),  # what the audit places nowhere may be in kernels that tell
         uncounted=tuple(n.node for n in nodes if not n.counted and (n.macs is not None or n.kernel not in told)),
+        weight_bytes=table.weight_bytes,
+        activation_bytes=table.activation_bytes,
     )
 
 

@@ -140,6 +140,18 @@ class HeldOutScore:
             del some  # before the next are made
         return signals, noises
 
+    def compared(self, candidate: Model) -> Iterator[tuple[Sample, dict[str, np.ndarray], dict[str, np.ndarray]]]:
+        """Each sample with a candidate's outputs and the float model's, in the order in which samples are read."""
+        outputs = [name for name in self._outputs if name in candidate.names()]
+        expected = self._beside() if given_bytes() is None else self._before()
+        session = in_its_types(candidate, outputs, threads=1)
+
+        def compare(item: tuple[int, Sample]) -> tuple[Sample, dict[str, np.ndarray], dict[str, np.ndarray]]:
+            found = session(item[1])
+            return item[1], found, expected(*item, outputs)
+
+        yield from overlapped(compare, enumerate(self._held.holding()), self._threads)
+
     def _by_sample(self, candidates: Sequence[Model]) -> tuple[list[float], list[list[float]]]:
         """The same of few candidates, in one go."""
         lost = {name for name in self._outputs for each in candidates if name not in each.names()}

@@ -147,12 +147,10 @@ class _Writer(PaddingWriter):
         """Case N: x W = q W + (x - q) W for the values q of the codes of x, the same codes of W in both products."""
         tensor, output, key = weighted.data, copy.output[0], (weighted.data, around, "rest")
         if key not in self._made:
-            step = self._constant(f"{tensor}_rest_scale", params.scale / 256, self._model.dtype(tensor))
-            scales = (step, self._scale(tensor, params)[1])
             source = self._padded(tensor, self._divided(tensor), around)
             rest = self._append("Sub", (source, copy.input[0]), f"{tensor}_rest")
-            codes = self._append("QuantizeLinear", (rest, *scales), f"{tensor}_rest_QuantizeLinear")
-            self._made[key] = self._append("DequantizeLinear", (codes, *scales), f"{tensor}_rest_DequantizeLinear")
+            finer = replace(params, scale=params.scale / 256)
+            self._made[key] = self._coded(rest, finer, self._model.dtype(tensor))
         second = altered(copy)
         second.name, second.input[:] = self._name(f"{copy.name}_rest"), [self._made[key], copy.input[1]]
         copy.output[0], second.output[0] = parts = self._name(f"{output}_coarse"), self._name(f"{output}_rest")

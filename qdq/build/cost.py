@@ -51,6 +51,8 @@ class Price:
         ratio_error: the same of the ratio of two forms of one network on one GPU, in which most of it falls out.
         refusal: what the compiler said of a model that does not compile.
         other: the price if FP16 products accumulate in the other type than is assumed; None where there is no other.
+        weight_bytes: of the weights in the engine, the largest of its targets'; 0 where no engine is compiled.
+        memory_bytes: of those and of what it computes, likewise.
     """
 
     us: float
@@ -59,6 +61,8 @@ class Price:
     ratio_error: float | None = None
     refusal: str = ""
     other: Price | None = None
+    weight_bytes: int = 0
+    memory_bytes: int = 0
 
     def gains_on(self, before: Price) -> bool:
         """Whether it is predicted faster by more than a tie."""

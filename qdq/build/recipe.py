@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard
+from typing import Annotated, Any, Literal, NoReturn, TypeGuard
 
 import msgspec
 
@@ -45,6 +45,8 @@ from qdq.plan.settings import Settings
 UNQUANTIZED_TYPES = ("auto", "fp16", "bf16", "fp32")
 TUNES = ("placement", "rewrites", "off")
 JUDGES = ("predicted", "measured")
+AIMS = ("time", "size", "error")
+PICKS = ("knee", "smallest", "fastest", "most-accurate")
 TUNE_COMPILES = 160
 TIME_LIMIT_S = 1800.0
 # keys that recipes still may have, and what they are called now
@@ -70,8 +72,12 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
         shape: as `ShapeOption.parse` reads them.
         hold: inputs and values, as `held_input` reads them.
         minimize: as of `Recipe`.
+        pick: as of `Recipe`.
         candidates: texts as `qdq.plan.choice` reads them, with commas between.
         max_size_mib: most that the weights in the engine may take, in MiB.
+        max_memory_mib: most that those and what the engine computes may take, in MiB.
+        max_latency_us: most microseconds that one inference may be predicted to take.
+        min_metric: NAME=VALUE of metrics that a plan of several precisions must reach.
         min_sqnr_db: least signal to noise ratio of each output, in dB.
         min_sqnr_spread_db: least ratio of the spread over samples to the error, of each output that varies, in dB.
         min_cosine: least cosine similarity of each output.
@@ -104,9 +110,13 @@ class RecipeFile(Settings, frozen=True, kw_only=True):
     target: Words = ()
     shape: Words = ()
     hold: Words = ()
-    minimize: str = "time"
+    minimize: str = ""
+    pick: str = ""
     candidates: Words = ()
     max_size_mib: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
+    max_memory_mib: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
+    max_latency_us: Annotated[float, msgspec.Meta(gt=0, le=1e12)] | None = None
+    min_metric: Words = ()
     min_sqnr_db: Decibels | None = None
     min_sqnr_spread_db: Decibels | None = None
     min_cosine: Annotated[float, msgspec.Meta(ge=-1, le=1)] | None = None
@@ -149,9 +159,14 @@ class Recipe:
         time_limit_s: seconds for that choice, at most; a search that they end depends on the machine.
         judge: what decides between the forms that a search finds: 'predicted' times, or times 'measured' on this
             machine's GPU; "" measures where a GPU of the one target and the compiler's runtime are here.
-        minimize: what is chosen for: 'time'; or 'error', a precision for each group of nodes within `max_size_mib`.
-        candidates: those precisions; none takes the usual ones.
+        minimize: what is chosen for: 'time', 'size' or 'error'; "" is time, and what is quantized alone is chosen.
+        pick: of the front of all that was looked at: 'knee', 'smallest', 'fastest', 'most-accurate' or a number; "" for
+            none.
+        candidates: precisions that each group of nodes may have; none takes the usual ones.
         max_size_mib: most that the weights in the engine may take, in MiB; None: not checked.
+        max_memory_mib: of those and of what the engine computes; None: not limited.
+        max_latency_us: most microseconds that one inference may be predicted to take; None: not limited.
+        min_metrics: NAME -> what a metric must reach.
         gpus: to predict times for, names in `engines.cost.gpus.GPUS` or mappings for `Gpu.from_mapping`;
             none for the usual one of each target.
         targets: to compile for.
@@ -177,9 +192,13 @@ class Recipe:
     tune_compiles: int = TUNE_COMPILES
     time_limit_s: float = TIME_LIMIT_S
     judge: str = ""
-    minimize: str = "time"
+    minimize: str = ""
+    pick: str = ""
     candidates: tuple[str, ...] = ()
     max_size_mib: float | None = None
+    max_memory_mib: float | None = None
+    max_latency_us: float | None = None
+    min_metrics: Mapping[str, float] = field(default_factory=dict)
     gpus: tuple[str | Mapping[str, object], ...] = ()
     targets: tuple[str, ...] = USUAL_TARGETS
     chosen_because: str = ""
@@ -288,9 +307,13 @@ class Recipe:
             tune_compiles=file.tune_compiles,
             time_limit_s=file.time_limit,
             judge=judge,
-            minimize=choose(file.minimize, ("time", "error"), "thing to minimize"),
+            minimize=choose(file.minimize, AIMS, "thing to minimize") if file.minimize else "",
+            pick=file.pick if file.pick.isdecimal() or not file.pick else choose(file.pick, PICKS, "pick"),
             candidates=tuple(text.strip() for some in _list(file.candidates) for text in some.split(",")),
             max_size_mib=file.max_size_mib,
+            max_memory_mib=file.max_memory_mib,
+            max_latency_us=file.max_latency_us,
+            min_metrics=dict(map(_least, _list(file.min_metric))),
             gpus=gpus,
             targets=choice.targets,
             chosen_because=choice.because,
@@ -336,6 +359,23 @@ def _whole(file: RecipeFile, volume: VolumeSpec | None) -> WholeVolumes:
             )
     asked = bool(file.window or file.segmentation or any(getattr(file, name) is not None for name in OF_VOLUMES))
     return WholeVolumes(window=window, segmentation=segmentation or Segmentation(), asked=asked)
+
+
+def _least(text: str) -> tuple[str, float]:
+    """A metric and the value that it must reach, of NAME=VALUE.
+
+    Raises:
+        InputError: no such text.
+    """
+    name, equals, value = text.rpartition("=")
+    try:
+        return (name, float(value)) if name and equals else _least_needs(text)
+    except ValueError:
+        return _least_needs(text)
+
+
+def _least_needs(text: str) -> NoReturn:
+    raise InputError(f"--min-metric is {text!r}: it must be NAME=VALUE, as in dice=0.9 or scores.py:iou=0.8.")
 
 
 def _list(words: Words) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import click
 
 from qdq.cli import options
 from qdq.cli.terminal import Bars, note, show_json, show_rows, warn
-from qdq.cli.tune import allocation_rows, least_error
+from qdq.cli.tune import allocation_rows, mixed
 from qdq.core.errors import InputError
 from qdq.core.outputs import check_output
 
@@ -60,6 +60,9 @@ def deploy(
     table_file: Path | None,
     workers: int | None,
     sensitivity_file: Path | None,
+    front_file: Path | None,
+    plot_file: Path | None,
+    metric_labels: str,
     allow_overlap: bool,
     with_images: bool,
     custom_ops: tuple[str, ...],
@@ -70,6 +73,7 @@ def deploy(
 ) -> None:
     """Do it all: export where MODEL is no ONNX file, then tune, calibrate, quantize, build, audit and check."""
     from qdq.deploy.deploy import deploy as deployed
+    from qdq.deploy.report.front_plot import draw
     from qdq.deploy.report.report import warning_lines
     from qdq.deploy.trace.command import command_of
     from qdq.measure.table import CalibrationTable
@@ -78,9 +82,13 @@ def deploy(
     asked = options.asked_of(model, given, data=data, evaluation=evaluation, needed=random_data is None)
     plan = Plan.load(plan_file) if plan_file else None
     recipe, notes = options.recipe_of_plan(given, plan, plan_file), [] if random_data is None else [options.RANDOM_NOTE]
-    mixing = options.require_mix(recipe, sensitivity_file)
+    mixing, made = options.require_mix(recipe, sensitivity_file, front_file, checks=True), None
     if mixing and (plan or table_file):
-        raise InputError("--minimize error makes a plan of its own, and its table: leave out --plan and --table.")
+        raise InputError("--minimize and --pick make a plan of their own, and its table: leave out --plan and --table.")
+    if plot_file is not None and not mixing:
+        raise InputError(
+            "--plot draws the front of plans of several precisions: add --minimize and a limit, or --pick."
+        )
     if table_file and plan is None and recipe.tune != "off":
         raise InputError(
             "--table holds the tensors of one plan, and a tuned plan may need others: give that --plan too, or --tune "
@@ -90,15 +98,19 @@ def deploy(
     with Bars() as bars, options.as_onnx(model, out, recipe, data, dynamic, opset, asked) as (path, exported):
         data, evaluation = options.sources(exported, data, evaluation)
         if mixing:
-            plan, made = least_error(
+            plan, made = mixed(
                 *(path, data, random_data, recipe),
                 sensitivity_file=sensitivity_file,
+                front_file=front_file,
+                metric_labels=metric_labels,
                 output=None,
                 on_progress=bars,
                 custom_ops=custom_ops,
             )
             recipe = options.recipe_of_mix(given, plan)
-            notes.append("Chosen for least error: " + "; ".join(f"{a}: {b}" for a, b in allocation_rows(made) if a))
+            notes.append("; ".join(f"{a}: {b}" for a, b in allocation_rows(made) if a))
+            if plot_file is not None:
+                draw(made, plot_file)
         done = deployed(
             path,
             lambda prepared: options.samples_of(prepared, recipe, data, random_data),
@@ -108,6 +120,7 @@ def deploy(
             if evaluation
             else None,
             plan=plan,
+            allocation=made,
             calibrated=table,
             measure=_on_workers(path, data, random_data, recipe, workers, custom_ops),
             allow_overlap=allow_overlap,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qdq.build.recipe import Recipe
     from qdq.core.progress import Progress
     from qdq.plan.plan import Plan
-    from qdq.tune.sensitivity.mixed import Allocation
+    from qdq.tune.sensitivity.mixed.front import Allocation
 
 
 @click.command()
@@ -44,14 +44,17 @@ def tune(
     random_data: int | None,
     output: Path,
     sensitivity_file: Path | None,
+    front_file: Path | None,
+    plot_file: Path | None,
+    metric_labels: str,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Choose by compiled results what is quantized, and which exact rewrites are made.
 
     What is quantized is predicted to gain time, by more than a tie; where that is not so, the nodes stay in float.
-    Without --data every activation is assumed asymmetric, the most expensive case. With --minimize error each group of
-    nodes gets the precision with which the outputs err least, within --max-size-mib.
+    Without --data every activation is assumed asymmetric, the most expensive case. With --minimize and limits each
+    group of nodes gets a precision of its own; every plan that was looked at is kept in PLAN.front.json.
     """
     from engines.core.files import write_atomic
     from qdq.build.branches import with_possible_branches
@@ -59,28 +62,40 @@ def tune(
     from qdq.build.measured.bench import bench_of, priced_here, why_predicted
     from qdq.build.pricing.tensorrt_pricer import pricer_of, unpriced
     from qdq.core.errors import InputError
+    from qdq.deploy.report.front_plot import draw
     from qdq.deploy.report.report import Row, measured_rows
     from qdq.passes.prepare import load_float
     from qdq.tune.exact.elsewhere import elsewhere
     from qdq.tune.find_plan import find_plan
 
-    check_output(output, model, data, given["recipe"], sensitivity_file)
+    for place in filter(None, (output, plot_file)):
+        check_output(place, model, data, given["recipe"], sensitivity_file, front_file)
     recipe = options.recipe_of(given)
-    if options.require_mix(recipe, sensitivity_file):
-        if "min_sqnr_db" in recipe.limits:
-            raise InputError("--min-sqnr-db bounds the error of the fastest plan; --minimize error has no such bound.")
+    if options.require_mix(recipe, sensitivity_file, front_file):
         with Bars() as bars:
-            plan, made = least_error(
-                *(model, data, random_data, recipe), sensitivity_file=sensitivity_file, output=output, on_progress=bars
+            plan, made = mixed(
+                *(model, data, random_data, recipe),
+                sensitivity_file=sensitivity_file,
+                front_file=front_file,
+                metric_labels=metric_labels,
+                output=output,
+                on_progress=bars,
             )
         plan.save(output)
+        made.save(front_beside(output))
+        if plot_file is not None:
+            draw(made, plot_file)
         if as_json:
             show_json(made.to_json())
         else:
-            show_rows(f"Plan of {model.name} in {output}", allocation_rows(made))
+            show_rows(
+                f"Plan of {model.name} in {output}", [*allocation_rows(made), ("front", str(front_beside(output)))]
+            )
         return
-    if recipe.max_size_mib is not None:
-        raise InputError("--max-size-mib bounds no search for time: add --minimize error, or check it with `deploy`.")
+    if plot_file is not None:
+        raise InputError(
+            "--plot draws the front of plans of several precisions: add --minimize and a limit, or --pick."
+        )
     if why := unpriced(recipe):
         raise InputError(f"Nothing to tune by: {why}. Take the scheme int8, or --compiler rtx.")
     with Bars() as bars:
@@ -122,38 +137,56 @@ def tune(
     show_rows(f"Tuned plan of {model.name} in {output}", rows)
 
 
-def least_error(
+def front_beside(output: Path) -> Path:
+    """Where the front of a plan's search is kept."""
+    return output.with_name(f"{output.name.removesuffix('.json')}.front.json")
+
+
+def mixed(
     model: Path,
     data: str | None,
     random_data: int | None,
     recipe: Recipe,
     *,
     sensitivity_file: Path | None,
+    front_file: Path | None,
+    metric_labels: str,
     output: Path | None,
     on_progress: Progress,
     custom_ops: tuple[str, ...] = (),
 ) -> tuple[Plan, Allocation]:
-    """The plan of least error within a size, and what it is; arguments as of the verb.
+    """The plan of several precisions that is asked for, and what it is; arguments as of the verb.
 
     Raises:
         InputError, EngineError, MissingRuntimeError: see `mix`.
     """
     import os
 
+    from qdq.deploy.compare.bound import bounds
+    from qdq.deploy.compare.score import labelled
     from qdq.measure.inference.session import registered
     from qdq.passes.prepare import load_float
-    from qdq.tune.sensitivity.mixed import mix
+    from qdq.tune.sensitivity.mixed.front import Allocation
+    from qdq.tune.sensitivity.mixed.mix import mix, picked_from
     from qdq.tune.sensitivity.table import Sensitivity
 
     on_progress(0, None, "Prepare")
     known = Sensitivity.load(sensitivity_file) if sensitivity_file else None
     prepared = load_float(model)
+    if front_file is not None:
+        return picked_from(prepared, Allocation.load(front_file), recipe.pick, str(output or ""))
     samples = options.samples_of(prepared, recipe, data, random_data)
+    scored = samples
+    if recipe.min_metrics and metric_labels and not metric_labels.startswith("next") and data is not None:
+        scored = labelled(data, prepared, metric_labels, volume=recipe.volume, case_key=options.case_key_of(recipe))
     libraries = tuple(os.path.abspath(path) for path in custom_ops)
     with registered(libraries):
+        first = next(iter(scored)) if recipe.min_metrics else {}
         return mix(
             *(model, prepared, samples, recipe),
             known=known,
+            bounds=bounds(recipe.min_metrics, prepared, first, metric_labels),
+            labelled=scored if metric_labels else None,
             custom_ops=libraries,
             output=output,
             on_progress=on_progress,
@@ -163,14 +196,21 @@ def least_error(
 def allocation_rows(made: Allocation) -> list[tuple[str, str]]:
     """What was chosen, for people."""
     nodes = ", ".join(f"{count} {text}" for text, count in made.nodes.items())
-    return [
-        ("weights in the engine", f"{made.size_mib:.3f} MiB of {made.max_size_mib:g}, by {made.compiled_by}"),
-        ("all in float", f"{made.float_mib:.3f} MiB"),
+    asked = "; ".join(f"{option} {value}" for option, value in made.limits.items())
+    rows = [
+        ("chosen for", f"least {made.minimize}" + (f", {made.pick} of the front" if made.pick else "")),
+        ("limits", asked),
+        ("weights in the engine", f"{made.size_mib:.3f} MiB, by {made.compiled_by}; all in float {made.float_mib:.3f}"),
         ("nodes", nodes),
         ("SQNR of the outputs", f"{made.measured_db:.1f} dB with quick scales, {made.sum_db:.1f} by the sum of groups"),
-        ("measured as a whole", f"{made.measured} plans; the first had {made.allocated_db:.1f} dB"),
-        *(("", step) for step in made.steps),
+        *((name, f"{value:.4f}") for name, value in made.best.values.items()),
+        ("looked at", f"{made.measured} plans; the first within the limits had {made.allocated_db:.1f} dB"),
     ]
+    if made.time_us is not None:
+        us = made.tried[0].time_us or 0.0
+        on = ", ".join(made.gpus)
+        rows.insert(3, ("predicted time", f"{made.time_us:.2f} us on {on}; all in float {us:.2f}"))
+    return [*(row for row in rows if row[1]), *(("", step) for step in made.steps)]
 
 
 def _metrics() -> Iterable[str]:

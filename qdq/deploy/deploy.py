@@ -37,7 +37,7 @@ from qdq.build.script.write import NAME
 from qdq.core.errors import InputError
 from qdq.core.files import folder_beside, move_all
 from qdq.core.progress import Progress
-from qdq.deploy.page.folder import MEASURED, PAGE, SLICES
+from qdq.deploy.page.folder import FRONT, MEASURED, PAGE, SLICES
 from qdq.deploy.page.render import write_page
 from qdq.deploy.report.details import details_of
 from qdq.deploy.report.report import DeployReport, EngineSizes, size
@@ -63,6 +63,7 @@ from qdq.passes.prepare import load_float
 from qdq.plan.plan import Plan
 from qdq.plan.tables import offered
 from qdq.tune.exact.elsewhere import elsewhere
+from qdq.tune.sensitivity.mixed.front import Allocation
 
 WORTH_SAYING = 0.05  # of a file: what codes of tables must save for a line
 ENDS = ("", ".json", ".manifest.json")  # of the names of an engine and what lies beside it
@@ -92,6 +93,7 @@ def deploy(
     evaluation: Iterable[Sample] | Callable[[Model], Samples] | None = None,
     labels: Sequence[np.ndarray] = (),
     plan: Plan | None = None,
+    allocation: Allocation | None = None,
     calibrated: CalibrationTable | None = None,
     measure: Measure | None = None,
     allow_overlap: bool = False,
@@ -107,8 +109,9 @@ def deploy(
     `out` receives <stem>.<scheme>.onnx (where nothing is quantized, <stem>.<float type>.onnx), <stem>.engine with its
     layers (.json) and manifest (.manifest.json), plan.json, table.json, report.json and report.html, provenance.json,
     and SHA256SUMS of all: all of them, or after an error none; where forms were timed on a GPU also measured.jsonl, a
-    line for each; where samples are images also inference.json. A missed limit is no error. Where the recipe's
-    compiler needs a GPU that is not here, build_engine.sh stands in for the engine, and builds it where there is one.
+    line for each; where a plan of several precisions was searched for, front.json; where samples are images also
+    inference.json. A missed limit is no error. Where the recipe's compiler needs a GPU that is not here,
+    build_engine.sh stands in for the engine, and builds it where there is one.
 
     Args:
         model_path: a float ONNX file; it is not changed.
@@ -119,6 +122,7 @@ def deploy(
         labels: true classes of the evaluation samples, each shaped like the argmax over axis 1 of the first output;
             the report then says how well both models find them.
         plan: in place of one that is tuned, or made by the rules.
+        allocation: the search that the plan comes from, if it comes from one.
         calibrated: in place of a calibration, with `plan`, or where nothing is tuned.
         measure: calibrates in place of this process.
         allow_overlap: evaluation samples may be calibration samples too; the report says how many are.
@@ -222,7 +226,7 @@ def deploy(
             *built.notes,
             *_notes(made.plan, output.name, judged_on),
             _tables_note(made.prepared, made.plan, file_bytes(finished.model), 2 if low in ("fp16", "bf16") else 4),
-            "not tuned: the plan was given" if plan else "",
+            "not tuned: the plan was given" if plan and not allocation else "",
             "not tuned: the model's own quantizers are kept" if prepared.trained and recipe.tune != "off" else "",
             f"not tuned: {unpriced(recipe)}" if _tunes(prepared, recipe, plan) and not pricer else "",
             *done.notes,
@@ -254,8 +258,11 @@ def deploy(
             notes=tuple(filter(None, said)),
             label_dice=found.label_dice,
             tuning=outcome,
+            allocation=allocation,
         )
         write_atomic(folder / "report.json", report.to_json())
+        if allocation:
+            allocation.save(folder / FRONT)
         if table:
             add_files(engine_path)
         if exported:
@@ -277,7 +284,7 @@ def deploy(
             pictures.save(folder / SLICES)
         write_page(folder, with_images=with_images)
         write_sums(folder)
-        outdated = (*(engine_path.name + end for end in ENDS), NAME, MEASURED, SLICES, INFERENCE)
+        outdated = (*(engine_path.name + end for end in ENDS), NAME, MEASURED, SLICES, INFERENCE, FRONT)
         return Deployed(
             folder=out,
             files=move_all(folder, out, outdated=outdated),

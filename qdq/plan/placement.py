@@ -23,6 +23,7 @@ from qdq.model.model import Model
 from qdq.model.nodes import WEIGHTED, controlled_nodes
 from qdq.passes.rewrites import USUAL_REWRITES, applied, why_not_for
 from qdq.plan import tables
+from qdq.plan.choice import choice
 from qdq.plan.groups import united
 from qdq.plan.plan import Plan, Point, Role, Skip
 from qdq.plan.rules import tensorrt
@@ -45,14 +46,44 @@ def plan(model: Model, settings: Settings | None = None) -> Plan:
         rewrites are `usual`; points and skips are of the rewritten model.
 
     Raises:
-        InputError: an exclude or override pattern that matches nothing, or nodes of different schemes that read one
-            tensor in different formats. A model without anything to quantize gives a plan without points.
+        InputError: an exclude or override pattern that matches nothing, an override that quantizes nothing, or nodes
+            of different schemes that read one tensor in different formats. A model without anything to quantize gives
+            a plan without points.
     """
-    settings = settings or Settings()
+    settings = asked = settings or Settings()
     check_patterns(model, settings)
     settings = _in_own_formats(model, settings)
     written, rewrites = applied(model, usual(model, settings))
-    return replace(placed(written, carried(settings, model, written)), settings=settings, rewrites=rewrites)
+    made = placed(written, carried(settings, model, written))
+    check_overrides(model, written, asked, made)
+    return replace(made, settings=settings, rewrites=rewrites)
+
+
+def check_overrides(before: Model, after: Model, settings: Settings, made: Plan) -> None:
+    """Refuse a scheme for nodes of which it quantizes none.
+
+    Args:
+        before: the model that the settings name nodes of.
+        after: the same after rewrites.
+        settings: with overrides.
+        made: their plan, of `after`.
+
+    Raises:
+        InputError: names the pattern, a node, and why it is not quantized.
+    """
+    reasons = {skip.node: skip.reason for skip in made.skips}
+    inside = {name for point in made.points for name, _ in point.uses}
+    for pattern, text in settings.overrides.items():
+        if not choice(text).quantizes:
+            continue
+        own = carried(replace(settings, exclude=(), overrides={pattern: text}), before, after).overrides
+        names = [n for n in (*inside, *reasons) if any(fnmatch.fnmatchcase(n, some) for some in own)]
+        if names and not inside.intersection(names):
+            node = min(names)
+            raise InputError(
+                f"--override {pattern}={text} quantizes nothing: {node!r} stays in float, for {reasons[node]}. Name "
+                "nodes that can be quantized, as `qdq plan` lists them, or leave it out."
+            )
 
 
 def usual(model: Model, settings: Settings) -> frozenset[tuple[str, str]]:

@@ -107,12 +107,14 @@ class VariantBuilder:
     _usual: Variant | None = None
 
     def __post_init__(self) -> None:
-        """Refuse patterns that match nothing: after rewrites they may, as given they may not.
+        """Refuse patterns that match nothing, and overrides that quantize nothing: after rewrites they may, now not.
 
         Raises:
             InputError: names the pattern.
         """
         rules.check_patterns(self.model, self.settings)
+        if self.settings.overrides:
+            placement.plan(self.model, self.settings)
 
     def base(self, variant: Variant) -> Base:
         """The float part of a variant."""

@@ -97,8 +97,12 @@ def priced(works: Mapping[str, EngineWork], gpus: Sequence[Gpu]) -> Price:
         works: of each GPU's target.
     """
 
+    weights = max(work.weight_bytes for work in works.values())
+    memory = max(work.weight_bytes + work.activation_bytes for work in works.values())
+
     def on(some: Sequence[Gpu]) -> Price:
-        return mean([(works[gpu.target].layers, works[gpu.target].on(gpu)) for gpu in some])
+        price = mean([(works[gpu.target].layers, works[gpu.target].on(gpu)) for gpu in some])
+        return replace(price, weight_bytes=weights, memory_bytes=memory)
 
     others = [gpu.other_accumulation() for gpu in gpus]
     if not any(others):

@@ -156,8 +156,8 @@ tune_options = _options(
 mix_options = _options(
     click.option(
         "--minimize",
-        help="Choose for least time (default), or for least error: a precision for each group of nodes, within "
-        "--max-size-mib.",
+        help="Choose a precision for each group of nodes for least time, size or error, within the limits below. "
+        "Default: least time, where what is quantized alone is chosen.",
     ),
     click.option(
         "--max-size-mib",
@@ -166,13 +166,41 @@ mix_options = _options(
         help="Allow the weights in the engine this size, by the compiler's layer table.",
     ),
     click.option(
+        "--max-memory-mib", type=float, metavar="MIB", help="Allow this for them and what the engine computes."
+    ),
+    click.option("--max-latency-us", type=float, metavar="US", help="Allow this predicted time of one inference."),
+    click.option(
+        "--min-metric",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Require this of a metric of `qdq compare`, as dice=0.9, or of FILE.py:FUNCTION, called with the outputs, "
+        "the float model's and the sample; where lower is better, at most that.",
+    ),
+    click.option(
+        "--metric-labels",
+        default="",
+        metavar="ARRAY",
+        help="Score --min-metric against this array of the samples; next: the following tokens. Default: the float "
+        "model.",
+    ),
+    click.option(
         "--candidates",
         multiple=True,
-        help="Choose among these, with commas between, as of `qdq sensitivity`; with --minimize error.",
+        help="Choose among these, with commas between, as of `qdq sensitivity`.",
     ),
     click.option(
         "--sensitivity", "sensitivity_file", type=PATH, help="Take this table of `qdq sensitivity`, and its candidates."
     ),
+    click.option(
+        "--pick",
+        metavar="PICK",
+        help="Take of the front of all plans that were looked at the knee, smallest, fastest or most-accurate one "
+        "within the limits, or that of a number.",
+    ),
+    click.option(
+        "--front", "front_file", type=PATH, help="Pick from this front.json of an earlier search, and search nothing."
+    ),
+    click.option("--plot", "plot_file", type=PATH, metavar="FILE.png", help="Draw the front."),
 )
 shape_option = click.option(
     "--shape",

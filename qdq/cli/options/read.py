@@ -81,20 +81,53 @@ def recipe_of_mix(given: Mapping[str, Any], plan: Plan) -> Recipe:
     return Recipe.from_mapping({**recipe_values(given), **plan.settings.to_mapping()})
 
 
-def require_mix(recipe: Recipe, sensitivity: Path | None) -> bool:
-    """Whether a plan of least error is asked for.
+def require_mix(recipe: Recipe, sensitivity: Path | None, front: Path | None = None, *, checks: bool = False) -> bool:
+    """Whether a plan of several precisions is asked for.
+
+    Args:
+        recipe: with what is minimized, limits and candidates.
+        sensitivity: a table to choose by.
+        front: an earlier search to pick from.
+        checks: the verb checks a size, whatever it chooses by.
 
     Raises:
-        InputError: what it is chosen from without the aim, or the aim without a size.
+        InputError: what it is chosen from or limited by without the aim, or the aim without what bounds it.
     """
-    if recipe.minimize != "error":
-        if recipe.candidates or sensitivity:
-            raise InputError("--candidates and --sensitivity are for a plan of least error: add --minimize error.")
+    given = {
+        "--candidates": bool(recipe.candidates),
+        "--sensitivity": sensitivity is not None,
+        "--max-size-mib": recipe.max_size_mib is not None and not (checks and not recipe.minimize),
+        "--max-memory-mib": recipe.max_memory_mib is not None,
+        "--max-latency-us": recipe.max_latency_us is not None,
+        "--min-metric": bool(recipe.min_metrics),
+    }
+    named = [name for name, there in given.items() if there]
+    if front is not None:
+        if not recipe.pick or named or recipe.minimize:
+            raise InputError("--front picks from what an earlier search found: give --pick, and no aim or limit.")
+        return True
+    if recipe.pick:
+        if recipe.pick.isdecimal():
+            raise InputError(f"--pick {recipe.pick} is a number in a front: give the file with --front.")
+        return True
+    if not recipe.minimize:
+        if named:
+            raise InputError(
+                f"{named[0]} is for a choice of the precision of each group: add --minimize time, size or error."
+            )
         return False
-    if recipe.max_size_mib is None:
+    if recipe.minimize == "time":
+        return bool(named)
+    limited = {name for name in named if name.startswith("--max")}
+    if recipe.minimize == "error" and not limited:
         raise InputError(
             "--minimize error without a bound is the float model itself: give --max-size-mib, the size that the "
-            "weights in the engine may have."
+            "weights in the engine may have, or --max-memory-mib or --max-latency-us."
+        )
+    if recipe.minimize == "size" and not (recipe.min_metrics or "min_sqnr_db" in recipe.limits):
+        raise InputError(
+            "--minimize size without a bound on the error takes the fewest bits everywhere: give --min-sqnr-db or "
+            "--min-metric."
         )
     return True
 

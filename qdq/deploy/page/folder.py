@@ -28,6 +28,7 @@ from qdq.measure.table import CalibrationTable
 from qdq.plan.plan import Plan
 
 PAGE, REPORT, SLICES, MEASURED = "report.html", "report.json", "slices.npz", "measured.jsonl"
+FRONT = "front.json"
 MAKES = "Give a folder that `qdq deploy` or `qdq demo` wrote, or the JSON file of `qdq compare`"
 
 

@@ -1,6 +1,7 @@
-"""What the page of `qdq compare` says: a row for each scheme, and error against time and size.
+"""What pages say of things side by side: a row for each, and error against time and size.
 
-`Comparison` -> dict -> schemes.html.j2.
+`Comparison` of schemes -> dict -> schemes.html.j2. `Allocation`, the plans of a search -> dict -> front.html.j2: a
+point leads to its row, which has the command that makes its plan.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from qdq.deploy.compare.task import Task
 from qdq.deploy.page import words
 from qdq.deploy.page.svg import Dot, points
 from qdq.deploy.report.report import size
+from qdq.tune.sensitivity.mixed.front import Allocation, front
 
 FLOATS = ("FP32", "FP16", "BF16")
+PLOTS = {"size_mib": ("size", "weights in the engine, MiB"), "time_us": ("predicted time", "predicted time, µs")}
 
 
 def schemes(made: Comparison) -> dict[str, Any]:
@@ -89,3 +92,79 @@ def _plots(made: Comparison) -> list[dict[str, Any]]:
         if len(dots) > 1:
             found.append({"title": title, "picture": points(dots, title=title, across=across, up=up)})
     return found
+
+
+def plans(made: Allocation | None) -> dict[str, Any] | None:
+    """The section; None without a search.
+
+    Keys: `asked` rows of (what, value), `plots` (`title`, `picture`), `rows` (figures in words, with values to sort
+    by), `metrics` names, `timed` where times are known, `steps`.
+    """
+    if made is None:
+        return None
+    fronts = {cost: front(made.tried, cost) for cost in PLOTS}
+    on = {number: [PLOTS[cost][0] for cost in PLOTS if number in fronts[cost]] for number in range(len(made.tried))}
+    metrics = list(made.best.values)
+    return {
+        "asked": _plan_asked(made),
+        "plots": [_plot(made, cost, fronts[cost]) for cost in PLOTS if len(fronts[cost]) > 1],
+        "metrics": metrics,
+        "timed": made.time_us is not None,
+        "rows": [_plan_row(made, number, on[number], metrics) for number in range(len(made.tried))],
+        "steps": made.steps,
+    }
+
+
+def anchor(number: int) -> str:
+    """The id of a plan's row."""
+    return f"plan-{number}"
+
+
+def _plan_asked(made: Allocation) -> list[tuple[str, str]]:
+    aim = f"least {made.minimize}" + (f"; of the front the {made.pick}" if made.pick else "")
+    rows = [("Chosen for", aim), *((option, value) for option, value in made.limits.items())]
+    rows += [("Candidates", ", ".join(made.texts)), ("Groups of nodes", str(len(made.groups)))]
+    rows += [("Sizes by", made.compiled_by), ("Times predicted for", ", ".join(made.gpus) or "none")]
+    return rows
+
+
+def _plot(made: Allocation, cost: str, line: list[int]) -> dict[str, Any]:
+    what, across = PLOTS[cost]
+    dots = [
+        Dot(
+            label=str(number) if number in line or number == made.chosen else "",
+            x=getattr(tried, cost),
+            y=tried.drawn_db,
+            kind="chosen" if number == made.chosen else "low" if tried.keeps else "beyond",
+            leads_to=f"#{anchor(number)}",
+            said=f"plan {number}: {words.decibels(tried.sqnr_db)}, {made.words(number)}",
+        )
+        for number, tried in enumerate(made.tried)
+    ]
+    path = [(getattr(made.tried[i], cost), made.tried[i].drawn_db) for i in line]
+    title = f"Error against {what}"
+    up = "SQNR, dB (higher is closer to float)"
+    picture = points(dots, title=title, across=across, up=up, line=path, from_zero=False)
+    return {"title": title, "picture": picture}
+
+
+def _plan_row(made: Allocation, number: int, on: list[str], metrics: list[str]) -> dict[str, Any]:
+    tried = made.tried[number]
+    us = tried.time_us
+    return {
+        "number": number,
+        "anchor": anchor(number),
+        "chosen": number == made.chosen,
+        "how": tried.how,
+        "nodes": made.words(number),
+        "sqnr": (
+            "identical" if tried.sqnr_db == math.inf else words.decibels(tried.sqnr_db),
+            words.number(tried.sqnr_db),
+        ),
+        "size": (f"{tried.size_mib:.3f} MiB", words.number(tried.size_mib)),
+        "us": ("" if us is None else words.time(us), words.number(us)),
+        "values": [f"{tried.values[name]:.4f}" if name in tried.values else "" for name in metrics],
+        "front": ", ".join(on),
+        "keeps": tried.keeps,
+        "command": f"qdq tune MODEL --front front.json --pick {number} -o plan-{number}.json",
+    }

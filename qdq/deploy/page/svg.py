@@ -130,20 +130,46 @@ def boxes(rows: Sequence[Box], *, title: str, unit: str) -> Markup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dot:
-    """One point; its mark tells it from others without colour."""
+    """One point; its mark tells it from others without colour.
+
+    Attributes:
+        label: beside it; "" for none.
+        x, y: where it is.
+        kind: 'float' is a square, 'beyond' a cross, 'chosen' a diamond, anything else a circle.
+        leads_to: the address that it is a link to; "" for none.
+        said: of it, for who points at it or does not see it.
+    """
 
     label: str
     x: float
     y: float
     kind: str
+    leads_to: str = ""
+    said: str = ""
 
 
-def points(dots: Sequence[Dot], *, title: str, across: str, up: str) -> Markup:
-    """Points with their names, on linear scales; the vertical one need not begin at 0."""
+def points(
+    dots: Sequence[Dot],
+    *,
+    title: str,
+    across: str,
+    up: str,
+    line: Sequence[tuple[float, float]] = (),
+    from_zero: bool = True,
+) -> Markup:
+    """Points with their names, on linear scales; the vertical one need not begin at 0.
+
+    Args:
+        dots: the points.
+        title: what the chart says, in words.
+        across, up: the names of the scales.
+        line: through these places, below the points.
+        from_zero: the horizontal scale begins at 0.
+    """
     width, height, left, base = 640.0, 340.0, 64.0, 292.0
-    xs, ys = [0.0, *(d.x for d in dots)], [d.y for d in dots]
+    xs, ys = [*([0.0] if from_zero else []), *(d.x for d in dots)], [d.y for d in dots]
     across_ticks, up_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys, default=0.0), max(ys, default=1.0))
-    x_low, x_high = min(xs[0], across_ticks[0]), max(*xs, across_ticks[-1])
+    x_low, x_high = min(*xs, across_ticks[0]), max(*xs, across_ticks[-1])
     y_low, y_high = min([*ys, up_ticks[0]]), max([*ys, up_ticks[-1]])
 
     def x(value: float) -> float:
@@ -161,9 +187,14 @@ def points(dots: Sequence[Dot], *, title: str, across: str, up: str) -> Markup:
         parts.append(tag("text", f"{value:.6g}", x=left - 8, y=y(value) + 4, text_anchor="end"))
     parts.append(tag("text", across, x=width - 20, y=base + 36, text_anchor="end"))
     parts.append(tag("text", up, x=4, y=12))
+    if line:
+        path = " ".join(f"{_number(x(a))},{_number(y(b))}" for a, b in line)
+        parts.append(tag("polyline", points=path, class_="front"))
     taken: list[tuple[float, float, float]] = []
     for dot in sorted(dots, key=lambda d: (d.y, d.x)):
         parts.append(_mark(dot, x(dot.x), y(dot.y)))
+        if not dot.label:
+            continue
         length = 6.4 * len(dot.label)
         after = x(dot.x) + 9 + length < width
         begin = x(dot.x) + 9 if after else x(dot.x) - 9 - length
@@ -177,9 +208,16 @@ def points(dots: Sequence[Dot], *, title: str, across: str, up: str) -> Markup:
 
 
 def _mark(dot: Dot, x: float, y: float) -> Markup:
+    inside = [tag("title", dot.said)] if dot.said else []
+    corners = {"beyond": "M-4 -4L4 4M-4 4L4 -4", "chosen": "M0 -8L8 0L0 8L-8 0Z"}
     if dot.kind == "float":
-        return tag("rect", x=x - 4.5, y=y - 4.5, width=9, height=9, class_="dot float")
-    return tag("circle", cx=x, cy=y, r=5, class_=f"dot {dot.kind}")
+        mark = tag("rect", *inside, x=x - 4.5, y=y - 4.5, width=9, height=9, class_="dot float")
+    elif dot.kind in corners:
+        place = f"translate({_number(x)} {_number(y)})"
+        mark = tag("path", *inside, d=corners[dot.kind], transform=place, class_=f"dot {dot.kind}")
+    else:
+        mark = tag("circle", *inside, cx=x, cy=y, r=5, class_=f"dot {dot.kind}")
+    return tag("a", mark, href=dot.leads_to) if dot.leads_to else mark
 
 
 def stack(parts: Mapping[str, tuple[float, str]], *, title: str) -> Markup:

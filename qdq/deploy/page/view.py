@@ -20,6 +20,7 @@ from qdq.deploy.page.folder import Run
 from qdq.deploy.page.limits import limits
 from qdq.deploy.page.network import asked_for, kernels, nodes
 from qdq.deploy.page.ranges import SHOWN, ranges
+from qdq.deploy.page.schemes import plans
 from qdq.deploy.page.svg import bar
 from qdq.deploy.page.volumes import volumes
 from qdq.deploy.report.report import DeployReport, EngineSizes, audit_lines, shares, size, warning_lines
@@ -41,6 +42,7 @@ def view(run: Run, *, pictures: bool = False) -> dict[str, Any]:
         nodes: see `network.nodes`; has_errors: whether one has an error.        kernels: see `network.kernels`.
         ranges: see `ranges.ranges`; `open_ranges` of them are shown at once.        measured_on, not_measured.
         tuning: `gain`, `steps`, `said`, ...; None without.        forms: of measured.jsonl.
+        front: see `schemes.plans`.
         volumes: see `volumes.volumes`.        provenance: (heading, rows of (key, value)).        settings: rows.
     """
     report = run.report
@@ -70,6 +72,7 @@ def view(run: Run, *, pictures: bool = False) -> dict[str, Any]:
         "not_measured": details.not_measured if details else "",
         "evaluated_on": report.evaluated_on,
         "tuning": _tuning(report),
+        "front": plans(report.allocation),
         "forms": _forms(run),
         "volumes": volumes(report.check.volumes, run.slices, asked=pictures),
         "provenance": _provenance(run),

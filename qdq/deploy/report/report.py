@@ -19,6 +19,7 @@ from engines.verify.report import OutputReport, Report
 from qdq.build.measured.forms import Timings
 from qdq.deploy.report.details import Details
 from qdq.plan.plan import Plan, grain
+from qdq.tune.sensitivity.mixed.front import Allocation
 from qdq.tune.tuned import TuningOutcome
 
 SHOWN = 12  # rows of a long list that the terminal shows; the JSON has all
@@ -63,6 +64,7 @@ class DeployReport(Document, frozen=True, kw_only=True):
         max_size_mib: most that the weights in the engine may take, in MiB; None: not checked.
         label_dice: Dice of each class against true labels, for 'float model' and 'shipped model'; only in the demo.
         tuning: how the plan was chosen by compiled results; None where it was not.
+        allocation: the search for a plan of several precisions that it comes from; None where there was none.
         check: outputs of the engine, or of the Q/DQ model in its place, against the float model.
         as_compiled: the same of the Q/DQ model rounded where the engine's kernels write their results; None where no
             engine was compiled.
@@ -90,6 +92,7 @@ class DeployReport(Document, frozen=True, kw_only=True):
     fp16_engine: EngineSizes | None = None
     label_dice: dict[str, dict[int, float]] = field(default_factory=dict)
     tuning: TuningOutcome | None = None
+    allocation: Allocation | None = None
     min_int8_share: float | None = None
     max_size_mib: float | None = None
     check: Report

@@ -28,7 +28,7 @@ ANSWERS = {
 }
 # name -> module and class of the declared model; imported when it is asked for
 FILES = {
-    "allocation": ("qdq.tune.sensitivity.mixed", "Allocation"),
+    "allocation": ("qdq.tune.sensitivity.mixed.front", "Allocation"),
     **{name: ("qdq.cli.answer.documents", kind) for name, kind in ANSWERS.items()},
     "audit": ("engines.verify.audit", "Audit"),
     "check": ("engines.verify.report", "Report"),

@@ -201,8 +201,9 @@ def provenance_of(
         InputError: SOURCE_DATE_EPOCH is no time.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    others = {"min_int8_share": recipe.min_int8_share, "max_size_mib": recipe.max_size_mib}
-    limits = {**recipe.limits, **{name: value for name, value in others.items() if value is not None}}
+    names = ("min_int8_share", "max_size_mib", "max_memory_mib", "max_latency_us")
+    others = {name: value for name in names if (value := getattr(recipe, name)) is not None}
+    limits = {**recipe.limits, **others, **{f"min_metric {name}": value for name, value in recipe.min_metrics.items()}}
     return Provenance(
         created=moment(),
         command=tuple(command),

@@ -47,6 +47,16 @@ def test_what_is_no_override_is_refused(here: Path) -> None:
     assert "Unknown scheme" in run("plan", "net.onnx", "--override", "*=fp88", code=2)
 
 
+def test_an_override_that_quantizes_nothing_is_refused_with_the_reason(here: Path) -> None:
+    relu = next(n.name for n in onnx.load("net.onnx").graph.node if n.op_type == "Relu")
+    for verb in (("plan",), ("tune", "--data", "data")):
+        said = " ".join(
+            run(verb[0], "net.onnx", *verb[1:], "--override", f"{relu}=fp8", "-o", "p.json", code=2).split()
+        )
+        assert f"--override {relu}=fp8 quantizes nothing" in said and "stays in float, for" in said
+    assert not Path("p.json").exists()
+
+
 def test_deploy_names_a_mixed_model_so(here: Path) -> None:
     first = next(n.name for n in onnx.load("net.onnx").graph.node if n.op_type == "Conv")
     run("deploy", "net.onnx", "--data", "data", "--override", f"{first}=fp8", "--tune", "off", "--out", "build")

@@ -24,57 +24,78 @@ from qdq.model.model import Model
 from qdq.passes.prepare import load_float
 from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
-from qdq.tune.sensitivity.allocate import least_error, neighbours, total
 from qdq.tune.sensitivity.find import find
-from qdq.tune.sensitivity.mixed import MIB, Allocation, mix
+from qdq.tune.sensitivity.mixed.allocate import Sum, least, neighbours
+from qdq.tune.sensitivity.mixed.front import Allocation
+from qdq.tune.sensitivity.mixed.mix import mix
 from qdq.tune.sensitivity.table import Sensitivity
 
 pytest.importorskip("scipy", reason="SciPy is not installed: pip install 'qdq[mixed]'")
 
 
-def costs(groups: int, seed: int) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+def costs(groups: int, seed: int) -> tuple[Sum, Sum]:
     rng = np.random.default_rng(seed)
     scale = 10 ** rng.uniform(-7, -2, groups)
     noise = [{"int4": float(s), "int8": float(s) / 300, "float": 0.0} for s in scale]
     size = [{"int4": float(n), "int8": 1.9 * n, "float": 3.8 * n} for n in rng.integers(100, 10_000, groups)]
-    return noise, size
+    return Sum(groups=noise), Sum(groups=size)
+
+
+def every_choice(groups: int) -> list[tuple[str, ...]]:
+    return list(itertools.product(("int4", "int8", "float"), repeat=groups))
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_no_choice_of_the_same_size_has_a_smaller_sum(seed: int) -> None:
     noise, size = costs(8, seed)
-    smallest, largest = (sum(pick(own.values()) for own in size) for pick in (min, max))
-    every = list(itertools.product(("int4", "int8", "float"), repeat=8))
+    smallest, largest = (sum(pick(own.values()) for own in size.groups) for pick in (min, max))
     for share in (0.0, 0.2, 0.5, 0.9, 1.0):
         most = smallest + share * (largest - smallest) + 1e-6
-        found = least_error(noise, size, most)
-        assert total(size, found) <= most * (1 + 1e-9)
-        best = min(total(noise, each) for each in every if total(size, each) <= most)
-        assert total(noise, found) == pytest.approx(best, rel=2e-6, abs=1e-15)
+        found = least(noise, [(size, most)])
+        assert found is not None and size.of(found) <= most * (1 + 1e-9)
+        best = min(noise.of(each) for each in every_choice(8) if size.of(each) <= most)
+        assert noise.of(found) == pytest.approx(best, rel=2e-6, abs=1e-15)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pairs_count_in_what_is_minimized_and_in_limits(seed: int) -> None:
+    noise, size = costs(5, seed)
+    rng = np.random.default_rng(seed)
+    names = ("int4", "int8", "float")
+
+    def pairs(scale: float) -> dict[tuple[int, int], dict[tuple[str, str], float]]:
+        both = itertools.product(names, names)
+        return {(g, g + 1): {b: float(scale * rng.normal()) for b in both if b[0] != b[1]} for g in range(4)}
+
+    noise, size = replace(noise, pairs=pairs(1e-3), base=1e-4), replace(size, pairs=pairs(2000.0), base=500.0)
+    most = float(np.quantile([size.of(each) for each in every_choice(5)], 0.3))
+    found = least(noise, [(size, most)])
+    assert found is not None and size.of(found) <= most + 1e-6 * abs(most)
+    best = min(noise.of(each) for each in every_choice(5) if size.of(each) <= most)
+    assert noise.of(found) == pytest.approx(best, rel=1e-5, abs=1e-9)
+    assert least(noise, [(size, min(map(size.of, every_choice(5))) - 1.0)]) is None
 
 
 def test_choices_next_to_one_are_small_enough_and_the_least_noise_comes_first() -> None:
     noise, size = costs(5, 1)
-    most = 0.6 * sum(own["float"] for own in size)
-    chosen = least_error(noise, size, most)
-    near = neighbours(noise, size, chosen, most)
+    most = 0.6 * sum(own["float"] for own in size.groups)
+    chosen = least(noise, [(size, most)])
+    assert chosen is not None
+    near = neighbours(noise, chosen, [(size, most)])
     assert near and chosen not in near
-    assert all(
-        total(size, each) <= most and sum(a != b for a, b in zip(each, chosen, strict=True)) <= 2 for each in near
-    )
-    sums = [total(noise, each) for each in near]
+    assert all(size.of(each) <= most and sum(a != b for a, b in zip(each, chosen, strict=True)) <= 2 for each in near)
+    sums = [noise.of(each) for each in near]
     assert sums == sorted(sums)
 
 
-def test_what_cannot_be_chosen_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_chosen_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     noise, size = costs(3, 0)
-    with pytest.raises(InputError, match="No choice among these candidates is as small"):
-        least_error(noise, size, 100.0)
-    infinite = [{**own, "int4": float("inf")} for own in noise]
-    assert "int4" not in least_error(infinite, size, 1e9)
+    assert least(noise, [(size, 100.0)]) is None
+    infinite = replace(noise, groups=[{**own, "int4": float("inf")} for own in noise.groups])
+    assert "int4" not in (least(infinite, [(size, 1e9)]) or ("int4",))
     monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
     with pytest.raises(MissingRuntimeError, match=r"pip install 'qdq\[mixed\]'"):
-        least_error(noise, size, 1e9)
+        least(noise, [(size, 1e9)])
 
 
 def network() -> Model:
@@ -174,19 +195,23 @@ def test_the_verbs_take_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     mixing = ("--data", "data", "--minimize", "error", "--max-size-mib")
     said = run("tune", "net.onnx", *mixing, "0.07", "--candidates", "int8,int4,float", "-o", "p.json")
-    assert "MiB of 0.07" in said and "int8" in said
+    assert "--max-size-mib 0.070 MiB" in said and "int8" in said
     shown = run("deploy", "net.onnx", *mixing, "0.07", "--candidates", "int8,int4,float", "--out", "out")
-    assert "Chosen for least error" in shown
+    assert "chosen for: least error" in shown and "not tuned: the plan was given" not in shown
     assert Plan.load("out/plan.json").quantized_nodes == Plan.load("p.json").quantized_nodes
     for arguments, message in (
-        (("tune", "net.onnx", *mixing, "0.01", "-o", "q.json"), "No choice among these candidates is as small"),
+        (("tune", "net.onnx", *mixing, "0.01", "-o", "q.json"), "the least reachable is"),
         (("tune", "net.onnx", *mixing, "0", "-o", "q.json"), "max_size_mib"),
         (("tune", "net.onnx", "--data", "data", "--minimize", "error", "-o", "q.json"), "give --max-size-mib"),
-        (("tune", "net.onnx", "--data", "data", "--max-size-mib", "1", "-o", "q.json"), "bounds no search for time"),
-        (("tune", "net.onnx", "--data", "data", "--candidates", "int8", "-o", "q.json"), "add --minimize error"),
-        (("tune", "net.onnx", *mixing, "1", "--min-sqnr-db", "20", "-o", "q.json"), "has no such bound"),
+        (("tune", "net.onnx", "--data", "data", "--max-size-mib", "1", "-o", "q.json"), "add --minimize time"),
+        (("tune", "net.onnx", "--data", "data", "--candidates", "int8", "-o", "q.json"), "add --minimize time"),
+        (("tune", "net.onnx", *mixing, "1", "--min-sqnr-db", "99", "-o", "q.json"), "the most that was reached is"),
         (("tune", "net.onnx", "--minimize", "space", "-o", "q.json"), "Unknown thing to minimize"),
         (("deploy", "net.onnx", *mixing, "1", "--plan", "p.json", "--out", "o"), "leave out --plan"),
+        (("tune", "net.onnx", "--data", "data", "--minimize", "size", "-o", "q.json"), "give --min-sqnr-db or"),
+        (("tune", "net.onnx", "--data", "data", "--pick", "3", "-o", "q.json"), "give the file with --front"),
+        (("tune", "net.onnx", "--front", "p.front.json", "-o", "q.json"), "give --pick"),
+        (("tune", "net.onnx", "--front", "p.front.json", "--pick", "99", "-o", "q.json"), "the choices 0 to"),
     ):
         assert message in run(*arguments, code=2), arguments
     assert not Path("q.json").exists() and not list(folder.glob(".*.checkpoint"))
@@ -197,5 +222,5 @@ def test_the_verbs_take_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_every_size_in_between_has_less_error_the_larger_it_is(folder: Path) -> None:
     found = [made(folder, mib, texts=("int8", "int4", "float"))[1] for mib in (0.05, 0.09, 0.14)]
-    assert [row.size_mib * MIB <= row.max_size_mib * MIB for row in found] == [True] * 3
+    assert [row.best.keeps for row in found] == [True] * 3
     assert found[0].measured_db < found[1].measured_db < found[2].measured_db

@@ -31,7 +31,7 @@ from qdq.tune.sensitivity import measure
 from qdq.tune.sensitivity.candidates import Candidates
 from qdq.tune.sensitivity.find import Workers, beside, find, possible
 from qdq.tune.sensitivity.measure import sensitivity
-from qdq.tune.sensitivity.mixed import Mixing
+from qdq.tune.sensitivity.mixed.choices import Choices
 from qdq.tune.sensitivity.run import Runner, here
 from qdq.tune.sensitivity.table import Sensitivity
 from qdq.tune.sensitivity.unit import Seen, Task
@@ -280,15 +280,8 @@ def test_a_packed_projection_is_one_group_of_its_parts_and_patterns_for_it_mean_
     parts = next(g for g in candidates.groups if len(g.nodes) == 3)
     found = made(model, graphs.samples(model, 2), ("int8", "int4"))
     assert found.row(parts.nodes[1]) is not None
-    mixing = Mixing(
-        candidates=candidates,
-        found=found,
-        table=collect(candidates.model, candidates.measuring, graphs.samples(model, 2)),
-        samples=graphs.samples(model, 2),
-        unquantized_type="auto",
-        compiled=lambda _: 0,
-    )
-    plan = mixing.plan(["int4" if group == parts else "float" for group in candidates.groups])
+    choices = Choices(candidates=candidates, unquantized_type="auto")
+    plan = choices.plan(["int4" if group == parts else "float" for group in candidates.groups])
     assert set(plan.quantized_nodes) == set(parts.nodes)
     whole = quantize(model, graphs.samples(model, 2), plan=plan)
     assert {p.spec.format for p in whole.plan.weights} <= {"int4", "int8"}
