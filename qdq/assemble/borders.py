@@ -10,6 +10,7 @@ import numpy as np
 
 from engines.backends.profile import Profile
 from engines.core.operators import MOVERS
+from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams
 from qdq.model.model import Model
 from qdq.model.nodes import attribute_value
@@ -73,8 +74,8 @@ def reflected(model: Model, tensor: str) -> bool:
     return maker is not None and maker.op_type == "Pad" and attribute_value(maker, "mode", b"") == b"reflect"
 
 
-class PaddingWriter(GraphWriter):
-    """A writer that knows what it has made, and puts zeros around tensors."""
+class OperandWriter(GraphWriter):
+    """A writer that knows what it has made, puts zeros around tensors, and Q and DQ of one scale behind them."""
 
     def __init__(self, model: Model, store: WeightStore | None) -> None:
         """Nothing is made yet."""
@@ -106,3 +107,10 @@ class PaddingWriter(GraphWriter):
         source = self._append("Reshape", (source, self._constant(f"{tensor}_groups", apart)), f"{tensor}_Reshape")
         source = self._append("Pad", (source, pads), f"{tensor}_Pad")
         return self._append("Reshape", (source, self._constant(f"{tensor}_joined", joined)), f"{source}_Reshape")
+
+    def _coded(self, tensor: str, params: QParams, like: str) -> str:
+        """A tensor of the Q/DQ model behind Q and DQ of one symmetric scale, of the type of a tensor of the model."""
+        scale = self._constant(f"{tensor}_scale", params.scale, self._model.dtype(like))
+        zero = self._constant(f"{tensor}_zero_point", np.zeros((), dtype=FORMATS[params.format].dtype))
+        codes = self._append("QuantizeLinear", (tensor, scale, zero), f"{tensor}_QuantizeLinear")
+        return self._append("DequantizeLinear", (codes, scale, zero), f"{tensor}_DequantizeLinear")

@@ -24,12 +24,12 @@ consumers, each weight becomes codes behind a DequantizeLinear. It must not choo
 
 TensorRT reads zero point 0 only; c = -zero_point * scale makes the same codes as a zero point would, and 0 keeps an
 exact code. On TensorRT-RTX Pad, Sub and Q fuse into the kernel that produced the tensor (measured: the same number of
-kernels, 0 to 3 % more bytes in 2-D and up to 12 % on small 3-D tensors). Case E: its INT8 convolutions read channels in
-fours; left to itself the compiler concatenates a constant of zeros as large as the tensor, stored in the engine (the
-weights of a 5-channel 3-D network grew 320 times; SM89). Case F needs static spatial sizes, else nothing is added.
-Case I runs as three kernels with an integer product in between, and case J stores 4-bit weights that one kernel unpacks
-to INT8 (measured). Blocks are never put in front of an integer product without case J: TensorRT-RTX then multiplies the
-block scales in behind the sum over all blocks.
+kernels, 0 to 3 % more bytes in 2-D, to 12 % on small 3-D tensors). Case E: its INT8 convolutions read channels in
+fours; left to itself the compiler stores a constant of zeros as large as the tensor (the weights of a 5-channel 3-D
+network grew 320 times; SM89). Case F needs static spatial sizes, else nothing is added. Case I runs as three kernels
+with an integer product in between, and case J stores 4-bit weights that one kernel unpacks to INT8 (measured). Blocks
+are never put in front of an integer product without case J: TensorRT-RTX then multiplies the block scales in behind the
+sum over all blocks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ import numpy.typing as npt
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from engines.backends.profile import Profile
-from qdq.assemble.borders import Border, PaddingWriter, Rows, border, missing_channels, reflected, rows
+from qdq.assemble.borders import Border, OperandWriter, Rows, border, missing_channels, reflected, rows
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams
 from qdq.model.made_for import mark
@@ -77,7 +77,7 @@ def insert(model: Model, plan: Plan, solution: Solution) -> Model:
     return model.replace(proto, keeps=solution.store)
 
 
-class _Writer(PaddingWriter):
+class _Writer(OperandWriter):
     """The cases of the table, node after node."""
 
     def __init__(self, model: Model, solution: Solution, profile: Profile) -> None:
@@ -149,8 +149,9 @@ class _Writer(PaddingWriter):
         if key not in self._made:
             source = self._padded(tensor, self._divided(tensor), around)
             rest = self._append("Sub", (source, copy.input[0]), f"{tensor}_rest")
-            finer = replace(params, scale=params.scale / 256)
-            self._made[key] = self._coded(rest, finer, self._model.dtype(tensor))
+            self._made[key] = self._coded(
+                rest, QParams(scale=params.scale / np.float32(256), format=params.format), tensor
+            )
         second = altered(copy)
         second.name, second.input[:] = self._name(f"{copy.name}_rest"), [self._made[key], copy.input[1]]
         copy.output[0], second.output[0] = parts = self._name(f"{output}_coarse"), self._name(f"{output}_rest")
@@ -225,14 +226,13 @@ class _Writer(PaddingWriter):
         tensor, output, rows = node.data, node.output, self._rows(node)
         key = (tensor, rows, "pieces")
         if key not in self._made:
-            inside, dtype = self._solution.activations[tensor], self._model.dtype(tensor)
-            source = self._padded(tensor, self._divided(tensor), rows)
-            ends = np.asarray([-1, 1]) * breakpoint_of(inside)
-            limits = (self._constant(f"{tensor}_limit", end, dtype) for end in ends)
+            inside, source = self._solution.activations[tensor], self._padded(tensor, self._divided(tensor), rows)
+            end, dtype = np.asarray(breakpoint_of(inside)), self._model.dtype(tensor)
+            limits = (self._constant(f"{tensor}_limit", sign * end, dtype) for sign in (-1, 1))
             middle = self._append("Clip", (source, *limits), f"{tensor}_inside")
             rest = self._append("Sub", (source, middle), f"{tensor}_beyond")
-            self._made[key] = self._coded(middle, inside, dtype)
-            self._made[*key, "beyond"] = self._coded(rest, self._solution.beyond[tensor], dtype)
+            self._made[key] = self._coded(middle, inside, tensor)
+            self._made[*key, "beyond"] = self._coded(rest, self._solution.beyond[tensor], tensor)
         weight, made = self._weight(node, 0), list[str]()
         for data in (self._made[key], self._made[*key, "beyond"]):
             product = altered(copy, output=self._name(f"{output}_{'beyond' if made else 'inside'}"))
@@ -241,13 +241,6 @@ class _Writer(PaddingWriter):
             made.append(product.output[0])
             self._nodes.append(product)
         self._nodes.append(helper.make_node("Add", made, [output], self._name(f"{node.name}_pieces_Add")))
-
-    def _coded(self, tensor: str, params: QParams, dtype: str) -> str:
-        """A tensor of the Q/DQ model behind Q and DQ of one symmetric scale."""
-        scale = self._constant(f"{tensor}_scale", params.scale, dtype)
-        zero = self._constant(f"{tensor}_zero_point", np.zeros((), dtype=FORMATS[params.format].dtype))
-        codes = self._append("QuantizeLinear", (tensor, scale, zero), f"{tensor}_QuantizeLinear")
-        return self._append("DequantizeLinear", (codes, scale, zero), f"{tensor}_DequantizeLinear")
 
     def _activation(self, tensor: str, params: QParams, around: Border | Rows | None) -> str:
         """Cases A, B, C, E, F and H: the dequantized tensor, made once per tensor and what is around it."""
