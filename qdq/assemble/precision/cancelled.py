@@ -2,11 +2,12 @@
 
 Behind a shift every input of a product lies near one value, that of zero, and the bias cancels what it makes of the
 weights: zero times their sum. The standard's DequantizeLinear rounds each weight to the low type, so that the sum is
-another one by the sum of these roundings. Where that moves an output by more than rounding the output itself does, the
-product stays FP32 and weights are as exact as in an integer kernel. Nothing is lost by it: with a scale per channel
-TensorRT-RTX's INT8 convolutions write FP32 in an FP16 graph (measured, see `passes.rewrites.quantized.hoist`); of those
-with one scale, a power of two, no weight is rounded. Gemm and MatMul are left alone: in FP32 between FP16 neighbours
-TensorRT-RTX 1.7.1 fails on their integer kernels ("Invalid binary pointwise types"). It must not change a graph.
+another one by the sum of these roundings, also of the scales for which it is least (`shift.steady`). Where that moves
+an output by more than rounding the output itself does, the product stays FP32 and weights are as exact as in an integer
+kernel. With a scale per channel TensorRT-RTX's INT8 convolutions write FP32 in an FP16 graph (measured, see
+`passes.rewrites.quantized.hoist`); of those with one scale, a power of two, no weight is rounded. Gemm and MatMul are
+left alone: in FP32 between FP16 neighbours TensorRT-RTX 1.7.1 fails on their integer kernels ("Invalid binary pointwise
+types"). It must not change a graph.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Collection
 import numpy as np
 from onnx import NodeProto
 
-from qdq.assemble.precision.shift import rounded, shift_of
+from qdq.assemble.precision.shift import rounded, shift_of, steadied
 from qdq.assemble.precision.types import finfo
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
@@ -55,7 +56,9 @@ def _moved(model: Model, node: NodeProto, low: str) -> float:
     if scale.size > 1 and (scale.ndim != 1 or axis != outputs):
         return 0.0
     by_output = np.moveaxis(codes, outputs, 0).reshape(codes.shape[outputs], -1)
-    stored, most = np.broadcast_to(rounded(scale.reshape(-1, 1), low), (len(by_output), 1)), 0.0
+    own, most = steadied(model, node, low), 0.0
+    stored = (rounded(scale, low) if own is None else own).reshape(-1, 1)
+    stored = np.broadcast_to(stored, (len(by_output), 1))
     some = max(1, SLICE // max(by_output.shape[1], 1))
     for start in range(0, len(by_output), some):
         exact = by_output[start : start + some].astype(np.float64) * stored[start : start + some]

@@ -85,7 +85,7 @@ def convert(
     proto = _typed(model, BFLOAT16_OPSET if low == "bfloat16" else 0)
     typed = model.replace(proto)
     kept = cancelled(typed, low, table, one_scale) | decide(typed, low, table, fp32)
-    typed = compensate(typed, low, kept, split_biases=split_biases)
+    typed = compensate(typed, low, kept, split_biases=split_biases, one_scale=one_scale)
     writer = _Writer(typed, low, frozenset(kept), keep_io)
     order = (kept[node.name] for node in typed.graph.node if node.name in kept)
     return Converted(model=written_out(model.replace(writer.write(), keeps=writer.store)), kept=tuple(order))

@@ -7,7 +7,11 @@ every input, times sum(W). Here the bias is computed anew, from what will be sto
     k = clip(round(-c / s))           the code of zero; Sub and Q stay FP32 (`rules`, rule "shift")
     bias' = bias - c * sum(W) - k * s' * sum(W')        s' and W' as DQ stores them
 
-and written as two numbers of the low type: one in the product's bias, the remainder in a Sub behind it, which
+Each weight is rounded too, and their sum with them: of the scales of the low type within half an INT8 step (`steady`)
+each channel gets the one by which these roundings add up to least; an integer kernel knows none of them, and one scale
+for all channels (`one_scale`) causes none.
+
+The bias is written as two numbers of the low type: one in the product's bias, the remainder in a Sub behind it, which
 TensorRT-RTX fuses (ONNX Runtime would fold an Add back into the bias). Where the compiler fuses it, a float product
 whose bias loses more by rounding than its weight gets the same: a folded BatchNormalization often leaves a large bias
 that the product cancels.
@@ -24,12 +28,15 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
+from qdq.assemble.precision.types import finfo, fits
 from qdq.model.external import release
 from qdq.model.model import Model
-from qdq.model.nodes import WEIGHTED, Names, attribute, factor
+from qdq.model.nodes import WEIGHTED, Names, attribute, factor, weight_axis
 from qdq.passes.rewrites.edit import altered
 
 Floats = npt.NDArray[np.float64]
+STEPS = 4  # values of the low type next to a scale that are looked at, each way
+NEAR = 2.0**-9  # by which a scale may differ at most: a quarter of a step at the largest code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +47,16 @@ class _Shift:
     zero: float
 
 
-def compensate(model: Model, low: str, kept: Collection[str], *, split_biases: bool) -> Model:
+def compensate(
+    model: Model, low: str, kept: Collection[str], *, split_biases: bool, one_scale: Collection[str] = ()
+) -> Model:
     """The model, still in float32, with biases behind shifted tensors that are exact in the low type.
 
     All tensors are typed; Q/DQ nodes are those of `insert`, others are left alone. `low` is 'float16' or 'bfloat16';
-    the nodes named in `kept` stay FP32. Biases of float products are left alone without `split_biases`.
+    the nodes named in `kept` stay FP32, the weights of those in `one_scale` will not be rounded. Biases of float
+    products are left alone without `split_biases`.
     """
-    draft = _Draft(model, low)
+    draft = _Draft(model, low, one_scale)
     for node in model.graph.node:
         copy = altered(node)
         draft.nodes.append(copy)
@@ -90,12 +100,58 @@ def shift_of(model: Model, node: NodeProto, low: str) -> _Shift | None:
     return _Shift(offset=float(offset.item()), zero=float(code) * rounded(scale, low).item())
 
 
+def steadied(model: Model, node: NodeProto, low: str) -> Floats | None:
+    """The scales to store of a product's INT8 weight, see `steady`; None where it has none per output for itself."""
+    dequantize = model.producer(node.input[1])
+    if dequantize is None or dequantize.op_type != "DequantizeLinear" or attribute(dequantize, "block_size", 0):
+        return None
+    codes, scale = dequantize.input[:2]
+    mine = len(model.consumers(scale)) == 1 and model.only_use(dequantize.output[0]) is not None
+    if not (mine and model.is_constant(codes) and model.is_constant(scale)) or model.dtype(codes) != "int8":
+        return None
+    values, scales = model.array(codes), model.array(scale).astype(np.float64)
+    outputs = weight_axis(node, values.ndim)
+    if scales.shape != (values.shape[outputs],) or attribute(dequantize, "axis", 1) % values.ndim != outputs:
+        return None
+    found = steady(np.moveaxis(values, outputs, 0).reshape(scales.size, -1), scales, low)
+    release(values)
+    return found
+
+
+def steady(codes: npt.NDArray[np.generic], scales: Floats, low: str) -> Floats:
+    """Of each channel the scale in the low type by which the roundings of its dequantized weights add up to least.
+
+    Args:
+        codes: (channels, weights) int8.
+        scales: (channels,), positive.
+        low: 'float16' or 'bfloat16'.
+    """
+    nearest = rounded(scales, low)
+    if not fits(scales, low):
+        return nearest
+    counts = np.array([np.bincount(row.astype(np.int16) + 128, minlength=256) for row in codes], dtype=np.float64)
+    step = np.exp2(np.floor(np.log2(nearest)) - finfo(low).nmant)
+    best, least = nearest, _lost(counts, nearest, low)
+    for index in sorted(range(-STEPS, STEPS + 1), key=abs)[1:]:
+        other = rounded(nearest + index * step, low)
+        lost = np.where(np.abs(other - scales) <= NEAR * scales, _lost(counts, other, low), np.inf)
+        best, least = np.where(lost < least, other, best), np.minimum(lost, least)
+    return best
+
+
+def _lost(counts: Floats, scales: Floats, low: str) -> Floats:
+    """(channels,) the magnitude of what rounding dequantized codes, -128 to 127 so many times, adds to their sum."""
+    exact = np.arange(-128, 128) * scales[:, np.newaxis]
+    return np.asarray(np.abs((counts * (rounded(exact, low) - exact)).sum(axis=1)))
+
+
 class _Draft:
     """The nodes in the making, the new constants, and corrections that wait for the Add behind a product."""
 
-    def __init__(self, model: Model, low: str) -> None:
-        self._model, self._low = model, low
+    def __init__(self, model: Model, low: str, one_scale: Collection[str]) -> None:
+        self._model, self._low, self._one_scale = model, low, one_scale
         self.nodes: list[NodeProto] = []
+        self._scales: dict[str, npt.NDArray[np.float32]] = {}
         self.pending: dict[str, Floats] = {}
         self._constants: dict[str, npt.NDArray[np.float32]] = {}
         self._renamed: dict[str, str] = {}
@@ -109,6 +165,7 @@ class _Draft:
         delta = -shift.offset * sums[0] - shift.zero * sums[1]
         bias = node.input[2] if len(node.input) > 2 else ""
         if bias and self._model.is_constant(bias) and node.op_type != "MatMul":
+            self._keep(node, sums[2])
             self.split(copy, delta, at=2)
             return
         use = self._model.only_use(node.output[0])
@@ -118,7 +175,13 @@ class _Draft:
             if node.op_type == "Conv" and values.ndim > delta.ndim:
                 delta = delta.reshape(-1, *[1] * (values.ndim - 1))
             if np.broadcast_shapes(delta.shape, values.shape) == values.shape:
+                self._keep(node, sums[2])
                 self.pending[use.node.name] = delta
+
+    def _keep(self, node: NodeProto, scales: Floats | None) -> None:
+        """Store other scales of a product's weight."""
+        if scales is not None:
+            self._scales[self._weight(node)[1]] = scales.astype(np.float32)
 
     def coarse(self, node: NodeProto) -> bool:
         """Whether rounding a float product's bias costs as much as rounding its weight, at inputs around 1/4."""
@@ -154,6 +217,9 @@ class _Draft:
         graph = proto.graph
         del graph.node[:]
         graph.node.extend(self.nodes)
+        for index, tensor in enumerate(graph.initializer):
+            if tensor.name in self._scales:
+                graph.initializer[index].CopyFrom(numpy_helper.from_array(self._scales[tensor.name], tensor.name))
         graph.initializer.extend(numpy_helper.from_array(v, name) for name, v in self._constants.items())
         known = {v.name: v for v in (*graph.value_info, *graph.output)}
         for name, source in self._renamed.items():
@@ -169,8 +235,8 @@ class _Draft:
             return "", "", 0
         return producer.input[0], producer.input[1], attribute(producer, "axis", 1)
 
-    def _sums(self, node: NodeProto) -> tuple[Floats, Floats] | None:
-        """Sum of the weight per output channel, with its scale as it is and as it will be stored."""
+    def _sums(self, node: NodeProto) -> tuple[Floats, Floats, Floats | None] | None:
+        """Sum of the weight per output channel, with its scales as they are and as stored; scales to store instead."""
         codes, scale, axis = self._weight(node)
         if not codes or (node.op_type == "Conv" and axis != 0):
             return None
@@ -180,12 +246,14 @@ class _Draft:
         channels = {"Conv": 0, "Gemm": 0 if attribute(node, "transB", 0) else 1}.get(node.op_type, values.ndim - 1)
         product = node.op_type == "MatMul"
         summed = (-2,) if product else tuple(i for i in range(values.ndim) if i != channels)
-        total = _exact_sum(values, axis=summed, keepdims=product and values.ndim > 2)
-        release(values)
         if scales.size > 1 and axis % values.ndim != channels:
             return None
+        total = _exact_sum(values, axis=summed, keepdims=product and values.ndim > 2)
+        release(values)
+        own = None if node.name in self._one_scale else steadied(self._model, node, self._low)
+        stored = rounded(scales, self._low) if own is None else own
         alpha = factor(node, "alpha")
-        return total * scales * alpha, total * rounded(scales, self._low) * alpha
+        return total * scales * alpha, total * stored * alpha, own
 
     def _constant(self, wanted: str, values: Floats) -> str:
         name = self._name(wanted)

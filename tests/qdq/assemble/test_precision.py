@@ -14,10 +14,10 @@ from graphs import build, node, quantized
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from engines.core import onnx_runtime as ort
+from engines.core import arithmetic, onnx_runtime as ort
 from qdq.assemble.finish import finish
 from qdq.assemble.precision.convert import Converted, convert
-from qdq.assemble.precision.shift import compensate, rounded
+from qdq.assemble.precision.shift import compensate, rounded, steady
 from qdq.core.errors import InputError
 from qdq.measure.histogram import Histogram
 from qdq.measure.table import CalibrationTable
@@ -487,6 +487,47 @@ def test_a_product_that_its_bias_cancels_keeps_its_weights_exact() -> None:
     plain = graphs.samples(model)
     usual = quantized(model, plain, shift=True, calibrator="max")
     assert "conv" not in rules(convert(usual.model, unquantized_type="fp16", table=usual.table))
+
+
+@pytest.mark.parametrize("kind", ["Conv", "Gemm", "MatMul"])
+def test_roundings_of_weights_behind_a_shift_add_up_to_little(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quiet data near the value of zero see the sum of all roundings; another scale nearby makes it small."""
+    rng = np.random.default_rng(3)
+    shape = {"Conv": (16, 96, 1, 1), "Gemm": (96, 16), "MatMul": (96, 16)}[kind]
+    tensors = {"w": rng.normal(size=shape).astype(np.float32), "b": rng.normal(size=16).astype(np.float32)}
+    nodes = [node(kind, "x w" if kind == "MatMul" else "x w b", "p" if kind == "MatMul" else "y", "product")]
+    nodes += [node("Add", "p b", "y", "add")] if kind == "MatMul" else []
+    size = (2, 96, 3, 3) if kind == "Conv" else (9, 96)
+    model = build(nodes, {"x": size}, tensors)
+    data = [{"x": rng.uniform(0, 4, size).astype(np.float32)} for _ in range(3)]
+    made = quantized(model, data, shift=True, calibrator="max", equalize="none", rounding="nearest")
+    quiet = {"x": (rng.uniform(0, 0.1, size) ** 2).astype(np.float32)}
+    exact = graphs.run(made.model, [quiet])[0]["y"]
+
+    def lost() -> float:
+        result = convert(made.model, unquantized_type="fp16")
+        found = arithmetic.session(result.model.proto).run(None, quiet)[0]
+        return float(np.square(found - exact).mean())
+
+    found = lost()
+    monkeypatch.setattr("qdq.assemble.precision.shift.STEPS", 0)
+    assert found < lost() / 2
+
+
+def test_scales_for_a_steady_sum_stay_near_and_in_the_low_type() -> None:
+    rng = np.random.default_rng(4)
+    codes, scales = rng.integers(-127, 128, (8, 300)).astype(np.int8), rng.uniform(1e-3, 1e-1, 8)
+    found = steady(codes, scales, "float16")
+    assert (found == found.astype(np.float16)).all() and (np.abs(found - scales) <= 2.0**-9 * scales).all()
+
+    def lost(scale: np.ndarray) -> np.ndarray:
+        exact = codes * scale[:, None].astype(np.float64)
+        return np.asarray(np.abs((exact.astype(np.float16) - exact).sum(axis=1)))
+
+    nearest = scales.astype(np.float16).astype(np.float64)
+    assert (lost(found) <= lost(nearest)).all() and lost(found).mean() < lost(nearest).mean() / 2
+    assert (steady(codes, scales, "bfloat16") == scales.astype(ml_dtypes.bfloat16)).all()
+    assert (steady(codes, np.full(8, 1e-9), "float16") == 0).all()  # which no type of 16 bits holds: left to others
 
 
 def test_a_matrix_product_that_its_bias_cancels_compiles() -> None:
