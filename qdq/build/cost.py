@@ -51,6 +51,7 @@ class Price:
         ratio_error: the same of the ratio of two forms of one network on one GPU, in which most of it falls out.
         refusal: what the compiler said of a model that does not compile.
         other: the price if FP16 products accumulate in the other type than is assumed; None where there is no other.
+        each: microseconds on each GPU, of which `us` is the mean.
     """
 
     us: float
@@ -59,6 +60,7 @@ class Price:
     ratio_error: float | None = None
     refusal: str = ""
     other: Price | None = None
+    each: tuple[float, ...] = ()
 
     def gains_on(self, before: Price) -> bool:
         """Whether it is predicted faster by more than a tie."""
