@@ -19,7 +19,7 @@ import onnx
 import engines.backends
 from engines.backends.compiler import Engine, OnProgress, ShapeRange
 from engines.backends.plugins import PluginLibrary
-from engines.backends.tensorrt_options import TensorRtOptions
+from engines.backends.tensorrt_options import DLA, TensorRtOptions
 from engines.core.errors import EngineError, UnsupportedTargetError, did_you_mean
 
 DEFAULT = "rtx"
@@ -102,11 +102,14 @@ class Backend:
         """The name of a target in the form 'sm89', from '8.9', '89' or 'SM_89'.
 
         Raises:
-            UnsupportedTargetError: the compiler does not know it; names another backend that does, or the nearest.
+            UnsupportedTargetError: the compiler does not know it; names another backend that does, or the nearest, or
+                says why there is none for DLA.
         """
         name = target_name(text)
         if name in self.targets:
             return name
+        if name.lower().startswith("dla"):
+            raise UnsupportedTargetError(DLA)
         others = [f"{b.title} (--compiler {b.compiler})" for b in backends().values() if name in b.targets]
         hint = f" {name} needs {' or '.join(others)}." if others else did_you_mean(name, self.targets)
         known = ", ".join(self.targets)

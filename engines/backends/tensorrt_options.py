@@ -146,7 +146,7 @@ class TensorRtOptions(Part, frozen=True, kw_only=True):
         for key in map(str, values):
             if key in cls.__struct_fields__:
                 continue
-            if reason := REFUSED.get(key) or REFUSED.get(key.upper()):
+            if reason := next((why for name, why in REFUSED.items() if name.upper() == key.upper()), ""):
                 raise _wrong(f"{key} is refused: {reason}.")
             if key.upper() in FLAGS:
                 raise _wrong(f"{key} is a flag: write flags: [{key.upper()}].")

@@ -53,6 +53,7 @@ class Price:
         other: the price if FP16 products accumulate in the other type than is assumed; None where there is no other.
         weight_bytes: of the weights in the engine, the largest of its targets'; 0 where no engine is compiled.
         memory_bytes: of those and of what it computes, likewise.
+        each: microseconds on each GPU, of which `us` is the mean.
     """
 
     us: float
@@ -63,6 +64,7 @@ class Price:
     other: Price | None = None
     weight_bytes: int = 0
     memory_bytes: int = 0
+    each: tuple[float, ...] = ()
 
     def gains_on(self, before: Price) -> bool:
         """Whether it is predicted faster by more than a tie."""

@@ -126,6 +126,7 @@ def tune(
         return
     rows = [
         Row(outcome.label, outcome.times),
+        *(Row("", gain) for gain in outcome.gains),
         *measured_rows(outcome.measured),
         Row("choice", found.summary),
         *(Row("", said) for said in (*outcome.said, outcome.elsewhere) if said),

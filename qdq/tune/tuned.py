@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, cast, get_type_hints
 
 import msgspec
 
-from engines.core.documents import Document, replace
+from engines.core.documents import Document, Part, replace
 from qdq.build.cost import Price, PricedGpu
 from qdq.build.measured.bench import Run
 from qdq.build.measured.forms import Timings
@@ -23,6 +23,20 @@ ENDED = {
     "compiles": ", until --tune-compiles was reached: more may find a faster form",
     "seconds": ", until --time-limit was reached: on another machine the plan may be another",
 }
+
+
+class OnGpu(Part, frozen=True, kw_only=True):
+    """Predicted microseconds on one of several GPUs: of what was chosen, and of the fastest float form."""
+
+    gpu: str
+    predicted_us: float
+    unquantized_us: float
+
+    @property
+    def gain(self) -> str:
+        """The one beside the other, for a person."""
+        share = self.predicted_us / self.unquantized_us
+        return f"{self.predicted_us:.1f} us on {self.gpu}, {share:.2f} of the float form ({self.unquantized_us:.1f})"
 
 
 class TuningOutcome(Document, frozen=True, kw_only=True):
@@ -45,6 +59,7 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
         said: the same, and what else a person must know, one sentence each.
         steps: what was kept and given back, one line each.
         elsewhere: what the other compiler is predicted to make of the model.
+        each: the times on each GPU, where the others are means over several.
     """
 
     FORMAT: ClassVar[str] = "qdq.tuning/4"
@@ -67,6 +82,7 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
     said: tuple[str, ...]
     steps: tuple[str, ...]
     elsewhere: str
+    each: tuple[OnGpu, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -92,6 +108,11 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
         others = others if self.quantized_nodes else {"FP32": self.fp32_us}
         shares = [f"{self._share(us)} {name} ({us:.1f})" for name, us in others.items() if us is not None]
         return ", ".join([f"{self.predicted_us:.1f} us", *shares]) + f"; {self._error}"
+
+    @property
+    def gains(self) -> list[str]:
+        """What was chosen beside the fastest float form, on each of several GPUs."""
+        return [one.gain if self.quantized_nodes else f"{one.predicted_us:.1f} us on {one.gpu}" for one in self.each]
 
     def _share(self, us: float) -> str:
         """Of a time, or that a prediction cannot tell the two apart."""
@@ -221,6 +242,17 @@ class Tuned:
             said=tuple(self.said(gpus)),
             steps=self.steps,
             elsewhere=elsewhere,
+            each=self._on_each(gpus),
+        )
+
+    def _on_each(self, gpus: Sequence[PricedGpu]) -> tuple[OnGpu, ...]:
+        """The times on each of several GPUs; none where nothing compiles."""
+        chosen, plain = self.price.each, self.unquantized_price.each
+        if len(gpus) < 2 or not len(gpus) == len(chosen) == len(plain):
+            return ()
+        return tuple(
+            OnGpu(gpu=gpu.name, predicted_us=us, unquantized_us=other)
+            for gpu, us, other in zip(gpus, chosen, plain, strict=True)
         )
 
 

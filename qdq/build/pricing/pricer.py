@@ -152,6 +152,7 @@ def mean(costs: Sequence[tuple[Sequence[Layer], Cost]]) -> Price:
         kernels=tuple(kernels),
         error=_largest(cost.error for _, cost in costs),
         ratio_error=_largest(cost.ratio_error for _, cost in costs),
+        each=tuple(math.fsum(kernel.us for kernel in cost.kernels) for _, cost in costs),
     )
 
 

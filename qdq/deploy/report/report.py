@@ -169,7 +169,7 @@ class DeployReport(Document, frozen=True, kw_only=True):
     def _predicted(self) -> list[Row]:
         if not self.tuning:
             return []
-        others = [Row("", self.tuning.elsewhere)] if self.tuning.elsewhere else []
+        others = [Row("", line) for line in (*self.tuning.gains, self.tuning.elsewhere) if line]
         return [*measured_rows(self.tuning.measured), Row(self.tuning.label, self.tuning.gain), *others]
 
     def _labels(self) -> list[Row]:

@@ -68,6 +68,12 @@ def test_another_name_is_refused_with_the_nearest_or_the_reason(text: str, said:
         profile_named(text)
 
 
+@pytest.mark.parametrize("compiler", ["rtx", "tensorrt"])
+def test_dla_is_no_target_and_the_reason_is_said(compiler: str) -> None:
+    with pytest.raises(UnsupportedTargetError, match=r"DLA is no compiler here.*for the GPU of that device"):
+        profile_named(compiler).require_target("DLA0")
+
+
 def test_a_version_without_a_target_or_format_names_those_that_have_it() -> None:
     old = profile_named("tensorrt:10.3")
     with pytest.raises(UnsupportedTargetError, match=r"10\.3 has no target 'sm120'.*needs TensorRT 11 \(--compiler"):

@@ -104,6 +104,7 @@ def test_names_use_what_they_say() -> None:
         ({"flags": ["int8"]}, "INT8 is refused: the Q/DQ nodes and the types of the model say all precision"),
         ({"int8_calibrator": "x"}, "int8_calibrator is refused"),
         ({"DLA_core": 0}, "DLA_core is refused: DLA is no compiler here"),
+        ({"dla_core": 0}, "dla_core is refused: DLA is no compiler here"),
         ({"memory_pool_limits": {"DLA_LOCAL_DRAM": 1}}, "DLA_LOCAL_DRAM is refused: DLA"),
         ({"runtime_platform": "WINDOWS_AMD64"}, "runtime_platform is refused: .*build it there"),
         ({"profiling_verbosity": "NONE"}, "refused: the engine is always built with DETAILED"),

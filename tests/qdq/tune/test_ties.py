@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -226,7 +227,14 @@ def test_a_decision_says_how_sure_it_is(int8: float, error: float | None, verdic
     )
     outcome = tuned.outcome([gpu_named("l4")])
     assert outcome.label == "predicted on l4"
-    assert tuned.outcome([gpu_named("l4"), gpu_named("t4")]).label == "predicted on l4, t4, the mean"
+    two = [gpu_named("l4"), gpu_named("t4")]
+    assert tuned.outcome(two).label == "predicted on l4, t4, the mean" and not tuned.outcome(two).gains
+    priced = replace(tuned, price=replace(tuned.price, each=(20.0, 36.0)))
+    floating = replace(tuned.unquantized_price, each=(30.0, 50.0))
+    on_each = replace(priced, unquantized_price=floating).outcome(two)
+    quantized = ["20.0 us on l4, 0.67 of the float form (30.0)", "36.0 us on t4, 0.72 of the float form (50.0)"]
+    assert on_each.gains == (quantized if on_each.quantized_nodes else ["20.0 us on l4", "36.0 us on t4"])
+    assert TuningOutcome.from_json(on_each.to_json()) == on_each and not outcome.gains
     assert TuningOutcome.from_json(outcome.to_json()) == outcome
     assert outcome.decision == tuned.decision and outcome.said == tuple(tuned.said([gpu_named("l4")]))
 

@@ -102,7 +102,8 @@ def test_several_gpus_of_targets_that_rtx_lacks() -> None:
     both = pricer(model, target=["sm80", "sm90"], gpu=["a100", "h100"])
     price = both(model)
     alone = [pricer(model, target=gpu.target, gpu=gpu.name)(model).us for gpu in both.gpus]
-    assert price.us == pytest.approx(sum(alone) / 2) and "for sm80 in the place of sm90" in both.told[1].notes[0]
+    assert price.us == pytest.approx(sum(alone) / 2) and price.each == pytest.approx(tuple(alone))
+    assert "for sm80 in the place of sm90" in both.told[1].notes[0]
 
 
 def test_what_rtx_refuses_for_turing_is_compiled_for_ampere() -> None:
