@@ -1,12 +1,13 @@
 """Potentials in several plans: error of energy and forces, what the compiler makes of them, energy in dynamics.
 
-Usage: bench_potentials.py MODEL.onnx --data FOLDER --eval FOLDER [PLAN ...] [--unit OUTPUT=UNIT,SCALE ...] [--steps N]
+Usage: bench_potentials.py MODEL.onnx --data FOLDER --eval FOLDER [--plan TEXT ...] [--unit OUTPUT=UNIT,SCALE ...]
+           [--steps N --structure NAME]
 
-MODEL and samples are of tools/export/chgnet_potential.py or ani_potential.py (--samples), or any with energies. A PLAN
-is a scheme with settings and overrides, `NAME: scheme=w8a16 rest=fp32 /gradient/*=int8 rounding=nearest`: what holds a
-* or a / is a pattern of nodes. Each is quantized, compiled for one target and audited; times are predicted. INT8 is the
-share of the multiply-adds in linear layers (products with a weight) that run in INT8 as compiled, and that of all. With
---steps each file also runs so many steps at constant energy (md_stability.py).
+MODEL and samples are of tools/export/chgnet_potential.py or ani_potential.py (--samples), or any with energies. A plan
+is `NAME = SCHEME:option=value...`, as `qdq compare --schemes` takes it (`rest` is the float type of all else), and
+behind it `PATTERN=CHOICE` of nodes that become something else. Each is quantized, compiled for one target and audited;
+times are predicted. INT8 is the share of the multiply-adds in linear layers (products with a weight) that run in INT8
+as compiled, and that of all. With --steps each file also runs so many steps at constant energy (md_stability.py).
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ from qdq.build.engine import compile_engine, shape_ranges
 from qdq.build.keys.units import units_of
 from qdq.build.recipe import Recipe
 from qdq.cli.options.read import UNIT_FORM, pairs
+from qdq.deploy.compare.compare import entries
 from qdq.measure.inference.inputs import input_specs
 from qdq.model.model import Model
 from qdq.model.storage import load, save
 from qdq.passes.prepare import load_float
 
 GPU, TARGET = "rtx4090", "sm89"
-PLANS = ("INT8: scheme=int8", "two codes: scheme=w8a16", "two codes, rest FP32: scheme=w8a16 rest=fp32")
+PLANS = ("INT8 = int8", "two codes = w8a16", "two codes, rest FP32 = w8a16:rest=fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +56,12 @@ class Planned:
 
     @classmethod
     def parse(cls, text: str) -> Planned:
-        """Read `NAME: key=value pattern=choice ...`."""
-        name, _, words = text.partition(":")
-        given: dict[str, Any] = {"target": TARGET, "tune": "off"}
-        overrides = {}
-        for word in words.split():
-            key, _, value = word.rpartition("=")
-            if "*" in key or "/" in key:
-                overrides[key] = value
-            else:
-                given["unquantized_type" if key == "rest" else key] = value
-        return cls(name=name.strip(), recipe=Recipe.from_mapping({**given, "overrides": overrides}))
+        """Read `NAME = SCHEME:option=value PATTERN=CHOICE ...`."""
+        name, _, words = text.partition(" = ")
+        scheme, *others = words.split()
+        given = {"target": TARGET, "tune": "off", "overrides": dict(word.rsplit("=", 1) for word in others)}
+        (entry,) = entries([scheme], given)
+        return cls(name=name.strip(), recipe=entry.recipe)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +155,7 @@ def main() -> None:
     """Measure one potential."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("plans", nargs="*", default=PLANS)
+    parser.add_argument("--plan", action="append", dest="plans")
     parser.add_argument("--data", required=True)
     parser.add_argument("--eval", required=True)
     parser.add_argument("--unit", action="append", default=[])
@@ -181,7 +178,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save(prepared, folder / "float.onnx")
         print(row("float, FP32", look(folder / "float.onnx", evaluation, reference, given), units), flush=True)
-        for planned in map(Planned.parse, given.plans):
+        for planned in map(Planned.parse, given.plans or PLANS):
             start, recipe = time.perf_counter(), planned.recipe
             made = quantize(prepared, calibration, settings=recipe.settings)
             done = finish(made.model, made.plan, unquantized_type=recipe.unquantized_type, table=made.table)
