@@ -1,7 +1,7 @@
 """Potentials in several plans: error of energy and forces, what the compiler makes of them, energy in dynamics.
 
 Usage: bench_potentials.py MODEL.onnx --data FOLDER --eval FOLDER [--plan TEXT ...] [--unit OUTPUT=UNIT,SCALE ...]
-           [--steps N --structure NAME]
+           [--steps N --step-fs FS --structure NAME]
 
 MODEL and samples are of tools/export/chgnet_potential.py or ani_potential.py (--samples), or any with energies. A plan
 is `NAME = SCHEME:option=value...`, as `qdq compare --schemes` takes it (`rest` is the float type of all else), and
@@ -121,11 +121,11 @@ def look(path: Path, samples: Samples, reference: Sequence[dict[str, np.ndarray]
         session = arithmetic.session(path)
         moving = dynamics.system(session, given.structure)
         start = dynamics.velocities(moving, 300.0, np.random.default_rng(0))
-        run = dynamics.simulate(session, moving, start, steps=given.steps, step_fs=1.0)
+        run = dynamics.simulate(session, moving, start, steps=given.steps, step_fs=given.step_fs)
     return Found(errors=errors, audited=audited, linear=linear, us=us, run=run, problem=problem)
 
 
-def row(name: str, found: Found, units: dict[str, Unit]) -> str:
+def row(name: str, found: Found, units: dict[str, Unit], step_fs: float) -> str:
     """One line of the table."""
     cells = [name, *(f"{v * units[n].scale:.3g}" if n in units else f"{v:.3g}" for n, v in found.errors.items())]
     if found.audited is None or found.linear is None:
@@ -135,18 +135,18 @@ def row(name: str, found: Found, units: dict[str, Unit]) -> str:
         cells += [f"{found.linear:.2f} / {found.audited.int8_share:.2f}", str(found.audited.kernels), weights]
         cells.append("-" if found.us is None else f"{found.us:.0f}")
     if found.run is not None:
-        slope, scatter = found.run.line(1.0)
+        slope, scatter = found.run.line(step_fs)
         ends = 1000 * (found.run.energies[-1] - found.run.energies[0])
         cells += [f"{ends:+.3f}", f"{slope:+.2f}", f"{scatter:.3f}"]
     return f"| {' | '.join(cells)} |" + (f" {found.problem}" if found.problem else "")
 
 
-def head(outputs: Sequence[str], units: dict[str, Unit], steps: int) -> Iterator[str]:
+def head(outputs: Sequence[str], units: dict[str, Unit], steps: int, step_fs: float) -> Iterator[str]:
     """The head of the table."""
     named = [f"{name}, {units[name].name}" if name in units else name for name in outputs]
     heads = ["plan", *named, "INT8 of linear / of all", "kernels", "weights, MB", f"predicted us, {GPU}"]
     if steps:
-        heads += [f"energy after {steps} fs, meV/atom", "drift, meV/atom/ps", "scatter, meV/atom"]
+        heads += [f"energy after {steps * step_fs:g} fs, meV/atom", "drift, meV/atom/ps", "scatter, meV/atom"]
     yield f"| {' | '.join(heads)} |"
     yield "|" + "---|" * len(heads)
 
@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--eval", required=True)
     parser.add_argument("--unit", action="append", default=[])
     parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--step-fs", type=float, default=1.0)
     parser.add_argument("--structure", default="LiMnO2")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write the files there, by the plans' names")
     given = parser.parse_args()
@@ -172,19 +173,22 @@ def main() -> None:
     for name in reference[0]:
         size = float(np.mean(np.abs(np.concatenate([r[name].reshape(-1) for r in reference]))))
         print(f"{name} {units[name].shown(size) if name in units else f'{size:.4g}'}")
-    print("\n" + "\n".join(head(list(reference[0]), units, given.steps)), flush=True)
+    print("\n" + "\n".join(head(list(reference[0]), units, given.steps, given.step_fs)), flush=True)
     with Scratch() as scratch:
         folder = given.keep or scratch
         folder.mkdir(parents=True, exist_ok=True)
         save(prepared, folder / "float.onnx")
-        print(row("float, FP32", look(folder / "float.onnx", evaluation, reference, given), units), flush=True)
+        print(
+            row("float, FP32", look(folder / "float.onnx", evaluation, reference, given), units, given.step_fs),
+            flush=True,
+        )
         for planned in map(Planned.parse, given.plans or PLANS):
             start, recipe = time.perf_counter(), planned.recipe
             made = quantize(prepared, calibration, settings=recipe.settings)
             done = finish(made.model, made.plan, unquantized_type=recipe.unquantized_type, table=made.table)
             path = folder / f"{planned.name.replace(' ', '_').replace(',', '')}.onnx"
             save(done.model, path)
-            print(row(planned.name, look(path, evaluation, reference, given), units), flush=True)
+            print(row(planned.name, look(path, evaluation, reference, given), units, given.step_fs), flush=True)
             print(f"{planned.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 
 
