@@ -1,12 +1,13 @@
 """Potentials in several plans: error of energy and forces, what the compiler makes of them, energy in dynamics.
 
-Usage: bench_potentials.py MODEL.onnx --data FOLDER --eval FOLDER [PLAN ...] [--unit OUTPUT=UNIT,SCALE ...] [--steps N]
+Usage: bench_potentials.py MODEL.onnx --data FOLDER --eval FOLDER [--plan TEXT ...] [--unit OUTPUT=UNIT,SCALE ...]
+           [--steps N --step-fs FS --structure NAME]
 
-MODEL and samples are of tools/export/chgnet_potential.py or ani_potential.py (--samples), or any with energies. A PLAN
-is a scheme with settings and overrides, `NAME: scheme=w8a16 rest=fp32 /gradient/*=int8 rounding=nearest`: what holds a
-* or a / is a pattern of nodes. Each is quantized, compiled for one target and audited; times are predicted. INT8 is the
-share of the multiply-adds in linear layers (products with a weight) that run in INT8 as compiled, and that of all. With
---steps each file also runs so many steps at constant energy (md_stability.py).
+MODEL and samples are of tools/export/chgnet_potential.py or ani_potential.py (--samples), or any with energies. A plan
+is `NAME = SCHEME:option=value...`, as `qdq compare --schemes` takes it (`rest` is the float type of all else), and
+behind it `PATTERN=CHOICE` of nodes that become something else. Each is quantized, compiled for one target and audited;
+times are predicted. INT8 is the share of the multiply-adds in linear layers (products with a weight) that run in INT8
+as compiled, and that of all. With --steps each file also runs so many steps at constant energy (md_stability.py).
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ from qdq.build.engine import compile_engine, shape_ranges
 from qdq.build.keys.units import units_of
 from qdq.build.recipe import Recipe
 from qdq.cli.options.read import UNIT_FORM, pairs
+from qdq.deploy.compare.compare import entries
 from qdq.measure.inference.inputs import input_specs
 from qdq.model.model import Model
 from qdq.model.storage import load, save
 from qdq.passes.prepare import load_float
 
 GPU, TARGET = "rtx4090", "sm89"
-PLANS = ("INT8: scheme=int8", "two codes: scheme=w8a16", "two codes, rest FP32: scheme=w8a16 rest=fp32")
+PLANS = ("INT8 = int8", "two codes = w8a16", "two codes, rest FP32 = w8a16:rest=fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +56,12 @@ class Planned:
 
     @classmethod
     def parse(cls, text: str) -> Planned:
-        """Read `NAME: key=value pattern=choice ...`."""
-        name, _, words = text.partition(":")
-        given: dict[str, Any] = {"target": TARGET, "tune": "off"}
-        overrides = {}
-        for word in words.split():
-            key, _, value = word.rpartition("=")
-            if "*" in key or "/" in key:
-                overrides[key] = value
-            else:
-                given["unquantized_type" if key == "rest" else key] = value
-        return cls(name=name.strip(), recipe=Recipe.from_mapping({**given, "overrides": overrides}))
+        """Read `NAME = SCHEME:option=value PATTERN=CHOICE ...`."""
+        name, _, words = text.partition(" = ")
+        scheme, *others = words.split()
+        given = {"target": TARGET, "tune": "off", "overrides": dict(word.rsplit("=", 1) for word in others)}
+        (entry,) = entries([scheme], given)
+        return cls(name=name.strip(), recipe=entry.recipe)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +121,11 @@ def look(path: Path, samples: Samples, reference: Sequence[dict[str, np.ndarray]
         session = arithmetic.session(path)
         moving = dynamics.system(session, given.structure)
         start = dynamics.velocities(moving, 300.0, np.random.default_rng(0))
-        run = dynamics.simulate(session, moving, start, steps=given.steps, step_fs=1.0)
+        run = dynamics.simulate(session, moving, start, steps=given.steps, step_fs=given.step_fs)
     return Found(errors=errors, audited=audited, linear=linear, us=us, run=run, problem=problem)
 
 
-def row(name: str, found: Found, units: dict[str, Unit]) -> str:
+def row(name: str, found: Found, units: dict[str, Unit], step_fs: float) -> str:
     """One line of the table."""
     cells = [name, *(f"{v * units[n].scale:.3g}" if n in units else f"{v:.3g}" for n, v in found.errors.items())]
     if found.audited is None or found.linear is None:
@@ -138,18 +135,18 @@ def row(name: str, found: Found, units: dict[str, Unit]) -> str:
         cells += [f"{found.linear:.2f} / {found.audited.int8_share:.2f}", str(found.audited.kernels), weights]
         cells.append("-" if found.us is None else f"{found.us:.0f}")
     if found.run is not None:
-        slope, scatter = found.run.line(1.0)
+        slope, scatter = found.run.line(step_fs)
         ends = 1000 * (found.run.energies[-1] - found.run.energies[0])
         cells += [f"{ends:+.3f}", f"{slope:+.2f}", f"{scatter:.3f}"]
     return f"| {' | '.join(cells)} |" + (f" {found.problem}" if found.problem else "")
 
 
-def head(outputs: Sequence[str], units: dict[str, Unit], steps: int) -> Iterator[str]:
+def head(outputs: Sequence[str], units: dict[str, Unit], steps: int, step_fs: float) -> Iterator[str]:
     """The head of the table."""
     named = [f"{name}, {units[name].name}" if name in units else name for name in outputs]
     heads = ["plan", *named, "INT8 of linear / of all", "kernels", "weights, MB", f"predicted us, {GPU}"]
     if steps:
-        heads += [f"energy after {steps} fs, meV/atom", "drift, meV/atom/ps", "scatter, meV/atom"]
+        heads += [f"energy after {steps * step_fs:g} fs, meV/atom", "drift, meV/atom/ps", "scatter, meV/atom"]
     yield f"| {' | '.join(heads)} |"
     yield "|" + "---|" * len(heads)
 
@@ -158,11 +155,12 @@ def main() -> None:
     """Measure one potential."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("plans", nargs="*", default=PLANS)
+    parser.add_argument("--plan", action="append", dest="plans")
     parser.add_argument("--data", required=True)
     parser.add_argument("--eval", required=True)
     parser.add_argument("--unit", action="append", default=[])
     parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--step-fs", type=float, default=1.0)
     parser.add_argument("--structure", default="LiMnO2")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write the files there, by the plans' names")
     given = parser.parse_args()
@@ -175,19 +173,22 @@ def main() -> None:
     for name in reference[0]:
         size = float(np.mean(np.abs(np.concatenate([r[name].reshape(-1) for r in reference]))))
         print(f"{name} {units[name].shown(size) if name in units else f'{size:.4g}'}")
-    print("\n" + "\n".join(head(list(reference[0]), units, given.steps)), flush=True)
+    print("\n" + "\n".join(head(list(reference[0]), units, given.steps, given.step_fs)), flush=True)
     with Scratch() as scratch:
         folder = given.keep or scratch
         folder.mkdir(parents=True, exist_ok=True)
         save(prepared, folder / "float.onnx")
-        print(row("float, FP32", look(folder / "float.onnx", evaluation, reference, given), units), flush=True)
-        for planned in map(Planned.parse, given.plans):
+        print(
+            row("float, FP32", look(folder / "float.onnx", evaluation, reference, given), units, given.step_fs),
+            flush=True,
+        )
+        for planned in map(Planned.parse, given.plans or PLANS):
             start, recipe = time.perf_counter(), planned.recipe
             made = quantize(prepared, calibration, settings=recipe.settings)
             done = finish(made.model, made.plan, unquantized_type=recipe.unquantized_type, table=made.table)
             path = folder / f"{planned.name.replace(' ', '_').replace(',', '')}.onnx"
             save(done.model, path)
-            print(row(planned.name, look(path, evaluation, reference, given), units), flush=True)
+            print(row(planned.name, look(path, evaluation, reference, given), units, given.step_fs), flush=True)
             print(f"{planned.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 
 

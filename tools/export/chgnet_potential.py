@@ -129,8 +129,9 @@ def build(version: str = "0.3.0") -> Any:
                 read = layer.twoBody_bond(torch.cat([bonds[one], bonds[other], corners, atoms[middle]], dim=1))
                 corners = read + corners
             energy = network.mlp(network.readout_norm(atoms)).sum()
-            own = network.composition_model.fc.weight[0][numbers - 1]
-            return energy, energy / positions.shape[0] + own.mean()
+            own = network.composition_model.fc.weight[0]  # of each element; summed in the package's order
+            shares = (numbers[:, None] == torch.arange(1, len(own) + 1)).to(own.dtype).sum(0) / positions.shape[0]
+            return energy, energy / positions.shape[0] + (shares * own).sum()
 
         def fourier(self, angle: Any) -> Any:
             """The angles' basis, as one concatenation: the package writes into a tensor of zeros."""

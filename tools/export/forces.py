@@ -8,13 +8,7 @@ where the example's sizes differ from each other and from those inside the netwo
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-import numpy as np
-import onnx
 
 Energies = tuple[Any, Any]  # what forces are the gradient of; and what is shown, as per atom. Both are scalars
 
@@ -53,35 +47,3 @@ def _named(made: Any, energy: Any) -> None:
             wanted = name.replace(".", "_")
             setattr(made, wanted, value)
             node.target = wanted
-
-
-def name_products(path: Path, names: Mapping[str, str]) -> int:
-    """Name the products with weights after these, so that a pattern can choose forward or backward ones; how many.
-
-    A product that reads a weight as it was trained is `/layer/MatMul`; one that reads it the other way round, as the
-    gradient does, `/gradient/layer/MatMul`.
-
-    Args:
-        path: of an ONNX file, which is written again.
-        names: weight -> name of its layer in the network.
-    """
-    model = onnx.load(str(path))
-    counted: Counter[str] = Counter()
-    turned = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Transpose"}
-    for node in model.graph.node:
-        if node.op_type not in ("Gemm", "MatMul"):
-            continue
-        source = turned.get(node.input[1], node.input[1])
-        if source not in names:
-            continue
-        transposed = (node.input[1] in turned) != any(a.name == "transB" and a.i for a in node.attribute)
-        name = f"{'' if transposed else '/gradient'}/{names[source].replace('.', '/')}/{node.op_type}"
-        counted[name] += 1
-        node.name = name if counted[name] == 1 else f"{name}_{counted[name]}"
-    onnx.save(model, str(path))
-    return sum(counted.values())
-
-
-def largest(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference."""
-    return float(np.abs(found.astype(np.float64) - expected).max(initial=0.0))

@@ -12,6 +12,7 @@ to the energy has no gradient: that is as of a straight-through estimator. It mu
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ def tied(
         weights: as each was rounded for itself.
         samples: that show the ranges of the data's channels; without them the table bounds them.
     """
-    pairs = _pairs(nodes)
+    pairs = _pairs(model, nodes)
     found = [(first, second) for first, second in pairs if _fits(plan, nodes, first, second, weights)]
     shown = {} if samples is None else look(model, {b.data: [b] for _, b in found}, samples, on_progress)
     codes, divisors, params = dict[Weight, QTensor](), dict[str, Singles](), dict[str, QParams]()
@@ -79,9 +80,10 @@ def tied(
         amax, dtype = float((size * scale / whole).max()), model.dtype(second.data)
         plain = representable(amax / 127 if amax else 1.0, dtype)
         twice = second.data_spec is not None and second.data_spec.residual
-        grid = np.full(made.codes.shape[second.output_axis], whole, np.float32)
+        again = made.codes if first.input_axis == second.output_axis else np.ascontiguousarray(made.codes.T)
+        grid = np.full(again.shape[second.output_axis], whole, np.float32)
         codes[second.key] = QTensor(
-            codes=made.codes, params=QParams(scale=grid, axis=second.output_axis, format=made.params.format)
+            codes=again, params=QParams(scale=grid, axis=second.output_axis, format=made.params.format)
         )
         divisors[second.data] = (whole / scale).astype(np.float32)
         params[second.data] = QParams(scale=coarse_scale(amax, dtype) if twice else plain)
@@ -89,15 +91,31 @@ def tied(
     return Tied(weights=codes, divisors=divisors, params=params, note=note)
 
 
-def _pairs(nodes: Mapping[str, WeightedNode]) -> list[tuple[WeightedNode, WeightedNode]]:
-    """Weights that two nodes read, each along its own axis: the earlier one and the later one."""
+def _pairs(model: Model, nodes: Mapping[str, WeightedNode]) -> list[tuple[WeightedNode, WeightedNode]]:
+    """Weights that two nodes read, each along its own axis: the earlier one and the later one.
+
+    They may be one constant, or two of which one is the other transposed, as a folded Transpose leaves them.
+    """
     order = {name: number for number, name in enumerate(nodes)}
     readers: dict[str, list[WeightedNode]] = {}
-    for each in by_weight(nodes.values()).values():
-        if len(each) == 1:
-            readers.setdefault(each[0].weight, []).append(each[0])
-    both = [sorted(some, key=lambda n: order[n.name]) for some in readers.values() if len(some) == 2]
-    return [(a, b) for a, b in both if a.output_axis == b.input_axis and len(a.shape) == 2]
+    backwards: dict[str, str] = {}
+    for reader, *others in by_weight(nodes.values()).values():
+        if others or len(reader.shape) != 2:
+            continue
+        values = np.asarray(model.array(reader.weight))
+        values = values if reader.input_axis == 0 else values.T  # (inputs, outputs)
+        readers.setdefault(_digest(values), []).append(reader)
+        backwards[reader.name] = _digest(values.T)
+    found = []
+    for each in (reader for some in readers.values() for reader in some):
+        others = readers.get(backwards[each.name], [])
+        if len(others) == 1 and order[each.name] < order[others[0].name]:
+            found.append((each, others[0]))
+    return found
+
+
+def _digest(values: np.ndarray) -> str:
+    return hashlib.sha256(str(values.shape).encode() + np.ascontiguousarray(values).tobytes()).hexdigest()
 
 
 def _fits(

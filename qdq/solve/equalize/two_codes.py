@@ -16,6 +16,10 @@ from qdq.solve.activations import coarse_scale
 from qdq.solve.equalize.channels import Channels
 from qdq.solve.equalize.formulas import rms
 
+# The scale of the second code, 1/256 of this, is FP16's least normal number. With a smaller one it would be FP32 beside
+# an FP16 product, which TensorRT-RTX 1.7.1 fails on ("Invalid binary pointwise types").
+LEAST = 2.0**-6
+
 
 def divided(
     model: Model, tensors: Collection[str], seen: Mapping[str, Channels]
@@ -26,7 +30,9 @@ def divided(
         shown = seen[tensor]
         squares = sum((rows**2).sum(axis=0) for rows in shown.rows())
         size = np.sqrt(np.asarray(squares) / max(shown.count, 1))
-        divisors[tensor] = rms.scales(size, np.ones_like(size)).astype(np.float32)
-        limits = np.maximum(-shown.limits.low, shown.limits.high)
-        params[tensor] = QParams(scale=coarse_scale(float((limits / divisors[tensor]).max()), model.dtype(tensor)))
+        divisor = rms.scales(size, np.ones_like(size)).astype(np.float32)
+        amax = float((np.maximum(-shown.limits.low, shown.limits.high) / divisor).max())
+        scale = coarse_scale(amax, model.dtype(tensor))
+        up = min(1.0, float(scale) / LEAST)  # a power of two, exact in the weights' scales
+        divisors[tensor], params[tensor] = divisor * np.float32(up), QParams(scale=scale / np.asarray(up, scale.dtype))
     return divisors, params

@@ -16,8 +16,11 @@ RNG = np.random.default_rng(3)
 W, V = RNG.normal(size=(24, 16)).astype(np.float32), RNG.normal(size=(16,)).astype(np.float32)
 
 
-def potential(*, again: int = 1) -> onnx.ModelProto:
-    """energy = sum of v tanh(x W) over rows, forces = -its gradient by x; `again` more products read that gradient."""
+def potential(*, again: int = 1, folded: bool = False) -> onnx.ModelProto:
+    """energy = sum of v tanh(x W) over rows, forces = -its gradient by x; `again` products read that gradient.
+
+    With `folded` their weight is a constant of its own, transposed.
+    """
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["a"], "forward"),
         helper.make_node("Tanh", ["a"], ["b"], "tanh"),
@@ -30,7 +33,10 @@ def potential(*, again: int = 1) -> onnx.ModelProto:
         helper.make_node("Sum", [f"f{i}" for i in range(again)], ["total"], "total"),
         helper.make_node("Neg", ["total"], ["forces"], "minus"),
     ]
-    constants = [models.constant(n, a) for n, a in {"w": W, "v": V, "one": np.ones(1, np.float32)}.items()]
+    if folded:
+        nodes[7:8] = [helper.make_node("MatMul", ["g", "turned"], ["f0"], "gradient0")]
+    values = {"w": W, "v": V, "one": np.ones(1, np.float32), "turned": np.ascontiguousarray(W.T)}
+    constants = [models.constant(name, array) for name, array in values.items()]
     return models.assemble(nodes, {"x": (8, 24)}, {"energy": (), "forces": (8, 24)}, constants)
 
 
@@ -53,10 +59,10 @@ def real(made: object, node: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scheme", ["int8", "w8a16"])
-@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
-def test_tied_gradients_multiply_by_the_same_numbers(scheme: str, rounding: str) -> None:
+@pytest.mark.parametrize(("rounding", "folded"), [("nearest", False), ("gptq", False), ("nearest", True)])
+def test_tied_gradients_multiply_by_the_same_numbers(scheme: str, rounding: str, folded: bool) -> None:
     plain = {"scheme": scheme, "rounding": rounding, "equalize": "none", "bias_correction": "off"}
-    tied = quantize(potential(), samples(), settings=Settings(**plain, gradients="tied"))
+    tied = quantize(potential(folded=folded), samples(), settings=Settings(**plain, gradients="tied"))
     np.testing.assert_allclose(real(tied, "forward"), real(tied, "gradient0").T, rtol=1e-6)
     assert "1 of 1 weights that a gradient reads again" in " ".join(tied.solution.notes)
     free = quantize(potential(), samples(), settings=Settings(**plain))
