@@ -62,7 +62,7 @@ def build() -> Any:
     folder = place / "trained_models" / "AntiBERTy_md_smooth"
     if not (folder / "pytorch_model.bin").is_file():
         raise Missing(f"antiberty holds no weights here: pip install --no-deps antiberty=={VERSION}")
-    config = hub.BertConfig(**json.loads((folder / "config.json").read_text()))
+    config = hub.BertConfig.from_dict(json.loads((folder / "config.json").read_text()))
     language = hub.BertForMaskedLM(config)
     stored = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
     parts = ("bert.pooler.", "cls.species.", "cls.chain.", "cls.graft.", "bert.embeddings.position_ids")
