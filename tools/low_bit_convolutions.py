@@ -5,6 +5,7 @@
 A 1x1 and a 3x3 convolution of as many channels in as out, in FP16, in each form that a Q/DQ model could give it. The
 engine's weights tell what is stored: 2 bytes a weight in FP16, 1 in INT8, half of one in INT4 (and scales). 3 and 2
 bits are no types of the compiler: they would be INT4 codes with fewer values, so their rows are file size only.
+A MatMul whose INT4 weight stands on the left is left out: TensorRT-RTX 1.7.1 ends with a segmentation fault.
 """
 
 from __future__ import annotations
@@ -128,15 +129,7 @@ def product_two_levels(form: Form) -> None:
     _behind_channels_last(form, lambda data: form.add("MatMul", [form.data(data), weight]))
 
 
-def product_left(form: Form) -> None:
-    """MatMul with the INT4 weight on the left of (channels, positions)."""
-    weight = form.blocks(form.weight[:, :, 0, 0], 1)
-    flat = form.add("Reshape", ["x", form.constant("flat", np.array([1, form.channels, -1], np.int64))])
-    made = form.add("MatMul", [weight, flat])
-    form.add("Reshape", [made, form.constant("whole", np.array([1, form.channels, SIDE, SIDE], np.int64))], "y")
-
-
-FORMS = {1: (plain, channel, block, two_levels, flat_two_levels, product, product_two_levels, product_left)}
+FORMS = {1: (plain, channel, block, two_levels, flat_two_levels, product, product_two_levels)}
 FORMS[3] = FORMS[1][:5]
 
 
