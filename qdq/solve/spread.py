@@ -35,7 +35,7 @@ from qdq.solve.weights import quantize_weight
 AHEAD = 2  # tasks on their way, for each worker
 
 _HERE: ContextVar[Spread | None] = ContextVar("workers that round weights", default=None)
-_FORMED: dict[str, Model] = {}  # in a worker: the model in the form of the last plan, by what decides it
+_FORMED: dict[tuple[Path, str], Model] = {}  # in a worker: the last model, in the form of its plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,10 +121,10 @@ def _rounded(path: Path, sha256: str, plan: Plan, made_by: str, task: Task) -> Q
     """In a worker."""
     if version("qdq") != made_by:
         raise InputError(f"A worker has qdq {version('qdq')}, and {made_by} is needed: install the same version there.")
-    if plan.sha256 not in _FORMED:
+    if (key := (path, plan.sha256)) not in _FORMED:
         _FORMED.clear()
-        _FORMED[plan.sha256] = plan.form(prepared(path))
-    model = _FORMED[plan.sha256]
+        _FORMED[key] = plan.form(prepared(path))
+    model = _FORMED[key]
     if model.sha256 != sha256:
         raise InputError(f"A worker reads another model at {path}: it must see the same file under the same path.")
     return rounded(model, plan.settings, task)

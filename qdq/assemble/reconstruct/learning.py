@@ -29,11 +29,11 @@ from qdq.plan.weighted_node import Weight
 STEPS = 240
 BATCH = 4  # samples in a step
 RATE = 0.03  # of Adam
-# Of all weights undecided, in units of the errors before: as much more than these as in AdaRound's paper. With a tenth,
-# weights stay between codes until the end, and the codes that they are cut to err more than those to start from.
-PENALTY = 500.0
+# Of all weights undecided, in units of the errors before. With a thousandth of it weights stay between two codes until
+# the end, where they fit ten times better, and the codes that they are cut to err five times more than the first ones.
+PENALTY = 2500.0
 SHARPNESS = (20.0, 2.0)  # exponents of the penalty, at its beginning and its end
-NEAR = 0.1  # how far a weight starts from where it was before rounding to its code, of the way
+NEAR = 0.35  # how far a weight starts from where it was before rounding to its code, of the way
 DROP = 0.5  # probability of an unquantized element
 THREADS = 1  # of PyTorch: the last bits of sums depend on their number
 STRETCH, REACH = 1.2, 0.1  # of the sigmoid, so that it gets to 0 and 1

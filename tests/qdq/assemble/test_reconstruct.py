@@ -96,6 +96,21 @@ def test_skip_connections_may_cross() -> None:
 
 @torch
 @pytest.mark.usefixtures("has_torch")
+def test_learned_codes_err_less_on_other_samples_than_those_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "STEPS", 100)
+    model, other = layers((16, 48, 48, 4)), correlated(6, 5)
+    expected = [sample["y"] for sample in run(model, other)]
+    noise = {}
+    for rounding in ("nearest", "descent", "reconstruct"):
+        made = quantize(model, correlated(16, 1), settings=settings(scheme="int4", rounding=rounding, block=16))
+        pairs = zip(expected, run(made.model, other), strict=True)
+        noise[rounding] = sum(float(((y - found["y"]) ** 2).sum()) for y, found in pairs)
+    assert noise["reconstruct"] < noise["descent"] < noise["nearest"], noise
+    assert any("reconstruct took learned codes" in note for note in made.solution.notes)
+
+
+@torch
+@pytest.mark.usefixtures("has_torch")
 def test_a_killed_run_goes_on_and_the_bytes_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "STEPS", 10)
     model, data = layers(), correlated(8, 1)
