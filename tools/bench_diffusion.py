@@ -94,7 +94,7 @@ class Bench:
     stem: str
 
     def foreseen(self, name: str, told: Array) -> None:
-        """Print what lines can explain of a model's errors, fitted to the very pictures that are judged: a bound."""
+        """Print what lines can explain of a model's errors, fitted to the very pictures that are judged."""
         x, noise, _ = self.visits
         errors = told - noise
         alone = [explained(*parts) for parts in zip(errors, noise, strict=True)]
@@ -170,11 +170,9 @@ def shares(name: str, correction: NoiseCorrection) -> None:
     taken = [1 - 10 ** ((step.sqnr_db - step.corrected_db) / 10) for step in correction.steps]
     slopes = [np.mean(step.gain) - 1 for step in correction.steps]
     print(
-        f"- {name}, correction measured on other pictures: bias and correlation are "
-        f"{100 * np.mean(taken):.0f} % of the error's energy (mean of the steps; "
-        f"{100 * np.min(taken):.0f} to {100 * np.max(taken):.0f}), so that at most "
-        f"{-10 * np.log10(1 - np.mean(taken)):.1f} dB can be had; gain - 1 is {np.mean(slopes):+.4f} "
-        f"({np.min(slopes):+.4f} to {np.max(slopes):+.4f})"
+        f"- {name}, correction measured on other pictures: bias and correlation are {100 * np.mean(taken):.2f} % of "
+        f"the error's energy at a step (mean; {100 * np.min(taken):.2f} to {100 * np.max(taken):.2f}); gain - 1 is "
+        f"{np.mean(slopes):+.4f} ({np.min(slopes):+.4f} to {np.max(slopes):+.4f})"
     )
 
 
