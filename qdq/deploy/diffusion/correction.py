@@ -140,28 +140,29 @@ class _Sums:
         self.pixels = y.shape[2]
         self.moments += list(np.stack([p.sum(2) for p in (y, error, y * y, y * error, error * error)], axis=1))
 
-    def step(self, t: int) -> StepNoise:
-        """The line through the points, and what is left.
+    def step(self, t: int, near: Sequence[_Sums]) -> StepNoise:
+        """The line through the points of the steps near this one, and what it leaves of this one's error.
 
         The slope and the mean are pulled towards none by as much as they differ from picture to picture (the variance
         of a regression with clusters; James and Stein's factor), so that chance is not taken for a correlation. No
         quantizer halves or doubles an output: where a line does, the output is next to nothing, and the line is none.
         """
-        each = np.array(self.moments)
-        y, error, square, product, noise = each.mean(0) / self.pixels
+        each = np.sum([sums.moments for sums in near], axis=0) / len(near)
+        y, error, square, product, _ = each.mean(0) / self.pixels
         spread = square - y * y
-        covariance = product - y * error
-        slope = np.divide(covariance, spread, out=np.zeros_like(y), where=spread > 1e-12 * square)
+        slope = np.divide(product - y * error, spread, out=np.zeros_like(y), where=spread > 1e-12 * square)
         rest = (each[:, 1] - slope * each[:, 0]) / self.pixels - (error - slope * y)
         tilt = (each[:, 3] - slope * each[:, 2]) / self.pixels - (error - slope * y) * each[:, 0] / self.pixels
         slope, mean = _sure(slope, (tilt - y * rest) / np.maximum(spread, 1e-300)), _sure(error, rest)
         slope = np.where((slope > -0.5) & (slope < 1), slope, 0.0)
-        left = noise - error**2 + slope**2 * spread - 2 * slope * covariance + (error - mean) ** 2
+        bias = mean - slope * y
+        y, error, square, product, noise = np.mean(self.moments, axis=0) / self.pixels
+        left = noise - 2 * (slope * product + bias * error) + slope**2 * square + 2 * slope * bias * y + bias**2
         left = np.maximum(left, 0) / (1 + slope) ** 2
         return StepNoise(
             t=t,
             gain=tuple((1 + slope).tolist()),
-            bias=tuple((mean - slope * y).tolist()),
+            bias=tuple(bias.tolist()),
             variance=float(left.mean()),
             sqnr_db=decibels([square.sum()], [noise.sum()]),
             corrected_db=decibels([square.sum()], [left.sum()]),
@@ -182,6 +183,7 @@ def noise_correction(
     shape: Sequence[int],
     seeds: Sequence[int],
     batch: int = 8,
+    near: int = 4,
 ) -> NoiseCorrection:
     """Measure what quantization does at each step, along what the float model samples.
 
@@ -191,6 +193,8 @@ def noise_correction(
         shape: of one picture, (C, ...).
         seeds: one for each picture; others than those that results are judged on.
         batch: pictures in a run.
+        near: steps to each side whose pictures count for a step's line too. A line that is next to nothing of the error
+            at one step adds up over all of them, and is seen only where many pictures agree.
 
     Raises:
         InputError: no seeds, or at no step the quantized model is nearer to the float model than nothing is.
@@ -202,7 +206,8 @@ def noise_correction(
         for visit in walk(float_model, schedule, shape=shape, seeds=seeds[start : start + batch]):
             t = visit.step.t
             sums[t].add(visit.noise, quantized_model(visit.x, t))
-    steps = tuple(held.step(t) for t, held in sums.items())
+    held = list(sums.values())
+    steps = tuple(sums[t].step(t, held[max(i - near, 0) : i + near + 1]) for i, t in enumerate(sums))
     if (best := max(step.sqnr_db for step in steps)) <= 0:
         raise InputError(
             f"The quantized model's error is as large as the float model's output at every step (SQNR of {best:.1f} dB "

@@ -99,6 +99,24 @@ def test_ddim_is_corrected_by_the_line_alone(correction: NoiseCorrection) -> Non
     assert np.square(corrected - wanted).sum() < np.square(plain - wanted).sum() / 4
 
 
+def test_steps_side_by_side_show_a_line_that_one_alone_does_not() -> None:
+    """A bias that is a thousandth of the error's energy at each step adds up, and is found."""
+    random = np.random.default_rng(0)
+
+    def coarse(x: Array, t: int) -> Array:
+        return np.asarray(gaussian(x, t) + 0.01 + 0.3 * random.standard_normal(x.shape), np.float32)
+
+    alone, together = (
+        [
+            bias
+            for step in noise_correction(gaussian, coarse, SCHEDULE, shape=(3, 16, 16), seeds=range(4), near=near).steps
+            for bias in step.bias
+        ]
+        for near in (0, 8)
+    )
+    assert np.square(np.array(together) - 0.01).mean() < np.square(np.array(alone) - 0.01).mean() / 2
+
+
 def test_a_quantized_network_comes_nearer() -> None:
     model, schedule = denoising(), Schedule.spaced(KEPT, 8, eta=0.0, clip=1.0)
     data = list(samples(model, schedule, shape=SHAPE, seeds=range(4), count=16))
