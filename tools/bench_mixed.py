@@ -5,8 +5,9 @@
 Budgets lie between the smallest engine (fastest form) of the candidates and FP16. Beside the search: uniform INT8 and
 INT4 where they fit, greedy flipping by size and by sensitivity (Pandey et al., 2302.05397), Optuna's TPE and XGBoost
 after Quantune (Lee et al., 2202.05048), each with as many plans measured as `--trials`. The last two need `optuna`, and
-`xgboost`, and are left out without. Every plan is chosen on calibration samples, with quick scales, and scored by the
-SQNR of its outputs on evaluation samples. What one way has compiled or measured no other does again.
+`xgboost`, and are left out without. The search's plans are compiled; the others keep to the fitted sum of the cost.
+Every plan is chosen on calibration samples, with quick scales, and scored by the SQNR of its outputs on evaluation
+samples. What one way has compiled or measured no other does again.
 """
 
 from __future__ import annotations
@@ -82,29 +83,26 @@ class Shared(Search):
         return self.qualities[chosen]
 
 
-def fits(search: Search, chosen: Chosen, name: str, most: float) -> bool:
-    """Whether a choice is within a budget, as compiled."""
-    cost = search.cost(chosen)
-    return not cost.refusal and cost.of[name] <= most * (1 + 1e-9)
+def fits(search: Search, chosen: Sequence[str], name: str, most: float) -> bool:
+    """Whether a choice is within a budget by the sum of the cost, which is fitted to compiled engines."""
+    return search._sums[name].of(chosen) <= most * (1 + 1e-9)
 
 
 def greedy(search: Search, name: str, most: float, order: Callable[[int, str], float]) -> Chosen | None:
     """From float everywhere flip one group after the other to a coarser candidate, least order first, until it fits."""
     chosen = list(search.choices.everywhere(FLOAT))
-    sums = search._sums[name]
     flips = sorted(
         (order(g, text), COARSE.index(text), g, text)
-        for g, own in enumerate(sums.groups)
+        for g, own in enumerate(search._sums[name].groups)
         for text in own
         if text in COARSE
     )
     for _, rank, g, text in flips:
-        if chosen[g] != FLOAT and COARSE.index(chosen[g]) >= rank:
-            continue
-        chosen[g] = text
-        if sums.of(chosen) <= most * 1.02 and fits(search, tuple(chosen), name, most):
-            return tuple(chosen)
-    return tuple(chosen) if fits(search, tuple(chosen), name, most) else None
+        if fits(search, chosen, name, most):
+            break
+        if chosen[g] == FLOAT or COARSE.index(chosen[g]) < rank:
+            chosen[g] = text
+    return tuple(chosen) if fits(search, chosen, name, most) else None
 
 
 def by_size(search: Search) -> Callable[[int, str], float]:
@@ -124,19 +122,19 @@ def tpe(search: Search, name: str, most: float, trials: int) -> Chosen | None:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sums, noise = search._sums[name], search._sums["error"].groups
-    names = [sorted(own) for own in noise]
+    sums = search._sums[name]
+    names = [sorted(own) for own in search._sums["error"].groups]
 
     def objective(trial: Any) -> float:
         chosen = tuple(trial.suggest_categorical(str(g), own) for g, own in enumerate(names))
         over = sums.of(chosen) / most
-        if over > 1.0 or not fits(search, chosen, name, most):
-            return -100.0 * max(over, 1.01)
+        if over > 1.0:
+            return -100.0 * over
         return search.quality(chosen).db
 
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=0, multivariate=True))
     study.enqueue_trial({str(g): "int4" if "int4" in own else own[0] for g, own in enumerate(names)})
-    while sum(t.value is not None and t.value > -99 for t in study.trials) < trials and len(study.trials) < 20 * trials:
+    while sum(t.value is not None and t.value > -99 for t in study.trials) < trials and len(study.trials) < 8 * trials:
         study.optimize(objective, n_trials=1)
     if study.best_value <= -99:
         return None
@@ -152,7 +150,7 @@ def boosted(search: Search, name: str, most: float, trials: int) -> Chosen | Non
 
     def drawn(count: int) -> list[Chosen]:
         found = dict[Chosen, None]()
-        for _ in range(200 * count):
+        for _ in range(5 * count):
             lean = rng.dirichlet(np.ones(3))  # so that small and large ones are drawn
             weight = dict(zip(("int4", "int8", FLOAT), lean, strict=True))
             chosen = tuple(str(rng.choice(own, p=(p := np.array([weight[t] for t in own])) / p.sum())) for own in names)
@@ -171,13 +169,12 @@ def boosted(search: Search, name: str, most: float, trials: int) -> Chosen | Non
         if not fresh:
             break
         if len(seen) >= trials // 3:
-            model = xgboost.XGBRegressor(n_estimators=60, max_depth=3, n_jobs=1, random_state=0)
-            model.fit(features(list(seen)), np.array(list(seen.values())))
-            fresh = [fresh[i] for i in np.argsort(-model.predict(features(fresh)))]
+            known = xgboost.DMatrix(features(list(seen)), label=np.array(list(seen.values())))
+            trees = xgboost.train({"max_depth": 3, "nthread": 1, "seed": 0}, known, num_boost_round=60)
+            fresh = [fresh[i] for i in np.argsort(-trees.predict(xgboost.DMatrix(features(fresh))))]
         chosen = fresh[0]
-        seen[chosen] = search.quality(chosen).db if fits(search, chosen, name, most) else -100.0
-    best = max(seen, key=lambda c: seen[c], default=None)
-    return best if best is not None and seen[best] > -99 else None
+        seen[chosen] = search.quality(chosen).db
+    return max(seen, key=lambda c: seen[c], default=None)
 
 
 def rows(bench: Bench, shares: Sequence[float]) -> Iterator[dict[str, Any]]:
