@@ -107,7 +107,7 @@ def plans(made: Allocation | None) -> dict[str, Any] | None:
     metrics = list(made.best.values)
     return {
         "asked": _plan_asked(made),
-        "plots": [_plot(made, cost, fronts[cost]) for cost in PLOTS if len(fronts[cost]) > 1],
+        "plots": [_plot(made, cost, fronts[cost]) for cost in PLOTS if fronts[cost] and len(made.tried) > 1],
         "metrics": metrics,
         "timed": made.time_us is not None,
         "rows": [_plan_row(made, number, on[number], metrics) for number in range(len(made.tried))],

@@ -222,6 +222,8 @@ def test_the_front_its_ends_and_its_knee() -> None:
     assert knee(some, "size_mib") == 2 and picked(some, "knee", "size_mib") == 2
     assert picked(some, "smallest", "size_mib") == 4 and picked(some, "most-accurate", "size_mib") == 0
     assert picked(some, "fastest", "size_mib") == 0 and picked(some, "3", "size_mib") == 3
+    plain = tried(5.0, 150.0)
+    assert knee([*some, plain], "size_mib") == 4 and knee([*some, replace(plain, quantizes=False)], "size_mib") == 2
     some[4] = replace(some[4], keeps=False)
     assert picked(some, "smallest", "size_mib") == 1
     with pytest.raises(InputError, match="needs predicted times"):

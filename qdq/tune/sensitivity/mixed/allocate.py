@@ -168,6 +168,24 @@ def neighbours(aim: Sum, chosen: Chosen, limits: Sequence[Limit]) -> list[Chosen
     ]
 
 
+def flipped(start: Chosen, order: Sequence[tuple[int, str]], limits: Sequence[Limit]) -> Chosen | None:
+    """A choice made greedily: one group after the other is changed until all sums are within the limits.
+
+    Source: Pandey et al., A practical mixed precision algorithm for post-training quantization (2302.05397).
+
+    Args:
+        start: the choice to begin with.
+        order: groups and what they become; a later entry of a group replaces an earlier one.
+        limits: sums and the most that each may be.
+    """
+    chosen = list(start)
+    for g, name in order:
+        if all(each.of(chosen) <= most for each, most in limits):
+            break
+        chosen[g] = name
+    return tuple(chosen) if all(each.of(chosen) <= most for each, most in limits) else None
+
+
 def _change(each: Sum, chosen: Chosen, move: tuple[int, str]) -> float:
     """What a change of one group adds to a sum."""
     g, name = move

@@ -40,6 +40,7 @@ class Tried(Part, frozen=True, kw_only=True):
         time_us: predicted; None where it is not.
         values: of metrics that were bounded.
         keeps: to every limit.
+        quantizes: anything at all.
     """
 
     choice: tuple[int, ...]
@@ -52,6 +53,7 @@ class Tried(Part, frozen=True, kw_only=True):
     time_us: float | None
     values: dict[str, Measured]
     keeps: bool
+    quantizes: bool = True
 
     @property
     def drawn_db(self) -> float:
@@ -209,11 +211,14 @@ def picked(tried: Sequence[Tried], pick: str, cost: str) -> int:
 
 
 def knee(tried: Sequence[Tried], cost: str) -> int:
-    """The choice of the front farthest from the line between its ends, both axes scaled to them.
+    """The choice of the front farthest above the line between its ends, both axes scaled to them.
+
+    Of choices that quantize something, where there are any: beside them float everywhere has hardly an error, so that
+    no other would be above the line to it.
 
     Source: Das, On characterizing the "knee" of the Pareto curve, 1999.
     """
-    numbers = front(tried, cost)
+    numbers = [i for i in front(tried, cost) if tried[i].quantizes] or front(tried, cost)
     xs, ys = [getattr(tried[i], cost) for i in numbers], [tried[i].drawn_db for i in numbers]
     wide, high = max(xs) - min(xs) or 1.0, max(ys) - min(ys) or 1.0
     above = [(y - ys[0]) / high - (x - xs[0]) / wide for x, y in zip(xs, ys, strict=True)]

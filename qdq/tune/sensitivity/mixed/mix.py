@@ -162,6 +162,7 @@ def tried_of(search: Search, chosen: Chosen) -> Tried:
         time_us=cost[TIME] if search.timed else None,
         values=dict(quality.values),
         keeps=chosen in search.kept(),
+        quantizes=any(text in search.choices.candidates.plans for text in chosen),
     )
 
 

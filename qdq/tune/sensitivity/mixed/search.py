@@ -25,7 +25,7 @@ from qdq.measure.inference.samples import Sample
 from qdq.measure.table import CalibrationTable
 from qdq.model.model import Model
 from qdq.plan.choice import FLOAT
-from qdq.tune.sensitivity.mixed.allocate import Both, Chosen, Limit, Pair, Sum, least, neighbours
+from qdq.tune.sensitivity.mixed.allocate import Both, Chosen, Limit, Pair, Sum, flipped, least, neighbours
 from qdq.tune.sensitivity.mixed.choices import Choices
 from qdq.tune.sensitivity.mixed.goal import BETTER_DB, ERROR, OPTIONS, Goal, Quality, said
 from qdq.tune.sensitivity.mixed.pairs import adjacent, correlated
@@ -74,6 +74,7 @@ class Search:
     _cost: dict[Chosen, Cost] = field(default_factory=dict)
     _quality: dict[Chosen, Quality] = field(default_factory=dict)
     _apart: dict[Chosen, float] = field(default_factory=dict)  # noise of choices that were not compiled
+    _tried: set[Chosen] = field(default_factory=set)
     _sums: dict[str, Sum] = field(default_factory=dict)
     _score: HeldOutScore | None = None
     _model: tuple[Chosen, Model] | None = None
@@ -87,15 +88,20 @@ class Search:
         """
         self._ends()
         best = self.first = self._allocated()
+        if best is not None and self.goal.minimize == ERROR and self.goal.most:
+            best = self._flipped() or best
         if best is None:
             raise InputError(self._refusal())
         self._measure_pairs(best)
         if self._sums[ERROR].pairs:
             best = self._allocated() or best
         bounded = self.goal.minimize != ERROR or self.goal.most  # without, float everywhere is the least error
-        while bounded and self._left() and (better := self._better(best)) is not None:
-            self.steps.append(f"{self._words(better)} in place of {self._words(best)}")
-            best = better
+        looked = -1
+        while bounded and self._left() and len(self._tried) > looked:
+            looked = len(self._tried)
+            if (better := self._better(best)) is not None:  # else what was looked at corrects the sums
+                self.steps.append(f"{self._words(better)} in place of {self._words(best)}")
+                best = better
         return best
 
     def fill(self) -> None:
@@ -202,8 +208,6 @@ class Search:
     def _left(self) -> bool:
         return len(self._quality) < MEASURED and len(self._cost) < COMPILED
 
-    # ---- sums
-
     def _ends(self) -> None:
         """Look at float and at each candidate everywhere, and make the sums of them."""
         floats = self._floats
@@ -257,8 +261,6 @@ class Search:
             f"neighbours measured together {self.sum_db(chosen):.2f} by the sum"
         )
 
-    # ---- allocation and repair
-
     def _cost_limits(self) -> list[Limit]:
         return [(self._sums[name], most) for name, most in self.goal.most.items() if name in self._sums]
 
@@ -284,6 +286,18 @@ class Search:
             seen.add(chosen)
             if self.goal.minimize == ERROR or not self.goal.accurate or math.isnan(noise):
                 break
+        return min(self.kept(), key=self._rank, default=None)
+
+    def _flipped(self) -> Chosen | None:
+        """The best choice, those among them that flip groups greedily by size and by noise."""
+        size, noise = self._sums[SIZE].groups, self._sums[ERROR].groups
+        texts = sorted(self.choices.candidates.plans, key=lambda t: -math.fsum(own.get(t, own[FLOAT]) for own in size))
+        flips = [(g, text) for text in texts for g, own in enumerate(noise) if text in own and text in size[g]]
+        by_size = sorted(flips, key=lambda f: (texts.index(f[1]), -size[f[0]][FLOAT]))
+        by_noise = sorted(flips, key=lambda f: noise[f[0]][f[1]])
+        for what, order in (("size", by_size), ("noise", by_noise)):
+            if (chosen := flipped(self._floats, order, self._cost_limits())) is not None:
+                self._seen(chosen, f"flipped greedily by {what}")
         return min(self.kept(), key=self._rank, default=None)
 
     def _next_noise(self, chosen: Chosen, loud: tuple[float, float]) -> tuple[float, tuple[float, float]]:
@@ -315,7 +329,7 @@ class Search:
         for chosen in dict.fromkeys((*([again] if again else []), *neighbours(aim, best, limits))):
             if self.goal.minimize != ERROR and aim.of(chosen) >= aim.of(best):
                 return
-            if chosen not in self._cost or chosen not in self._quality:
+            if chosen not in self._tried:  # what has not won does not win against a better one
                 yield chosen
 
     def _corrected(self) -> dict[str, Sum]:
@@ -333,6 +347,7 @@ class Search:
             if len(found) >= LOOKED_AT or not self._left():
                 break
             found.append(chosen)
+            self._tried.add(chosen)
             self.how.setdefault(chosen, "next to the best so far")
             # what is minimized is looked at first, and the rest of those that win by it
             if self.goal.minimize != ERROR and (self.cost(chosen).refusal or not self._wins(chosen, best)):
