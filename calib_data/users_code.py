@@ -69,7 +69,7 @@ def object_of(named: str, of: str, *, or_else: str = "", fix: str = SAMPLES) -> 
         frames = traceback.extract_tb(error.__cause__.__traceback__ if error.__cause__ else None)
         files = [f"{Path(f.filename).name} line {f.lineno}" for f in frames if not f.filename.startswith("<")]
         raise DataError(
-            f"Cannot import {module_name}, of {of}: it needs the package {lost}, which is not installed ({files[-1]}): "
+            f"Cannot import {module_name}, of {of}: it needs {lost}, which is not installed ({files[-1]}): "
             f"pip install {lost.partition('.')[0]}."
         ) from None
     for part in name.split("."):
