@@ -51,6 +51,7 @@ def export(
     from qdq.frontend.origin import origin_of
 
     check_output(output, model, data, given["recipe"], given["text"], *options.files_of(model))
+    options.require_folder(model, given["task"])
     asked = options.asked_of(model, given, data=data)
     recipe = options.recipe_of(given)
     if samples and asked.take is None:

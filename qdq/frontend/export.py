@@ -6,34 +6,34 @@ Must not change the module, nor leave a file that computes something else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, islice
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from calib_data import DataError, Samples
+from calib_data import DataError
 from engines.core.errors import EngineError
 from qdq.core.errors import InputError, ModelError
 from qdq.core.files import folder_beside, move_all
 from qdq.frontend.compare import Arrays, compared
 from qdq.frontend.exported import TOLERANCE, Dynamic, Exported, OutputError
-from qdq.frontend.pytorch.axes import Axes, batch_axes, batch_of, mirrored, named_axes, of_batch
+from qdq.frontend.pytorch.axes import BATCH, Axes, batch_of, mirrored, named_axes, of_batch
 from qdq.frontend.pytorch.call import Call, call_of, distinct_outputs, named_tensors, one_call
+from qdq.frontend.pytorch.capture import has_constant_outputs, open_axes
 from qdq.frontend.pytorch.job import How, Job, NotExportedError
 from qdq.frontend.pytorch.libraries import quiet, torch_here
 from qdq.frontend.pytorch.refused import Why, why
 from qdq.frontend.pytorch.state import at_rest, in_fp32, placed, unwrapped
 from qdq.frontend.pytorch.write import write
+from qdq.frontend.sizes import Given, differing, options
 from qdq.measure.inference.inputs import as_samples
-from qdq.model.model import Model
 from qdq.passes.prepare import load_float
 
-Given = Iterable[Any] | Callable[[Model], Samples]
-COMPARED = 4  # samples, beside the example
 BATCHES = (1, 3)  # that a file with an open batch is also tried on
 
 
@@ -60,7 +60,7 @@ def export_torch(
             ExportedProgram. None and values that are no tensor are fixed in the file.
         path: of the ONNX file. Weights beyond 1.5 GB go to `<path>.data`.
         dynamic: sizes that stay open, as {"input": {0: "batch"}}; False: none; None: the batch, if the file is then
-            right for other batches too.
+            right for other batches too, and those in which samples differ.
         opset: of ONNX; None: one that the compilers take.
         input_names, output_names: in place of those of the signature of `forward`, and of the keys that it returns.
         samples: more inputs to compare on, of which the first ones are taken: what `quantize` takes, or a function
@@ -91,7 +91,14 @@ def export_torch(
             if example is module.example_inputs:
                 example = one_call(called, *example)
             call = call_of(called, example, input_names, label, by_name=by_name)
-            return _exported(called, module, call, path, how, samples, [])
+            if not has_constant_outputs(module):
+                return _exported(called, module, call, path, how, samples, [])
+            open_ = {
+                name: {axis: f"{name}_{axis}" if axis else BATCH for axis in axes}
+                for name, axes in zip(call.names, open_axes(module), strict=True)
+                if axes
+            }
+            return _exported(called, None, call, path, replace(how, dynamic=open_ or False), samples, [])
     module, notes = in_fp32(unwrapped(module, label))
     with at_rest(module) as said:
         call = call_of(module, example_inputs, input_names, label)
@@ -127,6 +134,8 @@ def _exported(
         outputs=distinct_outputs(names, call.names),
         how=how,
     )
+    if how.dynamic is None:
+        job = replace(job, sizes=differing(samples, job.sample(tensors), job.batch))
     failed: list[NotExportedError] = []
     reason = Why(says="it was not tried", fix="")
     with folder_beside(path.absolute().parent) as folder:
@@ -144,7 +153,7 @@ def _exported(
                 continue
             proto = onnx.load(str(file), load_external_data=False)
             written = max(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
-            notes += [*call.notes, *_kept_fixed(job, axes, failed), *said, *_unused(job, proto)]
+            notes += [*call.notes, *_opened(job, axes, failed), *said, *_unused(job, proto)]
             if how.opset not in (None, written):
                 notes.append(f"The file is of opset {written}: torch writes this module in no opset {how.opset}.")
             move_all(folder, path.absolute().parent, outdated=(f"{path.name}.data",))
@@ -161,7 +170,13 @@ def _exported(
                 samples=count,
                 notes=tuple(notes),
             )
-    raise InputError(f"Cannot export {how.label}: {reason.says.rstrip('.')}. {reason.fix}".rstrip())
+    if job.sizes.axes:
+        asked = options(job.sizes.with_batch(job.batch))
+        raise InputError(
+            f"Cannot export {how.label} for samples of several sizes, {job.sizes.text}: {reason.says.rstrip('.')}. "
+            f"Give samples of one size, or say which sizes stay open, of {asked}. {reason.fix}".rstrip()
+        ) from failed[-1]
+    raise InputError(f"Cannot export {how.label}: {reason.says.rstrip('.')}. {reason.fix}".rstrip()) from failed[-1]
 
 
 def _ways(job: Job, failed: Sequence[NotExportedError]) -> Iterator[tuple[Axes, bool]]:
@@ -173,8 +188,9 @@ def _ways(job: Job, failed: Sequence[NotExportedError]) -> Iterator[tuple[Axes, 
     if isinstance(job.how.dynamic, Mapping):
         choices = [_asked(job, job.how.dynamic)]
     else:
-        batch = none if job.how.dynamic is False else batch_axes(job.tensors)
-        choices = [batch, none] if any(batch) else [none]
+        batch = {} if job.how.dynamic is False else job.batch
+        open_ = [job.sizes.with_batch(batch), job.sizes.with_batch({})]
+        choices = [_asked(job, each) for each in (open_ if batch else open_[:1])]
     for axes in choices:
         before = len(failed)
         if not job.scripted:
@@ -207,8 +223,11 @@ def _checked(job: Job, file: Path, axes: Axes, samples: Given) -> tuple[tuple[Ou
     example = job.sample(job.tensors), job.steady_outputs()
     try:
         model = load_float(file)
-        opened = samples(model) if callable(samples) else () if samples == () else as_samples(samples, model)
-        given = chain([example], _others(job, axes), _on_samples(job, islice(opened, COMPARED)))
+        if job.captured is not None:
+            _require_open(job, named_axes(model.proto))
+        opened = None if samples == () else samples(model) if callable(samples) else as_samples(samples, model)
+        chosen = job.sizes.chosen(opened) if opened is not None else ()
+        given = chain([example], _others(job, axes), _on_samples(job, chosen))
         errors, count = compared(file, given, job.outputs)
     except NotExportedError:
         raise
@@ -231,6 +250,18 @@ def _checked(job: Job, file: Path, axes: Axes, samples: Given) -> tuple[tuple[Ou
             )
         )
     return errors, count
+
+
+def _require_open(job: Job, axes: Dynamic) -> None:
+    """Refuse samples of several sizes for a program that has one there."""
+    if missing := job.sizes.without(axes):
+        shapes = {n: {a: "torch.export.Dim.DYNAMIC" for a in each} for n, each in missing.axes.items()}
+        shown = str(shapes).replace("'torch", "torch").replace("DYNAMIC'", "DYNAMIC")
+        raise InputError(
+            f"{job.how.label} is an ExportedProgram that has one size where its example and the samples differ: "
+            f"{missing.text}. Give samples of its size, or export it again with "
+            f"torch.export.export(module, inputs, dynamic_shapes={shown})."
+        )
 
 
 def _on_samples(job: Job, samples: Iterable[Arrays]) -> Iterator[tuple[Arrays, list[np.ndarray]]]:
@@ -276,9 +307,12 @@ def _taken(job: Job, tensors: Sequence[Any]) -> Iterator[tuple[Arrays, list[np.n
         yield sample, job.original(sample)
 
 
-def _kept_fixed(job: Job, axes: Axes, failed: Sequence[NotExportedError]) -> Iterator[str]:
-    """Notes of what did not work."""
-    if failed and not any(axes) and job.how.dynamic is None and job.tensors[0].ndim:
+def _opened(job: Job, axes: Axes, failed: Sequence[NotExportedError]) -> Iterator[str]:
+    """Notes of what is open, and of what did not work."""
+    if job.captured is None:
+        yield from job.sizes.notes
+    batch = any(BATCH in each.values() for each in axes)
+    if failed and not batch and job.how.dynamic is None and job.tensors[0].ndim:
         yield f"The batch is fixed at {job.tensors[0].shape[0]}: with an open batch, {failed[0].why.says}."
     elif failed:
         yield f"Traced, for torch.export fails: {failed[-1].why.says}."

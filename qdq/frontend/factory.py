@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calib_data import DataError
+from calib_data.users_code import object_of
 from qdq.core.errors import InputError
 from qdq.frontend.examples import of_data, of_shapes
 from qdq.frontend.export import export_torch
@@ -22,6 +22,7 @@ from qdq.frontend.pytorch.refused import why
 from qdq.frontend.pytorch.state import unwrapped
 
 FORM = "torch:package.module:factory"
+RETURNS = "It must be callable without arguments and return a torch.nn.Module."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +106,7 @@ def factory_of(text: str) -> Origin:
             f"{text} names no factory: it must look like {FORM}, with Python's names of a module and in it."
         )
     torch = torch_here()
-    found = _named(module_name, name, text)
+    found = _named(text)
     if not isinstance(found, torch.nn.Module | torch.export.ExportedProgram):
         if not callable(found):
             raise InputError(
@@ -146,27 +147,13 @@ def program_of(text: str) -> Origin:
     return FromTorch(module=found, example=None, stem=path.stem, source=path.name)
 
 
-def _named(module_name: str, name: str, text: str) -> Any:
+def _named(text: str) -> Any:
     """What a module of the user's own calls so."""
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
     try:
-        with _users_code(f"Cannot import {module_name}, of {text}"):
-            found: Any = importlib.import_module(module_name)
-    except InputError as error:
-        lost = getattr(error.__cause__, "name", None) if isinstance(error.__cause__, ModuleNotFoundError) else None
-        if lost is not None and f"{module_name}.".startswith(f"{lost}."):
-            raise InputError(
-                f"No module {lost!r} for {text}: neither in the current folder nor installed. Run in the folder that "
-                "the module's name starts from."
-            ) from None
-        raise
-    for part in name.split("."):
-        if not hasattr(found, part):
-            there = [n for n, v in vars(found).items() if callable(v) and not n.startswith("_")]
-            raise InputError(f"No {part!r} in {module_name}, of {text}: it has {', '.join(there[:12]) or 'none'}.")
-        found = getattr(found, part)
-    return found
+        with quiet():
+            return object_of(text.removeprefix("torch:"), text, fix=RETURNS)
+    except DataError as error:
+        raise InputError(str(error)) from error.__cause__
 
 
 @contextmanager
@@ -179,5 +166,5 @@ def _users_code(doing: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         found = why(error)
-        fix = found.fix or "It must be callable without arguments and return a torch.nn.Module."
+        fix = found.fix or RETURNS
         raise InputError(f"{doing}: {found.says}. {fix}") from error

@@ -9,6 +9,7 @@ must not judge whether a compiler takes them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -171,7 +172,7 @@ def _values(graph: _Graph, q: Quantizer) -> np.ndarray:
     limits = helper.tensor_dtype_to_np_dtype(q.dtype)
     codes = stored.astype(np.float32) / scale.astype(np.float32)
     if "FLOAT" not in TensorProto.DataType.Name(q.dtype):
-        info = ml_dtypes.iinfo(limits)  # type: ignore[no-untyped-call]
+        info: Any = ml_dtypes.iinfo(limits)  # type: ignore[no-untyped-call]
         codes = np.clip(np.rint(codes) + zero, info.min, info.max) - zero
     else:
         most = float(ml_dtypes.finfo(limits).max)  # type: ignore[no-untyped-call]

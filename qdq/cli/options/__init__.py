@@ -19,6 +19,7 @@ from qdq.cli.options.folder import (
     folder_options,
     hf_tasks as hf_tasks,
     keeping_samples as keeping_samples,
+    require_folder as require_folder,
     sources as sources,
 )
 from qdq.cli.options.listed import (

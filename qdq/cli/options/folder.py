@@ -101,6 +101,8 @@ def asked_of(
                 f"--{wrong.replace('_', '-')} is for `hf:FOLDER`, whose tokenizer makes samples, and {model} is none. "
                 "Give its samples with --data."
             )
+        if (task := given.get("task")) is not None and task in [*hf_tasks()]:
+            require_folder(model, task)
         return Asked()
     from qdq.frontend.huggingface.choose import Take
 
@@ -132,11 +134,24 @@ def asked_of(
     return Asked(task=task, take=take)
 
 
+def require_folder(model: Path, task: str | None) -> None:
+    """Refuse a task of an export for what is exported as it is.
+
+    Raises:
+        InputError: the model is no folder.
+    """
+    if task is not None and not str(model).startswith(PREFIX):
+        raise InputError(
+            f"--task {task} says what `hf:FOLDER` is exported for, and {model} is none: all of it is exported. Leave "
+            "--task out."
+        )
+
+
 def files_of(model: Path) -> Iterator[Path]:
-    """The files of the folder that `hf:FOLDER` names, which no output may replace."""
+    """The files of the folder that `hf:FOLDER` names, and of those in it, which no output may replace."""
     folder = Path(str(model).removeprefix(PREFIX)).expanduser()
     if str(model).startswith(PREFIX) and folder.is_dir():
-        yield from folder.iterdir()
+        yield from (path for path in folder.rglob("*") if path.is_file())
 
 
 def sources(exported: Exported | None, data: str | None, evaluation: str | None) -> tuple[str | None, str | None]:

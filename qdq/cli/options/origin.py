@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qdq.cli.options.folder import Asked
+from qdq.cli.options.folder import Asked, files_of
 from qdq.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -120,6 +120,8 @@ def as_onnx(
             raise InputError(f"--dynamic and --opset are of an export, and {model} is an ONNX file. Leave them out.")
         yield model, None
         return
+    if any(path.parent.resolve() == out.resolve() for path in files_of(model)):
+        raise InputError(f"{out} holds files of the model. Give another folder for --out.")
     with folder_beside(out) as folder:
         wanted = wanted_of(recipe, data, dynamic, opset, asked=asked, samples=folder / SAMPLES)
         made = origin.export(folder / f"{origin.stem}.onnx", wanted)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from qdq.cli.terminal import note
 from qdq.core.errors import InputError
 
@@ -178,8 +180,11 @@ def case_key_of(recipe: Recipe) -> bytes | None:
 
 
 def note_left_out(source: object) -> None:
-    """Tell which files of a source of images, or of its cases, are no samples, and why."""
-    if said := getattr(source, "left_out", ""):
+    """Tell what of a source is not used, and why; of several that say the same once."""
+    context = click.get_current_context(silent=True)
+    told: set[str] = context.meta.setdefault(f"{__name__}.left_out", set()) if context else set()
+    if (said := getattr(source, "left_out", "")) and said not in told:
+        told.add(said)
         note(said)
 
 

@@ -166,6 +166,8 @@ def network_of(folder: Folder, wish: Wish) -> Network:
         model.requires_grad_(False)
         return Network(folder=folder, wish=wish, model=model, notes=notes)
     said = " ".join(str(failed[0] if failed else f"transformers {transformers.__version__} has no {names[0]}").split())
+    if "Unrecognized configuration class" in said:  # and a list of hundreds of those that are known
+        said = f"transformers {transformers.__version__} has no {' or '.join(names)} of a {folder.kind} model"
     raise InputError(
         f"Cannot load {folder.name} for {wish.task.name}: {said[:600].rstrip('.')}. Give a folder with config.json and "
         "its weights (model.safetensors), and a --task that the model can do."

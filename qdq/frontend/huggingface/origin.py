@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
+from calib_data import Samples, open_samples
 from qdq.frontend.exported import Exported
 from qdq.frontend.huggingface.choose import Take
 from qdq.frontend.huggingface.folder import Folder, open_folder
 from qdq.frontend.huggingface.tasks import wish_of
 from qdq.frontend.origin import Wanted
-
-COMPARED = 3  # samples on which the ONNX file is held against PyTorch
+from qdq.frontend.sizes import Given, Sizes, differing
+from qdq.measure.inference.inputs import input_specs
+from qdq.model.model import Model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +47,19 @@ class HuggingFace:
             network = network_of(self.folder, wish)
             form = form_of(network, past=take.past)
             made = made_samples(network, form, take)
+            samples: Given = _opener(made.calibration) if made.calibration else wanted.samples or ()
+            sizes = Sizes()
+            if wanted.dynamic is None and take.past is None:
+                example = {name: tensor.numpy() for name, tensor in form.example.items()}
+                sizes = differing(samples, example, form.dynamic)
             exported = export_torch(
                 plain(network, form),
                 tuple(form.example.values()),
                 path,
-                dynamic=wanted.dynamic if wanted.dynamic is not None else form.dynamic or False,
+                dynamic=wanted.dynamic if wanted.dynamic is not None else sizes.with_batch(form.dynamic) or False,
                 opset=wanted.opset,
                 input_names=tuple(form.example),
-                samples=_first(made.calibration) or wanted.samples or (),
+                samples=samples,
                 tolerance=wanted.tolerance,
                 source=f"hf:{self.folder.name}",
             )
@@ -63,7 +67,7 @@ class HuggingFace:
         said = f"Exported for {wish.task.name}{part}, as {wish.why} says."
         return replace(
             exported,
-            notes=(said, *network.notes, *made.notes, *exported.notes),
+            notes=(said, *network.notes, *made.notes, *sizes.notes, *exported.notes),
             calibration=made.calibration,
             evaluation=made.evaluation,
         )
@@ -78,10 +82,6 @@ def folder_of(text: str) -> HuggingFace:
     return HuggingFace(folder=open_folder(text))
 
 
-def _first(folder: Path | None) -> list[dict[str, Any]]:
-    files = sorted(folder.glob("*.npz")) if folder else []
-    found = []
-    for file in islice(files, COMPARED):
-        with np.load(file) as stored:
-            found.append(dict(stored))
-    return found
+def _opener(folder: Path) -> Callable[[Model], Samples]:
+    """What opens the samples of a folder for a model."""
+    return lambda model: open_samples(str(folder), input_specs(model))

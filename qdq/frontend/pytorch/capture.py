@@ -39,6 +39,23 @@ def program(flat: Any, tensors: Sequence[Any], axes: Axes) -> Any:
     return torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes if any(axes) else None, strict=False)
 
 
+def has_constant_outputs(captured: Any) -> bool:
+    """Whether an ExportedProgram returns what no node computes, as numbers and weights, which torch cannot write."""
+    made = {node.name for node in captured.graph.nodes if node.op != "placeholder"}
+    return any(getattr(spec.arg, "name", "") not in made for spec in captured.graph_signature.output_specs)
+
+
+def open_axes(captured: Any) -> list[list[int]]:
+    """The axes that an ExportedProgram leaves open, of each tensor that it takes."""
+    mine = set(captured.graph_signature.user_inputs)
+    values = [node.meta.get("val") for node in captured.graph.nodes if node.op == "placeholder" and node.name in mine]
+    return [
+        [axis for axis, size in enumerate(value.shape) if not isinstance(size, int)]
+        for value in values
+        if hasattr(value, "shape")
+    ]
+
+
 def require_fixed_values(captured: Any, label: str) -> None:
     """Refuse a program that computes other values each time, or with statistics of the batch it gets.
 

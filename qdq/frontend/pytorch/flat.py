@@ -23,7 +23,12 @@ def flat(module: Any, call: Call, label: str) -> Any:
         def forward(self, *inputs: Any) -> tuple[Any, ...]:
             args, kwargs = call.filled(inputs)
             found, _ = named_tensors(getattr(self, INNER)(*args, **kwargs), label)
-            return _apart([tensor for _, tensor in found], inputs)
+            weights = (*self.parameters(), *self.buffers())
+            return _apart([tensor for _, tensor in found], (*inputs, *weights))
+
+        def train(self, mode: bool = True) -> Any:
+            """Stay as it is: a module made of an ExportedProgram has no modes, and the others are in theirs."""
+            return self
 
     made = Flat()
     made.training = False
@@ -31,7 +36,7 @@ def flat(module: Any, call: Call, label: str) -> Any:
 
 
 def _apart(outputs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """The outputs; one that is an input, or another output, as a copy, for ONNX has a name for each."""
+    """The outputs; one that is an input, a weight or another output, as a copy, for ONNX has a name for each."""
     seen: list[Any] = list(inputs)
     made = []
     for tensor in outputs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,13 @@ import numpy as np
 from qdq.core.errors import InputError
 from qdq.frontend.compare import Arrays
 from qdq.frontend.exported import Dynamic
+from qdq.frontend.pytorch.axes import batch_axes
 from qdq.frontend.pytorch.call import Call, named_tensors
 from qdq.frontend.pytorch.flat import flat
 from qdq.frontend.pytorch.libraries import torch_here
 from qdq.frontend.pytorch.refused import Why
 from qdq.frontend.pytorch.state import at_rest, placed
+from qdq.frontend.sizes import Sizes
 
 LARGE = 1_500_000_000  # bytes of weights that do not go into the ONNX file itself, which ends at 2 GiB
 STEADY = 1e-3  # relative, of two runs on the same inputs
@@ -52,6 +54,7 @@ class Job:
         tensors: the example, where the module's weights are.
         outputs: names.
         how: what was asked for.
+        sizes: in which samples differ.
     """
 
     module: Any
@@ -60,6 +63,12 @@ class Job:
     tensors: tuple[Any, ...]
     outputs: tuple[str, ...]
     how: How
+    sizes: Sizes = field(default_factory=Sizes)
+
+    @property
+    def batch(self) -> Dynamic:
+        """Input -> the axis of the batch, of those that have one."""
+        return {name: axes for name, axes in zip(self.call.names, batch_axes(self.tensors), strict=True) if axes}
 
     @property
     def scripted(self) -> bool:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
+import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, TextIO
 
 from engines.core.errors import import_runtime
 
@@ -37,6 +40,41 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(silent)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """What this thread prints meanwhile, and C++ to standard output, is not shown; it is a note of what is raised."""
+    said = io.StringIO()
+    with (
+        tempfile.TemporaryFile() as file,
+        contextlib.redirect_stdout(_OfThread(sys.stdout, said)),
+        contextlib.redirect_stderr(_OfThread(sys.stderr, said)),
+    ):
+        try:
+            with _descriptor_to(file.fileno(), 1):
+                yield
+        except Exception as error:
+            file.seek(0)
+            if text := f"{said.getvalue()}{file.read().decode(errors='replace')}".strip():
+                error.add_note(text)
+            raise
+
+
+class _OfThread(io.TextIOBase):
+    """A stream that keeps what the thread writes that made it; others, as of a progress bar, write on."""
+
+    def __init__(self, stream: TextIO, kept: TextIO) -> None:
+        """Of a stream."""
+        self._stream, self._kept, self._thread = stream, kept, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        """To what is kept, or on."""
+        return (self._kept if threading.get_ident() == self._thread else self._stream).write(text)
+
+    def flush(self) -> None:
+        """The stream's."""
+        self._stream.flush()
 
 
 @contextlib.contextmanager

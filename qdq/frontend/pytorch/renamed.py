@@ -31,7 +31,7 @@ def renamed(proto: ModelProto, axes: Mapping[str, Mapping[int, str]]) -> None:
     names: dict[str, str] = {}
     taken: set[str] = set(fixed)
     for graph in graphs:
-        for tensor in graph.initializer:
+        for tensor in (t for t in graph.initializer if t.name not in fixed):
             names[tensor.name] = _free(tensor.name.removeprefix(f"{INNER}."), taken)
     for graph in graphs:
         for node in graph.node:
@@ -50,7 +50,7 @@ def renamed(proto: ModelProto, axes: Mapping[str, Mapping[int, str]]) -> None:
 
 def _rename_in(graph: GraphProto, names: Mapping[str, str]) -> None:
     for tensor in graph.initializer:
-        tensor.name = names[tensor.name]
+        tensor.name = names.get(tensor.name, tensor.name)
         tensor.doc_string = ""
     for node in graph.node:
         for part in (node.input, node.output):

@@ -19,6 +19,7 @@ from qdq.frontend.pytorch.capture import (
     write_traced,
 )
 from qdq.frontend.pytorch.job import Job, NotExportedError
+from qdq.frontend.pytorch.libraries import held_back
 from qdq.frontend.pytorch.refused import why
 from qdq.frontend.pytorch.renamed import renamed
 
@@ -44,14 +45,15 @@ def write(job: Job, file: Path, axes: Axes, *, traced: bool) -> list[str]:
     label, external = job.how.label, job.external
     tensors = widened(job.tensors, axes)
     try:
-        if traced:
-            said = _traced(job, file, axes, tensors)
-            require_fixed_file(file, label)
-        else:
-            said = []
-            captured = job.captured or program(job.traceable, tensors, axes)
-            require_fixed_values(captured, label)
-            write_program(captured, file, job.call.names, job.outputs, job.how.opset or OPSET, external)
+        with held_back():
+            if traced:
+                said = _traced(job, file, axes, tensors)
+                require_fixed_file(file, label)
+            else:
+                said = []
+                captured = job.captured or program(job.traceable, tensors, axes)
+                require_fixed_values(captured, label)
+                write_program(captured, file, job.call.names, job.outputs, job.how.opset or OPSET, external)
     except (InputError, MemoryError):
         raise
     except Exception as error:  # whatever torch and onnxscript raise

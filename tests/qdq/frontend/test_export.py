@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from torch_networks import REFUSED, Classifier, Of, Recurrent, as_dataclass, by_
 from engines.core.onnx_runtime import session  # noqa: E402
 from qdq import Exported, InputError, export_torch  # noqa: E402
 from qdq.frontend.pytorch import job  # noqa: E402
+from qdq.frontend.pytorch.libraries import held_back  # noqa: E402
 
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 
@@ -262,3 +266,46 @@ def test_lazy_layers_without_weights_are_refused(tmp_path: Path) -> None:
 def test_a_tolerance_that_compares_nothing_is_refused(tmp_path: Path, tolerance: float) -> None:
     with pytest.raises(InputError, match="tolerance is"):
         export_torch(nn.Linear(8, 4), X, tmp_path / "net.onnx", tolerance=tolerance)
+
+
+def test_sizes_in_which_samples_differ_stay_open(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+    data = [{"input": np.random.default_rng(i).normal(size=(1, 3, 8 + i % 3, 10)).astype(np.float32)} for i in range(9)]
+    made = export_torch(net, torch.zeros(1, 3, 8, 10), tmp_path / "m.onnx", samples=data)
+    assert made.dynamic == {"input": {0: "batch", 2: "height"}}
+    assert "Open, for the samples differ there: input axis 2 (8 to 10), as height." in made.notes
+    assert run(made, input=data[2]["input"])[0].shape == (1, 4, 10, 10)
+    fixed = export_torch(net, torch.zeros(1, 3, 8, 10), tmp_path / "f.onnx", samples=data[::3])
+    assert fixed.dynamic == {"input": {0: "batch"}}
+
+
+def test_where_no_size_can_be_open_the_option_is_shown(tmp_path: Path) -> None:
+    net = Of(lambda s, x: s.lin(x[:, :8]) if x.shape[1] == 9 else s.lin(x[:, 1:9]))
+    data = [torch.randn(2, 9 + i) for i in range(3)]
+    with pytest.raises(InputError, match=r"x axis 1 \(9 to 11\).*--dynamic x:0=batch,1=length"):
+        export_torch(net, data[0], tmp_path / "m.onnx", samples=data)
+    program = torch.export.export(nn.ReLU(), (torch.zeros(2, 9),))
+    with pytest.raises(InputError, match=r"one size.*dynamic_shapes=\{'input': \{1: torch.export.Dim.DYNAMIC\}\}"):
+        export_torch(program, None, tmp_path / "p.onnx", samples=data)
+
+
+def test_a_program_may_return_numbers_weights_and_inputs(tmp_path: Path) -> None:
+    net = Of(lambda s, x: {"y": s.lin(x), "same": x, "weight": s.lin.weight, "ones": torch.ones(3), "count": 3})
+    program = torch.export.export(net, (X,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    made = export_torch(program, None, tmp_path / "m.onnx")
+    assert made.outputs == ("y", "same", "weight", "ones") and [*made.dynamic["x"]] == [0]
+    assert "Not outputs of the file, for they are no tensors: count." in made.notes
+    found = run(made, x=np.zeros((5, 8), np.float32))
+    assert found[0].shape == (5, 8) and np.array_equal(found[2], net.lin.weight.detach().numpy())
+
+
+def test_what_an_exporter_prints_is_kept_for_those_who_ask(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="why") as raised, held_back():
+        print("a graph of Python")
+        os.write(1, b"a graph of C++")
+        other = threading.Thread(target=lambda: print("a bar", file=sys.stderr))
+        other.start()
+        other.join()
+        raise ValueError("why")
+    assert raised.value.__notes__ == ["a graph of Python\na graph of C++"]
+    assert capfd.readouterr() == ("", "a bar\n")

@@ -10,9 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from qdq import InputError
+from qdq.build.recipe import Recipe
 from qdq.cli.main import main
-from qdq.cli.options.folder import asked_of
-from qdq.cli.options.origin import dynamic_of
+from qdq.cli.options.folder import asked_of, files_of
+from qdq.cli.options.origin import as_onnx, dynamic_of
 from qdq.frontend.huggingface.choose import apart, pieces
 from qdq.frontend.huggingface.folder import open_folder
 from qdq.frontend.huggingface.tasks import TASKS, wish_of
@@ -126,6 +127,9 @@ def test_what_is_no_folder_of_a_model_is_refused(tmp_path: Path) -> None:
 def test_options_of_a_folder_are_for_folders(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--text is for `hf:FOLDER`"):
         asked_of(Path("unet.onnx"), {"text": Path("a.txt"), "task": None}, data=None)
+    for model in ("unet.onnx", "torch:nets:unet", "unet.pt2"):
+        with pytest.raises(InputError, match=r"--task fill-mask says what `hf:FOLDER` is exported for"):
+            asked_of(Path(model), {"task": "fill-mask"}, data=None)
     with pytest.raises(InputError, match=r"Both --text and --data"):
         asked_of(Path("hf:bert"), {"text": Path("a.txt")}, data="arrays/")
     with pytest.raises(InputError, match=r"No data: give --text FILE"):
@@ -176,3 +180,14 @@ def test_an_export_replaces_no_text_and_no_file_of_the_folder(tmp_path: Path) ->
 def test_axes_are_plain_numbers() -> None:
     with pytest.raises(InputError, match="is not of the form"):
         dynamic_of(["image:\u00b2=height"])
+
+
+def test_all_files_of_a_folder_are_protected(tmp_path: Path) -> None:
+    inner = tmp_path / "0_Transformer" / "model.safetensors"
+    inner.parent.mkdir()
+    inner.write_bytes(b"weights")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert set(files_of(Path(f"hf:{tmp_path}"))) == {inner, tmp_path / "config.json"}
+    given = Path(f"hf:{tmp_path}"), inner.parent, Recipe(), None, (), None
+    with pytest.raises(InputError, match="holds files of the model"), as_onnx(*given):
+        pass
