@@ -364,7 +364,7 @@ def export(build: Callable[..., Any], kind: Kind, given: argparse.Namespace, tak
     network = build(**{name: getattr(given, name) for name in inspect.signature(build).parameters}).eval()
     if given.checkpoint:
         load(network, given.checkpoint)
-    elif not (weights or getattr(network, "trained", False)):
+    elif not weights:
         settle(network, made[0])
     given.path.parent.mkdir(parents=True, exist_ok=True)
     names, example = list(made[0]), tuple(map(torch.from_numpy, made[0].values()))

@@ -30,7 +30,7 @@ STEPS = 240
 BATCH = 4  # samples in a step
 RATE = 0.03  # of Adam
 # Of all weights undecided, in units of the errors before. With a thousandth of it weights stay between two codes until
-# the end, where they fit ten times better, and the codes that they are cut to err five times more than the first ones.
+# the end, where they fit better, and the codes that they are cut to err more than the first ones.
 PENALTY = 2500.0
 SHARPNESS = (20.0, 2.0)  # exponents of the penalty, at its beginning and its end
 NEAR = 0.35  # how far a weight starts from where it was before rounding to its code, of the way
