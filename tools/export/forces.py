@@ -21,6 +21,7 @@ def with_forces(energy: Any, example: tuple[Any, ...]) -> Any:
         example: its inputs.
     """
     import torch
+    from torch._decomp import core_aten_decompositions
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def both(positions: Any, *others: Any) -> dict[str, Any]:
@@ -31,7 +32,8 @@ def with_forces(energy: Any, example: tuple[Any, ...]) -> Any:
 
     for weight in energy.parameters():
         weight.requires_grad_(False)
-    made = make_fx(both, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*example)
+    plain = core_aten_decompositions()  # of derivatives that ONNX has no operator for, as that of SiLU
+    made = make_fx(both, plain, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*example)
     _named(made, energy)
     made.graph.eliminate_dead_code()
     made.recompile()

@@ -109,7 +109,7 @@ def test_united_takes_the_first_of_each_chain() -> None:
 def test_one_table_serves_every_mixed_plan(pair: tuple[str, str], table: CalibrationTable, tmp_path: Path) -> None:
     model, (one, other) = network(), pair
     data = graphs.samples(model, 3)
-    plan = placement.plan(model, settings(**{"[qkv]": one, "conv": one, "up": other, "down": one}))
+    plan = placement.plan(model, settings(**{"[qkvc]*": one, "up": other, "down": one}))
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     made = quantize(model, data, plan=plan, table=table)
