@@ -63,7 +63,7 @@ class NoiseCorrection(Document, frozen=True, kw_only=True):
     """
 
     FORMAT: ClassVar[str] = "qdq.noise-correction/1"
-    MAKE: ClassVar[str] = "qdq.noise_correction(...).save(FILE)"
+    MAKE: ClassVar[str] = "noise_correction(...).save(FILE)"
 
     float_sha256: str = ""
     quantized_sha256: str = ""
