@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from qdq.core.arrays import Floats
+from qdq.core.arrays import Floats, Singles
 from qdq.solve.hessian import Hessian
-from qdq.solve.rounding import Dtype, Rounding, descent, gptq, nearest
+from qdq.solve.rounding import Dtype, Rounding, View, descent, gptq, nearest
 
 
 def round_rows(
@@ -30,6 +30,11 @@ def round_rows(
     return below + descent.round_rows(W - below * scale, scale, hessian, low=0, high=1)
 
 
+def block_scales(view: View, H: Floats | None, *, low: int, high: int, float_codes: Dtype = None) -> Singles:
+    """As `BlockScales`: of integers those of `gptq`; floating-point codes are the nearest, whatever H says."""
+    return gptq.block_scales(view, H if float_codes is None else None, low=low, high=high, float_codes=float_codes)
+
+
 ROUNDING = Rounding(
-    block_scales=gptq.block_scales, round_rows=round_rows, needs_moments=True, settings=("damping", "act_order")
+    block_scales=block_scales, round_rows=round_rows, needs_moments=True, settings=("damping", "act_order")
 )

@@ -29,7 +29,7 @@ from qdq.model.model import Model
 from qdq.model.storage import load, save
 from qdq.passes.prepare import load_float
 from qdq.plan.settings import Settings
-from qdq.solve import solve, weights
+from qdq.solve import solve, spread, weights
 from qdq.solve.weights import quantize_weight
 
 SIZES = (48, 96, 48, 32)
@@ -190,7 +190,7 @@ def test_a_killed_run_goes_on(
         done.append(array.shape)
         return quantize_weight(array, *unquantized_type, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(solve, "quantize_weight", counted)
+    monkeypatch.setattr(spread, "quantize_weight", counted)
     monkeypatch.setattr(solve, "cores", lambda: 1)
     with pytest.raises(KeyboardInterrupt), weight_store.kept(folder):
         quantize(model, samples, settings=settings, table=table)

@@ -264,7 +264,7 @@ def test_every_rounding_keeps_its_contract_on_nvfp4(rounding: str, columns: int,
         {name: f(v.astype(np.float64) - W) for name, v in (("found", read), ("nearest", plain))}
         for f in (lambda e: np.sum(e**2), lambda e: gptq.loss(e, H))
     )
-    if rounding in ("gptq", "descent"):
+    if rounding in ("gptq", "descent", "reconstruct"):
         assert (output_error["found"] <= output_error["nearest"]).all()
         assert output_error["found"].sum() < 0.7 * output_error["nearest"].sum()
     elif rounding != "awq":  # which lowers the output error of each block by itself
