@@ -188,13 +188,13 @@ def _measured(
     return prepared, plan, table
 
 
-def reopened(samples: Samples, data: str | None, recipe: Recipe) -> Callable[[], Samples]:
-    """What opens the samples anew in a worker; `data` is the option, None for random ones."""
+def reopened(samples: Samples, data: str | None, recipe: Recipe, labels: str = "") -> Callable[[], Samples]:
+    """What opens the samples anew in a worker; `data` is the option, None for random ones, `labels` as `unlabelled`."""
     from calib_data.elements import limited_to
     from calib_data.volumes.monai import trusted
 
     where = os.path.abspath(data) if data is not None and os.path.exists(data.rpartition(":")[0] or data) else data
-    how = (recipe.volume, options.case_key_of(recipe), trusted(), limited_to())
+    how = (recipe.volume, options.case_key_of(recipe), trusted(), limited_to(), labels)
     return partial(_open, where, samples.inputs, *how) if where else partial(replace, samples)
 
 
@@ -205,15 +205,16 @@ def _open(
     case_key: bytes | None,
     trust: bool,
     limit: int | None,
+    labels: str,
 ) -> Samples:
     """In a worker: the samples."""
-    from calib_data import open_samples
     from calib_data.elements import limiting
     from calib_data.volumes.monai import trust_here
+    from qdq.deploy.compare.score import unlabelled
 
     trust_here(trust)
     with nullcontext() if limit is None else limiting(limit):
-        return open_samples(data, inputs, volume=volume, case_key=case_key)
+        return unlabelled(data, inputs, labels, volume=volume, case_key=case_key)
 
 
 def _merged(files: tuple[Path, ...]) -> CalibrationTable:
