@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qdq.cli import options
+from qdq.cli.options.read import opener
 from qdq.cli.terminal import Bars, note, show_json
 from qdq.core.errors import InputError
 from qdq.core.outputs import check_output
@@ -189,7 +190,7 @@ def _measured(
 
 
 def reopened(samples: Samples, data: str | None, recipe: Recipe, labels: str = "") -> Callable[[], Samples]:
-    """What opens the samples anew in a worker; `data` is the option, None for random ones, `labels` as `unlabelled`."""
+    """What opens the samples anew in a worker; `data` is the option, None for random ones, `labels` as of `opener`."""
     from calib_data.elements import limited_to
     from calib_data.volumes.monai import trusted
 
@@ -210,11 +211,10 @@ def _open(
     """In a worker: the samples."""
     from calib_data.elements import limiting
     from calib_data.volumes.monai import trust_here
-    from qdq.deploy.compare.score import unlabelled
 
     trust_here(trust)
     with nullcontext() if limit is None else limiting(limit):
-        return unlabelled(data, inputs, labels, volume=volume, case_key=case_key)
+        return opener(labels)(data, inputs, volume=volume, case_key=case_key)
 
 
 def _merged(files: tuple[Path, ...]) -> CalibrationTable:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,14 +169,13 @@ def _places(settings: Settings) -> tuple[object, ...]:
 
 
 def samples_of(model: Model, recipe: Recipe, data: str | None, random_data: int | None, *, labels: str = "") -> Samples:
-    """The samples that the options name; `labels` as of `unlabelled`.
+    """The samples that the options name; `labels` as of `opener`.
 
     Raises:
         InputError: none, or both kinds.
         DataError: see `calib_data.open_samples`.
     """
     from calib_data import random_samples
-    from qdq.deploy.compare.score import unlabelled
     from qdq.measure.inference.inputs import input_specs
 
     if (data is None) == (random_data is None):
@@ -187,7 +187,7 @@ def samples_of(model: Model, recipe: Recipe, data: str | None, random_data: int 
         )
     specs = input_specs(model)
     if data is not None:
-        found = unlabelled(data, specs, labels, volume=recipe.volume, case_key=case_key_of(recipe))
+        found = opener(labels)(data, specs, volume=recipe.volume, case_key=case_key_of(recipe))
         note_left_out(found.source)
         _require_room(model, found)
         return found
@@ -198,6 +198,17 @@ def samples_of(model: Model, recipe: Recipe, data: str | None, random_data: int 
     found = random_samples(specs, random_data or 0, seed=0, sizes=sizes)
     _require_room(model, found)
     return found
+
+
+def opener(labels: str) -> Callable[..., Samples]:
+    """What opens samples: `open_samples`, or where arrays may hold labels beside the inputs, `unlabelled`."""
+    from calib_data import open_samples
+
+    if not labels:
+        return open_samples
+    from qdq.deploy.compare.score import unlabelled
+
+    return partial(unlabelled, labels=labels)
 
 
 def case_key_of(recipe: Recipe) -> bytes | None:

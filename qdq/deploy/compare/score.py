@@ -126,7 +126,7 @@ def inputs_only(samples: Samples, model: Model) -> Samples:
 def unlabelled(
     source: str,
     specs: tuple[InputSpec, ...],
-    labels: str = "",
+    labels: str,
     *,
     volume: VolumeSpec | None = None,
     case_key: bytes | None = None,
@@ -135,7 +135,7 @@ def unlabelled(
 
     Labels of images lie in files of their own, which nobody reads for the inputs.
     """
-    if not labels or isinstance(form_of(source), ImageForm):
+    if isinstance(form_of(source), ImageForm):
         return open_samples(source, specs, volume=volume, case_key=case_key)
     return _only(_labelled(source, specs, labels, required=False, volume=volume, case_key=case_key), specs)
 
