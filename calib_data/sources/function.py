@@ -13,8 +13,10 @@ from typing import Any
 from calib_data.elements import Elements, Stream, as_array, limited_to
 from calib_data.reading import Reading, reading_of
 from calib_data.sources import ArrayForm, Form, RawSample, SampleShapes
-from calib_data.users_code import users_code
+from calib_data.users_code import SAMPLES, users_code
 from calib_data.validation import Array, DataError, InputSpec
+
+YIELDS = "a function without arguments that yields dicts (input name -> array)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,15 +39,24 @@ class PythonFunction:
             yield SampleShapes(where, {name: array.shape for name, array in arrays.items()})
 
 
-def function_of(source: str) -> tuple[Callable[[], object], Path]:
+def function_of(
+    source: str, of: str = "", needed: str = YIELDS, fix: str = SAMPLES
+) -> tuple[Callable[..., object], Path]:
     """Import the file of `module.py:function`; the function, and the file.
+
+    Args:
+        source: the text.
+        of: what it is, for messages; "" is the data source.
+        needed: what kind of function it must name.
+        fix: of what fails while the file is imported.
 
     Raises:
         DataError: the file is missing or cannot be imported, or has no such function.
     """
     path, name = Path(source.rpartition(":")[0]), source.rpartition(":")[2]
+    of = of or f"the data source {path}:{name}"
     if not path.is_file():
-        raise DataError(f"No such file: {path}, in the data source {path}:{name}. Check the path.")
+        raise DataError(f"No such file: {path}, in {of}. Check the path.")
     module_name = f"calib_data_source_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None  # `FORM` has checked the suffix .py
@@ -53,7 +64,7 @@ def function_of(source: str) -> tuple[Callable[[], object], Path]:
     sys.modules[module_name] = module
     sys.path.insert(0, str(path.resolve().parent))  # as for a script: modules beside the file can be imported
     try:
-        with users_code(path, f"Cannot import the data source {path}"):
+        with users_code(path, f"Cannot import {path}, of {of}", fix):
             spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(path.resolve().parent))
@@ -61,8 +72,7 @@ def function_of(source: str) -> tuple[Callable[[], object], Path]:
     if not callable(function):
         there = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_")) or "none"
         raise DataError(
-            f"No function {name!r} in {path}: it has {there}; a function without arguments that yields dicts "
-            "(input name -> array) is needed. Check the name after the colon."
+            f"No function {name!r} in {path}: it has {there}; {needed} is needed. Check the name after the colon."
         )
     return function, path
 

@@ -15,10 +15,11 @@ A key is the name of the option with underscores. It must not look at a model or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeGuard
+from typing import Annotated, Any, Literal, TypeGuard
 
 import msgspec
 
@@ -369,13 +370,14 @@ def _least(text: str) -> tuple[str, float]:
     """
     name, equals, value = text.rpartition("=")
     try:
-        return (name, float(value)) if name and equals else _least_needs(text)
+        number = float(value)
     except ValueError:
-        return _least_needs(text)
-
-
-def _least_needs(text: str) -> NoReturn:
-    raise InputError(f"--min-metric is {text!r}: it must be NAME=VALUE, as in dice=0.9 or scores.py:iou=0.8.")
+        number = math.nan
+    if not (name and equals and math.isfinite(number)):
+        raise InputError(
+            f"--min-metric is {text!r}: it must be NAME=VALUE with a number, as in dice=0.9 or scores.py:iou=0.8."
+        )
+    return name, number
 
 
 def _list(words: Words) -> tuple[str, ...]:

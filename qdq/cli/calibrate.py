@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qdq.cli import options
+from qdq.cli.options.read import opener
 from qdq.cli.terminal import Bars, note, show_json
 from qdq.core.errors import InputError
 from qdq.core.outputs import check_output
@@ -188,13 +189,13 @@ def _measured(
     return prepared, plan, table
 
 
-def reopened(samples: Samples, data: str | None, recipe: Recipe) -> Callable[[], Samples]:
-    """What opens the samples anew in a worker; `data` is the option, None for random ones."""
+def reopened(samples: Samples, data: str | None, recipe: Recipe, labels: str = "") -> Callable[[], Samples]:
+    """What opens the samples anew in a worker; `data` is the option, None for random ones, `labels` as of `opener`."""
     from calib_data.elements import limited_to
     from calib_data.volumes.monai import trusted
 
     where = os.path.abspath(data) if data is not None and os.path.exists(data.rpartition(":")[0] or data) else data
-    how = (recipe.volume, options.case_key_of(recipe), trusted(), limited_to())
+    how = (recipe.volume, options.case_key_of(recipe), trusted(), limited_to(), labels)
     return partial(_open, where, samples.inputs, *how) if where else partial(replace, samples)
 
 
@@ -205,15 +206,15 @@ def _open(
     case_key: bytes | None,
     trust: bool,
     limit: int | None,
+    labels: str,
 ) -> Samples:
     """In a worker: the samples."""
-    from calib_data import open_samples
     from calib_data.elements import limiting
     from calib_data.volumes.monai import trust_here
 
     trust_here(trust)
     with nullcontext() if limit is None else limiting(limit):
-        return open_samples(data, inputs, volume=volume, case_key=case_key)
+        return opener(labels)(data, inputs, volume=volume, case_key=case_key)
 
 
 def _merged(files: tuple[Path, ...]) -> CalibrationTable:

@@ -72,6 +72,7 @@ def deploy(
     **given: Any,
 ) -> None:
     """Do it all: export where MODEL is no ONNX file, then tune, calibrate, quantize, build, audit and check."""
+    from qdq.deploy.compare.task import Task
     from qdq.deploy.deploy import deploy as deployed
     from qdq.deploy.report.front_plot import draw
     from qdq.deploy.report.report import warning_lines
@@ -82,13 +83,14 @@ def deploy(
     asked = options.asked_of(model, given, data=data, evaluation=evaluation, needed=random_data is None)
     plan = Plan.load(plan_file) if plan_file else None
     recipe, notes = options.recipe_of_plan(given, plan, plan_file), [] if random_data is None else [options.RANDOM_NOTE]
-    mixing, made = options.require_mix(recipe, sensitivity_file, front_file, checks=True), None
+    mixing = options.require_mix(
+        recipe, sensitivity_file, front_file, plot=plot_file, labels=metric_labels, checks=True
+    )
+    made, labels = None, Task(labels=metric_labels).array
+    if plot_file is not None:
+        check_output(plot_file, model, data, evaluation, given["recipe"], sensitivity_file, front_file)
     if mixing and (plan or table_file):
         raise InputError("--minimize and --pick make a plan of their own, and its table: leave out --plan and --table.")
-    if plot_file is not None and not mixing:
-        raise InputError(
-            "--plot draws the front of plans of several precisions: add --minimize and a limit, or --pick."
-        )
     if table_file and plan is None and recipe.tune != "off":
         raise InputError(
             "--table holds the tensors of one plan, and a tuned plan may need others: give that --plan too, or --tune "
@@ -113,16 +115,16 @@ def deploy(
                 draw(made, plot_file)
         done = deployed(
             path,
-            lambda prepared: options.samples_of(prepared, recipe, data, random_data),
+            lambda prepared: options.samples_of(prepared, recipe, data, random_data, labels=labels),
             out,
             recipe=recipe,
-            evaluation=(lambda prepared: options.samples_of(prepared, recipe, evaluation, None))
+            evaluation=(lambda prepared: options.samples_of(prepared, recipe, evaluation, None, labels=labels))
             if evaluation
             else None,
             plan=plan,
             allocation=made,
             calibrated=table,
-            measure=_on_workers(path, data, random_data, recipe, workers, custom_ops),
+            measure=_on_workers(path, data, random_data, recipe, workers, custom_ops, labels),
             allow_overlap=allow_overlap,
             with_images=with_images,
             custom_ops=custom_ops,
@@ -142,6 +144,7 @@ def _on_workers(
     recipe: Recipe,
     workers: int | None,
     libraries: Sequence[str],
+    labels: str,
 ) -> Measure | None:
     """What calibrates on several processes, None for this one."""
     if workers is None:
@@ -154,11 +157,11 @@ def _on_workers(
     pool = local_pool(workers)
 
     def measure(plan: Plan, on_progress: Progress | None) -> CalibrationTable:
-        samples = options.samples_of(load_float(model), recipe, data, random_data)
+        samples = options.samples_of(load_float(model), recipe, data, random_data, labels=labels)
         return collect_shards(
             model,
             plan,
-            reopened(samples, data, recipe),
+            reopened(samples, data, recipe, labels),
             pool,
             total=samples.len_or_none(),
             custom_ops=tuple(os.path.abspath(path) for path in libraries),

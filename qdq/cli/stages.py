@@ -153,6 +153,7 @@ def quantize(
     from qdq.solve.spread import spread
 
     check_output(output, model, data, plan_file, table_file, given["recipe"], *custom_ops)
+    pool = pool_of(workers, cluster)
     with Bars() as bars:
         bars(0, None, "Prepare")
         chosen = Plan.load(plan_file) if plan_file else None
@@ -163,7 +164,7 @@ def quantize(
             samples = None
         else:
             samples = options.samples_of(prepared, recipe, data, random_data)
-        with kept(output.with_name(f".{output.name}.weights")), spread(pool_of(workers, cluster), model):
+        with kept(output.with_name(f".{output.name}.weights")), spread(pool, model):
             made = quantize(
                 prepared,
                 samples,

@@ -70,8 +70,11 @@ def tune(
 
     for place in filter(None, (output, plot_file)):
         check_output(place, model, data, given["recipe"], sensitivity_file, front_file)
+    if plot_file is not None and plot_file.absolute() in (output.absolute(), front_beside(output).absolute()):
+        raise InputError(f"--plot and -o both write {plot_file}: give the picture a name of its own, as front.png.")
     recipe = options.recipe_of(given)
-    if options.require_mix(recipe, sensitivity_file, front_file):
+    if options.require_mix(recipe, sensitivity_file, front_file, plot=plot_file, labels=metric_labels):
+        check_output(front_beside(output), model, data, given["recipe"], sensitivity_file)
         with Bars() as bars:
             plan, made = mixed(
                 *(model, data, random_data, recipe),
@@ -92,10 +95,6 @@ def tune(
                 f"Plan of {model.name} in {output}", [*allocation_rows(made), ("front", str(front_beside(output)))]
             )
         return
-    if plot_file is not None:
-        raise InputError(
-            "--plot draws the front of plans of several precisions: add --minimize and a limit, or --pick."
-        )
     if why := unpriced(recipe):
         raise InputError(f"Nothing to tune by: {why}. Take the scheme int8, or --compiler rtx.")
     with Bars() as bars:
@@ -165,6 +164,7 @@ def mixed(
 
     from qdq.deploy.compare.bound import bounds
     from qdq.deploy.compare.score import labelled
+    from qdq.deploy.compare.task import Task
     from qdq.measure.inference.session import registered
     from qdq.passes.prepare import load_float
     from qdq.tune.sensitivity.mixed.front import Allocation
@@ -176,17 +176,18 @@ def mixed(
     prepared = load_float(model)
     if front_file is not None:
         return picked_from(prepared, Allocation.load(front_file), recipe.pick, str(output or ""))
-    samples = options.samples_of(prepared, recipe, data, random_data)
+    array = Task(labels=metric_labels).array
+    samples = options.samples_of(prepared, recipe, data, random_data, labels=array)
     scored = samples
-    if recipe.min_metrics and metric_labels and not metric_labels.startswith("next") and data is not None:
-        scored = labelled(data, prepared, metric_labels, volume=recipe.volume, case_key=options.case_key_of(recipe))
+    if array and data is not None:
+        scored = labelled(data, prepared, array, volume=recipe.volume, case_key=options.case_key_of(recipe))
     libraries = tuple(os.path.abspath(path) for path in custom_ops)
     with registered(libraries):
         first = next(iter(scored)) if recipe.min_metrics else {}
         return mix(
             *(model, prepared, samples, recipe),
             known=known,
-            bounds=bounds(recipe.min_metrics, prepared, first, metric_labels),
+            bounds=bounds(recipe.min_metrics, prepared, first, metric_labels, recipe.class_axis),
             labelled=scored if metric_labels else None,
             custom_ops=libraries,
             output=output,
@@ -197,9 +198,10 @@ def mixed(
 def allocation_rows(made: Allocation) -> list[tuple[str, str]]:
     """What was chosen, for people."""
     nodes = ", ".join(f"{count} {text}" for text, count in made.nodes.items())
+    pick, of_front = made.pick, f", {made.pick} of the front" if made.pick else ""
     asked = "; ".join(f"{option} {value}" for option, value in made.limits.items())
     rows = [
-        ("chosen for", f"least {made.minimize}" + (f", {made.pick} of the front" if made.pick else "")),
+        ("chosen for", f"number {pick} of the front" if pick.isdecimal() else f"least {made.minimize}" + of_front),
         ("limits", asked),
         ("weights in the engine", f"{made.size_mib:.3f} MiB, by {made.compiled_by}; all in float {made.float_mib:.3f}"),
         ("nodes", nodes),
@@ -271,6 +273,7 @@ def sensitivity(
 
     from qdq.cli.calibrate import pool_of, reopened
     from qdq.deploy.compare.one_sample import of_samples
+    from qdq.deploy.report.picture import require_form
     from qdq.measure.inference.session import registered
     from qdq.passes.prepare import load_float
     from qdq.tune.sensitivity.find import Workers, beside, find, possible
@@ -278,6 +281,8 @@ def sensitivity(
 
     for place in filter(None, (output, plot_file)):
         check_output(place, model, data, given["recipe"], *custom_ops)
+    if plot_file is not None:
+        require_form(plot_file)
     recipe, libraries = options.recipe_of(given), tuple(os.path.abspath(path) for path in custom_ops)
     texts = possible(recipe.settings, recipe.targets, recipe.candidates)
     pool = pool_of(workers, cluster)

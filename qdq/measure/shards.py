@@ -140,7 +140,7 @@ def dask_pool(address: str) -> Pool:
             workers = sum(client.nthreads().values())
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
-            f"No Dask scheduler answers at {address}: {' '.join(str(error).split())[:200]} Start one with "
+            f"No Dask scheduler answers at {address}: {' '.join(str(error).split())[:200].rstrip('.')}. Start one with "
             "`dask scheduler`, and give its address as tcp://HOST:8786."
         ) from None
     if not workers:

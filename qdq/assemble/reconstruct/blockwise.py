@@ -384,7 +384,7 @@ def _require_same(block: Block, example: Example, expected: Arrays) -> None:
         with torch.no_grad():
             run(block.nodes, values)
     except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise Unknown(f"{type(error).__name__} ({str(error).splitlines()[0][:80]})") from None
+        raise Unknown(f"{type(error).__name__} ({' '.join(str(error).split())[:80]})") from None
     wanted = {n: expected[n] for n in block.outputs if expected[n].dtype.kind == "f"}
     signal, noise = energies(wanted, {n: values[n].numpy() for n in wanted})
     if decibels([signal], [noise]) < AGREES_DB:

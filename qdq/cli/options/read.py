@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,18 +84,45 @@ def recipe_of_mix(given: Mapping[str, Any], plan: Plan) -> Recipe:
     return Recipe.from_mapping({**recipe_values(given), **plan.settings.to_mapping()})
 
 
-def require_mix(recipe: Recipe, sensitivity: Path | None, front: Path | None = None, *, checks: bool = False) -> bool:
+def require_mix(
+    recipe: Recipe,
+    sensitivity: Path | None,
+    front: Path | None = None,
+    *,
+    plot: Path | None = None,
+    labels: str = "",
+    checks: bool = False,
+) -> bool:
     """Whether a plan of several precisions is asked for.
 
     Args:
         recipe: with what is minimized, limits and candidates.
         sensitivity: a table to choose by.
         front: an earlier search to pick from.
-        checks: the verb checks a size, whatever it chooses by.
+        plot: a file for the picture of it.
+        labels: of the metrics.
+        checks: the verb checks a size and the outputs, whatever it chooses by.
 
     Raises:
-        InputError: what it is chosen from or limited by without the aim, or the aim without what bounds it.
+        InputError: what it is chosen from or limited by without the aim, the aim without what bounds it, labels without
+            a metric, or a picture of no search.
+        MissingRuntimeError: a picture without matplotlib.
     """
+    if labels and not recipe.min_metrics:
+        raise InputError("--metric-labels are what --min-metric is scored against: give one, such as top1=0.9.")
+    asked = _asks_mix(recipe, sensitivity, front, checks=checks)
+    if plot is not None and not asked:
+        raise InputError(
+            "--plot draws the front of plans of several precisions: add --minimize and a limit, or --pick."
+        )
+    if plot is not None:
+        from qdq.deploy.report.picture import require_form
+
+        require_form(plot)
+    return asked
+
+
+def _asks_mix(recipe: Recipe, sensitivity: Path | None, front: Path | None, *, checks: bool) -> bool:
     given = {
         "--candidates": bool(recipe.candidates),
         "--sensitivity": sensitivity is not None,
@@ -105,7 +133,7 @@ def require_mix(recipe: Recipe, sensitivity: Path | None, front: Path | None = N
     }
     named = [name for name, there in given.items() if there]
     if front is not None:
-        if not recipe.pick or named or recipe.minimize:
+        if not recipe.pick or named or recipe.minimize or ("min_sqnr_db" in recipe.limits and not checks):
             raise InputError("--front picks from what an earlier search found: give --pick, and no aim or limit.")
         return True
     if recipe.pick:
@@ -140,14 +168,14 @@ def _places(settings: Settings) -> tuple[object, ...]:
     return tuple(getattr(settings, name) for name in names)
 
 
-def samples_of(model: Model, recipe: Recipe, data: str | None, random_data: int | None) -> Samples:
-    """The samples that the options name.
+def samples_of(model: Model, recipe: Recipe, data: str | None, random_data: int | None, *, labels: str = "") -> Samples:
+    """The samples that the options name; `labels` as of `opener`.
 
     Raises:
         InputError: none, or both kinds.
         DataError: see `calib_data.open_samples`.
     """
-    from calib_data import open_samples, random_samples
+    from calib_data import random_samples
     from qdq.measure.inference.inputs import input_specs
 
     if (data is None) == (random_data is None):
@@ -159,7 +187,7 @@ def samples_of(model: Model, recipe: Recipe, data: str | None, random_data: int 
         )
     specs = input_specs(model)
     if data is not None:
-        found = open_samples(data, specs, volume=recipe.volume, case_key=case_key_of(recipe))
+        found = opener(labels)(data, specs, volume=recipe.volume, case_key=case_key_of(recipe))
         note_left_out(found.source)
         _require_room(model, found)
         return found
@@ -170,6 +198,17 @@ def samples_of(model: Model, recipe: Recipe, data: str | None, random_data: int 
     found = random_samples(specs, random_data or 0, seed=0, sizes=sizes)
     _require_room(model, found)
     return found
+
+
+def opener(labels: str) -> Callable[..., Samples]:
+    """What opens samples: `open_samples`, or where arrays may hold labels beside the inputs, `unlabelled`."""
+    from calib_data import open_samples
+
+    if not labels:
+        return open_samples
+    from qdq.deploy.compare.score import unlabelled
+
+    return partial(unlabelled, labels=labels)
 
 
 def case_key_of(recipe: Recipe) -> bytes | None:

@@ -28,50 +28,69 @@ from qdq.model.model import Model
 from qdq.tune.sensitivity.mixed.goal import Bound, Counting
 
 Outputs = Mapping[str, np.ndarray]
+NEEDED = "a function of three mappings, outputs, the float model's outputs and the sample, that gives a finite number"
+MEND = "It must give a finite number and not end Python. Mend it."
 
 
-def bounds(wanted: Mapping[str, float], model: Model, first: Sample, labels: str = "") -> tuple[Bound, ...]:
+def bounds(
+    wanted: Mapping[str, float], model: Model, first: Sample, labels: str = "", class_axis: int | None = None
+) -> tuple[Bound, ...]:
     """Of each metric that must reach a value, how it is counted.
 
     Args:
         wanted: a metric's name, or FILE.py:FUNCTION, -> value.
         model: the prepared float model; metrics are of its first output of numbers.
-        first: a sample, whose outputs tell the axis of classes.
+        first: a sample; each metric counts the float model's outputs for it, so that one that fails does so here.
         labels: as of `Task`; "" compares with the float model.
+        class_axis: axis of the classes; None is what the graph and the outputs tell.
 
     Raises:
-        InputError: an unknown metric, one of whole volumes, a model without such an output, or labels that it lacks.
-        DataError: a file of a function that is missing or cannot be imported.
+        InputError: an unknown metric, one of whole volumes or of masked tokens, a model without such an output, labels
+            that it lacks, or what `Metric.add` says of the sample.
+        DataError: a file of a function that is missing or cannot be imported, or a function that fails.
     """
-    return tuple(_bound(name, value, model, first, labels) for name, value in wanted.items())
+    if not wanted:
+        return ()
+    if not (outputs := comparable(model)):
+        raise InputError(f"--min-metric {next(iter(wanted))} needs an output of numbers, and the model has none.")
+    fed = {each.name: first[each.name] for each in model.inputs}
+    seen = FirstSample(
+        inputs={key: np.shape(array) for key, array in fed.items()},
+        outputs=Session(model, outputs, threads=1)(fed),
+    )
+    found = tuple(_bound(name, value, model, first, seen, labels, class_axis) for name, value in wanted.items())
+    for each in found:
+        each.counting().add(first, seen.outputs, seen.outputs)
+    return found
 
 
-def _bound(name: str, value: float, model: Model, first: Sample, labels: str) -> Bound:
+def _bound(
+    name: str,
+    value: float,
+    model: Model,
+    first: Sample,
+    seen: FirstSample,
+    labels: str,
+    class_axis: int | None,
+) -> Bound:
     if ".py:" in name:
-        function, path = function_of(name)
+        function, path = function_of(name, of=f"--min-metric {name}", needed=NEEDED, fix=MEND)
         of_function = partial(_OfFunction, function, name, path)
         return Bound(name=name, value=value, higher_is_better=True, counting=of_function)
-    known = [each for each, kind in METRICS.items() if not kind.of_volumes]
+    known = [each for each, kind in METRICS.items() if not (kind.of_volumes or kind.masks)]
     kind = METRICS[choose(name, known, "metric")]
-    outputs = comparable(model)
-    if not outputs:
-        raise InputError(f"--min-metric {name} needs an output of numbers, and the model has none.")
+    output = next(iter(seen.outputs))
     task = Task(metric=name, labels=labels)
     tokens, axis = task.source(model), -1
     if task.array and task.array not in first:
         raise InputError(
             f"--min-metric {name} is scored against labels {task.array!r}, and the samples hold {', '.join(first)}. "
-            "Save the labels beside the inputs, or leave out --labels to compare with the float model."
+            "Save the labels beside the inputs, or leave out --metric-labels to compare with the float model."
         )
     if kind.has_classes:
-        fed = {each.name: first[each.name] for each in model.inputs}
-        seen = FirstSample(
-            inputs={key: np.shape(array) for key, array in fed.items()},
-            outputs=Session(model, outputs[:1], threads=1)(fed),
-        )
-        meant = meanings(model.proto, seen, task="classification")[outputs[0]]
+        meant = meanings(model.proto, seen, task="classification", class_axis=class_axis)[output]
         axis = -1 if meant.axis is None else meant.axis
-    counting = partial(_OfOutput.of, task, tokens, outputs[0], axis)
+    counting = partial(_OfOutput.of, task, tokens, output, axis)
     return Bound(name=name, value=value, higher_is_better=kind.higher_is_better, counting=counting)
 
 
@@ -106,16 +125,24 @@ class _OfFunction(Counting):
         self._values: list[float] = []
 
     def add(self, sample: Sample, found: Outputs, expected: Outputs) -> None:
-        with users_code(self._path, f"--min-metric {self._name} failed"):
-            value = self._function(dict(found), dict(expected), dict(sample))
+        with users_code(self._path, f"--min-metric {self._name} failed", MEND):
+            value = self._function(*map(_shown, (found, expected, sample)))
         try:
-            self._values.append(float(value))
+            number = float(value)
         except (TypeError, ValueError):
-            raise InputError(
-                f"--min-metric {self._name} gave {value!r}: it must give a number of three mappings: the outputs, the "
-                "float model's outputs, and the sample's arrays."
-            ) from None
+            number = math.nan
+        if not math.isfinite(number):
+            raise InputError(f"--min-metric {self._name} gave {value!r}: it must be {NEEDED}.")
+        self._values.append(number)
 
     @property
     def value(self) -> float:
         return math.fsum(self._values) / len(self._values) if self._values else math.nan
+
+
+def _shown(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Views that cannot be written to: the float model's outputs are kept for other plans, samples for other passes."""
+    found = {name: np.asarray(array).view() for name, array in arrays.items()}
+    for view in found.values():
+        view.flags.writeable = False
+    return found

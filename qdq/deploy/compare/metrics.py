@@ -345,7 +345,7 @@ def _probabilities(channels: Array) -> bool:
 def _unfit(name: str, needed: tuple[int, ...], got: tuple[int, ...]) -> InputError:
     return InputError(
         f"The labels of a sample have shape {list(got)}; {name} needs {list(needed)}, one for each position of the "
-        "output. Save them so, with -1 for a position that does not count, or choose another --labels."
+        "output. Save them so, with -1 for a position that does not count, or choose other labels."
     )
 
 
@@ -354,7 +354,7 @@ def _labels(labels: Array | None, shape: tuple[int, ...], name: str) -> npt.NDAr
     if labels is None or labels.size != math.prod(shape):
         raise _unfit(name, shape, () if labels is None else labels.shape)
     if labels.dtype.kind == "f" and not np.array_equal(labels, np.rint(labels)):
-        raise InputError(f"The labels of a sample are no whole numbers, and {name} needs classes. Check --labels.")
+        raise InputError(f"The labels of a sample are no whole numbers, and {name} needs classes. Check the labels.")
     return labels.reshape(shape).astype(np.int64)
 
 

@@ -92,8 +92,18 @@ def labelled(
     Raises:
         DataError: see `calib_data.open_samples`; or the samples hold no such array, and it is required.
     """
-    specs = input_specs(model)
+    return _labelled(source, input_specs(model), labels, required=required, volume=volume, case_key=case_key)
 
+
+def _labelled(
+    source: str,
+    specs: tuple[InputSpec, ...],
+    labels: str,
+    *,
+    required: bool,
+    volume: VolumeSpec | None,
+    case_key: bytes | None,
+) -> Samples:
     def opened(*more: InputSpec) -> Samples:
         return open_samples(source, (*specs, *more), volume=volume, case_key=case_key)
 
@@ -110,7 +120,27 @@ def labelled(
 
 def inputs_only(samples: Samples, model: Model) -> Samples:
     """The same samples without labels."""
-    specs = input_specs(model)
+    return _only(samples, input_specs(model))
+
+
+def unlabelled(
+    source: str,
+    specs: tuple[InputSpec, ...],
+    labels: str,
+    *,
+    volume: VolumeSpec | None = None,
+    case_key: bytes | None = None,
+) -> Samples:
+    """Samples of the inputs alone, where arrays may hold those of one more name; arguments as of `labelled`.
+
+    Labels of images lie in files of their own, which nobody reads for the inputs.
+    """
+    if isinstance(form_of(source), ImageForm):
+        return open_samples(source, specs, volume=volume, case_key=case_key)
+    return _only(_labelled(source, specs, labels, required=False, volume=volume, case_key=case_key), specs)
+
+
+def _only(samples: Samples, specs: tuple[InputSpec, ...]) -> Samples:
     if len(samples.inputs) == len(specs):
         return samples
 
@@ -131,7 +161,7 @@ def _label_form(source: str, name: str, volume: VolumeSpec | None) -> ArrayForm:
     source = "what --data or --eval names" if isinstance(form, ImageForm) else source
     raise DataError(
         f"No labels {name!r} in {source}: its samples hold {there}. Save them beside the inputs, "
-        "numpy.savez(path, **inputs, labels=labels), or leave out --labels to compare with the float model."
+        "numpy.savez(path, **inputs, labels=labels), or compare with the float model: leave the labels out."
     )
 
 

@@ -140,6 +140,7 @@ def _plot(made: Allocation, cost: str, line: list[int]) -> dict[str, Any]:
             said=f"plan {number}: {words.decibels(tried.sqnr_db)}, {made.words(number)}",
         )
         for number, tried in enumerate(made.tried)
+        if getattr(tried, cost) is not None
     ]
     path = [(getattr(made.tried[i], cost), made.tried[i].drawn_db) for i in line]
     title = f"Error against {what}"

@@ -1,13 +1,13 @@
 """A picture of a search: every plan that was looked at, error against size and against time, and the fronts.
 
-Matplotlib is loaded only here. This module must not measure anything.
+This module must not measure anything.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from qdq.core.errors import InputError, MissingRuntimeError
+from qdq.deploy.report.picture import figures, write
 from qdq.tune.sensitivity.mixed.front import Allocation, front
 
 AXES = {"size_mib": "weights in the engine, MiB", "time_us": "predicted time, µs"}
@@ -18,16 +18,11 @@ def draw(made: Allocation, path: Path) -> None:
 
     Raises:
         MissingRuntimeError: matplotlib is not installed.
-        InputError: the file cannot be written, or matplotlib knows no such form.
+        InputError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingRuntimeError(
-            "--plot needs matplotlib, which is not installed. Install it with: pip install 'qdq[plot]'"
-        ) from None
+    figure_class = figures()
     known = [name for name in AXES if all(getattr(t, name) is not None for t in made.tried)]
-    figure = Figure(figsize=(5.6 * len(known), 4.4), layout="constrained")
+    figure = figure_class(figsize=(5.6 * len(known), 4.4), layout="constrained")
     for axes, cost in zip(figure.subplots(1, len(known), squeeze=False)[0], known, strict=True):
         xs, ys = [getattr(t, cost) for t in made.tried], [t.drawn_db for t in made.tried]
         line = front(made.tried, cost)
@@ -44,7 +39,4 @@ def draw(made: Allocation, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False)
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise InputError(f"Cannot draw {path}: {error}. Name a .png or .svg file in a writable folder.") from None
+    write(figure, path)

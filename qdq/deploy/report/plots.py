@@ -1,7 +1,7 @@
 """Pictures of a calibration table: each tensor's histogram with the range that each calibrator would choose.
 
 table + plan -> one PNG per tensor and index.html, sorted by quantization error, the worst first.
-Matplotlib is loaded only here. This module must not choose anything that ends up in a model.
+This module must not choose anything that ends up in a model.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from urllib.parse import quote
 
 import numpy as np
 
-from qdq.core.errors import InputError, MissingRuntimeError
+from qdq.core.errors import InputError
 from qdq.core.files import write_text
 from qdq.core.formats import FORMATS
 from qdq.core.qtensor import QParams
+from qdq.deploy.report.picture import figures
 from qdq.measure.calibrators import CALIBRATORS
 from qdq.measure.histogram import Histogram
 from qdq.measure.ranges import squared_error
@@ -68,12 +69,7 @@ def draw(model: Model, plan: Plan, table: CalibrationTable, folder: Path) -> Pat
         MissingRuntimeError: matplotlib is not installed.
         InputError: the folder is not writable.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingRuntimeError(
-            "--plot needs matplotlib, which is not installed. Install it with: pip install 'qdq[plot]'"
-        ) from None
+    figure_class = figures()
     chosen = {m: activation_params(model, plan, table, dict.fromkeys(table.tensors, m)) for m in CALIBRATORS}
     drawn = []
     for tensor in dict.fromkeys(p.tensor for p in plan.activations):
@@ -87,7 +83,7 @@ def draw(model: Model, plan: Plan, table: CalibrationTable, folder: Path) -> Pat
         rows = []
         for index, one in enumerate(drawn):
             picture = f"{index:03}-{re.sub(r'[^A-Za-z0-9._-]+', '_', one.tensor).strip('_')[:80]}.png"
-            figure = Figure(figsize=(8, 3.6), layout="constrained")
+            figure = figure_class(figsize=(8, 3.6), layout="constrained")
             _draw(figure, one)
             figure.savefig(folder / picture, dpi=110)
             rows.append(_row(one, picture))

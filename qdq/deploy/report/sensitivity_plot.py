@@ -1,6 +1,6 @@
 """A picture of a sensitivity table: a row for each group, a dot for each candidate, by its SQNR at the outputs.
 
-Matplotlib is loaded only here. This module must not measure anything.
+This module must not measure anything.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from qdq.core.errors import InputError, MissingRuntimeError
+from qdq.deploy.report.picture import figures, write
 from qdq.tune.sensitivity.table import Sensitivity
 
 MOST = 60  # groups that are drawn: the loudest
@@ -20,16 +20,11 @@ def draw(table: Sensitivity, path: Path) -> None:
 
     Raises:
         MissingRuntimeError: matplotlib is not installed.
-        InputError: the file cannot be written, or matplotlib knows no such form.
+        InputError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingRuntimeError(
-            "--plot needs matplotlib, which is not installed. Install it with: pip install 'qdq[plot]'"
-        ) from None
+    figure_class = figures()
     rows = table.loudest_first[:MOST]
-    figure = Figure(figsize=(9, 1.4 + 0.24 * len(rows)), layout="constrained")
+    figure = figure_class(figsize=(9, 1.4 + 0.24 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     for number, text in enumerate(table.candidates):
         places = [
@@ -47,10 +42,7 @@ def draw(table: Sensitivity, path: Path) -> None:
     axes.set_xlabel("SQNR of the outputs in dB, this group alone quantized")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise InputError(f"Cannot draw {path}: {error}. Name a .png or .svg file in a writable folder.") from None
+    write(figure, path)
 
 
 def _short(name: str, nodes: int) -> str:

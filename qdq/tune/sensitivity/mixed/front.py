@@ -57,8 +57,8 @@ class Tried(Part, frozen=True, kw_only=True):
 
     @property
     def drawn_db(self) -> float:
-        """The SQNR where a picture has it."""
-        return min(self.sqnr_db, HIGHEST_DB)
+        """The SQNR where a picture has it; that of a plan that overflows is minus infinity."""
+        return max(-HIGHEST_DB, min(self.sqnr_db, HIGHEST_DB))
 
 
 class Allocation(Document, frozen=True, kw_only=True):
@@ -162,9 +162,17 @@ class Allocation(Document, frozen=True, kw_only=True):
         """Read one.
 
         Raises:
-            InputError: missing, not JSON, another format version, or an entry that makes no sense.
+            InputError: missing, not JSON, another format version, or numbers of what there is not.
         """
-        return read_document(path, cls, "front")
+        made = read_document(path, cls, "front")
+        known, groups = range(len(made.texts)), len(made.groups)
+        whole = all(len(t.choice) == groups and all(number in known for number in t.choice) for t in made.tried)
+        if not whole or made.chosen not in range(len(made.tried)):
+            raise InputError(
+                f"Cannot use the front {path}: its choices name groups or candidates that it does not have. "
+                f"Make it with `{cls.MAKE}`."
+            )
+        return made
 
 
 def front(tried: Sequence[Tried], cost: str) -> list[int]:
@@ -192,7 +200,8 @@ def picked(tried: Sequence[Tried], pick: str, cost: str) -> int:
         cost: that the knee is of.
 
     Raises:
-        InputError: an unknown pick, a number that there is not, or no times where the fastest is picked.
+        InputError: an unknown pick, a number that there is not, nothing that keeps to the limits, or no times where the
+            fastest is picked.
     """
     if pick.isdecimal():
         if int(pick) >= len(tried):
@@ -201,7 +210,9 @@ def picked(tried: Sequence[Tried], pick: str, cost: str) -> int:
     choose(pick, PICKS, "pick")
     left = [i for i, t in enumerate(tried) if t.keeps]
     kept = [tried[i] for i in left]
-    if pick == "fastest" and any(t.time_us is None for t in kept):
+    if not kept:
+        raise InputError(f"--pick {pick} is of choices that keep to every limit, and the front has none: search anew.")
+    if pick == "fastest" and all(t.time_us is None for t in kept):
         raise InputError("--pick fastest needs predicted times, and there are none of these candidates.")
     if pick == "most-accurate":
         return left[front(kept, "size_mib")[-1]]

@@ -143,6 +143,9 @@ def said(name: str, value: float) -> str:
 
     >>> said("size", 3 << 19)
     '1.500 MiB'
+    >>> said("size", 1234)
+    '0.00118 MiB'
     """
     unit, word = UNITS[name]
-    return f"{value / unit:.3f} {word}" if unit > 1 else f"{value:.2f} {word}"
+    digits = ".3g" if abs(value) < 0.1 * unit else ".3f" if unit > 1 else ".2f"
+    return f"{value / unit:{digits}} {word}"

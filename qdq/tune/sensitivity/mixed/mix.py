@@ -5,8 +5,10 @@ model + samples + recipe -> `Candidates` -> `Sensitivity` -> `Search` -> a plan,
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from calib_data import Samples
@@ -92,8 +94,6 @@ def mix(
         output=output,
         on_progress=on_progress,
     )
-    if output is not None:
-        forget(beside(output))  # the table is whole; a limit that nothing keeps to has no part in it
     search = Search(
         choices=Choices(candidates=every, unquantized_type=kind),
         found=found,
@@ -106,12 +106,34 @@ def mix(
         on_progress=on_progress,
         steps=["the table's errors are those of other samples"] if others else [],
     )
-    best = search.best()
-    if recipe.pick:
-        search.fill()
-        tried = [tried_of(search, chosen) for chosen in search.looked_at]
-        best = search.looked_at[picked(tried, recipe.pick, "time_us" if TIME in goal.costs else "size_mib")]
+    with nullcontext() if output is None else _finished(beside(output)):
+        best = outcome(search, recipe.pick)
     return search.choices.plan(best), allocation(search, best, recipe, prepared, str(output or ""))
+
+
+@contextmanager
+def _finished(table: Path) -> Iterator[None]:
+    """Forget an unfinished table once the search has an answer, a refusal too; a search that is killed leaves it."""
+    try:
+        yield
+    except InputError:
+        forget(table)
+        raise
+    forget(table)
+
+
+def outcome(search: Search, pick: str) -> Chosen:
+    """The choice that is best for the goal, or that is picked of all that was looked at.
+
+    Raises:
+        InputError, BuildError: see `Search.best`, `picked`.
+    """
+    best = search.best()
+    if not pick:
+        return best
+    search.fill()
+    tried = [tried_of(search, chosen) for chosen in search.looked_at]
+    return search.looked_at[picked(tried, pick, knee_of(TIME in search.goal.costs))]
 
 
 def picked_from(prepared: Model, made: Allocation, pick: str, plan: str) -> tuple[Plan, Allocation]:
@@ -120,12 +142,17 @@ def picked_from(prepared: Model, made: Allocation, pick: str, plan: str) -> tupl
     Raises:
         InputError: see `picked`, `plan_of`.
     """
-    number = picked(made.tried, pick, "size_mib")
+    number = picked(made.tried, pick, knee_of(made.minimize == TIME or OPTIONS[TIME] in made.limits))
     chosen = [made.texts[index] for index in made.tried[number].choice]
     nodes = Counter(text for own, text in zip(made.groups, chosen, strict=True) for _ in own)
     steps = (f"picked from {len(made.tried)} plans of an earlier search",)
     told = replace(made, plan=plan, pick=pick, chosen=number, nodes=dict(nodes), steps=steps)
     return plan_of(prepared, made, number), told
+
+
+def knee_of(timed: bool) -> str:
+    """The cost whose knee is picked: time where the aim or a limit is one, else size."""
+    return "time_us" if timed else "size_mib"
 
 
 def timed(recipe: Recipe, texts: Sequence[str], goal: Goal) -> Sequence[str]:
@@ -159,7 +186,7 @@ def tried_of(search: Search, chosen: Chosen) -> Tried:
         worst_db=quality.worst_db,
         size_mib=cost[SIZE] / MIB,
         memory_mib=cost[MEMORY] / MIB,
-        time_us=cost[TIME] if search.timed else None,
+        time_us=cost[TIME] if search.timed and math.isfinite(cost[TIME]) else None,
         values=dict(quality.values),
         keeps=chosen in search.kept(),
         quantizes=any(text in search.choices.candidates.plans for text in chosen),
