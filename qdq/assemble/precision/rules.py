@@ -25,7 +25,7 @@ from onnx import NodeProto
 
 from engines.core.operators import ARITHMETIC, NORMS, SOFTMAXES, family
 from qdq.assemble.precision.positions import MOVES, POINTWISE, Positions
-from qdq.assemble.precision.refused import refused
+from qdq.assemble.precision.refused import refused, together
 from qdq.assemble.precision.small import SUMMED, biases, divides, mixes
 from qdq.assemble.precision.sums import SUMS, Sums, elements
 from qdq.assemble.precision.types import (
@@ -61,6 +61,7 @@ def decide(model: Model, low: str, table: CalibrationTable | None, asked: Collec
     rules = _Rules(model, low, table, asked)
     for node in model.graph.node:
         rules.visit(node)
+    rules.kept |= together(model, rules.kept)
     rules.keep_what_float_surrounds()
     return rules.kept
 

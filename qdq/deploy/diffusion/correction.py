@@ -29,7 +29,7 @@ from qdq.assemble.held_out import decibels
 from qdq.core.errors import InputError, StaleFileError
 from qdq.core.files import read_document, write_text
 from qdq.deploy.diffusion.schedule import Array, Schedule
-from qdq.deploy.diffusion.trajectory import Predict, walk
+from qdq.deploy.diffusion.trajectory import Predict, predicted, walk
 
 
 class StepNoise(Part, frozen=True, kw_only=True):
@@ -50,6 +50,12 @@ class StepNoise(Part, frozen=True, kw_only=True):
     variance: float
     sqnr_db: Measured
     corrected_db: Measured
+
+    @property
+    def usable(self) -> bool:
+        """Whether a sampler can compute with it."""
+        finite = np.isfinite([*self.gain, *self.bias, self.variance]).all()
+        return bool(finite) and min(self.gain, default=0) > 0 and self.variance >= 0
 
 
 class NoiseCorrection(Document, frozen=True, kw_only=True):
@@ -118,10 +124,10 @@ class NoiseCorrection(Document, frozen=True, kw_only=True):
             )
         channels = {len(part) for step in found.steps for part in (step.gain, step.bias)}
         falling = all(a.t > b.t for a, b in zip(found.steps, found.steps[1:], strict=False))
-        if len(channels) != 1 or not falling or not all(gain > 0 for step in found.steps for gain in step.gain):
+        if len(channels) != 1 or 0 in channels or not falling or not all(step.usable for step in found.steps):
             raise InputError(
                 f"Cannot use the noise correction {path}: falling steps are needed, each with a gain above 0 and a "
-                f"bias for every channel. Make it again with `{cls.MAKE}`."
+                f"bias for every channel and a variance of 0 or more, all finite. Make it again with `{cls.MAKE}`."
             )
         return found
 
@@ -197,15 +203,19 @@ def noise_correction(
             at one step adds up over all of them, and is seen only where many pictures agree.
 
     Raises:
-        InputError: no seeds, or at no step the quantized model is nearer to the float model than nothing is.
+        InputError: no seeds, see `walk` and `predicted`, or at no step the quantized model is nearer to the float model
+            than nothing is.
     """
-    if not seeds or batch < 1:
-        raise InputError(f"{len(seeds)} seeds in batches of {batch} are given: at least one of each is needed.")
+    if len(seeds) == 0 or batch < 1 or near < 0:
+        raise InputError(
+            f"{len(seeds)} seeds in batches of {batch} with {near} steps to each side are given: at least one seed, "
+            "batches of 1 and 0 steps are needed."
+        )
     sums = {int(t): _Sums() for t in schedule.steps}
     for start in range(0, len(seeds), batch):
         for visit in walk(float_model, schedule, shape=shape, seeds=seeds[start : start + batch]):
             t = visit.step.t
-            sums[t].add(visit.noise, quantized_model(visit.x, t))
+            sums[t].add(visit.noise, predicted(quantized_model, visit.x, t))
     held = list(sums.values())
     steps = tuple(sums[t].step(t, held[max(i - near, 0) : i + near + 1]) for i, t in enumerate(sums))
     if (best := max(step.sqnr_db for step in steps)) <= 0:

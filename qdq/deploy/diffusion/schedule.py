@@ -85,7 +85,8 @@ class Schedule:
         """Check it.
 
         Raises:
-            InputError: shares that do not fall or are not in (0, 1), steps that are none of them or do not fall.
+            InputError: shares that do not fall or are not in (0, 1), steps that are none of them or do not fall, an
+                `eta` outside [0, 1], or a `clip` that is no magnitude.
         """
         kept = np.asarray(self.kept, np.float64)
         if kept.ndim != 1 or not kept.size or not (np.all(np.diff(kept) < 0) and kept[-1] > 0 and kept[0] < 1):
@@ -94,13 +95,19 @@ class Schedule:
                 "below 1: give the cumulative products of 1 - beta (alphas_cumprod)."
             )
         steps = np.asarray(self.steps)
-        if steps.ndim != 1 or not steps.size or np.any(np.diff(steps) >= 0) or steps[0] >= kept.size or steps[-1] < 0:
+        whole = steps.ndim == 1 and steps.size > 0 and steps.dtype.kind in "iu"
+        if not whole or np.any(np.diff(steps) >= 0) or steps[0] >= kept.size or steps[-1] < 0:
             raise InputError(
                 f"The schedule's steps are {list(self.steps)[:5]} ...: falling whole numbers from 0 to {kept.size - 1} "
                 "are needed, the noisiest first."
             )
         if not 0 <= self.eta <= 1:
             raise InputError(f"The schedule's eta is {self.eta}: from 0 (DDIM) to 1 (DDPM) is needed.")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise InputError(
+                f"The schedule's clip is {self.clip}: the pictures' largest magnitude, above 0, is needed, or None for "
+                "pictures without one."
+            )
 
     @classmethod
     def spaced(cls, kept: Sequence[float], count: int, *, eta: float = 1.0, clip: float | None = None) -> Schedule:

@@ -91,6 +91,26 @@ class Denoiser:
         return np.asarray(next(iter(found.values())), np.float32)
 
 
+def predicted(predict: Predict, x: Array, t: int) -> Array:
+    """What a model says of pictures at a step.
+
+    Raises:
+        InputError: its answer has another shape, which the sampler's arithmetic might stretch, or is not finite.
+    """
+    noise = predict(x, t)
+    if noise.shape != x.shape:
+        raise InputError(
+            f"At step {t} the model predicts noise of shape {list(noise.shape)} for pictures of {list(x.shape)}: both "
+            "must be the same. Of a model that predicts more, as a variance, pass on the noise alone."
+        )
+    if not np.isfinite(noise).all():
+        raise InputError(
+            f"At step {t} the model predicts {np.count_nonzero(~np.isfinite(noise))} of {noise.size} values that are "
+            "not finite. Check that its float part holds its values, with --rest fp32, and what it is fed."
+        )
+    return noise
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Visit:
     """One step of sampling: what the model got and said, and what became of it."""
@@ -115,7 +135,12 @@ def walk(
         shape: of one picture, (C, ...).
         seeds: of each picture's noise, the one it starts from and what the sampler adds.
         correction: of the model's errors.
+
+    Raises:
+        InputError: no seeds, or one below 0; and see `predicted`.
     """
+    if len(seeds) == 0 or min(seeds) < 0:
+        raise InputError(f"The seeds are {list(seeds)[:5]}: whole numbers from 0 on are needed, one for each picture.")
     sources = [np.random.default_rng(seed) for seed in seeds]
 
     def drawn() -> Array:
@@ -123,7 +148,7 @@ def walk(
 
     x = drawn()
     for step in schedule:
-        noise = predict(x, step.t)
+        noise = predicted(predict, x, step.t)
         told = noise if correction is None else correction.noise(noise, step.t)
         excess = 0.0 if correction is None else correction.excess(step.t)
         after = step.next(x, told, drawn(), excess=excess)
@@ -165,8 +190,10 @@ def samples(
         inputs: as of `Denoiser`.
 
     Raises:
-        InputError: as `Denoiser`; weights that are none.
+        InputError: as `Denoiser` and `walk`; weights that are none, or no samples are asked for.
     """
+    if count < 1:
+        raise InputError(f"{count} samples are asked for: at least 1 is needed.")
     share = np.ones(len(schedule.steps)) if weights is None else np.asarray(weights, np.float64)
     if share.shape != (len(schedule.steps),) or not np.all(share >= 0) or not 0 < share.sum() < np.inf:
         raise InputError(

@@ -233,6 +233,24 @@ def test_a_wide_measured_range_lasts_until_a_narrow_one_was_measured() -> None:
     assert convert(model, unquantized_type="bf16", table=measured(model, a=1e5)).kept == ()  # bfloat16 holds it
 
 
+@pytest.mark.parametrize("size", [1.0, 0.25, 1e-3])
+@pytest.mark.parametrize("way", [{"scheme": "w8a16"}, {"piecewise": "on"}])
+def test_two_products_of_one_weight_are_added_in_one_type(way: dict[str, str], size: float) -> None:
+    """The scale of what the first code leaves vanishes in FP16, beside one that does not, where data are small."""
+    nodes = [node("MatMul", "x w", "a", "first"), node("Sigmoid", "a", "s"), node("Mul", "s size", "r")]
+    model = pointwise(*nodes, node("Gemm", "r w b", "y", "last"), w=WEIGHT, size=number(size), b=WEIGHT[0])
+    plain = {"rounding": "nearest", "equalize": "none", "bias_correction": "off", "calibrator": "max", "shift": False}
+    made = quantized(model, [{"x": X}], **plain, **way)
+    found = convert(made.model, table=made.table)
+    if "scheme" in way:
+        assert (size < 1) == ("two products" in rules(found).values())
+    kinds = types(found.model)
+    for add in (n for n in found.model.graph.node if n.op_type == "Add" and n.name.startswith(("first_", "last_"))):
+        makers = [next(n for n in found.model.graph.node if t in n.output) for t in add.input]
+        assert not any(n.op_type == "Cast" for n in makers) and len({kinds[t] for t in add.input}) == 1
+    assert np.allclose(run(found.model, x=X), run(made.model, x=X), atol=0.02)
+
+
 def test_positions_stay_exact() -> None:
     nodes = [
         node("Cast", "p", "f", to=TensorProto.FLOAT),

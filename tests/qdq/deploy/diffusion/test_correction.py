@@ -131,10 +131,21 @@ def test_the_file_is_read_as_it_was_written(correction: NoiseCorrection, tmp_pat
     jsonschema.validate(json.loads((tmp_path / "noise.json").read_text()), schema("noise-correction"))
 
 
-@pytest.mark.parametrize("field", ["gain", "bias"])
-def test_a_file_without_a_usable_line_is_refused(correction: NoiseCorrection, tmp_path: Path, field: str) -> None:
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("gain", [0.0, 1.0, 1.0]),
+        ("bias", [0.0]),
+        ("bias", [float("nan"), 0.0, 0.0]),
+        ("gain", [float("inf"), 1.0, 1.0]),
+        ("variance", -1.0),
+    ],
+)
+def test_a_file_without_a_usable_line_is_refused(
+    correction: NoiseCorrection, tmp_path: Path, field: str, value: object
+) -> None:
     plain = correction.to_mapping()
-    plain["steps"][3][field] = [0.0, 1.0, 1.0] if field == "gain" else [0.0]
+    plain["steps"][3][field] = value
     (tmp_path / "noise.json").write_text(json.dumps(plain))
     with pytest.raises(InputError, match=r"noise\.json: falling steps"):
         NoiseCorrection.load(tmp_path / "noise.json")
@@ -160,3 +171,5 @@ def test_a_model_of_another_thing_is_refused() -> None:
         noise_correction(gaussian, lambda x, t: -gaussian(x, t), SCHEDULE, shape=(3, 4, 4), seeds=[0])
     with pytest.raises(InputError, match="0 seeds"):
         noise_correction(gaussian, gaussian, SCHEDULE, shape=(3, 4, 4), seeds=[])
+    with pytest.raises(InputError, match="-1 steps to each side"):
+        noise_correction(gaussian, gaussian, SCHEDULE, shape=(3, 4, 4), seeds=[0], near=-1)

@@ -57,6 +57,10 @@ def test_the_predicted_picture_is_held_to_the_clip() -> None:
         ({"kept": [0.9, 0.5], "steps": [2, 0]}, "falling whole numbers"),
         ({"kept": [0.9, 0.5], "steps": []}, "falling whole numbers"),
         ({"kept": [0.9, 0.5], "steps": [1], "eta": 2.0}, "eta is 2"),
+        ({"kept": [0.9, 0.5], "steps": [1.5, 0.5]}, "falling whole numbers"),
+        ({"kept": [0.9, 0.5], "steps": [float("nan")]}, "falling whole numbers"),
+        ({"kept": [0.9, 0.5], "steps": [1, 0], "clip": -1.0}, "clip is -1"),
+        ({"kept": [0.9, 0.5], "steps": [1, 0], "clip": float("nan")}, "clip is nan"),
     ],
 )
 def test_what_is_no_schedule_is_refused(fields: dict[str, list[float]], said: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from denoisers import SHAPE, denoising
 
 from qdq import quantize
 from qdq.core.errors import InputError
-from qdq.deploy.diffusion.schedule import Schedule, cosine
+from qdq.deploy.diffusion.correction import noise_correction
+from qdq.deploy.diffusion.schedule import Array, Schedule, cosine
 from qdq.deploy.diffusion.trajectory import Denoiser, pictures, samples, walk
 
 SCHEDULE = Schedule.spaced(cosine(), 10, clip=1.0)
@@ -38,6 +40,39 @@ def test_weights_say_how_many_each_step_gives() -> None:
 def test_weights_that_are_none_are_refused(weights: list[float]) -> None:
     with pytest.raises(InputError, match="10 finite numbers"):
         list(samples(denoising(), SCHEDULE, shape=SHAPE, seeds=[0], weights=weights))
+
+
+@pytest.mark.parametrize("count", [0, -3])
+def test_no_samples_are_refused(count: int) -> None:
+    with pytest.raises(InputError, match="at least 1"):
+        list(samples(denoising(), SCHEDULE, shape=SHAPE, seeds=[0], count=count))
+
+
+@pytest.mark.parametrize("seeds", [[], [3, -1], np.array([], int)])
+def test_seeds_that_are_none_are_refused(seeds: list[int]) -> None:
+    with pytest.raises(InputError, match="whole numbers from 0 on"):
+        pictures(Denoiser(denoising()), SCHEDULE, shape=SHAPE, seeds=seeds)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda x: np.concatenate([x, x], axis=1), "pass on the noise alone"),
+        (lambda x: x[:, :1], "both must be the same"),
+        (lambda x: np.where(x > 0, x, np.nan), "not finite"),
+    ],
+)
+def test_predictions_that_are_no_noise_are_refused(wrong: Callable[[Array], Array], said: str) -> None:
+    """What numpy would stretch, and what would spoil every later step."""
+    exact = Denoiser(denoising())
+
+    def late(x: Array, t: int) -> Array:
+        return wrong(exact(x, t)) if t < 500 else exact(x, t)
+
+    with pytest.raises(InputError, match=rf"At step 400 .*{said}"):
+        pictures(late, SCHEDULE, shape=SHAPE, seeds=[0])
+    with pytest.raises(InputError, match=rf"At step 400 .*{said}"):
+        noise_correction(exact, late, SCHEDULE, shape=SHAPE, seeds=[0])
 
 
 def test_a_picture_depends_on_its_own_seed_alone() -> None:
