@@ -137,11 +137,14 @@ def compare(
     if output:
         for place in (output, page_beside(output)):
             check_output(place, model, data, evaluation, given["recipe"], *custom_ops)
+    plain = [text for text in units if "=" not in text]
+    if len(plain) > 1:
+        raise InputError(f"--unit is {' and '.join(plain)}: for one of several outputs give {options.UNIT_FORM}.")
     task = Task(
         metric=metric,
         labels=labels,
         output=score_output,
-        unit=next((text for text in units if "=" not in text), ""),
+        unit=next(iter(plain), ""),
         units=units_of(options.pairs([text for text in units if "=" in text], "--unit", options.UNIT_FORM)),
         per=per,
         class_axis=class_axis,

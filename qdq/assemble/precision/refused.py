@@ -1,6 +1,4 @@
-"""What a compiler or runtime refuses in a low float type, or in two, though ONNX defines it.
-
-Must not know whole models.
+"""What ONNX defines in a low float type, or in two, and a compiler or runtime refuses. Must not know ranges.
 
 Measured over onnx's own node tests and 50 forms of recurrent nodes (`tools/low_types.py --compile`) with TensorRT-RTX
 1.7.1 for SM89 and ONNX Runtime 1.31; each of these compiles and runs in FP32.

@@ -61,9 +61,8 @@ def decide(model: Model, low: str, table: CalibrationTable | None, asked: Collec
     rules = _Rules(model, low, table, asked)
     for node in model.graph.node:
         rules.visit(node)
-    rules.kept |= together(model, rules.kept)
     rules.keep_what_float_surrounds()
-    return rules.kept
+    return {**rules.kept, **together(model, rules.kept)}
 
 
 def saturated(model: Model, name: str, low: str) -> float | None:

@@ -44,14 +44,15 @@ def pairs(given: Sequence[str], option: str, form: str) -> dict[str, str]:
     """The mapping that a repeated option of a form such as PATTERN=CHOICE makes.
 
     Raises:
-        InputError: one has no =, or nothing on one side of it.
+        InputError: one has no =, or nothing on one side of it, or two say different things of one name.
     """
     found = dict[str, str]()
     for text in given:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
             raise InputError(f"{option} is {text!r}: it must be {form}.")
-        found.setdefault(name, value)
+        if found.setdefault(name, value) != value:
+            raise InputError(f"{option} says two things of {name}: {found[name]} and {value}. Leave one out.")
     return found
 
 

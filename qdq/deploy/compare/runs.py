@@ -95,4 +95,5 @@ def _parts(
     """How many copies mask every place once, and the places in an order whose every n-th go together."""
     if masking.share is None:
         return max(map(len, places), default=0), places
-    return math.ceil(1 / masking.share), [rng.permutation(place) for place in places]
+    longest = max(map(len, places), default=0)  # a smaller share than one token is one token
+    return min(math.ceil(1 / masking.share), longest), [rng.permutation(place) for place in places]

@@ -103,6 +103,16 @@ def test_every_token_is_masked_once_but_special_ones_and_padding(name: str, shar
     assert all(np.array_equal(a.inputs["input_ids"], b.inputs["input_ids"]) for a, b in zip(found, again, strict=True))
 
 
+def test_a_share_below_one_token_is_one_token() -> None:
+    """However small it is: no copy masks nothing, and no number of copies takes forever."""
+    samples = sequences(1, seed=3)
+    one, least = (
+        made(samples, task(name, share)) for name, share in (("pseudo-perplexity", None), ("masked-accuracy", 1e-12))
+    )
+    assert len(least) == len(one)
+    assert all(np.count_nonzero(run.labels >= 0) == 1 for run in least if run.labels is not None)
+
+
 def contact_map(logits: np.ndarray, masked: dict[int, np.ndarray]) -> np.ndarray:
     """By the definition, position by position."""
     places = sorted(masked)

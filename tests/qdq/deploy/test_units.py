@@ -114,3 +114,14 @@ def test_a_unit_of_no_output_is_refused(folder: Path) -> None:
         assert said.exit_code == 2 and "forces" in said.output
     said = CliRunner().invoke(main, ["check", "net.onnx", "net.onnx", "--data", "data", "--unit", "forces"])
     assert said.exit_code == 2 and "OUTPUT=UNIT,SCALE" in said.output
+
+
+@pytest.mark.parametrize(
+    ("units", "said"),
+    [(("kcal", "meV"), "kcal and meV"), (("forces=a,2", "forces=b,3"), "says two things of forces: a,2 and b,3")],
+)
+def test_two_units_of_one_thing_are_refused(folder: Path, units: tuple[str, str], said: str) -> None:
+    options = [word for unit in units for word in ("--unit", unit)]
+    verb = ["compare", "net.onnx", "--data", "data", "--metric", "mae", "--schemes", "int8"]
+    made = CliRunner().invoke(main, [*verb, *options])
+    assert made.exit_code == 2 and said in " ".join(made.output.split())
