@@ -1,5 +1,6 @@
-"""What is added around the data of a node in front of its quantizer: zeros that a padded convolution, channels in fours
-or the last block of a weight need.
+"""What is added around the data of a node in front of its quantizer, and the writer that adds it.
+
+A padded convolution, channels in fours and the last block of a weight need zeros there.
 """
 
 from __future__ import annotations

@@ -120,6 +120,7 @@ def solve(
         both = tied(model, plan, nodes, weights, table, some, on_progress)
         weights, divisors = {**weights, **both.weights}, {**divisors, **both.divisors}
         data = replace(data, params={**data.params, **both.params}, notes=(*data.notes, both.note))
+    alone = ["the model is small, so this process rounds its weights alone"] if store is None and workers() else []
     rescaling = {*divisors, *multiplied}
     tables = coded(model, plan, nodes.values(), weights, rescaled=rescaling, store=store)
     rescaled = (
@@ -131,7 +132,7 @@ def solve(
         activations=data.params,
         divisors=divisors,
         weights=weights,
-        notes=(*data.notes, *moments.notes, *said, *([rescaled] if divisors else []), *tables.notes),
+        notes=(*data.notes, *moments.notes, *said, *([rescaled] if divisors else []), *tables.notes, *alone),
         tokens=frozenset(data.tokens),
         beyond=data.beyond,
         store=store,

@@ -76,8 +76,10 @@ class Contacts(Mean):
             far = np.abs(places[:, None] - places) >= NEAREST
             if far.any():
                 ours, theirs = (_contact_map(np.stack([each[k] for each in moved])[:, places]) for k in (1, 2))
-                self._sum += float(np.corrcoef(ours[far], theirs[far])[0, 1])
-                self._count += 1
+                if np.ptp(theirs[far]):  # else the float model has no contacts to tell
+                    same = np.corrcoef(ours[far], theirs[far])[0, 1] if np.ptp(ours[far]) else 0.0
+                    self._sum += float(same)
+                    self._count += 1
         self._moved, self._base = {}, None
 
     @property

@@ -116,8 +116,8 @@ class Schedule:
         Raises:
             InputError: more steps than there are, or see the class.
         """
-        if not 0 < count <= len(kept):
-            raise InputError(f"{count} steps are asked for: from 1 to the {len(kept)} of training are possible.")
+        if not isinstance(count, int) or not 0 < count <= len(kept):
+            raise InputError(f"{count!r} steps are asked for: from 1 to the {len(kept)} of training are possible.")
         steps = [int(i) * (len(kept) // count) for i in reversed(range(count))]
         return cls(kept=kept, steps=steps, eta=eta, clip=clip)
 
@@ -136,6 +136,11 @@ def cosine(count: int = 1000) -> list[float]:
     [0.849, 0.498, 0.146, 0.0]
 
     Source: Nichol and Dhariwal, equation 17; no step takes more than .999 of what is left.
+
+    Raises:
+        InputError: fewer than one step.
     """
+    if count < 1:
+        raise InputError(f"{count} training steps are asked for: a schedule has at least one, and usually 1000.")
     curve = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
     return [float(share) for share in np.cumprod(1 - np.minimum(1 - curve[1:] / curve[:-1], 0.999))]

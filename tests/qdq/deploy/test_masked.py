@@ -152,6 +152,17 @@ def test_contacts_correlate_maps_of_what_masking_moves() -> None:
         metric("contacts").add(np.ones((1, 4)), np.ones((1, 4)), np.ones((1, 9)))
 
 
+@pytest.mark.parametrize(("found", "expected"), [(True, math.nan), (False, 0.0)])
+def test_a_map_without_contacts_is_not_correlated(found: bool, expected: float) -> None:
+    counting, rng, nothing = metric("contacts"), np.random.default_rng(0), np.zeros((1, 9, 5))
+    counting.add(nothing, nothing, np.full((1, 9), -1))
+    for at in range(9):
+        moved = rng.normal(size=nothing.shape)
+        labels = np.where(np.arange(9) == at, 1, -1)[None]
+        counting.add(*((moved, nothing) if found else (nothing, moved)), labels)
+    assert counting.value == pytest.approx(expected, nan_ok=True)
+
+
 @pytest.mark.parametrize(
     ("kept", "message"),
     [

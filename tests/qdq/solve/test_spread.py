@@ -95,6 +95,16 @@ def test_a_dask_cluster_gives_the_same_bytes(path: Path, samples: list[Sample]) 
     assert found == made(path, samples)
 
 
+def test_a_small_model_says_that_it_needs_no_workers(
+    path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qdq.solve.solve, "is_large", lambda tensors: False)
+    with spread(local_pool(2), path):
+        notes = quantize(load_float(path), samples, settings=SETTINGS).solution.notes
+    assert any("rounds its weights alone" in note for note in notes)
+    assert not active_children()
+
+
 @pytest.fixture
 def here() -> Pool:
     """A pool of one thread of this process."""

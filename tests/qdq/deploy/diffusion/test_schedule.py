@@ -71,3 +71,7 @@ def test_what_is_no_schedule_is_refused(fields: dict[str, list[float]], said: st
 def test_more_steps_than_there_are_are_refused() -> None:
     with pytest.raises(InputError, match="from 1 to the 4"):
         Schedule.spaced(cosine(4), 5)
+    with pytest.raises(InputError, match=r"2\.5 steps are asked for"):
+        Schedule.spaced(cosine(4), 2.5)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="at least one"):
+        cosine(0)
