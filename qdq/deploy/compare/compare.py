@@ -40,7 +40,7 @@ from qdq.core.errors import InputError
 from qdq.core.formats import FORMATS
 from qdq.core.progress import Progress
 from qdq.deploy.compare.result import Comparison, SchemeRow
-from qdq.deploy.compare.score import Reference, inputs_only, score
+from qdq.deploy.compare.score import Reference, inputs_only, require_mask, score
 from qdq.deploy.compare.task import Task
 from qdq.deploy.report.report import shares
 from qdq.deploy.steps.overlap import overlap
@@ -164,6 +164,7 @@ def compare_schemes(
         tables=Tables(model=prepared, samples=fed),
     )
     with Scratch() as folder, registered(custom_ops):
+        require_mask(bench.reference, bench.evaluation, task, model=prepared)
         rows = bench.float_rows(folder, schemes[0])
         rows += [bench.row(entry, folder) for entry in schemes]
     if all(row.value is None for row in rows[-len(schemes) :]):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from engines.verify.meaning import FirstSample, meanings
 from engines.verify.report import worst_of
 from qdq.build.keys.segmentation import WholeVolumes
 from qdq.core.choices import choose
+from qdq.core.errors import InputError
 from qdq.core.progress import Progress
 from qdq.core.resources import default_bytes
 from qdq.deploy.check import float_session
@@ -200,6 +202,22 @@ class Reference:
         if self._bytes <= min(KEPT_BYTES, default_bytes() // 4):
             self._kept[index] = found
         return found
+
+
+def require_mask(reference: Reference, samples: Samples, task: Task, *, model: Model) -> None:
+    """Refuse a mask token that the float model does not take, before any scheme is made.
+
+    Raises:
+        InputError: names the token.
+    """
+    if task.masking is None:
+        return
+    for index, run in enumerate(islice(runs(samples, model, task), 2), 1):  # the first may have none masked
+        try:
+            reference.outputs(index, run.inputs)
+        except EngineError as error:
+            token = task.masking.token
+            raise InputError(f"The float model does not take {token}, given as --mask-token: {error}") from error
 
 
 def score(

@@ -226,6 +226,7 @@ def test_the_command_line_masks_the_tokens_that_it_scores(folder: Path) -> None:
             "No token of input_ids can be masked",
         ),
         (("--metric", "contacts", *MASKED, "--labels", "masked:words"), "Unknown integer input 'words'"),
+        (("--metric", "contacts", "--mask-token", 9999), "does not take 9999, given as --mask-token"),
     ],
 )
 def test_what_cannot_be_masked_is_said(folder: Path, args: tuple[object, ...], message: str) -> None:
