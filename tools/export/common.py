@@ -375,7 +375,7 @@ def export(build: Callable[..., Any], kind: Kind, given: argparse.Namespace, tak
     done = export_torch(
         module, example, given.path,
         dynamic={name: dict(enumerate(kind.axes)) for name in names} if kind.axes and given.open else kind.dynamic,
-        input_names=names, output_names=outputs, samples=made[1:2], source=Path(sys.argv[0]).stem,
+        input_names=names, output_names=outputs, samples=made[1:2] or (), source=Path(sys.argv[0]).stem,
     )  # fmt: skip
     count = sum(p.numel() for p in network.parameters())
     kept = given.checkpoint.name if given.checkpoint else weights or f"fresh, of seed {given.seed}"
