@@ -174,13 +174,19 @@ def replace(value: T, /, **changes: Any) -> T:
     return changed
 
 
+@cache
+def _fields(kind: type[Part]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    """The fields of a declared model; to resolve their annotations costs more than to check the values."""
+    return msgspec.structs.fields(kind)
+
+
 def check_fields(part: Part) -> None:
     """Refuse a value that is not of its field's type, which a constructor does not look at; lists become tuples.
 
     Raises:
         DocumentError: says which field is wrong, what is there and what is needed.
     """
-    for field in msgspec.structs.fields(type(part)):
+    for field in _fields(type(part)):
         value = getattr(part, field.name)
         try:
             held = msgspec.convert(value, field.type)

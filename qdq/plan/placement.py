@@ -17,6 +17,8 @@ import glob
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
+from onnx import NodeProto
+
 from engines.core.documents import replace
 from qdq.core.errors import InputError
 from qdq.model.model import Model
@@ -31,6 +33,7 @@ from qdq.plan.rules.common import RULES as COMMON, Tie, Veto, Want, check_patter
 from qdq.plan.settings import AUTO, Settings
 
 RULES = (*COMMON, *tensorrt.RULES, tables.table)
+BESIDE = ("operand", "shortcut")  # roles of what nodes without weights read
 GAINLESS = frozenset(("narrow", "small", "eighths"))  # rules that veto what is not worth it: not what was trained so
 
 
@@ -129,11 +132,8 @@ def placed(model: Model, settings: Settings) -> Plan:
     skips: list[Skip] = []
     ties: list[Tie] = []
     for node in (*model.graph.node, *controlled_nodes(model.graph)):
-        decisions = [d for rule in RULES for d in rule(model, node, settings)]
-        ties += [d for d in decisions if isinstance(d, Tie)]
-        own = model.trained is not None and node.name in model.trained.weights
-        vetoes = [d for d in decisions if isinstance(d, Veto) and not (own and d.rule in GAINLESS)]
-        wants = [d for d in decisions if isinstance(d, Want)]
+        wants, vetoes, tied_here = _decided(model, node, settings)
+        ties += tied_here
         if vetoes:
             reason = "; ".join(v.reason for v in vetoes)
             skips.append(Skip(node=node.name, op_type=node.op_type, rule=vetoes[0].rule, reason=reason))
@@ -143,8 +143,8 @@ def placed(model: Model, settings: Settings) -> Plan:
             stored[want.tensor] = replace(held, consumers=(*held.consumers, f"{node.name}:{want.index}"))
         if wants and all(want.role == "table" for want in wants):
             continue
-        asked = [want for want in wants if want.role not in ("operand", "shortcut")]
-        beside = [want for want in wants if want.role in ("operand", "shortcut")]
+        asked = [want for want in wants if want.role not in BESIDE]
+        beside = [want for want in wants if want.role in BESIDE]
         others += [(f"{node.name}:{want.index}", want) for want in beside]
         for want in asked:
             consumer = f"{node.name}:{want.index}"
@@ -190,14 +190,30 @@ def remaining(model: Model, plan: Plan, kept: Collection[str]) -> frozenset[str]
     """
     weighted = set(plan.quantized_nodes)
     beside = {c for p in plan.activations for c in p.consumers if c.rpartition(":")[0] not in weighted}
+    points = [p for p in plan.activations if any(name in kept for name, _ in p.uses)]
     if any(beside.issuperset(p.consumers) for p in plan.activations):
         nodes = (*model.graph.node, *controlled_nodes(model.graph))
         gone = sorted(n.name for n in nodes if n.op_type in WEIGHTED and n.name not in kept)
-        exclude = (*plan.settings.exclude, *map(glob.escape, gone))
-        points = placed(model, replace(plan.settings, exclude=exclude)).activations
-    else:
-        points = tuple(p for p in plan.activations if any(name in kept for name, _ in p.uses))
+        settings = replace(plan.settings, exclude=(*plan.settings.exclude, *map(glob.escape, gone)))
+        names, others = {c.rpartition(":")[0] for c in beside}, []
+        for node in (n for n in nodes if n.name in names):
+            wants, vetoes, _ = _decided(model, node, settings)
+            others += [(f"{node.name}:{w.index}", w) for w in wants if w.role in BESIDE and not vetoes]
+        points = _read_too({("activation", p.tensor, None): _less(p, kept) for p in points}, others)
     return frozenset(c for p in points for c in p.consumers if c in beside)
+
+
+def _decided(model: Model, node: NodeProto, settings: Settings) -> tuple[list[Want], list[Veto], list[Tie]]:
+    """What the rules say of a node; what is not worth it is no reason against a quantizer that was trained."""
+    decisions = [d for rule in RULES for d in rule(model, node, settings)]
+    own = model.trained is not None and node.name in model.trained.weights
+    vetoes = [d for d in decisions if isinstance(d, Veto) and not (own and d.rule in GAINLESS)]
+    return [d for d in decisions if isinstance(d, Want)], vetoes, [d for d in decisions if isinstance(d, Tie)]
+
+
+def _less(point: Point, kept: Collection[str]) -> Point:
+    """The point as some of its weighted readers alone have it."""
+    return replace(point, consumers=tuple(c for c in point.consumers if c.rpartition(":")[0] in kept))
 
 
 def _in_own_formats(model: Model, settings: Settings) -> Settings:

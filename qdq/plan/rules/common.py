@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import glob
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from onnx import NodeProto
@@ -251,10 +253,16 @@ def attention(model: Model, node: NodeProto, settings: Settings) -> list[Decisio
 
 def excluded(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:
     """Veto what the user excluded by name."""
-    for pattern in settings.exclude:
-        if fnmatch.fnmatchcase(node.name, pattern):
-            return [Veto(rule="excluded", reason=f"excluded by the pattern {pattern!r}")]
-    return []
+    names, patterns = _excluded(settings.exclude)
+    found = node.name if node.name in names else next((p for p in patterns if fnmatch.fnmatchcase(node.name, p)), "")
+    return [Veto(rule="excluded", reason=f"excluded by the pattern {found!r}")] if found else []
+
+
+@lru_cache(maxsize=8)
+def _excluded(patterns: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Those that are one name, as a search has by the hundred, and the others."""
+    names = frozenset(pattern for pattern in patterns if glob.escape(pattern) == pattern)
+    return names, tuple(pattern for pattern in patterns if pattern not in names)
 
 
 def kept_float(model: Model, node: NodeProto, settings: Settings) -> list[Decision]:

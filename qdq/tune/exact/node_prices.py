@@ -40,6 +40,9 @@ class NodePrices(Prices):
         self.prepare([unquantized_type])
         return self._engines[unquantized_type]
 
+    def _begin(self, variant: Variant) -> None:
+        """Nothing: no variant is compiled, nor is its model written."""
+
     def _compile(self, variants: Sequence[Variant]) -> None:
         self._ahead |= {variant: self._price(variant) for variant in variants}
 
