@@ -185,22 +185,21 @@ def placed(model: Model, settings: Settings) -> Plan:
 def remaining(model: Model, plan: Plan, kept: Collection[str]) -> frozenset[str]:
     """Which operands, "node:index", of nodes without weights stay quantized where of the weighted nodes only some do.
 
-    Most read what a weighted node reads, and stay with it. `rules.tensorrt` may quantize a tensor for the sake of the
-    convolution that makes it, too: where the plan has such, the rules say what is left without the other nodes.
+    As the rules say of the model without the other nodes: most read what a weighted node reads, and stay with it;
+    `rules.tensorrt` may quantize a tensor for the sake of the convolution that makes it, too.
     """
     weighted = set(plan.quantized_nodes)
     beside = {c for p in plan.activations for c in p.consumers if c.rpartition(":")[0] not in weighted}
-    points = [p for p in plan.activations if any(name in kept for name, _ in p.uses)]
-    if any(beside.issuperset(p.consumers) for p in plan.activations):
-        nodes = (*model.graph.node, *controlled_nodes(model.graph))
-        gone = sorted(n.name for n in nodes if n.op_type in WEIGHTED and n.name not in kept)
-        settings = replace(plan.settings, exclude=(*plan.settings.exclude, *map(glob.escape, gone)))
-        names, others = {c.rpartition(":")[0] for c in beside}, []
-        for node in (n for n in nodes if n.name in names):
-            wants, vetoes, _ = _decided(model, node, settings)
-            others += [(f"{node.name}:{w.index}", w) for w in wants if w.role in BESIDE and not vetoes]
-        points = _read_too({("activation", p.tensor, None): _less(p, kept) for p in points}, others)
-    return frozenset(c for p in points for c in p.consumers if c in beside)
+    names = {c.rpartition(":")[0] for c in beside}
+    nodes = (*model.graph.node, *controlled_nodes(model.graph)) if beside else ()
+    gone = sorted(n.name for n in nodes if n.op_type in WEIGHTED and n.name not in kept)
+    settings = replace(plan.settings, exclude=(*plan.settings.exclude, *map(glob.escape, gone)))
+    others = []
+    for node in (n for n in nodes if n.name in names):
+        wants, vetoes, _ = _decided(model, node, settings)
+        others += [(f"{node.name}:{w.index}", w) for w in wants if w.role in BESIDE and not vetoes]
+    read = {("activation", p.tensor, None): p for p in (_less(p, kept) for p in plan.activations) if p.consumers}
+    return frozenset(c for p in _read_too(read, others) for c in p.consumers if c in beside)
 
 
 def _decided(model: Model, node: NodeProto, settings: Settings) -> tuple[list[Want], list[Veto], list[Tie]]:

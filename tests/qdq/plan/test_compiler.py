@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import transformer_graphs
 from graphs import build, node, normal, quantized
+from tensorrt_networks import network, pricer
 
 from engines.backends.profile import profile_named, profiles
+from engines.core.documents import replace
 from qdq.build.recipe import Recipe
 from qdq.core.errors import InputError
 from qdq.deploy.explain import explain
@@ -149,3 +152,15 @@ def test_reasons_are_those_of_the_compiler(compiler: str) -> None:
     assert said["globalaveragepool"] == profile.mean_pool.says
     assert said["matmul"] == said["einsum"] == profile.attention.says
     assert all(("TensorRT-RTX" in said[name]) is (compiler == "rtx") for name in ("convtranspose", "globalaveragepool"))
+
+
+def test_what_nodes_without_weights_read_is_what_the_rules_say_of_a_model_without_the_other_nodes() -> None:
+    model = network()
+    settings = pricer(model).recipe.settings
+    made = placement.placed(model, settings)
+    nodes = made.quantized_nodes
+    assert len(nodes) == 7 and placement.remaining(model, made, nodes)
+    for some in itertools.chain.from_iterable(itertools.combinations(nodes, n) for n in range(len(nodes) + 1)):
+        without = replace(settings, exclude=tuple(sorted({*nodes} - {*some})))
+        read = {use for point in placement.placed(model, without).activations for use in point.consumers}
+        assert placement.remaining(model, made, some) == {use for use in read if use.rpartition(":")[0] not in nodes}

@@ -23,7 +23,7 @@ from qdq.model.model import Model
 from qdq.tune.exact.elsewhere import elsewhere
 from qdq.tune.exact.node_prices import NodePrices
 from qdq.tune.find_plan import find_plan
-from qdq.tune.variant_builder import VariantBuilder
+from qdq.tune.variant_builder import Variant, VariantBuilder
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +43,21 @@ def test_no_subset_of_the_nodes_is_predicted_faster(size: int) -> None:
     found = find_plan(model, judge, samples=None)
     assert len(nodes) == 7 and best.us <= found.price.us <= best.us + best.tie(found.price)
     assert found.price.us <= found.plain and found.fp32 == math.inf
+
+
+def test_a_model_is_written_for_each_float_type_and_for_no_set_of_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, written, write = network(), [], VariantBuilder.model_of
+
+    def counted(builder: VariantBuilder, variant: Variant) -> Model:
+        written.append(variant)
+        return write(builder, variant)
+
+    monkeypatch.setattr(VariantBuilder, "model_of", counted)
+    judge = pricer(model)
+    monkeypatch.setattr(type(judge), "width", 2)  # of a machine with more than one core
+    found = find_plan(model, judge, samples=None)
+    assert found.tried > len(written) == 2  # FP16 and FP32
+    assert not any(variant.quantized for variant in written)
 
 
 def test_what_is_built_is_what_was_tuned() -> None:
