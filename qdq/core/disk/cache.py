@@ -33,7 +33,7 @@ SUFFIX = ".kept"
 _HEAD = b"qdq.cache/1\n"
 _PACKAGES = (
     "msgspec", "numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "onnxruntime-gpu", "onnxruntime-extensions",
-    "polygraphy", "scipy", "tensorrt-cu13", "tensorrt-rtx-cu13",
+    "polygraphy", "scipy", "tensorrt-cu13", "tensorrt-rtx-cu13", "torch",
 )  # fmt: skip
 
 T = TypeVar("T")
