@@ -56,6 +56,7 @@ class Prices:
     _begun: tuple[int, float] = (0, 0.0)
     _budget: Budget = field(default_factory=Budget)
     _most: float = math.inf
+    _rest: float = math.inf
     _deadline: float = math.inf
 
     def allow(self, budget: Budget, *, kept: float = 0.0) -> None:
@@ -63,26 +64,27 @@ class Prices:
         self._begun, self._budget = (len(self.asked), self.clock()), budget
         self._allow(budget.part(1 - kept))
 
-    def allow_rest(self) -> None:
-        """Let all be spent that is left of the budget, not only what was kept."""
+    def allow_rest(self, most: float = math.inf) -> None:
+        """Let be spent what is left of the budget, with what was kept, but no more than `most` further variants."""
         self._allow(self._budget)
+        self._rest = len(self.asked) + most
 
     def _allow(self, budget: Budget) -> None:
         asked, clock = self._begun
         self._most, self._deadline = asked + budget.compiles, clock + budget.seconds
-        self.ended = ""
+        self._rest, self.ended = math.inf, ""
 
     @property
     def left(self) -> float:
         """How many more variants may be asked for."""
-        return max(self._most - len(self.asked), 0)
+        return max(min(self._most, self._rest) - len(self.asked), 0)
 
     def late(self) -> bool:
-        """Whether the budget is spent; from then on it stays so."""
+        """Whether the budget is spent, or what `allow_rest` left of it; from then on it stays so."""
         if not self.ended:
             spent, late = len(self.asked) >= self._most, self.clock() > self._deadline
             self.ended = COMPILES if spent else SECONDS if late else ""
-        return bool(self.ended)
+        return bool(self.ended) or len(self.asked) >= self._rest
 
     def __call__(self, variant: Variant) -> Price:
         """Its price, compiled once."""

@@ -33,7 +33,9 @@ SPARE_DB = 0.8  # aimed at above the bound, once quick and calibrated scales hav
 SLACK_DB = 1.2  # above the bound: less is not worth another search
 ROUNDS = 3  # of quantizing as it will be and searching on
 FIRST = 0.7  # of the budget for the search before the first round
+PATIENCE = 24  # moves in a row that gain nothing end a search: dearest first, the others have less to gain
 GIVE_BACK = 0.2  # of the budget of a search, kept for giving back what gains nothing
+MORE_BACK = 0.5  # of the variants that a search looked at: as many may be looked at to give back
 SHARES = (1.0, 0.5, 0.25)  # of the products quantized, most multiply-adds per byte first: starting points
 LEAST_US = 0.001  # of the time: what nodes take at least, where noise is weighed against time
 APART = 0.05  # of the time: in variants that are listed, kernels of that share are others
@@ -106,7 +108,7 @@ class Search:
         self.bound()
         self.descend()
         self.ended = self.ended or self.prices.ended
-        self.prices.allow_rest()
+        self.prices.allow_rest(max(GIVE_BACK * budget.compiles, MORE_BACK * len(self.prices.asked)))
         self.give_back()
         self.ended = self.ended or self.prices.ended
 
@@ -218,9 +220,9 @@ class Search:
         return True
 
     def descend(self) -> None:
-        """Try every move on the best variant, dearest nodes first, until none is left that gains."""
+        """Try every move on the best variant, dearest nodes first, until none is left that gains or patience ends."""
         failed: set[tuple[Variant, Move]] = set()
-        gained = True
+        gained, vain = True, 0
         while gained:
             gained, moves = False, possible(self.builder, self.best, self.prices(self.best), placement=self.placement)
             while moves:
@@ -228,9 +230,12 @@ class Search:
                 moves = [m for m in moves if m.of(stands) != stands and (stands, m) not in failed]
                 for tried, candidate in enumerate(self.prices.ahead(m.of(stands) for m in moves)):
                     if self.keep(candidate, str(moves[tried]), moves[tried]):
-                        gained, moves = True, moves[tried + 1 :]
+                        gained, moves, vain = True, moves[tried + 1 :], 0
                         break
                     failed.add((stands, moves[tried]))
+                    vain += 1
+                    if vain == PATIENCE:
+                        return
                 else:
                     break
             if self.prices.late():

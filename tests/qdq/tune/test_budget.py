@@ -7,8 +7,9 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
 from click.testing import CliRunner
@@ -20,12 +21,14 @@ from qdq.build.recipe import TIME_LIMIT_S, TUNE_COMPILES
 from qdq.cli.main import main
 from qdq.model.model import Model
 from qdq.plan.settings import Settings
+from qdq.tune import search
 from qdq.tune.prices import Budget, Prices
 from qdq.tune.search import tune
 from qdq.tune.tuned import Tuned
 from qdq.tune.variant_builder import Variant, VariantBuilder
 
 COUNT, MOST = 24, 30  # classes of nodes, variants
+INT8: Mapping[str, float] = MappingProxyType({"c0": 4.0, "c1": 12.0, "c2": 3.0, "c3": 9.5})
 
 
 def network() -> Model:
@@ -46,8 +49,10 @@ def network() -> Model:
 class Judge:
     """A product takes 10 us, in INT8 as its name says; Q, DQ and Mul 1 us. It counts what it compiles."""
 
-    def __init__(self, width: int) -> None:
-        self.width, self.compiled = width, 0
+    def __init__(
+        self, width: int, floats: Mapping[str, float] = MappingProxyType({}), int8: Mapping[str, float] = INT8
+    ) -> None:
+        self.width, self.floats, self.int8, self.compiled = width, floats, int8, 0
         self.begun: list[Model] = []
 
     def begin(self, model: Model) -> None:
@@ -58,13 +63,14 @@ class Judge:
         return [self._price(model) for model in models]
 
     def _price(self, model: Model) -> Price:
-        int8, kernels = {"c0": 4.0, "c1": 12.0, "c2": 3.0, "c3": 9.5}, []
+        kernels = []
         for each in model.graph.node:
             source = model.producer(each.input[0])
             quantized = source is not None and source.op_type == "DequantizeLinear"
             product = each.op_type in ("Conv", "ConvTranspose")
             us = 1.1 if each.op_type in ("QuantizeLinear", "DequantizeLinear", "Mul") else 0.0
-            us = (int8.get(each.name, 7.0) if quantized else 10.0) if product else us
+            if product:
+                us = self.int8.get(each.name, 7.0) if quantized else self.floats.get(each.name, 10.0)
             kind = f"{each.op_type} {each.name} {quantized}"
             kernels.append(Kernel(us=us, macs=100, bytes=10, nodes=(each.name,), signature=kind))
         return Price(us=math.fsum(k.us for k in kernels), kernels=tuple(kernels))
@@ -220,3 +226,22 @@ def test_help_and_readme_say_the_default_budget() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for number in (f"{TUNE_COMPILES}", f"{TIME_LIMIT_S:.0f}"):
         assert f"default {number}" in said and number in readme
+
+
+def test_moves_in_a_row_that_gain_nothing_end_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 kinds of products INT8 gains at the second dearest, and at the last, which is not reached."""
+    count = 16
+    tensors = {f"w{i}": normal(8, 8, 2 * i + 1, 1, seed=i) for i in range(count)}
+    nodes = [node("Conv", f"x w{i}", f"y{i}", f"c{i}", pads=[i, 0, i, 0]) for i in range(count)]
+    model = build(nodes, {"x": (1, 8, 4, 4)}, tensors, outputs=tuple(f"y{i}" for i in range(count)))
+    floats = {f"c{i}": 100.0 - i for i in range(count)}
+    judge = Judge(1, floats, {name: us + 30 for name, us in floats.items()} | {"c1": 40.0, "c15": 40.0})
+
+    def found(patience: int) -> Tuned:
+        monkeypatch.setattr(search, "PATIENCE", patience)
+        builder = VariantBuilder(model=model, settings=Settings(), unquantized_types=("fp16",))
+        return tune(builder, judge, budget=Budget(compiles=160))
+
+    short, long = found(4), found(1000)
+    assert short.plan.quantized_nodes == ("c1",) and set(long.plan.quantized_nodes) == {"c1", "c15"}
+    assert short.tried < long.tried < 160 and not short.ended and not long.ended
