@@ -33,7 +33,7 @@ SPARE_DB = 0.8  # aimed at above the bound, once quick and calibrated scales hav
 SLACK_DB = 1.2  # above the bound: less is not worth another search
 ROUNDS = 3  # of quantizing as it will be and searching on
 FIRST = 0.7  # of the budget for the search before the first round
-PATIENCE = 24  # moves in a row that gain nothing end a search: dearest first, the others have less to gain
+PATIENCE = 16  # moves in a row that gain nothing end a search: dearest first, the others have less to gain
 GIVE_BACK = 0.2  # of the budget of a search, kept for giving back what gains nothing
 MORE_BACK = 0.5  # of the variants that a search looked at: as many may be looked at to give back
 SHARES = (1.0, 0.5, 0.25)  # of the products quantized, most multiply-adds per byte first: starting points
@@ -108,7 +108,7 @@ class Search:
         self.bound()
         self.descend()
         self.ended = self.ended or self.prices.ended
-        self.prices.allow_rest(max(GIVE_BACK * budget.compiles, MORE_BACK * len(self.prices.asked)))
+        self.prices.allow_rest(max(PATIENCE, MORE_BACK * len(self.prices.asked)))
         self.give_back()
         self.ended = self.ended or self.prices.ended
 
