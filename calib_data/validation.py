@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.generic]
 
-_NUMERIC = "biuf"  # numpy kinds that a sample may have: bool, signed, unsigned, float
+NUMERIC = "biuf"  # numpy kinds that a sample may have: bool, signed, unsigned, float
 
 
 class DataError(Exception):
@@ -45,7 +45,7 @@ class InputSpec:
             DataError: the dtype is not a bool, integer or float dtype that numpy knows.
         """
         try:
-            supported = np.dtype(self.dtype).kind in _NUMERIC
+            supported = np.dtype(self.dtype).kind in NUMERIC
         except TypeError:
             supported = False
         if not supported:

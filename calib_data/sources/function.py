@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,14 @@ def opened(function: Callable[[], object], inputs: Sequence[InputSpec], where: s
 
 
 def first_arrays(reading: Reading, where: str) -> dict[str, ArrayForm]:
-    """Those of the first element, by its names; none where it has none."""
+    """Those of the first element, by its names; what is no array, such as boxes of several sizes, is left aside."""
+    found = {}
     for _, element in reading.draw(range(1)):
-        if isinstance(element, Mapping):
-            arrays = {str(name): as_array(value, str(name), where) for name, value in element.items()}
-            return {name: ArrayForm(array.shape, array.dtype) for name, array in arrays.items()}
-    return {}
+        for name, value in element.items() if isinstance(element, Mapping) else ():
+            with suppress(DataError):
+                array = as_array(value, str(name), where)
+                found[str(name)] = ArrayForm(array.shape, array.dtype)
+    return found
 
 
 def arrays(source: str) -> dict[str, ArrayForm]:

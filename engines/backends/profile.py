@@ -193,7 +193,18 @@ def profile_named(text: str) -> Profile:
     if text.partition(":")[0].lower() == "dla":
         raise EngineError(DLA)
     known = names(found.values())
-    raise EngineError(f"Unknown compiler {text!r}; there are {', '.join(known)}.{did_you_mean(text, known)}")
+    raise EngineError(f"Unknown compiler {text!r}; there are {', '.join(known)}.{_meant(text, known)}")
+
+
+def _meant(text: str, known: Iterable[str]) -> str:
+    """The nearest name, as `did_you_mean`; what backends and compilers are called elsewhere is their name's too."""
+    called = {
+        other.lower(): p.name for p in profiles().values() for other in (p.backend, backend_named(p.backend).title)
+    }
+    called |= {name: name for name in known}
+    name, _, version = text.lower().partition(":")
+    plain = text.lower() if text.lower() in called else ":".join(filter(None, (called.get(name, name), version)))
+    return did_you_mean(called.get(plain, plain), called.values())
 
 
 def profile_of(backend: str) -> Profile:

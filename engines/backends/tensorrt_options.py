@@ -162,7 +162,8 @@ class TensorRtOptions(Part, frozen=True, kw_only=True):
         try:
             check_fields(self)
         except DocumentError as error:
-            raise _wrong(f"{error}.") from None
+            form = " A shape is a text such as 1x3x224x224." if str(error).startswith("profiles is [") else ""
+            raise _wrong(f"{error}.{form}") from None
         for name, (_, members) in CHOICES.items():
             if (value := getattr(self, name)) is not None:
                 force_setattr(self, name, _member(value, members, name))
@@ -335,7 +336,7 @@ def _range(number: int, name: str, shapes: str | tuple[str, ...]) -> ShapeRange:
     except ValueError:
         said = "one shape such as 1x3x224x224, or [smallest, usual, largest]"
     except BuildError as error:
-        said = str(error)
+        raise _wrong(f"profiles[{number}] has {name}: {error}") from None
     raise _wrong(f"profiles[{number}] has {name}: {list(shapes) if text != shapes else text!r}, and needs {said}.")
 
 

@@ -27,8 +27,9 @@ from qdq.assemble.finish import float_type_of
 from qdq.assemble.precision.convert import convert
 from qdq.assemble.tables import Measure, Tables
 from qdq.build.branches import with_possible_branches
+from qdq.build.cost import Price, PricedGpu
 from qdq.build.engine import add_files, require_profiles, shape_ranges
-from qdq.build.machine import compiler_here, runs_here
+from qdq.build.machine import builds_here, compiler_here, runs_here
 from qdq.build.measured.bench import bench_of, priced_here, why_predicted
 from qdq.build.pricing.pricer import priced_engine
 from qdq.build.pricing.tensorrt_pricer import pricer_of, unpriced
@@ -62,7 +63,7 @@ from qdq.model.weight_store import kept
 from qdq.passes.prepare import load_float
 from qdq.plan.plan import Plan
 from qdq.plan.tables import offered
-from qdq.tune.exact.elsewhere import elsewhere
+from qdq.tune.exact.elsewhere import elsewhere, untuned
 from qdq.tune.sensitivity.mixed.front import Allocation
 
 WORTH_SAYING = 0.05  # of a file: what codes of tables must save for a line
@@ -162,12 +163,14 @@ def deploy(
     stem = model_path.name.removesuffix(".onnx")
     weights = out.absolute().with_name(f".{out.absolute().name}.weights")  # of a large model, if a run is killed
     with folder_beside(out) as folder, registered(custom_ops), kept(weights), bench_of(recipe, shapes) as bench:
-        pricer = pricer_of(priced_here(recipe, bench), shapes) if _tunes(prepared, recipe, plan) else None
+        tunes = _tunes(prepared, recipe, plan)
+        prices = tunes or not builds_here(recipe)  # what is built here is priced by its own layers
+        pricer = pricer_of(priced_here(recipe, bench), shapes) if prices else None
         done = written(
             prepared,
             calibration,
             recipe,
-            pricer=pricer,
+            pricer=pricer if tunes else None,
             bench=bench,
             tables=Tables(model=prepared, samples=calibration, measure=measure),
             plan=plan,
@@ -212,7 +215,8 @@ def deploy(
             pictures=pictures,
             on_progress=on_progress,
         )
-        price, gpus = done.price, tuple(gpu.name for gpu in (pricer.told if pricer else ()))
+        price = done.price or (pricer(finished.model) if pricer else None)
+        gpus = tuple(gpu.name for gpu in (pricer.told if pricer else ()))
         if price is None and table is not None:
             price, gpus = priced_engine(output, table, recipe=recipe, shapes=shapes)
         outcome = done.tuned.outcome(pricer.told, elsewhere(prepared, pricer)) if done.tuned and pricer else None
@@ -228,7 +232,8 @@ def deploy(
             _tables_note(made.prepared, made.plan, file_bytes(finished.model), 2 if low in ("fp16", "bf16") else 4),
             "not tuned: the plan was given" if plan and not allocation else "",
             "not tuned: the model's own quantizers are kept" if prepared.trained and recipe.tune != "off" else "",
-            f"not tuned: {unpriced(recipe)}" if _tunes(prepared, recipe, plan) and not pricer else "",
+            f"{'not tuned' if tunes else 'no time is predicted'}: {unpriced(recipe)}" if prices and not pricer else "",
+            *(_untuned_notes(price, pricer.told) if price and pricer and not tunes else ()),
             *done.notes,
             *made.solution.notes,
             *finished.notes,
@@ -258,6 +263,7 @@ def deploy(
             notes=tuple(filter(None, said)),
             label_dice=found.label_dice,
             tuning=outcome,
+            elsewhere="" if outcome else untuned(recipe),
             allocation=allocation,
         )
         write_atomic(folder / "report.json", report.to_json())
@@ -321,6 +327,14 @@ def _tables_note(model: Model, plan: Plan, whole: int, width: int) -> str:
         f"{names}: {size(elements * width)} of tables that rows are read from, in float; --embeddings int8 would "
         f"save about {size(elements * (width - 1))} of the engine's weights (predicted)."
     )
+
+
+def _untuned_notes(price: Price, gpus: Sequence[PricedGpu]) -> Iterator[str]:
+    """From what times of a plan are predicted that no search chose, or why none are."""
+    if price.refusal:
+        yield f"no time is predicted: {price.refusal}"
+    else:
+        yield from dict.fromkeys(note for gpu in gpus for note in gpu.notes)
 
 
 def _in_fp16(prepared: Model, table: CalibrationTable, recipe: Recipe) -> Model | None:

@@ -14,6 +14,7 @@ import numpy as np
 from calib_data import DataError, InputSpec, open_samples
 from calib_data.elements import Elements, as_array, named
 from calib_data.sources import Form, ImageForm, form_of
+from calib_data.validation import NUMERIC
 from qdq.core.errors import InputError
 
 Example = Mapping[str, np.ndarray]
@@ -62,8 +63,11 @@ def of_shapes(shapes: Mapping[str, Sequence[int]]) -> Iterator[Example]:
 
 
 def _first(form: Form, data: str, needed: Sequence[str]) -> tuple[dict[str, np.ndarray], bool]:
-    """The arrays of the first sample by name, and whether they rather are an item without a batch axis."""
-    arrays = form.arrays(data)
+    """The arrays of the first sample by name, and whether they rather are an item without a batch axis.
+
+    Names of files and the like, which lie beside them in many samples, are no example of an input.
+    """
+    arrays = {name: a for name, a in form.arrays(data).items() if a.dtype.kind in NUMERIC}
     if arrays:
         specs = [InputSpec(name=n, dtype=str(a.dtype), shape=(None,) * len(a.shape)) for n, a in arrays.items()]
         source = form.open(data, specs)

@@ -18,6 +18,7 @@ from qdq.frontend.origin import Origin, Wanted
 from qdq.frontend.pytorch.call import accepted_names, parameter_names
 from qdq.frontend.pytorch.job import called_with
 from qdq.frontend.pytorch.libraries import quiet, torch_here
+from qdq.frontend.pytorch.programs import program_in
 from qdq.frontend.pytorch.refused import why
 from qdq.frontend.pytorch.state import unwrapped
 
@@ -85,9 +86,12 @@ class FromTorch:
                 continue
             return example
         shown = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in found[0].items())
+        found_of = why(refused[0])
+        other = (
+            "Give samples as the module gets them, or example inputs: a factory that returns (module, example_inputs)."
+        )
         raise InputError(
-            f"{self.source} does not run on the first sample ({shown}): {why(refused[0]).says}. Give samples as the "
-            "module gets them, or example inputs: a factory that returns (module, example_inputs)."
+            f"{self.source} does not run on the first sample ({shown}): {found_of.says}. {found_of.fix or other}"
         )
 
 
@@ -130,21 +134,11 @@ def program_of(text: str) -> Origin:
     """The ExportedProgram of a file that `torch.export.save` wrote.
 
     Raises:
-        InputError: no such file, or it is none.
+        InputError: see `program_in`.
         MissingRuntimeError: torch is not installed.
     """
-    torch, path = torch_here(), Path(text)
-    if not path.is_file():
-        raise InputError(f"No such file: {path}. Give one that torch.export.save wrote.")
-    try:
-        with quiet():
-            found = torch.export.load(str(path))
-    except Exception as error:  # whatever torch raises
-        raise InputError(
-            f"Cannot read {path}: it is no ExportedProgram that torch {torch.__version__} reads ({why(error).says}). "
-            "Write it again with torch.export.save(torch.export.export(module, example_inputs), path)."
-        ) from error
-    return FromTorch(module=found, example=None, stem=path.stem, source=path.name)
+    path = Path(text)
+    return FromTorch(module=program_in(path), example=None, stem=path.stem, source=path.name)
 
 
 def _named(text: str) -> Any:

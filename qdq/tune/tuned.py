@@ -97,7 +97,7 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
     @property
     def label(self) -> str:
         """What times are predicted for: of several GPUs they are means."""
-        return f"predicted on {', '.join(self.gpus)}{', the mean' if len(self.gpus) > 1 else ''}"
+        return predicted_on(self.gpus)
 
     @property
     def gain(self) -> str:
@@ -129,9 +129,17 @@ class TuningOutcome(Document, frozen=True, kw_only=True):
 
     @property
     def _error(self) -> str:
-        """How true the predicted times are."""
-        error = self.decision.time_error
-        return "error unknown" if error is None else f"within {error:.0%}"
+        return said_error(self.decision.time_error)
+
+
+def predicted_on(gpus: Sequence[str]) -> str:
+    """What times are predicted for: of several GPUs they are means."""
+    return f"predicted on {', '.join(gpus)}{', the mean' if len(gpus) > 1 else ''}"
+
+
+def said_error(error: float | None) -> str:
+    """How true predicted times are, by their relative error."""
+    return "error unknown" if error is None else f"within {error:.0%}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -147,7 +147,10 @@ def build_script(
         EngineError: the model cannot be read; a plugin library is another than the recipe says, or it is not here and
             the recipe has no sha256 of it.
     """
-    options = recipe.tensorrt
+    options = replace(
+        recipe.tensorrt,
+        plugins=tuple(replace(library, path=_loaded(library.path)) for library in recipe.tensorrt.libraries),
+    )
     if options.timing_cache:  # a path of this machine means nothing on another
         options = replace(options, timing_cache=_beside(Path(options.timing_cache).name))
     proto = load_graph(model)
@@ -210,7 +213,7 @@ def _expected(model: Path, proto: ModelProto, recipe: Recipe) -> Iterable[tuple[
     """(path, sha256) of every file that the build reads."""
     for name in (model.name, *sorted(external_files(proto))):
         yield _beside(name), sha256_file(model.parent / name)
-    yield from ((library.path, library.known()) for library in recipe.tensorrt.libraries)
+    yield from ((_loaded(library.path), library.known()) for library in recipe.tensorrt.libraries)
 
 
 def _dynamic_inputs(proto: ModelProto) -> set[str]:
@@ -235,6 +238,11 @@ def _line(arguments: Sequence[str]) -> str:
 def _beside(name: str) -> str:
     """A file beside the script, never taken for an option."""
     return f"./{name}"
+
+
+def _loaded(library: str) -> str:
+    """A library's path; one without a folder is beside the script, where no loader looks unless it is told."""
+    return library if "/" in library else _beside(library)
 
 
 def _comment(name: str) -> str:

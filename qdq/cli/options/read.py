@@ -75,7 +75,9 @@ def recipe_of_plan(given: Mapping[str, Any], plan: Plan | None, where: Path | No
             f"The plan {where} already says what is quantized, which --scheme, --compiler, --block, --embeddings, "
             "--attention, --shift and --exclude cannot change. Edit the plan, or make another with `qdq plan`."
         )
-    return recipe
+    from engines.core.documents import replace
+
+    return replace(recipe, chosen_because="the plan is for it") if plan else recipe
 
 
 def recipe_of_mix(given: Mapping[str, Any], plan: Plan) -> Recipe:

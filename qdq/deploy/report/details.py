@@ -20,6 +20,7 @@ from qdq.deploy.steps.shipped import Made
 from qdq.model.model import Model
 from qdq.model.nodes import controlled_nodes
 from qdq.plan.plan import Point
+from qdq.tune.tuned import predicted_on, said_error
 
 
 class NodeRow(Part, frozen=True, kw_only=True):
@@ -93,6 +94,8 @@ class Details(Part, frozen=True, kw_only=True):
         tensors: the plan's.
         kernels: none where no time was predicted.
         gpus: that times are predicted for.
+        each_us: predicted microseconds on each of them.
+        time_error: relative error of these times that two of three keep to; None where it is not known.
         measured_on: evaluation samples that tensors' errors were measured on.
         not_measured: why not; '' where they were.
     """
@@ -101,8 +104,19 @@ class Details(Part, frozen=True, kw_only=True):
     tensors: tuple[TensorRow, ...]
     kernels: tuple[KernelRow, ...] = ()
     gpus: tuple[str, ...] = ()
+    each_us: tuple[float, ...] = ()
+    time_error: float | None = None
     measured_on: int = 0
     not_measured: str = ""
+
+    @property
+    def times(self) -> list[tuple[str, str]]:
+        """What is predicted, and the times, for a person: the mean, and of several GPUs those on each."""
+        if not (each := self.each_us):
+            return []
+        mean = f"{sum(each) / len(each):.1f} us; {said_error(self.time_error)}"
+        more = zip(self.gpus, each, strict=True) if len(each) > 1 else ()
+        return [(predicted_on(self.gpus), mean), *(("", f"{us:.1f} us on {gpu}") for gpu, us in more)]
 
 
 def details_of(
@@ -137,6 +151,8 @@ def details_of(
             for k in (price.kernels if price else ())
         ),
         gpus=gpus if price and price.kernels else (),
+        each_us=price.each if price and price.kernels else (),
+        time_error=price.error if price else None,
         measured_on=errors.samples,
         not_measured=errors.why,
     )

@@ -64,6 +64,7 @@ class DeployReport(Document, frozen=True, kw_only=True):
         max_size_mib: most that the weights in the engine may take, in MiB; None: not checked.
         label_dice: Dice of each class against true labels, for 'float model' and 'shipped model'; only in the demo.
         tuning: how the plan was chosen by compiled results; None where it was not.
+        elsewhere: what is said of the other compiler where nothing was tuned.
         allocation: the search for a plan of several precisions that it comes from; None where there was none.
         check: outputs of the engine, or of the Q/DQ model in its place, against the float model.
         as_compiled: the same of the Q/DQ model rounded where the engine's kernels write their results; None where no
@@ -92,6 +93,7 @@ class DeployReport(Document, frozen=True, kw_only=True):
     fp16_engine: EngineSizes | None = None
     label_dice: dict[str, dict[int, float]] = field(default_factory=dict)
     tuning: TuningOutcome | None = None
+    elsewhere: str = ""
     allocation: Allocation | None = None
     min_int8_share: float | None = None
     max_size_mib: float | None = None
@@ -168,7 +170,8 @@ class DeployReport(Document, frozen=True, kw_only=True):
 
     def _predicted(self) -> list[Row]:
         if not self.tuning:
-            return []
+            times = self.details.times if self.details else ()
+            return [Row(*row) for row in (*times, ("", self.elsewhere)) if row[1]]
         others = [Row("", line) for line in (*self.tuning.gains, self.tuning.elsewhere) if line]
         return [*measured_rows(self.tuning.measured), Row(self.tuning.label, self.tuning.gain), *others]
 

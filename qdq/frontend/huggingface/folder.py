@@ -58,6 +58,13 @@ class Folder:
         """`model_type`."""
         return str(self.config.get("model_type", ""))
 
+    @property
+    def hears(self) -> bool:
+        """Whether the model gets recordings: its processor says how many values a second, or it filters them itself."""
+        place = self.path / "preprocessor_config.json"
+        said = _read(place) if place.is_file() else {}
+        return "num_feat_extract_layers" in self.config or (isinstance(said, dict) and "sampling_rate" in said)
+
 
 def open_folder(text: str) -> Folder:
     """The folder that `hf:FOLDER` names.

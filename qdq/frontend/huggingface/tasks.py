@@ -160,6 +160,8 @@ def _told(folder: Folder) -> Wish:
     if found.endswith("ForConditionalGeneration"):
         name = "automatic-speech-recognition" if folder.kind in HEARD else "text2text-generation"
         fit = [TASKS[name]] if several else []
+    if found.endswith("ForSequenceClassification") and folder.hears:  # as Wav2Vec2, HuBERT and WavLM call it
+        fit = [TASKS["audio-classification"]]
     if found.endswith("LMHeadModel"):
         fit = [TASKS["text-generation"]]
     if several and found.endswith("Model") and fit:

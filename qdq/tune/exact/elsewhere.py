@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from textwrap import shorten
 
+from engines.backends.backend import backend_named, target_name
 from engines.core.documents import replace
 from engines.core.errors import BuildError
 from qdq.build.pricing.pricer import Pricer
@@ -25,17 +26,30 @@ USUAL_TYPE = "fp16"
 
 
 def elsewhere(prepared: Model, pricer: AnyPricer) -> str:
-    """What the other compiler is predicted to make of a model on the same GPUs; "" of schemes other than INT8."""
+    """What the other compiler is predicted to make of a model on the same GPUs, or why that is not predicted."""
     recipe = other_of(pricer.recipe)
-    if recipe.settings.label != "int8":
-        return ""
     kind = USUAL_TYPE if recipe.unquantized_type == "auto" else recipe.unquantized_type
-    head, tail = f"with {recipe.profile.title}: ", f": --compiler {recipe.profile.name}"
+    head, tail = _ends(recipe)
+    if recipe.settings.label != "int8":
+        return f"{head}not predicted, which it is of INT8 only{tail}"
     try:
         said = _kept(prepared, recipe, pricer, kind)
     except BuildError as error:
         return f"{head}not predicted, for the model does not compile: {shorten(str(error), 200, placeholder=' ...')}"
     return head + said + tail if said else f"{head}it has no such target as {_targets(pricer)}"
+
+
+def untuned(recipe: Recipe) -> str:
+    """What is said of the other compiler where a recipe tunes nothing, so that nothing is compiled for it."""
+    other = other_of(recipe)
+    head, tail = _ends(other)
+    if not set(map(target_name, recipe.targets)) & set(backend_named(other.backend).targets):
+        return f"{head}it has no such target as {' or '.join(map(target_name, recipe.targets))}"
+    return f"{head}not predicted, for nothing was tuned{tail}"
+
+
+def _ends(recipe: Recipe) -> tuple[str, str]:
+    return f"with {recipe.profile.title}: ", f": --compiler {recipe.profile.name}"
 
 
 def _kept(prepared: Model, recipe: Recipe, pricer: AnyPricer, kind: str) -> str:

@@ -57,6 +57,11 @@ def test_a_name_without_a_version_is_the_usual_one(text: str, key: str) -> None:
     ("text", "said"),
     [
         ("tensort", "Did you mean 'tensorrt'"),
+        ("trt", "Did you mean 'tensorrt'"),
+        ("TRT:10.16", "Did you mean 'tensorrt:10.16'"),
+        ("TensorRT", "Did you mean 'tensorrt'"),
+        ("TensorRT-RTX", "Did you mean 'rtx'"),
+        ("RTX", "Did you mean 'rtx'"),
         ("tensorrt:10.4", "Did you mean 'tensorrt:10.3'|Did you mean 'tensorrt:10.16'"),
         ("trt", "there are rtx, tensorrt, tensorrt:11"),
         ("dla", "DLA is no compiler here.*--compiler tensorrt"),

@@ -108,6 +108,29 @@ class TestWithoutTheGpu:
         plan = json.loads((folder / "out/plan.json").read_text())
         assert plan["settings"]["compiler"] == "tensorrt:11" and plan["rewrites"] == []
 
+    def test_times_are_predicted_of_what_no_search_chose(self, folder: Path) -> None:
+        said = words(deploy("--gpu", "a10", "--gpu", "h100", "--tune", "off"))
+        found = json.loads((folder / "out/report.json").read_text())["details"]
+        assert found["gpus"] == ["a10", "h100"] and len(found["each_us"]) == 2 and min(found["each_us"]) > 0
+        mean = sum(found["each_us"]) / 2
+        assert sum(kernel["us"] for kernel in found["kernels"]) == pytest.approx(mean)
+        assert f"predicted on a10, h100, the mean {mean:.1f} us; error" in said
+        assert all(f"{us:.1f} us on {gpu}" in said for us, gpu in zip(found["each_us"], found["gpus"], strict=True))
+        assert "times of TensorRT 11 are derived from what TensorRT-RTX makes of the float model" in said
+        assert "with TensorRT-RTX: not predicted, for nothing was tuned: --compiler rtx" in said
+        copy = folder / "out/plan.json"
+        of_plan = words(deploy("--gpu", "a10", "--plan", str(copy.rename(folder / "plan.json"))))
+        assert "for sm86 by TensorRT 11 (the plan is for it)" in of_plan
+        assert f"predicted on a10 {found['each_us'][0]:.1f} us" in of_plan
+
+    def test_the_other_compiler_always_has_a_line(self, folder: Path) -> None:
+        fp8 = words(deploy("--gpu", "l4", "--scheme", "fp8"))
+        assert "with TensorRT-RTX: not predicted" in fp8 and "predicted on" not in fp8
+        assert "with TensorRT-RTX: it has no such target as sm90" in words(deploy("--gpu", "h100", "--tune", "off"))
+        assert "with TensorRT 11: not predicted" in words(deploy("--target", "sm89", "--tune", "off"))
+        rtx = words(deploy("--gpu", "rtx4090", "--scheme", "fp8", "--time-limit", "1"))
+        assert "with TensorRT 11: not predicted, which it is of INT8 only" in rtx
+
     def test_limits_decide_the_exit_code_as_ever(self, folder: Path) -> None:
         deploy("--gpu", "a10", "--min-sqnr-db", "1")
         deploy("--gpu", "a10", "--min-sqnr-db", "200", "--tune", "off", code=1)

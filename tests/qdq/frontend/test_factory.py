@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner, Result
 
@@ -189,3 +190,68 @@ def test_a_saved_program(nets: str) -> None:
     done = qdq("export", "linear.pt2", "-o", "linear.onnx", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["source"] == "linear.pt2"
+
+
+def test_a_saved_program_of_quantized_operators(nets: str) -> None:
+    """Only a library that a new process has not imported registers them."""
+    write = """
+import torch, torch.ao.quantization.fx._decomposed
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(8, 4)
+    def forward(self, x):
+        given = (0.02, 0, -128, 127, torch.int8)
+        codes = torch.ops.quantized_decomposed.quantize_per_tensor(x, *given)
+        return self.head(torch.ops.quantized_decomposed.dequantize_per_tensor(codes, *given))
+torch.export.save(torch.export.export(Net(), (torch.ones(3, 8),)), "quantized.pt2")
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", write], check=True)
+    read = ["-m", "qdq", "export", "quantized.pt2", "-o", "quantized.onnx"]
+    done = subprocess.run([sys.executable, *read], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kinds = [node.op_type for node in onnx.load("quantized.onnx").graph.node]
+    assert kinds.count("QuantizeLinear") == kinds.count("DequantizeLinear") == 1
+
+
+def test_a_saved_program_of_operators_that_nobody_has(nets: str) -> None:
+    library = torch.library.Library("nobodys", "DEF")
+    library.define("twice(Tensor x) -> Tensor")
+    library.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
+    library.impl("twice", lambda x: x * 2, "Meta")
+
+    class Net(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.nobodys.twice(x) + 1
+
+    torch.export.save(torch.export.export(Net(), (torch.ones(3, 8),)), "custom.pt2")
+    del Net
+    library._destroy()
+    done = qdq("export", "custom.pt2", "-o", "custom.onnx")
+    assert done.exit_code == 2 and "it calls nobodys::twice, which nothing here registers" in done.output
+
+
+def test_what_is_no_array_of_numbers_in_a_sample_is_no_input(nets: str) -> None:
+    """Names of files, and boxes of several sizes, lie beside the image in many a data set."""
+    Path("seen.py").write_text(
+        "import numpy as np\n"
+        "boxes = [np.zeros((2, 4)), np.zeros((3, 4))]\n"
+        "def items():\n"
+        "    image = np.ones((1, 3, 8, 8), 'f4')\n"
+        "    return [{'file': 'case', 'boxes': boxes, 'image': image, 'meta': {}}] * 2\n"
+    )
+    done = qdq("export", f"torch:{nets}:net", "--data", "seen:items", "-o", "net.onnx", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["inputs"] == ["image"]
+
+
+def test_a_package_that_forward_needs_is_named_with_how_to_get_it(nets: str) -> None:
+    Path("lazy.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def forward(self, image):\n"
+        "        import package_that_nobody_has\n"
+        "def net(): return Net()\n"
+    )
+    done = qdq("export", "torch:lazy:net", "--data", f"{nets}:names", "-o", "net.onnx")
+    assert done.exit_code == 2 and done.output.rstrip().endswith("pip install package_that_nobody_has.")

@@ -219,6 +219,13 @@ class TestTheScript:
         known = recipe(tensorrt={"plugins": [{"path": "/there/p.so", "sha256": "ab" * 32}]})
         assert f"expect {'ab' * 32} /there/p.so" in build_script(path, "e.engine", recipe=known, shapes={})
 
+    def test_a_plugin_without_a_folder_is_the_file_beside_it(self, model: Path, tmp_path: Path) -> None:
+        """A loader looks for a bare name among the system's libraries only."""
+        known = recipe(tensorrt={"plugins": [{"path": "p.so", "sha256": "ab" * 32}]})
+        text = build_script(model, "e.engine", recipe=known, shapes={"x": RANGE})
+        assert f"expect {'ab' * 32} ./p.so" in text and '"path": "./p.so"' in text
+        assert "--staticPlugins=./p.so" in text and text.count("--plugins ./p.so") == 2
+
     def test_says_where_a_tool_lacks_an_option(self, model: Path, tmp_path: Path) -> None:
         asked = recipe(tensorrt={"flags": ["EDITABLE_TIMING_CACHE"], "build_route": "-knob=1", "max_num_tactics": 9})
         script = save_build_script(model, "e.engine", recipe=asked, shapes={"x": RANGE})

@@ -66,6 +66,17 @@ def test_whisper_is_speech_and_a_part_is_asked_for(tmp_path: Path) -> None:
         wish_of(opened, "automatic-speech-recognition:head")
 
 
+def test_a_sequence_of_sound_is_no_text(tmp_path: Path) -> None:
+    """Wav2Vec2, HuBERT and WavLM call the classifier of a recording as BERT calls that of a text."""
+    wav2vec2 = {"model_type": "wav2vec2", "architectures": ["Wav2Vec2ForSequenceClassification"]}
+    found = wish_of(open_folder(str(folder(tmp_path, **wav2vec2, num_feat_extract_layers=7))), None)
+    assert found.task.name == "audio-classification"
+    opened = open_folder(str(folder(tmp_path, **wav2vec2)))
+    assert wish_of(opened, None).task.name == "text-classification"
+    (tmp_path / "preprocessor_config.json").write_text('{"sampling_rate": 16000}')
+    assert wish_of(opened, None).task.name == "audio-classification"
+
+
 def test_a_task_that_nobody_knows_is_refused_with_the_list(tmp_path: Path) -> None:
     opened = open_folder(str(folder(tmp_path, architectures=["BertForNextSentencePrediction"])))
     with pytest.raises(InputError, match=r"BertForNextSentencePrediction, of which no task is known") as refused:
