@@ -198,8 +198,9 @@ def remaining(model: Model, plan: Plan, kept: Collection[str]) -> frozenset[str]
     for node in (n for n in nodes if n.name in names):
         wants, vetoes, _ = _decided(model, node, settings)
         others += [(f"{node.name}:{w.index}", w) for w in wants if w.role in BESIDE and not vetoes]
-    read = {("activation", p.tensor, None): p for p in (_less(p, kept) for p in plan.activations) if p.consumers}
-    return frozenset(c for p in _read_too(read, others) for c in p.consumers if c in beside)
+    left = [p for p in (_less(p, kept) for p in plan.activations) if p.consumers]
+    read = _read_too({(p.role, p.tensor, None): p for p in left}, others)
+    return frozenset(c for p in read for c in p.consumers if c in beside)
 
 
 def _decided(model: Model, node: NodeProto, settings: Settings) -> tuple[list[Want], list[Veto], list[Tie]]:
