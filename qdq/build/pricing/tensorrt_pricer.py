@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from engines.backends.backend import backend_named, backends, predicting
+from engines.backends.backend import backend_named, backends, predicting, target_name
 from engines.backends.compiler import ShapeRange
 from engines.core.errors import BuildError
 from engines.core.operators import CONTRACTIONS
@@ -200,6 +200,12 @@ def other_of(recipe: Recipe) -> Recipe:
 def served(recipe: Recipe, gpus: Sequence[Gpu]) -> list[Gpu]:
     """Those of some GPUs that a recipe's compiler compiles for."""
     return [gpu for gpu in gpus if gpu.target in backend_named(recipe.backend).targets]
+
+
+def no_target_of(recipe: Recipe) -> list[str]:
+    """The targets of a recipe, if its compiler has none of them."""
+    names = list(map(target_name, recipe.targets))
+    return [] if set(names) & set(backend_named(recipe.backend).targets) else names
 
 
 def unpriced(recipe: Recipe) -> str:

@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from textwrap import shorten
 
-from engines.backends.backend import backend_named, target_name
 from engines.core.documents import replace
 from engines.core.errors import BuildError
 from qdq.build.pricing.pricer import Pricer
-from qdq.build.pricing.tensorrt_pricer import AnyPricer, TensorRtPricer, other_of, served
+from qdq.build.pricing.tensorrt_pricer import AnyPricer, TensorRtPricer, no_target_of, other_of, served
 from qdq.build.recipe import Recipe
 from qdq.core.disk.cache import remembered
 from qdq.model.as_bytes import identity
@@ -43,8 +42,8 @@ def untuned(recipe: Recipe) -> str:
     """What is said of the other compiler where a recipe tunes nothing, so that nothing is compiled for it."""
     other = other_of(recipe)
     head, tail = _ends(other)
-    if not set(map(target_name, recipe.targets)) & set(backend_named(other.backend).targets):
-        return f"{head}it has no such target as {' or '.join(map(target_name, recipe.targets))}"
+    if lacking := no_target_of(other):
+        return f"{head}it has no such target as {' or '.join(lacking)}"
     return f"{head}not predicted, for nothing was tuned{tail}"
 
 
