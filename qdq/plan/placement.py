@@ -186,13 +186,16 @@ def remaining(model: Model, plan: Plan, kept: Collection[str]) -> frozenset[str]
     """Which operands, "node:index", of nodes without weights stay quantized where of the weighted nodes only some do.
 
     As the rules say of the model without the other nodes: most read what a weighted node reads, and stay with it;
-    `rules.tensorrt` may quantize a tensor for the sake of the convolution that makes it, too.
+    `rules.tensorrt` may quantize a tensor for the sake of the convolution that makes it, too; attention in FP8 stays
+    with any.
     """
+    if not kept:
+        return frozenset()
     weighted = set(plan.quantized_nodes)
     beside = {c for p in plan.activations for c in p.consumers if c.rpartition(":")[0] not in weighted}
     names = {c.rpartition(":")[0] for c in beside}
     nodes = (*model.graph.node, *controlled_nodes(model.graph)) if beside else ()
-    gone = sorted(n.name for n in nodes if n.op_type in WEIGHTED and n.name not in kept)
+    gone = sorted(n.name for n in nodes if n.op_type in WEIGHTED and n.name not in names.union(kept))
     settings = replace(plan.settings, exclude=(*plan.settings.exclude, *map(glob.escape, gone)))
     others = []
     for node in (n for n in nodes if n.name in names):

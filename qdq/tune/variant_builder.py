@@ -292,8 +292,9 @@ def _float_part(variant: Variant) -> Variant:
 
 
 def _shortcuts(plan: Plan) -> tuple[str, ...]:
-    weighted = set(plan.quantized_nodes)
-    return tuple(c for p in plan.activations for c in p.consumers if c.rpartition(":")[0] not in weighted)
+    """What nodes without weights read; attention is asked for or not, and only whole it is one kernel."""
+    weighted, points = set(plan.quantized_nodes), (p for p in plan.activations if p.rule != "attention")
+    return tuple(c for p in points for c in p.consumers if c.rpartition(":")[0] not in weighted)
 
 
 def _quick(plan: Plan) -> Plan:

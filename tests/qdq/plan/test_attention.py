@@ -8,14 +8,20 @@ from graphs import Made, build, node, normal, quantized, run, samples
 from transformer_graphs import attention
 
 from engines.backends import rtx
+from engines.core.documents import replace
 from engines.verify.audit import audit
 from qdq.assemble.finish import finish
 from qdq.assemble.quantize import quantize
+from qdq.build.engine import shape_ranges
+from qdq.build.pricing.tensorrt_pricer import pricer_of
+from qdq.build.recipe import Recipe
 from qdq.core.errors import InputError
 from qdq.model.model import Model
 from qdq.plan import placement
 from qdq.plan.plan import Plan
 from qdq.plan.settings import Settings
+from qdq.tune.find_plan import find_plan
+from qdq.tune.variant_builder import VariantBuilder
 
 
 def projected(length: int = 64, head: int = 32) -> Model:
@@ -107,6 +113,20 @@ def test_it_compiles_to_one_fused_kernel_of_fp8(target: str, scheme: str) -> Non
         assert found[name].requested == "fp8" and found[name].consumed == "fp8"
         assert "_gemm_mha" in found[name].kernel
     assert found["to_q"].consumed == scheme
+
+
+@pytest.mark.parametrize(("compiler", "gpu"), [("tensorrt", "l4"), ("rtx", "rtx4090")])
+def test_a_search_leaves_it_where_anything_is_quantized(compiler: str, gpu: str) -> None:
+    model = projected(256, 64)
+    recipe = {"compiler": compiler, "gpu": gpu, "target": "sm89", "attention": "fp8", "unquantized_type": "fp16"}
+    judge = pricer_of(Recipe.from_mapping(recipe | {"tune": "rewrites"}), shape_ranges(model, (), None) or {})
+    assert judge is not None
+    found = find_plan(model, judge, samples=None)
+    assert len(found.plan.quantized_nodes) == 4 and points(found.plan) == ALL
+    builder = VariantBuilder(model=model, settings=judge.recipe.settings, unquantized_types=("fp16",))
+    one = replace(builder.usual, quantized=frozenset({"to_q"}))
+    assert points(builder.plan_of(one, "")) == ALL and not points(builder.plan_of(builder.usual, ""))
+    assert not ALL.intersection(builder.shortcuts(one))  # no step takes one of them away
 
 
 def test_a_gpu_without_fp8_is_refused_before_anything_runs() -> None:
