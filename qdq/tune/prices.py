@@ -64,7 +64,7 @@ class Prices:
         self._begun, self._budget = (len(self.asked), self.clock()), budget
         self._allow(budget.part(1 - kept))
 
-    def allow_rest(self, most: float = math.inf) -> None:
+    def allow_rest(self, most: float) -> None:
         """Let be spent what is left of the budget, with what was kept, but no more than `most` further variants."""
         self._allow(self._budget)
         self._rest = len(self.asked) + most

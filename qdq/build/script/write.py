@@ -17,6 +17,7 @@ from onnx import ModelProto
 
 from engines.backends.backend import target_name
 from engines.backends.compiler import ShapeRange
+from engines.backends.tensorrt_options import TensorRtOptions
 from engines.core.documents import replace
 from engines.core.files import sha256_file, write_atomic
 from engines.core.load import load_graph
@@ -180,7 +181,7 @@ def build_script(
         model=_comment(model.name),
         title=recipe.profile.title,
         version=metadata.version("qdq"),
-        expected="\n".join(f"expect {sha} {shlex.quote(name)}" for name, sha in _expected(model, proto, recipe)),
+        expected="\n".join(f"expect {sha} {shlex.quote(name)}" for name, sha in _expected(model, proto, options)),
         recipe=json.dumps({k: v for k, v in written.items() if v}, ensure_ascii=False),
         build=_line([*built, "--recipe", _RECIPE]),
         audit=_line(["qdq", "audit", job.engine, *share]),
@@ -209,11 +210,11 @@ def _shape_options(profiles: Sequence[Mapping[str, ShapeRange]]) -> list[str]:
     return [f"{name}:{shape}" for name, shape in profiles[0].items()] if len(profiles) == 1 else []
 
 
-def _expected(model: Path, proto: ModelProto, recipe: Recipe) -> Iterable[tuple[str, str]]:
+def _expected(model: Path, proto: ModelProto, options: TensorRtOptions) -> Iterable[tuple[str, str]]:
     """(path, sha256) of every file that the build reads."""
     for name in (model.name, *sorted(external_files(proto))):
         yield _beside(name), sha256_file(model.parent / name)
-    yield from ((_loaded(library.path), library.known()) for library in recipe.tensorrt.libraries)
+    yield from ((library.path, library.known()) for library in options.libraries)
 
 
 def _dynamic_inputs(proto: ModelProto) -> set[str]:
